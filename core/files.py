@@ -1,0 +1,77 @@
+"""Files and folders that appear under their final name only when they are complete."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+
+
+@contextmanager
+def complete_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, with the same suffix; rename it to `path` when the block ends well.
+
+    When the block raises, the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary empty folder beside `path`; it replaces `path` when the block ends well.
+
+    When the block raises, the temporary folder is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def output_folder(path: str | Path, argument: str = "output") -> Path:
+    """Create the folder a command writes to, or say why it cannot be one."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{argument}={path} is a file; give a folder that may be created")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{argument}={path} cannot be created: {error.strerror}") from None
+    return path
+
+
+def existing_file(path: str | Path, argument: str) -> Path:
+    """`path` as a Path, or a `UserError` that names the argument."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{argument}={path} does not exist")
+    if path.is_dir():
+        raise UserError(f"{argument}={path} is a folder; give a file")
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON; NaN and infinity are refused because they are not JSON."""
+    with complete_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

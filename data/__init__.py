@@ -1,0 +1,1 @@
+"""Videos, poses, drawing, rendered people and data sets: everything that makes or reads training material."""

@@ -1,0 +1,293 @@
+"""Frames of one video file, numbered as they are stored, with their true times. `data.video` is for everyday use."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.error import FFmpegError
+
+from core.errors import UserError
+
+# FFmpeg's own decoders of these codecs drop the alpha plane; libvpx's keep it.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# File formats with an index of key frames; in others a seek may land anywhere, so they are decoded from the start.
+_INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Where decord 0.6 gives the same pixels as PyAV does, in an indexed format: it has no AV1, ignores pixel aspect ratios
+# and, of AVI files with B-frames, returns other frames than were asked for.
+_DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")
+_DECORD_PIXELS = ("yuv420p",)
+# Seeking costs about as much as decoding this many frames, so nearer frames are reached by decoding on.
+_SEEK_COST = 12
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What the header, the packets and the first frame of a video stream say.
+
+    Attributes:
+        container: FFmpeg's name of the file format.
+        codec: FFmpeg's name of the decoder.
+        pixels: FFmpeg's name of the pixel format.
+        decoder: a decoder to use in place of FFmpeg's own, or None.
+        stored_size: (width, height) of the decoded frames.
+        shown_size: (width, height) with the pixel aspect ratio and the rotation applied.
+        quarter_turns: counter-clockwise turns by 90 degrees from the decoded to the shown picture.
+        ticks: (frames,) presentation time stamps in order, or None when the file gives none.
+        times: (declared,) seconds at which each frame begins, the first at 0.
+        count: number of frames in the file.
+        declared: number of frames that the header announces; above `count` when the file is cut short.
+        duration: seconds.
+        nominal_fps: frames per second by the header.
+    """
+
+    container: str
+    codec: str
+    pixels: str
+    decoder: str | None
+    stored_size: tuple[int, int]
+    shown_size: tuple[int, int]
+    quarter_turns: int
+    ticks: np.ndarray | None
+    times: np.ndarray
+    count: int
+    declared: int
+    duration: float
+    nominal_fps: float
+
+
+class VideoFile:
+    """The stored frames of a video file as RGB pictures.
+
+    The rotation and the pixel aspect ratio that the file states are applied; an alpha plane is laid over white.
+
+    Attributes:
+        times: (frames,) seconds at which each stored frame begins, the first at 0. Frames that a truncated file
+            announces but lacks are counted; reading them is the error.
+        duration: seconds.
+        nominal_fps: frames per second by the header.
+        size: (width, height) as seen.
+
+    Raises:
+        UserError: not a video, no frames; while reading: damaged or cut short, with the number of the frame.
+    """
+
+    def __init__(self, path: str | Path, argument: str):
+        self._path, self._name = Path(path), f"{argument}={path}"
+        self._facts = facts = self._read_facts()
+        self.times, self.duration, self.size = facts.times, facts.duration, facts.shown_size
+        self.nominal_fps = facts.nominal_fps
+        self._decord = None
+        self._decord_may_read = (
+            facts.container in _INDEXED_FORMATS
+            and facts.codec in _DECORD_CODECS
+            and facts.pixels in _DECORD_PIXELS
+            and facts.decoder is None
+            and facts.ticks is not None
+            and facts.stored_size == facts.shown_size
+            and facts.quarter_turns == 0
+        )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decord": None}  # an open decoder cannot travel to another process
+
+    def close(self) -> None:
+        """Close the decoder that `pick` keeps open."""
+        self._decord = None
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """All frames in order."""
+        expected, picture = 0, None
+        for number, frame in self._decode_from(0):
+            previous, picture = picture, self._picture(frame)
+            for _ in range(expected, number):  # a packet without a picture leaves the one before it on display
+                yield picture if previous is None else previous
+            yield picture
+            expected = number + 1
+        if expected < self._facts.declared:
+            raise self._stopped(expected)
+
+    def pick(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The frames with these numbers, in that order."""
+        if (indices >= self._facts.count).any():
+            raise self._stopped(self._facts.count)
+        frames = self._pick_with_decord(indices) if self._decord_may_read else None
+        return self._pick_by_seeking(indices) if frames is None else frames
+
+    def _pick_with_decord(self, indices: np.ndarray) -> list[np.ndarray] | None:
+        """Frames decoded by decord, faster at random access than seeking here, or None when it cannot."""
+        try:
+            import decord
+
+            decord.logging.set_level(decord.logging.QUIET)
+        except ImportError:
+            self._decord_may_read = False
+            return None
+        try:
+            if self._decord is None:
+                self._decord = decord.VideoReader(str(self._path), num_threads=1)
+            if len(self._decord) == self._facts.count:
+                return list(self._decord.get_batch(indices.tolist()).asnumpy())
+        except (RuntimeError, decord.DECORDError):
+            pass  # damaged: seeking finds out where
+        self._decord_may_read = False
+        return None
+
+    def _pick_by_seeking(self, indices: np.ndarray) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        waiting = sorted(set(indices.tolist()))
+        while waiting:
+            for number, frame in self._decode_from(waiting[0]):
+                while waiting and waiting[0] <= number:
+                    found[waiting.pop(0)] = self._picture(frame)
+                if not waiting or waiting[0] > number + _SEEK_COST:
+                    break
+            else:
+                if waiting:
+                    raise self._stopped(waiting[0])
+        return [found[index] for index in indices.tolist()]
+
+    def _decode_from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Decoded frames with their numbers, from `first` on."""
+        seeking = first > 0 and self._facts.ticks is not None and self._facts.container in _INDEXED_FORMATS
+        number = -1
+        try:
+            for number, frame in self._numbered(seek_to=first if seeking else None):
+                if frame.is_corrupt:
+                    raise self._stopped(number)
+                if number >= first:
+                    yield number, frame
+        except FFmpegError as error:
+            raise self._stopped(max(number + 1, first), error.strerror) from None
+
+    def _numbered(self, seek_to: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
+        ticks = self._facts.ticks
+        with self._opened() as (container, stream):
+            if seek_to is not None:
+                container.seek(int(ticks[seek_to]), stream=stream, backward=True)
+            for position, frame in enumerate(_decoded(container, stream, self._facts.decoder)):
+                number = position if ticks is None else int(np.searchsorted(ticks, frame.pts, side="right")) - 1
+                if number >= 0:  # frames that an edit list hides come before the first
+                    yield number, frame
+
+    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+        turned = self._facts.quarter_turns % 2
+        width, height = self._facts.shown_size[::-1] if turned else self._facts.shown_size
+        if any(component.is_alpha for component in frame.format.components):
+            rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
+            colour, alpha = rgba[..., :3], rgba[..., 3:]
+            picture = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        else:
+            picture = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(np.rot90(picture, self._facts.quarter_turns))
+
+    def _stopped(self, number: int, reason: str = "the file is damaged or cut short") -> UserError:
+        total = self._facts.declared
+        return UserError(f"{self._name}: decoding stopped at frame {number} of {total} ({reason})")
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        try:
+            container = av.open(str(self._path))
+        except (FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"{self._name} is not a video that can be read: {error.strerror}") from None
+        with container:
+            if not container.streams.video:
+                raise UserError(f"{self._name} has no video stream")
+            yield container, container.streams.video[0]
+
+    def _read_facts(self) -> StreamFacts:
+        with self._opened() as (container, stream):
+            codec = stream.codec_context
+            decoder = _ALPHA_DECODERS.get(codec.name) if stream.metadata.get("alpha_mode") == "1" else None
+            try:
+                frame = next(_decoded(container, stream, decoder), None)
+            except FFmpegError as error:
+                raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
+            if frame is None:
+                raise UserError(f"{self._name} is a video without frames")
+            aspect = Fraction(stream.sample_aspect_ratio or 1)
+            shown = (max(1, round(frame.width * aspect)), frame.height)
+            quarter_turns = round(frame.rotation / 90) % 4
+            facts = {
+                "container": container.format.name,
+                "codec": codec.name,
+                "pixels": frame.format.name,
+                "decoder": decoder,
+                "stored_size": (frame.width, frame.height),
+                "shown_size": shown[::-1] if quarter_turns % 2 else shown,
+                "quarter_turns": quarter_turns,
+            }
+        with self._opened() as (container, stream):
+            return StreamFacts(**facts, **_read_times(container, stream))
+
+
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, decoder: str | None
+) -> Iterator[av.VideoFrame]:
+    if decoder is None:
+        stream.thread_type = "AUTO"
+        yield from container.decode(stream)
+        return
+    context = av.CodecContext.create(decoder, "r")
+    for packet in container.demux(stream):
+        yield from context.decode(packet if packet.size else None)
+
+
+def _read_times(container: av.container.InputContainer, stream: av.VideoStream) -> dict:
+    """Frame times from the packets alone, without decoding: `ticks`, `times`, `count`, `declared`, `duration`."""
+    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    tick = float(stream.time_base)
+    nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+    stamps = [packet.pts for packet in packets]
+    if None in stamps or len(set(stamps)) < len(stamps):
+        count = len(packets)
+        return {
+            "ticks": None,
+            "times": np.arange(count) * nominal,
+            "count": count,
+            "declared": count,
+            "duration": count * nominal,
+            "nominal_fps": 1 / nominal,
+        }
+    last = max(packets, key=lambda packet: packet.pts)
+    ticks = np.sort(np.array(stamps, dtype=np.int64))
+    seconds = (ticks - ticks[0]) * tick
+    last_duration = last.duration * tick if last.duration else nominal
+    duration = float(seconds[-1]) + last_duration
+    missing = _missing_frames(container, stream, len(packets), duration, nominal)
+    seconds = np.concatenate([seconds, seconds[-1] + nominal * np.arange(1, missing + 1)])
+    return {
+        "ticks": ticks,
+        "times": seconds,
+        "count": len(packets),
+        "declared": len(packets) + missing,
+        "duration": duration + missing * nominal,
+        "nominal_fps": 1 / nominal,
+    }
+
+
+def _missing_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, count: int, duration: float, nominal: float
+) -> int:
+    """How many frames a file that is cut short lacks, by the duration that its header states.
+
+    An edit list may hide stored frames, so a smaller number of frames alone does not mean that any is missing.
+    """
+    if stream.duration:
+        stated = float(stream.duration * stream.time_base)
+    elif "DURATION" in stream.metadata:
+        hours, minutes, seconds = re.split(":", stream.metadata["DURATION"])
+        stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    elif container.duration and len(container.streams) == 1:
+        stated = container.duration / 1e6
+    else:
+        return 0
+    lacking = round((stated - duration) / nominal)
+    if stream.frames:
+        lacking = min(lacking, stream.frames - count)
+    return lacking if lacking > 1 else 0

@@ -1,0 +1,117 @@
+"""Pose pictures: the OpenPose body-18 figure that pose-driven animators take as input, and overlays for reports."""
+
+import colorsys
+
+import cv2
+import numpy as np
+
+# OpenPose body-18 order, as indices into the COCO order with the neck appended as number 17.
+_BODY_FROM_COCO = np.array([0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3])
+
+# Pairs of body-18 joints, in drawing order: shoulders, arms, trunk and legs, neck to nose, face.
+_LIMBS = np.array(
+    [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)]
+    + [(1, 0), (0, 14), (14, 16), (0, 15), (15, 17)]
+)
+
+# Eighteen steps of 20 degrees around the hue wheel.
+_COLOURS = [tuple(int(255 * value) for value in colorsys.hsv_to_rgb(step / 18, 1, 1)) for step in range(18)]
+_LIMB_BRIGHTNESS = 0.6
+_LIMB_COLOURS = [tuple(int(value * _LIMB_BRIGHTNESS) for value in colour) for colour in _COLOURS]
+
+_HALF_WIDTH_AT_512 = 4.0  # pixels: half the limb's width and the joint's radius in a picture whose short side is 512
+_SHIFT = 4  # fractional bits of the coordinates given to OpenCV
+_EDGE = 0.5  # pixels by which OpenCV's anti-aliased edge lies outside the outline it is given
+_CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 24, endpoint=False)) for f in (np.cos, np.sin)])
+
+
+def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], threshold: float = 0.3) -> np.ndarray:
+    """OpenPose body-18 picture of all persons, on black.
+
+    The neck is the mean of the shoulders. Limbs are filled ellipses at 0.6 of the colour's brightness, joints filled
+    circles at full brightness; both have half-width 4 in a picture whose short side is 512 pixels, in proportion
+    otherwise. Edges are anti-aliased, coordinates sub-pixel.
+
+    Args:
+        keypoints: (persons, 17, 2) COCO keypoints in pixels of this picture.
+        scores: (persons, 17); keypoints at or below `threshold` are not drawn.
+        size: (width, height) of the picture.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    width, height = size
+    factor = max(1, min(4, 512 // min(size)))  # limbs of a pixel or two are drawn larger and averaged
+    picture = np.zeros((height * factor, width * factor, 3), np.uint8)
+    joints, visible = body_joints(keypoints, scores, threshold)
+    joints = (joints + 0.5) * factor - 0.5
+    half_width = _HALF_WIDTH_AT_512 * min(size) / 512 * factor
+    _draw_limbs(picture, joints, visible, half_width, _LIMB_COLOURS)
+    _draw_joints(picture, joints, visible, half_width)
+    return picture if factor == 1 else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def draw_overlay(
+    image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, opacity: float = 0.8
+) -> np.ndarray:
+    """The image with every person's skeleton drawn over it, in the colours of `draw_pose`.
+
+    Args:
+        image: (h, w, 3) uint8 RGB; it is not changed.
+        keypoints: (persons, 17, 2) COCO keypoints in pixels of the image.
+        scores: (persons, 17).
+        opacity: 1 hides what lies under the skeleton, 0 leaves the image as it is.
+    """
+    drawn = np.ascontiguousarray(image).copy()
+    joints, visible = body_joints(keypoints, scores, threshold)
+    half_width = _HALF_WIDTH_AT_512 * min(image.shape[:2]) / 512
+    _draw_limbs(drawn, joints, visible, 0.75 * half_width, _COLOURS)
+    _draw_joints(drawn, joints, visible, 0.75 * half_width)
+    return cv2.addWeighted(drawn, opacity, image, 1 - opacity, 0)
+
+
+def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """COCO-17 to OpenPose body-18: joints (persons, 18, 2) and whether each is drawn (persons, 18).
+
+    The neck is drawn when both shoulders are. Joints that are not drawn are moved to the origin.
+    """
+    keypoints, scores = np.asarray(keypoints, np.float64), np.asarray(scores)
+    if keypoints.ndim != 3 or keypoints.shape[1:] != (17, 2) or scores.shape != keypoints.shape[:2]:
+        raise ValueError(
+            f"keypoints and scores must have shapes (persons, 17, 2) and (persons, 17), "
+            f"got {keypoints.shape} and {scores.shape}"
+        )
+    visible = (scores > threshold) & np.isfinite(keypoints).all(axis=-1)
+    keypoints = np.where(visible[..., None], keypoints, 0.0)
+    neck = keypoints[:, 5:7].mean(axis=1, keepdims=True)
+    joints = np.concatenate([keypoints, neck], axis=1)[:, _BODY_FROM_COCO]
+    visible = np.concatenate([visible, visible[:, 5:7].all(axis=1, keepdims=True)], axis=1)[:, _BODY_FROM_COCO]
+    return joints, visible
+
+
+def _draw_limbs(
+    picture: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float, colours: list[tuple[int, ...]]
+) -> None:
+    half_width = max(half_width - _EDGE, 0.0)
+    start, end = joints[:, _LIMBS[:, 0]], joints[:, _LIMBS[:, 1]]  # (persons, limbs, 2)
+    drawn = visible[:, _LIMBS[:, 0]] & visible[:, _LIMBS[:, 1]]
+    along = (end - start) / 2
+    length = np.linalg.norm(along, axis=-1, keepdims=True)
+    across = np.stack([-along[..., 1], along[..., 0]], axis=-1) * (half_width / np.maximum(length, 1e-6))
+    outline = along[..., None, :] * _CIRCLE[0][:, None] + across[..., None, :] * _CIRCLE[1][:, None]
+    outline = _fixed_point((start + along)[..., None, :] + outline)
+    # Limb by limb, then person by person: where two persons cross, their arms lie over both trunks or under both.
+    for limb, person in np.argwhere(drawn.T):
+        cv2.fillConvexPoly(picture, outline[person, limb], colours[limb], cv2.LINE_AA, _SHIFT)
+
+
+def _draw_joints(picture: np.ndarray, joints: np.ndarray, visible: np.ndarray, radius: float) -> None:
+    centres = _fixed_point(joints).tolist()
+    fixed_radius = max(1, round((radius - _EDGE) * 2**_SHIFT))
+    for joint, person in np.argwhere(visible.T):
+        cv2.circle(picture, centres[person][joint], fixed_radius, _COLOURS[joint], cv2.FILLED, cv2.LINE_AA, _SHIFT)
+
+
+def _fixed_point(points: np.ndarray) -> np.ndarray:
+    # Points far outside would overflow OpenCV's 32-bit coordinates; 2^20 pixels leaves the direction of a limb intact.
+    return np.rint(np.clip(points, -(2.0**20), 2.0**20) * 2**_SHIFT).astype(np.int32)

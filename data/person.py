@@ -1,0 +1,197 @@
+"""One estimated person: the 17 COCO keypoints, their scores, an optional mask; and how two estimates compare.
+
+Keypoints are (x, y) pixels, y down, pixel centres at integers. Score 0 means: not visible.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+COCO_KEYPOINTS = (
+    "nose",
+    "left_eye",
+    "right_eye",
+    "left_ear",
+    "right_ear",
+    "left_shoulder",
+    "right_shoulder",
+    "left_elbow",
+    "right_elbow",
+    "left_wrist",
+    "right_wrist",
+    "left_hip",
+    "right_hip",
+    "left_knee",
+    "right_knee",
+    "left_ankle",
+    "right_ankle",
+)
+
+# Index that exchanges left and right: keypoints[COCO_MIRROR] are the keypoints of the mirrored picture, x reflected.
+COCO_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+
+# Standard deviations of human annotators per keypoint relative to the object's scale (COCO keypoint evaluation).
+COCO_SIGMAS = np.array(
+    [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087]
+    + [0.089, 0.089],
+    dtype=np.float32,
+)
+
+
+class Box(NamedTuple):
+    """Axis-aligned box in pixels: x from `left` to `right`, y from `top` to `bottom`."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+    @property
+    def area(self) -> float:
+        return max(0.0, self.width) * max(0.0, self.height)
+
+
+@dataclass(frozen=True)
+class PersonEstimate:
+    """A person that a pose estimator found in one image.
+
+    Attributes:
+        keypoints: (17, 2) float32, pixels of the image.
+        scores: (17,) float32 in [0, 1].
+        mask: (h, w) bool, True on the person, or None when the estimator gives no mask.
+        confidence: how sure the estimator is that this is a person, in [0, 1].
+    """
+
+    keypoints: np.ndarray
+    scores: np.ndarray
+    mask: np.ndarray | None
+    confidence: float
+
+
+def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, margin: float = 0.0) -> Box | None:
+    """Smallest box around the visible keypoints, or None when fewer than two are visible.
+
+    Args:
+        keypoints: (17, 2) pixels.
+        scores: (17,); a keypoint is visible when its score is above `threshold`.
+        margin: part of the box's longer side added on each side; 0.1 takes in most of the head and the feet.
+    """
+    visible = np.asarray(keypoints, dtype=np.float64)[np.asarray(scores) > threshold]
+    if len(visible) < 2:
+        return None
+    low, high = visible.min(axis=0), visible.max(axis=0)
+    extra = margin * float((high - low).max())
+    return Box(*(low - extra).tolist(), *(high + extra).tolist())
+
+
+def scores_inside(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scores (...,) with 0 for keypoints (..., 2) outside a picture of (width, height)."""
+    inside = ((keypoints >= -0.5) & (keypoints <= np.asarray(size) - 0.5)).all(axis=-1)
+    return np.where(inside, scores, 0).astype(np.float32)
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes; 0 when either has no area."""
+    width = min(a.right, b.right) - max(a.left, b.left)
+    height = min(a.bottom, b.bottom) - max(a.top, b.top)
+    intersection = max(0.0, width) * max(0.0, height)
+    union = a.area + b.area - intersection
+    return intersection / union if union > 0 else 0.0
+
+
+def keypoint_similarity(a: PersonEstimate, b: PersonEstimate, threshold: float = 0.3) -> float:
+    """Object keypoint similarity (COCO) of two estimates over the keypoints that both see; 0 when there is none."""
+    both = (a.scores > threshold) & (b.scores > threshold)
+    boxes = [box for box in (person_box(p.keypoints, p.scores, threshold) for p in (a, b)) if box is not None]
+    if not both.any() or len(boxes) < 2:
+        return 0.0
+    # COCO's scale is the root of the person's area; half the longer side is about that, also for a person edge-on.
+    scale = max(max(box.width, box.height) for box in boxes) / 2
+    squared = ((a.keypoints[both] - b.keypoints[both]) ** 2).sum(axis=-1)
+    return float(np.exp(-squared / (2 * (2 * COCO_SIGMAS[both] * max(scale, 1.0)) ** 2)).mean())
+
+
+def is_same_person(a: PersonEstimate, b: PersonEstimate) -> bool:
+    """Whether two estimates in one image show the same person: similar keypoints, or masks that mostly coincide.
+
+    Without masks, boxes that mostly coincide.
+    """
+    if keypoint_similarity(a, b) > 0.5:
+        return True
+    if a.mask is None or b.mask is None:
+        boxes = [person_box(person.keypoints, person.scores) for person in (a, b)]
+        return None not in boxes and box_iou(*boxes) > 0.6
+    shared = np.count_nonzero(a.mask & b.mask)
+    return shared > 0.5 * min(np.count_nonzero(a.mask), np.count_nonzero(b.mask))
+
+
+def distinct_persons(estimates: list[PersonEstimate]) -> list[PersonEstimate]:
+    """The estimates without duplicates: of those that show the same person the surest stays. Order is kept."""
+    kept: list[PersonEstimate] = []
+    for estimate in sorted(estimates, key=lambda estimate: -estimate.confidence):
+        if not any(is_same_person(estimate, other) for other in kept):
+            kept.append(estimate)
+    return [estimate for estimate in estimates if any(estimate is other for other in kept)]
+
+
+def by_prominence(estimates: list[PersonEstimate], size: tuple[int, int]) -> list[PersonEstimate]:
+    """Persons sorted from the most prominent: large, sure, near the centre of an image of (width, height)."""
+
+    def prominence(estimate: PersonEstimate) -> float:
+        box = person_box(estimate.keypoints, estimate.scores)
+        if box is None:
+            return 0.0
+        away = np.hypot((box.left + box.right) / size[0] - 1, (box.top + box.bottom) / size[1] - 1) / np.sqrt(2)
+        return max(box.width, box.height) ** 2 * estimate.confidence * (1 - 0.5 * min(1.0, float(away)))
+
+    return sorted(estimates, key=prominence, reverse=True)
+
+
+def assign_slots(last_seen: list[PersonEstimate | None], found: list[PersonEstimate]) -> list[PersonEstimate | None]:
+    """Give each person found in a frame the slot of the person they are, so that person k stays person k.
+
+    Args:
+        last_seen: per slot the person as last seen, None for a slot that was never used.
+        found: persons of the new frame, the most prominent first.
+
+    Returns:
+        per slot the person found, or None. The nearest pairs are matched first, as long as the person moved by less
+        than the size of their box; others take unused slots in order, then slots of persons who are gone.
+    """
+    slots: list[PersonEstimate | None] = [None] * len(last_seen)
+    distances = [
+        (_relative_distance(seen, person), slot, index)
+        for slot, seen in enumerate(last_seen)
+        for index, person in enumerate(found)
+        if seen is not None
+    ]
+    placed: set[int] = set()
+    for distance, slot, index in sorted(distances):
+        if distance < 1 and slots[slot] is None and index not in placed:
+            slots[slot] = found[index]
+            placed.add(index)
+    unused = [slot for slot, seen in enumerate(last_seen) if seen is None]
+    gone = [slot for slot, seen in enumerate(last_seen) if seen is not None and slots[slot] is None]
+    others = [person for index, person in enumerate(found) if index not in placed]
+    for slot, person in zip(unused + gone, others, strict=False):
+        slots[slot] = person
+    return slots
+
+
+def _relative_distance(a: PersonEstimate, b: PersonEstimate) -> float:
+    """Distance of the boxes' centres in units of the larger box's longer side."""
+    boxes = [person_box(person.keypoints, person.scores) for person in (a, b)]
+    if None in boxes:
+        return float("inf")
+    centres = [np.array([box.left + box.right, box.top + box.bottom]) / 2 for box in boxes]
+    side = max(max(box.width, box.height) for box in boxes)
+    return float(np.linalg.norm(centres[0] - centres[1])) / max(side, 1.0)

@@ -1,0 +1,137 @@
+"""Tensors of a checkpoint file, read without running its code and without a copy in memory.
+
+Files are mapped into memory: a tensor is read from disk where it is used, and a network that takes the tensors as its
+parameters (`load_state_dict(..., assign=True)`) needs no second copy of a file of several gigabytes.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.errors import UserError
+
+# What trainers put the tensors under, and what they put before each name.
+WRAPPERS = ("state_dict", "module", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+# Names of the weights in a diffusers or transformers folder, best first.
+FOLDER_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.fp16.safetensors",
+)
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
+    """Name -> tensor of a checkpoint file or of a folder that holds one.
+
+    Wrappers such as `{"state_dict": ...}` are opened, and prefixes that parallel or compiled training puts before
+    every name are taken off. Tensors are mapped from the file, in its dtype, on the CPU.
+
+    Args:
+        path: .safetensors, a torch file of any suffix, a `.index.json` of shards, or a folder of diffusers or
+            transformers.
+        argument: what the user calls this file, for errors.
+
+    Raises:
+        UserError: the file is missing, cut short, of another kind, or holds more than tensors.
+    """
+    path = weights_file(Path(path), argument)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, argument)
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{argument}={path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if path.suffix == ".safetensors":
+        try:
+            return without_prefixes(load_file(path), f"{argument}={path}")
+        except SafetensorError as error:
+            raise UserError(f"{argument}={path} is not a complete safetensors file: {error}") from None
+    return without_prefixes(unwrapped(_torch_load(path, argument), f"{argument}={path}"), f"{argument}={path}")
+
+
+def weights_file(path: Path, argument: str) -> Path:
+    """The file itself, or the weights of a folder."""
+    if not path.exists():
+        raise UserError(f"{argument}={path} does not exist")
+    if path.is_file():
+        return path
+    found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
+    if not found:
+        raise UserError(f"{argument}={path} is a folder without weights; it holds none of {', '.join(FOLDER_WEIGHTS)}")
+    return found[0]
+
+
+def unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
+    """The dictionary of tensors inside what trainers save beside it (step counters, optimiser states)."""
+    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        inner = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)]
+        if not inner:
+            break
+        loaded = inner[0]
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{what} holds a {type(loaded).__name__}, not named tensors")
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{what} holds no tensors; its entries are {', '.join(map(str, list(loaded)[:5])) or 'none'}")
+    return tensors
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...] = PREFIXES) -> dict:
+    """Names with these prefixes, in any order and number, taken off."""
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while short.startswith(prefixes):
+            short = short.removeprefix(next(prefix for prefix in prefixes if short.startswith(prefix)))
+        if short in stripped:
+            raise UserError(f"{what} names {short} twice, with and without a prefix")
+        stripped[short] = tensor
+    return stripped
+
+
+def _torch_load(path: Path, argument: str) -> Any:
+    """`torch.load` of tensors and plain containers only; code in the file is refused, not run."""
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = "holds objects other than tensors, which could run code" if _is_pickle(path) else "is no checkpoint"
+        detail = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        raise UserError(f"{argument}={path} {reason}; it is not opened. {detail}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{argument}={path} is damaged or no checkpoint: {reason}") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """A zip archive or the first two bytes of a pickle of protocol 2 or later."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80"
+
+
+def _read_shards(index: Path, argument: str) -> dict[str, Tensor]:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{argument}={index} is not an index of shards") from None
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        tensors |= read_tensors(index.with_name(name), argument)
+    return tensors

@@ -1,0 +1,42 @@
+"""Saved pipelines: a folder with one sub-folder a component, as `save_pretrained` of diffusers writes it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from core.errors import UserError
+from models.pipeline import AnimationPipeline
+
+COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
+
+
+def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> AnimationPipeline:
+    """Load a pipeline from a local folder; nothing is downloaded.
+
+    Raises:
+        UserError: the folder is missing, is not a pipeline, or lacks a component or its weights.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model={folder} does not exist; give a pipeline folder (train.py writes output/pipeline)")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"model={folder} is not a pipeline folder: it has no model_index.json")
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"model={folder}: model_index.json is not valid JSON") from None
+    for component in COMPONENTS:
+        files = {path.suffix for path in (folder / component).glob("*")}
+        wanted = {".json"} if component == "scheduler" else {".json", ".safetensors"}
+        if component not in named or not wanted <= files:
+            raise UserError(f"model={folder}: component {component} is missing or incomplete")
+    try:
+        pipeline = AnimationPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model={folder} cannot be loaded: {error}") from None
+    for component in COMPONENTS:
+        if isinstance(module := getattr(pipeline, component), torch.nn.Module):
+            module.eval()
+    return pipeline

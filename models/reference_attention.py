@@ -1,0 +1,241 @@
+"""Reference attention: the ReferenceNet writes the tokens that enter its self-attention layers, the denoising UNet
+reads them as extra keys and values.
+
+Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
+k = reference images that a frame sees, g = flag channels, c = channels.
+
+What a UNet may look at travels as an argument (`cross_attention_kwargs`), never as state on a module.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+# A hidden pair's logit falls by this much: exp(-3e4) is zero in every dtype, and the value itself fits into float16.
+HIDDEN_LOGIT = 3.0e4
+
+
+@dataclass(frozen=True)
+class ReferenceContext:
+    """The reference images that a batch of frames may attend to.
+
+    Attributes:
+        tokens: layer name -> (i, r, c), what the ReferenceNet wrote there for each of the i different images. In a
+            layer that is not named, a frame sees itself only.
+        index: (b*f, k) long, the images that a frame sees; its keys are [own n | image 0: r | ... | image k-1: r].
+        query_flags: number of query tokens of a layer -> (b*f, n, g), or None when every key is visible.
+        key_flags: the same number -> (b*f, n + k*r, g). A query is blind to a key iff the product of their flags,
+            summed over g, is positive. A mask that is a sum of outer products needs no (n, n + k*r) tensor that way.
+        projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
+            own, so contexts that share `tokens` and this dictionary project them once. None: at every call.
+    """
+
+    tokens: dict[str, Tensor]
+    index: Tensor
+    query_flags: dict[int, Tensor] | None = None
+    key_flags: dict[int, Tensor] | None = None
+    projected: dict[str, tuple[Tensor, Tensor]] | None = None
+
+    def clip(self, number: int, num_frames: int) -> "ReferenceContext":
+        """What the frames of one clip of the batch see."""
+        rows = slice(number * num_frames, (number + 1) * num_frames)
+
+        def cut(flags: dict[int, Tensor] | None) -> dict[int, Tensor] | None:
+            return None if flags is None else {tokens: value[rows] for tokens, value in flags.items()}
+
+        return replace(self, index=self.index[rows], query_flags=cut(self.query_flags), key_flags=cut(self.key_flags))
+
+
+class PlainProcessor(AttnProcessor2_0):
+    """Attention without reference images: of a layer to itself, or to context tokens.
+
+    Context of fewer rows than there are frames is shared by the frames of a clip, and projected once a clip.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        written_tokens: dict[str, Tensor] | None = None,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, attention_mask=attention_mask)
+        frames = len(hidden_states) // len(encoder_hidden_states)
+        value = attn.to_v(encoder_hidden_states).repeat_interleave(frames, dim=0)  # (b*f, tokens, c)
+        # One token gets all the attention, whatever the queries. While training, they keep their gradient of zero,
+        # because DDP waits for every trainable parameter's.
+        if encoder_hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
+            return (
+                attn.to_out[1](attn.to_out[0](value)) / attn.rescale_output_factor
+            )  # (b*f, 1, c), the same for every query
+        key = attn.to_k(encoder_hidden_states).repeat_interleave(frames, dim=0)
+        query, key, value = (split_heads(part, attn.heads) for part in (attn.to_q(hidden_states), key, value))
+        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+
+class ReferenceWriteProcessor(AttnProcessor2_0):
+    """Self-attention that first stores its input, (i, r, c), in `written_tokens[layer]`.
+
+    `is_last` says that nothing reads what comes after: the attention itself is left out.
+    """
+
+    def __init__(self, layer: str, is_last: bool = False):
+        super().__init__()
+        self.layer = layer
+        self.is_last = is_last
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        written_tokens: dict[str, Tensor],
+    ) -> Tensor:
+        written_tokens[self.layer] = hidden_states
+        if self.is_last:
+            return hidden_states
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+class ReferenceReadProcessor(AttnProcessor2_0):
+    """Self-attention whose keys and values are the frame's own tokens followed by those of its reference images.
+
+    The reference tokens pass through the layer's own `to_k` and `to_v`, once an image and not once a frame.
+    """
+
+    def __init__(self, layer: str):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if reference is None or self.layer not in reference.tokens:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        query, key, value = (split_heads(part, attn.heads) for part in self.project(attn, hidden_states, reference))
+        query, key, value = with_flags(query, key, value, reference)
+        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)[..., : self.head_dim(attn)]
+        out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+    def project(
+        self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(b*f, n, c) -> query (b*f, n, c), key and value (b*f, n + k*r, c)."""
+        projected = {} if reference.projected is None else reference.projected
+        if self.layer not in projected:
+            tokens = reference.tokens[self.layer].to(hidden_states.dtype)
+            projected[self.layer] = attn.to_k(tokens), attn.to_v(tokens)
+        key, value = (part[reference.index].flatten(1, 2) for part in projected[self.layer])  # (b*f, k*r, c)
+        key = torch.cat([attn.to_k(hidden_states), key], dim=1)
+        value = torch.cat([attn.to_v(hidden_states), value], dim=1)
+        return attn.to_q(hidden_states), key, value
+
+    @staticmethod
+    def head_dim(attn: Attention) -> int:
+        return attn.inner_dim // attn.heads
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(b, n, heads*d) -> (b, heads, n, d)"""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def with_flags(
+    query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append the visibility flags as channels, so that plain attention gives hidden pairs no weight.
+
+    All of shape (b*f, heads, tokens, d) -> (b*f, heads, tokens, d'), d' the next multiple of eight of d + g, which
+    the fused kernels want. Values are padded with zeros.
+    """
+    num_queries, head_dim = query.shape[2:]
+    if reference.query_flags is None:
+        return query, key, value
+    query_flags, key_flags = reference.query_flags[num_queries], reference.key_flags[num_queries]
+    padded = -(-(head_dim + query_flags.shape[-1]) // 8) * 8
+    penalty = -HIDDEN_LOGIT * head_dim**0.5  # attention divides logits by the root of the original head dimension
+    heads = query.shape[1]
+
+    def widen(tokens: Tensor, flags: Tensor) -> Tensor:
+        flags = flags.to(tokens.dtype)[:, None].expand(-1, heads, -1, -1)
+        tokens = torch.cat([tokens, flags], dim=-1)
+        return F.pad(tokens, (0, padded - tokens.shape[-1]))
+
+    return widen(query, query_flags * penalty), widen(key, key_flags), F.pad(value, (0, padded - head_dim))
+
+
+def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], AttnProcessor2_0]) -> None:
+    """Give every spatial self-attention layer `make_processor(layer)`; motion modules keep their own."""
+    processors = unet.attn_processors
+    for key in processors:
+        if "motion_modules" not in key:
+            layer = key.removesuffix(".processor")
+            processors[key] = make_processor(layer) if layer.endswith("attn1") else PlainProcessor()
+    unet.set_attn_processor(processors)
+
+
+def reference_layers(unet: nn.Module) -> list[str]:
+    """Names of the layers that read the reference, in module order."""
+    return [p.layer for p in unet.attn_processors.values() if isinstance(p, ReferenceReadProcessor)]
+
+
+def fused_layers(tokens: dict[str, Tensor], blocks: str) -> dict[str, Tensor]:
+    """The tokens that frames get to see.
+
+    Args:
+        blocks: "full", those of all layers (AnimateAnyone), or "midup", those of the middle and the upward blocks
+            (MagicAnimate).
+    """
+    if blocks == "full":
+        return tokens
+    if blocks != "midup":
+        raise ValueError(f"blocks must be full or midup, got {blocks!r}")
+    return {layer: value for layer, value in tokens.items() if not layer.startswith("down_blocks.")}
+
+
+def same_reference(tokens: dict[str, Tensor], num_frames: int) -> ReferenceContext:
+    """Every frame of clip j sees image j: the ordinary case, one reference per clip."""
+    first = next(iter(tokens.values()))
+    index = torch.arange(len(first), device=first.device).repeat_interleave(num_frames)[:, None]
+    return ReferenceContext(tokens, index)
+
+
+def hide_reference(reference: ReferenceContext, hidden: Tensor, grids: list[tuple[int, int]]) -> ReferenceContext:
+    """Make whole frames blind to their reference images, sample by sample, with one static graph.
+
+    Used for condition dropout: a blind frame's attention is exactly plain self-attention.
+
+    Args:
+        hidden: (b*f,) bool.
+        grids: (height, width) in tokens of every self-attention level; queries and references share them.
+    """
+    images = reference.index.shape[1]
+    flag = hidden.float()[:, None, None]
+    sizes = {height * width for height, width in grids}
+    return ReferenceContext(
+        tokens=reference.tokens,
+        index=reference.index,
+        query_flags={n: flag.expand(-1, n, 1) for n in sizes},
+        key_flags={
+            n: torch.cat([flag.new_zeros(n, 1), flag.new_ones(images * n, 1)]).expand(len(hidden), -1, -1)
+            for n in sizes
+        },
+    )

@@ -1,0 +1,41 @@
+"""Noise schedules of the published animators. A pipeline folder carries its own, so sampling uses the right one."""
+
+from diffusers import DDIMScheduler
+
+# What each family's inference uses. AnimateAnyone (Moore) was trained with scaled_linear betas and samples with linear
+# ones; its released weights are used as released.
+SCHEDULES = {
+    "animate_anyone": {
+        "beta_schedule": "linear",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
+    "magic_animate": {
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "timestep_spacing": "leading",
+    },
+    # What training from Stable Diffusion starts with; the training configuration replaces it by its own.
+    "stable_diffusion": {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
+}
+
+
+def published_scheduler(family: str) -> DDIMScheduler:
+    """DDIM with the betas, prediction type and spacing of a family: animate_anyone, magic_animate, stable_diffusion."""
+    if family not in SCHEDULES:
+        raise ValueError(f"family must be one of {', '.join(SCHEDULES)}, got {family!r}")
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        clip_sample=False,
+        **SCHEDULES[family],
+    )

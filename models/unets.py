@@ -1,0 +1,308 @@
+"""ReferenceNet, denoising UNet with motion modules, and pose guider, on diffusers' stock blocks.
+
+Shapes use b = batch, f = frames, c = channels, h, w = latent height and width.
+
+Parameter names are those of diffusers; where the published AnimateAnyone code computes something else than
+diffusers does, the class says so.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel, UNetMotionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import Tensor, nn
+
+from models.reference_attention import (
+    ReferenceContext,
+    ReferenceReadProcessor,
+    ReferenceWriteProcessor,
+    set_reference_processors,
+)
+
+
+class ReferenceNet(UNet2DConditionModel):
+    """A Stable Diffusion UNet whose product is the token set that enters each of its self-attention layers."""
+
+    _keys_to_ignore_on_load_unexpected = ["conv_norm_out", "conv_out"]
+
+    @wraps(UNet2DConditionModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.conv_norm_out, self.conv_out = None, nn.Identity()
+        last = [name for name in self.attn_processors if name.startswith("up_blocks") and "attn1" in name][-1:]
+        set_reference_processors(
+            self, lambda layer: ReferenceWriteProcessor(layer, is_last=f"{layer}.processor" in last)
+        )
+
+    def forward(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
+        """Reference latents (i, c, h, w), context (i, tokens, channels) -> {layer: (i, h*w of that layer, c)}."""
+        tokens: dict[str, Tensor] = {}
+        super().forward(sample, timestep, encoder_hidden_states, cross_attention_kwargs={"written_tokens": tokens})
+        return tokens
+
+    def freeze_unread_parameters(self) -> None:
+        """Freeze what comes after the last write: it takes part in no loss, and DDP would wait for its gradient."""
+        for name in self.unread_parameters():
+            self.get_parameter(name).requires_grad_(False)
+
+    def unread_parameters(self) -> list[str]:
+        """Names of the parameters after the last write, which no result depends on."""
+        last = self.up_blocks[-1].attentions[-1]
+        block = last.transformer_blocks[-1]
+        unread = (block.attn1, block.norm2, block.attn2, block.norm3, block.ff, last.proj_out)
+        ids = {id(parameter) for module in unread for parameter in module.parameters()}
+        return [name for name, parameter in self.named_parameters() if id(parameter) in ids]
+
+
+class MotionModule(AnimateDiffTransformer3D):
+    """Temporal transformer as AnimateDiff and AnimateAnyone trained it.
+
+    It differs from its diffusers parent in four ways: GroupNorm statistics are taken per frame, a single frame passes
+    through unchanged unless `single_frames` says otherwise, the output projection starts at zero, and its blocks take
+    part in gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_attention_heads: int,
+        num_layers: int,
+        max_seq_length: int,
+        norm_num_groups: int,
+        single_frames: bool = False,
+    ):
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=channels // num_attention_heads,
+            in_channels=channels,
+            num_layers=num_layers,
+            norm_num_groups=norm_num_groups,
+            positional_embeddings="sinusoidal",
+            num_positional_embeddings=max_seq_length,
+        )
+        self.gradient_checkpointing = False
+        self.single_frames = single_frames
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: dict | None = None,
+    ) -> Tensor:
+        """(b*f, c, h, w) -> same shape; the unused arguments are those of the parent."""
+        if num_frames == 1 and not self.single_frames:
+            return hidden_states
+        height, width = hidden_states.shape[-2:]
+        tokens = self.norm(hidden_states).unflatten(0, (-1, num_frames)).permute(0, 3, 4, 1, 2).flatten(0, 2)
+        tokens = self.proj_in(tokens)  # (b*h*w, f, c)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens)
+            else:
+                tokens = block(hidden_states=tokens)
+        tokens = self.proj_out(tokens).unflatten(0, (-1, height, width))  # (b, h, w, f, c)
+        return hidden_states + tokens.permute(0, 3, 4, 1, 2).flatten(0, 1)
+
+
+class PoseConv2d(nn.Conv2d):
+    """Convolves the first `in_channels` channels and adds the remaining ones, pose features if any, to the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents, pose_features = x.tensor_split([self.in_channels], dim=1)
+        features = super().forward(latents)
+        return features + pose_features if pose_features.shape[1] else features
+
+
+class ClipGroupNorm(nn.GroupNorm):
+    """GroupNorm with one set of statistics for all frames of a clip, (f, c, h, w) -> same shape."""
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return super().forward(frames.transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+def with_parameters(init: Callable, **added: object) -> Callable:
+    """Decorator of an `__init__` that takes the parameters of `init` and further ones, name=default.
+
+    diffusers reads from the signature which entries of a saved configuration belong to a class.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        function = wraps(init)(function)
+        signature = inspect.signature(init)
+        further = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=added[name]) for name in added]
+        function.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *further])
+        return function
+
+    return decorate
+
+
+class DenoisingUNet(UNetMotionModel):
+    """AnimateDiff's UNet with pose features added after its first convolution and reference images in its attention.
+
+    Its configuration is that of `UNetMotionModel` and:
+        norm_scope: "frame" or "clip", what the GroupNorms of ResNets and output take their statistics over. It is
+            "clip" in MagicAnimate and AnimateDiff v1, which therefore tie a frame's result to the others.
+        motion_norm_num_groups: groups of the motion modules' norm; None: `norm_num_groups`.
+        motion_on_single_frames: whether motion modules act on clips of one frame, as the published code has it;
+            otherwise the UNet is an image model there.
+    """
+
+    @with_parameters(
+        UNetMotionModel.__init__, norm_scope="frame", motion_norm_num_groups=None, motion_on_single_frames=False
+    )
+    def __init__(
+        self,
+        *args,
+        norm_scope: str = "frame",
+        motion_norm_num_groups: int | None = None,
+        motion_on_single_frames: bool = False,
+        **kwargs,
+    ):
+        if norm_scope not in ("frame", "clip"):
+            raise ValueError(f"norm_scope must be frame or clip, got {norm_scope!r}")
+        super().__init__(*args, **kwargs)
+        self.register_to_config(
+            norm_scope=norm_scope,
+            motion_norm_num_groups=motion_norm_num_groups,
+            motion_on_single_frames=motion_on_single_frames,
+        )
+        config = self.config
+        self.conv_in = PoseConv2d(config.in_channels, config.block_out_channels[0], kernel_size=3, padding=1)
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            if hasattr(block, "motion_modules"):
+                block.motion_modules = nn.ModuleList(
+                    MotionModule(
+                        module.in_channels,
+                        module.num_attention_heads,
+                        len(module.transformer_blocks),
+                        config.motion_max_seq_length,
+                        motion_norm_num_groups or config.norm_num_groups,
+                        motion_on_single_frames,
+                    )
+                    for module in block.motion_modules
+                )
+        if norm_scope == "clip":
+            for module in [module for module in self.modules() if isinstance(module, ResnetBlock2D)]:
+                module.norm1, module.norm2 = clip_norm(module.norm1), clip_norm(module.norm2)
+            self.conv_norm_out = clip_norm(self.conv_norm_out)
+        set_reference_processors(self, ReferenceReadProcessor)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        encoder_hidden_states: Tensor,
+        pose_features: Tensor | None = None,
+        reference: ReferenceContext | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict the noise or velocity of a clip.
+
+        Args:
+            sample: noisy latents, (b, c, f, h, w).
+            timestep: scalar or (b,).
+            encoder_hidden_states: image embedding or text, (b, tokens, channels).
+            pose_features: output of the `PoseGuider`, (b, c, f, h, w), added after the first convolution.
+            reference: what the frames may look at; None means no reference image.
+            residuals: output of a ControlNet, (b*f, c, h', w') each: those of the skip connections, then that of the
+                middle block.
+
+        Returns:
+            Prediction, (b, c, f, h, w).
+        """
+        if self.config.norm_scope == "clip" and len(sample) > 1:
+            return self.clip_by_clip(sample, timestep, encoder_hidden_states, pose_features, reference, residuals)
+        return super().forward(
+            sample if pose_features is None else torch.cat([sample, pose_features], dim=1),
+            timestep,
+            encoder_hidden_states,
+            cross_attention_kwargs={"reference": reference},
+            down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
+            mid_block_additional_residual=None if residuals is None else residuals[-1],
+            return_dict=False,
+        )[0]
+
+    def clip_by_clip(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        encoder_hidden_states: Tensor,
+        pose_features: Tensor | None,
+        reference: ReferenceContext | None,
+        residuals: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """`forward` for norms over clips, which cannot tell the clips of a batch apart."""
+        batch, num_frames = sample.shape[0], sample.shape[2]
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        predictions = []
+        for j in range(batch):
+            frames = slice(j * num_frames, (j + 1) * num_frames)
+            predictions.append(
+                self.forward(
+                    sample[[j]],
+                    timesteps[[j]],
+                    encoder_hidden_states[[j]],
+                    None if pose_features is None else pose_features[[j]],
+                    None if reference is None else reference.clip(j, num_frames),
+                    None if residuals is None else [part[frames] for part in residuals],
+                )
+            )
+        return torch.cat(predictions)
+
+    def attention_grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Token grids (height, width) of the self-attention levels for latents of this size, finest first.
+
+        Every stage but the last halves the latents, rounding up, as a stride-2 convolution with padding 1 does.
+        """
+        grids = []
+        for block in self.down_blocks:
+            if getattr(block, "has_cross_attention", False):
+                grids.append((height, width))
+            if block.downsamplers is not None:
+                height, width = -(-height // 2), -(-width // 2)
+        if self.mid_block is not None and getattr(self.mid_block, "has_cross_attention", False):
+            grids.append((height, width))
+        return list(dict.fromkeys(grids))
+
+    def motion_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all motion modules: what the second training stage trains."""
+        return [parameter for name, parameter in self.named_parameters() if "motion_modules" in name]
+
+
+def clip_norm(norm: nn.GroupNorm) -> ClipGroupNorm:
+    """The same norm, over clips. Its parameters are those of `norm`."""
+    replacement = ClipGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+    replacement.weight, replacement.bias = norm.weight, norm.bias
+    return replacement
+
+
+class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):
+    """Encodes pose pictures into features of the denoising UNet's first resolution, frame by frame.
+
+    Each entry of `block_out_channels` after the first halves the picture, so four of them fit a VAE of factor 8.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        conditioning_embedding_channels: int = 320,
+        conditioning_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (16, 32, 96, 256),
+    ):
+        super().__init__(conditioning_embedding_channels, conditioning_channels, block_out_channels)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        """Pose pictures (b, 3, f, H, W) in [0, 1] -> (b, c, f, h, w)."""
+        features = super().forward(pose.transpose(1, 2).flatten(0, 1))
+        return features.unflatten(0, (len(pose), -1)).transpose(1, 2)

@@ -1,0 +1,48 @@
+"""Small real objects that several test files use."""
+
+import os
+
+import pytest
+import torch
+
+# Before any import of a hub client: tests never reach for a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline():
+    """An AnimationPipeline of the smallest networks, every parameter random, so that no path is a no-op."""
+    from diffusers import AutoencoderKL
+
+    from models.animate_anyone import AnimateAnyone
+    from training.build import make_pipeline, new_networks
+    from training.config import ModelConfig, NoiseConfig
+
+    torch.manual_seed(0)
+    sizes = ModelConfig(
+        block_out_channels=[16, 32],
+        attention_heads=2,
+        norm_num_groups=8,
+        motion_max_seq_length=8,
+        pose_channels=[8, 8, 8],
+        context_dim=8,
+        image_encoder_size=16,
+        image_encoder_width=16,
+        image_encoder_layers=1,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    model: AnimateAnyone = new_networks(sizes, 4, 32)
+    for parameter in model.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    pipeline = make_pipeline(vae.eval(), model.eval(), NoiseConfig())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,118 @@
+"""Configuration, user errors, whole files."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import MISSING
+
+from core.config import config_dict, describe, load_config, save_config
+from core.errors import UserError
+from core.files import complete_file, complete_folder, existing_file, output_folder
+
+
+@dataclass
+class Inner:
+    steps: int = 20
+    guidance_scale: float = 3.5
+
+
+@dataclass
+class Outer:
+    output: str = MISSING
+    seed: int | None = None
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    dry_run: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_overrides_win_over_files_and_files_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output: a\nseed: 3\ninner:\n  steps: 5\n")
+    config = load_config(Outer, ["--config", str(file), "inner.steps=7", "sizes=[4,5,6]"], file_option="--config")
+    assert (config.output, config.seed, config.inner.steps, config.sizes) == ("a", 3, 7, [4, 5, 6])
+    assert config.inner.guidance_scale == 3.5
+
+
+def test_saved_configuration_loads_back_equal(tmp_path):
+    config = load_config(Outer, ["output=x", "seed=null", "inner.guidance_scale=1"])
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(Outer, [], files=[tmp_path / "c.yaml"]) == config
+    assert config_dict(config)["inner"] == {"steps": 20, "guidance_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [("sed=1", "'seed'"), ("inner.step=1", "'inner.steps'"), ("steps=1", "'inner.steps'"), ("outptu=1", "'output'")],
+)
+def test_unknown_key_names_the_nearest(argument, nearest):
+    with pytest.raises(UserError, match=nearest):
+        load_config(Outer, ["output=x", argument])
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("inner:\n  stepz: 5\n")
+    with pytest.raises(UserError, match=r"wrong\.yaml.*inner\.stepz.*inner\.steps"):
+        load_config(Outer, ["--config", str(file)], file_option="--config")
+
+
+@pytest.mark.parametrize("argument", ["inner.steps=many", "sizes=3", "inner=4", "steps", "--unknown"])
+def test_values_of_a_wrong_form_are_refused(argument):
+    with pytest.raises(UserError):
+        load_config(Outer, ["output=x", argument])
+
+
+def test_required_value_is_named():
+    with pytest.raises(UserError, match="output= is required"):
+        load_config(Outer, [])
+
+
+def test_flags_are_booleans():
+    assert load_config(Outer, ["output=x", "--dry-run"], flags=("dry_run",)).dry_run
+
+
+def test_help_names_every_key():
+    text = describe(Outer)
+    assert "inner.guidance_scale=3.5" in text and "output=   (required)" in text
+
+
+def test_a_file_that_fails_leaves_nothing(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("before")
+    with pytest.raises(RuntimeError), complete_file(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "before"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "out"
+    for content in ("first", "second"):
+        with complete_folder(target) as folder:
+            (folder / content).write_text(content)
+    assert [p.name for p in target.iterdir()] == ["second"]
+    with pytest.raises(RuntimeError), complete_folder(target) as folder:
+        (folder / "third").write_text("x")
+        raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["second"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_paths_of_the_wrong_kind(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        output_folder(file)
+    with pytest.raises(UserError, match="reference=.*does not exist"):
+        existing_file(tmp_path / "none", "reference")
+    with pytest.raises(UserError, match="is a folder"):
+        existing_file(tmp_path, "reference")
+
+
+def test_commands_end_with_one_line_and_code_2():
+    program = (
+        "from core.errors import *\ndef main(arguments):\n    raise UserError('no such\\nfile')\nrun_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no such file\n")

@@ -1,0 +1,226 @@
+"""The pipeline: inputs and outputs of every kind, windows, guidance, calibration, save and load."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from data.pose import Poses
+from models.pipeline import AnimationPipeline, as_pictures
+from models.pipeline_folder import COMPONENTS, load_pipeline
+from models.reference_attention import reference_layers
+from tpc import CalibrationConfig, calibrate
+
+SIZE = (32, 24)
+
+
+@pytest.fixture
+def reference() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def poses() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
+
+
+def run(pipeline, reference, poses, seed=0, output_type="pt", **arguments) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    arguments = {"num_inference_steps": 2, **arguments}
+    return pipeline(reference, poses, generator=generator, output_type=output_type, **arguments).frames
+
+
+def standing_poses(num_frames: int, size=(64, 64), offset=0.0) -> Poses:
+    """A standing stick person who shifts to the right frame by frame."""
+    x = np.array([0, 1, -1, 2, -2, 6, -6, 9, -9, 9, -9, 4, -4, 4, -4, 4, -4], np.float32) + size[0] / 2
+    y = np.array([8, 6, 6, 7, 7, 16, 16, 26, 26, 34, 34, 34, 34, 46, 46, 58, 58], np.float32)
+    shift = np.arange(num_frames, dtype=np.float32)[:, None] + offset
+    keypoints = np.stack([x + shift, np.broadcast_to(y, (num_frames, 17))], axis=-1)[:, None]
+    return Poses(keypoints, np.ones((num_frames, 1, 17), np.float32), size, 25.0)
+
+
+@pytest.fixture
+def calibration():
+    """Calibrated images of a noise picture for five frames of 32 x 24."""
+    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    frame_map = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
+
+    def make(**config):
+        return calibrate(
+            picture,
+            standing_poses(1),
+            standing_poses(5, offset=2),
+            SIZE,
+            CalibrationConfig(**config),
+            frame_map=frame_map,
+            reference_map=frame_map,
+        )
+
+    return make
+
+
+def test_kinds_of_input_agree(tiny_pipeline, reference, poses):
+    arrays = run(tiny_pipeline, reference, poses)
+    images = run(tiny_pipeline, Image.fromarray(reference), [Image.fromarray(pose) for pose in poses])
+    tensors = run(
+        tiny_pipeline,
+        torch.from_numpy(reference).permute(2, 0, 1) / 255,
+        torch.from_numpy(poses).permute(0, 3, 1, 2) / 255,
+    )
+    assert arrays.shape == (5, 3, 24, 32)
+    assert torch.equal(arrays, images) and torch.allclose(arrays, tensors, atol=1e-4)
+
+
+def test_kinds_of_output_agree(tiny_pipeline, reference, poses):
+    tensor = run(tiny_pipeline, reference, poses)
+    array = run(tiny_pipeline, reference, poses, output_type="np")
+    images = run(tiny_pipeline, reference, poses, output_type="pil")
+    latents = run(tiny_pipeline, reference, poses, output_type="latent")
+    assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    assert np.abs(np.stack([np.asarray(i) for i in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
+    assert latents.shape == (1, 4, 5, 6, 8)
+    decoded = tiny_pipeline.decode_latents(latents, 2)
+    assert torch.allclose(decoded.clamp(-1, 1) / 2 + 0.5, tensor, atol=1e-5)
+
+
+def test_same_seed_same_frames(tiny_pipeline, reference, poses):
+    assert torch.equal(run(tiny_pipeline, reference, poses), run(tiny_pipeline, reference, poses))
+    assert not torch.equal(run(tiny_pipeline, reference, poses), run(tiny_pipeline, reference, poses, seed=1))
+
+
+def test_reference_and_poses_matter(tiny_pipeline, reference, poses):
+    base = run(tiny_pipeline, reference, poses)
+    assert not torch.allclose(base, run(tiny_pipeline, 255 - reference, poses), atol=1e-3)
+    assert not torch.allclose(base, run(tiny_pipeline, reference, 255 - poses), atol=1e-3)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 8, 13])
+def test_any_length(tiny_pipeline, reference, poses, num_frames):
+    clip = np.resize(poses, (num_frames, *poses.shape[1:]))
+    assert run(tiny_pipeline, reference, clip, window_overlap=2).shape == (num_frames, 3, 24, 32)
+
+
+def test_one_window_of_all_frames_is_no_window(tiny_pipeline, reference, poses):
+    whole = run(tiny_pipeline, reference, poses)
+    windowed = run(tiny_pipeline, reference, poses, window_size=5)
+    pieces = run(tiny_pipeline, reference, poses, window_size=3, window_overlap=1)
+    assert torch.equal(whole, windowed)
+    assert not torch.allclose(whole, pieces, atol=1e-4)
+
+
+def test_guidance_one_is_the_conditional_half(tiny_pipeline, reference, poses):
+    """guided = u + s (c - u) is linear in s: with one step, latents at s = 0, 1, 2 are evenly spaced."""
+    latents = [
+        run(tiny_pipeline, reference, poses, output_type="latent", guidance_scale=s, num_inference_steps=1)
+        for s in (1e-12, 1, 2)
+    ]
+    assert torch.allclose(latents[0] + latents[2], 2 * latents[1], atol=1e-3)
+    assert not torch.allclose(latents[0], latents[2], atol=1e-3)
+
+
+def test_unconditional_half_sees_neither_reference_nor_calibration(tiny_pipeline, reference, poses, calibration):
+    # A scale of nearly zero leaves the unconditional half alone.
+    kept = {"guidance_scale": 1e-12, "output_type": "latent"}
+    base = run(tiny_pipeline, reference, poses, **kept)
+    assert torch.allclose(base, run(tiny_pipeline, 255 - reference, poses, **kept), atol=1e-4)
+    assert torch.allclose(base, run(tiny_pipeline, reference, poses, calibration=calibration(), **kept), atol=1e-4)
+
+
+def test_callback_sees_every_step_and_may_replace_latents(tiny_pipeline, reference, poses):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, timestep))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = run(tiny_pipeline, reference, poses, output_type="latent", callback_on_step_end=callback)
+    assert [step for step, _ in seen] == [0, 1] and seen[0][1] == 999
+    assert latents.abs().max() == 0
+
+
+def test_given_latents_are_used(tiny_pipeline, reference, poses):
+    latents = torch.randn(1, 4, 5, 6, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(tiny_pipeline, reference, poses, latents=latents), run(tiny_pipeline, reference, poses))
+
+
+@pytest.mark.parametrize("preset", ["paper", "release", "best"])
+def test_calibration_changes_the_result(tiny_pipeline, reference, poses, calibration, preset):
+    made = calibration(preset=preset)
+    assert len(made.used(2)) > 0
+    base = run(tiny_pipeline, reference, poses)
+    assert not torch.allclose(base, run(tiny_pipeline, reference, poses, calibration=made), atol=1e-4)
+
+
+def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibration):
+    """Frame 3 gets the same calibrated image in whichever window it falls."""
+    made = calibration()
+    pipeline = tiny_pipeline
+    context = torch.zeros(1, 1, 8)
+    bank = pipeline.encode_reference(as_pictures(reference, "reference") * 2 - 1, context, made, 3)
+    for step in range(3):
+        first = pipeline.reference_context(bank, range(0, 4), step, (6, 8))
+        second = pipeline.reference_context(bank, range(3, 5), step, (6, 8))
+        assert torch.equal(first.index[3], second.index[0])
+        for n in first.query_flags:
+            assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
+            assert torch.equal(first.key_flags[n][3], second.key_flags[n][0])
+
+
+def test_only_drawn_images_are_encoded_and_once(tiny_pipeline, reference, calibration):
+    made = calibration()
+    bank = tiny_pipeline.encode_reference(as_pictures(reference, "reference") * 2 - 1, torch.zeros(1, 1, 8), made, 2)
+    count = 1 + len(made.used(2))
+    assert {len(tokens) for tokens in bank.tokens.values()} == {count}
+    assert set(bank.tokens) == set(reference_layers(tiny_pipeline.denoising_unet))
+    drawn = {int(member) for step in range(2) for member in made.index(step).ravel() if member >= 0}
+    assert set(bank.slots) == drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"width": 30, "height": 24}, "size"),
+        ({"window_size": 9}, "window_size"),
+        ({"output_type": "gif"}, "output_type"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size"),
+        ({"latents": torch.zeros(1, 4, 5, 6, 7)}, "latents"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback"),
+    ],
+)
+def test_wrong_arguments_are_named(tiny_pipeline, reference, poses, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        run(tiny_pipeline, reference, poses, **arguments)
+
+
+def test_calibration_of_another_clip_is_refused(tiny_pipeline, reference, poses, calibration):
+    with pytest.raises(ValueError, match="calibration has 5 frames"):
+        run(tiny_pipeline, reference, poses[:3], calibration=calibration())
+    with pytest.raises(ValueError, match="calibration is for"):
+        run(tiny_pipeline, reference, poses, calibration=calibration(), width=24, height=24)
+
+
+def test_save_and_load_give_the_same_frames(tiny_pipeline, reference, poses, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "p")
+    loaded = load_pipeline(tmp_path / "p")
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded, AnimationPipeline)
+    assert loaded.scheduler.config.rescale_betas_zero_snr
+    assert torch.allclose(run(tiny_pipeline, reference, poses), run(loaded, reference, poses), atol=1e-4)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_missing_component_is_named(tiny_pipeline, tmp_path, component):
+    tiny_pipeline.save_pretrained(tmp_path / "p")
+    for file in (tmp_path / "p" / component).iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=component):
+        load_pipeline(tmp_path / "p")
+
+
+def test_folders_that_are_no_pipelines(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_pipeline(tmp_path / "none")
+    with pytest.raises(UserError, match="not a pipeline folder"):
+        load_pipeline(tmp_path)

@@ -1,0 +1,242 @@
+"""Test-time Procrustes calibration of a reference picture to a driving clip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from data.framing import fit_matrix
+from data.pose import Poses
+from tpc.clip import (
+    PersonTrack,
+    Scene,
+    estimate_clip,
+    follow_person,
+    match_persons,
+    warp_clip,
+)
+from tpc.config import CalibrationConfig, resolve
+from tpc.estimation import Estimate, ReferencePerson
+from tpc.procrustes import SimilarityTransform, apply_matrix, residual
+from tpc.result import Calibration, PersonFrame
+from tpc.skeleton import MIRRORED, draw_silhouette, head_axis, keypoint_box, visible
+from tpc.warping import mask_picture, warp_mask
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def calibrate(
+    reference: np.ndarray,
+    reference_poses: Poses,
+    driving_poses: Poses,
+    size: tuple[int, int],
+    config: CalibrationConfig | None = None,
+    *,
+    reference_masks: np.ndarray | None = None,
+    driving_masks: Sequence[np.ndarray] | np.ndarray | None = None,
+    frame_map: np.ndarray | SimilarityTransform | None = None,
+    reference_map: np.ndarray | SimilarityTransform | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Carry the persons of a reference picture to where they are in every frame of a driving clip.
+
+    Convention: pixels (x, y), y down, pixel centres at integers. Calibrated pictures are resampled once, straight from
+    the original reference to the model's frame.
+
+    Args:
+        reference: (h, w, 3) uint8 RGB, the original picture.
+        reference_poses: its persons, one frame.
+        driving_poses: persons of the clip, in original driving pixels.
+        size: (width, height) of the model's frame.
+        config: what to do; None = our default.
+        reference_masks: (persons, h, w) bool in the order of `reference_poses`; None = drawn around the keypoints.
+        driving_masks: for every frame (persons, H, W) bool in the order of `driving_poses`, an array or any sequence
+            of which one frame is read at a time; None = drawn.
+        frame_map: (3, 3) similarity from original driving pixels to the model's frame; None = fitted in, centred.
+        reference_map: (3, 3) similarity from the original reference to the model's reference picture, which has the
+            same `size`; None = fitted in, centred.
+        progress: wraps the loop over frames, such as `tqdm`.
+
+    Raises:
+        UserError: a value in `config` that is not allowed.
+        ValueError: shapes or sizes that do not belong together.
+    """
+    start = time.perf_counter()
+    config = resolve(config)
+    _check(reference, reference_poses, driving_poses, size, reference_masks, driving_masks)
+    scene = Scene(
+        size=(int(size[0]), int(size[1])),
+        reference_size=(reference.shape[1], reference.shape[0]),
+        driving_size=tuple(driving_poses.size),
+        frame_map=_map("frame_map", frame_map, driving_poses.size, size),
+        reference_map=_map("reference_map", reference_map, reference_poses.size, size),
+    )
+    persons, masks = _reference_persons(reference_poses, reference_masks, config)
+    slots = match_persons(persons, driving_poses, config)
+    order = progress(range(len(slots))) if progress else range(len(slots))
+    estimates = estimate_clip(persons, driving_poses, slots, driving_masks, scene, config, order)
+    tracks = [follow_person(person, [row[p] for row in estimates.frames], config) for p, person in enumerate(persons)]
+    warped = warp_clip(reference, masks, tracks, estimates.target_masks, scene, config)
+    records = []
+    for f, row in enumerate(estimates.frames):
+        describe = [_describe(driving_poses, f, int(slot), config) for slot in slots[f]]
+        records.append(
+            tuple(
+                _record(p, persons[p], tracks[p], f, row[p], describe[p], warped.iou[f, p], scene)
+                for p in range(len(persons))
+            )
+        )
+    matrices = [track.matrices for track in tracks]
+    return Calibration(
+        config=config,
+        size=scene.size,
+        reference_size=scene.reference_size,
+        driving_size=scene.driving_size,
+        fps=float(driving_poses.fps),
+        images=warped.images,
+        masks=warped.masks,
+        member=warped.member,
+        matrices=np.stack(matrices, 1) if matrices else np.zeros((len(slots), 0, 3, 3)),
+        records=tuple(records),
+        target_masks=estimates.target_masks,
+        other_masks=estimates.other_masks,
+        reference_masks=_in_model_picture(masks, scene),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _reference_persons(
+    poses: Poses, given: np.ndarray | None, config: CalibrationConfig
+) -> tuple[list[ReferencePerson], np.ndarray]:
+    """The persons, and their masks (persons, h, w) bool: those given, or drawn around the keypoints."""
+    width, height = poses.size
+    count = poses.keypoints.shape[1]
+    masks = np.zeros((count, height, width), bool) if given is None else np.asarray(given).astype(bool)
+    persons = []
+    for p in range(count):
+        person = ReferencePerson.of(
+            poses.keypoints[0, p],
+            poses.scores[0, p],
+            poses.size,
+            None if given is None else masks[p],
+            config.reference_score_threshold,
+        )
+        persons.append(person)
+        if given is None:
+            masks[p] = draw_silhouette(person.keypoints, person.seen, poses.size)
+    return persons, masks
+
+
+def _in_model_picture(masks: np.ndarray, scene: Scene) -> np.ndarray:
+    shape = (0, scene.size[1], scene.size[0])
+    warped = [warp_mask(mask_picture(mask), scene.reference_map, scene.size) for mask in masks]
+    return np.stack(warped) if warped else np.zeros(shape, bool)
+
+
+def _describe(poses: Poses, frame: int, slot: int, config: CalibrationConfig) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keypoints (17, 2) and visibility (17,) of a driving person, None when absent."""
+    if slot < 0:
+        return None
+    keypoints = poses.keypoints[frame, slot].astype(np.float64)
+    return keypoints, visible(poses.scores[frame, slot], keypoints, config.score_threshold)
+
+
+def _record(
+    number: int,
+    person: ReferencePerson,
+    track: PersonTrack,
+    frame: int,
+    estimate: Estimate,
+    driving: tuple[np.ndarray, np.ndarray] | None,
+    iou: float,
+    scene: Scene,
+) -> PersonFrame:
+    misalignment = _misalignment(person, driving, scene) if driving is not None else {}
+    if not track.available[frame]:
+        return PersonFrame(number, "uncalibrated", estimate.reason, **misalignment)
+    matrix, error = track.matrices[frame], None
+    if estimate.keypoints and driving is not None:
+        weights = np.zeros(len(person.seen))
+        weights[list(estimate.keypoints)] = 1
+        source = person.keypoints[MIRRORED] if estimate.mirrored else person.keypoints
+        error = round(float(residual(matrix, source, driving[0], weights)), 4)
+    return PersonFrame(
+        number,
+        "calibrated" if track.calibrated[frame] else "interpolated",
+        estimate.reason,
+        matrix=matrix.tolist(),
+        scale=float(np.sqrt(abs(np.linalg.det(matrix[:2, :2])))),
+        rotation_deg=float(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0]))),
+        keypoints=estimate.keypoints,
+        residual_px=error,
+        mask_iou=None if np.isnan(iou) else round(float(iou), 4),
+        **misalignment,
+    )
+
+
+def _misalignment(person: ReferencePerson, driving: tuple[np.ndarray, np.ndarray], scene: Scene) -> dict[str, float]:
+    """The paper's two measures of misalignment before calibration: relative angle, and IoU of the person boxes."""
+    measures: dict[str, float] = {}
+    ours, theirs = head_axis(person.keypoints, person.seen), head_axis(*driving)
+    if ours is not None and theirs is not None:
+        turn = np.arctan2(theirs[1], theirs[0]) - np.arctan2(ours[1], ours[0])
+        measures["relative_angle_deg"] = round(float((np.degrees(turn) + 180) % 360 - 180), 3)
+    boxes = (
+        keypoint_box(apply_matrix(scene.reference_map, person.keypoints), person.seen),
+        keypoint_box(apply_matrix(scene.frame_map, driving[0]), driving[1]),
+    )
+    if boxes[0] is not None and boxes[1] is not None:
+        measures["box_iou"] = round(box_iou(*boxes), 4)
+    return measures
+
+
+def box_iou(first: np.ndarray, second: np.ndarray) -> float:
+    """IoU of two boxes x0, y0, x1, y1; 0 for boxes without area."""
+    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+    both = float(np.prod(np.maximum(sides, 0)))
+    total = float(np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2])) - both
+    return both / total if total > 0 else 0.0
+
+
+def _map(name: str, value: np.ndarray | SimilarityTransform | None, source: tuple, size: tuple) -> np.ndarray:
+    if value is None:
+        return fit_matrix(source, size, "contain")
+    matrix = np.asarray(getattr(value, "matrix", value), np.float64)
+    if matrix.shape != (3, 3):
+        raise ValueError(f"{name} must be (3, 3), got {matrix.shape}")
+    SimilarityTransform.from_matrix(matrix)  # raises when it is not a similarity
+    return matrix
+
+
+def _check(
+    reference: np.ndarray,
+    reference_poses: Poses,
+    driving_poses: Poses,
+    size: tuple[int, int],
+    reference_masks: np.ndarray | None,
+    driving_masks: Sequence[np.ndarray] | None,
+) -> None:
+    if reference.dtype != np.uint8 or reference.ndim != 3 or reference.shape[2] != 3 or reference.size == 0:
+        raise ValueError(f"reference must be (h, w, 3) uint8, got {reference.shape} {reference.dtype}")
+    height, width = reference.shape[:2]
+    if tuple(reference_poses.size) != (width, height):
+        raise ValueError(f"reference_poses are for {tuple(reference_poses.size)}, the reference is {(width, height)}")
+    if len(reference_poses.keypoints) != 1:
+        raise ValueError(f"reference_poses must hold one frame, got {len(reference_poses.keypoints)}")
+    if len(driving_poses.keypoints) == 0:
+        raise ValueError("driving_poses hold no frame")
+    if min(size) < 1:
+        raise ValueError(f"size must be positive (width, height), got {tuple(size)}")
+    persons = reference_poses.keypoints.shape[1]
+    if reference_masks is not None and np.shape(reference_masks) != (persons, height, width):
+        raise ValueError(f"reference_masks must be {(persons, height, width)}, got {np.shape(reference_masks)}")
+    if driving_masks is None:
+        return
+    frames, slots = driving_poses.keypoints.shape[:2]
+    if len(driving_masks) != frames:
+        raise ValueError(f"driving_masks must be for {frames} frames, got {len(driving_masks)}")
+    expected = (slots, driving_poses.size[1], driving_poses.size[0])
+    if np.shape(driving_masks[0]) != expected:
+        raise ValueError(f"driving_masks must be {expected} for every frame, got {np.shape(driving_masks[0])}")

@@ -1,0 +1,175 @@
+"""Every choice of a calibration, and the three presets that make all of them."""
+
+from dataclasses import dataclass, fields, replace
+
+from core.errors import UserError
+
+PRESETS = ("best", "paper", "release")
+TRANSFORMS = ("procrustes", "affine", "linear")
+KEYPOINT_RULES = ("exhaustive", "consensus", "all", "trunk", "torso", "face")
+PROPAGATIONS = ("iterative", "hold", "off")
+VISIBILITIES = ("paper", "release", "exclusive")
+FILLS = ("scene", "reference", "black", "mean")
+BACK_VIEWS = ("swap", "keep", "reject")
+MATCHES = ("track", "given")
+
+
+@dataclass
+class CalibrationConfig:
+    """How a reference is calibrated to a driving clip. `None` means: as the preset says.
+
+    `CalibrationConfig(preset="paper", groups=10)` is the paper's method with ten groups; `resolve` fills in the rest.
+    """
+
+    preset: str = "best"  # best: our default; paper: the published method; release: what the authors' code does
+
+    # Step 1: the transform of every frame.
+    transform: str | None = None  # procrustes (similarity), affine, linear (scale and turn about the picture's centre)
+    keypoints: str | None = None  # exhaustive (silhouette IoU over all subsets), consensus, all, trunk, torso, face
+    min_keypoints: int | None = None  # points: smallest subset that may serve
+    score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
+    reference_score_threshold: float | None = None  # 0-1: a reference keypoint counts above it
+    weighted: bool | None = None  # weight keypoints by the product of their two scores
+    tie_tolerance: float | None = None  # IoU: subsets this close to the best count as equal; the largest of them wins
+    consensus_tolerance: float | None = None  # part of the driving person's size: how far off an agreeing point may be
+    back_view: str | None = None  # one side seen from behind: swap left and right, keep them, or reject the frame
+
+    # Which transforms are trusted, and what is done about the others.
+    min_scale: float | None = None  # driving pixels per reference pixel
+    max_scale: float | None = None  # driving pixels per reference pixel
+    max_rotation: float | None = None  # degrees, 180 = any
+    min_iou: float | None = None  # silhouette IoU below which a transform is not trusted
+    max_residual: float | None = None  # part of the driving person's size: RMS distance of the points used, 0 = any
+    max_gap: int | None = None  # frames: longest gap that is interpolated; 0 = none
+    smoothing: float | None = None  # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
+    match: str | None = None  # persons: track them and assign them, or take slot j of both pose files as given
+
+    # What is painted around the calibrated person before it is encoded.
+    fill: str | None = None  # scene (reference picture without its person), reference (warped along), black, mean
+
+    # Step 2: iterative propagation.
+    propagation: str | None = None  # iterative (one random member a group and step), hold (first member), off
+    groups: int | None = None  # number of groups M; 0 = groups of four frames
+
+    # Step 3: who sees which tokens.
+    visibility: str | None = None  # paper, release, exclusive; see tpc.attention
+    mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
+    seed: int | None = None  # of the propagation's draws
+
+
+def best() -> CalibrationConfig:
+    """Our default."""
+    return CalibrationConfig(
+        preset="best",
+        transform="procrustes",
+        keypoints="exhaustive",
+        min_keypoints=3,
+        score_threshold=0.3,
+        reference_score_threshold=0.3,
+        weighted=True,
+        tie_tolerance=0.02,
+        consensus_tolerance=0.05,
+        back_view="swap",
+        min_scale=0.02,
+        max_scale=50.0,
+        max_rotation=180.0,
+        min_iou=0.1,
+        max_residual=0.0,
+        max_gap=8,
+        smoothing=1.5,
+        match="track",
+        fill="scene",
+        propagation="iterative",
+        groups=0,
+        visibility="exclusive",
+        mask_threshold=0.0,
+        seed=0,
+    )
+
+
+def paper() -> CalibrationConfig:
+    """The method as published: unweighted points, best silhouette IoU, 30 groups, r stays visible to all."""
+    return replace(
+        best(),
+        preset="paper",
+        weighted=False,
+        tie_tolerance=0.0,
+        back_view="keep",
+        min_scale=1e-3,
+        max_scale=1e3,
+        min_iou=0.0,
+        max_gap=0,
+        smoothing=0.0,
+        fill="black",
+        groups=30,
+        visibility="paper",
+    )
+
+
+def release() -> CalibrationConfig:
+    """What the authors' code does: five points of the face, every fourth frame held, exclusive masks.
+
+    Its errors are left out: a face of three points is fitted like any other, and the picture keeps its aspect ratio.
+    """
+    return replace(
+        paper(),
+        preset="release",
+        keypoints="face",
+        min_keypoints=2,
+        reference_score_threshold=0.0,
+        fill="reference",
+        propagation="hold",
+        groups=0,
+        visibility="release",
+        mask_threshold=0.001,
+    )
+
+
+def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
+    """Fill every `None` of `config` from its preset and check the values.
+
+    Raises:
+        UserError: an unknown choice or a value out of range, with the allowed ones.
+    """
+    config = config or CalibrationConfig()
+    _check_choice("preset", config.preset, PRESETS)
+    full = {"best": best, "paper": paper, "release": release}[config.preset]()
+    given = {field.name: getattr(config, field.name) for field in fields(CalibrationConfig)}
+    full = replace(full, **{name: value for name, value in given.items() if value is not None})
+    for name, allowed in (
+        ("transform", TRANSFORMS),
+        ("keypoints", KEYPOINT_RULES),
+        ("back_view", BACK_VIEWS),
+        ("match", MATCHES),
+        ("fill", FILLS),
+        ("propagation", PROPAGATIONS),
+        ("visibility", VISIBILITIES),
+    ):
+        _check_choice(name, getattr(full, name), allowed)
+    for name, low, high in (
+        ("min_keypoints", 2, 17),
+        ("score_threshold", 0, 1),
+        ("reference_score_threshold", 0, 1),
+        ("tie_tolerance", 0, 1),
+        ("consensus_tolerance", 0, 10),
+        ("min_scale", 0, full.max_scale),
+        ("max_rotation", 0, 180),
+        ("min_iou", 0, 1),
+        ("max_residual", 0, float("inf")),
+        ("max_gap", 0, float("inf")),
+        ("smoothing", 0, 1000),
+        ("groups", 0, float("inf")),
+        ("mask_threshold", 0, 1),
+    ):
+        _check_range(name, getattr(full, name), low, high)
+    return full
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"tpc.{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"tpc.{name} must be in {low:g} to {high:g}; got {value!r}")

@@ -1,0 +1,235 @@
+"""What a calibration is: calibrated pictures, their masks, and which frame uses which at every denoising step."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from core.errors import UserError
+from core.files import complete_folder
+from tpc.config import CalibrationConfig, resolve
+from tpc.propagation import Schedule
+from tpc.storage import LazyImages, PackedMasks
+
+STATUSES = ("calibrated", "interpolated", "uncalibrated")
+REPORT_FILE, ARRAYS_FILE, PICTURES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
+
+
+@dataclass(frozen=True)
+class PersonFrame:
+    """What is known about one person of the reference in one driving frame; the fields of `calibration.json`.
+
+    Attributes:
+        status: "calibrated", "interpolated" (from frames before and after) or "uncalibrated" (plain reference attention).
+        reason: why it is not calibrated, or something to know about how it is.
+        matrix: [[a, -b, tx], [b, a, ty], [0, 0, 1]], original reference pixels to original driving pixels.
+        keypoints: numbers of the COCO keypoints that served.
+        residual_px: their RMS distance after the transform, driving pixels.
+        mask_iou: of the calibrated and the driving person's mask in the model's frame.
+        relative_angle_deg: between the pelvis-to-nose lines of the reference and the driving person, in [-180, 180].
+        box_iou: of the boxes of their keypoints, before calibration, in the model's frame.
+    """
+
+    person: int
+    status: str
+    reason: str | None = None
+    matrix: list[list[float]] | None = None
+    scale: float | None = None
+    rotation_deg: float | None = None
+    keypoints: tuple[int, ...] = ()
+    residual_px: float | None = None
+    mask_iou: float | None = None
+    relative_angle_deg: float | None = None
+    box_iou: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A reference calibrated to a driving clip; made by `tpc.calibrate`, a plain value without hidden state.
+
+    Sizes are (width, height); "the model's frame" is the picture the animator works on, of `size`.
+
+    Attributes:
+        config: resolved, see `CalibrationConfig`.
+        size: of the model's frame.
+        reference_size, driving_size: of the original pictures.
+        fps: frames per second of the driving clip.
+        images: (n, h, w, 3) uint8, the distinct calibrated pictures; indexed like an array, made on demand.
+        masks: (n, h, w) bool, the calibrated person in each; indexed like an array.
+        member: (frames, persons) int, the calibrated picture made from each frame, -1 = uncalibrated.
+        matrices: (frames, persons, 3, 3) original reference to original driving pixels, identity where uncalibrated.
+        records: for every frame and person, what `calibration.json` says.
+        target_masks: (frames, persons, h, w) bool, where each person of the reference is in the driving frames.
+        other_masks: (frames, h, w) bool, persons of the driving clip whom nobody in the reference corresponds to.
+        reference_masks: (persons, h, w) bool, the persons in the model's reference picture.
+        seconds: what making it took.
+    """
+
+    config: CalibrationConfig
+    size: tuple[int, int]
+    reference_size: tuple[int, int]
+    driving_size: tuple[int, int]
+    fps: float
+    images: LazyImages
+    masks: PackedMasks
+    member: np.ndarray
+    matrices: np.ndarray
+    records: tuple[tuple[PersonFrame, ...], ...]
+    target_masks: PackedMasks
+    other_masks: PackedMasks
+    reference_masks: np.ndarray
+    seconds: float = 0.0
+
+    @property
+    def frames(self) -> int:
+        return self.member.shape[0]
+
+    @property
+    def persons(self) -> int:
+        return self.member.shape[1]
+
+    @property
+    def status(self) -> np.ndarray:
+        """(frames, persons) str."""
+        return self._gather("status")
+
+    @property
+    def reason(self) -> np.ndarray:
+        """(frames, persons) str or None."""
+        return self._gather("reason")
+
+    def index(self, step: int) -> np.ndarray:
+        """(frames, persons) int: the picture of `images` each frame attends to at a denoising step, -1 = none.
+
+        A pure function of (seed, step, group, person): the same in every context window, on every rank and after a resume.
+        """
+        schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed)
+        source = schedule.source_frame(step)
+        return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
+
+    def used(self, num_steps: int) -> np.ndarray:
+        """(k,) int, ascending: the pictures that some of the steps 0 ... num_steps - 1 draws. Only these need encoding."""
+        drawn = [self.index(step) for step in range(num_steps)]
+        drawn = np.unique(np.concatenate([d.reshape(-1) for d in drawn])) if drawn else np.zeros(0, int)
+        return drawn[drawn >= 0]
+
+    def report(self) -> dict[str, Any]:
+        """The contents of `calibration.json`."""
+        return {
+            "reference": {"size": list(self.reference_size), "persons": self.persons},
+            "driving": {"size": list(self.driving_size), "frames": self.frames, "fps": self.fps},
+            "size": list(self.size),
+            "config": asdict(self.config),
+            "frames": [
+                {"frame": frame, "persons": [asdict(record) for record in records]}
+                for frame, records in enumerate(self.records)
+            ],
+            "summary": self.summary(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of the three statuses over frames and persons, the reasons, medians, and the time it took."""
+        records = [record for row in self.records for record in row]
+        reasons: dict[str, int] = {}
+        for record in records:
+            if record.reason:
+                reasons[record.reason] = reasons.get(record.reason, 0) + 1
+        ious = [record.mask_iou for record in records if record.mask_iou is not None]
+        return {
+            **{status: sum(record.status == status for record in records) for status in STATUSES},
+            "reasons": reasons,
+            "mean_mask_iou": round(float(np.mean(ious)), 4) if ious else None,
+            "images": len(self.images),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write `calibration.json`, `calibration.npz` and `calibrated/` with a picture and a mask a frame and person."""
+        with complete_folder(folder) as temporary:
+            self.write(temporary)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into an existing folder."""
+        pictures = folder / PICTURES_FOLDER
+        pictures.mkdir(exist_ok=True)
+        for number in range(len(self.images)):
+            image, mask = _encoded(self.images[number][..., ::-1]), _encoded(self.masks[number].astype(np.uint8) * 255)
+            for frame, person in zip(*np.nonzero(self.member == number), strict=True):
+                (pictures / f"{picture_name(frame, person)}.png").write_bytes(image)
+                (pictures / f"{picture_name(frame, person)}_mask.png").write_bytes(mask)
+        np.savez_compressed(
+            folder / ARRAYS_FILE,
+            member=self.member,
+            matrices=self.matrices,
+            masks=self.masks.bits,
+            target_masks=self.target_masks.bits,
+            other_masks=self.other_masks.bits,
+            reference_masks=self.reference_masks,
+        )
+        text = json.dumps(self.report(), indent=1, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Calibration:
+        """Read what `save` wrote; the pictures are read when they are used. UserError when it is something else."""
+        folder = Path(folder)
+        try:
+            report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+            with np.load(folder / ARRAYS_FILE, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            records = tuple(
+                tuple(PersonFrame(**{**r, "keypoints": tuple(r["keypoints"])}) for r in frame["persons"])
+                for frame in report["frames"]
+            )
+            size, member = tuple(report["size"]), arrays["member"]
+            return cls(
+                config=resolve(CalibrationConfig(**report["config"])),
+                size=size,
+                reference_size=tuple(report["reference"]["size"]),
+                driving_size=tuple(report["driving"]["size"]),
+                fps=report["driving"]["fps"],
+                images=_stored_images(folder / PICTURES_FOLDER, member, len(arrays["masks"]), size),
+                masks=PackedMasks(arrays["masks"], size),
+                member=member,
+                matrices=arrays["matrices"],
+                records=records,
+                target_masks=PackedMasks(arrays["target_masks"], size),
+                other_masks=PackedMasks(arrays["other_masks"], size),
+                reference_masks=arrays["reference_masks"],
+                seconds=report["summary"]["seconds"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder} does not hold a calibration: {error}") from None
+
+    def _gather(self, name: str) -> np.ndarray:
+        values = [[getattr(record, name) for record in row] for row in self.records]
+        return np.array(values, dtype=object).reshape(self.member.shape)
+
+
+def picture_name(frame: int, person: int) -> str:
+    """File name without suffix of a calibrated picture: 000000_p0."""
+    return f"{frame:06d}_p{person}"
+
+
+def _encoded(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
+
+
+def _stored_images(folder: Path, member: np.ndarray, count: int, size: tuple[int, int]) -> LazyImages:
+    paths = {}
+    for frame, person in zip(*np.nonzero(member >= 0), strict=True):
+        paths.setdefault(int(member[frame, person]), folder / f"{picture_name(frame, person)}.png")
+
+    def read(number: int) -> np.ndarray:
+        image = cv2.imread(str(paths[number]), cv2.IMREAD_COLOR)
+        if image is None:
+            raise UserError(f"{paths[number]} is missing or not a picture")
+        return image[..., ::-1].copy()
+
+    return LazyImages(count, size, read)

@@ -1,0 +1,207 @@
+"""The 17 COCO keypoints, a person's size measured on them, and the silhouette drawn when no mask is given."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(5)
+LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW, LEFT_WRIST, RIGHT_WRIST = range(5, 11)
+LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE, RIGHT_ANKLE = range(11, 17)
+NUM_KEYPOINTS = 17
+
+FACE = (NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR)
+TORSO = (LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_HIP, RIGHT_HIP)
+TRUNK = FACE + TORSO
+# Position of each keypoint after left and right are exchanged.
+MIRRORED = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15])
+
+# Length of each bone and width of the body around it, as parts of the standing height (Drillis and Contini's proportions,
+# rounded; widths include clothes).
+BONES = {
+    (LEFT_SHOULDER, RIGHT_SHOULDER): (0.22, 0.11),
+    (LEFT_SHOULDER, LEFT_ELBOW): (0.17, 0.065),
+    (RIGHT_SHOULDER, RIGHT_ELBOW): (0.17, 0.065),
+    (LEFT_ELBOW, LEFT_WRIST): (0.15, 0.05),
+    (RIGHT_ELBOW, RIGHT_WRIST): (0.15, 0.05),
+    (LEFT_SHOULDER, LEFT_HIP): (0.29, 0.11),
+    (RIGHT_SHOULDER, RIGHT_HIP): (0.29, 0.11),
+    (LEFT_HIP, RIGHT_HIP): (0.13, 0.13),
+    (LEFT_HIP, LEFT_KNEE): (0.245, 0.1),
+    (RIGHT_HIP, RIGHT_KNEE): (0.245, 0.1),
+    (LEFT_KNEE, LEFT_ANKLE): (0.245, 0.07),
+    (RIGHT_KNEE, RIGHT_ANKLE): (0.245, 0.07),
+}
+FACE_BONES = {
+    (LEFT_EAR, RIGHT_EAR): 0.085,
+    (LEFT_EYE, RIGHT_EYE): 0.038,
+    (NOSE, LEFT_EAR): 0.065,
+    (NOSE, RIGHT_EAR): 0.065,
+}
+HEAD_WIDTH, HEAD_HEIGHT = 0.1, 0.14
+HAND_LENGTH, FOOT_LENGTH = 0.08, 0.06
+
+
+def visible(scores: np.ndarray, keypoints: np.ndarray, threshold: float) -> np.ndarray:
+    """(..., 17) bool: scores above the threshold at finite coordinates. Score 0 never counts."""
+    return (scores > max(threshold, 0)) & np.isfinite(keypoints).all(-1)
+
+
+def body_height(keypoints: np.ndarray, seen: np.ndarray) -> float:
+    """Standing height in pixels that fits the visible bones (17, 2), (17,) bool; 0 when no bone is visible.
+
+    Perspective only shortens bones, so the answer is an upper quartile of what the bones say, not their mean.
+    """
+    lengths = {bone: share for bone, (share, _) in BONES.items()} | FACE_BONES
+    estimates = [
+        np.linalg.norm(keypoints[a] - keypoints[b]) / share for (a, b), share in lengths.items() if seen[a] and seen[b]
+    ]
+    return float(np.quantile(estimates, 0.75)) if estimates else 0.0
+
+
+def keypoint_box(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
+    """(4,) x0, y0, x1, y1 of the visible keypoints, or None without any."""
+    if not seen.any():
+        return None
+    return np.concatenate([keypoints[seen].min(0), keypoints[seen].max(0)])
+
+
+def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
+    """How much of the torso is seen from the front: about +1 from the front, -1 from behind, 0 from the side or unknown.
+
+    It is the shoulder (or hip) width, signed by left and right, over the torso's length, times what that ratio is for a
+    person seen squarely; it does not depend on the person's place, scale or rotation in the picture.
+    """
+    if not (seen[list(TORSO)]).all():
+        return 0.0
+    left, right = keypoints[[LEFT_SHOULDER, LEFT_HIP]], keypoints[[RIGHT_SHOULDER, RIGHT_HIP]]
+    across = (left - right).mean(0)
+    down = (keypoints[[LEFT_HIP, RIGHT_HIP]] - keypoints[[LEFT_SHOULDER, RIGHT_SHOULDER]]).mean(0)
+    length = float(np.linalg.norm(down))
+    if length == 0:
+        return 0.0
+    return float((across[0] * down[1] - across[1] * down[0]) / length**2 * 0.29 / 0.175)
+
+
+def head_axis(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
+    """(2,) vector from the pelvis to the nose, the line whose angle the paper measures; None when either is unseen."""
+    if not (seen[NOSE] and seen[LEFT_HIP] and seen[RIGHT_HIP]):
+        return None
+    return keypoints[NOSE] - keypoints[[LEFT_HIP, RIGHT_HIP]].mean(0)
+
+
+@dataclass(frozen=True)
+class Silhouette:
+    """A person's outline as a bitmap of its own resolution.
+
+    Attributes:
+        mask: (rows, columns) bool.
+        origin: (x, y) picture pixels of the bitmap's first sample.
+        cell: picture pixels between samples.
+        area: the person's area in picture pixels.
+    """
+
+    mask: np.ndarray
+    origin: tuple[float, float]
+    cell: float
+    area: float
+
+    def points(self) -> np.ndarray:
+        """(n, 2) picture coordinates of the samples inside the outline."""
+        rows, columns = np.nonzero(self.mask)
+        return np.stack([columns, rows], -1) * self.cell + self.origin
+
+
+def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_side: int | None = None) -> Silhouette:
+    """Crop a mask (h, w) bool to the person and sample it on a regular grid of whole pixels.
+
+    The grid is the finest with at most about `max_samples` samples inside and `max_side` along the longer side of the box.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return Silhouette(np.zeros((1, 1), bool), (0.0, 0.0), 1.0, 0.0)
+    top, left = int(rows[0]), int(columns[0])
+    crop = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    area, cell = int(np.count_nonzero(crop)), 1
+    if max_samples:
+        cell = max(cell, round((area / max_samples) ** 0.5))
+    if max_side:
+        cell = max(cell, -(-max(crop.shape) // max_side))
+    start = (cell - 1) // 2  # centres the grid on the box
+    return Silhouette(crop[start::cell, start::cell], (left + start, top + start), float(cell), float(area))
+
+
+def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Outline of a clothed body around the visible keypoints (17, 2): (h, w) bool, empty without a visible bone.
+
+    Limbs are thick lines, the torso a filled polygon, the head an ellipse, with widths in proportion to the person's size.
+    """
+    width, height = size
+    canvas = np.zeros((height, width), np.uint8)
+    body = body_height(keypoints, seen)
+    if body == 0:
+        return canvas.astype(bool)
+    painter = _Painter(canvas, body)
+    for (a, b), (_, thickness) in BONES.items():
+        if seen[a] and seen[b]:
+            painter.line(keypoints[a], keypoints[b], thickness)
+    for elbow, wrist in ((LEFT_ELBOW, LEFT_WRIST), (RIGHT_ELBOW, RIGHT_WRIST)):
+        if seen[elbow] and seen[wrist]:
+            painter.beyond(keypoints[elbow], keypoints[wrist], HAND_LENGTH, 0.05)
+    for knee, ankle in ((LEFT_KNEE, LEFT_ANKLE), (RIGHT_KNEE, RIGHT_ANKLE)):
+        if seen[knee] and seen[ankle]:
+            painter.beyond(keypoints[knee], keypoints[ankle], FOOT_LENGTH, 0.07)
+    torso = [i for i in (LEFT_SHOULDER, RIGHT_SHOULDER, RIGHT_HIP, LEFT_HIP) if seen[i]]
+    if len(torso) >= 3:
+        painter.polygon(keypoints[torso])
+    _draw_head(painter, keypoints, seen)
+    return canvas.astype(bool)
+
+
+def _draw_head(painter: "_Painter", keypoints: np.ndarray, seen: np.ndarray) -> None:
+    face = [i for i in FACE if seen[i]]
+    if not face:
+        return
+    # Ears lie at the middle of the head; the nose and the eyes lie in front of it and a little lower.
+    middle = keypoints[[i for i in face if i >= LEFT_EAR] or face].mean(0)
+    shoulders = [i for i in (LEFT_SHOULDER, RIGHT_SHOULDER) if seen[i]]
+    up = np.array([0.0, -1.0])
+    if shoulders:
+        neck = keypoints[shoulders].mean(0)
+        if np.linalg.norm(middle - neck) > 0:
+            up = (middle - neck) / np.linalg.norm(middle - neck)
+        painter.line(neck, middle, 0.06)
+    painter.ellipse(middle + 0.015 * painter.body * up, up, HEAD_WIDTH, HEAD_HEIGHT)
+
+
+class _Painter:
+    """Filled shapes on a canvas with sizes in parts of the body height, at a sixteenth of a pixel."""
+
+    SHIFT = 4
+    LIMIT = 2**26  # OpenCV's fixed-point coordinates overflow beyond
+
+    def __init__(self, canvas: np.ndarray, body: float):
+        self.canvas, self.body = canvas, body
+
+    def line(self, start: np.ndarray, end: np.ndarray, thickness: float) -> None:
+        pixels = min(max(1, round(thickness * self.body)), 32767)
+        ends = self._fixed(np.stack([start, end]))
+        cv2.line(self.canvas, tuple(map(int, ends[0])), tuple(map(int, ends[1])), 255, pixels, cv2.LINE_8, self.SHIFT)
+
+    def beyond(self, start: np.ndarray, end: np.ndarray, length: float, thickness: float) -> None:
+        """From `end` on in the direction start -> end."""
+        distance = np.linalg.norm(end - start)
+        if distance > 0:
+            self.line(end, end + (end - start) / distance * length * self.body, thickness)
+
+    def polygon(self, points: np.ndarray) -> None:
+        cv2.fillPoly(self.canvas, [self._fixed(points)], 255, cv2.LINE_8, self.SHIFT)
+
+    def ellipse(self, centre: np.ndarray, up: np.ndarray, width: float, height: float) -> None:
+        angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)[:, None]
+        side = np.array([-up[1], up[0]])
+        self.polygon(centre + self.body / 2 * (width * np.cos(angle) * side + height * np.sin(angle) * up))
+
+    def _fixed(self, points: np.ndarray) -> np.ndarray:
+        scaled = np.asarray(points, np.float64) * 2**self.SHIFT
+        return np.clip(np.round(scaled), -self.LIMIT, self.LIMIT).astype(np.int32)

@@ -1,0 +1,80 @@
+"""A person's transforms over time: gaps bridged, noise filtered.
+
+A similarity is described by log scale, angle, and where it puts the middle of the reference person: interpolating the translation
+of the picture's corner instead would swing the person around it. An affine map is described by its four coefficients and the
+same point.
+"""
+
+import numpy as np
+
+
+def to_parameters(matrices: np.ndarray, centre: np.ndarray, similar: bool) -> np.ndarray:
+    """(frames, 3, 3) matrices and a point (2,) -> (frames, 4) log scale, angle, x, y, or (frames, 6) coefficients, x, y."""
+    place = matrices[:, :2, :2] @ centre + matrices[:, :2, 2]
+    if not similar:
+        return np.concatenate([matrices[:, :2, :2].reshape(-1, 4), place], 1)
+    a, b = matrices[:, 0, 0], matrices[:, 1, 0]
+    return np.stack([np.log(np.hypot(a, b)), np.arctan2(b, a), place[:, 0], place[:, 1]], 1)
+
+
+def to_matrices(parameters: np.ndarray, centre: np.ndarray, similar: bool) -> np.ndarray:
+    """The inverse of `to_parameters`."""
+    matrices = np.tile(np.eye(3), (len(parameters), 1, 1))
+    if similar:
+        scale, angle = np.exp(parameters[:, 0]), parameters[:, 1]
+        a, b = scale * np.cos(angle), scale * np.sin(angle)
+        matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 0], matrices[:, 1, 1] = a, -b, b, a
+    else:
+        matrices[:, :2, :2] = parameters[:, :4].reshape(-1, 2, 2)
+    matrices[:, :2, 2] = parameters[:, -2:] - matrices[:, :2, :2] @ centre
+    return matrices
+
+
+def unwrap(parameters: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Angles (column 1 of similarities) continued over the known frames (frames,) bool, each by the shorter way."""
+    result = parameters.copy()
+    if parameters.shape[1] == 4:
+        result[known, 1] = np.unwrap(parameters[known, 1])
+    return result
+
+
+def interpolate(parameters: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill gaps of at most `max_gap` frames between known frames, linearly.
+
+    Returns the parameters and (frames,) bool, which frames were filled.
+    """
+    result, filled = parameters.copy(), np.zeros(len(known), bool)
+    frames = np.flatnonzero(known)
+    for before, after in zip(frames[:-1], frames[1:], strict=True):
+        if 1 < after - before <= max_gap + 1:
+            share = np.arange(1, after - before)[:, None] / (after - before)
+            result[before + 1 : after] = (1 - share) * parameters[before] + share * parameters[after]
+            filled[before + 1 : after] = True
+    return result, filled
+
+
+def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarray:
+    """Local linear regression over time with Gaussian weights, within each unbroken run of known frames.
+
+    A local line, unlike a plain average, follows steady motion without lag and does not flatten the ends of a run.
+
+    Args:
+        sigma: frames, standard deviation of the weights; 0 changes nothing.
+    """
+    if sigma <= 0:
+        return parameters
+    result = parameters.copy()
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(int)))
+    reach = int(np.ceil(3 * sigma))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        for frame in range(start, stop):
+            near = np.arange(max(start, frame - reach), min(stop, frame + reach + 1))
+            offset = (near - frame).astype(np.float64)
+            weight = np.exp(-0.5 * (offset / sigma) ** 2)
+            weight /= weight.sum()
+            mean = weight @ offset
+            spread = weight @ (offset - mean) ** 2
+            # Value at offset 0 of the weighted line through the neighbours, as weights on them.
+            share = weight * (1 - (mean * (offset - mean) / spread if spread > 0 else 0))
+            result[frame] = share @ parameters[near]
+    return result

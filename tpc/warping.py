@@ -1,0 +1,143 @@
+"""Pictures and masks through an affine map, in one resampling.
+
+Convention:
+    matrix      (3, 3) affine, from source pixels to destination pixels, (x, y), pixel centres at integers
+    quad        the source is the square region [-0.5, width - 0.5] x [-0.5, height - 0.5] and nothing beyond
+    filters     bicubic for pictures, linear for masks; before shrinking, what the new pixels cannot show is removed
+"""
+
+import math
+
+import cv2
+import numpy as np
+
+MAX_SIDE = 32766  # OpenCV's warps address pixels by 16-bit integers
+MAX_COORDINATE = 1e6  # pixels: maps that send the picture further than this are cut off, far outside any frame
+
+
+class Picture:
+    """A picture (h, w, 3) or (h, w) uint8 that can be warped at any scale without aliasing.
+
+    Shrinking averages blocks of 2x2 pixels as often as the scale halves, then blurs for the rest. Both are kept and used again
+    by the next frame of about the same scale.
+    """
+
+    BLUR_STEP = 0.1  # pixels of standard deviation; finer steps are invisible
+
+    def __init__(self, image: np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+            raise ValueError(f"image must be uint8 (h, w, 3) or (h, w), got {image.dtype} {image.shape}")
+        self.levels = [image]
+        self._blurred: tuple[tuple[int, int], np.ndarray] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.levels[0].shape[1], self.levels[0].shape[0]
+
+    def warp(self, matrix: np.ndarray, size: tuple[int, int], *, cubic: bool = True) -> np.ndarray:
+        """Resample into a frame of (width, height); beyond the picture its edge pixels continue for a picture (`cubic`),
+        and zeros for a mask."""
+        matrix = np.asarray(matrix, np.float64)
+        shape = (size[1], size[0], *self.levels[0].shape[2:])
+        smallest = np.linalg.svd(matrix[:2, :2], compute_uv=False)[-1]  # what one source pixel shrinks to
+        corners = matrix[:2] @ np.array([[0, self.size[0], 0], [0, 0, self.size[1]], [1, 1, 1.0]])
+        if not np.isfinite(matrix).all() or smallest == 0 or np.abs(corners).max() > MAX_COORDINATE:
+            return np.zeros(shape, np.uint8)
+        level = max(0, math.floor(math.log2(1 / smallest)))
+        source = self._reduced(level)
+        level = min(level, len(self.levels) - 1)
+        shrink = max(1.0, 1 / (smallest * 2**level))  # in (1, 2]: what the halvings leave
+        source = self._blur(level, source, 0.5 * math.sqrt(shrink**2 - 1))
+        # Pixel i of a level is the mean of pixels 2^level i ... 2^level (i + 1) - 1.
+        unit, half = 2.0**level, (2.0**level - 1) / 2
+        step = matrix @ np.array([[unit, 0, half], [0, unit, half], [0, 0, 1]])
+        flags, border = (cv2.INTER_CUBIC, cv2.BORDER_REPLICATE) if cubic else (cv2.INTER_LINEAR, cv2.BORDER_CONSTANT)
+        return cv2.warpAffine(source, step[:2], size, flags=flags, borderMode=border)
+
+    def _reduced(self, level: int) -> np.ndarray:
+        while len(self.levels) <= level or max(self.levels[-1].shape[:2]) > MAX_SIDE:
+            last = self.levels[-1]
+            if max(last.shape[:2]) == 1:
+                break
+            odd = [(0, n % 2) for n in last.shape[:2]] + [(0, 0)] * (last.ndim - 2)
+            padded = np.pad(last, odd, mode="edge")
+            self.levels.append(
+                cv2.resize(padded, (padded.shape[1] // 2, padded.shape[0] // 2), interpolation=cv2.INTER_AREA)
+            )
+        return self.levels[min(level, len(self.levels) - 1)]
+
+    def _blur(self, level: int, source: np.ndarray, sigma: float) -> np.ndarray:
+        steps = round(sigma / self.BLUR_STEP)
+        if steps == 0:
+            return source
+        if self._blurred is None or self._blurred[0] != (level, steps):
+            blurred = cv2.GaussianBlur(source, (0, 0), steps * self.BLUR_STEP, borderType=cv2.BORDER_REPLICATE)
+            self._blurred = ((level, steps), blurred)
+        return self._blurred[1]
+
+
+def quad_mask(matrix: np.ndarray, source_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """(h, w) bool: the destination pixels whose centres lie on the warped source picture."""
+    inverse = np.linalg.inv(matrix)
+    x, y = np.arange(size[0])[None, :], np.arange(size[1])[:, None]
+    inside = np.ones((size[1], size[0]), bool)
+    for (a, b, c), length in zip(inverse[:2], source_size, strict=True):
+        coordinate = a * x + b * y + c
+        inside &= (coordinate >= -0.5) & (coordinate <= length - 0.5)
+    return inside
+
+
+def mask_picture(mask: np.ndarray) -> Picture:
+    """A mask (h, w) bool as a picture of coverage, 0 to 255."""
+    return Picture(mask.astype(np.uint8) * np.uint8(255))
+
+
+def warp_mask(mask: Picture, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w) bool: the destination pixels of which the mask covers at least half."""
+    return mask.warp(matrix, size, cubic=False) >= 128
+
+
+def place_person(picture: Picture, mask: Picture, matrix: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """The warped person over a background (h, w, 3) uint8, blended where a pixel is covered in part."""
+    size = (background.shape[1], background.shape[0])
+    alpha = mask.warp(matrix, size, cubic=False)
+    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    result = background.copy()
+    if not len(rows):
+        return result
+    # Only the box of the person is resampled.
+    top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+    to_box = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ matrix
+    person = picture.warp(to_box, (int(right - left), int(bottom - top)))
+    share = alpha[top:bottom, left:right, None].astype(np.float32) / 255
+    blended = share * person + (1 - share) * result[top:bottom, left:right]
+    result[top:bottom, left:right] = np.round(blended).astype(np.uint8)
+    return result
+
+
+def remove_persons(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Fill the pixels of a mask (h, w) bool smoothly from those around it: (h, w, 3) uint8.
+
+    Known pixels are averaged into ever coarser pictures, and the holes of each are filled from the next coarser one
+    ("push-pull"). A picture that is all mask becomes grey.
+    """
+    known = (~mask).astype(np.float32)
+    if not known.any():
+        return np.full_like(image, 127)
+    filled = _push_pull(image.astype(np.float32) * known[..., None], known)
+    return np.where(mask[..., None], np.round(filled).clip(0, 255).astype(np.uint8), image)
+
+
+def _push_pull(weighted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Colours times weights (h, w, 3) and weights (h, w) -> colours without holes (h, w, 3)."""
+    height, width = known.shape
+    if height == 1 and width == 1:
+        return weighted / np.maximum(known[..., None], 1e-6)
+    half = ((width + 1) // 2, (height + 1) // 2)
+    coarse = _push_pull(
+        cv2.resize(weighted, half, interpolation=cv2.INTER_AREA).reshape(half[1], half[0], 3),
+        cv2.resize(known, half, interpolation=cv2.INTER_AREA),
+    )
+    share = np.minimum(known, 1)[..., None]
+    return weighted + (1 - share) * cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)

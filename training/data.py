@@ -1,0 +1,49 @@
+"""Datasets and loaders from a `DataConfig`. Clip i is a function of (seed, i): resuming is starting at another i."""
+
+from dataclasses import asdict, replace
+
+from torch.utils.data import DataLoader, Dataset
+
+from core.errors import UserError
+from data.clip_cache import CachedClips, ensure_cache
+from data.datasets import RenderedPeople, VideoFolder
+from training.config import DataConfig
+
+
+def make_dataset(config: DataConfig, length: int) -> Dataset:
+    """The clips that `config` describes, `length` of them; makes the cache first if there is to be one.
+
+    Raises:
+        UserError: the folder is missing or holds no clip that is long enough.
+    """
+    if len(config.size) != 2 or min(config.size) < 8:
+        raise UserError(f"data.size={config.size} must be a width and a height of at least 8 pixels")
+    if config.cache is None:
+        return clips(config, length)
+    made = replace(config, num_frames=config.cache_frames if config.num_frames == 1 else config.num_frames)
+    of_clips = ("source", "root", "split", "size", "num_frames", "stride", "seed", "cache_clips")
+    description = {name: value for name, value in asdict(made).items() if name in of_clips}
+    folder = ensure_cache(clips(made, config.cache_clips), description, config.cache, config.workers)
+    return CachedClips(folder, config.num_frames, length, config.seed)
+
+
+def clips(config: DataConfig, length: int) -> Dataset:
+    """The clips themselves, each made when it is asked for."""
+    size = (config.size[0], config.size[1])
+    shared = {"size": size, "num_frames": config.num_frames, "stride": config.stride, "seed": config.seed}
+    if config.source == "rendered":
+        return RenderedPeople(split=config.split, length=length, **shared)
+    return VideoFolder(config.root, length=length, **shared)
+
+
+def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
+    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=range(start, len(dataset)),
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+    )
