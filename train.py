@@ -10,6 +10,7 @@ The same command again resumes from the newest checkpoint. Writes to `output`:
 """
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from training.validate import validation_sheet
 
 
 def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """Accelerate's front end; without CUDA the processes talk over gloo, which DeepSpeed must be told."""
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    """Accelerate's front end; without CUDA several processes talk over gloo, which DeepSpeed must be told."""
+    launched = "RANK" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if launched and not torch.cuda.is_available() else []
     return Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation,
         mixed_precision=config.mixed_precision,
@@ -115,6 +117,7 @@ def main(arguments: list[str]) -> None:
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     schedule = get_scheduler(
         settings.schedule,

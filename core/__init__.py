@@ -1,1 +1,1 @@
-"""What every command shares: configuration, user errors, files written whole or not at all. Imports nothing of ours."""
+"""What every command shares: configuration, user errors, whole files. Imports nothing of ours."""

@@ -30,7 +30,7 @@ _SHARPNESS = (0.2, 0.6)  # of a heatmap's peak: worth nothing, worth full trust
 _AREA_ROOT = 0.35  # root of a person's area in units of the side of the region around them, for COCO's keypoint scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Person(PersonEstimate):
     """A person in one frame, the soft mask (h, w) in [0, 1], and where to look for them next."""
 
@@ -69,7 +69,7 @@ class BlazePose:
         for number, frame in enumerate(frames):
             followed = [person and self._look(frame, person.next_roi) for person in persons]
             distinct = distinct_persons([person for person in followed if person is not None])
-            followed = [person if any(person is other for other in distinct) else None for person in followed]
+            followed = [person if person in distinct else None for person in followed]
             if None in followed:
                 just_lost = followed.count(None) > persons.count(None)
                 plan = UPRIGHT

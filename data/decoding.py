@@ -230,7 +230,7 @@ def _decoded(
     container: av.container.InputContainer, stream: av.VideoStream, decoder: str | None
 ) -> Iterator[av.VideoFrame]:
     if decoder is None:
-        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = 1  # starting more costs more than they gain in clips of a few seconds
         yield from container.decode(stream)
         return
     context = av.CodecContext.create(decoder, "r")
@@ -288,6 +288,6 @@ def _missing_frames(
     else:
         return 0
     lacking = round((stated - duration) / nominal)
-    if stream.frames:
-        lacking = min(lacking, stream.frames - count)
-    return lacking if lacking > 1 else 0
+    if lacking < 2:
+        return 0
+    return max(0, stream.frames - count) if stream.frames else lacking

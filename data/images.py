@@ -123,6 +123,7 @@ class AnimatedImage:
             self._check_end_of_gif(image)
             self._still = not getattr(image, "is_animated", False)
             for frame in ImageSequence.Iterator(image):
+                frame.load()  # only then does a WebP state the frame's duration
                 durations.append(float(frame.info.get("duration") or _DEFAULT_DURATION_MS) / 1000)
                 if self._still:
                     break

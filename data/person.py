@@ -60,7 +60,7 @@ class Box(NamedTuple):
         return max(0.0, self.width) * max(0.0, self.height)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PersonEstimate:
     """A person that a pose estimator found in one image.
 
@@ -140,7 +140,7 @@ def distinct_persons(estimates: list[PersonEstimate]) -> list[PersonEstimate]:
     for estimate in sorted(estimates, key=lambda estimate: -estimate.confidence):
         if not any(is_same_person(estimate, other) for other in kept):
             kept.append(estimate)
-    return [estimate for estimate in estimates if any(estimate is other for other in kept)]
+    return [estimate for estimate in estimates if estimate in kept]
 
 
 def by_prominence(estimates: list[PersonEstimate], size: tuple[int, int]) -> list[PersonEstimate]:

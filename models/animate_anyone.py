@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.pictures import PictureSequence
 from models.reference_attention import ReferenceContext, hide_reference, same_reference
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+
+# Pose features of clips up to this length are computed once; at 784x512 pixels a frame takes 4 MB in half precision.
+# For longer ones each window computes its own at every step, for 0.6 % more work.
+KEPT_FRAMES = 256
+POSE_CHUNK = 8
 
 
 class AnimateAnyone(nn.Module):
     """The networks that are trained together; DeepSpeed and FSDP take one module."""
+
+    reference_follows_timestep = False
 
     def __init__(
         self,
@@ -67,6 +75,48 @@ class AnimateAnyone(nn.Module):
         else:
             seen = ReferenceContext(tokens, reference.index, reference.query_flags, reference.key_flags)
         return self.denoising_unet(noisy_latents, timestep, context, self.pose_guider(poses), seen)
+
+    # The rest is `models.animator.Animator`.
+
+    def encode_context(self, reference: Tensor) -> Tensor:
+        """The image embedding of the reference, (1, 1, channels)."""
+        return image_context(self.image_encoder, reference).to(self.denoising_unet.dtype)
+
+    def null_context(self, context: Tensor) -> Tensor:
+        return torch.zeros_like(context)
+
+    def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
+        return self.reference_net(latents, timestep, context)
+
+    def pose_condition(self, poses: PictureSequence, context: Tensor) -> "PoseFeatures":
+        return PoseFeatures(self.pose_guider, poses)
+
+    def predict(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, pose: Tensor, reference: ReferenceContext | None
+    ) -> Tensor:
+        return self.denoising_unet(sample, timestep, context, pose, reference)
+
+
+class PoseFeatures:
+    """Pose guider features of a clip, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
+
+    def __init__(self, pose_guider: PoseGuider, poses: PictureSequence, kept_frames: int = KEPT_FRAMES):
+        self.pose_guider = pose_guider
+        self.poses = poses
+        self.features = self._compute(range(len(poses))) if len(poses) <= kept_frames else None
+
+    def at_step(self, sample: Tensor, timestep: Tensor) -> "PoseFeatures":
+        return self
+
+    def window(self, frames: range) -> Tensor:
+        """(1, c, f, h, w)"""
+        if self.features is None:
+            return self._compute(frames)
+        return self.features[:, :, frames.start : frames.stop]
+
+    def _compute(self, frames: range) -> Tensor:
+        parts = [frames[start : start + POSE_CHUNK] for start in range(0, len(frames), POSE_CHUNK)]
+        return torch.cat([self.pose_guider(self.poses[part].transpose(0, 1)[None]) for part in parts], dim=2)
 
 
 def image_context(image_encoder: CLIPVisionModelWithProjection, image: Tensor) -> Tensor:

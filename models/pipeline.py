@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from models.animate_anyone import image_context
-from models.latents import decode_pictures, encode_pictures, vae_factor
+from models.animate_anyone import AnimateAnyone
+from models.animator import Animator
+from models.latents import decode_pictures, vae_factor
+from models.pictures import PictureSequence, as_pictures, picture_tensor, resize_pictures
 from models.reference_attention import ReferenceContext
+from models.reference_bank import ReferenceImages
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from models.windows import context_windows, window_weights
 from tpc import Calibration
-from tpc.attention import frame_visibility
-
-# Reference and calibrated images go through VAE and ReferenceNet this many at a time, to bound memory.
-ENCODE_CHUNK = 8
 
 
 @dataclass
@@ -37,23 +36,15 @@ class AnimationPipelineOutput(BaseOutput):
     frames: list[Image.Image] | np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
-class ReferenceBank:
-    """Everything the denoising UNet may attend to in one run.
-
-    Attributes:
-        tokens: layer -> (i, r, c). Image 0 is the reference, the others are calibrated images.
-        slots: calibrated image of the `Calibration` -> its place in `tokens`.
-        calibration: the calibration the images come from, or None.
-    """
-
-    tokens: dict[str, Tensor]
-    slots: dict[int, int]
-    calibration: Calibration | None
-
-
 class AnimationPipeline(DiffusionPipeline):
-    """AnimateAnyone: ReferenceNet, denoising UNet with motion modules, pose guider, image encoder, VAE, scheduler."""
+    """AnimateAnyone: ReferenceNet, denoising UNet with motion modules, pose guider, image encoder, VAE, scheduler.
+
+    Subclasses have the components of another animator and say in `animator` how the denoising loop uses them.
+
+    Args:
+        window_size: frames that the model was trained on, the default of `__call__`; None: all that its motion
+            modules know.
+    """
 
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
@@ -66,9 +57,11 @@ class AnimationPipeline(DiffusionPipeline):
         denoising_unet: DenoisingUNet,
         pose_guider: PoseGuider,
         scheduler: DDIMScheduler,
+        window_size: int | None = None,
     ):
         super().__init__()
-        self.register_modules(
+        self.set_components(
+            window_size,
             vae=vae,
             image_encoder=image_encoder,
             reference_net=reference_net,
@@ -76,8 +69,17 @@ class AnimationPipeline(DiffusionPipeline):
             pose_guider=pose_guider,
             scheduler=scheduler,
         )
+
+    def set_components(self, window_size: int | None, **components: Any) -> None:
+        """Register the components and derive what every animator's pipeline has; for constructors."""
+        self.register_modules(**components)
+        self.register_to_config(window_size=window_size)
         self.vae_scale_factor = vae_factor(self.vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def animator(self) -> Animator:
+        """The components as the denoising loop uses them."""
+        return AnimateAnyone(self.reference_net, self.denoising_unet, self.pose_guider, self.image_encoder)
 
     @property
     def size_multiple(self) -> int:
@@ -120,52 +122,6 @@ class AnimationPipeline(DiffusionPipeline):
                 raise ValueError(f"calibration has {calibration.frames} frames, poses have {num_frames}")
             if tuple(calibration.size) != (width, height):
                 raise ValueError(f"calibration is for {calibration.size}, pictures are {width}x{height}")
-
-    def encode_reference(self, reference: Tensor, context: Tensor, calibration: Calibration | None, steps: int):
-        """Run the ReferenceNet once on every different image that some step attends to.
-
-        Args:
-            reference: (1, 3, H, W) in [-1, 1].
-            context: image embedding, (1, tokens, channels).
-            calibration: its images that `steps` denoising steps draw are encoded too; None: the reference alone.
-        """
-        images, slots = [reference], {}
-        if calibration is not None:
-            drawn = [int(image) for image in calibration.used(steps)]
-            slots = {image: place for place, image in enumerate(drawn, start=1)}
-            if drawn:
-                calibrated = torch.from_numpy(calibration.images[drawn])
-                images.append(calibrated.permute(0, 3, 1, 2).to(reference) / 127.5 - 1)
-        written: dict[str, list[Tensor]] = {}
-        for part in torch.cat(images).split(ENCODE_CHUNK):
-            tokens = self.reference_net(encode_pictures(self.vae, part), 0, context.expand(len(part), -1, -1))
-            for layer, value in tokens.items():
-                written.setdefault(layer, []).append(value)
-        return ReferenceBank({layer: torch.cat(parts) for layer, parts in written.items()}, slots, calibration)
-
-    def reference_context(self, bank: ReferenceBank, frames: range, step: int, latent_size: tuple[int, int]):
-        """What the frames of one window may attend to at one denoising step.
-
-        Args:
-            frames: consecutive frames of the clip.
-            step: number of the denoising step, 0 first.
-            latent_size: (h, w).
-        """
-        device = next(iter(bank.tokens.values())).device
-        index = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
-        if bank.calibration is None:
-            return ReferenceContext(bank.tokens, index)
-        members = bank.calibration.index(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated
-        slots = [[bank.slots.get(int(member), 0) for member in row] for row in members]
-        index = torch.cat([index, torch.tensor(slots, device=device).reshape(len(frames), -1)], dim=1)
-        grids = self.denoising_unet.attention_grids(*latent_size)
-        flags = frame_visibility(bank.calibration, frames, members, latent_size, grids)
-        return ReferenceContext(
-            tokens=bank.tokens,
-            index=index,
-            query_flags={n: value.to(device) for n, value in flags.query.items()},
-            key_flags={n: value.to(device) for n, value in flags.key.items()},
-        )
 
     def prepare_latents(
         self, num_frames: int, size: tuple[int, int], dtype: torch.dtype, generator: Any, latents: Tensor | None
@@ -220,7 +176,7 @@ class AnimationPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps.
             guidance_scale: 1 switches classifier-free guidance off; its unconditional half sees neither reference
                 nor calibrated images, and keeps the pose.
-            window_size: frames denoised together; default: all, at most as many as the motion modules know.
+            window_size: frames denoised together; default: what the model was trained on, at most all.
             window_overlap: frames that neighbouring windows share at least.
             generator: source of the initial noise; a CPU generator gives the same noise on every device.
             latents: initial noise, (1, c, f, h, w), instead of drawing it.
@@ -237,12 +193,12 @@ class AnimationPipeline(DiffusionPipeline):
         Raises:
             ValueError: for inputs that disagree in size or number, named.
         """
-        poses = as_pictures(poses, "poses")
+        poses = picture_tensor(poses, "poses")
         if width is None or height is None:
             height, width = poses.shape[-2:]
         num_frames = len(poses)
         longest = self.denoising_unet.config.motion_max_seq_length
-        window_size = min(num_frames, longest) if window_size is None else window_size
+        window_size = min(num_frames, self.config.window_size or longest) if window_size is None else window_size
         window_overlap = min(window_overlap, window_size - 1)
         self.check_inputs(
             num_frames,
@@ -257,30 +213,33 @@ class AnimationPipeline(DiffusionPipeline):
         )
         device, dtype = self._execution_device, self.denoising_unet.dtype
 
+        animator = self.animator()
         reference = resize_pictures(as_pictures(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
-        poses = resize_pictures(poses, width, height).to(device, dtype)
-        context = image_context(self.image_encoder, reference).to(dtype)
-        bank = self.encode_reference(reference, context, calibration, num_inference_steps)
-        pose_features = torch.cat(
-            [self.pose_guider(part.transpose(0, 1)[None]) for part in poses.split(ENCODE_CHUNK)], dim=2
-        )  # (1, c, f, h, w)
+        context = animator.encode_context(reference)
+        images = ReferenceImages(animator, self.vae, reference, context, calibration, num_inference_steps)
+        condition = animator.pose_condition(PictureSequence(poses, (width, height), device, dtype), context)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = self.prepare_latents(num_frames, (width, height), dtype, generator, latents)
+        latent_size = tuple(latents.shape[-2:])
+        grids = self.denoising_unet.attention_grids(*latent_size)
         windows = context_windows(num_frames, window_size, window_overlap)
         weights = window_weights(windows, num_frames)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 sample = self.scheduler.scale_model_input(latents, timestep)
                 prediction = torch.zeros_like(latents)
+                at_step = condition.at_step(sample, timestep)
                 for window, weight in zip(windows, weights, strict=True):
                     part = slice(window.start, window.stop)
+                    bank = images.bank(step, int(timestep), window)
                     part_prediction = self.guided_prediction(
+                        animator,
                         sample[:, :, part],
                         timestep,
                         context,
-                        pose_features[:, :, part],
-                        self.reference_context(bank, window, step, latents.shape[-2:]),
+                        at_step.window(window),
+                        images.seen_by(bank, window, step, latent_size, grids),
                         guidance_scale,
                     )
                     prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]
@@ -302,45 +261,17 @@ class AnimationPipeline(DiffusionPipeline):
 
     def guided_prediction(
         self,
+        animator: Animator,
         sample: Tensor,
         timestep: Tensor,
         context: Tensor,
-        pose_features: Tensor,
+        pose: Any,
         reference: ReferenceContext,
         guidance_scale: float,
     ) -> Tensor:
         """Prediction for one window, (1, c, f, h, w). Two calls instead of one doubled batch halve the memory."""
-        conditional = self.denoising_unet(sample, timestep, context, pose_features, reference)
+        conditional = animator.predict(sample, timestep, context, pose, reference)
         if guidance_scale == 1:
             return conditional
-        unconditional = self.denoising_unet(sample, timestep, torch.zeros_like(context), pose_features)
+        unconditional = animator.predict(sample, timestep, animator.null_context(context), pose, None)
         return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def as_pictures(pictures: Any, argument: str) -> Tensor:
-    """Any accepted form of one or more pictures -> float32 (f, 3, H, W) in [0, 1]."""
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if isinstance(pictures, (list, tuple)):
-        if not pictures:
-            raise ValueError(f"{argument} is empty")
-        convert = isinstance(pictures[0], Image.Image)
-        pictures = np.stack([np.asarray(p.convert("RGB")) if convert else np.asarray(p) for p in pictures])
-    if isinstance(pictures, np.ndarray):
-        pictures = torch.from_numpy(np.ascontiguousarray(pictures))
-        pictures = (pictures[None] if pictures.ndim == 3 else pictures).movedim(-1, 1)
-    elif isinstance(pictures, Tensor):
-        pictures = pictures[None] if pictures.ndim == 3 else pictures
-    else:
-        raise ValueError(f"{argument} must be PIL images, an array or a tensor, got {type(pictures).__name__}")
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or not len(pictures):
-        raise ValueError(f"{argument} must be RGB pictures of one size, got shape {tuple(pictures.shape)}")
-    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
-
-
-def resize_pictures(pictures: Tensor, width: int, height: int) -> Tensor:
-    """(f, 3, H, W) -> (f, 3, height, width), anti-aliased; unchanged when the size is right already."""
-    if tuple(pictures.shape[-2:]) == (height, width):
-        return pictures
-    resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)

@@ -31,7 +31,7 @@ class ReferenceContext:
         key_flags: the same number -> (b*f, n + k*r, g). A query is blind to a key iff the product of their flags,
             summed over g, is positive. A mask that is a sum of outer products needs no (n, n + k*r) tensor that way.
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
-            own, so contexts that share `tokens` and this dictionary project them once. None: at every call.
+            own, so contexts that share this dictionary project the tokens once. None: at every call.
     """
 
     tokens: dict[str, Tensor]
@@ -39,6 +39,10 @@ class ReferenceContext:
     query_flags: dict[int, Tensor] | None = None
     key_flags: dict[int, Tensor] | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
+
+    def names(self, layer: str) -> bool:
+        """Whether the layer sees reference images."""
+        return layer in self.tokens or (self.projected is not None and layer in self.projected)
 
     def clip(self, number: int, num_frames: int) -> "ReferenceContext":
         """What the frames of one clip of the batch see."""
@@ -127,7 +131,7 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         *,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        if reference is None or self.layer not in reference.tokens:
+        if reference is None or not reference.names(self.layer):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         query, key, value = (split_heads(part, attn.heads) for part in self.project(attn, hidden_states, reference))
         query, key, value = with_flags(query, key, value, reference)

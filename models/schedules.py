@@ -28,7 +28,7 @@ SCHEDULES = {
 
 
 def published_scheduler(family: str) -> DDIMScheduler:
-    """DDIM with the betas, prediction type and spacing of a family: animate_anyone, magic_animate, stable_diffusion."""
+    """DDIM with the betas, prediction type and spacing of a family of `SCHEDULES`."""
     if family not in SCHEDULES:
         raise ValueError(f"family must be one of {', '.join(SCHEDULES)}, got {family!r}")
     return DDIMScheduler(

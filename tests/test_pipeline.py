@@ -10,6 +10,7 @@ from data.pose import Poses
 from models.pipeline import AnimationPipeline, as_pictures
 from models.pipeline_folder import COMPONENTS, load_pipeline
 from models.reference_attention import reference_layers
+from models.reference_bank import ReferenceImages
 from tpc import CalibrationConfig, calibrate
 
 SIZE = (32, 24)
@@ -152,15 +153,22 @@ def test_calibration_changes_the_result(tiny_pipeline, reference, poses, calibra
     assert not torch.allclose(base, run(tiny_pipeline, reference, poses, calibration=made), atol=1e-4)
 
 
+def reference_images(pipeline, reference, calibration, steps, **arguments) -> ReferenceImages:
+    picture = as_pictures(reference, "reference") * 2 - 1
+    return ReferenceImages(
+        pipeline.animator(), pipeline.vae, picture, torch.zeros(1, 1, 8), calibration, steps, **arguments
+    )
+
+
 def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibration):
     """Frame 3 gets the same calibrated image in whichever window it falls."""
-    made = calibration()
-    pipeline = tiny_pipeline
-    context = torch.zeros(1, 1, 8)
-    bank = pipeline.encode_reference(as_pictures(reference, "reference") * 2 - 1, context, made, 3)
+    images = reference_images(tiny_pipeline, reference, calibration(), 3)
+    bank = images.bank(0, 999, range(0, 4))
+    grids = tiny_pipeline.denoising_unet.attention_grids(6, 8)
     for step in range(3):
-        first = pipeline.reference_context(bank, range(0, 4), step, (6, 8))
-        second = pipeline.reference_context(bank, range(3, 5), step, (6, 8))
+        assert images.bank(step, 0, range(3, 5)) is bank
+        first = images.seen_by(bank, range(0, 4), step, (6, 8), grids)
+        second = images.seen_by(bank, range(3, 5), step, (6, 8), grids)
         assert torch.equal(first.index[3], second.index[0])
         for n in first.query_flags:
             assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
@@ -169,7 +177,7 @@ def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibra
 
 def test_only_drawn_images_are_encoded_and_once(tiny_pipeline, reference, calibration):
     made = calibration()
-    bank = tiny_pipeline.encode_reference(as_pictures(reference, "reference") * 2 - 1, torch.zeros(1, 1, 8), made, 2)
+    bank = reference_images(tiny_pipeline, reference, made, 2).bank(0, 999, range(0, 4))
     count = 1 + len(made.used(2))
     assert {len(tokens) for tokens in bank.tokens.values()} == {count}
     assert set(bank.tokens) == set(reference_layers(tiny_pipeline.denoising_unet))

@@ -17,11 +17,12 @@ calibrated in this frame ("plain": it sees all of the reference, and no calibrat
 
     preset      person                                       background
     paper       own, all of the reference, c_j on its mask   own, all of the reference, every c on its mask
-    release     own, c_j on its mask                         own, the reference where no person is
+    release     own, c_j on its mask                         own, the reference where no calibrated person is
     exclusive   own, c_j on its mask                         own, all of the reference
 
 In `exclusive` a token of the outline, person in part, also sees the reference where no person is: its background has to come
-from somewhere. Nobody sees the calibrated tokens of somebody else.
+from somewhere. Nobody sees the calibrated tokens of somebody else. In a frame where nobody is
+calibrated every token sees all of the reference, as without TPC.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def visibility_flags(
     anybody = mine.any(1)
     plain = (inside & ~present[..., None]).any(1) | (other > threshold)
     background = ~anybody & ~plain
-    body = (reference > threshold).any(1)
+    body = ((reference > threshold) & present[..., None]).any(1)  # of whoever is shown elsewhere
     hidden_part = ~((calibrated > threshold) & present[..., None])  # of the calibrated tokens
     none, everywhere = torch.zeros_like(body), torch.ones_like(body)
     if preset == "paper":

@@ -21,7 +21,7 @@ from tpc.config import CalibrationConfig, resolve
 from tpc.estimation import Estimate, ReferencePerson
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
-from tpc.skeleton import MIRRORED, draw_silhouette, head_axis, keypoint_box, visible
+from tpc.skeleton import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, visible
 from tpc.warping import mask_picture, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -84,7 +84,7 @@ def calibrate(
         describe = [_describe(driving_poses, f, int(slot), config) for slot in slots[f]]
         records.append(
             tuple(
-                _record(p, persons[p], tracks[p], f, row[p], describe[p], warped.iou[f, p], scene)
+                _record(p, persons[p], tracks[p], f, row[p], int(slots[f, p]), describe[p], warped.iou[f, p], scene)
                 for p in range(len(persons))
             )
         )
@@ -94,6 +94,7 @@ def calibrate(
         size=scene.size,
         reference_size=scene.reference_size,
         driving_size=scene.driving_size,
+        frame_map=scene.frame_map,
         fps=float(driving_poses.fps),
         images=warped.images,
         masks=warped.masks,
@@ -149,13 +150,16 @@ def _record(
     track: PersonTrack,
     frame: int,
     estimate: Estimate,
+    slot: int,
     driving: tuple[np.ndarray, np.ndarray] | None,
     iou: float,
     scene: Scene,
 ) -> PersonFrame:
-    misalignment = _misalignment(person, driving, scene) if driving is not None else {}
+    facts = {"slot": None if slot < 0 else slot, "common": estimate.common, "mirrored": estimate.mirrored}
+    if driving is not None:
+        facts |= _misalignment(person, driving, scene)
     if not track.available[frame]:
-        return PersonFrame(number, "uncalibrated", estimate.reason, **misalignment)
+        return PersonFrame(number, "uncalibrated", estimate.reason, **facts)
     matrix, error = track.matrices[frame], None
     if estimate.keypoints and driving is not None:
         weights = np.zeros(len(person.seen))
@@ -172,12 +176,12 @@ def _record(
         keypoints=estimate.keypoints,
         residual_px=error,
         mask_iou=None if np.isnan(iou) else round(float(iou), 4),
-        **misalignment,
+        **facts,
     )
 
 
 def _misalignment(person: ReferencePerson, driving: tuple[np.ndarray, np.ndarray], scene: Scene) -> dict[str, float]:
-    """The paper's two measures of misalignment before calibration: relative angle, and IoU of the person boxes."""
+    """The paper's two measures of misalignment before calibration, and the scale of the torso."""
     measures: dict[str, float] = {}
     ours, theirs = head_axis(person.keypoints, person.seen), head_axis(*driving)
     if ours is not None and theirs is not None:
@@ -189,6 +193,10 @@ def _misalignment(person: ReferencePerson, driving: tuple[np.ndarray, np.ndarray
     )
     if boxes[0] is not None and boxes[1] is not None:
         measures["box_iou"] = round(box_iou(*boxes), 4)
+    torso = np.isin(np.arange(len(person.seen)), TORSO) & person.seen & driving[1]
+    similarity = SimilarityTransform.from_estimate(person.keypoints, driving[0], torso)
+    if torso.sum() == len(TORSO) and similarity:
+        measures["torso_scale"] = round(float(similarity.scale), 4)
     return measures
 
 

@@ -30,7 +30,6 @@ class CalibrationConfig:
     score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
     reference_score_threshold: float | None = None  # 0-1: a reference keypoint counts above it
     weighted: bool | None = None  # weight keypoints by the product of their two scores
-    tie_tolerance: float | None = None  # IoU: subsets this close to the best count as equal; the largest of them wins
     consensus_tolerance: float | None = None  # part of the driving person's size: how far off an agreeing point may be
     back_view: str | None = None  # one side seen from behind: swap left and right, keep them, or reject the frame
 
@@ -39,7 +38,6 @@ class CalibrationConfig:
     max_scale: float | None = None  # driving pixels per reference pixel
     max_rotation: float | None = None  # degrees, 180 = any
     min_iou: float | None = None  # silhouette IoU below which a transform is not trusted
-    max_residual: float | None = None  # part of the driving person's size: RMS distance of the points used, 0 = any
     max_gap: int | None = None  # frames: longest gap that is interpolated; 0 = none
     smoothing: float | None = None  # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
     match: str | None = None  # persons: track them and assign them, or take slot j of both pose files as given
@@ -67,16 +65,14 @@ def best() -> CalibrationConfig:
         score_threshold=0.3,
         reference_score_threshold=0.3,
         weighted=True,
-        tie_tolerance=0.02,
-        consensus_tolerance=0.05,
+        consensus_tolerance=0.08,
         back_view="swap",
         min_scale=0.02,
         max_scale=50.0,
         max_rotation=180.0,
         min_iou=0.1,
-        max_residual=0.0,
         max_gap=8,
-        smoothing=1.5,
+        smoothing=2.0,
         match="track",
         fill="scene",
         propagation="iterative",
@@ -93,7 +89,6 @@ def paper() -> CalibrationConfig:
         best(),
         preset="paper",
         weighted=False,
-        tie_tolerance=0.0,
         back_view="keep",
         min_scale=1e-3,
         max_scale=1e3,
@@ -150,12 +145,10 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
         ("min_keypoints", 2, 17),
         ("score_threshold", 0, 1),
         ("reference_score_threshold", 0, 1),
-        ("tie_tolerance", 0, 1),
         ("consensus_tolerance", 0, 10),
         ("min_scale", 0, full.max_scale),
         ("max_rotation", 0, 180),
         ("min_iou", 0, 1),
-        ("max_residual", 0, float("inf")),
         ("max_gap", 0, float("inf")),
         ("smoothing", 0, 1000),
         ("groups", 0, float("inf")),

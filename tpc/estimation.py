@@ -81,6 +81,7 @@ class Estimate:
         residual: their weighted RMS distance after the transform, driving pixels.
         iou: of the two silhouettes in the driving frame.
         mirrored: left and right keypoints of the reference were exchanged.
+        common: numbers of the points visible in both.
     """
 
     matrix: np.ndarray | None
@@ -89,6 +90,7 @@ class Estimate:
     residual: float = 0.0
     iou: float = 0.0
     mirrored: bool = False
+    common: tuple[int, ...] = ()
 
 
 def drawn_silhouette(
@@ -134,21 +136,22 @@ def estimate(
     common = reference.seen & seen
     weights = common * (reference.scores * scores if config.weighted else 1.0)
     target = np.where(seen[:, None], keypoints, 0).astype(np.float64)
+    shared = tuple(int(i) for i in np.flatnonzero(common))
     selection = _select(reference, target, weights, silhouette, size, config)
     if not selection.keypoints:
-        return Estimate(None, selection.reason)
+        return Estimate(None, selection.reason, mirrored=mirrored, common=shared)
     chosen = np.zeros(len(weights))
     chosen[list(selection.keypoints)] = weights[list(selection.keypoints)]
     transform = _fit(reference, target, chosen, size, config.transform)
     if not transform:
-        return Estimate(None, transform.reason)
+        return Estimate(None, transform.reason, mirrored=mirrored, common=shared)
     matrix = np.asarray(transform.matrix)
     error = float(residual(matrix, reference.keypoints, target, chosen))
     iou = silhouette_iou(matrix, reference.silhouette, silhouette, size)
-    doubt = _doubt(matrix, error, iou, body_height(target, seen), config)
+    doubt = _doubt(matrix, iou, config)
     if doubt:
-        return Estimate(None, doubt, selection.keypoints, error, iou, mirrored)
-    return Estimate(matrix, note, selection.keypoints, error, iou, mirrored)
+        return Estimate(None, doubt, selection.keypoints, error, iou, mirrored, shared)
+    return Estimate(matrix, note, selection.keypoints, error, iou, mirrored, shared)
 
 
 def _seen_from_other_side(reference: ReferencePerson, keypoints: np.ndarray, seen: np.ndarray) -> bool:
@@ -178,7 +181,6 @@ def _select(
         silhouette,
         size,
         limits=limits,
-        tie_tolerance=config.tie_tolerance,
     )
 
 
@@ -191,7 +193,7 @@ def _fit(reference: ReferencePerson, target: np.ndarray, weights: np.ndarray, si
     return SimilarityTransform.from_estimate(reference.keypoints, target, weights)
 
 
-def _doubt(matrix: np.ndarray, error: float, iou: float, height: float, config: CalibrationConfig) -> str | None:
+def _doubt(matrix: np.ndarray, iou: float, config: CalibrationConfig) -> str | None:
     """Why the transform is not to be trusted, None when it is."""
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
     angle = float(abs(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0]))))
@@ -199,8 +201,6 @@ def _doubt(matrix: np.ndarray, error: float, iou: float, height: float, config: 
         return f"the scale {scale:.3g} is outside {config.min_scale:g} to {config.max_scale:g}"
     if angle > config.max_rotation:
         return f"the rotation of {angle:.0f} degrees is beyond {config.max_rotation:g}"
-    if config.max_residual and height and error > config.max_residual * height:
-        return f"the keypoints are {error:.1f} pixels apart after the transform"
     if iou < config.min_iou:
         return f"the silhouettes overlap by an IoU of {iou:.2f} only"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tpc.propagation import Schedule
 from tpc.storage import LazyImages, PackedMasks
 
 STATUSES = ("calibrated", "interpolated", "uncalibrated")
+NOTABLE_SCALE_RATIO = 1.2
 REPORT_FILE, ARRAYS_FILE, PICTURES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
 
 
@@ -34,6 +36,10 @@ class PersonFrame:
         mask_iou: of the calibrated and the driving person's mask in the model's frame.
         relative_angle_deg: between the pelvis-to-nose lines of the reference and the driving person, in [-180, 180].
         box_iou: of the boxes of their keypoints, before calibration, in the model's frame.
+        torso_scale: the scale that shoulders and hips alone would give.
+        slot: which person of the driving poses this is, None when absent.
+        common: numbers of the keypoints that are visible in both pictures.
+        mirrored: left and right keypoints of the reference were exchanged, one of the two being seen from behind.
     """
 
     person: int
@@ -47,6 +53,10 @@ class PersonFrame:
     mask_iou: float | None = None
     relative_angle_deg: float | None = None
     box_iou: float | None = None
+    torso_scale: float | None = None
+    slot: int | None = None
+    common: tuple[int, ...] = ()
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Calibration:
         config: resolved, see `CalibrationConfig`.
         size: of the model's frame.
         reference_size, driving_size: of the original pictures.
+        frame_map: (3, 3) original driving pixels to the model's frame.
         fps: frames per second of the driving clip.
         images: (n, h, w, 3) uint8, the distinct calibrated pictures; indexed like an array, made on demand.
         masks: (n, h, w) bool, the calibrated person in each; indexed like an array.
@@ -75,6 +86,7 @@ class Calibration:
     size: tuple[int, int]
     reference_size: tuple[int, int]
     driving_size: tuple[int, int]
+    frame_map: np.ndarray
     fps: float
     images: LazyImages
     masks: PackedMasks
@@ -134,23 +146,45 @@ class Calibration:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Counts of the three statuses over frames and persons, the reasons, medians, and the time it took."""
+        """Counts of the three statuses over frames and persons, their reasons, the mean IoU, notes, and the time."""
         records = [record for row in self.records for record in row]
-        reasons: dict[str, int] = {}
-        for record in records:
-            if record.reason:
-                reasons[record.reason] = reasons.get(record.reason, 0) + 1
         ious = [record.mask_iou for record in records if record.mask_iou is not None]
         return {
             **{status: sum(record.status == status for record in records) for status in STATUSES},
-            "reasons": reasons,
+            "reasons": dict(Counter(record.reason for record in records if record.reason).most_common()),
             "mean_mask_iou": round(float(np.mean(ious)), 4) if ious else None,
             "images": len(self.images),
+            "notes": self.notes(),
             "seconds": round(self.seconds, 3),
         }
 
+    def notes(self) -> list[str]:
+        """What a person should look at before trusting the numbers, in sentences; often none."""
+        notes = []
+        for person in range(self.persons):
+            ratios = [
+                row[person].scale / row[person].torso_scale
+                for row in self.records
+                if row[person].scale and row[person].torso_scale
+            ]
+            ratio = float(np.median(ratios)) if ratios else 1.0
+            if not 1 / NOTABLE_SCALE_RATIO <= ratio <= NOTABLE_SCALE_RATIO:
+                notes.append(
+                    f"person {person} is {ratio:.2f} times as large as shoulders and hips alone say: where the poses "
+                    "differ, the best silhouette IoU may come from filling the silhouette"
+                )
+        return notes
+
     def save(self, folder: str | Path) -> None:
-        """Write `calibration.json`, `calibration.npz` and `calibrated/` with a picture and a mask a frame and person."""
+        """Write `calibration.json`, `calibration.npz` and `calibrated/` with a picture and a mask a frame and person.
+
+        An earlier calibration in the folder is replaced; a folder with anything else in it is refused.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (
+            folder.is_dir() and ((folder / REPORT_FILE).exists() or not any(folder.iterdir()))
+        ):
+            raise UserError(f"{folder} exists and does not hold a calibration; give a new folder")
         with complete_folder(folder) as temporary:
             self.write(temporary)
 
@@ -167,6 +201,7 @@ class Calibration:
             folder / ARRAYS_FILE,
             member=self.member,
             matrices=self.matrices,
+            frame_map=self.frame_map,
             masks=self.masks.bits,
             target_masks=self.target_masks.bits,
             other_masks=self.other_masks.bits,
@@ -184,7 +219,10 @@ class Calibration:
             with np.load(folder / ARRAYS_FILE, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             records = tuple(
-                tuple(PersonFrame(**{**r, "keypoints": tuple(r["keypoints"])}) for r in frame["persons"])
+                tuple(
+                    PersonFrame(**{**r, "keypoints": tuple(r["keypoints"]), "common": tuple(r["common"])})
+                    for r in frame["persons"]
+                )
                 for frame in report["frames"]
             )
             size, member = tuple(report["size"]), arrays["member"]
@@ -193,6 +231,7 @@ class Calibration:
                 size=size,
                 reference_size=tuple(report["reference"]["size"]),
                 driving_size=tuple(report["driving"]["size"]),
+                frame_map=arrays["frame_map"],
                 fps=report["driving"]["fps"],
                 images=_stored_images(folder / PICTURES_FOLDER, member, len(arrays["masks"]), size),
                 masks=PackedMasks(arrays["masks"], size),

@@ -41,9 +41,11 @@ LEVELS = (
 )
 ENOUGH = 2500  # candidates are scored one by one once no more are left
 INDISTINCT = 0.004  # widths of a sample: what is left closer together than this is one candidate
+SAME_IOU = 1e-9  # what rounding may change
 MARGIN = 0.15  # IoU: a cell this far below the best is not worth the rest of its samples
-# Below this many samples to look up in all (a second of a modern core is 10^9) every subset is scored outright.
+# Every subset is scored outright where that is quick: few samples to look up in all, or a silhouette of few samples.
 MAX_OUTRIGHT = 8_000_000
+MAX_OUTRIGHT_SAMPLES = 300
 # Points within this part of the picture's coordinates of each other coincide.
 RELATIVE_DISTANCE = 1e-6
 
@@ -155,7 +157,6 @@ def select_exhaustive(
     size: tuple[int, int],
     *,
     limits: SearchLimits,
-    tie_tolerance: float = 0.0,
     outright: bool | None = None,
 ) -> Selection:
     """The subset whose similarity gives the highest silhouette IoU, over all subsets of the points visible in both.
@@ -164,7 +165,7 @@ def select_exhaustive(
     each and a scale s, the part of it on the frame covers s^2 A (samples on the frame) pixels, and shares s^2 A (samples
     that land on the driving person) of them. What leaves the frame does not count.
 
-    Candidates whose IoU is within `tie_tolerance` of the best tie: the largest subset wins, then the smallest residual.
+    Ties go to the larger subset, then to the smaller residual.
 
     Args:
         source, target: (17, 2) reference and driving pixels.
@@ -191,11 +192,12 @@ def select_exhaustive(
     scene = _Scene.of(reference, silhouette, size, x0, y0)
     members = np.arange(len(found), dtype=np.int32)
     if outright is None:
-        outright = len(found) * scene.samples.shape[1] <= MAX_OUTRIGHT
+        num_samples = scene.samples.shape[1]
+        outright = num_samples <= MAX_OUTRIGHT_SAMPLES or num_samples * len(found) <= MAX_OUTRIGHT
     first = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
     if not outright:
         members = _finalists(members, first, points, found, scene, reference.radius)
-    scores = scene.score(members, found, first, 1.0, max(tie_tolerance, 1e-9))
+    scores = scene.score(members, found, first, 1.0, SAME_IOU)
     winner = search.pick(members, scores, points, found)
     if winner < 0:
         return Selection((), "no subset of the keypoints makes the silhouettes overlap")

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
@@ -37,13 +38,18 @@ def clips(config: DataConfig, length: int) -> Dataset:
 
 
 def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
-    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design."""
+    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design.
+
+    The loader has a random generator of its own: taking its seed from the global one would shift the noise of a
+    resumed run against that of an unbroken one.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=range(start, len(dataset)),
         num_workers=workers,
         drop_last=True,
+        generator=torch.Generator().manual_seed(start),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
     )

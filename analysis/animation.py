@@ -1,0 +1,234 @@
+"""From a user's inputs to an animation with its comparison: what `infer.py` does for each pair."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from analysis.figures import comparison_frames, comparison_strip
+from core.errors import UserError
+from core.files import complete_file, write_json
+from core.version import VERSION
+from data.drawing import draw_pose
+from data.framing import apply_fit, fit_matrix, frame_size
+from data.inputs import Driving, Reference
+from data.video import write_video
+from models.latents import vae_factor
+from models.pipeline import AnimationPipeline
+from tpc import Calibration, CalibrationConfig, calibrate
+
+
+@dataclass
+class SamplingConfig:
+    """How a clip is sampled.
+
+    size: width and height of the result in pixels; null: the driving video's shape at the model's resolution.
+    num_frames: frames to animate, null: all; stride: use every stride-th frame of the driving video.
+    seed: of the initial noise.
+    steps: denoising steps; guidance_scale: 1 switches classifier-free guidance off and halves the time.
+    window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
+    compare: also sample without TPC, for the comparison.
+    """
+
+    size: list[int] | None = None
+    num_frames: int | None = None
+    stride: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 2.0
+    window_size: int | None = None
+    window_overlap: int = 4
+    compare: bool = True
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name in ("steps", "stride", "num_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
+        if self.guidance_scale < 0:
+            raise UserError(f"guidance_scale={self.guidance_scale} must not be negative")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+
+
+@dataclass(frozen=True)
+class Animation:
+    """One animated clip; all pictures are uint8 RGB at the model's size.
+
+    Attributes:
+        reference: (H, W, 3), the reference as the model gets it.
+        poses: (f, H, W, 3).
+        plain: (f, H, W, 3), the result without TPC; None when it was not asked for.
+        calibrated: (f, H, W, 3), the result with TPC; None when it is off.
+        calibration: what TPC did, or None.
+        fps: frames per second.
+    """
+
+    reference: np.ndarray
+    poses: np.ndarray
+    plain: np.ndarray | None
+    calibrated: np.ndarray | None
+    calibration: Calibration | None
+    fps: float
+
+    @property
+    def result(self) -> np.ndarray:
+        """The animation: with TPC when it is on."""
+        return self.plain if self.calibrated is None else self.calibrated
+
+    def columns(self) -> dict[str, Any]:
+        """What the comparison shows, in order."""
+        columns: dict[str, Any] = {"reference": [self.reference], "pose": self.poses}
+        if self.calibration is not None:
+            columns["calibrated reference"] = calibrated_pictures(self.calibration)
+        if self.plain is not None:
+            columns["without TPC"] = self.plain
+        if self.calibrated is not None:
+            columns["with TPC"] = self.calibrated
+        return columns
+
+
+def animate(
+    pipeline: AnimationPipeline,
+    reference: Reference,
+    driving: Driving,
+    sampling: SamplingConfig,
+    tpc: CalibrationConfig | None,
+    watch: Stopwatch | None = None,
+) -> Animation:
+    """Animate a reference with a driving clip.
+
+    Args:
+        reference: with poses when `tpc` is given.
+        tpc: None runs without calibration.
+        watch: gets the seconds of every stage.
+
+    Raises:
+        UserError: a size that the model cannot do.
+    """
+    watch = watch or Stopwatch()
+    size = model_size(pipeline, sampling, driving.poses.size)
+    frame_map = fit_matrix(driving.poses.size, size, "cover")
+    # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
+    reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
+    picture = apply_fit(reference.image, reference_map, size)
+    poses = driving.poses.mapped(frame_map, size)
+    pose_pictures = np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
+
+    calibration = None
+    if tpc is not None:
+        with watch.stage("calibration"):
+            calibration = calibrate(
+                reference.image,
+                reference.poses,
+                driving.poses,
+                size,
+                tpc,
+                reference_masks=reference.masks,
+                driving_masks=driving.masks,
+                frame_map=frame_map,
+                reference_map=reference_map,
+                progress=lambda frames: tqdm(frames, desc="calibrating"),
+            )
+
+    def sample(name: str, calibration: Calibration | None) -> np.ndarray:
+        with watch.stage(name), tqdm(total=sampling.steps, desc=name) as progress:
+            frames = pipeline(
+                picture,
+                pose_pictures,
+                calibration,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                window_size=sampling.window_size,
+                window_overlap=sampling.window_overlap,
+                generator=torch.Generator().manual_seed(sampling.seed),
+                output_type="np",
+                callback_on_step_end=step_counter(progress),
+            ).frames
+        return (frames * 255).round().astype(np.uint8)
+
+    plain = sample("sampling without TPC", None) if calibration is None or sampling.compare else None
+    calibrated = sample("sampling with TPC", calibration) if calibration is not None else None
+    return Animation(picture, pose_pictures, plain, calibrated, calibration, driving.poses.fps)
+
+
+def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
+    """A pipeline callback that moves a progress bar and changes nothing."""
+
+    def callback(pipeline: Any, step: int, timestep: int, tensors: dict) -> dict:
+        progress.update()
+        return tensors
+
+    return callback
+
+
+def model_size(pipeline: AnimationPipeline, sampling: SamplingConfig, driving: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the result."""
+    factor = vae_factor(pipeline.vae)
+    if sampling.size is None:
+        return frame_size(driving, (pipeline.denoising_unet.config.sample_size * factor) ** 2, factor)
+    width, height = sampling.size
+    if width % factor or height % factor:
+        raise UserError(f"size=[{width},{height}] must be multiples of {factor}, the model's factor")
+    return width, height
+
+
+def calibrated_pictures(calibration: Calibration) -> np.ndarray:
+    """(f, H, W, 3): each frame's own calibrated picture, persons laid over each other; grey where there is none."""
+    width, height = calibration.size
+    pictures = np.full((calibration.frames, height, width, 3), 128, np.uint8)
+    for frame, members in enumerate(calibration.member):
+        drawn = False
+        for image in members[members >= 0]:
+            shown = calibration.masks[image] if drawn else np.ones((height, width), bool)
+            pictures[frame][shown] = calibration.images[image][shown]
+            drawn = True
+    return pictures
+
+
+def write_animation(animation: Animation, output: Path, configuration: dict[str, Any], watch: Stopwatch) -> None:
+    """Write animation.mp4, comparison.mp4, comparison.png and result.json; the last one when all is there."""
+    settings = {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
+    columns = animation.columns()
+    with watch.stage("writing"):
+        write_video(output / "animation.mp4", animation.result, animation.fps, settings)
+        write_video(output / "comparison.mp4", comparison_frames(columns), animation.fps, settings)
+        with complete_file(output / "comparison.png") as path:
+            Image.fromarray(comparison_strip(columns)).save(path)
+    calibration = animation.calibration
+    result = {
+        "generated": True,
+        "configuration": configuration,
+        "versions": {"tpc-animate": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "seed": configuration["seed"],
+        "frames": len(animation.poses),
+        "size": list(animation.poses.shape[2:0:-1]),
+        "fps": animation.fps,
+        "seconds": watch.seconds,
+        "calibration": calibration.summary() if calibration is not None else None,
+    }
+    write_json(output / "result.json", result)

@@ -1,0 +1,176 @@
+"""Animate a picture with a driving video, with and without test-time Procrustes calibration.
+
+    python infer.py                                                          the shipped samples, see `make demo`
+    python infer.py reference=photo.png driving=dance.mp4 output=outputs/run1 [key=value ...]
+    accelerate launch infer.py pairs=list.jsonl output=outputs/many          a line {"reference": ..., "driving": ...,
+                                                                             "output": ...} each; finished ones skipped
+Writes to `output`:
+    animation.mp4    the result                 comparison.mp4, comparison.png    reference | pose | calibrated
+    calibration/     calibration.json, images   reference | result without TPC | result with TPC
+    config.yaml      resolved configuration     result.json    configuration, versions, seed, seconds, summary of TPC
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from analysis.animation import SamplingConfig, Stopwatch, animate, write_animation
+from core.config import config_dict, load_config, save_config
+from core.errors import UserError, run_command
+from core.files import complete_folder, existing_file, output_folder
+from data.inputs import load_driving, load_reference
+from data.pose import PoseConfig, PoseEstimator, open_estimator
+from models.pipeline import AnimationPipeline
+from models.pipeline_folder import choose_device, load_pipeline
+from tpc import CalibrationConfig
+
+ROOT = Path(__file__).parent
+SHIPPED_MODEL = ROOT / "assets" / "tiny_model"
+SAMPLES = ROOT / "assets" / "samples"
+
+
+@dataclass
+class TPCOptions(CalibrationConfig):
+    """Calibration, and whether it is used at all."""
+
+    enabled: bool = True
+
+
+@dataclass
+class InferConfig(SamplingConfig):
+    """What to animate, and how; `SamplingConfig` has everything about sampling.
+
+    reference, driving: picture and video; both absent: the shipped samples.
+    output: folder for the results.
+    pairs: file with one JSON object a line that overrides reference, driving, output and the pose and mask inputs.
+    model: saved pipeline folder; null is the shipped small model.
+    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
+    """
+
+    reference: str | None = None
+    driving: str | None = None
+    output: str = "outputs/demo"
+    pairs: str | None = None
+    model: str | None = None
+    reference_poses: str | None = None
+    driving_poses: str | None = None
+    reference_mask: str | None = None
+    driving_masks: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    pose: PoseConfig = field(default_factory=PoseConfig)
+    tpc: TPCOptions = field(default_factory=TPCOptions)
+
+
+PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "reference_mask", "driving_masks")
+
+
+def sample_jobs(config: InferConfig) -> list[InferConfig]:
+    """The two shipped samples: a rendered person, turned and small, and a photograph, both with the same clip."""
+    driving = str(SAMPLES / "dance.mp4")
+    output = Path(config.output)
+    rendered = replace(
+        config, reference=str(SAMPLES / "rendered.png"), driving=driving, output=str(output / "rendered")
+    )
+    photo = replace(rendered, reference=str(SAMPLES / "photo.png"), output=str(output / "photo"))
+    return [rendered, photo]
+
+
+def listed_jobs(config: InferConfig) -> list[InferConfig]:
+    """One configuration for each line of `pairs`."""
+    jobs = []
+    path = existing_file(config.pairs, "pairs")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)
+        except ValueError:
+            raise UserError(f"pairs={path}, line {number}: not valid JSON") from None
+        unknown = set(pair) - set(PAIR_KEYS) if isinstance(pair, dict) else {"the line"}
+        if unknown:
+            raise UserError(f"pairs={path}, line {number}: {sorted(unknown)[0]} is none of {', '.join(PAIR_KEYS)}")
+        pair.setdefault("output", str(Path(config.output) / f"{number:04d}"))
+        jobs.append(replace(config, pairs=None, **pair))
+    if not jobs:
+        raise UserError(f"pairs={path} holds no line")
+    if len({job.output for job in jobs}) < len(jobs):
+        raise UserError(f"pairs={path}: two lines have the same output")
+    return jobs
+
+
+def jobs_of(config: InferConfig) -> list[InferConfig]:
+    """Everything to animate."""
+    if config.pairs is not None:
+        return listed_jobs(config)
+    if config.reference is None and config.driving is None and config.driving_poses is None:
+        return sample_jobs(config)
+    if config.reference is None:
+        raise UserError("reference= is required beside driving=")
+    return [config]
+
+
+def check_inputs(job: InferConfig) -> None:
+    """What can be known before the model is loaded."""
+    existing_file(job.reference, "reference")
+    if job.driving is None and job.driving_poses is None:
+        raise UserError("driving= is required beside reference=")
+    output_folder(job.output)
+
+
+def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
+    """Animate one pair and write its results."""
+    output, watch = Path(job.output), Stopwatch()
+
+    def estimator() -> PoseEstimator:
+        return open_estimator(job.pose)
+
+    with watch.stage("reading and poses"):
+        reference = load_reference(
+            job.reference,
+            job.reference_poses,
+            job.reference_mask,
+            estimator if job.tpc.enabled else None,
+            job.pose.max_persons,
+        )
+        driving = load_driving(
+            job.driving,
+            job.driving_poses,
+            job.driving_masks,
+            estimator,
+            job.pose.max_persons,
+            job.num_frames,
+            job.stride,
+            job.pose.smoothing,
+        )
+    animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
+    save_config(job, output / "config.yaml")
+    if animation.calibration is not None:
+        with watch.stage("writing"), complete_folder(output / "calibration") as folder:
+            animation.calibration.write(folder)
+    write_animation(animation, output, config_dict(job), watch)
+    print(f"animation:  {output / 'animation.mp4'}")
+    print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(InferConfig, arguments)
+    config.check()
+    state = PartialState(cpu=config.device == "cpu")
+    jobs = jobs_of(config)
+    for job in jobs:
+        check_inputs(job)
+    device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
+    pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    with state.split_between_processes(jobs) as mine:
+        for job in mine:
+            if config.pairs is not None and (Path(job.output) / "result.json").is_file():
+                continue  # finished by an earlier run
+            run(job, pipeline)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,163 @@
+"""Calibrate a reference picture to a driving clip, without any diffusion model.
+
+    python -m tpc reference=photo.png driving=dance.mp4 output=outputs/calibrated [key=value ...]
+
+Poses and masks are estimated unless they are given (`reference_poses=`, `driving_poses=`, `reference_mask=`,
+`driving_masks=`); with given driving poses `driving=` may be left out. Writes to `output`:
+
+    calibration.json    transforms, keypoints, reasons, frame by frame      calibrated.mp4    the calibrated pictures
+    calibrated/         000000_p0.png and 000000_p0_mask.png                report.png        everything at a glance
+    calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the resolved configuration
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from core.config import config_dict, load_config, save_config
+from core.errors import UserError, run_command
+from core.files import existing_file, output_folder
+from data.inputs import Driving, Reference, load_driving, load_reference
+from data.pose import PoseConfig, PoseEstimator, open_estimator
+from data.video import write_video
+from tpc.calibration import calibrate
+from tpc.config import CalibrationConfig, resolve
+from tpc.report import write_report
+from tpc.result import Calibration
+
+
+@dataclass
+class CommandConfig:
+    """What to calibrate to what.
+
+    reference, driving: picture and video; output: folder for the results.
+    reference_poses, driving_poses: pose files, instead of estimating.
+    reference_mask: 8-bit picture, 255 = person, or a folder with p0.png, p1.png, ...
+    driving_masks: folder with 000000.png, or 000000_p0.png for several persons.
+    max_side: pixels of the longer side of the calibrated pictures; 0 = those of the driving video.
+    max_frames: frames to use; stride: use every stride-th.
+    """
+
+    reference: str = MISSING
+    output: str = MISSING
+    driving: str | None = None
+    reference_poses: str | None = None
+    driving_poses: str | None = None
+    reference_mask: str | None = None
+    driving_masks: str | None = None
+    max_side: int = 0
+    max_frames: int | None = None
+    stride: int = 1
+    pose: PoseConfig = field(default_factory=PoseConfig)
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(CommandConfig, arguments)
+    config.tpc = resolve(config.tpc)
+    check(config)
+    output = output_folder(config.output)
+    reference, driving = read_inputs(config)
+    size = frame_size(driving.poses.size, config.max_side)
+    calibration = calibrate(
+        reference.image,
+        reference.poses,
+        driving.poses,
+        size,
+        config.tpc,
+        reference_masks=reference.masks,
+        driving_masks=driving.masks,
+        progress=lambda frames: tqdm(frames, desc="calibrating"),
+    )
+    # Nothing appears in the folder before everything is written.
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
+        write_results(Path(folder), config, calibration, reference, driving)
+        move_into(Path(folder), output)
+    summary = calibration.summary()
+    print(f"{summary['calibrated']} calibrated, {summary['interpolated']} interpolated, ", end="")
+    print(f"{summary['uncalibrated']} uncalibrated; see {output / 'report.png'}")
+
+
+def check(config: CommandConfig) -> None:
+    """What can be known before anything is read."""
+    for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_dir():
+            existing_file(path, name)
+    if config.driving is None and config.driving_poses is None:
+        raise UserError("driving= or driving_poses= is required")
+    for name, least in (("max_side", 0), ("stride", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.max_frames is not None and config.max_frames < 1:
+        raise UserError(f"max_frames={config.max_frames} must be at least 1")
+
+
+def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
+    """Pictures, poses and masks; the estimator is opened when one of the two needs it."""
+    opened: list[PoseEstimator] = []
+
+    def estimator() -> PoseEstimator:
+        if not opened:
+            opened.append(open_estimator(config.pose))
+        return opened[0]
+
+    persons = config.pose.max_persons
+    reference = load_reference(config.reference, config.reference_poses, config.reference_mask, estimator, persons)
+    driving = load_driving(
+        config.driving,
+        config.driving_poses,
+        config.driving_masks,
+        estimator,
+        persons,
+        config.max_frames,
+        config.stride,
+        config.pose.smoothing,
+    )
+    return reference, driving
+
+
+def frame_size(driving_size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """(width, height) of the calibrated pictures: the driving frame's, or resized to a longer side of `max_side`."""
+    if max_side == 0:
+        return driving_size
+    scale = max_side / max(driving_size)
+    return max(1, round(driving_size[0] * scale)), max(1, round(driving_size[1] * scale))
+
+
+def write_results(
+    folder: Path, config: CommandConfig, calibration: Calibration, reference: Reference, driving: Driving
+) -> None:
+    """Write everything into `folder`."""
+    calibration.write(folder)
+    save_config(config, folder / "config.yaml")
+    metadata = {"description": "calibrated reference pictures, not generated", "config": config_dict(config)}
+    write_video(folder / "calibrated.mp4", calibrated_frames(calibration), calibration.fps, metadata)
+    write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
+
+
+def calibrated_frames(calibration: Calibration) -> Iterator[np.ndarray]:
+    """For every frame the calibrated pictures of its persons side by side; grey where a person is uncalibrated."""
+    grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
+    for row in calibration.member:
+        yield np.hstack([calibration.images[m] if m >= 0 else grey for m in row])
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Move the entries of `source` into `folder`, in place of entries of the same names."""
+    for entry in source.iterdir():
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+
+
+if __name__ == "__main__":
+    run_command(main)

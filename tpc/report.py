@@ -1,0 +1,240 @@
+"""`report.png`: what a calibration did, at a glance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from core.files import complete_file
+from data.drawing import draw_pose
+from data.pose import Poses
+from tpc.result import Calibration, PersonFrame
+from tpc.skeleton import MIRRORED, visible
+
+NUM_COLUMNS = 5  # driving frames that are shown
+GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)
+STATUS_COLOURS = {"calibrated": GREEN, "interpolated": AMBER, "uncalibrated": RED}
+PERSON_COLOURS = ("#1f77b4", "#e377c2", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def write_report(
+    path: str | Path,
+    calibration: Calibration,
+    reference: np.ndarray,
+    reference_poses: Poses,
+    driving_poses: Poses,
+    driving_frames: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Draw keypoints, common set, chosen subset, calibrated pictures, and everything over time.
+
+    Args:
+        reference: (h, w, 3) uint8, the original picture.
+        driving_frames: original driving frames, (H, W, 3) uint8 each; None = their skeletons on black.
+    """
+    shown = _frames_to_show(calibration)
+    figure = Figure(figsize=(2.6 * (len(shown) + 1), 13), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(6, len(shown) + 1, height_ratios=[2.6, 2.6, 2.6, 1.3, 1.3, 1.3])
+    figure.suptitle(_headline(calibration), fontsize=13)
+    _show(
+        figure.add_subplot(grid[0, 0]), _reference_picture(calibration, reference, reference_poses, shown), "reference"
+    )
+    _legend(figure.add_subplot(grid[1:3, 0]), calibration)
+    for column, frame in enumerate(shown, start=1):
+        driving = _driving_picture(calibration, frame, driving_poses, driving_frames)
+        calibrated = _calibrated_picture(calibration, frame)
+        _show(figure.add_subplot(grid[0, column]), driving, f"frame {frame}")
+        _show(figure.add_subplot(grid[1, column]), calibrated, "calibrated", calibration.records[frame])
+        _show(figure.add_subplot(grid[2, column]), _overlay(calibration, frame, driving_frames), "laid over the frame")
+    _plot_iou(figure.add_subplot(grid[3, :]), calibration, shown)
+    _plot_scale(figure.add_subplot(grid[4, :]), calibration, shown)
+    _plot_angle(figure.add_subplot(grid[5, :]), calibration, shown)
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def _frames_to_show(calibration: Calibration) -> list[int]:
+    """Evenly spaced frames; an uncalibrated one among them when there is any."""
+    chosen = np.unique(np.linspace(0, calibration.frames - 1, NUM_COLUMNS).round().astype(int)).tolist()
+    missing = np.flatnonzero((calibration.member < 0).any(1))
+    if len(missing) and not set(missing) & set(chosen):
+        middle = min(range(len(chosen)), key=lambda i: np.abs(missing - chosen[i]).min())
+        chosen[middle] = int(missing[np.abs(missing - chosen[middle]).argmin()])
+    return sorted(set(chosen))
+
+
+def _headline(calibration: Calibration) -> str:
+    summary, config = calibration.summary(), calibration.config
+    counts = ", ".join(f"{summary[status]} {status}" for status in STATUS_COLOURS)
+    iou = "" if summary["mean_mask_iou"] is None else f", mean IoU {summary['mean_mask_iou']:.2f}"
+    return (
+        f"{calibration.frames} frames, {calibration.persons} person(s): {counts}{iou}\n"
+        f"preset {config.preset}: {config.transform}, keypoints {config.keypoints}, {config.visibility} visibility, "
+        f"{config.propagation} propagation; {summary['seconds']:.1f} s"
+    )
+
+
+def _legend(axes, calibration: Calibration) -> None:
+    axes.axis("off")
+    lines = [(GREY, "keypoint seen"), (AMBER, "seen in both pictures"), (GREEN, "used in the transform")]
+    for row, (colour, text) in enumerate(lines):
+        axes.plot(0.05, 0.97 - 0.06 * row, "o", color=_unit(colour), markersize=9)
+        axes.text(0.14, 0.97 - 0.06 * row, text, va="center", fontsize=10)
+    summary = calibration.summary()
+    text = [f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5]]
+    text += [f"Note: {note}." for note in summary["notes"]]
+    wrapped = "\n\n".join(_wrap(line, 34) for line in text)
+    axes.text(0.0, 0.74, wrapped, va="top", fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+
+
+def _wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
+
+
+def _show(axes, image: np.ndarray, title: str, records: Sequence[PersonFrame] = ()) -> None:
+    axes.imshow(image)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=10)
+    if records:
+        worst = max(records, key=lambda r: list(STATUS_COLOURS).index(r.status))
+        for spine in axes.spines.values():
+            spine.set_color(_unit(STATUS_COLOURS[worst.status]))
+            spine.set_linewidth(3)
+        axes.set_title(title if worst.status == "calibrated" else worst.status, fontsize=10)
+        texts = [f"IoU {r.mask_iou:.2f}" for r in records if r.mask_iou is not None]
+        axes.set_xlabel(", ".join(texts), fontsize=9)
+
+
+def _reference_picture(
+    calibration: Calibration, reference: np.ndarray, poses: Poses, shown: Sequence[int]
+) -> np.ndarray:
+    image = reference.copy()
+    threshold = calibration.config.reference_score_threshold
+    for person in range(calibration.persons):
+        rows = (calibration.records[frame][person] for frame in shown)
+        record = next((row for row in rows if row.keypoints), calibration.records[shown[0]][person])
+        used, common = (
+            {int(MIRRORED[i]) if record.mirrored else i for i in numbers}
+            for numbers in (record.keypoints, record.common)
+        )
+        seen = visible(poses.scores[0, person], poses.keypoints[0, person], threshold)
+        _draw_points(image, poses.keypoints[0, person], seen, used, common)
+    return image
+
+
+def _driving_picture(
+    calibration: Calibration, frame: int, poses: Poses, frames: Sequence[np.ndarray] | None
+) -> np.ndarray:
+    if frames is None:
+        image = draw_pose(poses.keypoints[frame], poses.scores[frame], poses.size)
+    else:
+        image = np.array(frames[frame])
+    for slot in range(poses.persons):
+        seen = visible(poses.scores[frame, slot], poses.keypoints[frame, slot], calibration.config.score_threshold)
+        records = [r for r in calibration.records[frame] if r.slot == slot]
+        used = set(records[0].keypoints) if records else set()
+        common = set(records[0].common) if records else set()
+        _draw_points(image, poses.keypoints[frame, slot], seen, used, common)
+    return image
+
+
+def _draw_points(image: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, used: set[int], common: set[int]) -> None:
+    radius = max(3, max(image.shape[:2]) // 80)
+    for number in np.flatnonzero(seen):
+        colour = GREEN if number in used else AMBER if number in common else GREY
+        centre = tuple(int(v) for v in np.clip(np.round(keypoints[number]), -(2**15), 2**15))
+        cv2.circle(image, centre, radius + 1, (0, 0, 0), -1, cv2.LINE_AA)
+        cv2.circle(image, centre, radius, colour, -1, cv2.LINE_AA)
+
+
+def _calibrated_picture(calibration: Calibration, frame: int) -> np.ndarray:
+    """The calibrated pictures of all persons over each other; grey where there is none."""
+    result = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
+    members = [m for m in calibration.member[frame] if m >= 0]
+    for order, member in enumerate(members):
+        image = calibration.images[member]
+        result = image if order == 0 else np.where(calibration.masks[member][..., None], image, result)
+    return result
+
+
+def _overlay(calibration: Calibration, frame: int, frames: Sequence[np.ndarray] | None) -> np.ndarray:
+    """The driving person's outline (white) and the calibrated person's (colour by status) over the driving frame."""
+    size = calibration.size
+    if frames is None:
+        image = np.zeros((size[1], size[0], 3), np.uint8)
+    else:
+        image = cv2.warpAffine(np.asarray(frames[frame]), calibration.frame_map[:2], size, flags=cv2.INTER_AREA)
+    width = max(2, max(size) // 200)
+    for person, record in enumerate(calibration.records[frame]):
+        member = calibration.member[frame, person]
+        if member >= 0:
+            mask = calibration.masks[member]
+            image[mask] = (0.45 * image[mask] + 0.55 * calibration.images[member][mask]).astype(np.uint8)
+            _outline(image, mask, STATUS_COLOURS[record.status], width)
+        _outline(image, calibration.target_masks[frame, person], (255, 255, 255), width)
+    return image
+
+
+def _outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
+    contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    cv2.drawContours(image, contours, -1, colour, width, cv2.LINE_AA)
+
+
+def _plot_iou(axes, calibration: Calibration, shown: Sequence[int]) -> None:
+    for person in range(calibration.persons):
+        colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
+        axes.plot(_values(calibration, person, "mask_iou"), color=colour, label=f"person {person}, calibrated")
+        axes.plot(_values(calibration, person, "box_iou"), color=colour, ls=":", label="boxes before calibration")
+    axes.set_ylim(0, 1)
+    _finish(axes, calibration, shown, "IoU")
+
+
+def _plot_scale(axes, calibration: Calibration, shown: Sequence[int]) -> None:
+    for person in range(calibration.persons):
+        colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
+        axes.plot(_values(calibration, person, "scale"), color=colour, label=f"person {person}, used")
+        axes.plot(_values(calibration, person, "torso_scale"), color=colour, ls=":", label="shoulders and hips alone")
+    _finish(axes, calibration, shown, "scale")
+
+
+def _plot_angle(axes, calibration: Calibration, shown: Sequence[int]) -> None:
+    for person in range(calibration.persons):
+        colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
+        axes.plot(_values(calibration, person, "rotation_deg"), color=colour, label=f"person {person}, used")
+        axes.plot(_values(calibration, person, "relative_angle_deg"), color=colour, ls=":", label="pelvis to nose")
+    _finish(axes, calibration, shown, "rotation, degrees")
+    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated)")
+
+
+def _finish(axes, calibration: Calibration, shown: Sequence[int], label: str) -> None:
+    axes.set_ylabel(label)
+    axes.set_xlim(-0.5, calibration.frames - 0.5)
+    axes.grid(alpha=0.3)
+    status = calibration.status
+    for name in ("interpolated", "uncalibrated"):
+        for frame in np.flatnonzero((status == name).any(1)):
+            axes.axvspan(frame - 0.5, frame + 0.5, color=_unit(STATUS_COLOURS[name]), alpha=0.25, lw=0)
+    for frame in shown:
+        axes.axvline(frame, color="black", lw=0.6, alpha=0.4)
+    if calibration.persons:
+        axes.legend(fontsize=8, ncols=2 * calibration.persons, loc="upper left")
+
+
+def _values(calibration: Calibration, person: int, name: str) -> np.ndarray:
+    values = [getattr(row[person], name) for row in calibration.records]
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def _unit(colour: tuple[int, int, int]) -> tuple[float, ...]:
+    return tuple(value / 255 for value in colour)
