@@ -97,9 +97,11 @@ class BlazePose:
     def _search(self, image: np.ndarray, plan: SearchPlan, max_persons: int) -> list[_Person]:
         """Distinct persons that a search of the image finds, the most prominent first."""
         persons: list[_Person] = []
-        for tiled in (False, True) if plan.tiled else (False,):
+        for rotations, tiled in ((plan.rotations, False), (plan.tile_rotations, True)):
+            if len(persons) >= max_persons or not rotations:
+                break
             found = []
-            for candidate in find_candidates(self._detector, image, plan.rotations, tiled)[: 2 * max_persons + 2]:
+            for candidate in find_candidates(self._detector, image, rotations, tiled)[: 2 * max_persons + 2]:
                 person = self._settle(image, candidate.roi)
                 if person is None or (tiled and person.confidence < _LEAST_IN_TILE):
                     continue
@@ -108,8 +110,6 @@ class BlazePose:
             # Who is seen in the whole image is seen better there than in a tile that may cut them.
             known = list(persons)
             persons += [p for p in distinct_persons(found) if not any(is_same_person(p, other) for other in known)]
-            if len(persons) >= max_persons:
-                break
         return by_prominence(persons, image.shape[1::-1])[:max_persons]
 
     def _settle(self, image: np.ndarray, roi: Roi) -> _Person | None:

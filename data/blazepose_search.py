@@ -25,17 +25,18 @@ class SearchPlan:
         rotations: radians, clockwise, of the persons to look for.
         least_confidence: of a person who is accepted: the detector's evidence times the landmarks' confidence. Twelve
             rotations that must agree leave few false alarms, so they may ask for less than a single one.
-        tiled: whether to look also at overlapping tiles of half the size when too few persons are found.
+        tile_rotations: the same for overlapping tiles of half the size, which are searched when too few persons are
+            found in the whole picture; none where that is not worth the time.
     """
 
     rotations: tuple[float, ...]
     least_confidence: float
-    tiled: bool
+    tile_rotations: tuple[float, ...] = ()
 
 
-UPRIGHT = SearchPlan(rotations=(0.0,), least_confidence=0.25, tiled=False)
-TURNED = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1, tiled=False)
-THOROUGH = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1, tiled=True)
+UPRIGHT = SearchPlan(rotations=(0.0,), least_confidence=0.25)
+TURNED = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1)
+THOROUGH = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1, tile_rotations=_ALL_ROTATIONS[::2])
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,18 @@ def _agreeing(hits: list[_Hit], rotations: int) -> list[Candidate]:
         best = waiting[0].roi
         agreeing = [hit for hit in waiting if _alike(best, hit.roi)]
         scores = {hit.rotation: hit.score for hit in reversed(agreeing)}
-        candidates.append(Candidate(best, sum(scores.values()) / rotations))
-        waiting = [hit for hit in waiting if not _alike(best, hit.roi)]
+        candidates.append(Candidate(_mean_roi(agreeing), sum(scores.values()) / rotations))
+        waiting = [hit for hit in waiting if hit not in agreeing]
     return sorted(candidates, key=lambda candidate: -candidate.evidence)
+
+
+def _mean_roi(hits: list[_Hit]) -> Roi:
+    """Score-weighted mean of regions that are turned alike; sides are averaged as ratios, angles as directions."""
+    weights = np.array([hit.score for hit in hits])
+    places = np.array([(hit.roi.x, hit.roi.y, math.log(hit.roi.side)) for hit in hits])
+    x, y, log_side = (weights @ places / weights.sum()).tolist()
+    directions = np.exp(1j * np.array([hit.roi.rotation for hit in hits]))
+    return Roi(x, y, math.exp(log_side), float(np.angle(weights @ directions)))
 
 
 def _alike(a: Roi, b: Roi) -> bool:

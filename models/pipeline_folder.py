@@ -1,45 +1,93 @@
 """Saved pipelines: a folder with one sub-folder a component, as `save_pretrained` of diffusers writes it."""
 
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, SchedulerMixin
+from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
+from models.checkpoints.folders import load_folder
+from models.magic_animate import MagicAnimatePipeline, PromptEmbedding
 from models.pipeline import AnimationPipeline
+from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
 COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
+PIPELINES = {kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline)}
+NETWORKS = {
+    kind.__name__: kind
+    for kind in (
+        AutoencoderKL,
+        AutoencoderTiny,
+        CLIPVisionModelWithProjection,
+        ControlNetModel,
+        DenoisingUNet,
+        PoseGuider,
+        PromptEmbedding,
+        ReferenceNet,
+    )
+}
 
 
 def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> AnimationPipeline:
-    """Load a pipeline from a local folder; nothing is downloaded.
+    """Load a pipeline from a local folder; nothing is downloaded, and every tensor must be there.
 
     Raises:
-        UserError: the folder is missing, is not a pipeline, or lacks a component or its weights.
+        UserError: the folder is missing, is not a pipeline, lacks a component, or its weights do not fit.
     """
     folder = Path(folder)
+    index = read_index(folder)
+    kind = PIPELINES.get(index.get("_class_name"))
+    if kind is None:
+        known = ", ".join(PIPELINES)
+        raise UserError(f"model={folder} is a {index.get('_class_name')}; the pipelines known here are {known}")
+    arguments = {}
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+        if parameter.default is inspect.Parameter.empty:
+            arguments[name] = load_component(folder, name, index.get(name), dtype)
+        elif name in index:
+            arguments[name] = index[name]
+    return kind(**arguments)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of `model_index.json`."""
     if not folder.is_dir():
         raise UserError(f"model={folder} does not exist; give a pipeline folder (train.py writes output/pipeline)")
-    index = folder / "model_index.json"
-    if not index.is_file():
+    path = folder / "model_index.json"
+    if not path.is_file():
         raise UserError(f"model={folder} is not a pipeline folder: it has no model_index.json")
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"model={folder}: model_index.json is not valid JSON") from None
-    for component in COMPONENTS:
-        files = {path.suffix for path in (folder / component).glob("*")}
-        wanted = {".json"} if component == "scheduler" else {".json", ".safetensors"}
-        if component not in named or not wanted <= files:
-            raise UserError(f"model={folder}: component {component} is missing or incomplete")
-    try:
-        pipeline = AnimationPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"model={folder} cannot be loaded: {error}") from None
-    for component in COMPONENTS:
-        if isinstance(module := getattr(pipeline, component), torch.nn.Module):
-            module.eval()
-    return pipeline
+    if not isinstance(index, dict):
+        raise UserError(f"model={folder}: model_index.json is not a pipeline's index")
+    return index
+
+
+def load_component(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> Any:
+    """One network or the scheduler; `entry` is its [library, class] in the index."""
+    files = {path.suffix for path in (folder / name).glob("*")}
+    if not isinstance(entry, list) or len(entry) != 2 or ".json" not in files:
+        raise UserError(f"model={folder}: component {name} is missing or incomplete")
+    if name == "scheduler":
+        kind = getattr(diffusers, str(entry[1]), None)
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            raise UserError(f"model={folder}: component {name} is a {entry[1]}, which diffusers does not have")
+        try:
+            return kind.from_pretrained(folder / name)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"model={folder}: component {name} cannot be loaded: {error}") from None
+    if entry[1] not in NETWORKS:
+        raise UserError(f"model={folder}: component {name} is a {entry[1]}, not one of {', '.join(NETWORKS)}")
+    if ".safetensors" not in files:
+        raise UserError(f"model={folder}: component {name} is missing or incomplete")
+    return load_folder(NETWORKS[entry[1]], folder / name, f"model={folder}: component {name}", dtype)
 
 
 def choose_device(device: str, dtype: str, process: int = 0) -> tuple[torch.device, torch.dtype]:

@@ -223,7 +223,7 @@ class _Painter:
             background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
         if self.fill == "scene":
             # A little wider than the mask, whose edge pixels still show the person.
-            shown = mask_picture(everybody).warp(self.scene.reference_map, self.scene.size, cubic=False) > 0
+            shown = mask_picture(everybody).warp(self.scene.reference_map, self.scene.size) > 0
             grown = _grow(shown, max(2, max(self.scene.size) // 128))
             background = remove_persons(self.picture.warp(self.scene.reference_map, self.scene.size), grown)
         return background

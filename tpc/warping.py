@@ -12,22 +12,27 @@ import cv2
 import numpy as np
 
 MAX_SIDE = 32766  # OpenCV's warps address pixels by 16-bit integers
-MAX_COORDINATE = 1e6  # pixels: maps that send the picture further than this are cut off, far outside any frame
+MAX_COORDINATE = 1e8  # pixels: a map that sends a corner further off shows nothing that a frame could hold
+MIN_AREA = 1e-12  # of a source pixel in the frame
 
 
 class Picture:
     """A picture (h, w, 3) or (h, w) uint8 that can be warped at any scale without aliasing.
 
-    Shrinking averages blocks of 2x2 pixels as often as the scale halves, then blurs for the rest. Both are kept and used again
-    by the next frame of about the same scale.
+    Beyond it lie its edge pixels ("edge": for colours, sampled bicubically) or zeros ("zero": for masks, linearly).
+    Shrinking averages blocks of 2x2 pixels as often as the scale halves, then blurs for the rest. Both are kept, and
+    used again by the next frame of about the same scale.
     """
 
     BLUR_STEP = 0.1  # pixels of standard deviation; finer steps are invisible
 
-    def __init__(self, image: np.ndarray):
+    def __init__(self, image: np.ndarray, beyond: str = "edge"):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
             raise ValueError(f"image must be uint8 (h, w, 3) or (h, w), got {image.dtype} {image.shape}")
+        if beyond not in ("edge", "zero"):
+            raise ValueError(f"beyond must be edge or zero, got {beyond!r}")
         self.levels = [image]
+        self.beyond = beyond
         self._blurred: tuple[tuple[int, int], np.ndarray] | None = None
 
     @property
@@ -35,16 +40,14 @@ class Picture:
         """(width, height)."""
         return self.levels[0].shape[1], self.levels[0].shape[0]
 
-    def warp(self, matrix: np.ndarray, size: tuple[int, int], *, cubic: bool = True) -> np.ndarray:
-        """Resample into a frame of (width, height); beyond the picture its edge pixels continue for a picture (`cubic`),
-        and zeros for a mask."""
+    def warp(self, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Resample into a frame of (width, height); zeros when the matrix sends the picture nowhere."""
         matrix = np.asarray(matrix, np.float64)
-        shape = (size[1], size[0], *self.levels[0].shape[2:])
-        smallest = np.linalg.svd(matrix[:2, :2], compute_uv=False)[-1]  # what one source pixel shrinks to
         corners = matrix[:2] @ np.array([[0, self.size[0], 0], [0, 0, self.size[1]], [1, 1, 1.0]])
-        if not np.isfinite(matrix).all() or smallest == 0 or np.abs(corners).max() > MAX_COORDINATE:
-            return np.zeros(shape, np.uint8)
-        level = max(0, math.floor(math.log2(1 / smallest)))
+        if not np.abs(corners).max() <= MAX_COORDINATE or abs(np.linalg.det(matrix[:2, :2])) < MIN_AREA:
+            return np.zeros((size[1], size[0], *self.levels[0].shape[2:]), np.uint8)
+        smallest = np.linalg.svd(matrix[:2, :2], compute_uv=False)[-1]  # what one source pixel shrinks to
+        level = max(0, math.floor(math.log2(1 / smallest)), math.ceil(math.log2(max(self.size) / MAX_SIDE)))
         source = self._reduced(level)
         level = min(level, len(self.levels) - 1)
         shrink = max(1.0, 1 / (smallest * 2**level))  # in (1, 2]: what the halvings leave
@@ -52,16 +55,19 @@ class Picture:
         # Pixel i of a level is the mean of pixels 2^level i ... 2^level (i + 1) - 1.
         unit, half = 2.0**level, (2.0**level - 1) / 2
         step = matrix @ np.array([[unit, 0, half], [0, unit, half], [0, 0, 1]])
-        flags, border = (cv2.INTER_CUBIC, cv2.BORDER_REPLICATE) if cubic else (cv2.INTER_LINEAR, cv2.BORDER_CONSTANT)
+        if self.beyond == "edge":
+            flags, border = cv2.INTER_CUBIC, cv2.BORDER_REPLICATE
+        else:
+            flags, border = cv2.INTER_LINEAR, cv2.BORDER_CONSTANT
         return cv2.warpAffine(source, step[:2], size, flags=flags, borderMode=border)
 
     def _reduced(self, level: int) -> np.ndarray:
-        while len(self.levels) <= level or max(self.levels[-1].shape[:2]) > MAX_SIDE:
+        while len(self.levels) <= level:
             last = self.levels[-1]
             if max(last.shape[:2]) == 1:
                 break
             odd = [(0, n % 2) for n in last.shape[:2]] + [(0, 0)] * (last.ndim - 2)
-            padded = np.pad(last, odd, mode="edge")
+            padded = np.pad(last, odd, mode="edge" if self.beyond == "edge" else "constant")
             self.levels.append(
                 cv2.resize(padded, (padded.shape[1] // 2, padded.shape[0] // 2), interpolation=cv2.INTER_AREA)
             )
@@ -90,18 +96,18 @@ def quad_mask(matrix: np.ndarray, source_size: tuple[int, int], size: tuple[int,
 
 def mask_picture(mask: np.ndarray) -> Picture:
     """A mask (h, w) bool as a picture of coverage, 0 to 255."""
-    return Picture(mask.astype(np.uint8) * np.uint8(255))
+    return Picture(mask.astype(np.uint8) * np.uint8(255), "zero")
 
 
 def warp_mask(mask: Picture, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool: the destination pixels of which the mask covers at least half."""
-    return mask.warp(matrix, size, cubic=False) >= 128
+    return mask.warp(matrix, size) >= 128
 
 
 def place_person(picture: Picture, mask: Picture, matrix: np.ndarray, background: np.ndarray) -> np.ndarray:
     """The warped person over a background (h, w, 3) uint8, blended where a pixel is covered in part."""
     size = (background.shape[1], background.shape[0])
-    alpha = mask.warp(matrix, size, cubic=False)
+    alpha = mask.warp(matrix, size)
     rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
     result = background.copy()
     if not len(rows):

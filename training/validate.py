@@ -22,7 +22,7 @@ def validation_sheet(
     Returns:
         Sheet (h, w, 3) uint8, and the mean person PSNR in dB.
     """
-    data = replace(data, split="heldout", seed=data.seed + 1, num_frames=config.num_frames, workers=0)
+    data = replace(data, split="heldout", seed=data.seed + 1, num_frames=config.num_frames, workers=0, cache=None)
     dataset = make_dataset(data, config.clips)
     rows, psnr = [], []
     for number in range(config.clips):

@@ -1,18 +1,24 @@
 """Commands on published checkpoints.
 
-python -m models.checkpoints verify fixture=PATH/moore_tiny
+python -m models.checkpoints inspect FILE ...                       what files are, and what is wrong with them
+python -m models.checkpoints convert family=animate_anyone weights=FOLDER output=FOLDER
+python -m models.checkpoints verify fixture=PATH/moore_tiny         known answers, see docs/checkpoints.md
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import MISSING
 
 from core.config import load_config
 from core.errors import UserError, run_command
+from models.checkpoints.convert import ConvertConfig, convert
+from models.checkpoints.files import read_tensors
+from models.checkpoints.kinds import inspect, inspect_folder
 from models.checkpoints.verify import read_fixture, verify
 
-USAGE = "python -m models.checkpoints {inspect FILES... | verify fixture=PATH | convert family=... output=DIR ...}"
+USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"
 
 
 @dataclass
@@ -22,20 +28,49 @@ class VerifyConfig:
     fixture: str = MISSING
 
 
+def inspect_command(arguments: list[str]) -> None:
+    """Print what each file is; end with code 1 when something is missing, unexpected or unknown."""
+    if not arguments:
+        raise UserError(f"inspect needs files: {USAGE}")
+    complete = True
+    for path in arguments:
+        if (kind := inspect_folder(Path(path))) is not None:
+            print(f"{path}: {kind}\n  complete")
+            continue
+        found = inspect(read_tensors(path, "file"), path)
+        numbers = f"{found.tensors} tensors, {found.elements:,} elements, {' '.join(found.dtypes)}"
+        print(f"{path}: {found.kind}; {numbers}" + (f"; {found.detail}" if found.detail else ""))
+        lines = found.mismatch.lines() if found.mismatch else ["complete" if found.known else "not compared"]
+        print("\n".join(f"  {line}" for line in lines))
+        complete = complete and not found.mismatch and found.kind != "unknown"
+    if not complete:
+        sys.exit(1)
+
+
 def verify_command(arguments: list[str]) -> None:
     """Print `output-name max-abs-difference tolerance` for every output; end with code 1 unless all are within."""
-    config = load_config(VerifyConfig, arguments)
-    results = verify(read_fixture(config.fixture))
+    results = verify(read_fixture(load_config(VerifyConfig, arguments).fixture))
     for result in results:
         print(f"{result.name} {result.difference:.3g} {result.tolerance:g}")
     if not all(result.passed for result in results):
         sys.exit(1)
 
 
-COMMANDS = {"verify": verify_command}
+def convert_command(arguments: list[str]) -> None:
+    """Write a pipeline folder."""
+    config = load_config(ConvertConfig, arguments)
+    convert(config)
+    print(f"pipeline folder: {config.output}")
+
+
+COMMANDS = {"inspect": inspect_command, "verify": verify_command, "convert": convert_command}
 
 
 def main(arguments: list[str]) -> None:
+    """Run one command."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if not arguments or arguments[0] not in COMMANDS:
         raise UserError(f"usage: {USAGE}")
     COMMANDS[arguments[0]](arguments[1:])

@@ -13,26 +13,29 @@ from models.checkpoints.strict import Mismatch
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_folder(kind: type[Module], folder: str | Path, argument: str, dtype: torch.dtype = torch.float32) -> Module:
+def load_folder(kind: type[Module], folder: str | Path, what: str, dtype: torch.dtype = torch.float32) -> Module:
     """`kind.from_pretrained` of a local folder that refuses what the library only warns of.
 
     The libraries give missing tensors random values and go on.
+
+    Args:
+        what: the folder as the user knows it, for errors.
 
     Raises:
         UserError: no such folder, or its weights do not fit its configuration.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{argument}={folder} is not a folder of {kind.__name__}: it has no config.json")
+        raise UserError(f"{what} is not a folder of {kind.__name__}: it has no config.json")
     try:
         module, info = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{argument}={folder} cannot be loaded as {kind.__name__}: {error}") from None
+        raise UserError(f"{what} cannot be loaded as {kind.__name__}: {error}") from None
     mismatch = Mismatch(
         missing=tuple(sorted(info["missing_keys"])),
         unexpected=tuple(sorted(info["unexpected_keys"])),
         misshapen=tuple(str(entry) for entry in info["mismatched_keys"]),
     )
     if mismatch:
-        raise UserError(f"{argument}={folder} does not fit {kind.__name__}: {'; '.join(mismatch.lines())}")
+        raise UserError(f"{what} does not fit {kind.__name__}: {'; '.join(mismatch.lines())}")
     return module.eval()

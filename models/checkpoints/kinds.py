@@ -1,12 +1,17 @@
 """What a checkpoint file is: the closest of the known kinds, and what it lacks or has too much."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from models.checkpoints.files import without_prefixes
+from models.checkpoints.folders import load_folder
 from models.checkpoints.manifests import (
     animated_unet_manifest,
     appearance_encoder_manifest,
@@ -21,13 +26,15 @@ from models.checkpoints.networks import EMBEDDING, UNET_PREFIXES
 from models.checkpoints.sizes import MotionSizes, Shapes, UNetSizes, motion_sizes, pose_guider_channels, unet_sizes
 from models.checkpoints.strict import Mismatch, compare, shapes_of
 
-# Kinds that are recognised by a name and not taken apart: what loads them checks them.
+# Kinds that are recognised by a name and not taken apart.
 OTHER_KINDS = {
     "decoder.": "autoencoder",
     "vision_model.": "CLIP image encoder",
     "text_model.": "CLIP text encoder",
     "model.diffusion_model.": "single-file Stable Diffusion; convert it to a diffusers folder first",
 }
+# Folders whose configuration defines the network.
+FOLDER_KINDS = {kind.__name__: kind for kind in (AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Inspection:
     dtypes: tuple[str, ...]
     detail: str
     mismatch: Mismatch | None
+
+    @property
+    def known(self) -> bool:
+        """Whether the tensors of this kind are known, so that a file can be found complete."""
+        return self.mismatch is not None
 
 
 def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
@@ -57,6 +69,23 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     )
 
 
+def inspect_folder(folder: Path) -> str | None:
+    """The class of a folder that its own configuration defines, after a check that its weights fit; None for others.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = config.get("_class_name") or config["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if name not in FOLDER_KINDS:
+        return None
+    load_folder(FOLDER_KINDS[name], folder, str(folder))
+    return name
+
+
 def _recognised(shapes: Shapes) -> tuple[str, str, Mismatch | None]:
     motion = [name for name in shapes if MOTION in name]
     if motion and 2 * len(motion) > len(shapes) and "conv_in.weight" not in shapes:
@@ -69,7 +98,7 @@ def _recognised(shapes: Shapes) -> tuple[str, str, Mismatch | None]:
         kind = "denoising UNet with motion modules (MagicAnimate temporal_attention)"
         return kind, f"{_detail(unet_sizes(shapes))}, {_motion_detail(sizes)}", compare(wanted, shapes)
     if any(name.startswith(EMBEDDING) for name in shapes):
-        embedding = {name.removeprefix(EMBEDDING): value for name, value in shapes.items()}
+        embedding = {name.removeprefix(EMBEDDING): shapes[name] for name in shapes if name.startswith(EMBEDDING)}
         wanted = control_net_manifest(unet_sizes(shapes), pose_guider_channels(embedding))
         return "ControlNet", _detail(unet_sizes(shapes)), compare(wanted, shapes)
     if any(name.startswith("blocks.") for name in shapes):

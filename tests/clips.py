@@ -1,0 +1,28 @@
+"""A rendered reference and driving clip written as a user would have them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.datasets import RenderedPeople
+from data.pose import Poses
+from data.video import write_video
+
+
+def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int = 1) -> None:
+    """Write reference.png, driving.mp4, exact poses (.npz) and masks of a held-out person."""
+    item = RenderedPeople(size=(size, size), num_frames=frames, stride=3, split="heldout", seed=seed, length=1)[0]
+
+    def pictures(tensor):
+        return ((tensor.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
+
+    Image.fromarray(pictures(item["reference"])).save(folder / "reference.png")
+    write_video(folder / "driving.mp4", pictures(item["frames"]), 8.0)
+    for name, points in (("reference", item["reference_keypoints"][None]), ("driving", item["keypoints"])):
+        points = points.numpy()[:, None]
+        Poses(points[..., :2], points[..., 2], (size, size), 8.0).save(folder / f"{name}.npz")
+    Image.fromarray((item["reference_mask"][0].numpy() * 255).astype(np.uint8)).save(folder / "reference_mask.png")
+    (folder / "driving_masks").mkdir()
+    for number, mask in enumerate(item["masks"][0].numpy()):
+        Image.fromarray((mask * 255).astype(np.uint8)).save(folder / "driving_masks" / f"{number:06d}.png")

@@ -1,0 +1,92 @@
+"""Small checkpoints of the published families, drawn from names as known-answer fixtures do, and where those lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from models.checkpoints.manifests import (
+    animated_unet_manifest,
+    appearance_encoder_manifest,
+    control_net_manifest,
+    motion_manifest,
+    pose_guider_manifest,
+    reference_unet_manifest,
+    unet_manifest,
+)
+from models.checkpoints.sizes import MotionSizes, UNetSizes
+from models.checkpoints.synthetic import synthetic_tensors
+
+SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)
+MOTION = MotionSizes()
+MAGIC_MOTION = MotionSizes(max_seq_length=24, mid_block=False)
+GUIDER_CHANNELS = (8, 16, 16)
+MANIFESTS = {
+    "denoising_unet": lambda: unet_manifest(SIZES),
+    "motion_module": lambda: motion_manifest(SIZES, MOTION),
+    "reference_unet": lambda: reference_unet_manifest(SIZES),
+    "pose_guider": lambda: pose_guider_manifest(32, GUIDER_CHANNELS),
+    "appearance_encoder": lambda: appearance_encoder_manifest(SIZES),
+    "densepose_controlnet": lambda: control_net_manifest(SIZES, GUIDER_CHANNELS),
+    "temporal_attention": lambda: animated_unet_manifest(SIZES, MAGIC_MOTION),
+}
+
+
+def published_tensors(file: str, seed: int = 1) -> dict[str, Tensor]:
+    """What a small version of a published file holds."""
+    return synthetic_tensors(MANIFESTS[file](), seed)
+
+
+def fixtures_folder() -> Path:
+    """The folder of known-answer fixtures; the test is skipped when there is none."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+    folder = Path(os.environ.get("TPC_ANIMATE_FIXTURES", beside))
+    if not folder.is_dir():
+        pytest.skip("no known-answer fixtures: set TPC_ANIMATE_FIXTURES")
+    return folder
+
+
+def small_vae() -> AutoencoderKL:
+    """Random, factor 4."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def small_image_encoder() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def small_text_encoder() -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    return CLIPTextModel(config).eval()
