@@ -137,7 +137,8 @@ def main(arguments: list[str]) -> None:
     step = resume(accelerator, output)
     loader = make_loader(dataset, config.batch_size, config.data.workers, start=step * clips_per_step)
     loader = accelerator.prepare(loader)
-    pipeline = make_pipeline(vae, accelerator.unwrap_model(model), config.noise)
+    window_size = config.data.num_frames if config.stage == "motion" else None
+    pipeline = make_pipeline(vae, accelerator.unwrap_model(model), config.noise, window_size)
     pipeline.set_progress_bar_config(disable=True)
 
     progress = tqdm(total=config.max_steps, initial=step, disable=not accelerator.is_main_process)

@@ -30,7 +30,7 @@ REFERENCE_SIZE, CLIP_SIZE = (384, 384), (256, 256)
 
 @dataclass
 class SamplesConfig:
-    """output: folder. seed: of persons, motion, backgrounds. rotation (degrees), scale: how the reference is turned."""
+    """output: folder. seed: of persons and scenes. rotation (degrees), scale: how the reference is turned."""
 
     output: str = "assets/samples"
     seed: int = 5

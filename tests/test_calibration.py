@@ -2,6 +2,7 @@
 
 from itertools import permutations
 
+import cv2
 import numpy as np
 import pytest
 from tpc_bodies import body, place, poses, silhouette
@@ -333,16 +334,10 @@ def test_calibrated_pixels_are_those_of_the_reference():
     )
     for frame in range(3):
         mask, shown = found.masks[found.member[frame, 0]], found.images[found.member[frame, 0]]
-        inner = (
-            np.pad(mask, 1)[2:, 1:-1]
-            & np.pad(mask, 1)[:-2, 1:-1]
-            & np.pad(mask, 1)[1:-1, 2:]
-            & np.pad(mask, 1)[1:-1, :-2]
-        )
-        rows, columns = np.nonzero(inner & mask)
+        rows, columns = np.nonzero(cv2.erode(mask.astype(np.uint8), np.ones((5, 5))))
         back = np.linalg.inv(frame_map @ found.matrices[frame, 0])
         origin = apply_matrix(back, np.stack([columns, rows], -1))
-        assert len(rows) > 100 and np.abs(shown[rows, columns, :2] - origin).max() < 1.6
+        assert len(rows) > 30 and np.abs(shown[rows, columns, :2] - origin).max() < 1.6
 
 
 @pytest.mark.parametrize("fill", ["scene", "reference", "black", "mean"])
@@ -357,6 +352,8 @@ def test_fills(fill):
     corner = {"black": (0, 0, 0), "reference": (0, 0, 0)}.get(fill, (10, 120, 240))
     assert np.abs(shown[0, 0].astype(int) - corner).max() <= 2
     assert (shown[mask] > 200).mean() > 0.85
+    if fill == "reference":
+        return  # the whole picture is carried along, and black beyond it
     away = ~mask & ~np.pad(mask, 4)[8:, 4:-4] & (np.indices(mask.shape).sum(0) < 60)
     assert np.abs(shown[away].astype(int) - corner).max() <= 3
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import save_rendered_pair
 from PIL import Image
 
 import infer
@@ -15,6 +14,7 @@ from core.errors import UserError
 from data.datasets import RenderedPeople
 from data.pose import Poses
 from data.video import read_video, video_metadata, write_video
+from tests.clips import save_rendered_pair
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["steps=2", "num_frames=3", "size=[32,32]"]

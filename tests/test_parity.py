@@ -11,6 +11,15 @@ from torch import Tensor
 
 from core.errors import UserError
 from models.checkpoints.__main__ import main
+from models.checkpoints.manifests import (
+    animated_unet_manifest,
+    appearance_encoder_manifest,
+    control_net_manifest,
+    motion_manifest,
+    pose_guider_manifest,
+    reference_unet_manifest,
+    unet_manifest,
+)
 from models.checkpoints.names import module_names
 from models.checkpoints.synthetic import sinusoids, synthetic_array, synthetic_tensors
 from models.checkpoints.verify import COMPUTE, Fixture, read_fixture, verify
@@ -54,18 +63,14 @@ def test_published_code_is_reproduced(name):
 
 
 def test_synthetic_weights_are_those_of_the_fixtures():
-    """A few numbers, computed once with the description beside the fixtures."""
+    """The first numbers of three tensors, as the description beside the fixtures gives them."""
     expected = {
-        "conv_in.weight": [-0.08604119, 0.11188539, -0.29396087],
-        "conv_norm_out.weight": [1.0286367, 1.0239189, 1.1131755],
-        "conv_in.bias": [0.0, 0.0, 0.0],
+        ("conv_in.weight", (3, 4, 3, 3)): [-0.2547050714492798, -0.011826976202428341, 0.18380486965179443],
+        ("conv_norm_out.weight", (3,)): [1.0712604522705078, 0.945585310459137, 0.7723696827888489],
+        ("conv_in.bias", (3,)): [-0.03011980839073658, 0.00865946151316166, 0.025938740000128746],
     }
-    del expected["conv_in.bias"]
-    shapes = {"conv_in.weight": (3, 4, 3, 3), "conv_norm_out.weight": (3,)}
-    for name, shape in shapes.items():
-        assert torch.from_numpy(synthetic_array(name, shape, 101)).ravel()[:3].tolist() == pytest.approx(
-            expected[name], abs=1e-7
-        )
+    for (name, shape), numbers in expected.items():
+        assert synthetic_array(name, shape, 101).ravel()[:3].tolist() == numbers
 
 
 def test_synthetic_weights_have_the_stated_spread():
@@ -77,3 +82,237 @@ def test_synthetic_weights_have_the_stated_spread():
     again = synthetic_tensors({"a.bias": (40000,)}, seed=3)["a.bias"]
     assert torch.equal(again, tensors["a.bias"])
     assert not torch.equal(again, synthetic_tensors({"a.bias": (40000,)}, seed=4)["a.bias"])
+
+
+def published_motion_module(frames: Tensor, tensors: dict[str, Tensor], heads: int, layers: int) -> Tensor:
+    """AnimateDiff's motion module on one clip (f, c, h, w), written out from its description."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    count, _, height, width = frames.shape
+    root = "temporal_transformer"
+    x = F.group_norm(frames, 32, tensors[f"{root}.norm.weight"], tensors[f"{root}.norm.bias"], 1e-6)
+    x = linear(x.permute(2, 3, 0, 1).flatten(0, 1), f"{root}.proj_in")  # (h*w, f, c)
+    for layer in range(layers):
+        block = f"{root}.transformer_blocks.{layer}"
+        for number in range(2):
+            attention = f"{block}.attention_blocks.{number}"
+            entered = norm(x, f"{block}.norms.{number}") + tensors[f"{attention}.pos_encoder.pe"][:, :count]
+            query, key, value = (
+                linear(entered, f"{attention}.{part}").chunk(heads, -1) for part in ("to_q", "to_k", "to_v")
+            )
+            parts = []
+            for q, k, v in zip(query, key, value, strict=True):
+                parts.append((q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+            x = x + linear(torch.cat(parts, -1), f"{attention}.to_out.0")
+        hidden, gate = linear(norm(x, f"{block}.ff_norm"), f"{block}.ff.net.0.proj").chunk(2, -1)
+        x = x + linear(hidden * F.gelu(gate), f"{block}.ff.net.2")
+    x = linear(x, f"{root}.proj_out").unflatten(0, (height, width)).permute(2, 3, 0, 1)
+    return frames + x
+
+
+def motion_module_shapes(channels: int, length: int, layers: int) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for layer in range(layers):
+        block = f"temporal_transformer.transformer_blocks.{layer}"
+        for number in range(2):
+            attention = f"{block}.attention_blocks.{number}"
+            shapes |= {
+                f"{attention}.{part}.weight": (channels, channels) for part in ("to_q", "to_k", "to_v", "to_out.0")
+            }
+            shapes |= {f"{attention}.to_out.0.bias": (channels,), f"{attention}.pos_encoder.pe": (1, length, channels)}
+            shapes |= {f"{block}.norms.{number}.{part}": (channels,) for part in ("weight", "bias")}
+        shapes |= {f"{block}.ff_norm.{part}": (channels,) for part in ("weight", "bias")}
+        shapes |= {
+            f"{block}.ff.net.0.proj.weight": (8 * channels, channels),
+            f"{block}.ff.net.0.proj.bias": (8 * channels,),
+        }
+        shapes |= {f"{block}.ff.net.2.weight": (channels, 4 * channels), f"{block}.ff.net.2.bias": (channels,)}
+    for name in ("proj_in", "proj_out"):
+        shapes[f"temporal_transformer.{name}.weight"] = (channels, channels)
+        shapes[f"temporal_transformer.{name}.bias"] = (channels,)
+    return shapes | {f"temporal_transformer.norm.{part}": (channels,) for part in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(("num_frames", "layers"), [(1, 1), (5, 1), (7, 2)])
+def test_motion_module_is_that_of_animatediff(num_frames, layers):
+    """Published names and numbers in, published result out; for one frame too, where attention sees one token."""
+    published = synthetic_tensors(motion_module_shapes(64, 12, layers), seed=5)
+    module = MotionModule(64, 4, layers, 12, norm_num_groups=32, single_frames=True)
+    renamed = module_names({f"x.motion_modules.0.{name}": tensor for name, tensor in published.items()})
+    missing = module.load_state_dict(
+        {name.removeprefix("x.motion_modules.0."): tensor for name, tensor in renamed.items()}, strict=False
+    )
+    assert not missing.unexpected_keys and all(name.endswith(".pos_embed.pe") for name in missing.missing_keys)
+    frames = torch.randn(2 * num_frames, 64, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        result = module(frames, num_frames=num_frames)
+        clips = [published_motion_module(clip, published, 4, layers) for clip in frames.split(num_frames)]
+    assert torch.allclose(result, torch.cat(clips), atol=1e-5)
+    assert (result - frames).abs().max() > 0.1
+
+
+def test_position_tables_are_those_of_diffusers():
+    module = MotionModule(64, 4, 1, 24, norm_num_groups=32)
+    table = module.transformer_blocks[0].pos_embed.pe
+    assert torch.allclose(table[0].double(), torch.from_numpy(sinusoids(24, 64)), atol=1e-5)
+
+
+def test_clip_norm_takes_its_statistics_over_all_frames():
+    frames = (
+        torch.randn(5, 8, 3, 4, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None, None, None]
+    )
+    norm = ClipGroupNorm(2, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    grouped = frames.transpose(0, 1).reshape(2, -1)
+    scaled = (grouped - grouped.mean(1, keepdim=True)) / (
+        grouped.var(1, unbiased=False, keepdim=True) + norm.eps
+    ).sqrt()
+    expected = scaled.reshape(8, 5, 3, 4).transpose(0, 1) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    assert torch.allclose(norm(frames), expected, atol=1e-5)
+    assert not torch.allclose(torch.nn.GroupNorm(2, 8)(frames), ClipGroupNorm(2, 8)(frames), atol=0.1)
+
+
+def moore_fixture() -> Fixture:
+    """Three levels, other widths, heads, norm groups and guider, two clips of one frame on an odd grid."""
+    inputs = {
+        "ref_latents": torch.randn(2, 4, 5, 7),
+        "clip_embeds": torch.randn(2, 1, 24),
+        "pose_images": torch.rand(2, 3, 1, 10, 14),
+        "noisy_latents": torch.randn(2, 4, 1, 5, 7),
+        "timestep": torch.tensor([3, 700]),
+        "guidance_timestep": torch.tensor([40]),
+    }
+    return own_fixture(
+        MOORE, inputs, {"reference_tokens_0": "input of down_blocks.1.attentions.0.transformer_blocks.0.attn1 in"}
+    )
+
+
+def magic_fixture() -> Fixture:
+    inputs = {
+        "ref_latents": torch.randn(1, 4, 6, 4),
+        "text_embeds": torch.randn(1, 3, 24),
+        "pose_images": torch.rand(3, 3, 12, 8),
+        "noisy_latents": torch.randn(1, 4, 3, 6, 4),
+        "timestep": torch.tensor([500]),
+    }
+    return own_fixture(
+        MAGIC, inputs, {"reference_tokens_5": "input of mid_block.attentions.0.transformer_blocks.0.attn1"}
+    )
+
+
+def own_fixture(config: dict, inputs: dict[str, Tensor], meanings: dict[str, str]) -> Fixture:
+    """A fixture of another configuration whose answers this project gives itself."""
+    bare = Fixture(config, {}, {}, meanings, {}, inputs, {})
+    sizes, motion = bare.unet_sizes(), bare.motion_sizes()
+    width, channels = config["block_out_channels"][0], (8, 24)
+    if config is MOORE:
+        shapes = {
+            "denoising_unet": unet_manifest(sizes),
+            "motion_module": motion_manifest(sizes, motion),
+            "reference_unet": reference_unet_manifest(sizes),
+            "pose_guider": pose_guider_manifest(width, channels),
+        }
+    else:
+        shapes = {
+            "appearance_encoder": appearance_encoder_manifest(sizes),
+            "densepose_controlnet": control_net_manifest(sizes, channels),
+            "temporal_attention": animated_unet_manifest(sizes, motion),
+        }
+    bare = Fixture(config, shapes, dict.fromkeys(shapes, 7), meanings, {}, inputs, {})
+    with torch.inference_mode():
+        expected = {name: value.clone() for name, value in COMPUTE[frozenset(shapes)](bare)}
+    return Fixture(config, shapes, bare.seeds, meanings, dict.fromkeys(expected, 1e-4), inputs, expected)
+
+
+def write_fixture(fixture: Fixture, stem) -> None:
+    description = {
+        "config": fixture.config,
+        "manifests": fixture.shapes,
+        "seeds": fixture.seeds,
+        "inputs": dict.fromkeys(fixture.inputs, {}),
+        "outputs": {name: {"meaning": fixture.meanings.get(name, "")} for name in fixture.expected},
+        "tolerance": 1e-4,
+        "tolerances": {"pose_features": 1e-3},
+    }
+    stem.with_suffix(".json").write_text(json.dumps(description))
+    save_file({**fixture.inputs, **fixture.expected}, stem.with_suffix(".safetensors"))
+
+
+@pytest.fixture(params=[moore_fixture, magic_fixture], ids=["moore", "magic"])
+def fixture_stem(request, tmp_path):
+    torch.manual_seed(0)
+    fixture = request.param()
+    write_fixture(fixture, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def run(capsys, *arguments) -> tuple[int, list[str]]:
+    """Exit code and printed lines of the command."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_verify_command_on_other_configurations(fixture_stem, capsys):
+    code, lines = run(capsys, "verify", f"fixture={fixture_stem}")
+    rows = [line.split() for line in lines]
+    names = json.loads(fixture_stem.with_suffix(".json").read_text())["outputs"]
+    assert code == 0 and [row[0] for row in rows] == list(names)
+    assert all(float(row[1]) <= float(row[2]) for row in rows)
+    assert any(row[0].startswith("reference_tokens") for row in rows)
+    tolerances = {row[0]: float(row[2]) for row in rows}
+    assert tolerances.get("pose_features", 1e-3) == 1e-3 and tolerances["guidance_cond"] == 1e-4
+
+    tensors = load_file(fixture_stem.with_suffix(".safetensors"))
+    tensors["guidance_cond"] = tensors["guidance_cond"] + 1e-3
+    tensors["guidance_uncond"] = tensors["guidance_uncond"][:, :, :, 1:].contiguous()
+    save_file(tensors, fixture_stem.with_suffix(".safetensors"))
+    description = json.loads(fixture_stem.with_suffix(".json").read_text())
+    description["outputs"]["ref_latents"] = {"meaning": "nothing that is computed"}
+    fixture_stem.with_suffix(".json").write_text(json.dumps(description))
+    code, lines = run(capsys, "verify", f"fixture={fixture_stem}.json")
+    differences = {line.split()[0]: float(line.split()[1]) for line in lines}
+    assert code == 1
+    assert differences["guidance_cond"] == pytest.approx(1e-3, rel=0.01)
+    assert differences["guidance_uncond"] == math.inf
+    assert math.isnan(differences["ref_latents"])
+
+
+def test_uncomputed_output_alone_fails(fixture_stem, capsys):
+    description = json.loads(fixture_stem.with_suffix(".json").read_text())
+    description["outputs"] = {"noisy_latents": {}, "guidance_cond": {}}
+    fixture_stem.with_suffix(".json").write_text(json.dumps(description))
+    code, lines = run(capsys, "verify", f"fixture={fixture_stem}")
+    assert code == 1 and lines[0].split()[1] == "nan" and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d.pop("config"), "config"),
+        (lambda d: d["config"].pop("norm_num_groups"), "norm_num_groups"),
+        (lambda d: d["manifests"].pop(next(iter(d["manifests"]))), "known are"),
+        (lambda d: d["config"].update(motion_group_norm="per clip"), "per frame"),
+        (lambda d: d["config"].update(motion_max_seq_length=5), "position tables"),
+    ],
+)
+def test_fixtures_that_cannot_be_computed_are_named(fixture_stem, change, named):
+    description = json.loads(fixture_stem.with_suffix(".json").read_text())
+    change(description)
+    fixture_stem.with_suffix(".json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=named):
+        verify(read_fixture(fixture_stem))
+
+
+def test_missing_fixture_is_named(tmp_path):
+    with pytest.raises(UserError, match="none.json does not exist"):
+        read_fixture(tmp_path / "none")

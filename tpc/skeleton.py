@@ -185,8 +185,8 @@ class _Painter:
 
     def line(self, start: np.ndarray, end: np.ndarray, thickness: float) -> None:
         pixels = min(max(1, round(thickness * self.body)), 32767)
-        ends = self._fixed(np.stack([start, end]))
-        cv2.line(self.canvas, tuple(map(int, ends[0])), tuple(map(int, ends[1])), 255, pixels, cv2.LINE_8, self.SHIFT)
+        ends = self._fixed(start), self._fixed(end)
+        cv2.line(self.canvas, *ends, 255, pixels, cv2.LINE_8, self.SHIFT)
 
     def beyond(self, start: np.ndarray, end: np.ndarray, length: float, thickness: float) -> None:
         """From `end` on in the direction start -> end."""
@@ -195,13 +195,14 @@ class _Painter:
             self.line(end, end + (end - start) / distance * length * self.body, thickness)
 
     def polygon(self, points: np.ndarray) -> None:
-        cv2.fillPoly(self.canvas, [self._fixed(points)], 255, cv2.LINE_8, self.SHIFT)
+        corners = np.array([self._fixed(point) for point in points], np.int32)
+        cv2.fillPoly(self.canvas, [corners], 255, cv2.LINE_8, self.SHIFT)
 
     def ellipse(self, centre: np.ndarray, up: np.ndarray, width: float, height: float) -> None:
-        angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)[:, None]
+        angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)[:, None]
         side = np.array([-up[1], up[0]])
         self.polygon(centre + self.body / 2 * (width * np.cos(angle) * side + height * np.sin(angle) * up))
 
-    def _fixed(self, points: np.ndarray) -> np.ndarray:
-        scaled = np.asarray(points, np.float64) * 2**self.SHIFT
-        return np.clip(np.round(scaled), -self.LIMIT, self.LIMIT).astype(np.int32)
+    def _fixed(self, point: np.ndarray) -> tuple[int, int]:
+        x, y = (round(min(max(value * 2**self.SHIFT, -self.LIMIT), self.LIMIT)) for value in point.tolist())
+        return x, y

@@ -118,8 +118,14 @@ def set_trainable(model: AnimateAnyone, config: TrainConfig) -> list[nn.Paramete
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_pipeline(vae: VAE, model: AnimateAnyone, noise: NoiseConfig) -> AnimationPipeline:
-    """The networks as an inference pipeline that shares their memory."""
+def make_pipeline(
+    vae: VAE, model: AnimateAnyone, noise: NoiseConfig, window_size: int | None = None
+) -> AnimationPipeline:
+    """The networks as an inference pipeline that shares their memory.
+
+    Args:
+        window_size: frames that the motion modules are trained on together.
+    """
     return AnimationPipeline(
         vae=vae,
         image_encoder=model.image_encoder,
@@ -127,6 +133,7 @@ def make_pipeline(vae: VAE, model: AnimateAnyone, noise: NoiseConfig) -> Animati
         denoising_unet=model.denoising_unet,
         pose_guider=model.pose_guider,
         scheduler=make_scheduler(noise),
+        window_size=window_size,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
+from core.errors import UserError
 from models.checkpoints.files import without_prefixes
 from models.checkpoints.names import MOTION, module_names, position_length, position_table
 from models.checkpoints.sizes import (
@@ -61,6 +62,8 @@ def load_denoising_unet(
     """
     tensors = without_prefixes(tensors, what, UNET_PREFIXES)
     length = position_length(tensors, what)
+    if motion is not None and motion.max_seq_length != length:
+        raise UserError(f"{what} has position tables of {length} frames instead of {motion.max_seq_length}")
     tensors = module_names(tensors)
     shapes = shapes_of(tensors)
     with torch.device("meta"):

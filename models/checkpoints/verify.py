@@ -76,7 +76,10 @@ def verify(fixture: Fixture) -> list[Result]:
     if compute is None:
         known = "; ".join(", ".join(sorted(files)) for files in COMPUTE)
         raise UserError(f"fixture of {', '.join(sorted(fixture.shapes))}; known are {known}")
-    computed = dict(compute(fixture))
+    try:
+        computed = dict(compute(fixture))
+    except KeyError as error:
+        raise UserError(f"the fixture's configuration or inputs lack {error}") from error
     return [
         Result(name, difference(computed.get(name), expected), fixture.tolerances[name])
         for name, expected in fixture.expected.items()
