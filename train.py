@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
-from core.files import complete_file, complete_folder, output_folder
+from core.files import complete_file, output_folder
 from models.latents import vae_factor
-from models.pipeline import AnimationPipeline
 from training.build import check_size, make_networks, make_pipeline, make_scheduler, set_trainable
 from training.checkpoint import resume, save_checkpoint
 from training.config import TrainConfig, check_train_config
 from training.data import make_dataset, make_loader
+from training.export import averaged_weights, export_pipeline
 from training.memory import enable_gradient_checkpointing, memory_report
 from training.objective import check_schedule, diffusion_loss
 from training.validate import validation_sheet
@@ -48,28 +48,6 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         project_dir=output,
         kwargs_handlers=handlers,
     )
-
-
-def export_pipeline(pipeline: AnimationPipeline, ema: EMAModel | None, trainable: list, folder: Path) -> None:
-    """Write the pipeline folder, with averaged weights where there are any."""
-    with averaged_weights(ema, trainable), complete_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-
-
-class averaged_weights:
-    """Within the block the trainable parameters hold their moving average."""
-
-    def __init__(self, ema: EMAModel | None, trainable: list):
-        self.ema, self.trainable = ema, trainable
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self.ema.store(self.trainable)
-            self.ema.copy_to(self.trainable)
-
-    def __exit__(self, *error: object) -> None:
-        if self.ema is not None:
-            self.ema.restore(self.trainable)
 
 
 def validate(accelerator, pipeline, ema, trainable, config: TrainConfig, output: Path, step: int) -> None:
@@ -187,7 +165,7 @@ def main(arguments: list[str]) -> None:
             save_checkpoint(accelerator, output, step, config.keep_checkpoints)
 
     if accelerator.is_main_process:
-        export_pipeline(pipeline, ema, trainable, output / "pipeline")
+        export_pipeline(pipeline, ema, trainable, output / "pipeline", config.export_dtype)
         print(f"trained {step} steps; pipeline in {output / 'pipeline'}")
     accelerator.log({"configuration_steps": config_dict(config)["max_steps"]}, step=step)
     accelerator.end_training()

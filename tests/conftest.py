@@ -16,21 +16,11 @@ def tiny_pipeline():
     from diffusers import AutoencoderKL
 
     from models.animate_anyone import AnimateAnyone
+    from tests.networks import TINY
     from training.build import make_pipeline, new_networks
-    from training.config import ModelConfig, NoiseConfig
+    from training.config import NoiseConfig
 
     torch.manual_seed(0)
-    sizes = ModelConfig(
-        block_out_channels=[16, 32],
-        attention_heads=2,
-        norm_num_groups=8,
-        motion_max_seq_length=8,
-        pose_channels=[8, 8, 8],
-        context_dim=8,
-        image_encoder_size=16,
-        image_encoder_width=16,
-        image_encoder_layers=1,
-    )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -39,7 +29,7 @@ def tiny_pipeline():
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
-    model: AnimateAnyone = new_networks(sizes, 4, 32)
+    model: AnimateAnyone = new_networks(TINY, 4, 32)
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -417,7 +417,7 @@ def test_report_says_what_happened():
     assert report["reference"] == {"size": [128, 128], "persons": 1} and report["config"]["keypoints"] == "trunk"
     first = report["frames"][0]["persons"][0]
     assert (
-        first["keypoints"] == (0, 1, 2, 3, 4, 5, 6, 11, 12)
+        first["keypoints"] == [0, 1, 2, 3, 4, 5, 6, 11, 12]
         and first["status"] == "calibrated"
         and first["reason"] is None
     )

@@ -15,21 +15,10 @@ from models.reference_attention import (
     same_reference,
 )
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+from tests.networks import TINY
 from training.build import new_networks, set_trainable
-from training.config import ModelConfig, TrainConfig
+from training.config import TrainConfig
 
-SIZES = ModelConfig(
-    block_out_channels=[16, 32],
-    attention_heads=2,
-    norm_num_groups=8,
-    motion_max_seq_length=8,
-    pose_channels=[8, 8, 8],
-    context_dim=8,
-    image_encoder_size=16,
-    image_encoder_width=16,
-    image_encoder_layers=1,
-    train_image_encoder=True,
-)
 BATCH, FRAMES, CHANNELS = 2, 3, 4
 
 
@@ -44,7 +33,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
 @pytest.fixture(scope="module")
 def model() -> AnimateAnyone:
     torch.manual_seed(0)
-    built = new_networks(SIZES, CHANNELS, 32)
+    built = new_networks(TINY, CHANNELS, 32)
     randomize(built)
     return built.eval()
 
@@ -160,7 +149,7 @@ def test_single_frames_equal_the_image_model(model):
 
 
 def test_new_motion_modules_change_nothing(inputs):
-    fresh = new_networks(SIZES, CHANNELS, 32).eval()
+    fresh = new_networks(TINY, CHANNELS, 32).eval()
     latents, context = inputs["noisy_latents"], torch.zeros(BATCH, 1, 8)
     pose = fresh.pose_guider(inputs["poses"])
     assert pose.abs().max() == 0
@@ -188,9 +177,9 @@ def test_attention_grids_are_those_the_layers_see(model, size):
 
 @pytest.mark.parametrize("stage", ["image", "motion"])
 def test_every_trainable_parameter_gets_a_gradient(inputs, stage):
-    model = new_networks(SIZES, CHANNELS, 32)
+    model = new_networks(TINY, CHANNELS, 32)
     randomize(model)
-    config = TrainConfig(stage=stage, output="", model=SIZES)
+    config = TrainConfig(stage=stage, output="", model=TINY)
     trainable = set_trainable(model, config)
     if stage == "image":
         inputs = {k: v[:, :, :1] if k in ("noisy_latents", "poses") else v for k, v in inputs.items()}
@@ -206,7 +195,7 @@ def test_every_trainable_parameter_gets_a_gradient(inputs, stage):
 def test_gradient_checkpointing_changes_nothing(inputs):
     gradients = []
     for checkpointing in (False, True):
-        model = new_networks(SIZES, CHANNELS, 32)
+        model = new_networks(TINY, CHANNELS, 32)
         randomize(model)
         if checkpointing:
             model.reference_net.enable_gradient_checkpointing()

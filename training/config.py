@@ -120,6 +120,7 @@ class TrainConfig:
     checkpoint_steps, keep_checkpoints: how often complete states are saved, and how many stay.
     mixed_precision: "no", "bf16" or "fp16"; null leaves it to the accelerate configuration.
     channels_last: memory format of convolutions; several times faster in bf16 on CPUs.
+    export_dtype: number format of the weights in `output/pipeline`: "float32", or "float16", half the size.
     dry_run: print sizes, trainable parameters and memory estimate, then stop.
     """
 
@@ -136,6 +137,7 @@ class TrainConfig:
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
     channels_last: bool = False
+    export_dtype: str = "float32"
     dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -180,6 +182,7 @@ def check_train_config(config: TrainConfig) -> None:
     choices = {
         "stage": (config.stage, ("image", "motion")),
         "data.source": (config.data.source, ("rendered", "videos")),
+        "export_dtype": (config.export_dtype, ("float32", "float16")),
         "noise.prediction_type": (config.noise.prediction_type, ("v_prediction", "epsilon", "sample")),
     }
     for key, (value, allowed) in choices.items():

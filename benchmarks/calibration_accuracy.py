@@ -1,0 +1,157 @@
+"""How close each choice of keypoints and each transform come to the true change of the camera.
+
+    python -m benchmarks.calibration_accuracy [pairs=300] [noise=2.0] [output=outputs/calibration_accuracy]
+
+Prints the tables of docs/calibration.md and writes them, with the numbers, to `output`. The error of a transform is the mean
+distance between where it and the true one put the four corners of the person's box, in pixels of a 512 x 512 frame.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.calibration_pairs import SIZE, Pair, rendered_pairs
+from core.config import config_dict, load_config
+from core.errors import run_command
+from core.files import write_json
+from tpc.config import CalibrationConfig, best
+from tpc.estimation import ReferencePerson, estimate
+from tpc.procrustes import apply_matrix
+from tpc.skeleton import silhouette_from_mask
+from tpc.subset import BITMAP_SIDE
+
+RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
+TRANSFORMS = ("linear", "affine", "procrustes")
+SCALES = ((0.4, 0.7), (0.7, 1.4), (1.4, 2.5))
+ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))
+
+
+@dataclass
+class BenchmarkConfig:
+    """pairs: pictures to compare; noise: standard deviation of keypoint noise on both sides, pixels."""
+
+    pairs: int = 300
+    noise: float = 2.0
+    seed: int = 0
+    output: str = "outputs/calibration_accuracy"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Corner errors (pairs,) in pixels and IoUs (pairs,); nan where nothing was estimated."""
+
+    errors: np.ndarray
+    ious: np.ndarray
+
+    def row(self, chosen: np.ndarray) -> dict[str, float]:
+        errors, ious = self.errors[chosen], self.ious[chosen]
+        done = np.isfinite(errors)
+        if not done.any():
+            return {"median": float("inf"), "p90": float("inf"), "iou": 0.0, "failed": 1.0}
+        return {
+            "median": float(np.median(errors[done])),
+            "p90": float(np.quantile(errors[done], 0.9)),
+            "iou": float(ious[done].mean()),
+            "failed": float(1 - done.mean()),
+        }
+
+
+def measure(pairs: Sequence[Pair], config: CalibrationConfig, same_pose: bool, noise: float, seed: int) -> Measured:
+    rng, errors, ious = np.random.default_rng(seed), [], []
+    for pair in pairs:
+        driving = pair.same_pose if same_pose else pair.other_pose
+        moved = [view.keypoints + noise * rng.standard_normal((17, 2)) for view in (pair.reference, driving)]
+        reference = ReferencePerson.of(
+            moved[0], pair.reference.scores, SIZE, pair.reference.mask, config.reference_score_threshold
+        )
+        outline = silhouette_from_mask(driving.mask, max_side=BITMAP_SIDE)
+        found = estimate(reference, moved[1], driving.scores, outline, SIZE, config)
+        if found.matrix is None:
+            errors.append(np.nan)
+        else:
+            offset = apply_matrix(found.matrix, pair.box) - apply_matrix(pair.truth, pair.box)
+            errors.append(np.linalg.norm(offset, axis=-1).mean())
+        ious.append(found.iou)
+    return Measured(np.array(errors), np.array(ious))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def overview(names: Sequence[str], results: dict[str, dict[str, Measured]]) -> str:
+    """One row a name; for every condition the median error, the 90 % quantile, the mean IoU and what failed."""
+    everything = slice(None)
+    head = ["", *(f"{condition}: median / 90 % error, px; IoU; failed" for condition in results)]
+    rows = []
+    for name in names:
+        cells = []
+        for measured in results.values():
+            row = measured[name].row(everything)
+            cells.append(f"{row['median']:.2f} / {row['p90']:.1f}; {row['iou']:.3f}; {100 * row['failed']:.0f} %")
+        rows.append([name, *cells])
+    return table(head, rows)
+
+
+def by_bins(
+    names: Sequence[str], measured: dict[str, Measured], values: np.ndarray, bins: Sequence[tuple], label: Callable
+) -> str:
+    """Median error, px / mean IoU, by a property of the pairs."""
+    rows = []
+    for name in names:
+        cells = [measured[name].row((values >= low) & (values < high)) for low, high in bins]
+        rows.append([name, *(f"{cell['median']:.1f} / {cell['iou']:.2f}" for cell in cells)])
+    return table(["", *(label(low, high) for low, high in bins)], rows)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(BenchmarkConfig, arguments)
+    pairs = list(tqdm(rendered_pairs(config.pairs, config.seed), total=config.pairs, desc="rendering"))
+    conditions = {
+        "same pose, exact": (True, 0.0),
+        f"same pose, {config.noise:g} px noise": (True, config.noise),
+        "other pose, exact": (False, 0.0),
+        f"other pose, {config.noise:g} px noise": (False, config.noise),
+    }
+    # Nothing is gated, so that every estimate counts.
+    base = replace(best(), min_iou=0.0, min_keypoints=2)
+    choices = {rule: replace(base, keypoints=rule, min_keypoints=2 if rule == "face" else 3) for rule in RULES}
+    maps = {name: replace(base, transform=name, keypoints="all", min_keypoints=3) for name in TRANSFORMS}
+    results: dict[str, dict[str, Measured]] = {}
+    for condition, (same, noise) in conditions.items():
+        results[condition] = {}
+        for name, choice in tqdm({**choices, **maps}.items(), desc=condition):
+            results[condition][name] = measure(pairs, choice, same, noise, config.seed + 1)
+    hardest = results[list(conditions)[-1]]
+    both = np.isfinite(hardest["face"].errors) & np.isfinite(hardest["exhaustive"].errors)
+    ratio = np.median(hardest["exhaustive"].errors[both]) / np.median(hardest["face"].errors[both])
+    scales = np.array([pair.scale for pair in pairs])
+    rotations = np.abs([pair.rotation for pair in pairs])
+    parts = [
+        f"{config.pairs} pairs. Keypoints (transform: procrustes):",
+        overview(RULES, results),
+        "Transform (keypoints: all):",
+        overview(TRANSFORMS, results),
+        f"By scale, other pose, {config.noise:g} px noise (median error, px / mean IoU):",
+        by_bins((*RULES, "linear", "affine"), hardest, scales, SCALES, lambda a, b: f"scale {a:g} to {b:g}"),
+        f"By rotation, other pose, {config.noise:g} px noise:",
+        by_bins((*RULES, "linear", "affine"), hardest, rotations, ROTATIONS, lambda a, b: f"{a:g} to {b:g} degrees"),
+        f"Where both face and exhaustive give a transform, the median error of exhaustive is {ratio:.2f} of face's.",
+    ]
+    print("\n\n".join(parts))
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    numbers = {
+        condition: {name: m.row(np.ones(len(pairs), bool)) for name, m in measured.items()}
+        for condition, measured in results.items()
+    }
+    write_json(output / "results.json", {"config": config_dict(config), "results": numbers, "ratio_to_face": ratio})
+
+
+if __name__ == "__main__":
+    run_command(main)

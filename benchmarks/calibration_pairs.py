@@ -1,0 +1,60 @@
+"""Pairs of rendered pictures of one person under two cameras, with the exact map between them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.motion import random_motion
+from data.people import build_person, load_people, random_identity
+from data.render import Camera, Rendered, camera_matrix, render_person
+
+SIZE = (512, 512)
+HEIGHT = 0.6  # of the standing person, as a share of the picture's; the geometric mean over the two pictures
+MOTION_FRAMES, FPS = 30, 15.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A reference and two driving pictures: the reference's body pose, and another one.
+
+    `truth` (3, 3) maps reference pixels to driving pixels: the change of the camera.
+    """
+
+    reference: Rendered
+    same_pose: Rendered
+    other_pose: Rendered
+    truth: np.ndarray
+    scale: float
+    rotation: float  # degrees
+
+    @property
+    def box(self) -> np.ndarray:
+        """(4, 2) corners of the person's box in the reference."""
+        rows, columns = np.nonzero(self.reference.mask)
+        (left, right), (top, bottom) = (columns.min(), columns.max()), (rows.min(), rows.max())
+        return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
+
+
+def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
+    """Held-out people in random poses; scale 0.4 to 2.5 (even in its logarithm), all rotations."""
+    rng, library = np.random.default_rng(seed), load_people()
+    for _ in range(count):
+        person = build_person(random_identity(rng, library, "heldout"), library)
+        poses = [random_motion(rng, MOTION_FRAMES, FPS).pose(int(rng.integers(MOTION_FRAMES))) for _ in range(2)]
+        scale, rotation = np.exp(rng.uniform(np.log(0.4), np.log(2.5))), rng.uniform(-np.pi, np.pi)
+        place = rng.uniform(-0.1, 0.1, (2, 2)) * [1, 0.5] + 0.5
+        upright = rng.uniform(-0.1, 0.1)
+        cameras = (
+            Camera(HEIGHT / scale**0.5, upright - rotation, tuple(place[0])),
+            Camera(HEIGHT * scale**0.5, upright, tuple(place[1])),
+        )
+        maps = [np.vstack([camera_matrix(camera, SIZE, person.body.height), [0, 0, 1]]) for camera in cameras]
+        yield Pair(
+            render_person(person, poses[0], cameras[0], SIZE),
+            render_person(person, poses[0], cameras[1], SIZE),
+            render_person(person, poses[1], cameras[1], SIZE),
+            maps[1] @ np.linalg.inv(maps[0]),
+            float(scale),
+            float(np.degrees(rotation)),
+        )

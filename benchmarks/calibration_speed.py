@@ -1,0 +1,116 @@
+"""How long calibration takes, and what the exhaustive search gives up for its speed.
+
+    python -m benchmarks.calibration_speed [pairs=40] [frames=93] [long_frames=2000]
+
+Everything runs on one core; times are process times, so that other work on the machine counts as little as possible.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from benchmarks.calibration_pairs import SIZE, rendered_pairs
+from core.config import load_config
+from core.errors import run_command
+from data.pose import Poses
+from tpc import CalibrationConfig, calibrate
+from tpc.procrustes import SimilarityTransform, apply_matrix
+from tpc.skeleton import silhouette_from_mask
+from tpc.subset import BITMAP_SIDE, NUM_SAMPLES, ReferenceSilhouette, SearchLimits, select_exhaustive, silhouette_iou
+
+
+@dataclass
+class BenchmarkConfig:
+    """pairs: searches to time; frames: of the clip; long_frames: of the long clip whose memory is measured."""
+
+    pairs: int = 40
+    frames: int = 93
+    long_frames: int = 2000
+    seed: int = 0
+
+
+def search_times(config: BenchmarkConfig) -> None:
+    """Time a frame of the search, its loss against scoring every subset, and a plain numpy search."""
+    quick, every, losses, naive = [], [], [], []
+    everything, limits = np.ones(17), SearchLimits()
+    for number, pair in enumerate(rendered_pairs(config.pairs, config.seed)):
+        reference = ReferenceSilhouette.of(silhouette_from_mask(pair.reference.mask, NUM_SAMPLES))
+        source, target = pair.reference.keypoints, pair.other_pose.keypoints
+        outline = silhouette_from_mask(pair.other_pose.mask, max_side=BITMAP_SIDE)
+        found = {}
+        for outright, times in ((False, quick), (True, every)):
+            for attempt in range(2):  # the first one warms the caches up
+                start = time.process_time()
+                found[outright] = select_exhaustive(
+                    source, target, everything, reference, outline, SIZE, limits=limits, outright=outright
+                )
+                if attempt:
+                    times.append(1e3 * (time.process_time() - start))
+        losses.append(found[True].iou - found[False].iou)
+        if number < 3:
+            naive.append(naive_seconds(source, target, reference, outline))
+    print(f"search over 130 918 subsets of 17 keypoints, {len(quick)} pairs at {SIZE[0]} x {SIZE[1]}")
+    print(f"  from coarse to fine: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
+    print(f"  every subset scored: median {np.median(every):.0f} ms; plain numpy about {np.mean(naive):.1f} s")
+    losses = np.array(losses)
+    print(
+        f"  IoU given up: mean {losses.mean():.5f}, 90 % {np.quantile(losses, 0.9):.5f}, most {losses.max():.5f};",
+        end=" ",
+    )
+    print(f"nothing in {100 * (losses < 1e-9).mean():.0f} % of the pairs")
+
+
+def naive_seconds(source: np.ndarray, target: np.ndarray, reference: ReferenceSilhouette, outline) -> float:
+    """Seconds of a loop over all subsets, extrapolated from a part of them."""
+    rng = np.random.default_rng(0)
+    weights = (rng.random((400, 17)) < 0.5).astype(float)
+    weights = weights[weights.sum(1) >= 3]
+    start = time.process_time()
+    for matrix in SimilarityTransform.from_estimate(source, target, weights).matrix:
+        silhouette_iou(matrix, reference, outline, SIZE)
+    return (time.process_time() - start) / len(weights) * 130_918
+
+
+def clip_times(config: BenchmarkConfig) -> None:
+    """Time and memory of whole clips, poses and masks given."""
+    pair = next(rendered_pairs(1, config.seed))
+    reference = Poses(pair.reference.keypoints[None, None], pair.reference.scores[None, None], SIZE, 30.0)
+    image = pair.reference.image
+    for frames, rule in ((config.frames, "exhaustive"), (config.frames, "trunk"), (config.long_frames, "trunk")):
+        driving = noisy_clip(pair.other_pose.keypoints, pair.other_pose.scores, frames)
+        options = CalibrationConfig(keypoints=rule)
+        masks = [pair.other_pose.mask[None]] * frames
+        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = calibrate(
+            image, reference, driving, SIZE, options, reference_masks=pair.reference.mask[None], driving_masks=masks
+        )
+        estimated = time.process_time() - start
+        for member in found.member[: config.frames, 0]:
+            if member >= 0:
+                found.images[member]
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        painted = time.process_time() - start - estimated
+        print(
+            f"clip of {frames} frames, {rule}: {estimated:.2f} s, its first {config.frames} calibrated pictures "
+            f"{painted:.2f} s; memory + {grown:.0f} MiB"
+        )
+
+
+def noisy_clip(keypoints: np.ndarray, scores: np.ndarray, frames: int) -> Poses:
+    rng = np.random.default_rng(0)
+    moved = keypoints + rng.normal(0, 2, (frames, 1, 17, 2))
+    return Poses(moved.astype(np.float32), np.tile(scores, (frames, 1, 1)), SIZE, 30.0)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(BenchmarkConfig, arguments)
+    cv2.setNumThreads(1)
+    search_times(config)
+    clip_times(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,16 @@
+"""Sizes of the smallest networks that have every part."""
+
+from training.config import ModelConfig
+
+TINY = ModelConfig(
+    block_out_channels=[16, 32],
+    attention_heads=2,
+    norm_num_groups=8,
+    motion_max_seq_length=8,
+    pose_channels=[8, 8, 8],
+    context_dim=8,
+    image_encoder_size=16,
+    image_encoder_width=16,
+    image_encoder_layers=1,
+    train_image_encoder=True,
+)
