@@ -70,12 +70,10 @@ PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses
 def sample_jobs(config: InferConfig) -> list[InferConfig]:
     """The two shipped samples: a rendered person, turned and small, and a photograph, both with the same clip."""
     driving = str(SAMPLES / "dance.mp4")
-    output = Path(config.output)
-    rendered = replace(
-        config, reference=str(SAMPLES / "rendered.png"), driving=driving, output=str(output / "rendered")
-    )
-    photo = replace(rendered, reference=str(SAMPLES / "photo.png"), output=str(output / "photo"))
-    return [rendered, photo]
+    return [
+        replace(config, reference=str(file), driving=driving, output=str(Path(config.output) / file.stem))
+        for file in (SAMPLES / "rendered.png", SAMPLES / "photo.jpg")
+    ]
 
 
 def listed_jobs(config: InferConfig) -> list[InferConfig]:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.calibration_accuracy [pairs=300] [noise=2.0] [output=outputs/calibration_accuracy]
 
-Prints the tables of docs/calibration.md and writes them, with the numbers, to `output`. The error of a transform is the mean
-distance between where it and the true one put the four corners of the person's box, in pixels of a 512 x 512 frame.
+Prints the tables of docs/calibration.md and writes them, with the numbers, to `output`. The error of a transform is
+the mean distance between where it and the true one put the four corners of the person's box, in pixels of a 512 x
+512 frame.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,27 +14,31 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.calibration_pairs import SIZE, Pair, rendered_pairs
+from benchmarks.calibration_pairs import SIZE, Pair, rendered_clip, rendered_pairs
 from core.config import config_dict, load_config
 from core.errors import run_command
 from core.files import write_json
+from data.render import Rendered
+from tpc.clip import follow_person
 from tpc.config import CalibrationConfig, best
-from tpc.estimation import ReferencePerson, estimate
+from tpc.estimation import Estimate, ReferencePerson, estimate
+from tpc.exhaustive import BITMAP_SIDE
 from tpc.procrustes import apply_matrix
 from tpc.skeleton import silhouette_from_mask
-from tpc.subset import BITMAP_SIDE
 
 RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 TRANSFORMS = ("linear", "affine", "procrustes")
 SCALES = ((0.4, 0.7), (0.7, 1.4), (1.4, 2.5))
+SMOOTHING = (0.0, 1.0, 2.0, 3.0, 5.0)
 ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))
 
 
 @dataclass
 class BenchmarkConfig:
-    """pairs: pictures to compare; noise: standard deviation of keypoint noise on both sides, pixels."""
+    """pairs: pictures to compare; clips: of 30 frames; noise: pixels of standard deviation, on all keypoints."""
 
     pairs: int = 300
+    clips: int = 12
     noise: float = 2.0
     seed: int = 0
     output: str = "outputs/calibration_accuracy"
@@ -59,23 +64,48 @@ class Measured:
         }
 
 
+def estimate_pair(
+    pair: Pair, driving: Rendered, config: CalibrationConfig, noise: float, rng: np.random.Generator
+) -> tuple[ReferencePerson, Estimate]:
+    moved = [view.keypoints + noise * rng.standard_normal((17, 2)) for view in (pair.reference, driving)]
+    reference = ReferencePerson.of(
+        moved[0], pair.reference.scores, SIZE, pair.reference.mask, config.reference_score_threshold
+    )
+    outline = silhouette_from_mask(driving.mask, max_side=BITMAP_SIDE)
+    return reference, estimate(reference, moved[1], driving.scores, outline, SIZE, config)
+
+
+def corner_error(matrix: np.ndarray, pair: Pair) -> float:
+    offset = apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
+    return float(np.linalg.norm(offset, axis=-1).mean())
+
+
 def measure(pairs: Sequence[Pair], config: CalibrationConfig, same_pose: bool, noise: float, seed: int) -> Measured:
     rng, errors, ious = np.random.default_rng(seed), [], []
     for pair in pairs:
-        driving = pair.same_pose if same_pose else pair.other_pose
-        moved = [view.keypoints + noise * rng.standard_normal((17, 2)) for view in (pair.reference, driving)]
-        reference = ReferencePerson.of(
-            moved[0], pair.reference.scores, SIZE, pair.reference.mask, config.reference_score_threshold
-        )
-        outline = silhouette_from_mask(driving.mask, max_side=BITMAP_SIDE)
-        found = estimate(reference, moved[1], driving.scores, outline, SIZE, config)
-        if found.matrix is None:
-            errors.append(np.nan)
-        else:
-            offset = apply_matrix(found.matrix, pair.box) - apply_matrix(pair.truth, pair.box)
-            errors.append(np.linalg.norm(offset, axis=-1).mean())
+        found = estimate_pair(pair, pair.same_pose if same_pose else pair.other_pose, config, noise, rng)[1]
+        errors.append(np.nan if found.matrix is None else corner_error(found.matrix, pair))
         ious.append(found.iou)
     return Measured(np.array(errors), np.array(ious))
+
+
+def measure_smoothing(config: BenchmarkConfig) -> str:
+    """Clips in which the camera moves steadily: error, and how much the error changes from frame to frame."""
+    rng, base = np.random.default_rng(config.seed), replace(best(), min_iou=0.0)
+    errors, jumps = ({sigma: [] for sigma in SMOOTHING} for _ in range(2))
+    for number in tqdm(range(config.clips), desc="clips"):
+        clip = rendered_clip(1000 + config.seed + number)
+        found = [estimate_pair(pair, pair.other_pose, base, config.noise, rng) for pair in clip]
+        for sigma in SMOOTHING:
+            track = follow_person(found[0][0], [f for _, f in found], replace(base, smoothing=sigma))
+            corners = [
+                apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
+                for matrix, pair in zip(track.matrices, clip, strict=True)
+            ]
+            errors[sigma] += np.linalg.norm(corners, axis=-1).mean(-1).tolist()
+            jumps[sigma] += np.linalg.norm(np.diff(corners, axis=0), axis=-1).mean(-1).tolist()
+    rows = [[f"{s:g}", f"{np.median(errors[s]):.1f}", f"{np.median(jumps[s]):.1f}"] for s in SMOOTHING]
+    return table(["smoothing, frames", "median error, px", "median change of the error from frame to frame, px"], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,16 +115,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def overview(names: Sequence[str], results: dict[str, dict[str, Measured]]) -> str:
     """One row a name; for every condition the median error, the 90 % quantile, the mean IoU and what failed."""
-    everything = slice(None)
-    head = ["", *(f"{condition}: median / 90 % error, px; IoU; failed" for condition in results)]
     rows = []
     for name in names:
         cells = []
         for measured in results.values():
-            row = measured[name].row(everything)
-            cells.append(f"{row['median']:.2f} / {row['p90']:.1f}; {row['iou']:.3f}; {100 * row['failed']:.0f} %")
+            row = measured[name].row(np.ones(len(measured[name].errors), bool))
+            failed = f"; {100 * row['failed']:.0f} % failed" if row["failed"] else ""
+            cells.append(f"{row['median']:.2f} / {row['p90']:.1f}; {row['iou']:.2f}{failed}")
         rows.append([name, *cells])
-    return table(head, rows)
+    return table(["median / 90 % error, px; IoU", *results], rows)
 
 
 def by_bins(
@@ -140,6 +169,8 @@ def main(arguments: list[str]) -> None:
         by_bins((*RULES, "linear", "affine"), hardest, scales, SCALES, lambda a, b: f"scale {a:g} to {b:g}"),
         f"By rotation, other pose, {config.noise:g} px noise:",
         by_bins((*RULES, "linear", "affine"), hardest, rotations, ROTATIONS, lambda a, b: f"{a:g} to {b:g} degrees"),
+        f"Temporal smoothing, {config.clips} clips of 30 frames, {config.noise:g} px noise, keypoints exhaustive:",
+        measure_smoothing(config),
         f"Where both face and exhaustive give a transform, the median error of exhaustive is {ratio:.2f} of face's.",
     ]
     print("\n\n".join(parts))

@@ -1,4 +1,4 @@
-"""Pairs of rendered pictures of one person under two cameras, with the exact map between them."""
+"""Rendered pictures of one person under two cameras, with the exact map between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,3 +58,24 @@ def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
             float(scale),
             float(np.degrees(rotation)),
         )
+
+
+def rendered_clip(seed: int) -> list[Pair]:
+    """A reference and the frames of a clip whose camera zooms and turns steadily, as one pair a frame."""
+    rng, library = np.random.default_rng(seed), load_people()
+    person = build_person(random_identity(rng, library, "heldout"), library)
+    motion = random_motion(rng, MOTION_FRAMES, FPS)
+    pose = random_motion(rng, MOTION_FRAMES, FPS).pose(int(rng.integers(MOTION_FRAMES)))
+    still = Camera(HEIGHT, rng.uniform(-np.pi, np.pi), (0.5, 0.5))
+    reference = render_person(person, pose, still, SIZE)
+    start, stop = rng.uniform(0.4, 0.9, 2)
+    turn = rng.uniform(-0.4, 0.4)
+    inverse = np.linalg.inv(np.vstack([camera_matrix(still, SIZE, person.body.height), [0, 0, 1]]))
+    pairs = []
+    for frame in range(MOTION_FRAMES):
+        share = frame / (MOTION_FRAMES - 1)
+        camera = Camera(start ** (1 - share) * stop**share, turn * share, (0.5, 0.5))
+        truth = np.vstack([camera_matrix(camera, SIZE, person.body.height), [0, 0, 1]]) @ inverse
+        driving = render_person(person, motion.pose(frame), camera, SIZE)
+        pairs.append(Pair(reference, driving, driving, truth, camera.scale / HEIGHT, float(np.degrees(turn * share))))
+    return pairs

@@ -59,7 +59,7 @@ def load_config(
             overrides.append((argument[2:].replace("-", "_"), True))
         elif "=" in argument and not argument.startswith("-"):
             key, text = argument.split("=", 1)
-            overrides.append((key, _parse_value(key, text)))
+            overrides.append((key, _parse_value(text)))
         else:
             raise UserError(f"argument {argument!r} is not of the form key=value")
 
@@ -100,11 +100,13 @@ def describe(schema: type) -> str:
     return "\n".join(lines)
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else None
+        value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         return text
+    # YAML 1.1 reads "no", "off" and "yes" as booleans; as values of text keys they are words.
+    return text if isinstance(value, bool) and text.lower() not in ("true", "false") else value
 
 
 def _read_yaml(path: str | Path) -> DictConfig:

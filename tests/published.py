@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from models.checkpoints.convert import WINDOWS, empty_prompt
 from models.checkpoints.manifests import (
     animated_unet_manifest,
     appearance_encoder_manifest,
@@ -18,8 +19,11 @@ from models.checkpoints.manifests import (
     reference_unet_manifest,
     unet_manifest,
 )
+from models.checkpoints.networks import load_control_net, load_denoising_unet, load_reference_net
 from models.checkpoints.sizes import MotionSizes, UNetSizes
 from models.checkpoints.synthetic import synthetic_tensors
+from models.magic_animate import MagicAnimatePipeline
+from models.schedules import published_scheduler
 
 SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)
 MOTION = MotionSizes()
@@ -90,3 +94,18 @@ def small_text_encoder() -> CLIPTextModel:
         eos_token_id=2,
     )
     return CLIPTextModel(config).eval()
+
+
+def small_magic_pipeline() -> MagicAnimatePipeline:
+    """MagicAnimate from small published files, factor 4."""
+    pipeline = MagicAnimatePipeline(
+        vae=small_vae(),
+        reference_net=load_reference_net(published_tensors("appearance_encoder"), "appearance_encoder"),
+        denoising_unet=load_denoising_unet(published_tensors("temporal_attention"), "temporal_attention", "clip"),
+        control_net=load_control_net(published_tensors("densepose_controlnet"), "densepose_controlnet"),
+        prompt=empty_prompt(small_text_encoder()),
+        scheduler=published_scheduler("magic_animate"),
+        window_size=WINDOWS["magic_animate"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -35,6 +35,13 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path):
     assert config.inner.guidance_scale == 3.5
 
 
+def test_words_that_yaml_takes_for_booleans(tmp_path):
+    config = load_config(Outer, ["output=no", "dry_run=yes"])
+    assert config.output == "no" and config.dry_run is True
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(Outer, [], files=[tmp_path / "c.yaml"]).output == "no"
+
+
 def test_saved_configuration_loads_back_equal(tmp_path):
     config = load_config(Outer, ["output=x", "seed=null", "inner.guidance_scale=1"])
     save_config(config, tmp_path / "c.yaml")

@@ -44,7 +44,8 @@ def test_a_draw_depends_on_seed_step_group_and_person_only():
     shorter[8:12, 1] = False
     np.testing.assert_array_equal(everything.source_frame(5)[:8], schedule(shorter, seed=7).source_frame(5)[:8])
     np.testing.assert_array_equal(everything.source_frame(5)[12:20], schedule(shorter, seed=7).source_frame(5)[12:20])
-    assert any((everything.source_frame(s) != schedule(np.ones((40, 3), bool), seed=8).source_frame(s)).any() for s in range(3))
+    other = schedule(np.ones((40, 3), bool), seed=8)
+    assert any((everything.source_frame(step) != other.source_frame(step)).any() for step in range(3))
     assert schedule(np.ones((40, 3), bool), seed=-1).source_frame(0).shape == (40, 3)
 
 
@@ -53,9 +54,7 @@ def test_groups_of_one_are_the_identity(groups):
     plan = schedule(np.ones((9, 1), bool), groups)
     for step in range(5):
         np.testing.assert_array_equal(plan.source_frame(step)[:, 0], np.arange(9))
-    np.testing.assert_array_equal(
-        schedule(np.ones((9, 1), bool), 2, "off").source_frame(3), plan.source_frame(3)
-    )
+    np.testing.assert_array_equal(schedule(np.ones((9, 1), bool), 2, "off").source_frame(3), plan.source_frame(3))
 
 
 def test_hold_takes_the_first_available_member_at_every_step():

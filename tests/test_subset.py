@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from tpc_bodies import EVERY_POINT, body, place, silhouette
 
 from tpc.estimation import drawn_silhouette
-from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
-from tpc.subset import (
+from tpc.exhaustive import (
     BITMAP_SIDE,
     NUM_SAMPLES,
     ReferenceSilhouette,
     SearchLimits,
-    select_consensus,
     select_exhaustive,
-    select_fixed,
     silhouette_iou,
 )
+from tpc.procrustes import SimilarityTransform, apply_matrix
+from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
+from tpc.subset import select_consensus, select_fixed
 
 
 def scene(seed: int, height: float = 90, size: tuple[int, int] = (128, 128)):

@@ -1,4 +1,4 @@
-"""Test-time Procrustes Calibration: the reference picture's persons carried to where they are in every driving frame."""
+"""Test-time Procrustes Calibration: a reference's persons carried to where they are in every driving frame."""
 
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig

@@ -4,25 +4,25 @@ A layer that reads the reference attends from n queries (the patches of a frame)
 
     [ own n | reference r | calibrated of person 0 c | calibrated of person 1 c | ... ],        c = r
 
-(paper, section 3.4: K = V = [r, c]). What is hidden from whom is written as flags instead of an n x keys mask: a pair is
-hidden when its query and its key share a raised flag,
+(paper, "calibration branch": K = V = [r, c]). What is hidden from whom is written as flags instead of an n x keys
+mask: a pair is hidden when its query and its key share a raised flag,
 
     hidden(query, key) = sum_g query_flags[g] key_flags[g] > 0.
 
 Appended to query and key as g extra channels, flags times a penalty, they push hidden logits far down in plain
 scaled-dot-product attention, with no mask tensor; visible logits get exactly 0 added. See `masked_attention`.
 
-Three rules, for a query inside person j's target mask ("person"), in nobody's ("background"), or on a person who is not
-calibrated in this frame ("plain": it sees all of the reference, and no calibrated token):
+Three rules, for a query inside person j's target mask ("person"), in nobody's ("background"), or on a person who is
+not calibrated in this frame ("plain": it sees all of the reference, and no calibrated token):
 
     preset      person                                       background
     paper       own, all of the reference, c_j on its mask   own, all of the reference, every c on its mask
     release     own, c_j on its mask                         own, the reference where no calibrated person is
     exclusive   own, c_j on its mask                         own, all of the reference
 
-In `exclusive` a token of the outline, person in part, also sees the reference where no person is: its background has to come
-from somewhere. Nobody sees the calibrated tokens of somebody else. In a frame where nobody is
-calibrated every token sees all of the reference, as without TPC.
+In `exclusive` a token of the outline, person in part, also sees the reference where no person is: its background has
+to come from somewhere. Nobody sees the calibrated tokens of somebody else. In a frame where nobody is calibrated
+every token sees all of the reference, as without TPC.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from tpc.config import VISIBILITIES
 from tpc.result import Calibration
 
-# Subtracted from a hidden pair's logit for every shared flag. e^-100 is 0 beside anything a softmax adds up, and 100 times any
-# number of flags is finite in half precision.
+# Subtracted from a hidden pair's logit for every shared flag. e^-100 is 0 beside anything a softmax adds up, and 100
+# times any number of flags is finite in half precision.
 PENALTY = 100.0
 
 
@@ -223,8 +223,8 @@ def level_grids(latent_size: tuple[int, int], num_levels: int) -> list[tuple[int
 def pool_masks(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Part of every token's pixels that a mask covers: (..., H, W) -> (..., h w) float in [0, 1].
 
-    A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame and their part is
-    of what lies inside.
+    A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame and
+    their part is of what lies inside.
     """
     (height, width), (rows, columns) = masks.shape[-2:], grid
     flat = masks.reshape(-1, 1, height, width).float()
@@ -239,7 +239,7 @@ def pool_masks(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def block_pitch(pixels: int, tokens: int) -> int:
-    """Pixels along one side of a token: the quotient, or the power of two that a grid rounded up comes from; 0 = neither."""
+    """Pixels along a side of a token: the quotient, or the power of two behind a grid rounded up; 0 = neither."""
     if pixels % tokens == 0:
         return pixels // tokens
     pitch = 2 ** math.ceil(math.log2(pixels / tokens)) if tokens <= pixels else 0
@@ -255,7 +255,7 @@ def _shares(masks: np.ndarray, grids: list[tuple[int, int]]) -> list[torch.Tenso
 def _calibrated_shares(
     calibration: Calibration, member_index: np.ndarray, grids: list[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    """For every grid (b, persons, h w); 0 where uncalibrated. Frames of a group share a picture, which is pooled once."""
+    """For every grid (b, persons, h w); 0 where uncalibrated. A picture that frames share is pooled once."""
     distinct, inverse = np.unique(member_index, return_inverse=True)
     shares = _shares(calibration.masks[distinct[distinct >= 0]], grids)
     missing = len(distinct) and distinct[0] < 0

@@ -1,8 +1,9 @@
 """Training on misaligned references: composition augmentation and calibrated training.
 
-A model trained on clips has only seen references whose person sits as in the clip. Composition augmentation moves, turns and
-resizes the reference, so that the model learns to look elsewhere. Calibrated training also hands it calibrated tokens, as
-inference will. Both are functions on a training batch (b = batch, f = frames, sizes of the model's frame):
+A model trained on clips has only seen references whose person sits as in the clip. Composition augmentation moves,
+turns and resizes the reference, so that the model learns to look elsewhere. Calibrated training also hands it
+calibrated tokens, as inference will. Both are functions on a training batch (b = batch, f = frames, sizes of the
+model's frame):
 
     reference (b, 3, h, w) in [-1, 1]; reference_mask (b, 1, h, w); reference_keypoints (b, 17, 3) x, y, score
     frames (b, 3, f, h, w) in [-1, 1]; masks (b, 1, f, h, w); keypoints (b, f, 17, 3)
@@ -130,8 +131,8 @@ def calibrate_batch(
 ) -> CalibratedBatch:
     """Calibrate the references of some samples to frames of their clips, as inference calibrates.
 
-    The frames of a clip are divided into groups; the frames of a group share the picture of one of them, drawn at random, as
-    in iterative propagation.
+    The frames of a clip are divided into groups; the frames of a group share the picture of one of them, drawn at
+    random, as in iterative propagation.
     """
     check_calibrated_training(config)
     reference, keypoints = batch["reference"], batch["keypoints"]

@@ -11,11 +11,11 @@ import numpy as np
 from data.pose import Poses
 from tpc.config import CalibrationConfig
 from tpc.estimation import Estimate, ReferencePerson, drawn_silhouette, estimate
+from tpc.exhaustive import BITMAP_SIDE
 from tpc.matching import assign_persons
 from tpc.procrustes import apply_matrix
 from tpc.skeleton import draw_silhouette, silhouette_from_mask, visible
 from tpc.storage import LazyImages, PackedMasks
-from tpc.subset import BITMAP_SIDE
 from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
 from tpc.warping import Picture, mask_picture, place_person, quad_mask, remove_persons, warp_mask
 
@@ -63,7 +63,12 @@ class PersonTrack:
 
 @dataclass(frozen=True)
 class WarpedClip:
-    """Calibrated pictures and masks, the picture of every (frame, person), and the IoU with the driving person or nan."""
+    """What warping a clip gives.
+
+    Attributes:
+        images, masks, member: see `Calibration`.
+        iou: (frames, persons) of the calibrated and the driving person's masks, nan where there is nothing to compare.
+    """
 
     images: LazyImages
     masks: PackedMasks
@@ -222,10 +227,14 @@ class _Painter:
             pixels = self.picture.levels[0][~everybody]
             background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
         if self.fill == "scene":
-            # A little wider than the mask, whose edge pixels still show the person.
-            shown = mask_picture(everybody).warp(self.scene.reference_map, self.scene.size) > 0
-            grown = _grow(shown, max(2, max(self.scene.size) // 128))
-            background = remove_persons(self.picture.warp(self.scene.reference_map, self.scene.size), grown)
+            # A little wider than the mask, whose edge pixels still show the person, and wherever the picture does not
+            # reach: its outermost pixels, often a frame or a line, would be drawn out into bars.
+            to_model, size = self.scene.reference_map, self.scene.size
+            unknown = (mask_picture(everybody).warp(to_model, size) > 0) | ~quad_mask(
+                to_model, self.picture.size, size
+            )
+            grown = _grow(unknown, max(2, max(size) // 128))
+            background = remove_persons(self.picture.warp(to_model, size), grown)
         return background
 
 

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpc.config import CalibrationConfig
-from tpc.procrustes import AffineTransform, LinearTransform, SimilarityTransform, residual
-from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
-from tpc.subset import (
+from tpc.exhaustive import (
     BITMAP_SIDE,
-    FIXED_RULES,
     NUM_SAMPLES,
     ReferenceSilhouette,
     SearchLimits,
-    Selection,
-    select_consensus,
     select_exhaustive,
-    select_fixed,
     silhouette_iou,
 )
+from tpc.procrustes import AffineTransform, LinearTransform, SimilarityTransform, residual
+from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
+from tpc.subset import FIXED_RULES, Selection, select_consensus, select_fixed
 
 # A torso turned by more than about 75 degrees from the camera is seen neither from the front nor from behind.
 MIN_FACING = 0.25

@@ -1,7 +1,8 @@
 """Who is who: persons of a driving clip followed over time and assigned to the persons of the reference.
 
-Pose estimators number persons as they find them, and the numbers may change from frame to frame. Tracks are built by optimal
-assignment between neighbouring frames, then assigned to the reference's persons by where they stand and how large they are.
+Pose estimators number persons as they find them, and the numbers may change from frame to frame. Tracks are built by
+optimal assignment between neighbouring frames, then assigned to the reference's persons by where they stand and how
+large they are.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-# Costs are mean distances of keypoints in parts of the person's size. A runner moves by 0.1 a frame; a person's neighbour in a
-# crowd is 0.4 away.
+# Costs are mean distances of keypoints in parts of the person's size. A runner moves by 0.1 a frame; a person's
+# neighbour in a crowd is 0.4 away.
 MAX_STEP = 0.35
 STEP_PER_MISSED_FRAME = 0.1
 MAX_MISSED_FRAMES = 30  # a track that was lost for longer starts anew, and is joined to the old one in the assignment
@@ -86,8 +87,8 @@ def assign_persons(
 ) -> np.ndarray:
     """(frames, persons) int: the driving slot that each person of the reference takes in each frame, -1 = absent.
 
-    The tracks that are seen longest and largest go to the persons of the reference by the least total difference in place and
-    size. Other tracks go to a person whose own are absent at those times: somebody who left and came back.
+    The tracks that are seen longest and largest go to the persons of the reference by the least total difference in
+    place and size. Other tracks go to a person whose own are absent at those times: somebody who left and came back.
 
     Args:
         reference_keypoints, reference_seen: (persons, 17, 2) and (persons, 17).
@@ -171,7 +172,7 @@ def _track_places(tracks: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, s
 
 
 def _layout_cost(goals: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(goals, places) difference of (x, y, log size), after the two groups are laid over each other if they are as many."""
+    """(goals, places) differences of (x, y, log size); groups of as many persons are laid over each other first."""
     if len(goals) == len(places) and len(goals) > 1:
         goals, places = goals - goals.mean(0), places - places.mean(0)
         spread = [max(np.linalg.norm(g[:, :2], axis=-1).mean(), 1e-3) for g in (goals, places)]

@@ -1,7 +1,9 @@
 """Iterative propagation: which frame's calibrated picture each frame attends to, at every denoising step.
 
-The frames are divided into consecutive groups. At each step one member of a group is drawn uniformly at random and serves all
-frames of its group: neighbours agree at every step, and over the steps every member is heard (paper, section 3.3).
+The frames are divided into consecutive groups. At each step one member of a group is drawn uniformly at random and
+serves all
+frames of its group: neighbours agree at every step, and over the steps every member is heard (paper, "iterative
+propagation").
 """
 
 from dataclasses import dataclass

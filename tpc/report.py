@@ -228,7 +228,7 @@ def _finish(axes, calibration: Calibration, shown: Sequence[int], label: str) ->
     for frame in shown:
         axes.axvline(frame, color="black", lw=0.6, alpha=0.4)
     if calibration.persons:
-        axes.legend(fontsize=8, ncols=2 * calibration.persons, loc="upper left")
+        axes.legend(fontsize=8, ncols=2 * calibration.persons, loc="best")
 
 
 def _values(calibration: Calibration, person: int, name: str) -> np.ndarray:

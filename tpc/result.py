@@ -28,7 +28,8 @@ class PersonFrame:
     """What is known about one person of the reference in one driving frame; the fields of `calibration.json`.
 
     Attributes:
-        status: "calibrated", "interpolated" (from frames before and after) or "uncalibrated" (plain reference attention).
+        status: "calibrated", "interpolated" (from frames before and after) or "uncalibrated" (plain reference
+        attention).
         reason: why it is not calibrated, or something to know about how it is.
         matrix: [[a, -b, tx], [b, a, ty], [0, 0, 1]], original reference pixels to original driving pixels.
         keypoints: numbers of the COCO keypoints that served.
@@ -123,14 +124,15 @@ class Calibration:
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the picture of `images` each frame attends to at a denoising step, -1 = none.
 
-        A pure function of (seed, step, group, person): the same in every context window, on every rank and after a resume.
+        A pure function of (seed, step, group, person): the same in every context window, on every rank and after a
+        resume.
         """
         schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed)
         source = schedule.source_frame(step)
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
 
     def used(self, num_steps: int) -> np.ndarray:
-        """(k,) int, ascending: the pictures that some of the steps 0 ... num_steps - 1 draws. Only these need encoding."""
+        """(k,) int, ascending: the pictures that steps 0 ... num_steps - 1 draw. Only these need encoding."""
         drawn = [self.index(step) for step in range(num_steps)]
         drawn = np.unique(np.concatenate([d.reshape(-1) for d in drawn])) if drawn else np.zeros(0, int)
         return drawn[drawn >= 0]

@@ -1,9 +1,9 @@
 """The exhaustive search over subsets of keypoints, compiled.
 
-A similarity is fixed by a handful of moments of the points that serve, and moments of a subset are sums over its points. So
-the transforms of all 2^k subsets come from two small tables, one for each half of the points, added pairwise. Which of them
-aligns the silhouettes best is found from coarse to fine: transforms that differ by less than a cell are scored together, and only
-cells that come close to the best are opened.
+A similarity is fixed by a handful of moments of the points that serve, and moments of a subset are sums over its
+points. So the transforms of all 2^k subsets come from two small tables, one for each half of the points, added
+pairwise. Which of them aligns the silhouettes best is found from coarse to fine: transforms that differ by less than
+a cell are scored together, and only the best cells are opened.
 """
 
 import numba
@@ -35,11 +35,11 @@ def moment_table(source, target, weights):
 def solve_subsets(low, high, limits, min_points, smallest):
     """The similarity of every subset that has enough points and a scale and angle within the limits.
 
-    `limits`: least and largest scale, least cosine of the angle. `smallest`: mean squared distance from their mean below
-    which points coincide.
+    `limits`: least and largest scale, least cosine of the angle. `smallest`: mean squared distance from their mean
+    below which points coincide.
 
-    Returns the subsets (n,), their sizes (n,), and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and the mean squared
-    residual.
+    Returns the subsets (n,), their sizes (n,), and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and the mean
+    squared residual.
     """
     total = len(low) * len(high)
     subsets, points = np.empty(total, np.int32), np.empty(total, np.int8)
@@ -74,7 +74,7 @@ def solve_subsets(low, high, limits, min_points, smallest):
 
 @numba.njit(cache=True, nogil=True)
 def precedes(points, found, i, j):
-    """Whether candidate i comes before j at equal score: more points, then a residual smaller by more than rounding."""
+    """Whether candidate i comes before j at equal score: by more points, then by a smaller residual."""
     if points[i] != points[j]:
         return points[i] > points[j]
     return found[i, 4] < found[j, 4] * (1.0 - 1e-9)
@@ -84,9 +84,11 @@ def precedes(points, found, i, j):
 def group_candidates(members, points, found, centre, radius, width):
     """Put candidates into cells of similar transforms.
 
-    Two share a cell when scale and turn, times `radius`, and the place of `centre` round to the same multiples of `width`.
+    Two share a cell when scale and turn, times `radius`, and the place of `centre` round to the same multiples of
+    `width`.
 
-    Returns the cell of each of `members`, and the candidate that stands for each cell: the one that precedes the others.
+    Returns the cell of each of `members`, and the candidate that stands for each cell: the one that precedes the
+    others.
     """
     capacity = 1024
     while capacity < 2 * len(members):
@@ -147,11 +149,13 @@ def count_hits(samples, n, a, b, tx, ty, bitmap, needed):
     """
     hits, zero, columns = 0, np.int32(0), np.int32(bitmap.shape[1])
     right, bottom = np.int32(bitmap.shape[1] - 1), np.int32(bitmap.shape[0] - 1)
-    xs, ys, flat = samples[0], samples[1], bitmap.ravel()
+    flat = bitmap.ravel()
     for start in range(0, n, CHUNK):
         stop = min(n, start + CHUNK)
+        # Slices counted from zero let the compiler drop its checks for negative indices and use vector instructions.
+        xs, ys = samples[0, start:stop], samples[1, start:stop]
         part = np.int32(0)
-        for i in range(start, stop):
+        for i in range(stop - start):
             # Truncation and floor differ only for coordinates in (-1, 0), and both end on the border.
             column = min(max(np.int32(a * xs[i] - b * ys[i] + tx), zero), right)
             row = min(max(np.int32(b * xs[i] + a * ys[i] + ty), zero), bottom)

@@ -16,8 +16,8 @@ TRUNK = FACE + TORSO
 # Position of each keypoint after left and right are exchanged.
 MIRRORED = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15])
 
-# Length of each bone and width of the body around it, as parts of the standing height (Drillis and Contini's proportions,
-# rounded; widths include clothes).
+# Length of each bone and width of the body around it, as parts of the standing height (Drillis and Contini's
+# proportions, rounded; widths include clothes).
 BONES = {
     (LEFT_SHOULDER, RIGHT_SHOULDER): (0.22, 0.11),
     (LEFT_SHOULDER, LEFT_ELBOW): (0.17, 0.065),
@@ -67,10 +67,11 @@ def keypoint_box(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
 
 
 def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
-    """How much of the torso is seen from the front: about +1 from the front, -1 from behind, 0 from the side or unknown.
+    """How much of the torso is seen from the front: about +1 from the front, -1 from behind, 0 from the side or
+    unknown.
 
-    It is the shoulder (or hip) width, signed by left and right, over the torso's length, times what that ratio is for a
-    person seen squarely; it does not depend on the person's place, scale or rotation in the picture.
+    It is the shoulder (or hip) width, signed by left and right, over the torso's length, times what that ratio is
+    for a person seen squarely; it does not depend on the person's place, scale or rotation in the picture.
     """
     if not (seen[list(TORSO)]).all():
         return 0.0
@@ -115,7 +116,8 @@ class Silhouette:
 def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_side: int | None = None) -> Silhouette:
     """Crop a mask (h, w) bool to the person and sample it on a regular grid of whole pixels.
 
-    The grid is the finest with at most about `max_samples` samples inside and `max_side` along the longer side of the box.
+    The grid is the finest with at most about `max_samples` samples inside and `max_side` along the longer side of
+    the box.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -134,7 +136,8 @@ def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_s
 def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Outline of a clothed body around the visible keypoints (17, 2): (h, w) bool, empty without a visible bone.
 
-    Limbs are thick lines, the torso a filled polygon, the head an ellipse, with widths in proportion to the person's size.
+    Limbs are thick lines, the torso a filled polygon, the head an ellipse, with widths in proportion to the person's
+    size.
     """
     width, height = size
     canvas = np.zeros((height, width), np.uint8)

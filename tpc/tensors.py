@@ -38,8 +38,8 @@ def warp(pictures: Tensor, matrices: Tensor, size: tuple[int, int], fill: str) -
 def place(pictures: Tensor, masks: Tensor, matrices: Tensor, size: tuple[int, int], fill: str) -> Tensor:
     """Pictures (b, 3, h, w) in [-1, 1] whose persons, masks (b, 1, h, w) in [0, 1], have moved by matrices (b, 3, 3).
 
-    With "scene" only the person moves and the place where it stood is filled from around it; else the picture moves. The
-    value beyond a picture that is filled with "black" is -1.
+    With "scene" only the person moves and the place where it stood is filled from around it; else the picture moves.
+    The value beyond a picture that is filled with "black" is -1.
     """
     if fill != "scene":
         return warp(pictures + 1, matrices, size, fill) - 1

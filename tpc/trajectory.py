@@ -1,15 +1,18 @@
 """A person's transforms over time: gaps bridged, noise filtered.
 
-A similarity is described by log scale, angle, and where it puts the middle of the reference person: interpolating the translation
-of the picture's corner instead would swing the person around it. An affine map is described by its four coefficients and the
-same point.
+A similarity is described by log scale, angle, and where it puts the middle of the reference person: interpolating
+the translation of the picture's corner instead would swing the person around it. An affine map is described by its
+four coefficients and the same point.
 """
 
 import numpy as np
 
 
 def to_parameters(matrices: np.ndarray, centre: np.ndarray, similar: bool) -> np.ndarray:
-    """(frames, 3, 3) matrices and a point (2,) -> (frames, 4) log scale, angle, x, y, or (frames, 6) coefficients, x, y."""
+    """Describe matrices (frames, 3, 3) by where they put a point (2,) and how they turn and resize about it.
+
+    Returns (frames, 4) log scale, angle, x, y for similarities, (frames, 6) coefficients, x, y otherwise.
+    """
     place = matrices[:, :2, :2] @ centre + matrices[:, :2, 2]
     if not similar:
         return np.concatenate([matrices[:, :2, :2].reshape(-1, 4), place], 1)

@@ -1,0 +1,242 @@
+"""Floating-point operations of inference at full size, counted on the meta device: no weights, no GPU, a minute.
+
+    python -m benchmarks.inference_cost [groups=30] [output=cost.json]
+
+"published" is what the published implementations compute, "ours" what this project computes for the same result. A
+multiplication and an addition count as two operations; unit 10^12.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from core.config import load_config
+from core.errors import run_command
+from core.files import write_json
+from models.checkpoints.sizes import (
+    MotionSizes,
+    UNetSizes,
+    make_control_net,
+    make_denoising_unet,
+    make_reference_net,
+)
+from models.magic_animate import control_residuals
+from models.reference_attention import ReferenceContext, fused_layers, set_reference_processors
+from models.unets import DenoisingUNet
+from models.windows import context_windows
+from tpc.attention import visibility_flags
+from tpc.propagation import Schedule
+
+CHANNELS = (16, 32, 96, 256)
+SIZES = UNetSizes()
+
+
+@dataclass
+class CostConfig:
+    """groups: of iterative propagation; output: JSON file for the numbers, null prints them only."""
+
+    groups: int = 30
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One animator at one size.
+
+    Attributes:
+        latent_size: (h, w).
+        window, overlap: frames.
+        steps: denoising steps of a run.
+        blocks: layers that see the reference, "full" or "midup".
+        follows_timestep: the reference is encoded at every step, and a ControlNet runs.
+    """
+
+    name: str
+    frames: int
+    latent_size: tuple[int, int]
+    window: int
+    overlap: int
+    steps: int
+    blocks: str
+    follows_timestep: bool
+    context_tokens: int
+
+
+SETTINGS = (
+    Setting("AnimateAnyone 512x784, 24 frames", 24, (98, 64), 24, 4, 30, "full", False, 1),
+    Setting("AnimateAnyone 512x784, 96 frames", 96, (98, 64), 24, 4, 30, "full", False, 1),
+    Setting("MagicAnimate 512x512, 96 frames", 96, (64, 64), 16, 4, 25, "midup", True, 77),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations in 10^12.
+
+    Attributes:
+        published, ours: one guided step of the whole clip, without TPC.
+        with_tpc: the same with one calibrated person: attention, and encoding where it happens at every step.
+        calibrated_images: different ones that the steps of a run draw.
+        encoding: of these images, once a run.
+        run: all steps of a run with TPC.
+    """
+
+    published: float
+    ours: float
+    with_tpc: float
+    calibrated_images: int
+    encoding: float
+    run: float
+
+
+class PublishedReadProcessor(AttnProcessor2_0):
+    """Reference attention as the published pipelines compute it for [unconditional | conditional] frames.
+
+    Keys and values of the reference are projected for every frame. The unconditional half attends to them too, is then
+    computed once more without them, and its first result is thrown away. Own tokens stand for the reference's here.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        both = super().__call__(attn, hidden_states, torch.cat([hidden_states, hidden_states], dim=1))
+        half = hidden_states[: len(hidden_states) // 2]
+        return torch.cat([super().__call__(attn, half), both[len(half) :]])
+
+
+class PublishedPlainProcessor(AttnProcessor2_0):
+    """Stock attention, its context repeated for every frame."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            frames = len(hidden_states) // len(encoder_hidden_states)
+            encoder_hidden_states = encoder_hidden_states.repeat_interleave(frames, dim=0)
+        return super().__call__(attn, hidden_states, encoder_hidden_states)
+
+
+def count(compute: Callable[[], object]) -> float:
+    """Operations of a computation on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops() / 1e12
+
+
+def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:
+    """The denoising UNet with the published attention. Norms cost nothing here, so their scope does not matter."""
+    unet = make_denoising_unet(SIZES, motion, "frame")
+
+    def reads(layer: str) -> bool:
+        return setting.blocks == "full" or not layer.startswith("down_blocks.")
+
+    set_reference_processors(
+        unet, lambda layer: PublishedReadProcessor() if reads(layer) else PublishedPlainProcessor()
+    )
+    processors = unet.attn_processors
+    for name in processors:
+        if "attn2" in name and "motion_modules" not in name:
+            processors[name] = PublishedPlainProcessor()
+    unet.set_attn_processor(processors)
+    return unet
+
+
+def seen(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet, calibrated: bool) -> ReferenceContext:
+    """One reference, and one calibrated image a frame; keys and values are projected already."""
+    persons, frames = int(calibrated), setting.window
+    projected = {layer: (value, value) for layer, value in fused_layers(tokens, setting.blocks).items()}
+    index = torch.zeros(frames, 1 + persons, dtype=torch.long)
+    if not calibrated:
+        return ReferenceContext({}, index, projected=projected)
+    shares = torch.zeros(1, 1, 1, device="cpu")
+    present = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    flags = visibility_flags(shares, shares[0], shares, shares, present, preset="release")[0].shape[-1]
+    counts = [h * w for h, w in unet.attention_grids(*setting.latent_size)]
+    query = {n: torch.zeros(frames, n, flags) for n in counts}
+    key = {n: torch.zeros(frames, (2 + persons) * n, flags) for n in counts}
+    return ReferenceContext({}, index, query, key, projected)
+
+
+def drawn_images(setting: Setting, groups: int) -> tuple[int, int]:
+    """Different calibrated images in a run, and at most at one step."""
+    schedule = Schedule(np.ones((setting.frames, 1), bool), groups, "iterative", 0)
+    steps = [np.unique(schedule.source_frame(step)) for step in range(setting.steps)]
+    return len(np.unique(np.concatenate(steps))), max(map(len, steps))
+
+
+def cost(setting: Setting, groups: int) -> Cost:
+    """Count one setting."""
+    height, width = setting.latent_size
+    with torch.device("meta"):
+        motion = MotionSizes(24, False) if setting.follows_timestep else MotionSizes()
+        ours, published = make_denoising_unet(SIZES, motion, "frame"), published_unet(setting, motion)
+        reference_net, control_net = make_reference_net(SIZES), make_control_net(SIZES, CHANNELS)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        latent, picture = torch.zeros(1, 4, height, width), torch.zeros(1, 3, 8 * height, 8 * width)
+        clip = torch.zeros(1, 4, setting.window, height, width)
+        context = torch.zeros(1, setting.context_tokens, SIZES.cross_attention_dim)
+        with torch.no_grad():
+            tokens = reference_net(latent, 0, context)
+        plain, calibrated = (seen(setting, tokens, ours, with_tpc) for with_tpc in (False, True))
+        unconditional = count(lambda: ours(clip, 0, context))
+        guided = unconditional + count(lambda: ours(clip, 0, context, reference=plain))
+        guided_tpc = unconditional + count(lambda: ours(clip, 0, context, reference=calibrated))
+        theirs = count(lambda: published(torch.cat([clip, clip]), 0, torch.cat([context, context])))
+        encode_image = count(lambda: reference_net(latent, 0, context))
+        encode_picture = count(lambda: vae.encode(picture))
+        control = count(lambda: control_residuals(control_net, latent[:, :, None], 0, context, picture))
+    windows = len(context_windows(setting.frames, setting.window, setting.overlap))
+    images, at_once = drawn_images(setting, groups)
+    every_step = encode_image if setting.follows_timestep else 0.0
+    poses = setting.frames * control if setting.follows_timestep else 0.0
+    with_tpc = windows * guided_tpc + poses + every_step * (1 + at_once)
+    encoding = images * (encode_picture + encode_image - every_step)
+    return Cost(
+        published=windows * theirs + poses + 2 * every_step,
+        ours=windows * guided + poses + every_step,
+        with_tpc=with_tpc,
+        calibrated_images=images,
+        encoding=encoding,
+        run=setting.steps * with_tpc + encoding,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(CostConfig, arguments)
+    results = {setting.name: cost(setting, config.groups) for setting in SETTINGS}
+    for name, result in results.items():
+        saved, added = result.ours / result.published - 1, result.with_tpc / result.ours - 1
+        print(name)
+        print(f"  step           published {result.published:.1f}, ours {result.ours:.1f} ({saved:+.1%})")
+        print(f"  step with TPC  {result.with_tpc:.1f} ({added:+.1%})")
+        share = f"{result.encoding / result.run:.2%} of a run"
+        print(f"  encoding       {result.encoding:.1f} for {result.calibrated_images} calibrated images, {share}")
+    if config.output:
+        write_json(config.output, {name: asdict(result) for name, result in results.items()})
+
+
+if __name__ == "__main__":
+    run_command(main)
