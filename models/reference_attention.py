@@ -54,6 +54,17 @@ class ReferenceContext:
         return replace(self, index=self.index[rows], query_flags=cut(self.query_flags), key_flags=cut(self.key_flags))
 
 
+class TokenRecord:
+    """What a ReferenceNet writes, layer -> (i, r, c).
+
+    Not a dictionary itself: hooks that move a network's arguments between devices, such as diffusers' group
+    offloading, rebuild dictionaries, and what is written into such a copy is lost.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, Tensor] = {}
+
+
 class PlainProcessor(AttnProcessor2_0):
     """Attention without reference images: of a layer to itself, or to context tokens.
 
@@ -67,7 +78,7 @@ class PlainProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        written_tokens: dict[str, Tensor] | None = None,
+        written_tokens: TokenRecord | None = None,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
         if encoder_hidden_states is None:
@@ -87,7 +98,7 @@ class PlainProcessor(AttnProcessor2_0):
 
 
 class ReferenceWriteProcessor(AttnProcessor2_0):
-    """Self-attention that first stores its input, (i, r, c), in `written_tokens[layer]`.
+    """Self-attention that first stores its input, (i, r, c), in `written_tokens`.
 
     `is_last` says that nothing reads what comes after: the attention itself is left out.
     """
@@ -104,9 +115,9 @@ class ReferenceWriteProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        written_tokens: dict[str, Tensor],
+        written_tokens: TokenRecord,
     ) -> Tensor:
-        written_tokens[self.layer] = hidden_states
+        written_tokens.tokens[self.layer] = hidden_states
         if self.is_last:
             return hidden_states
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)

@@ -22,6 +22,7 @@ from models.reference_attention import (
     ReferenceContext,
     ReferenceReadProcessor,
     ReferenceWriteProcessor,
+    TokenRecord,
     set_reference_processors,
 )
 
@@ -35,16 +36,20 @@ class ReferenceNet(UNet2DConditionModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.conv_norm_out, self.conv_out = None, nn.Identity()
-        last = [name for name in self.attn_processors if name.startswith("up_blocks") and "attn1" in name][-1:]
+        layers = [name for name in self.attn_processors if "attn1" in name]
+        self.num_written = len(layers)
+        last = [name for name in layers if name.startswith("up_blocks")][-1:]
         set_reference_processors(
             self, lambda layer: ReferenceWriteProcessor(layer, is_last=f"{layer}.processor" in last)
         )
 
     def forward(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
         """Reference latents (i, c, h, w), context (i, tokens, channels) -> {layer: (i, h*w of that layer, c)}."""
-        tokens: dict[str, Tensor] = {}
-        super().forward(sample, timestep, encoder_hidden_states, cross_attention_kwargs={"written_tokens": tokens})
-        return tokens
+        record = TokenRecord()
+        super().forward(sample, timestep, encoder_hidden_states, cross_attention_kwargs={"written_tokens": record})
+        if len(record.tokens) < self.num_written:
+            raise RuntimeError(f"{len(record.tokens)} of {self.num_written} layers wrote: something copied the record")
+        return record.tokens
 
     def freeze_unread_parameters(self) -> None:
         """Freeze what comes after the last write: it takes part in no loss, and DDP would wait for its gradient."""
