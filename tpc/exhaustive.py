@@ -152,7 +152,7 @@ def _finalists(
     members: np.ndarray, first: int, points: np.ndarray, found: np.ndarray, scene: "_Scene", radius: float
 ) -> np.ndarray:
     """The candidates worth scoring one by one; `first` is always among them."""
-    width = _first_width(found[:: max(1, len(found) // 4096)], scene, radius)
+    width = _first_width(found[:: max(1, len(found) // 1024)], scene, radius)
     for level in LEVELS:
         cell, leaders = search.group_candidates(members, points, found, scene.centre, radius, level.width * width)
         scores = scene.score(leaders, found, first, level.share, MARGIN)
