@@ -27,6 +27,7 @@ from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder
 from models.latents import vae_factor
+from tpc.augmentation import compose_references, misalignment
 from training.build import check_size, make_networks, make_pipeline, make_scheduler, set_trainable
 from training.checkpoint import resume, save_checkpoint
 from training.config import TrainConfig, check_train_config
@@ -119,14 +120,20 @@ def main(arguments: list[str]) -> None:
     pipeline = make_pipeline(vae, accelerator.unwrap_model(model), config.noise, window_size)
     pipeline.set_progress_bar_config(disable=True)
 
+    factor = vae_factor(vae)
+    grids = pipeline.denoising_unet.attention_grids(config.data.size[1] // factor, config.data.size[0] // factor)
+
     progress = tqdm(total=config.max_steps, initial=step, disable=not accelerator.is_main_process)
     losses: list[float] = []
     started, first = time.perf_counter(), step
     model.train()
     for batch in loader:
+        batch = compose_references(batch, config.augmentation.composition, step)
         with accelerator.accumulate(model):
             with accelerator.autocast():
-                loss = diffusion_loss(model, vae, scheduler, batch, config.noise)
+                loss = diffusion_loss(
+                    model, vae, scheduler, batch, config.noise, config.augmentation.calibrated, grids
+                )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(trainable, settings.max_grad_norm)
@@ -152,6 +159,8 @@ def main(arguments: list[str]) -> None:
                 "grad_norm": float(norm),
                 "samples_per_second": (step - first) * clips_per_step / (time.perf_counter() - started),
             }
+            # What the references really are against their targets: the paper's two measures of misalignment.
+            values |= {f"reference/{name}": x.nanmean().item() for name, x in misalignment(batch).items()}
             if torch.cuda.is_available():
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             accelerator.log(values, step=step)

@@ -53,7 +53,7 @@ class AnimateAnyone(nn.Module):
             noisy_latents: (b, c, f, h, w).
             timestep: (b,).
             reference_latents: (i, c, h, w). The first b are the clips' references, in order; further ones are
-                calibrated images, seen where `reference` says so.
+                calibrated images, as many of every clip, seen where `reference` says so.
             reference_image: (b, 3, H, W) in [-1, 1], for the image encoder.
             poses: pose pictures, (b, 3, f, H, W) in [0, 1].
             dropped: (b,) bool, samples that train the unconditional half of guidance: no reference, zero context.
@@ -65,9 +65,10 @@ class AnimateAnyone(nn.Module):
         """
         batch, _, num_frames, height, width = noisy_latents.shape
         context = image_context(self.image_encoder, reference_image) * ~dropped[:, None, None]
-        extra = len(reference_latents) - batch
-        image_context_ = torch.cat([context, context.new_zeros(extra, *context.shape[1:])]) if extra else context
-        tokens = self.reference_net(reference_latents, 0, image_context_)
+        # Calibrated images come clip by clip; like their clip's reference they are encoded with its embedding.
+        per_clip = len(reference_latents) // batch - 1
+        contexts = torch.cat([context, context.repeat_interleave(per_clip, dim=0)])
+        tokens = self.reference_net(reference_latents, 0, contexts)
         if reference is None:
             seen = same_reference(tokens, num_frames)
             grids = self.denoising_unet.attention_grids(height, width)

@@ -24,7 +24,7 @@ from models.pictures import PictureSequence, as_pictures, picture_tensor, resize
 from models.reference_attention import ReferenceContext
 from models.reference_bank import ReferenceImages
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
-from models.windows import context_windows, window_weights
+from models.windows import context_windows, step_shift, window_weights
 from tpc import Calibration
 
 
@@ -157,6 +157,7 @@ class AnimationPipeline(DiffusionPipeline):
         guidance_scale: float = 3.5,
         window_size: int | None = None,
         window_overlap: int = 4,
+        shift_windows: bool = False,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -178,6 +179,8 @@ class AnimationPipeline(DiffusionPipeline):
                 nor calibrated images, and keeps the pose.
             window_size: frames denoised together; default: what the model was trained on, at most all.
             window_overlap: frames that neighbouring windows share at least.
+            shift_windows: move the windows at every step, so that no frame is always at a window's end; one more
+                window a step.
             generator: source of the initial noise; a CPU generator gives the same noise on every device.
             latents: initial noise, (1, c, f, h, w), instead of drawing it.
             output_type: "pil", "np", "pt" or "latent".
@@ -223,14 +226,14 @@ class AnimationPipeline(DiffusionPipeline):
         latents = self.prepare_latents(num_frames, (width, height), dtype, generator, latents)
         latent_size = tuple(latents.shape[-2:])
         grids = self.denoising_unet.attention_grids(*latent_size)
-        windows = context_windows(num_frames, window_size, window_overlap)
-        weights = window_weights(windows, num_frames)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 sample = self.scheduler.scale_model_input(latents, timestep)
                 prediction = torch.zeros_like(latents)
                 at_step = condition.at_step(sample, timestep)
-                for window, weight in zip(windows, weights, strict=True):
+                shift = step_shift(step) if shift_windows else 0.0
+                windows = context_windows(num_frames, window_size, window_overlap, shift)
+                for window, weight in zip(windows, window_weights(windows, num_frames), strict=True):
                     part = slice(window.start, window.stop)
                     bank = images.bank(step, int(timestep), window)
                     part_prediction = self.guided_prediction(

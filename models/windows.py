@@ -4,18 +4,28 @@ The windows of a clip are open-ended: none wraps from the last frame to the firs
 the end of a clip with its beginning.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+# Fractions of a distance between windows by which successive steps shift them: multiples of the golden ratio spread
+# evenly however many there are.
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-def context_windows(num_frames: int, size: int, overlap: int) -> list[range]:
+
+def context_windows(num_frames: int, size: int, overlap: int, shift: float = 0.0) -> list[range]:
     """Ranges of `size` frames that cover a clip, neighbours sharing at least `overlap` frames.
 
     Starts are spread evenly, so the last window ends with the clip and no window is shorter than the others. A clip
     of at most `size` frames is one window.
 
+    Args:
+        shift: in [0, 1), moves all windows but the first and the last by this fraction of their distance, and takes
+            one more of them.
+
     Raises:
-        ValueError: for sizes that cannot be, or an overlap that is not smaller than the window.
+        ValueError: for sizes or a shift that cannot be, or an overlap that is not smaller than the window.
     """
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
@@ -23,9 +33,18 @@ def context_windows(num_frames: int, size: int, overlap: int) -> list[range]:
         raise ValueError(f"overlap must be at least 0 and smaller than the window of {size} frames, got {overlap}")
     if num_frames <= size:
         return [range(num_frames)]
-    steps = -(-(num_frames - size) // (size - overlap))
-    starts = [round(k * (num_frames - size) / steps) for k in range(steps + 1)]
-    return [range(start, start + size) for start in starts]
+    if not 0 <= shift < 1:
+        raise ValueError(f"shift must be at least 0 and below 1, got {shift}")
+    last = num_frames - size
+    steps = -(-last // (size - overlap))
+    # Rounding halves up keeps the distance of two starts within the rounded-up distance before rounding.
+    inner = [math.floor((k + shift) * last / steps + 0.5) for k in range(steps)]
+    return [range(start, start + size) for start in dict.fromkeys([0, *inner, last])]
+
+
+def step_shift(step: int) -> float:
+    """A shift for each denoising step, so that no frame is always at a window's end."""
+    return step * GOLDEN_RATIO % 1
 
 
 def window_weights(windows: list[range], num_frames: int) -> list[Tensor]:

@@ -53,6 +53,8 @@ from tests.published import (
     small_text_encoder,
     small_vae,
 )
+from training.build import make_scheduler
+from training.config import NoiseConfig
 
 SD15 = UNetSizes()
 CHANNELS = (16, 32, 96, 256)
@@ -222,7 +224,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, save):
     if save == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match="could run code"):
         read_tensors(path, "file")
     assert not trace.exists()
@@ -508,6 +510,17 @@ def test_released_steps_are_those_of_the_published_samplers():
     assert scheduler.timesteps[:2].tolist() == [961, 921]
     with pytest.raises(ValueError, match="family must be one of"):
         published_scheduler("moore")
+
+
+def test_training_and_inference_use_the_same_table(tiny_pipeline, tmp_path):
+    """What a model was trained with is what its folder samples with."""
+    tiny_pipeline.save_pretrained(tmp_path / "p")
+    trained, loaded = make_scheduler(NoiseConfig()), load_pipeline(tmp_path / "p").scheduler
+    assert torch.equal(trained.alphas_cumprod, loaded.alphas_cumprod)
+    names = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr", "num_train_timesteps", "clip_sample")
+    assert {name: trained.config[name] for name in names} == {name: loaded.config[name] for name in names}
+    start = published_scheduler("stable_diffusion")
+    assert torch.allclose(start.alphas_cumprod, trained.alphas_cumprod)
 
 
 def test_half_precision_pipelines_are_half_the_size(weights, tmp_path):

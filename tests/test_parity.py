@@ -23,7 +23,7 @@ from models.checkpoints.manifests import (
 )
 from models.checkpoints.names import module_names
 from models.checkpoints.synthetic import sinusoids, synthetic_array, synthetic_tensors
-from models.checkpoints.verify import COMPUTE, Fixture, read_fixture, verify
+from models.checkpoints.verify import COMPUTE, Fixture, Result, read_fixture, verify
 from models.unets import ClipGroupNorm, MotionModule
 from tests.published import fixtures_folder
 
@@ -38,7 +38,6 @@ CONFIG = {
     "motion_num_attention_heads": 2,
     "motion_transformer_layers": 2,
     "motion_group_norm": "per frame",
-    "use_linear_projection": False,
 }
 MOORE = CONFIG | {
     "motion_max_seq_length": 9,
@@ -48,6 +47,7 @@ MOORE = CONFIG | {
     "reference_timestep": 0,
 }
 MAGIC = CONFIG | {
+    "use_linear_projection": True,
     "motion_max_seq_length": 7,
     "motion_module_mid_block": False,
     "resnet_group_norm": "per clip",
@@ -199,7 +199,7 @@ def magic_fixture() -> Fixture:
         "ref_latents": torch.randn(1, 4, 6, 4),
         "text_embeds": torch.randn(1, 3, 24),
         "pose_images": torch.rand(3, 3, 12, 8),
-        "noisy_latents": torch.randn(1, 4, 3, 6, 4),
+        "noisy_latents": torch.randn(2, 4, 3, 6, 4),
         "timestep": torch.tensor([500]),
     }
     return own_fixture(
@@ -290,6 +290,7 @@ def test_verify_command_on_other_configurations(fixture_stem, capsys):
     assert differences["guidance_cond"] == pytest.approx(1e-3, rel=0.01)
     assert differences["guidance_uncond"] == math.inf
     assert math.isnan(differences["ref_latents"])
+    assert not Result("not computed", math.nan, 1.0).passed
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def motion_stage(folder, image_stage) -> Path:
         "checkpoint_steps=5",
         "keep_checkpoints=1",
         "export_dtype=float16",
+        "augmentation.composition.probability=0.8",
+        "augmentation.calibrated.probability=0.8",
         "data.num_frames=4",
         *DATA,
         *FAST,
@@ -168,6 +170,12 @@ def test_motion_stage_trains_motion_modules_alone(folder, motion_stage):
     motion = {name for name in after if "motion_modules" in name and "pos_embed" not in name}
     assert changed and changed <= motion
     assert [step for step, _ in checkpoints(motion_stage)] == [10]
+
+
+def test_misalignment_of_references_is_logged_and_grows_with_composition(folder, image_stage, motion_stage):
+    plain, composed = (logged(run, "reference/relative_angle_deg") for run in (folder / "stage1", motion_stage))
+    assert max(plain) < min(composed)
+    assert all(0 <= value <= 1 for value in logged(motion_stage, "reference/box_iou"))
 
 
 def test_dry_run_prints_sizes_and_trains_nothing(folder, vae):

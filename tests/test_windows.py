@@ -5,14 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.windows import context_windows, window_weights
+from models.windows import context_windows, step_shift, window_weights
 
 
-@given(num_frames=st.integers(1, 300), size=st.integers(1, 32), data=st.data())
+@given(
+    num_frames=st.integers(1, 300),
+    size=st.integers(1, 32),
+    shift=st.sampled_from([0.0, 0.25, 0.5, 0.75]) | st.floats(0, 1, exclude_max=True),
+    data=st.data(),
+)
 @settings(max_examples=100, deadline=None)
-def test_windows_cover_the_clip(num_frames, size, data):
+def test_windows_cover_the_clip(num_frames, size, shift, data):
     overlap = data.draw(st.integers(0, size - 1))
-    windows = context_windows(num_frames, size, overlap)
+    windows = context_windows(num_frames, size, overlap, shift)
     assert windows[0].start == 0 and windows[-1].stop == num_frames
     assert all(len(window) == min(size, num_frames) for window in windows)
     for left, right in zip(windows, windows[1:], strict=False):
@@ -28,6 +33,22 @@ def test_known_windows():
     assert context_windows(24, 24, 4) == [range(24)]
     assert context_windows(25, 24, 4) == [range(24), range(1, 25)]
     assert context_windows(48, 24, 4) == [range(24), range(12, 36), range(24, 48)]
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 24, 25, 2000])
+def test_clips_of_any_length_are_planned(num_frames):
+    windows = context_windows(num_frames, 24, 4)
+    assert len(windows) == max(1, -(-(num_frames - 24) // 20) + 1)
+    assert {frame for window in windows for frame in window} == set(range(num_frames))
+
+
+def test_steps_shift_the_seams():
+    plans = [context_windows(96, 24, 4, step_shift(step)) for step in range(30)]
+    starts = {window.start for plan in plans for window in plan}
+    assert plans[0] == context_windows(96, 24, 4) and len(starts) > 40
+    assert all(0 <= len(plan) - len(plans[0]) <= 1 for plan in plans)
+    with pytest.raises(ValueError, match="shift"):
+        context_windows(96, 24, 4, 1.0)
 
 
 def test_weights_taper_towards_shared_ends_only():

@@ -53,7 +53,7 @@ def calibrate(
         config: what to do; None = our default.
         reference_masks: (persons, h, w) bool in the order of `reference_poses`; None = drawn around the keypoints.
         driving_masks: for every frame (persons, H, W) bool in the order of `driving_poses`, an array or any sequence
-            of which one frame is read at a time; None = drawn.
+            of which one frame is read at a time; None, or an empty mask = drawn.
         frame_map: (3, 3) similarity from original driving pixels to the model's frame; None = fitted in, centred.
         reference_map: (3, 3) similarity from the original reference to the model's reference picture, which has the
             same `size`; None = fitted in, centred.

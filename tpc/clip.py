@@ -105,17 +105,19 @@ def estimate_clip(
     config: CalibrationConfig,
     order: Iterable[int],
 ) -> Estimates:
-    """Estimate every person in every frame of `order`, which must name each frame once."""
+    """Estimate every person in every frame of `order`, which must name each frame once.
+
+    The outline of a person whose mask is not given, or empty, is drawn around the keypoints.
+    """
     frames: list[list[Estimate]] = [[] for _ in range(len(slots))]
     targets = PackedMasks.zeros((len(slots), len(persons)), scene.size)
     others = PackedMasks.zeros((len(slots),), scene.size)
     seen = visible(poses.scores, poses.keypoints, config.score_threshold)
     for f in order:
-        given = None if masks is None else np.asarray(masks[f]).astype(bool)
-        outlines = [
-            _model_mask(poses.keypoints[f, s], seen[f, s], None if given is None else given[s], scene)
-            for s in range(poses.keypoints.shape[1])
-        ]
+        given: list[np.ndarray | None] = [None] * poses.keypoints.shape[1]
+        if masks is not None:
+            given = [mask if mask.any() else None for mask in np.asarray(masks[f]).astype(bool)]
+        outlines = [_model_mask(poses.keypoints[f, s], seen[f, s], given[s], scene) for s in range(len(given))]
         for p, person in enumerate(persons):
             slot = slots[f, p]
             if slot < 0:
@@ -123,7 +125,7 @@ def estimate_clip(
                 continue
             targets[f, p] = outlines[slot]
             keypoints = poses.keypoints[f, slot]
-            if given is None:
+            if given[slot] is None:
                 silhouette = drawn_silhouette(keypoints, seen[f, slot], scene.driving_size)
             else:
                 silhouette = silhouette_from_mask(given[slot], max_side=BITMAP_SIDE)

@@ -30,13 +30,13 @@ class Level:
 
 # Measured over pairs of poses: IoU given up against scoring every subset, and time; see docs/calibration.md.
 LEVELS = (
-    Level(1.0, 0.25, 300, 100_000),
-    Level(0.5, 0.4, 350, 50_000),
-    Level(0.25, 0.4, 350, 2500),
-    Level(0.06, 0.5, 600, 2500),
-    Level(0.015, 0.5, 600, 2500),
+    Level(1.0, 0.3, 300, 100_000),
+    Level(0.4, 0.5, 500, 20_000),
+    Level(0.2, 0.6, 600, 3500),
+    Level(0.06, 0.5, 600, 3500),
+    Level(0.015, 0.5, 600, 3500),
 )
-ENOUGH = 2500  # candidates are scored one by one once no more are left
+ENOUGH = 3500  # candidates are scored one by one once no more are left
 INDISTINCT = 0.004  # widths of a sample: what is left closer together than this is one candidate
 SAME_IOU = 1e-9  # what rounding may change
 MARGIN = 0.15  # IoU: a cell this far below the best is not worth the rest of its samples
@@ -152,7 +152,8 @@ def _finalists(
     members: np.ndarray, first: int, points: np.ndarray, found: np.ndarray, scene: "_Scene", radius: float
 ) -> np.ndarray:
     """The candidates worth scoring one by one; `first` is always among them."""
-    width = _first_width(found[:: max(1, len(found) // 1024)], scene, radius)
+    # An odd stride: an even one would pick the same subsets of the first points again and again.
+    width = _first_width(found[:: len(found) // 1024 | 1], scene, radius)
     for level in LEVELS:
         cell, leaders = search.group_candidates(members, points, found, scene.centre, radius, level.width * width)
         scores = scene.score(leaders, found, first, level.share, MARGIN)
@@ -162,7 +163,7 @@ def _finalists(
             return members
     # Nearly all subsets agree, as they do where both pictures show one pose.
     leaders = search.group_candidates(members, points, found, scene.centre, radius, INDISTINCT * scene.sample_width)[1]
-    return np.union1d(leaders[: 2 * ENOUGH], first).astype(np.int32)
+    return np.union1d(leaders, first).astype(np.int32)
 
 
 def _first_width(found: np.ndarray, scene: "_Scene", radius: float) -> float:

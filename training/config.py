@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from core.errors import UserError
+from tpc.augmentation import (
+    CalibratedTrainingConfig,
+    CompositionConfig,
+    check_calibrated_training,
+    check_composition,
+)
 
 
 @dataclass
@@ -70,6 +76,18 @@ class NoiseConfig:
     snr_gamma: float | None = 5.0
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
+
+
+@dataclass
+class AugmentationConfig:
+    """Misaligned references and calibrated tokens in training; both are off by default, as published.
+
+    composition: moves, turns and resizes the reference's person; calibrated: gives the model calibrated tokens as
+        inference with TPC does. See `tpc/augmentation.py`.
+    """
+
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
+    calibrated: CalibratedTrainingConfig = field(default_factory=CalibratedTrainingConfig)
 
 
 @dataclass
@@ -143,6 +161,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
@@ -199,6 +218,8 @@ def check_train_config(config: TrainConfig) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    check_composition(config.augmentation.composition)
+    check_calibrated_training(config.augmentation.calibrated)
     if config.stage == "image" and config.data.num_frames != 1:
         raise UserError(f"stage=image trains on single frames; data.num_frames={config.data.num_frames} must be 1")
     if config.stage == "motion" and config.data.num_frames < 2:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from models.latents import VAE, encode_pictures
+from models.reference_attention import ReferenceContext
+from tpc.augmentation import CalibratedTrainingConfig, calibrate_batch, training_visibility
 from training.config import NoiseConfig
 
 
@@ -65,14 +67,58 @@ def check_schedule(config: NoiseConfig) -> None:
         raise UserError("noise.prediction_type=epsilon cannot be sampled with noise.rescale_betas_zero_snr=true")
 
 
+def calibrated_reference(
+    vae: VAE,
+    batch: dict[str, Tensor],
+    dropped: Tensor,
+    grids: list[tuple[int, int]],
+    config: CalibratedTrainingConfig,
+) -> tuple[Tensor, ReferenceContext]:
+    """Calibrated images beside the references, as inference with TPC has them.
+
+    Args:
+        dropped: (b,) bool, samples that see neither.
+        grids: (h, w) tokens of every self-attention level.
+
+    Returns:
+        Latents of the m calibrated images of each clip, (b*m, c, h, w), and index and flags of what the b*f frames
+        see of [b references | b*m calibrated images].
+    """
+    calibrated = calibrate_batch(batch, config)
+    flags = training_visibility(batch, calibrated, grids, config)
+    batch_size, pictures = calibrated.images.shape[:2]
+    frames = calibrated.index.shape[1]
+    latents = encode_reference(vae, calibrated.images.flatten(0, 1))
+    clip = torch.arange(batch_size, device=latents.device)[:, None].expand(-1, frames)
+    index = torch.stack([clip, batch_size + clip * pictures + calibrated.index], dim=-1).flatten(0, 1)
+    # One more flag: frames of dropped samples are blind to every key but their own.
+    blind = dropped.repeat_interleave(frames).float()[:, None, None].to(latents.device)
+    query, key = {}, {}
+    for n in flags.query:
+        others = torch.ones_like(flags.key[n][..., :1])
+        others[:, :n] = 0
+        query[n] = torch.cat([flags.query[n], blind.expand(-1, n, -1)], dim=-1)
+        key[n] = torch.cat([flags.key[n], others], dim=-1)
+    return latents, ReferenceContext({}, index, query, key)
+
+
 def diffusion_loss(
-    model: nn.Module, vae: VAE, scheduler: DDIMScheduler, batch: dict[str, Tensor], config: NoiseConfig
+    model: nn.Module,
+    vae: VAE,
+    scheduler: DDIMScheduler,
+    batch: dict[str, Tensor],
+    config: NoiseConfig,
+    calibrated: CalibratedTrainingConfig,
+    grids: list[tuple[int, int]],
 ) -> Tensor:
     """Loss of one batch of clips: weighted mean squared error of the prediction.
 
     Args:
         model: `AnimateAnyone`, possibly wrapped for distributed training.
-        batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1].
+        batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
+            for calibrated training masks and keypoints too, see `data.datasets`.
+        calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
+        grids: (h, w) tokens of every self-attention level, for calibrated training.
 
     Returns:
         Scalar.
@@ -83,6 +129,10 @@ def diffusion_loss(
     batch_size, device = len(latents), latents.device
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
     dropped = torch.rand(batch_size, device=device) < config.condition_dropout
+    seen = None
+    if calibrated.probability > 0:
+        calibrated_latents, seen = calibrated_reference(vae, batch, dropped, grids, calibrated)
+        reference_latents = torch.cat([reference_latents, calibrated_latents])
     prediction = model(
         scheduler.add_noise(latents, noise, timesteps),
         timesteps,
@@ -90,6 +140,7 @@ def diffusion_loss(
         batch["reference"],
         batch["poses"],
         dropped,
+        seen,
     )
     target = prediction_target(scheduler, latents, noise, timesteps)
     error = (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))

@@ -26,22 +26,32 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     )
 
     inputs = fixture.inputs
-    context, latents, timestep = inputs["text_embeds"], inputs["noisy_latents"], inputs["timestep"]
-    residuals = control_residuals(control_net, latents, timestep, context, inputs["pose_images"])
+    latents, timestep = inputs["noisy_latents"], inputs["timestep"]
+    clips, _, num_frames = latents.shape[:3]
+    context = repeated(inputs["text_embeds"], clips)
+    poses = repeated(inputs["pose_images"], clips * num_frames)
+    residuals = control_residuals(control_net, latents, timestep, context, poses)
     for number, residual in enumerate(residuals):
         yield f"control_residual_{number:02d}", residual
     yield "prediction_plain", unet(latents, timestep, context)
     yield "prediction_pose", unet(latents, timestep, context, residuals=residuals)
 
     own = fixture.config["reference_timestep"]
-    tokens = encoder(inputs["ref_latents"], own if isinstance(own, int) else timestep, context)
+    references = inputs["ref_latents"]
+    tokens = encoder(references, own if isinstance(own, int) else timestep, context[: len(references)])
     for name, layer in fixture.reference_layers().items():
         if layer in tokens:
             yield name, tokens[layer]
+    tokens = {layer: repeated(value, clips) for layer, value in tokens.items()}
     predictions = {}
     for blocks in ("midup", "full"):
-        seen = same_reference(fused_layers(tokens, blocks), latents.shape[2])
+        seen = same_reference(fused_layers(tokens, blocks), num_frames)
         predictions[blocks] = unet(latents, timestep, context, reference=seen, residuals=residuals)
         yield f"prediction_reference_{blocks}", predictions[blocks]
     yield "guidance_uncond", unet(latents, timestep, context, residuals=residuals)
     yield "guidance_cond", predictions[fixture.config["fusion_blocks"]]
+
+
+def repeated(shared: Tensor, count: int) -> Tensor:
+    """Rows that all clips share, once for each."""
+    return shared.repeat(count // len(shared), *[1] * (shared.ndim - 1))
