@@ -18,6 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
+from models.norms import clip_norm
 from models.reference_attention import (
     ReferenceContext,
     ReferenceReadProcessor,
@@ -127,13 +128,6 @@ class PoseConv2d(nn.Conv2d):
         latents, pose_features = x.tensor_split([self.in_channels], dim=1)
         features = super().forward(latents)
         return features + pose_features if pose_features.shape[1] else features
-
-
-class ClipGroupNorm(nn.GroupNorm):
-    """GroupNorm with one set of statistics for all frames of a clip, (f, c, h, w) -> same shape."""
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return super().forward(frames.transpose(0, 1)[None])[0].transpose(0, 1)
 
 
 def with_parameters(init: Callable, **added: object) -> Callable:
@@ -280,16 +274,16 @@ class DenoisingUNet(UNetMotionModel):
             grids.append((height, width))
         return list(dict.fromkeys(grids))
 
+    def use_motion_on_single_frames(self, used: bool) -> None:
+        """Change `motion_on_single_frames`. Image training of a published model wants the image model: False."""
+        self.register_to_config(motion_on_single_frames=used)
+        for module in self.modules():
+            if isinstance(module, MotionModule):
+                module.single_frames = used
+
     def motion_parameters(self) -> list[nn.Parameter]:
         """The parameters of all motion modules: what the second training stage trains."""
         return [parameter for name, parameter in self.named_parameters() if "motion_modules" in name]
-
-
-def clip_norm(norm: nn.GroupNorm) -> ClipGroupNorm:
-    """The same norm, over clips. Its parameters are those of `norm`."""
-    replacement = ClipGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
-    replacement.weight, replacement.bias = norm.weight, norm.bias
-    return replacement
 
 
 class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):

@@ -494,6 +494,12 @@ def test_stable_diffusion_becomes_a_start_for_training(weights, tmp_path):
     pipeline = load_pipeline(tmp_path / "p")
     reference, unet = pipeline.reference_net.state_dict(), pipeline.denoising_unet.state_dict()
     assert all(torch.equal(value, unet[name]) for name, value in reference.items())
+    assert not pipeline.denoising_unet.config.motion_on_single_frames
+    one = torch.randn(1, 4, 1, 8, 8), 3, torch.randn(1, 1, 16)
+    with torch.no_grad():
+        image = pipeline.denoising_unet(*one)
+        pipeline.denoising_unet.use_motion_on_single_frames(True)
+        assert not torch.allclose(image, pipeline.denoising_unet(*one), atol=1e-3)
     assert not pipeline.pose_guider.conv_out.weight.any() and pipeline.pose_guider.conv_in.weight.any()
     motion = published_tensors("motion_module")
     name = "mid_block.motion_modules.0.{}proj_out.weight"

@@ -24,7 +24,8 @@ from models.checkpoints.manifests import (
 from models.checkpoints.names import module_names
 from models.checkpoints.synthetic import sinusoids, synthetic_array, synthetic_tensors
 from models.checkpoints.verify import COMPUTE, Fixture, Result, read_fixture, verify
-from models.unets import ClipGroupNorm, MotionModule
+from models.norms import ClipGroupNorm
+from models.unets import MotionModule
 from tests.published import fixtures_folder
 
 CONFIG = {

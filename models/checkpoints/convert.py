@@ -166,6 +166,7 @@ def stable_diffusion(sources: Sources) -> AnimationPipeline:
         denoising_unet = load_denoising_unet(
             with_motion(unet, motion), f"{what} with {motion_name}", "frame", dtype=sources.dtype
         )
+    denoising_unet.use_motion_on_single_frames(False)
     reference_net = load_reference_net(unet, what, dtype=sources.dtype)
     pose_guider = sources.load("controlnet", pose_guider_from_control_net)
     return animate_anyone_pipeline(sources, reference_net, denoising_unet, pose_guider)
