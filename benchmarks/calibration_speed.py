@@ -1,4 +1,4 @@
-"""How long calibration takes, and what the exhaustive search gives up for its speed.
+"""How long calibration takes, and whether the exhaustive search gives anything up for its speed.
 
     python -m benchmarks.calibration_speed [pairs=40] [frames=93] [long_frames=2000]
 
@@ -64,7 +64,7 @@ def search_times(config: BenchmarkConfig) -> None:
         if number < 3:
             naive.append(naive_seconds(source, target, reference, outline))
     print(f"search over 130 918 subsets of 17 keypoints, {len(quick)} pairs at {SIZE[0]} x {SIZE[1]}")
-    print(f"  from coarse to fine: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
+    print(f"  by pieces first: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
     print(f"  every subset scored: median {np.median(every):.0f} ms; plain numpy about {np.mean(naive):.1f} s")
     losses = np.array(losses)
     print(

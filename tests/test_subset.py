@@ -73,7 +73,7 @@ def test_search_equals_brute_force_over_all_subsets_of_17_points_of_small_masks(
     source, target, reference, outline = scene(10, 34, size)
     numbers = np.arange(1 << 17)
     subsets = numbers[np.bitwise_count(numbers) >= 3]
-    samples = reference.samples.T
+    samples = reference.samples.listed()
     best = 0.0
     for block in np.array_split(subsets, 128):
         weights = (block[:, None] >> np.arange(17) & 1).astype(float)
@@ -91,12 +91,27 @@ def test_search_equals_brute_force_over_all_subsets_of_17_points_of_small_masks(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_coarse_to_fine_comes_close_to_scoring_every_subset(seed):
+def test_dropping_subsets_by_pieces_loses_nothing(seed):
     source, target, reference, outline = scene(seed, 300, (512, 512))
-    assert reference.samples.shape[1] > 600
+    assert reference.samples.number > 600
     every = search(source, target, reference, outline, size=(512, 512), outright=True)
     found = search(source, target, reference, outline, size=(512, 512), outright=False)
-    assert every.iou - 0.012 <= found.iou <= every.iou + 1e-9
+    assert found.iou == pytest.approx(every.iou, abs=1e-9)
+
+
+def test_pieces_share_the_silhouette_evenly():
+    mask = silhouette(place(body(np.random.default_rng(0)), 300, 0.4, (200, 200)), (400, 400))
+    reference = ReferenceSilhouette.of(silhouette_from_mask(mask, NUM_SAMPLES))
+    points = reference.samples.listed()
+    assert len(points) == reference.samples.number and len(np.unique(points, axis=0)) == len(points)
+    for pieces in reference.pieces:
+        counts = pieces.counts[pieces.counts > 0]
+        assert counts.sum() == pieces.left[0] == len(points) and counts.max() - counts.min() <= 1
+        middle = (pieces.listed() * counts[:, None]).sum(0) / len(points)
+        np.testing.assert_allclose(middle, points.mean(0), rtol=1e-5)
+    assert [pieces.number for pieces in reference.pieces] == [64, 256]
+    few = ReferenceSilhouette.of(silhouette_from_mask(mask, 100))
+    assert few.pieces == () and not few.empty
 
 
 @given(st.integers(0, 10_000), st.sets(st.integers(0, 16), min_size=3))

@@ -143,10 +143,16 @@ def test_stacks_are_indexed_like_arrays():
     packed = PackedMasks.zeros((3, 2), (7, 5))
     for i in range(3):
         packed[i] = masks[i]
-    assert packed.shape == masks.shape and len(packed) == 3 and packed.bits.nbytes < masks.nbytes
+    assert packed.shape == masks.shape and len(packed) == 3 and packed.nbytes < masks.nbytes + 6 * 16
+    packed[1] = masks[0]
+    np.testing.assert_array_equal(packed[1], masks[0])
+    packed[1] = masks[1]
     for index in (0, (1, 1), [2, 0], slice(0, 2), (slice(None), 1)):
         np.testing.assert_array_equal(packed[index], masks[index])
     np.testing.assert_array_equal(np.asarray(packed), masks)
+    again = PackedMasks.from_arrays(*packed.to_arrays(), (7, 5))
+    assert again.shape == masks.shape and again.first(2).shape == (2, 2, 5, 7)
+    np.testing.assert_array_equal(np.asarray(again), masks)
     images = rng.integers(0, 256, (4, 5, 7, 3), np.uint8)
     made = []
     lazy = LazyImages(4, (7, 5), lambda i: made.append(i) or images[i])

@@ -179,7 +179,7 @@ def warp_clip(
     member, iou = np.full((frames, len(tracks)), -1), np.full((frames, len(tracks)), np.nan)
     known: dict[tuple, int] = {}
     sources: list[tuple[int, np.ndarray]] = []
-    bits: list[np.ndarray] = []
+    warped = PackedMasks.zeros((int(sum(track.available.sum() for track in tracks)),), scene.size)
     coverage = [mask_picture(mask) for mask in masks]
     for p, track in enumerate(tracks):
         for f in np.flatnonzero(track.available):
@@ -187,19 +187,17 @@ def warp_clip(
             key = (p, *_corner_key(matrix, scene.reference_size))
             if key not in known:
                 known[key] = len(sources)
+                warped[len(sources)] = warp_mask(coverage[p], matrix, scene.size)
                 sources.append((p, matrix))
-                bits.append(np.packbits(warp_mask(coverage[p], matrix, scene.size)))
             member[f, p] = known[key]
-            mask = np.unpackbits(bits[member[f, p]], count=scene.size[0] * scene.size[1]).view(bool)
-            target = targets[f, p].reshape(-1)
+            mask, target = warped[member[f, p]], targets[f, p]
             if target.any():
                 iou[f, p] = np.count_nonzero(mask & target) / np.count_nonzero(mask | target)
             elif track.interpolated[f]:
-                targets[f, p] = mask.reshape(scene.size[::-1])
-    packed = PackedMasks(np.stack(bits), scene.size) if bits else PackedMasks.zeros((0,), scene.size)
+                targets[f, p] = mask
     painter = _Painter(Picture(np.ascontiguousarray(reference)), coverage, masks, scene, config.fill)
     images = LazyImages(len(sources), scene.size, lambda i: painter.paint(*sources[i]))
-    return WarpedClip(images, packed, member, iou)
+    return WarpedClip(images, warped.first(len(sources)), member, iou)
 
 
 def _corner_key(matrix: np.ndarray, size: tuple[int, int]) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 The paper asks for this subset and does not say how the subsets are enumerated. Here all of them are tried.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 
 from tpc import search
@@ -16,31 +17,18 @@ from tpc.subset import Selection
 # 5th pixel of every 4th to 5th row.
 NUM_SAMPLES = 1000
 BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
-
-
-@dataclass(frozen=True)
-class Level:
-    """One step of the search from coarse to fine."""
-
-    width: float  # of a cell, as a part of the first level's
-    share: float  # of the samples that score a cell
-    cells: int  # that are opened, the best ones
-    members: int  # that may remain in them, unless the best cell alone has more
-
-
-# Measured over pairs of poses: IoU given up against scoring every subset, and time; see docs/calibration.md.
-LEVELS = (
-    Level(1.0, 0.3, 300, 100_000),
-    Level(0.4, 0.5, 500, 20_000),
-    Level(0.2, 0.6, 600, 3500),
-    Level(0.06, 0.5, 600, 3500),
-    Level(0.015, 0.5, 600, 3500),
-)
-ENOUGH = 3500  # candidates are scored one by one once no more are left
-INDISTINCT = 0.004  # widths of a sample: what is left closer together than this is one candidate
+# Before that, by so many larger pieces of the reference's silhouette, each looked up in a driving silhouette blurred
+# to the width of a piece times this part. Measured over pairs of poses; see docs/calibration.md.
+NUM_PIECES = (64, 256)
+BLUR = 0.7
+# A subset is dropped when the pieces' IoU would have to be wrong by this many standard deviations for it to win. The
+# error's distribution is that of some of the best subsets of the same frame.
+DEVIATIONS = 4.0
+NUM_CHECKED = 100
+NEARLY_BEST = 0.05  # IoU: what may be among them
+MARGIN = 0.15  # IoU: a subset this far below the best is not worth the rest of its samples
 SAME_IOU = 1e-9  # what rounding may change
-MARGIN = 0.15  # IoU: a cell this far below the best is not worth the rest of its samples
-# Every subset is scored outright where that is quick: few samples to look up in all, or a silhouette of few samples.
+# Every subset is scored by all samples where that is quick: few samples to look up in all, or a silhouette of few.
 MAX_OUTRIGHT = 8_000_000
 MAX_OUTRIGHT_SAMPLES = 300
 # Points within this part of the picture's coordinates of each other coincide.
@@ -58,36 +46,84 @@ class SearchLimits:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Points spread evenly over a silhouette, in chunks of `search.CHUNK`.
+
+    Attributes:
+        points: (chunks, 2, CHUNK) x and y; the last chunk is padded.
+        counts: (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding.
+        left: (chunks,) int64, finest samples in a chunk and all after it.
+        number: of the points.
+    """
+
+    points: np.ndarray
+    counts: np.ndarray
+    left: np.ndarray
+    number: int
+
+    @classmethod
+    def of(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Of (n, 2) points; each chunk is spread over all of them."""
+        order = np.random.default_rng(0).permutation(len(points))
+        return cls.chunked(points[order], counts[order])
+
+    @classmethod
+    def chunked(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Of (n, 2) points in this order."""
+        chunks = -(-len(points) // search.CHUNK)
+        padding = chunks * search.CHUNK - len(points)
+        chunked = np.pad(points, ((0, padding), (0, 0))).reshape(chunks, search.CHUNK, 2)
+        counts = np.pad(counts, (0, padding)).astype(np.int32).reshape(chunks, search.CHUNK)
+        left = counts.sum(1)[::-1].cumsum(dtype=np.int64)[::-1]
+        return cls(chunked.transpose(0, 2, 1).copy(), counts, left.copy(), len(points))
+
+    def listed(self) -> np.ndarray:
+        """(n, 2) the points without padding."""
+        return self.points.transpose(0, 2, 1).reshape(-1, 2)[: self.number]
+
+    def moved(self, origin: np.ndarray) -> "Samples":
+        return replace(self, points=(self.points - origin[:, None]).astype(self.points.dtype))
+
+
+@dataclass(frozen=True)
 class ReferenceSilhouette:
     """The reference person's outline, sampled once for all frames.
 
     Attributes:
-        samples: (2, n) x and y of points spread evenly over the outline, reference pixels.
+        samples: all samples, reference pixels, float64.
+        pieces: coarser ones, from few to many, float32.
         sample_area: reference pixels that one sample stands for.
-        corners: (2, 4) of the box of the samples.
-        centre: (2,) their mean.
-        radius: their root mean square distance from it.
+        box: (4,) centre x and y, half the width and the height of the box of the samples.
     """
 
-    samples: np.ndarray
+    samples: Samples
+    pieces: tuple[Samples, ...]
     sample_area: float
-    corners: np.ndarray
-    centre: np.ndarray
-    radius: float
+    box: np.ndarray
 
     @classmethod
     def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
-        rows, columns = np.nonzero(silhouette.mask)
-        if not len(rows):
-            return cls(np.zeros((2, 0)), 0.0, np.zeros((2, 4)), np.zeros(2), 1.0)
-        # The first quarter and the first half are spread evenly too: every second row and column, then the diagonals.
-        order = np.argsort(np.array([[0, 2], [3, 1]])[rows % 2, columns % 2], kind="stable")
-        samples = np.ascontiguousarray(silhouette.points()[order].T, np.float64)
-        (left, top), (right, bottom) = samples.min(1), samples.max(1)
-        corners = np.array([[left, right, right, left], [top, top, bottom, bottom]], np.float64)
-        centre = samples.mean(1)
-        radius = max(float(np.sqrt(((samples - centre[:, None]) ** 2).sum(0).mean())), 0.5)
-        return cls(samples, silhouette.area / samples.shape[1], corners, centre, radius)
+        points = silhouette.points().astype(np.float64)
+        if not len(points):
+            return cls(Samples.of(points, np.zeros(0)), (), 0.0, np.zeros(4))
+        pieces = tuple(_pieces(points, count) for count in NUM_PIECES if 2 * count <= len(points))
+        least, most = points.min(0), points.max(0)
+        box = np.concatenate([(least + most) / 2, (most - least) / 2])
+        return cls(Samples.of(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
+
+    @property
+    def empty(self) -> bool:
+        return self.samples.number == 0
+
+
+def _pieces(points: np.ndarray, count: int) -> Samples:
+    """`count` (a power of two) pieces of a silhouette, of nearly equal area; the longer side is halved each time."""
+    parts = [points]
+    while len(parts) < count:
+        ordered = [part[np.argsort(part[:, np.ptp(part, axis=0).argmax()], kind="stable")] for part in parts]
+        parts = [half for part in ordered for half in (part[: len(part) // 2], part[len(part) // 2 :])]
+    means = np.stack([part.mean(0) for part in parts]).astype(np.float32)
+    return Samples.of(means, np.array([len(part) for part in parts]))
 
 
 def select_exhaustive(
@@ -114,12 +150,13 @@ def select_exhaustive(
         weights: (17,), 0 = not visible in both.
         silhouette: the driving person.
         size: (width, height) of the driving frame.
-        outright: score every subset, however many; None = when they are few. Otherwise from coarse to fine.
+        outright: score every subset by all samples, however many; None = when they are few. Otherwise all are scored
+            by few large pieces of the silhouette first, and those that could still win by more and smaller ones.
     """
     common = np.flatnonzero(weights > 0)
     if len(common) < limits.min_points:
         return Selection((), f"{len(common)} keypoints are visible in both; {limits.min_points} are needed")
-    if reference.samples.shape[1] == 0 or silhouette.area == 0:
+    if reference.empty or silhouette.area == 0:
         return Selection((), "no silhouette of the person")
     x, y, w = source[common].astype(np.float64), target[common].astype(np.float64), weights[common] / weights.max()
     x0, y0 = x.mean(0), y.mean(0)  # moments are taken about the means, where they lose no digits
@@ -131,15 +168,16 @@ def select_exhaustive(
     subsets, points, found = search.solve_subsets(low, high, bounds, limits.min_points, smallest)
     if not len(found):
         return Selection((), "every subset of the keypoints gives a scale or a rotation outside the bounds")
-    scene = _Scene.of(reference, silhouette, size, x0, y0)
+    scene = _Scene(reference, silhouette, size, x0, y0)
     members = np.arange(len(found), dtype=np.int32)
+    num_samples = reference.samples.number
     if outright is None:
-        num_samples = scene.samples.shape[1]
         outright = num_samples <= MAX_OUTRIGHT_SAMPLES or num_samples * len(found) <= MAX_OUTRIGHT
-    first = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
+    everything = first = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
     if not outright:
-        members = _finalists(members, first, points, found, scene, reference.radius)
-    scores = scene.score(members, found, first, 1.0, SAME_IOU)
+        members, first = _contenders(members, first, found, scene)
+        members = np.union1d(members, everything).astype(np.int32)
+    scores = scene.score(scene.misses_first(found[first]), members, found, first, SAME_IOU)
     winner = search.pick(members, scores, points, found)
     if winner < 0:
         return Selection((), "no subset of the keypoints makes the silhouettes overlap")
@@ -148,97 +186,113 @@ def select_exhaustive(
     return Selection(chosen, None, float(iou))
 
 
-def _finalists(
-    members: np.ndarray, first: int, points: np.ndarray, found: np.ndarray, scene: "_Scene", radius: float
-) -> np.ndarray:
-    """The candidates worth scoring one by one; `first` is always among them."""
-    # An odd stride: an even one would pick the same subsets of the first points again and again.
-    width = _first_width(found[:: len(found) // 1024 | 1], scene, radius)
-    for level in LEVELS:
-        cell, leaders = search.group_candidates(members, points, found, scene.centre, radius, level.width * width)
-        scores = scene.score(leaders, found, first, level.share, MARGIN)
-        opened = search.best_cells(cell, scores, level.cells, level.members)
-        members = members[opened | (members == first)]
-        if len(members) <= ENOUGH:
-            return members
-    # Nearly all subsets agree, as they do where both pictures show one pose.
-    leaders = search.group_candidates(members, points, found, scene.centre, radius, INDISTINCT * scene.sample_width)[1]
-    return np.union1d(leaders, first).astype(np.int32)
+def _contenders(members: np.ndarray, first: int, found: np.ndarray, scene: "_Scene") -> tuple[np.ndarray, int]:
+    """The candidates that could still have the highest IoU after scoring by pieces, and the best one known so far."""
+    for pieces in scene.reference.pieces:
+        scores = scene.score(pieces, members, found, first, MARGIN)
+        near = np.flatnonzero(scores >= max(scores.max() - NEARLY_BEST, 0.0))
+        if not len(near):
+            break
+        checked = np.append(near[:: max(1, len(near) // NUM_CHECKED)], scores.argmax())
+        exact = scene.score(scene.reference.samples, members[checked], found, first, 1.0)
+        first = int(members[checked[exact.argmax()]])
+        slope, deviation = _error_model(exact - scores[checked], found[members[checked], :4])
+        kept = search.keep_contenders(members, found, scores, slope, exact.max() - DEVIATIONS * deviation)
+        members = np.union1d(kept, first).astype(np.int32)
+    return members, first
 
 
-def _first_width(found: np.ndarray, scene: "_Scene", radius: float) -> float:
-    """Pixels: a sample's width, or less where the transforms differ by little; it makes about a thousand cells."""
-    a, b, x, y = found[:, 0], found[:, 1], found[:, 2], found[:, 3]
-    place = a * scene.centre[0] - b * scene.centre[1] + x, b * scene.centre[0] + a * scene.centre[1] + y
-    spread = [np.subtract(*np.quantile(v, [0.84, 0.16])) / 2 for v in (a * radius, b * radius, *place)]
-    typical = float(np.prod(spread)) ** 0.25 if min(spread) > 0 else 0.0
-    return min(scene.sample_width, max(0.8 * typical, 4 * INDISTINCT * scene.sample_width))
+def _error_model(error: np.ndarray, transforms: np.ndarray) -> tuple[np.ndarray, float]:
+    """The part of the errors (n,) that is linear in the transforms (n, 4), and the standard deviation of the rest.
+
+    Returns the constant and the slopes (5,), and the deviation.
+    """
+    mean, spread = transforms.mean(0), transforms.std(0) + 1e-12
+    design = np.column_stack([np.ones(len(error)), (transforms - mean) / spread])
+    # A trace of ridge keeps the equations solvable where all transforms agree.
+    slope = np.linalg.solve(design.T @ design + 1e-6 * np.eye(design.shape[1]), design.T @ error)
+    freedom = max(len(error) - design.shape[1], 1)
+    deviation = float(np.sqrt(((error - design @ slope) ** 2).sum() / freedom))
+    along = slope[1:] / spread
+    return np.concatenate([[slope[0] - mean @ along], along]), deviation
 
 
-@dataclass(frozen=True)
 class _Scene:
     """Both silhouettes in coordinates whose origins are the means of the keypoints."""
 
-    samples: np.ndarray
-    sample_area: float
-    sample_width: float  # driving pixels, at the scale that makes the two areas equal
-    corners: np.ndarray
-    centre: np.ndarray
-    bitmap: np.ndarray
-    origin: np.ndarray
-    pitch: float
-    area: float
-    frame: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         reference: ReferenceSilhouette,
         silhouette: Silhouette,
         size: tuple[int, int],
         x0: np.ndarray,
         y0: np.ndarray,
-    ) -> "_Scene":
-        return cls(
-            reference.samples - x0[:, None],
-            reference.sample_area,
-            float(np.sqrt(silhouette.area / reference.samples.shape[1])),
-            reference.corners - x0[:, None],
-            reference.centre - x0,
-            np.pad(silhouette.mask, 1).astype(np.uint8),
-            np.asarray(silhouette.origin, np.float64) - y0,
-            float(silhouette.cell),
-            silhouette.area,
-            np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0]),
-        )
+    ):
+        self.reference, self.silhouette, self.x0 = reference, silhouette, x0
+        self.box = reference.box - np.pad(x0, (0, 2))
+        self.origin = np.asarray(silhouette.origin, np.float64) - y0
+        self.frame = np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0])
 
-    def score(self, members: np.ndarray, found: np.ndarray, first: int, part: float, margin: float) -> np.ndarray:
-        total = self.samples.shape[1]
-        n = max(1, round(part * total))
+    def score(self, samples: Samples, members: np.ndarray, found: np.ndarray, first: int, margin: float) -> np.ndarray:
+        """See `search.score_candidates`."""
+        moved = samples.moved(self.x0)
+        border, cover = self._cover(samples)
         return search.score_candidates(
             members,
             found,
             first,
-            self.samples,
-            n,
-            self.sample_area * total / n,
-            self.corners,
-            self.bitmap,
-            self.origin,
-            self.pitch,
-            self.area,
+            moved.points,
+            moved.counts,
+            moved.left,
+            self.reference.sample_area,
+            self.box,
+            cover,
+            self.origin - (border - 1) * self.silhouette.cell,
+            1 / self.silhouette.cell,
+            self.silhouette.area,
             self.frame,
             margin,
         )
+
+    def misses_first(self, transform: np.ndarray) -> Samples:
+        """All samples; first those that this transform takes beside the driving person.
+
+        Others that are as good miss mostly the same, so that the worse ones are known to lose after a few chunks.
+        """
+        points = self.reference.samples.listed()
+        a, b, tx, ty = transform[:4]
+        matrix = np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]])
+        moved = (apply_matrix(matrix, points - self.x0) - self.origin) / self.silhouette.cell
+        column, row = np.floor(moved + 0.5).T
+        rows, columns = self.silhouette.mask.shape
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        hit = np.zeros(len(points), bool)
+        hit[inside] = self.silhouette.mask[row[inside].astype(int), column[inside].astype(int)]
+        return Samples.chunked(points[np.argsort(hit, kind="stable")], np.ones(len(points)))
+
+    def _cover(self, samples: Samples) -> tuple[int, np.ndarray]:
+        """Width of the border in cells, and the part of a sample around each cell that the driving person covers.
+
+        A sample is as large as it becomes by the scale that makes the two silhouettes' areas equal.
+        """
+        mask = self.silhouette.mask.astype(np.uint8) * np.uint8(search.COVERED)
+        side = 1
+        if samples.number < self.reference.samples.number:
+            width = np.sqrt(self.silhouette.area / samples.number) / self.silhouette.cell
+            side = 2 * round((BLUR * width - 1) / 2) + 1
+        if side <= 1:
+            return 1, np.pad(mask, 1)
+        border = side // 2 + 1
+        return border, cv2.blur(np.pad(mask, border), (side, side), borderType=cv2.BORDER_CONSTANT)
 
 
 def silhouette_iou(
     matrix: np.ndarray, reference: ReferenceSilhouette, silhouette: Silhouette, size: tuple[int, int]
 ) -> float:
     """Silhouette IoU of any affine matrix (3, 3), measured as in `select_exhaustive`; 0 without silhouettes."""
-    if reference.samples.shape[1] == 0 or silhouette.area == 0:
+    if reference.empty or silhouette.area == 0:
         return 0.0
-    moved = apply_matrix(matrix, reference.samples.T)
+    moved = apply_matrix(matrix, reference.samples.listed())
     on_frame = ((moved >= -0.5) & (moved < np.asarray(size) - 0.5)).all(-1)
     position = np.floor((moved - silhouette.origin) / silhouette.cell + 0.5)
     rows, columns = silhouette.mask.shape

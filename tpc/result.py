@@ -21,6 +21,7 @@ from tpc.storage import LazyImages, PackedMasks
 STATUSES = ("calibrated", "interpolated", "uncalibrated")
 NOTABLE_SCALE_RATIO = 1.2
 REPORT_FILE, ARRAYS_FILE, PICTURES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
+PACKED = ("masks", "target_masks", "other_masks")  # attributes that are stored compressed
 
 
 @dataclass(frozen=True)
@@ -203,16 +204,10 @@ class Calibration:
             for frame, person in zip(*np.nonzero(self.member == number), strict=True):
                 (pictures / f"{picture_name(frame, person)}.png").write_bytes(image)
                 (pictures / f"{picture_name(frame, person)}_mask.png").write_bytes(mask)
-        np.savez_compressed(
-            folder / ARRAYS_FILE,
-            member=self.member,
-            matrices=self.matrices,
-            frame_map=self.frame_map,
-            masks=self.masks.bits,
-            target_masks=self.target_masks.bits,
-            other_masks=self.other_masks.bits,
-            reference_masks=self.reference_masks,
-        )
+        arrays = {"member": self.member, "matrices": self.matrices, "frame_map": self.frame_map}
+        for name in PACKED:
+            arrays[name], arrays[f"{name}_lengths"] = getattr(self, name).to_arrays()
+        np.savez_compressed(folder / ARRAYS_FILE, reference_masks=self.reference_masks, **arrays)
         text = json.dumps(self.report(), indent=1, allow_nan=False)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -232,6 +227,7 @@ class Calibration:
                 for frame in report["frames"]
             )
             size, member = tuple(report["size"]), arrays["member"]
+            packed = {name: PackedMasks.from_arrays(arrays[name], arrays[f"{name}_lengths"], size) for name in PACKED}
             return cls(
                 config=resolve(CalibrationConfig(**report["config"])),
                 size=size,
@@ -239,13 +235,11 @@ class Calibration:
                 driving_size=tuple(report["driving"]["size"]),
                 frame_map=arrays["frame_map"],
                 fps=report["driving"]["fps"],
-                images=_stored_images(folder / PICTURES_FOLDER, member, len(arrays["masks"]), size),
-                masks=PackedMasks(arrays["masks"], size),
+                images=_stored_images(folder / PICTURES_FOLDER, member, len(packed["masks"]), size),
+                **packed,
                 member=member,
                 matrices=arrays["matrices"],
                 records=records,
-                target_masks=PackedMasks(arrays["target_masks"], size),
-                other_masks=PackedMasks(arrays["other_masks"], size),
                 reference_masks=arrays["reference_masks"],
                 seconds=report["summary"]["seconds"],
             )

@@ -2,8 +2,7 @@
 
 A similarity is fixed by a handful of moments of the points that serve, and moments of a subset are sums over its
 points. So the transforms of all 2^k subsets come from two small tables, one for each half of the points, added
-pairwise. Which of them aligns the silhouettes best is found from coarse to fine: transforms that differ by less than
-a cell are scored together, and only the best cells are opened.
+pairwise. How well a transform aligns the silhouettes is counted over samples of the reference's.
 """
 
 import numba
@@ -12,7 +11,7 @@ import numpy as np
 # Moments kept per subset: weight, x, y, u, v, |x|^2, Re and Im of conj(x) y, |y|^2 (all weighted), number of points.
 NUM_MOMENTS = 10
 CHUNK = 64  # samples between two checks whether a candidate can still win
-EMPTY = -1
+COVERED = 255  # the cover of a cell that lies on the driving person as a whole
 
 
 @numba.njit(cache=True, nogil=True)
@@ -81,129 +80,121 @@ def precedes(points, found, i, j):
 
 
 @numba.njit(cache=True, nogil=True)
-def group_candidates(members, points, found, centre, radius, width):
-    """Put candidates into cells of similar transforms.
-
-    Two share a cell when scale and turn, times `radius`, and the place of `centre` round to the same multiples of
-    `width`.
-
-    Returns the cell of each of `members`, and the candidate that stands for each cell: the one that precedes the
-    others.
-    """
-    capacity = 1024
-    while capacity < 2 * len(members):
-        capacity *= 2
-    slots = np.full(capacity, EMPTY, np.int32)
-    keys = np.empty((len(members), 4), np.int32)
-    cell, leader = np.empty(len(members), np.int32), np.empty(len(members), np.int32)
-    step, count = 1.0 / width, 0
-    for n in range(len(members)):
-        i = members[n]
-        a, b = found[i, 0], found[i, 1]
-        x, y = a * centre[0] - b * centre[1] + found[i, 2], b * centre[0] + a * centre[1] + found[i, 3]
-        k0, k1 = np.int32(rounded(a * radius * step)), np.int32(rounded(b * radius * step))
-        k2, k3 = np.int32(rounded(x * step)), np.int32(rounded(y * step))
-        mixed = np.uint64(0)
-        for k in (k0, k1, k2, k3):
-            mixed = (mixed ^ np.uint64(np.uint32(k))) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(29)
-        slot = np.int64(mixed & np.uint64(capacity - 1))
-        while slots[slot] != EMPTY:
-            at = slots[slot]
-            if keys[at, 0] == k0 and keys[at, 1] == k1 and keys[at, 2] == k2 and keys[at, 3] == k3:
-                break
-            slot = (slot + 1) & (capacity - 1)
-        if slots[slot] == EMPTY:
-            slots[slot] = count
-            keys[count, 0], keys[count, 1], keys[count, 2], keys[count, 3] = k0, k1, k2, k3
-            leader[count] = i
-            count += 1
-        cell[n] = slots[slot]
-        if precedes(points, found, i, leader[cell[n]]):
-            leader[cell[n]] = i
-    return cell, leader[:count]
-
-
-@numba.njit(cache=True, nogil=True)
-def rounded(value):
-    """The nearest integer, within what 32 bits hold."""
-    return min(max(np.rint(value), -2.0e9), 2.0e9)
-
-
-@numba.njit(cache=True, nogil=True)
-def count_inside(samples, n, a, b, tx, ty, frame):
-    """How many of the first n mapped samples fall on the frame (left, top, right, bottom)."""
+def count_inside(points, counts, a, b, tx, ty, frame):
+    """How many samples fall on the frame (left, top, right, bottom) after the transform."""
     inside = 0
-    for i in range(n):
-        x = a * samples[0, i] - b * samples[1, i] + tx
-        y = b * samples[0, i] + a * samples[1, i] + ty
-        inside += (x >= frame[0]) & (y >= frame[1]) & (x < frame[2]) & (y < frame[3])
+    for chunk in range(len(counts)):
+        for i in range(CHUNK):
+            x = a * points[chunk, 0, i] - b * points[chunk, 1, i] + tx
+            y = b * points[chunk, 0, i] + a * points[chunk, 1, i] + ty
+            inside += counts[chunk, i] * ((x >= frame[0]) & (y >= frame[1]) & (x < frame[2]) & (y < frame[3]))
     return inside
 
 
-@numba.njit(cache=True, nogil=True)
-def count_hits(samples, n, a, b, tx, ty, bitmap, needed):
-    """How many of the first n mapped samples (bitmap coordinates) hit the bitmap; -1 once `needed` is out of reach.
+@numba.njit(inline="always")
+def box_inside(box, a, b, tx, ty, frame):
+    """Whether a box (centre x, y, half width, half height) falls on the frame as a whole after the transform."""
+    x, y = a * box[0] - b * box[1] + tx, b * box[0] + a * box[1] + ty
+    width, height = abs(a) * box[2] + abs(b) * box[3], abs(b) * box[2] + abs(a) * box[3]
+    # Without branches, which would be hard to predict.
+    fits_x = (x - width >= frame[0]) & (x + width < frame[2])
+    return fits_x & (y - height >= frame[1]) & (y + height < frame[3])
 
-    The bitmap has a border of zeros; coordinates are clamped to it.
+
+@numba.njit(inline="always")
+def sum_cover(points, counts, left, a, b, tx, ty, flat, shape, needed, places):
+    """The cover (0 to 255) under the mapped samples, times what each counts; -1 once `needed` is out of reach.
+
+    The transform leads to cells of the cover, `flat` of `shape`. It has a border of zeros, to which coordinates are
+    clamped.
+
+    Args:
+        points, counts: (chunks, 2, CHUNK) and (chunks, CHUNK), padded with points that count nothing.
+        left: (chunks,) what each chunk and all after it count.
+        places: (CHUNK,) uint32 to work in.
     """
-    hits, zero, columns = 0, np.int32(0), np.int32(bitmap.shape[1])
-    right, bottom = np.int32(bitmap.shape[1] - 1), np.int32(bitmap.shape[0] - 1)
-    flat = bitmap.ravel()
-    for start in range(0, n, CHUNK):
-        stop = min(n, start + CHUNK)
-        # Slices counted from zero let the compiler drop its checks for negative indices and use vector instructions.
-        xs, ys = samples[0, start:stop], samples[1, start:stop]
-        part = np.int32(0)
-        for i in range(stop - start):
-            # Truncation and floor differ only for coordinates in (-1, 0), and both end on the border.
-            column = min(max(np.int32(a * xs[i] - b * ys[i] + tx), zero), right)
-            row = min(max(np.int32(b * xs[i] + a * ys[i] + ty), zero), bottom)
-            part += flat[np.uint32(row * columns + column)]
-        hits += part
-        if hits + (n - stop) < needed:
+    total, zero, columns = 0, np.int32(0), np.int32(shape[1])
+    right, bottom = np.int32(shape[1] - 1), np.int32(shape[0] - 1)
+    real = points.dtype.type
+    a, b, tx, ty = real(a), real(b), real(tx), real(ty)
+    for chunk in range(len(counts)):
+        if total + COVERED * left[chunk] < needed:
             return -1
-    return hits
+        # Places and sums apart: the first loop runs on vectors, the second would only be slowed down by them.
+        for i in range(CHUNK):
+            x, y = points[chunk, 0, i], points[chunk, 1, i]
+            # Truncation and floor differ only for coordinates in (-1, 0), and both end on the border.
+            column = min(max(np.int32(a * x - b * y + tx), zero), right)
+            row = min(max(np.int32(b * x + a * y + ty), zero), bottom)
+            places[i] = np.uint32(row * columns + column)
+        part = np.uint64(0)
+        for i in range(CHUNK):
+            part += np.uint64(counts[chunk, i]) * np.uint64(flat[places[i]])
+        total += np.int64(part)
+    return total
 
 
-@numba.njit(cache=True, nogil=True)
-def overlap(samples, n, sample_area, corners, a, b, tx, ty, bitmap, origin, pitch, area, frame, floor):
-    """Silhouette IoU of one transform by the first n samples, or -1 when it is below `floor`."""
+@numba.njit(inline="always")
+def overlap(
+    points, counts, left, sample_area, box, a, b, tx, ty, flat, shape, origin, per_pixel, area, frame, floor, places
+):
+    """Silhouette IoU of one transform, or -1 when it is below `floor`."""
     size = sample_area * (a * a + b * b)  # frame pixels that one sample stands for
-    if size * n < floor * area:
+    inside = left[0]
+    if size * inside < floor * area:
         return -1.0
-    inside = n
-    if count_inside(corners, corners.shape[1], a, b, tx, ty, frame) < corners.shape[1]:
-        inside = count_inside(samples, n, a, b, tx, ty, frame)
+    if not box_inside(box, a, b, tx, ty, frame):
+        inside = count_inside(points, counts, a, b, tx, ty, frame)
     warped = size * inside
     if area < floor * warped:
         return -1.0
     # IoU >= floor needs an intersection of at least floor (area + warped) / (1 + floor).
-    needed = floor * (area + warped) / ((1.0 + floor) * size) - 1e-9
-    # Row r of the bitmap, counted without its border, covers [r - 1/2, r + 1/2) pitches from the origin.
-    shift_x, shift_y = (tx - origin[0]) / pitch + 1.5, (ty - origin[1]) / pitch + 1.5
-    hits = count_hits(samples, n, a / pitch, b / pitch, shift_x, shift_y, bitmap, needed)
-    if hits < 0:
+    needed = COVERED * (floor * (area + warped) / ((1.0 + floor) * size) - 1e-9)
+    # Row r of the cover, counted without its border, covers [r - 1/2, r + 1/2) cells from the origin.
+    shift_x, shift_y = (tx - origin[0]) * per_pixel + 1.5, (ty - origin[1]) * per_pixel + 1.5
+    covered = sum_cover(
+        points, counts, left, a * per_pixel, b * per_pixel, shift_x, shift_y, flat, shape, needed, places
+    )
+    if covered < 0:
         return -1.0
-    both = min(size * hits, area)
+    both = min(size * covered / COVERED, area)
     return both / max(area + warped - both, 1e-300)
 
 
 @numba.njit(cache=True, nogil=True)
 def score_candidates(
-    members, found, first, samples, n, sample_area, corners, bitmap, origin, pitch, area, frame, margin
+    members, found, first, points, counts, left, sample_area, box, cover, origin, per_pixel, area, frame, margin
 ):
-    """IoU (len(members),) of candidates by the first n samples; -1 where it is more than `margin` below the best.
+    """IoU (len(members),) of candidates; -1 where it is more than `margin` below the best.
 
     Candidate `first` is scored before the others: the better it is, the sooner they are known to lose.
     """
     scores = np.empty(len(members))
-    best = 0.0
+    best, flat, shape = 0.0, cover.ravel(), cover.shape
+    places = np.empty(CHUNK, np.uint32)
     for k in range(-1, len(members)):
         i = first if k < 0 else members[k]
         a, b, tx, ty = found[i, 0], found[i, 1], found[i, 2], found[i, 3]
         floor = max(best - margin, 0.0)
-        score = overlap(samples, n, sample_area, corners, a, b, tx, ty, bitmap, origin, pitch, area, frame, floor)
+        score = overlap(
+            points,
+            counts,
+            left,
+            sample_area,
+            box,
+            a,
+            b,
+            tx,
+            ty,
+            flat,
+            shape,
+            origin,
+            per_pixel,
+            area,
+            frame,
+            floor,
+            places,
+        )
         best = max(best, score)
         if k >= 0:
             scores[k] = score
@@ -214,22 +205,18 @@ def score_candidates(
 
 
 @numba.njit(cache=True, nogil=True)
-def best_cells(cell, scores, most_cells, most_members):
-    """Which members (len(cell),) bool lie in the cells of the highest scores, up to so many cells and members.
-
-    The best cell is kept whatever its size.
-    """
-    sizes = np.zeros(len(scores), np.int64)
-    for c in cell:
-        sizes[c] += 1
-    keep = np.zeros(len(scores), np.bool_)
-    members = 0
-    for rank, c in enumerate(np.argsort(-scores)[:most_cells]):
-        members += sizes[c]
-        if scores[c] < 0.0 or (rank > 0 and members > most_members):
-            break
-        keep[c] = True
-    return keep[cell]
+def keep_contenders(members, found, scores, slope, least):
+    """The members whose score, corrected by a linear function of the transform, is at least `least`."""
+    kept, n = np.empty(len(members), np.int32), 0
+    for k in range(len(members)):
+        if scores[k] < 0.0:
+            continue
+        i = members[k]
+        correction = slope[0] + slope[1] * found[i, 0] + slope[2] * found[i, 1] + slope[3] * found[i, 2]
+        if scores[k] + correction + slope[4] * found[i, 3] >= least:
+            kept[n] = i
+            n += 1
+    return kept[:n]
 
 
 @numba.njit(cache=True, nogil=True)
