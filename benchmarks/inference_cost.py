@@ -1,6 +1,6 @@
 """Floating-point operations of inference at full size, counted on the meta device: no weights, no GPU, a minute.
 
-    python -m benchmarks.inference_cost [groups=30] [output=cost.json]
+    python -m benchmarks.inference_cost [groups=30] [propagation=iterative|hold] [output=cost.json]
 
 "published" is what the published implementations compute, "ours" what this project computes for the same result. A
 multiplication and an addition count as two operations; unit 10^12.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import load_config
-from core.errors import run_command
+from core.errors import UserError, run_command
 from core.files import write_json
 from models.checkpoints.sizes import (
     MotionSizes,
@@ -31,6 +31,7 @@ from models.reference_attention import ReferenceContext, fused_layers, set_refer
 from models.unets import DenoisingUNet
 from models.windows import context_windows
 from tpc.attention import visibility_flags
+from tpc.config import PROPAGATIONS
 from tpc.propagation import Schedule
 
 CHANNELS = (16, 32, 96, 256)
@@ -39,9 +40,10 @@ SIZES = UNetSizes()
 
 @dataclass
 class CostConfig:
-    """groups: of iterative propagation; output: JSON file for the numbers, null prints them only."""
+    """groups, propagation: of calibrated images, see `tpc.config`; output: JSON file, null prints the numbers only."""
 
     groups: int = 30
+    propagation: str = "iterative"
     output: str | None = None
 
 
@@ -83,16 +85,22 @@ class Cost:
         published, ours: one guided step of the whole clip, without TPC.
         with_tpc: the same with one calibrated person: attention, and encoding where it happens at every step.
         calibrated_images: different ones that the steps of a run draw.
-        encoding: of these images, once a run.
-        run: all steps of a run with TPC.
+        vae: encodes these images, once a run.
+        reference_net: encodes them, once a run; 0 where it runs at every step, as part of `with_tpc`.
+        run: all steps of a run with TPC, and the encoding.
     """
 
     published: float
     ours: float
     with_tpc: float
     calibrated_images: int
-    encoding: float
+    vae: float
+    reference_net: float
     run: float
+
+    @property
+    def encoding(self) -> float:
+        return self.vae + self.reference_net
 
 
 class PublishedReadProcessor(AttnProcessor2_0):
@@ -175,14 +183,14 @@ def seen(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet, calib
     return ReferenceContext({}, index, query, key, projected)
 
 
-def drawn_images(setting: Setting, groups: int) -> tuple[int, int]:
+def drawn_images(setting: Setting, groups: int, propagation: str) -> tuple[int, int]:
     """Different calibrated images in a run, and at most at one step."""
-    schedule = Schedule(np.ones((setting.frames, 1), bool), groups, "iterative", 0)
+    schedule = Schedule(np.ones((setting.frames, 1), bool), groups, propagation, 0)
     steps = [np.unique(schedule.source_frame(step)) for step in range(setting.steps)]
     return len(np.unique(np.concatenate(steps))), max(map(len, steps))
 
 
-def cost(setting: Setting, groups: int) -> Cost:
+def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
     """Count one setting."""
     height, width = setting.latent_size
     with torch.device("meta"):
@@ -209,31 +217,36 @@ def cost(setting: Setting, groups: int) -> Cost:
         encode_picture = count(lambda: vae.encode(picture))
         control = count(lambda: control_residuals(control_net, latent[:, :, None], 0, context, picture))
     windows = len(context_windows(setting.frames, setting.window, setting.overlap))
-    images, at_once = drawn_images(setting, groups)
+    images, at_once = drawn_images(setting, groups, propagation)
     every_step = encode_image if setting.follows_timestep else 0.0
     poses = setting.frames * control if setting.follows_timestep else 0.0
     with_tpc = windows * guided_tpc + poses + every_step * (1 + at_once)
-    encoding = images * (encode_picture + encode_image - every_step)
+    vae, once = images * encode_picture, images * (encode_image - every_step)
     return Cost(
         published=windows * theirs + poses + 2 * every_step,
         ours=windows * guided + poses + every_step,
         with_tpc=with_tpc,
         calibrated_images=images,
-        encoding=encoding,
-        run=setting.steps * with_tpc + encoding,
+        vae=vae,
+        reference_net=once,
+        run=setting.steps * with_tpc + vae + once,
     )
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(CostConfig, arguments)
-    results = {setting.name: cost(setting, config.groups) for setting in SETTINGS}
+    if config.propagation not in PROPAGATIONS:
+        raise UserError(f"propagation={config.propagation} is not one of {', '.join(PROPAGATIONS)}")
+    results = {setting.name: cost(setting, config.groups, config.propagation) for setting in SETTINGS}
     for name, result in results.items():
         saved, added = result.ours / result.published - 1, result.with_tpc / result.ours - 1
         print(name)
         print(f"  step           published {result.published:.1f}, ours {result.ours:.1f} ({saved:+.1%})")
         print(f"  step with TPC  {result.with_tpc:.1f} ({added:+.1%})")
-        share = f"{result.encoding / result.run:.2%} of a run"
-        print(f"  encoding       {result.encoding:.1f} for {result.calibrated_images} calibrated images, {share}")
+        images = f"{result.calibrated_images} calibrated images, of {result.run:.0f} of a run"
+        print(f"  encoding       {result.encoding:.1f} ({result.encoding / result.run:.2%}) for {images}")
+        for name, part in (("VAE", result.vae), ("reference net", result.reference_net)):
+            print(f"    {name:14}{part:.1f} ({part / result.run:.2%})")
     if config.output:
         write_json(config.output, {name: asdict(result) for name, result in results.items()})
 

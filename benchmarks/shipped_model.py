@@ -9,7 +9,6 @@ one turned by 90 to 180 degrees. Poses and masks are exact. Writes results.json,
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
 
 from analysis.animation import Animation, SamplingConfig, animate
@@ -17,16 +16,13 @@ from analysis.figures import labelled_row
 from core.config import config_dict, load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder, write_json
-from data.datasets import RenderedPeople
-from data.framing import apply_fit, fit_matrix
-from data.inputs import Driving, Reference
-from data.pose import Poses
 from data.render import Rendered
 from data.scenes import Scene, misaligned_reference
+from evaluation.clips import ClipsConfig, rendered_clip, rendered_people
+from metrics.image import psnr
 from models.pipeline import AnimationPipeline
 from models.pipeline_folder import load_pipeline
 from tpc import CalibrationConfig
-from training.validate import person_psnr
 
 KINDS = ("aligned", "half size", "turned")
 
@@ -59,40 +55,13 @@ def measure(
     pipeline: AnimationPipeline, scene: Scene, kind: str, config: BenchmarkConfig, rng: np.random.Generator
 ) -> tuple[dict[str, float], Animation, np.ndarray]:
     """Person and background PSNR in dB of one clip without and with TPC, the animation, and the true frames."""
-    reference = reference_of(scene, kind, rng)
-    frames = [scene.render(pose) for pose in scene.poses]
-    size = (config.source, config.source)
-    driving = Poses(
-        np.stack([frame.keypoints for frame in frames])[:, None],
-        np.stack([frame.scores for frame in frames])[:, None],
-        size,
-        8.0,
-    )
-    masks = np.stack([frame.mask for frame in frames])
-    animation = animate(
-        pipeline,
-        Reference(
-            reference.image,
-            Poses(reference.keypoints[None, None], reference.scores[None, None], size, 8.0),
-            reference.mask[None],
-        ),
-        Driving(None, driving, masks[:, None]),
-        config.sampling,
-        config.tpc,
-    )
-    out = animation.result.shape[2:0:-1]
-    matrix = fit_matrix(size, out)
-    truth = np.stack([apply_fit(frame.image, matrix, out) for frame in frames])
-    person = np.stack([apply_fit(mask.astype(np.uint8) * 255, matrix, out) >= 128 for mask in masks])
-
-    def tensor(pictures: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
-
-    where = torch.from_numpy(person)[:, None].float()
+    clip = rendered_clip(scene, reference_of(scene, kind, rng), kind)
+    animation = animate(pipeline, clip.reference, clip.driving, config.sampling, config.tpc)
+    truth, person = clip.truth(animation.result.shape[2:0:-1])
     values = {}
     for name, result in (("without", animation.plain), ("with", animation.calibrated)):
-        values[f"person {name} TPC"] = person_psnr(tensor(result), tensor(truth), where)
-        values[f"background {name} TPC"] = person_psnr(tensor(result), tensor(truth), 1 - where)
+        values[f"person {name} TPC"] = psnr(result, truth, person)
+        values[f"background {name} TPC"] = psnr(result, truth, ~person)
     return values, animation, truth
 
 
@@ -112,13 +81,14 @@ def main(arguments: list[str]) -> None:
     output = output_folder(config.output)
     pipeline = load_pipeline(config.model)
     pipeline.set_progress_bar_config(disable=True)
-    people = RenderedPeople(
-        size=(config.source, config.source),
-        num_frames=config.frames,
-        stride=config.stride,
-        split="heldout",
-        seed=config.seed,
-        length=config.clips,
+    people = rendered_people(
+        ClipsConfig(
+            clips=config.clips,
+            frames=config.frames,
+            stride=config.stride,
+            source=config.source,
+            clip_seed=config.seed,
+        )
     )
     results, rows = {}, []
     for kind in KINDS:

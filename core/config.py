@@ -7,6 +7,7 @@ Unknown keys are errors that name the nearest known one; values of a wrong type 
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -100,13 +101,25 @@ def describe(schema: type) -> str:
     return "\n".join(lines)
 
 
+class _ArgumentLoader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false: "no", "off" and "yes", booleans of YAML 1.1, are words."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_ArgumentLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def _parse_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text) if text else None
+        return yaml.load(text, _ArgumentLoader) if text else None
     except yaml.YAMLError:
         return text
-    # YAML 1.1 reads "no", "off" and "yes" as booleans; as values of text keys they are words.
-    return text if isinstance(value, bool) and text.lower() not in ("true", "false") else value
 
 
 def _read_yaml(path: str | Path) -> DictConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,37 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Wait until the disk has every file below a folder, and their names."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_entries(folder)
+
+
+def sync_entries(folder: str | Path) -> None:
+    """Wait until the disk has the names in a folder; systems that cannot open folders do it by themselves."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(path: str | Path) -> None:
+    """Remove what processes that were killed left behind while they wrote the file or folder `path`."""
+    path = Path(path)
+    names = re.compile(
+        rf"\.({re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}|{re.escape(path.name)}\.\d+\.(partial|old))"
+    )
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        if names.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def output_folder(path: str | Path, argument: str = "output") -> Path:

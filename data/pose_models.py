@@ -7,11 +7,7 @@ The cache is `~/.cache/tpc-animate`, or the folder that the environment variable
 only unpacked: mediapipe is neither installed nor imported, so it need not fit the Python in use.
 """
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -20,24 +16,13 @@ from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.files import complete_file
+from core.packages import PackagedFile as ModelFile
+from core.packages import cache_folder, download_wheel, is_published, run_fetch, store_file
 
 _WHEEL = "mediapipe==0.10.21"  # the last release that carries its models
 _WHEEL_PLATFORM = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--only-binary=:all:"]
 _NPM_PACKAGE = "@mediapipe/pose@0.5.1675469404"
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file inside a published package: its path there and its SHA-256."""
-
-    inside: str
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        return Path(self.inside).name
-
+_PURPOSE = "pose models"
 
 DETECTOR = ModelFile(
     "mediapipe/modules/pose_detection/pose_detection.tflite",
@@ -60,8 +45,7 @@ class FetchConfig:
 
 def model_folder() -> Path:
     """The folder of the model files; it need not exist."""
-    cache = os.environ.get("TPC_ANIMATE_CACHE") or Path.home() / ".cache" / "tpc-animate"
-    return Path(cache).expanduser() / "blazepose"
+    return cache_folder() / "blazepose"
 
 
 def model_path(file: ModelFile) -> Path:
@@ -74,7 +58,7 @@ def model_path(file: ModelFile) -> Path:
     command = "python -m data.pose_models" + (" heavy=true" if file is HEAVY_LANDMARKS else "")
     if not path.is_file():
         raise UserError(f"pose model {path} is missing; run `{command}`")
-    if _sha256(path.read_bytes()) != file.sha256:
+    if not is_published(path, file):
         raise UserError(f"pose model {path} is not the published file (other SHA-256); run `{command}`")
     return path
 
@@ -90,7 +74,7 @@ def fetch_models(heavy: bool = False) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         from_wheel = [file for file in missing if file is not HEAVY_LANDMARKS]
         if from_wheel:
-            with zipfile.ZipFile(_download_wheel(Path(folder))) as archive:
+            with zipfile.ZipFile(download_wheel(_WHEEL, Path(folder), _PURPOSE, _WHEEL_PLATFORM)) as archive:
                 for file in from_wheel:
                     _store(file, archive.read(file.inside))
         if HEAVY_LANDMARKS in missing:
@@ -99,47 +83,20 @@ def fetch_models(heavy: bool = False) -> list[Path]:
     return [model_path(file) for file in wanted]
 
 
-def _download_wheel(folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
-        pip = [shutil.which("pip") or shutil.which("pip3") or ""]
-        if not pip[0]:
-            raise UserError("pip was not found; install it (`python -m ensurepip`) to fetch the pose models")
-    options = ["--quiet", "--no-deps", *_WHEEL_PLATFORM, f"--dest={folder}"]
-    _run([*pip, "download", *options, _WHEEL], folder, f"pip download {_WHEEL}")
-    return next(folder.glob("*.whl"))
-
-
 def _download_npm_package(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("npm was not found; install Node.js to fetch the heavy landmarks, or do without heavy=true")
-    _run([npm, "pack", "--silent", _NPM_PACKAGE], folder, f"npm pack {_NPM_PACKAGE}")
+    run_fetch([npm, "pack", "--silent", _NPM_PACKAGE], folder, f"npm pack {_NPM_PACKAGE}", _PURPOSE)
     return next(folder.glob("*.tgz"))
 
 
-def _run(command: list[str], folder: Path, shown: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise UserError(f"fetching the pose models failed in `{shown}`: {reason}")
-
-
 def _store(file: ModelFile, content: bytes) -> None:
-    if _sha256(content) != file.sha256:
-        raise UserError(f"{file.inside} in the downloaded package is not the published file (other SHA-256)")
-    with complete_file(model_folder() / file.name) as temporary:
-        temporary.write_bytes(content)
+    store_file(file, content, model_folder() / file.name)
 
 
 def _is_complete(file: ModelFile) -> bool:
-    path = model_folder() / file.name
-    return path.is_file() and _sha256(path.read_bytes()) == file.sha256
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return is_published(model_folder() / file.name, file)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,102 @@
+"""Memory that an evaluation needs beside its networks, for any number of frames.
+
+    python -m benchmarks.metrics_memory [frames=10000] [side=64] [output=memory.json]
+
+Clips of noise are measured by all pixel measures and by Frechet distances of the dimensions of FID, FID-VID and FVD,
+with random projections in place of the networks, whose own memory is another matter. Prints the growth of the
+process's peak over its size before the first frame.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.config import load_config
+from core.errors import run_command
+from core.files import write_json
+from evaluation.instruments import Instruments
+from evaluation.jobs import process_state, run_parts
+from evaluation.measure import FramePair, measure_clip
+from evaluation.summary import summarise
+from metrics.features import FeatureExtractor, picture_tensor
+from metrics.protocols import PROTOCOLS
+
+DIMENSIONS = {"fid": 2048, "fid_vid": 2048, "fvd": 400}
+
+
+@dataclass
+class MemoryConfig:
+    """frames: in all; clips: they are divided into; side: pixels; output: JSON file, null prints only."""
+
+    frames: int = 10_000
+    clips: int = 10
+    side: int = 64
+    output: str | None = None
+
+
+def projection(dimension: int, windows: bool) -> FeatureExtractor:
+    """A random linear map of small pictures, of frames or of the mean of a window."""
+    matrix = torch.randn(3 * 16 * 16, dimension, generator=torch.Generator().manual_seed(dimension)) / 28
+
+    def prepare(frames: np.ndarray) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(picture_tensor(frames), 16).flatten(1) / 255
+
+    def extract(rows: Tensor) -> Tensor:
+        return (rows.mean(dim=1) if windows else rows) @ matrix
+
+    return FeatureExtractor("random projection", dimension, "", prepare, extract)
+
+
+def noise_pairs(count: int, side: int, seed: int) -> Iterator[FramePair]:
+    """A clip of noise and the same with more noise."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        truth = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        yield FramePair(truth ^ rng.integers(0, 64, truth.shape, dtype=np.uint8), truth)
+
+
+def peak_mebibytes() -> float:
+    """The largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(MemoryConfig, arguments)
+    protocol = PROTOCOLS["native"]
+    measures = ("mae", "psnr", "ssim", *DIMENSIONS)
+    extractors = {name: projection(dimension, name != "fid") for name, dimension in DIMENSIONS.items()}
+    instruments = Instruments(protocol, measures, ("",), extractors=extractors, batch_size=16)
+    each = config.frames // config.clips
+    before, started = peak_mebibytes(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def work(name: str, part: Path) -> None:
+            measure_clip(noise_pairs(each, config.side, int(name)), instruments, part)
+
+        folders = run_parts([str(k) for k in range(config.clips)], work, Path(folder), process_state("cpu"), "clips")
+        measuring = peak_mebibytes()
+        numbers = summarise(folders, instruments)
+        stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+    results = {
+        "frames": each * config.clips,
+        "growth_while_measuring_mib": round(measuring - before),
+        "growth_in_all_mib": round(peak_mebibytes() - before),
+        "parts_on_disk_mib": round(stored),
+        "seconds": round(time.perf_counter() - started),
+        "samples": {name: number.samples for name, number in numbers.items()},
+    }
+    for name, value in results.items():
+        print(f"{name}: {value}")
+    if config.output:
+        write_json(config.output, results)
+
+
+if __name__ == "__main__":
+    run_command(main)

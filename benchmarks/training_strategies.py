@@ -1,0 +1,74 @@
+"""Speed and memory of training by strategy: a few steps of one configuration under each accelerate configuration.
+
+    python -m benchmarks.training_strategies config=configs/train_stage1_tiny.yaml overrides="model.vae=runs/vae/vae"
+
+Prints a table: the command, its processes, clips a step, seconds a step, clips a second, and the most memory that the
+main process held: on its GPU, or resident without one.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from omegaconf import MISSING
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from core.config import load_config
+from core.errors import UserError, run_command
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class StrategiesConfig:
+    """Which runs to compare.
+
+    config: of `train.py`.
+    overrides: further arguments of `train.py`, as one text.
+    strategies: files of `configs/accelerate/`.
+    steps: of each run; the first one, which allocates, is left out of the speed.
+    """
+
+    config: str = MISSING
+    overrides: str = ""
+    strategies: list[str] = field(
+        default_factory=lambda: ["cpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    )
+    steps: int = 6
+
+
+def measure(name: str, config: StrategiesConfig) -> str:
+    """Train a few steps with one strategy; returns its row of the table."""
+    shown = ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", "train.py"]
+    with tempfile.TemporaryDirectory() as output:
+        command = [str(Path(sys.executable).parent / shown[0]), *shown[1:], "--config", config.config]
+        command += [*shlex.split(config.overrides), f"output={output}", f"max_steps={config.steps}"]
+        command += ["log_steps=1", "checkpoint_steps=1000000", "validation.steps=0"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{shlex.join(command)} failed: {done.stderr[-1000:]}")
+        events = EventAccumulator(f"{output}/logs")
+        events.Reload()
+        speed = median(event.value for event in events.Scalars("samples_per_second")[1:])
+        memory = max(event.value for event in events.Scalars("peak_memory_gib"))
+        progress = json.loads((Path(output) / f"checkpoint-{config.steps}" / "progress.json").read_text())
+    clips = progress["clips"] // config.steps
+    cells = [f"`{' '.join(shown[:4])} ...`", progress["processes"], clips, f"{clips / speed:.2f}", f"{speed:.2f}"]
+    return "| " + " | ".join(map(str, [*cells, f"{memory:.2f}"])) + " |"
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(StrategiesConfig, arguments)
+    print("| command | processes | clips a step | s a step | clips a second | GiB, main process |")
+    print("|---|---|---|---|---|---|")
+    for name in config.strategies:
+        print(measure(name, config), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,42 @@
+"""Evaluate: measure results, split data sets by misalignment, redraw the paper's tables and figures.
+
+    python evaluate.py metrics generated=DIR truth=DIR [protocol=native] [features=stand-in] [masks=DIR] [persons=true]
+    python evaluate.py split dataset=DIR                    original and misaligned clips, after the paper
+    python evaluate.py sweep                                fidelity against angle and scale (Figures 1b and 9)
+    python evaluate.py ablation                             transforms, propagation, subsets (Table 2)
+    python evaluate.py table models=[DIR,...]               models without and with TPC (Table 1)
+
+`python evaluate.py TASK --help` lists a task's arguments. Every task writes to `output`: results.json (numbers,
+configuration, protocol, seeds, counts), config.yaml, table.md, pictures. The same command again goes on where it was
+stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
+"""
+
+from importlib import import_module
+
+from core.config import load_config
+from core.errors import UserError, run_command
+
+# Task -> module with its configuration and `run`.
+TASKS = {
+    "metrics": ("evaluation.compare", "CompareConfig"),
+    "split": ("evaluation.split", "SplitConfig"),
+    "sweep": ("evaluation.sweep", "SweepConfig"),
+    "ablation": ("evaluation.ablation", "AblationConfig"),
+    "table": ("evaluation.table", "TableConfig"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    task, *rest = arguments or [""]
+    if task in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    if task not in TASKS:
+        raise UserError(f"the first argument must be one of {', '.join(TASKS)}; got {task!r}")
+    name, schema = TASKS[task]
+    module = import_module(name)
+    module.run(load_config(getattr(module, schema), rest, file_option="--config"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,151 @@
+"""`evaluate.py ablation`: what each part of the calibration is worth, in foreground and background (Table 2)."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from analysis.animation import SamplingConfig
+from core.config import save_config
+from core.errors import UserError
+from core.files import output_folder
+from evaluation.clips import ClipsConfig
+from evaluation.experiment import (
+    SHIPPED_MODEL,
+    Condition,
+    TrialsConfig,
+    all_trials,
+    numbers_by_seed,
+    run_trials,
+    trials_identity,
+)
+from evaluation.filmed import open_clips
+from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
+from evaluation.jobs import claim_output, process_state, remove_parts
+from evaluation.report import (
+    Table,
+    common_facts,
+    heading,
+    latex,
+    markdown,
+    measure_label,
+    measure_numbers,
+    over_seeds,
+    warning_lines,
+    with_best,
+    write_results,
+)
+from evaluation.summary import Number, measured_names
+from metrics.protocols import MEASURES
+from models.pipeline_folder import choose_device
+from tpc import CalibrationConfig
+from tpc.config import resolve
+
+ABLATION_REGIONS = ("foreground", "background")
+
+
+@dataclass
+class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
+    """Every transform with every propagation and every choice of keypoints, and a run without TPC.
+
+    output: folder for the results; model: pipeline folder.
+    transforms: procrustes, affine, linear.
+    propagations: "off" (each frame its own picture), "hold" (the group's first), or the number of groups M of
+        iterative propagation, 0 = groups of four frames.
+    subsets: rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face.
+    tpc: everything else about the calibration.
+    """
+
+    output: str = "outputs/ablation"
+    model: str = SHIPPED_MODEL
+    features: str = "stand-in"
+    measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "vgg_frechet_video"])
+    transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
+    propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
+    subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+def run(config: AblationConfig) -> None:
+    """Write results.json, table.md and table.tex."""
+    config.check()
+    config.sampling.check()
+    conditions = ablation_conditions(config)
+    clips = open_clips(config)
+    state = process_state(config.device)
+    device, _ = choose_device(config.device, "float32", state.local_process_index)
+    instruments = open_instruments(config, ABLATION_REGIONS, config.persons, device)
+    trials = all_trials(list(clips.names), list(conditions.values()), config.seeds)
+    output = output_folder(config.output)
+    claim_output(output, trials_identity("ablation", config, list(conditions.values())), state)
+    folders = run_trials(trials, clips.clip, config, config.sampling, instruments, output, state, clips.stamps)
+    if state.is_main_process:
+        numbers = {
+            label: numbers_by_seed(folders, instruments, config.seeds, lambda trial, c=condition: trial.condition == c)
+            for label, condition in conditions.items()
+        }
+        _write(config, instruments, numbers, len(clips.names), output)
+        if not config.keep_parts:
+            remove_parts(output)
+    state.wait_for_everyone()
+
+
+def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
+    """Conditions by label; the first is without TPC.
+
+    Raises:
+        UserError: an unknown transform, propagation or rule.
+    """
+    found = {"without TPC": Condition("without", config.model, None)}
+    for transform in config.transforms:
+        for subset in config.subsets:
+            for propagation in config.propagations:
+                settings = {"propagation": propagation}
+                if propagation not in ("off", "hold"):
+                    settings = {"propagation": "iterative", "groups": _groups(propagation)}
+                tpc = resolve(replace(config.tpc, transform=transform, keypoints=subset, **settings))
+                label = f"{transform}, {subset}, {_propagation_label(propagation)}"
+                found[label] = Condition(f"{transform}-{subset}-{propagation}", config.model, tpc)
+    return found
+
+
+def _groups(propagation: str) -> int:
+    if not propagation.isdecimal():
+        raise UserError(f"propagations: {propagation!r} is neither off, hold nor a number of groups")
+    return int(propagation)
+
+
+def _propagation_label(propagation: str) -> str:
+    if propagation in ("off", "hold"):
+        return f"IP {propagation}" if propagation == "off" else "held"
+    return "IP, groups of 4" if propagation == "0" else f"IP, M = {propagation}"
+
+
+def _write(
+    config: AblationConfig,
+    instruments: Instruments,
+    numbers: dict[str, list[dict[str, Number]]],
+    clips: int,
+    output: Path,
+) -> None:
+    measured = measured_names(instruments)
+    names = [name for name, _, _ in measured]
+    cells = [[over_seeds([by_seed[name].value for by_seed in runs]) for name in names] for runs in numbers.values()]
+    cells = with_best(cells, [MEASURES[measure].better for _, _, measure in measured])
+    caption = f"Ablation of the calibration: {clips} clips, mean and deviation over {len(config.seeds)} seeds."
+    table = Table(
+        "calibration",
+        tuple(measure_label(name) for name in names),
+        tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
+        caption,
+    )
+    results = common_facts(config, instruments) | {
+        "counts": {"clips": clips, "seeds": len(config.seeds), "conditions": len(numbers)},
+        "results": {label: measure_numbers(runs, config.seeds) for label, runs in numbers.items()},
+    }
+    save_config(config, output / "config.yaml")
+    warnings = warning_lines(
+        (name, number.warning) for runs in numbers.values() for run in runs for name, number in run.items()
+    )
+    text = heading(instruments, caption) + markdown(table) + warnings
+    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
+    print(text, end="")

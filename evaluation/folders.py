@@ -1,0 +1,223 @@
+"""Clips on disk, generated and true ones side by side: videos, folders of frames, or one folder of numbered frames."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import UserError
+from data.images import list_images, natural_order, read_image
+from data.layouts import VIDEO_SUFFIXES
+from data.video import VideoReader
+
+RESULT_NAME = "animation.mp4"  # what infer.py calls its result
+MASKS_SUFFIX = "_masks"
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """One clip: a video file, or pictures in order.
+
+    Attributes:
+        name: what it is matched by.
+        argument: what the folder was given as, for error messages.
+        video: or None.
+        pictures: when there is no video.
+    """
+
+    name: str
+    argument: str
+    video: Path | None = None
+    pictures: tuple[Path, ...] = ()
+
+    @property
+    def place(self) -> Path:
+        """The video, or the folder of the pictures."""
+        return self.video if self.video is not None else self.pictures[0].parent
+
+    def count(self) -> int:
+        """Number of frames."""
+        if self.video is None:
+            return len(self.pictures)
+        with VideoReader(self.video, argument=self.argument) as reader:
+            return len(reader)
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """The frames (h, w, 3) uint8 RGB, one at a time."""
+        if self.video is None:
+            for picture in self.pictures:
+                yield read_image(picture, argument=self.argument)
+            return
+        with VideoReader(self.video, argument=self.argument) as reader:
+            yield from reader
+
+    def stamps(self) -> list[list]:
+        """Name, size in bytes and time of change of every file, to notice that a clip is another one."""
+        return _stamps([self.video] if self.video is not None else self.pictures)
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """The masks of a clip: for every frame one picture, or one for each person (000000_p0.png, 000000_p1.png).
+
+    Attributes:
+        pictures: 8 bit, 255 = person.
+    """
+
+    name: str
+    pictures: tuple[tuple[Path, ...], ...]
+    argument: str = "masks"
+
+    @property
+    def place(self) -> Path:
+        """The folder of the pictures."""
+        return self.pictures[0][0].parent
+
+    def count(self) -> int:
+        """Number of frames."""
+        return len(self.pictures)
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Masks (h, w) bool, the union of the persons, one at a time."""
+        for persons in self.pictures:
+            masks = [read_image(picture, argument=self.argument)[..., 0] >= 128 for picture in persons]
+            if any(mask.shape != masks[0].shape for mask in masks):
+                raise UserError(f"{self.argument}: {persons[0]} and {persons[-1]} are of different sizes")
+            yield np.logical_or.reduce(masks)
+
+    def stamps(self) -> list[list]:
+        """Name, size in bytes and time of change of every file."""
+        return _stamps([picture for persons in self.pictures for picture in persons])
+
+
+@dataclass(frozen=True)
+class ClipPair:
+    """A generated clip, the true one, and where the person is in it.
+
+    Attributes:
+        frames: of each.
+    """
+
+    name: str
+    generated: ClipFiles
+    truth: ClipFiles
+    masks: MaskFiles | None
+    frames: int
+
+
+def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
+    """The clips of a file or folder by name, in natural order.
+
+    A video is one clip. A folder holds either clips (videos, folders of pictures, folders of `infer.py` results), or
+    pictures: those whose names agree up to the last number are one clip, such as `dance_0001.png` of `dance`.
+
+    Raises:
+        UserError: nothing there, or nothing that is a clip.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{argument}={path} does not exist")
+    if path.is_file():
+        return {path.stem: ClipFiles(path.stem, argument, video=path)}
+    if (path / RESULT_NAME).is_file():
+        return {path.name: ClipFiles(path.name, argument, video=path / RESULT_NAME)}
+    clips: dict[str, ClipFiles] = {}
+    for entry in sorted(path.iterdir(), key=natural_order):
+        clip = None if entry.name.startswith(".") else _clip_of(entry, argument)
+        if clip is None:
+            continue
+        if clip.name in clips:
+            raise UserError(f"{argument}={path} holds the clip {clip.name!r} twice: {clips[clip.name].place}, {entry}")
+        clips[clip.name] = clip
+    return clips or _numbered_pictures(path, argument)
+
+
+def find_masks(path: str | Path) -> dict[str, MaskFiles]:
+    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or pictures of one clip.
+
+    Raises:
+        UserError: nothing there, or nothing that is a mask.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"masks={path} is not a folder")
+    folders = [entry for entry in sorted(path.iterdir(), key=natural_order) if entry.is_dir()]
+    found = {entry.name.removesuffix(MASKS_SUFFIX): list_images(entry) for entry in [*folders, path]}
+    masks = {name: MaskFiles(name, _by_frame(pictures)) for name, pictures in found.items() if pictures}
+    if not masks:
+        raise UserError(f"masks={path} holds no pictures and no folders of pictures")
+    return masks
+
+
+def _by_frame(pictures: list[Path]) -> tuple[tuple[Path, ...], ...]:
+    frames: dict[str, list[Path]] = {}
+    for picture in pictures:
+        frames.setdefault(re.sub(r"_p\d+$", "", picture.stem), []).append(picture)
+    return tuple(tuple(persons) for persons in frames.values())
+
+
+def _stamps(files: Sequence[Path]) -> list[list]:
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def pair_clips(generated: str | Path, truth: str | Path, masks: str | Path | None = None) -> list[ClipPair]:
+    """Match generated and true clips by name; one clip each is a pair whatever the names.
+
+    Raises:
+        UserError: clips that only one side has, other numbers of frames, other names of frames, all named.
+    """
+    ours, theirs = find_clips(generated, "generated"), find_clips(truth, "truth")
+    # Masks may lie beside the true clips, as `prepare.py` and the training data have them.
+    theirs = {name: clip for name, clip in theirs.items() if not name.endswith(MASKS_SUFFIX) or name in ours}
+    where = {} if masks is None else find_masks(masks)
+    if len(ours) == len(theirs) == 1:
+        ours = {name: clip for name, clip in zip(theirs, ours.values(), strict=True)}
+        if len(where) == 1:
+            where = {name: clip for name, clip in zip(theirs, where.values(), strict=True)}
+    _check_names(ours, theirs, f"truth={truth}", f"generated={generated}")
+    _check_names(theirs, ours, f"generated={generated}", f"truth={truth}")
+    if masks is not None:
+        _check_names(ours, where, f"masks={masks}", f"generated={generated}")
+    return [_pair(name, ours[name], theirs[name], where.get(name)) for name in theirs]
+
+
+def _pair(name: str, ours: ClipFiles, theirs: ClipFiles, masks: ClipFiles | None) -> ClipPair:
+    count = theirs.count()
+    for other in (ours, masks):
+        if other is not None and other.count() != count:
+            raise UserError(
+                f"clip {name!r}: {other.argument} has {other.count()} frames ({other.place}), truth has {count} "
+                f"({theirs.place})"
+            )
+    if ours.pictures and theirs.pictures:
+        for a, b in zip(ours.pictures, theirs.pictures, strict=True):
+            if a.stem != b.stem:
+                raise UserError(f"clip {name!r}: generated has a frame {a.name} where truth has {b.name}")
+    return ClipPair(name, ours, theirs, masks, count)
+
+
+def _check_names(wanted: dict, present: dict, place: str, other: str) -> None:
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"{place} lacks {len(missing)} clips that {other} has: {shown}")
+
+
+def _clip_of(entry: Path, argument: str) -> ClipFiles | None:
+    if entry.is_file():
+        return ClipFiles(entry.stem, argument, video=entry) if entry.suffix.lower() in VIDEO_SUFFIXES else None
+    if (entry / RESULT_NAME).is_file():
+        return ClipFiles(entry.name, argument, video=entry / RESULT_NAME)
+    pictures = tuple(list_images(entry))
+    return ClipFiles(entry.name, argument, pictures=pictures) if pictures else None
+
+
+def _numbered_pictures(folder: Path, argument: str) -> dict[str, ClipFiles]:
+    groups: dict[str, list[Path]] = {}
+    for picture in list_images(folder):
+        groups.setdefault(re.sub(r"[-_. ]*\d*$", "", picture.stem) or folder.name, []).append(picture)
+    if not groups:
+        raise UserError(f"{argument}={folder} holds no videos, no folders of frames and no pictures")
+    return {name: ClipFiles(name, argument, pictures=tuple(pictures)) for name, pictures in groups.items()}

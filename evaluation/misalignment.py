@@ -1,0 +1,141 @@
+"""How far a reference and a clip are apart: the paper's relative angle and box IoU, and the kinds of misalignment."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from core.errors import UserError
+from data.pose import Poses
+from tpc.calibration import box_iou
+from tpc.skeleton import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, visible
+
+KINDS = ("temporal rotation", "consistent rotation", "temporal scale", "consistent scale")
+
+
+@dataclass
+class ThresholdConfig:
+    """When a clip counts as misaligned.
+
+    angle: radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6).
+    box_iou: IoU of the persons' boxes below which it is (paper: 0.7).
+    share: of a clip's frames that must be misaligned for the clip to be.
+    consistent_share: of a clip's frames above which a kind is consistent and not temporal.
+    score: a keypoint is visible when its score is above it.
+    """
+
+    angle: float = float(np.pi / 6)
+    box_iou: float = 0.7
+    share: float = 0.25
+    consistent_share: float = 0.75
+    score: float = 0.3
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name, high in (("angle", np.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
+            value = getattr(self, name)
+            if not 0 <= value <= high:
+                raise UserError(f"thresholds.{name}={value} must be in 0 to {high:.4g}")
+        if self.share > self.consistent_share:
+            raise UserError("thresholds.share must not be above thresholds.consistent_share")
+
+
+@dataclass(frozen=True)
+class Misalignment:
+    """A reference against every frame of a clip; NaN where keypoints are missing.
+
+    Attributes:
+        angle: (frames,) radians in [-pi, pi], from the reference's pelvis-to-nose line to the frame's.
+        box_iou: (frames,) of the boxes around the visible keypoints.
+        unturned_iou: (frames,) the same after the reference was turned by `angle` about its pelvis: what the angle
+            does not explain.
+    """
+
+    angle: np.ndarray
+    box_iou: np.ndarray
+    unturned_iou: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClipSplit:
+    """Where a clip belongs.
+
+    Attributes:
+        misaligned: or original.
+        kinds: of `KINDS`, those that apply.
+        angle_deg: median over frames of the absolute angle, None when it is never known.
+        box_iou: median over frames.
+        misaligned_frames: of how many frames.
+    """
+
+    name: str
+    misaligned: bool
+    kinds: tuple[str, ...]
+    angle_deg: float | None
+    box_iou: float | None
+    misaligned_frames: int
+    frames: int
+
+    def plain(self) -> dict[str, Any]:
+        """Only dicts, lists and scalars, as in JSON."""
+        return asdict(self) | {"kinds": list(self.kinds)}
+
+
+def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misalignment:
+    """Compare a reference, one frame, with a clip; person 0 of both, in pictures that are brought to one size."""
+    if reference.size != driving.size:
+        reference = reference.resized(driving.size)
+    points = reference.keypoints[0, 0].astype(np.float64)
+    seen = visible(reference.scores[0, 0], points, score)
+    axis, box = head_axis(points, seen), keypoint_box(points, seen)
+    pelvis = points[[LEFT_HIP, RIGHT_HIP]].mean(axis=0)
+    values = np.full((3, driving.frames), np.nan)
+    for frame in range(driving.frames):
+        target = driving.keypoints[frame, 0].astype(np.float64)
+        target_seen = visible(driving.scores[frame, 0], target, score)
+        target_axis, target_box = head_axis(target, target_seen), keypoint_box(target, target_seen)
+        if box is not None and target_box is not None:
+            values[1:, frame] = box_iou(box, target_box)
+        if axis is None or target_axis is None:
+            continue
+        turn = np.arctan2(target_axis[1], target_axis[0]) - np.arctan2(axis[1], axis[0])
+        values[0, frame] = (turn + np.pi) % (2 * np.pi) - np.pi
+        cosine, sine = np.cos(turn), np.sin(turn)
+        turned = (points - pelvis) @ np.array([[cosine, sine], [-sine, cosine]]) + pelvis
+        values[2, frame] = box_iou(keypoint_box(turned, seen), target_box)
+    return Misalignment(*values)
+
+
+def classify(name: str, measured: Misalignment, thresholds: ThresholdConfig) -> ClipSplit:
+    """Original or misaligned, and in which way."""
+    with np.errstate(invalid="ignore"):
+        turned = np.abs(measured.angle) > thresholds.angle
+        apart = measured.box_iou < thresholds.box_iou
+        scaled = measured.unturned_iou < thresholds.box_iou
+    frames = len(turned)
+    misaligned = turned | apart
+    is_misaligned = bool(misaligned.mean() >= thresholds.share)
+    kinds = _kind("rotation", turned, thresholds) + _kind("scale", scaled, thresholds) if is_misaligned else ()
+    if is_misaligned and not kinds:
+        # Neither alone is frequent enough: what the boxes say decides.
+        kinds = _kind("scale", apart, thresholds) or ("temporal scale",)
+    return ClipSplit(
+        name,
+        is_misaligned,
+        kinds,
+        _median(np.degrees(np.abs(measured.angle))),
+        _median(measured.box_iou),
+        int(misaligned.sum()),
+        frames,
+    )
+
+
+def _kind(what: str, frames: np.ndarray, thresholds: ThresholdConfig) -> tuple[str, ...]:
+    if frames.mean() < thresholds.share:
+        return ()
+    return (f"consistent {what}" if frames.mean() >= thresholds.consistent_share else f"temporal {what}",)
+
+
+def _median(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return round(float(np.median(known)), 4) if len(known) else None

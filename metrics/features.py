@@ -1,0 +1,256 @@
+"""Feature extractors of the Frechet distances and of LPIPS: how each network wants its pictures, and what it gives.
+
+An extractor works in two stages, so that overlapping windows share the first: `prepare` takes single frames, `extract`
+what was prepared, stacked for a batch of frames or of windows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from metrics import weights
+from metrics.i3d import I3D
+from metrics.inception import InceptionV3
+from metrics.perceptual import (
+    FeatureStack,
+    PerceptualDistance,
+    alexnet,
+    shift_tolerant_alexnet,
+    shift_tolerant_vgg16,
+    vgg16,
+)
+from metrics.resnet3d import ResNet3d50
+
+KINETICS_MEAN = (114.7748, 107.7354, 99.4750)  # RGB mean of Kinetics that the 3D ResNet was trained with
+_CONVOLUTIONS = {
+    "alex": ("features.0", "features.3", "features.6", "features.8", "features.10"),
+    "vgg": tuple(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
+}
+_SHIFT_TOLERANT_LAYERS = {
+    "alex": tuple(f"net.slice{name}" for name in ("1.0", "1.1", "2.4", "2.5", "3.8", "3.9", "4.11", "5.13")),
+    "vgg": tuple(
+        f"net.slice{name}"
+        for name in (
+            *("1.0", "1.2", "2.5", "2.6", "2.8", "3.11", "3.12", "3.14", "3.16"),
+            *("4.19", "4.20", "4.22", "4.24", "5.27", "5.28", "5.30", "5.32"),
+        )
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A network that turns frames, or windows of frames, into vectors.
+
+    Attributes:
+        network: what it is and what of it is compared, for reports.
+        dimension: of the vectors.
+        sha256: of its weight file.
+        prepare: frames (n, h, w, 3) uint8 -> tensor (n, ...), one row each frame.
+        extract: prepared frames (n, ...), or for windows (n, t, ...) -> (n, dimension) float32.
+    """
+
+    network: str
+    dimension: int
+    sha256: str
+    prepare: Callable[[np.ndarray], Tensor]
+    extract: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PictureDistance:
+    """A learned distance of two pictures.
+
+    Attributes:
+        network: what it is, for reports.
+        sha256: of its weight files.
+        distance: two tensors (n, 3, h, w) -> (n,).
+    """
+
+    network: str
+    sha256: str
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+
+def picture_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Frames (n, h, w, 3) uint8 -> (n, 3, h, w) float32, 0 to 255."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float()
+
+
+def resize_bicubic(frames: np.ndarray, side: int) -> np.ndarray:
+    """Frames (n, h, w, 3) uint8 -> (n, side, side, 3) float32: PIL's bicubic filter on each channel, not rounded."""
+    resized = np.empty((len(frames), side, side, 3), np.float32)
+    for number, frame in enumerate(frames):
+        for channel in range(3):
+            picture = Image.fromarray(frame[..., channel].astype(np.float32))
+            resized[number, ..., channel] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    return resized
+
+
+def inception_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The features of FID, from a state dict as pytorch-fid's or from NVIDIA's TorchScript file.
+
+    pytorch-fid's resizing is that of its package: bilinear to 299 x 299 without antialiasing. The TorchScript file
+    takes pixels as they are and resizes by itself.
+    """
+    path = weights.find_weights(weights.INCEPTION, folder, "fid")
+    if weights.is_torchscript(path):
+        program = torch.jit.load(path, map_location=device).eval()
+        return FeatureExtractor(
+            "Inception-v3 (TorchScript, own resizing), 2048 pooled features",
+            InceptionV3.dimension,
+            weights.digest(path),
+            lambda frames: picture_tensor(frames, device),
+            lambda pictures: _run_torchscript(program, pictures),
+        )
+    network = weights.load_network(InceptionV3(), path).to(device)
+
+    def prepare(frames: np.ndarray) -> Tensor:
+        pictures = picture_tensor(frames, device) / 255
+        return F.interpolate(pictures, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
+
+    return FeatureExtractor(
+        "Inception-v3 of 2015-12-05, 2048 pooled features; bilinear to 299 x 299",
+        InceptionV3.dimension,
+        weights.digest(path),
+        prepare,
+        network,
+    )
+
+
+def resnet3d_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The features of FID-VID: 3D ResNet-50 at 112 x 112."""
+    path = weights.find_weights(weights.RESNET3D, folder, "fid_vid")
+    network = weights.load_network(ResNet3d50(), path).to(device)
+    mean = torch.tensor(KINETICS_MEAN, device=device)
+
+    def prepare(frames: np.ndarray) -> Tensor:
+        return (torch.from_numpy(resize_bicubic(frames, 112)).to(device) - mean).permute(0, 3, 1, 2)
+
+    return FeatureExtractor(
+        "3D ResNet-50, Kinetics-400, 2048 pooled features; PIL bicubic to 112 x 112, minus the mean",
+        ResNet3d50.dimension,
+        weights.digest(path),
+        prepare,
+        lambda clips: network(clips.transpose(1, 2)),
+    )
+
+
+def i3d_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The features of FVD: I3D's logits at 224 x 224, from a state dict or a TorchScript file."""
+    path = weights.find_weights(weights.I3D_KINETICS, folder, "fvd")
+    if weights.is_torchscript(path):
+        program = torch.jit.load(path, map_location=device).eval()
+        name = "I3D (TorchScript)"
+
+        def extract(clips: Tensor) -> Tensor:
+            return _run_torchscript(program, clips.transpose(1, 2))
+
+    else:
+        network = weights.load_network(I3D(), path).to(device)
+        name = "I3D"
+
+        def extract(clips: Tensor) -> Tensor:
+            return network(clips.transpose(1, 2))
+
+    def prepare(frames: np.ndarray) -> Tensor:
+        return torch.from_numpy(resize_bicubic(frames, 224) / 127.5 - 1).to(device).permute(0, 3, 1, 2)
+
+    return FeatureExtractor(
+        f"{name}, Kinetics-400, 400 logits; PIL bicubic to 224 x 224",
+        I3D.dimension,
+        weights.digest(path),
+        prepare,
+        extract,
+    )
+
+
+def vgg_features(device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Stand-in for Inception that needs no download from elsewhere: the last layer of ST-LPIPS's VGG-16.
+
+    Feature vectors are brought to unit length at every position, as LPIPS does, and averaged over positions.
+    """
+    network, sha256 = _shift_tolerant("vgg", device)
+
+    def prepare(frames: np.ndarray) -> Tensor:
+        layer = network.features(picture_tensor(frames, device) / 127.5 - 1)[-1]
+        return F.normalize(layer, dim=1).mean(dim=(2, 3))
+
+    return FeatureExtractor(
+        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the picture", 512, sha256, prepare, _identity
+    )
+
+
+def vgg_clip_features(frame: FeatureExtractor) -> FeatureExtractor:
+    """Stand-in for I3D: over a window the mean of `vgg_features`, and the mean of their change from frame to frame."""
+
+    def extract(clips: Tensor) -> Tensor:
+        return torch.cat([clips.mean(dim=1), clips.diff(dim=1).abs().mean(dim=1)], dim=1)
+
+    return FeatureExtractor(
+        f"{frame.network}; over a window their mean and their mean change from frame to frame",
+        2 * frame.dimension,
+        frame.sha256,
+        frame.prepare,
+        extract,
+    )
+
+
+def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> PictureDistance:
+    """LPIPS with torchvision's convolutions and the heads of lpips 0.1.4.
+
+    Args:
+        net: "alex" or "vgg".
+    """
+    file = {"alex": weights.ALEXNET, "vgg": weights.VGG16}[net]
+    path = weights.find_weights(file, folder, f"lpips_{net}")
+    heads_path = weights.packaged_path(weights.LPIPS_HEADS[net])
+    stack = {"alex": alexnet, "vgg": vgg16}[net]()
+    _load_stack(stack, weights.read_state(path), _CONVOLUTIONS[net], path)
+    network = PerceptualDistance(stack, _heads(weights.read_state(heads_path))).eval().to(device)
+    name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
+    return PictureDistance(f"LPIPS 0.1, {name}", weights.digest(path), network.requires_grad_(False))
+
+
+def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> PictureDistance:
+    """ST-LPIPS, whose networks come with a package. Not LPIPS: its values have a scale of their own."""
+    network, sha256 = _shift_tolerant(net, device)
+    name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
+    return PictureDistance(f"ST-LPIPS 0.0, {name}", sha256, network)
+
+
+def _shift_tolerant(net: str, device: torch.device | str) -> tuple[PerceptualDistance, str]:
+    path = weights.packaged_path(weights.SHIFT_TOLERANT[net])
+    state = weights.read_state(path)
+    stack = {"alex": shift_tolerant_alexnet, "vgg": shift_tolerant_vgg16}[net]()
+    _load_stack(stack, state, _SHIFT_TOLERANT_LAYERS[net], path)
+    network = PerceptualDistance(stack, _heads(state)).eval().to(device).requires_grad_(False)
+    return network, weights.digest(path)
+
+
+def _load_stack(stack: FeatureStack, state: dict[str, Tensor], names: tuple[str, ...], path: Path) -> None:
+    try:
+        stack.load_named(state, names)
+    except (KeyError, RuntimeError) as error:
+        raise weights.unfitting(path, "the network of LPIPS", error) from None
+
+
+def _identity(features: Tensor) -> Tensor:
+    return features
+
+
+def _heads(state: dict[str, Tensor]) -> list[Tensor]:
+    return [state[f"lin{number}.model.1.weight"] for number in range(5)]
+
+
+def _run_torchscript(program: nn.Module, pictures: Tensor) -> Tensor:
+    """Call a published TorchScript network, whose flags differ from file to file, for its features alone."""
+    wanted = {"return_features": True, "rescale": False, "resize": False}
+    known = {argument.name for argument in program.forward.schema.arguments}
+    return program(pictures, **{name: value for name, value in wanted.items() if name in known})

@@ -1,0 +1,83 @@
+"""I3D (Carreira and Zisserman 2017), whose 400 logits FVD compares; parameter names of `i3d_pretrained_400.pt`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Channels of each block: input, then 1x1, two of the first 3x3 branch, two of the second, and of the pooling branch.
+BLOCKS = {
+    "Mixed_3b": (192, (64, 96, 128, 16, 32, 32)),
+    "Mixed_3c": (256, (128, 128, 192, 32, 96, 64)),
+    "Mixed_4b": (480, (192, 96, 208, 16, 48, 64)),
+    "Mixed_4c": (512, (160, 112, 224, 24, 64, 64)),
+    "Mixed_4d": (512, (128, 128, 256, 24, 64, 64)),
+    "Mixed_4e": (512, (112, 144, 288, 32, 64, 64)),
+    "Mixed_4f": (528, (256, 160, 320, 32, 128, 128)),
+    "Mixed_5b": (832, (256, 160, 320, 32, 128, 128)),
+    "Mixed_5c": (832, (384, 192, 384, 48, 128, 128)),
+}
+
+
+def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """TensorFlow's padding: as many outputs as inputs over strides, the odd zero at the end."""
+    padding: list[int] = []
+    for size, k, s in reversed(list(zip(x.shape[2:], kernel, stride, strict=True))):
+        total = max(k - (size % s or s), 0)
+        padding += [total // 2, total - total // 2]
+    return F.pad(x, padding)
+
+
+def max_pool_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Maximum over windows; the padded zeros take part, as features are never negative."""
+    return F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
+
+
+class ConvUnit3d(nn.Module):
+    """Convolution, and batch norm and ReLU unless it gives logits."""
+
+    def __init__(self, width: int, out: int, kernel: int = 1, stride: int = 1, logits: bool = False):
+        super().__init__()
+        self.conv3d = nn.Conv3d(width, out, kernel, stride=stride, bias=logits)
+        self.bn = None if logits else nn.BatchNorm3d(out, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv3d(pad_same(x, self.conv3d.kernel_size, self.conv3d.stride))
+        return x if self.bn is None else F.relu(self.bn(x))
+
+
+class InceptionBlock3d(nn.Module):
+    """Four branches side by side."""
+
+    def __init__(self, width: int, out: tuple[int, ...]):
+        super().__init__()
+        self.b0 = ConvUnit3d(width, out[0])
+        self.b1a, self.b1b = ConvUnit3d(width, out[1]), ConvUnit3d(out[1], out[2], 3)
+        self.b2a, self.b2b = ConvUnit3d(width, out[3]), ConvUnit3d(out[3], out[4], 3)
+        self.b3b = ConvUnit3d(width, out[5])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
+
+
+class I3D(nn.Module):
+    """Logits (n, 400) of windows (n, 3, t, 224, 224) in [-1, 1], t at least 9; the mean over time."""
+
+    dimension = 400
+
+    def __init__(self):
+        super().__init__()
+        self.Conv3d_1a_7x7 = ConvUnit3d(3, 64, 7, stride=2)
+        self.Conv3d_2b_1x1 = ConvUnit3d(64, 64)
+        self.Conv3d_2c_3x3 = ConvUnit3d(64, 192, 3)
+        for name, (width, out) in BLOCKS.items():
+            self.add_module(name, InceptionBlock3d(width, out))
+        self.logits = ConvUnit3d(1024, self.dimension, logits=True)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        x = max_pool_same(self.Conv3d_1a_7x7(clips), (1, 3, 3), (1, 2, 2))
+        x = max_pool_same(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
+        x = max_pool_same(self.Mixed_3c(self.Mixed_3b(x)), (3, 3, 3), (2, 2, 2))
+        x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))
+        x = self.Mixed_5c(self.Mixed_5b(max_pool_same(x, (2, 2, 2), (2, 2, 2))))
+        return self.logits(F.avg_pool3d(x, (1, 7, 7), stride=1)).mean(dim=(2, 3, 4))

@@ -1,0 +1,244 @@
+"""Named, versioned protocols: everything that decides what a number means, in one value that is printed with it.
+
+    disco-2023    what DisCo's published evaluation computed in 2023, errors included
+    disco-fixed   the same pictures and windows with the errors put right
+    native        the generated resolution, standard forms of all measures
+
+A change that alters any number gets a new version.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from metrics.image import (
+    historical_l1,
+    mean_absolute_error,
+    overflowing_psnr,
+    psnr,
+    ssim,
+)
+
+CROPS = ("none", "centre square")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a table.
+
+    Attributes:
+        name: in result files, such as "psnr".
+        label: in tables, such as "PSNR".
+        unit: such as "dB"; "" for none.
+        better: "higher" or "lower".
+        kind: "pixels", "distance" of pictures, "frames" or "windows" compared by a Frechet distance, "person".
+        definition: one sentence.
+    """
+
+    name: str
+    label: str
+    unit: str
+    better: str
+    kind: str
+    definition: str
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure("mae", "L1", "0-255", "lower", "pixels", "mean absolute difference over pixels and channels"),
+        Measure(
+            "l1_historical", "L1 (historical)", "", "lower", "pixels", "mean absolute difference / (height x width)"
+        ),
+        Measure("psnr", "PSNR", "dB", "higher", "pixels", "10 log10(255^2 / MSE) of each frame; 100 if identical"),
+        Measure(
+            "psnr_overflow",
+            "PSNR (overflow)",
+            "dB",
+            "higher",
+            "pixels",
+            "PSNR with squares that wrap around in 8 bits",
+        ),
+        Measure("ssim", "SSIM", "", "higher", "pixels", "structural similarity of each frame"),
+        Measure("lpips_alex", "LPIPS (AlexNet)", "", "lower", "distance", "LPIPS 0.1 with AlexNet"),
+        Measure("lpips_vgg", "LPIPS (VGG)", "", "lower", "distance", "LPIPS 0.1 with VGG-16"),
+        Measure("st_lpips_alex", "ST-LPIPS (AlexNet)", "", "lower", "distance", "shift-tolerant LPIPS, not LPIPS"),
+        Measure("st_lpips_vgg", "ST-LPIPS (VGG)", "", "lower", "distance", "shift-tolerant LPIPS, not LPIPS"),
+        Measure("fid", "FID", "", "lower", "frames", "Frechet distance of Inception features of all frames, pooled"),
+        Measure("fid_vid", "FID-VID", "", "lower", "windows", "Frechet distance of 3D ResNet-50 features of windows"),
+        Measure("fvd", "FVD", "", "lower", "windows", "Frechet distance of I3D logits of windows"),
+        Measure(
+            "vgg_frechet", "VGG Frechet distance", "", "lower", "frames", "Frechet distance of VGG features, not FID"
+        ),
+        Measure(
+            "vgg_frechet_video",
+            "VGG Frechet video distance",
+            "",
+            "lower",
+            "windows",
+            "Frechet distance of VGG features of windows and of their change over time, not FVD",
+        ),
+        Measure(
+            "keypoint_error",
+            "keypoint error",
+            "heights",
+            "lower",
+            "person",
+            "distance of estimated keypoints from the target's, in heights of the person",
+        ),
+        Measure(
+            "part_colour",
+            "part colour difference",
+            "CIEDE2000",
+            "lower",
+            "person",
+            "difference of the median colours of body parts",
+        ),
+    )
+}
+# What stands in for measures whose networks must be brought.
+STAND_INS = {
+    "lpips_alex": "st_lpips_alex",
+    "lpips_vgg": "st_lpips_vgg",
+    "fid": "vgg_frechet",
+    "fid_vid": "vgg_frechet_video",
+    "fvd": "vgg_frechet_video",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures are brought to one form and what is measured on them.
+
+    Attributes:
+        name, version: together they name one way of computing.
+        crop: "centre square" cuts the largest square out of the middle, "none" nothing.
+        size: (width, height) that both are resized to after the crop, None leaves the resolution.
+        resize: of the true pictures, and of generated ones of the same size: PIL bilinear, antialiased. Generated
+            square pictures of another size go through OpenCV's bilinear resize, as in DisCo's code.
+        ssim: variant of `metrics.image.ssim`.
+        lpips_range: values that pictures have when LPIPS gets them; (-1, 1) is right.
+        window, stride: frames of a window, and between the starts of windows; only whole windows count.
+        measures: names of `MEASURES`.
+        regions: what foreground and background mean for measures that are not taken pixel by pixel.
+    """
+
+    name: str
+    version: str
+    crop: str
+    size: tuple[int, int] | None
+    resize: str
+    ssim: str
+    lpips_range: tuple[float, float]
+    window: int
+    stride: int
+    measures: tuple[str, ...]
+    regions: str = "pixels outside the region are painted grey (128) in both pictures; pixel measures leave them out"
+
+    def plain(self) -> dict[str, Any]:
+        """Only dicts, lists and scalars, as in JSON."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def lines(self) -> list[str]:
+        """The protocol in sentences, for tables and the terminal."""
+        size = "resolution as generated" if self.size is None else f"{self.size[0]} x {self.size[1]} pixels"
+        low, high = self.lpips_range
+        return [
+            f"protocol {self.name}, version {self.version}: {size}, crop {self.crop}, resizing {self.resize}",
+            f"values 0-255; SSIM {self.ssim}; LPIPS inputs in [{low:g}, {high:g}]",
+            f"windows of {self.window} frames, a start every {self.stride}, whole windows only; features of all "
+            "frames and windows of all clips pooled",
+        ]
+
+
+_BASIC = ("mae", "psnr", "ssim")
+_DISCO_RESIZE = "PIL bilinear (generated squares of another size: OpenCV bilinear)"
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "disco-2023",
+            "1.0",
+            "centre square",
+            (256, 256),
+            _DISCO_RESIZE,
+            "grey-uniform",
+            (0.0, 1.0),
+            16,
+            1,
+            ("l1_historical", "psnr_overflow", *_BASIC, "lpips_vgg", "fid", "fid_vid", "fvd"),
+        ),
+        Protocol(
+            "disco-fixed",
+            "1.0",
+            "centre square",
+            (256, 256),
+            _DISCO_RESIZE,
+            "grey-uniform",
+            (-1.0, 1.0),
+            16,
+            1,
+            (*_BASIC, "lpips_vgg", "fid", "fid_vid", "fvd"),
+        ),
+        Protocol(
+            "native",
+            "1.0",
+            "none",
+            None,
+            "none",
+            "rgb-gaussian",
+            (-1.0, 1.0),
+            16,
+            1,
+            (*_BASIC, "lpips_alex", "lpips_vgg", "fid", "fid_vid", "fvd"),
+        ),
+    )
+}
+
+
+def brought_to_form(picture: np.ndarray, protocol: Protocol, nearest: bool = False) -> np.ndarray:
+    """A picture (h, w, 3) uint8, or a mask (h, w) bool with `nearest`, cropped and resized as the protocol says."""
+    if protocol.crop == "centre square":
+        height, width = picture.shape[:2]
+        side = min(height, width)
+        # Rounded as torchvision's CenterCrop rounds.
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        picture = picture[top : top + side, left : left + side]
+    if protocol.size is None or picture.shape[1::-1] == protocol.size:
+        return picture
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(picture).resize(protocol.size, method))
+
+
+def generated_to_form(picture: np.ndarray, true_size: tuple[int, int], protocol: Protocol) -> np.ndarray:
+    """A generated picture (h, w, 3) uint8 brought to the form of the true one, whose original size is `true_size`.
+
+    Raises:
+        ValueError: a size that the protocol cannot bring to that form.
+    """
+    height, width = picture.shape[:2]
+    if (width, height) == true_size:
+        return brought_to_form(picture, protocol)
+    if protocol.size is not None and width == height:
+        return cv2.resize(picture, protocol.size, interpolation=cv2.INTER_LINEAR)
+    wanted = f"{true_size[0]}x{true_size[1]}" + (", or square" if protocol.size is not None else "")
+    raise ValueError(f"is {width}x{height}; protocol {protocol.name} needs {wanted}")
+
+
+def pixel_measure(
+    name: str, protocol: Protocol, generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
+) -> float:
+    """One measure of kind "pixels" of two pictures in the protocol's form."""
+    if name == "ssim":
+        return ssim(generated, truth, mask, protocol.ssim)
+    measure = {
+        "mae": mean_absolute_error,
+        "l1_historical": historical_l1,
+        "psnr": psnr,
+        "psnr_overflow": overflowing_psnr,
+    }[name]
+    return measure(generated, truth, mask)
