@@ -9,7 +9,7 @@ import numpy as np
 from core.errors import UserError
 from data.pose import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
 from data.pose_files import load_poses
-from data.video import list_images, read_image, read_video
+from data.video import Video, list_images, read_image, read_video
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,26 @@ class Driving:
 
     Attributes:
         frames: (f, h, w, 3) uint8 RGB, or None when only poses were given.
-        poses: f frames.
+        poses: f frames; None when there are pose pictures and no poses were given or wanted.
         masks: (f, persons, h, w) bool, or None.
+        pictures: pose pictures as the model takes them (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn.
+        picture_fps: frames per second of the pose pictures.
     """
 
     frames: np.ndarray | None
-    poses: Poses
+    poses: Poses | None
     masks: np.ndarray | None
+    pictures: np.ndarray | None = None
+    picture_fps: float = 0.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the driving clip."""
+        return self.pictures.shape[2:0:-1] if self.poses is None else self.poses.size
+
+    @property
+    def fps(self) -> float:
+        return self.picture_fps if self.poses is None else self.poses.fps
 
 
 def load_reference(
@@ -86,6 +99,8 @@ def load_driving(
     max_frames: int | None = None,
     stride: int = 1,
     smoothing: float = 0.0,
+    pictures: str | Path | None = None,
+    poses_wanted: bool = True,
 ) -> Driving:
     """Read the driving video; estimate its poses and masks unless they are given.
 
@@ -95,37 +110,71 @@ def load_driving(
         masks: folder with 000000.png (one person) or 000000_p0.png; or None.
         max_frames: frames to use, counted after `stride`.
         stride: use every stride-th frame.
+        pictures: video or folder of pose pictures, one for each frame of the video and of its shape; or None.
+        poses_wanted: False leaves out what is not needed beside `pictures`: the video, its poses and masks.
 
     Raises:
         UserError: unreadable files, counts or sizes that disagree, a video without a person.
     """
+    shown = None if pictures is None else strided_video(pictures, "pose_pictures", max_frames, stride)
+    if shown is not None and not poses_wanted:
+        return Driving(None, None, None, shown.frames, shown.fps)
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
-    video = None
-    if path is not None:
-        needed = None if max_frames is None else (max_frames - 1) * stride + 1
-        video = read_video(path, max_frames=needed, argument="driving")
+    video = None if path is None else strided_video(path, "driving", max_frames, stride)
     if poses is not None:
-        given = load_poses(poses, size=video.size if video else None, fps=video.fps if video else None)
-        if video is not None:
-            given = fitting_poses(given, video.size, "driving_poses")
-            if given.frames < len(video.frames):
-                raise UserError(
-                    f"driving_poses={poses} has {given.frames} frames, driving={path} has {len(video.frames)}"
-                )
-            given = given[: len(video.frames)]
-        used = replace(given[::stride][: max_frames or given.frames], fps=given.fps / stride)
-        found = PoseEstimate(used, None).require_person("driving_poses")
+        given = given_poses(poses, video, max_frames, stride)
+        if video is not None and given.frames < len(video.frames):
+            every = f" at stride={stride}" if stride > 1 else ""
+            raise UserError(
+                f"driving_poses={poses} has {given.frames} frames, driving={path} has {len(video.frames)}{every}"
+            )
+        found = PoseEstimate(given, None).require_person("driving_poses")
     else:
-        found = estimate_poses(video.frames[::stride], video.fps / stride, estimator(), max_persons, smoothing)
+        found = estimate_poses(video.frames, video.fps, estimator(), max_persons, smoothing)
         found.require_person(f"driving={path}")
-    poses_ = found.poses
-    if not (poses_.scores > 0).any():
+    used = found.poses
+    if not (used.scores > 0).any():
         raise UserError(f"driving_poses={poses}: no keypoint of any frame has a score above 0")
-    person_masks = found.masks
+    if shown is not None:
+        used = matching_pictures(used, shown, pictures)
+    person_masks = None if found.masks is None else found.masks[: used.frames]
     if masks is not None:
-        person_masks = read_driving_masks(Path(masks), poses_.frames, poses_.persons, poses_.size, stride)
-    return Driving(video.frames[::stride] if video else None, poses_, person_masks)
+        person_masks = read_driving_masks(Path(masks), used.frames, used.persons, used.size, stride)
+    frames = None if video is None else video.frames[: used.frames]
+    return Driving(frames, used, person_masks, *(() if shown is None else (shown.frames[: used.frames], shown.fps)))
+
+
+def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
+    """Every stride-th frame of a video or folder of pictures, at most `max_frames` of them."""
+    needed = None if max_frames is None else (max_frames - 1) * stride + 1
+    video = read_video(path, max_frames=needed, argument=argument)
+    return video if stride == 1 else Video(video.frames[::stride], video.fps / stride)
+
+
+def given_poses(path: str | Path, video: Video | None, max_frames: int | None, stride: int) -> Poses:
+    """Every stride-th frame of a pose file, in pixels of the video and no more than it has.
+
+    Args:
+        video: what `strided_video` read with the same numbers, or None.
+    """
+    size, fps = (video.size, video.fps * stride) if video else (None, None)
+    poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
+    used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
+    return used if video is None else fitting_poses(used[: len(video.frames)], video.size, "driving_poses")
+
+
+def matching_pictures(poses: Poses, pictures: Video, path: str | Path) -> Poses:
+    """The poses that pose pictures go with; the last few may lack a picture, as tools often lose a frame.
+
+    Raises:
+        UserError: other numbers or another shape.
+    """
+    frames = len(pictures.frames)
+    if abs(poses.frames - frames) > max(2, poses.frames // 50):
+        raise UserError(f"pose_pictures={path} has {frames} frames, the driving clip has {poses.frames}")
+    require_shape(pictures.size, poses.size, f"pose_pictures={path}")
+    return poses[: min(frames, poses.frames)]
 
 
 def fitting_poses(poses: Poses, size: tuple[int, int], argument: str) -> Poses:
@@ -136,10 +185,14 @@ def fitting_poses(poses: Poses, size: tuple[int, int], argument: str) -> Poses:
     """
     if poses.size == tuple(size):
         return poses
-    if abs(poses.size[0] / poses.size[1] * size[1] / size[0] - 1) > 0.02:
-        sizes = f"{poses.size[0]}x{poses.size[1]}, the picture is {size[0]}x{size[1]}"
-        raise UserError(f"{argument} are for {sizes}")
+    require_shape(poses.size, size, argument)
     return poses.resized(tuple(size))
+
+
+def require_shape(given: tuple[int, int], size: tuple[int, int], what: str) -> None:
+    """UserError when the aspect ratios of two (width, height) differ by more than rounding."""
+    if abs(given[0] / given[1] * size[1] / size[0] - 1) > 0.02:
+        raise UserError(f"{what} are for {given[0]}x{given[1]}, the picture is {size[0]}x{size[1]}")
 
 
 def read_reference_masks(path: Path, persons: int, size: tuple[int, int]) -> np.ndarray:

@@ -67,6 +67,7 @@ class VideoReader:
     Attributes:
         fps: frames per second.
         size: (width, height).
+        constant_rate: False where frames of the file have truly different durations.
 
     Raises:
         UserError: missing, not a video, empty; while reading: damaged or cut short, with the number of the frame.
@@ -81,7 +82,7 @@ class VideoReader:
         interval = self._source.duration / len(times)
         grid = np.arange(len(times)) * interval
         # Time stamps are rounded to the container's clock; half a frame off and more is a truly variable rate.
-        constant = np.abs(times - grid).max() < interval / 2
+        self.constant_rate = constant = bool(np.abs(times - grid).max() < interval / 2)
         # The header's rate is exact, the mean interval as exact as the time stamps.
         nominal = self._source.nominal_fps
         average = nominal if constant and abs(nominal * interval - 1) < 0.01 else 1 / interval

@@ -1,5 +1,7 @@
 """Datasets and loaders from a `DataConfig`. Clip i is a function of (seed, i): resuming is starting at another i."""
 
+import logging
+import os
 from dataclasses import asdict, replace
 
 import torch
@@ -7,8 +9,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from data.clip_cache import CachedClips, ensure_cache
-from data.datasets import RenderedPeople, VideoFolder
+from data.crops import CROPS
+from data.datasets import RenderedPeople
+from data.feature_cache import FeatureCache
+from data.video_folder import VideoFolder
 from training.config import DataConfig
+from training.interruption import ignore_stop_signals
+
+logger = logging.getLogger(__name__)
 
 
 def make_dataset(config: DataConfig, length: int) -> Dataset:
@@ -19,12 +27,17 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
     """
     if len(config.size) != 2 or min(config.size) < 8:
         raise UserError(f"data.size={config.size} must be a width and a height of at least 8 pixels")
+    if config.crop not in CROPS:
+        raise UserError(f"data.crop={config.crop} is not one of {', '.join(CROPS)}")
     if config.cache is None:
         return clips(config, length)
     made = replace(config, num_frames=config.cache_frames if config.num_frames == 1 else config.num_frames)
     of_clips = ("source", "root", "split", "size", "num_frames", "stride", "seed", "cache_clips")
     description = {name: value for name, value in asdict(made).items() if name in of_clips}
-    folder = ensure_cache(clips(made, config.cache_clips), description, config.cache, config.workers)
+    source = clips(made, config.cache_clips)
+    if isinstance(source, VideoFolder):
+        description |= {"crop": config.crop, "content": source.digest()}
+    folder = ensure_cache(source, description, config.cache, config.workers)
     return CachedClips(folder, config.num_frames, length, config.seed)
 
 
@@ -34,7 +47,24 @@ def clips(config: DataConfig, length: int) -> Dataset:
     shared = {"size": size, "num_frames": config.num_frames, "stride": config.stride, "seed": config.seed}
     if config.source == "rendered":
         return RenderedPeople(split=config.split, length=length, **shared)
-    return VideoFolder(config.root, length=length, **shared)
+    dataset = VideoFolder(
+        config.root,
+        length=length,
+        crop=config.crop,
+        split=config.split,
+        latents=FeatureCache(config.latents, "latents") if config.latents else None,
+        embeddings=FeatureCache(config.embeddings, "embeddings") if config.embeddings else None,
+        **shared,
+    )
+    left_out = dataset.left_out_summary()
+    if left_out and os.environ.get("RANK", "0") == "0":
+        logger.warning("data.root=%s: %s; `python prepare.py check` says more", config.root, left_out)
+    return dataset
+
+
+def broken_clips(dataset: Dataset) -> int:
+    """Clips of a data set that turned out to be damaged while they were read, and are left out."""
+    return dataset.broken_clips if isinstance(dataset, VideoFolder) else 0
 
 
 def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
@@ -51,5 +81,6 @@ def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0)
         drop_last=True,
         generator=torch.Generator().manual_seed(start),
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_stop_signals,
         prefetch_factor=4 if workers else None,
     )

@@ -1,0 +1,99 @@
+"""Prepare filmed people for training, and look at what there is.
+
+    python prepare.py source=videos/ output=dataset/ [layout=auto] [key=value ...]    poses, masks and a manifest
+    python prepare.py check dataset=dataset/ [size=[512,512]] [num_frames=24]         what is wrong, and what to do
+    python prepare.py latents dataset=dataset/ model=pipeline/ size=[512,512]         cached VAE latents
+    python prepare.py embeddings dataset=dataset/ model=pipeline/ size=[512,512]      cached image embeddings
+
+All of them go on where a killed run stopped, and share their clips among the processes of `accelerate launch` and
+among machines (`num_shards=4 shard=0`); `check` runs once. Known layouts of data sets are shown in `docs/data.md`.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+from core.config import load_config
+from core.errors import UserError, run_command
+from core.files import output_folder
+from data.clip_checks import check_dataset
+from data.clip_facts import CheckConfig
+from data.clip_report import report_table, write_report
+from data.feature_config import FeatureConfig
+from data.layouts import find_clips
+from data.manifest import has_manifest, write_manifest
+from data.pose import PoseEstimator, open_estimator
+from data.preparation import prepare_clips
+from data.provenance import PrepareConfig, hold_out
+from data.shards import process_shard
+
+
+def prepare(arguments: list[str]) -> None:
+    """Poses and masks of a data set's clips, and their manifest."""
+    config = load_config(PrepareConfig, arguments)
+    config.check()
+    shard = process_shard(config.shard, config.num_shards)
+    clips = hold_out(find_clips(Path(config.source).absolute(), config.layout), config.heldout)
+    output = output_folder(config.output).absolute()
+
+    def estimator() -> PoseEstimator:
+        return open_estimator(config.pose)
+
+    done = prepare_clips(shard.part(clips), output, config, estimator, shard.row)
+    manifest = write_manifest(output, [clip.name for clip in clips], clips[0].layout, str(config.source))
+    print(f"layout {clips[0].layout}: {done.prepared} clips prepared, {done.done_before} were done before{shard}")
+    for name, reason in done.left_out.items():
+        print(f"left out: {name}: {reason}")
+    rest = f", {manifest.missing} to be prepared by others" if manifest.missing else ""
+    print(f"{output}: {len(manifest.clips)} clips for training, {len(manifest.left_out)} left out{rest}")
+    if not manifest.clips and not manifest.missing:
+        raise UserError(f"source={config.source}: none of {len(clips)} clips can be used; the reasons are above")
+
+
+def check(arguments: list[str]) -> None:
+    """Report what is wrong with a data set; ends with code 1 when a clip has an error."""
+    config = load_config(CheckConfig, arguments)
+    report = check_dataset(config)
+    print(report_table(report))
+    # What is not ours is not written to unless that is asked for.
+    folder = config.output or (config.dataset if has_manifest(config.dataset) else None)
+    if folder is not None:
+        print("report: {} and {}".format(*write_report(report, Path(folder))))
+    if report.errors:
+        sys.exit(1)
+
+
+def features(kind: str, arguments: list[str]) -> None:
+    """Cached features of one kind."""
+    # Networks take seconds to import, which the other tasks need not wait for.
+    from training.feature_making import make_features
+
+    config = load_config(FeatureConfig, arguments)
+    shard = process_shard(config.shard, config.num_shards)
+    made = make_features(kind, config, shard)
+    for name, reason in made.left_out.items():
+        print(f"left out: {name}: {reason}")
+    again = "".join(f", {count} of them again ({reason})" for reason, count in made.again.items())
+    print(f"{made.folder}: {kind} of {made.made} clips made{again}, {made.current} were there{shard}")
+
+
+TASKS = {
+    "check": check,
+    "latents": lambda arguments: features("latents", arguments),
+    "embeddings": lambda arguments: features("embeddings", arguments),
+}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        task, *rest = arguments
+        if task not in TASKS:
+            nearest = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown task {task!r}; the nearest known one is {nearest!r}")
+        TASKS[task](rest)
+        return
+    prepare(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)
