@@ -43,9 +43,13 @@ class InferConfig(SamplingConfig):
     """What to animate, and how; `SamplingConfig` has everything about sampling.
 
     reference, driving: picture and video; both absent: the shipped samples.
+    pose_pictures: video or folder of pose pictures as the model takes them, one for each frame of the driving video:
+        DensePose for MagicAnimate, which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
     output: folder for the results.
     pairs: file with one JSON object a line that overrides reference, driving, output and the pose and mask inputs.
     model: saved pipeline folder; null is the shipped small model.
+    lora: folder of low-rank adapters, as `train.py trainable=lora lora.export=separate` writes it; lora_scale: their
+        weight, 1 as trained. Adapters in the model folder's own `lora` are used without being named.
     device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
     """
 
@@ -54,8 +58,11 @@ class InferConfig(SamplingConfig):
     output: str = "outputs/demo"
     pairs: str | None = None
     model: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
     reference_poses: str | None = None
     driving_poses: str | None = None
+    pose_pictures: str | None = None
     reference_mask: str | None = None
     driving_masks: str | None = None
     device: str = "auto"
@@ -64,7 +71,16 @@ class InferConfig(SamplingConfig):
     tpc: TPCOptions = field(default_factory=TPCOptions)
 
 
-PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "reference_mask", "driving_masks")
+PAIR_KEYS = (
+    "reference",
+    "driving",
+    "output",
+    "reference_poses",
+    "driving_poses",
+    "pose_pictures",
+    "reference_mask",
+    "driving_masks",
+)
 
 
 def sample_jobs(config: InferConfig) -> list[InferConfig]:
@@ -103,7 +119,7 @@ def jobs_of(config: InferConfig) -> list[InferConfig]:
     """Everything to animate."""
     if config.pairs is not None:
         return listed_jobs(config)
-    if config.reference is None and config.driving is None and config.driving_poses is None:
+    if not any((config.reference, config.driving, config.driving_poses, config.pose_pictures)):
         return sample_jobs(config)
     if config.reference is None:
         raise UserError("reference= is required beside driving=")
@@ -114,8 +130,18 @@ def check_inputs(job: InferConfig) -> None:
     """What can be known before the model is loaded."""
     existing_file(job.reference, "reference")
     if job.driving is None and job.driving_poses is None:
-        raise UserError("driving= is required beside reference=")
+        if job.pose_pictures is None:
+            raise UserError("driving= is required beside reference=")
+        if job.tpc.enabled:
+            raise UserError("TPC needs driving= or driving_poses= beside pose_pictures=; tpc.enabled=false does not")
     output_folder(job.output)
+
+
+def check_pose_pictures(job: InferConfig, pipeline: AnimationPipeline) -> None:
+    """Refuse to give a model drawn figures that it cannot read."""
+    if job.pose_pictures is None and pipeline.pose_kind != "OpenPose":
+        kind = f"model={job.model} reads {pipeline.pose_kind} pictures"
+        raise UserError(f"pose_pictures= is required, a video or a folder of pictures: {kind}")
 
 
 def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
@@ -142,6 +168,8 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
             job.num_frames,
             job.stride,
             job.pose.smoothing,
+            pictures=job.pose_pictures,
+            poses_wanted=job.tpc.enabled,
         )
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
     save_config(job, output / "config.yaml")
@@ -161,8 +189,10 @@ def main(arguments: list[str]) -> None:
     for job in jobs:
         check_inputs(job)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
-    pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype).to(device)
+    pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    for job in jobs:
+        check_pose_pictures(job, pipeline)
     with state.split_between_processes(jobs) as mine:
         for job in mine:
             if config.pairs is not None and (Path(job.output) / "result.json").is_file():

@@ -35,6 +35,7 @@ class SamplingConfig:
     seed: of the initial noise.
     steps: denoising steps; guidance_scale: 1 switches classifier-free guidance off and halves the time.
     window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
+    shift_windows: move the windows at every step, so that no frame is always at a window's end.
     compare: also sample without TPC, for the comparison.
     """
 
@@ -46,6 +47,7 @@ class SamplingConfig:
     guidance_scale: float = 2.0
     window_size: int | None = None
     window_overlap: int = 4
+    shift_windows: bool = False
     compare: bool = True
 
     def check(self) -> None:
@@ -119,6 +121,7 @@ def animate(
     sampling: SamplingConfig,
     tpc: CalibrationConfig | None,
     watch: Stopwatch | None = None,
+    show_progress: bool = True,
 ) -> Animation:
     """Animate a reference with a driving clip.
 
@@ -126,18 +129,18 @@ def animate(
         reference: with poses when `tpc` is given.
         tpc: None runs without calibration.
         watch: gets the seconds of every stage.
+        show_progress: draw progress bars.
 
     Raises:
         UserError: a size that the model cannot do.
     """
     watch = watch or Stopwatch()
-    size = model_size(pipeline, sampling, driving.poses.size)
-    frame_map = fit_matrix(driving.poses.size, size, "cover")
+    size = model_size(pipeline, sampling, driving.size)
+    frame_map = fit_matrix(driving.size, size, "cover")
     # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
     reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
     picture = apply_fit(reference.image, reference_map, size)
-    poses = driving.poses.mapped(frame_map, size)
-    pose_pictures = np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
+    poses = pose_pictures(driving, frame_map, size)
 
     calibration = None
     if tpc is not None:
@@ -152,28 +155,38 @@ def animate(
                 driving_masks=driving.masks,
                 frame_map=frame_map,
                 reference_map=reference_map,
-                progress=lambda frames: tqdm(frames, desc="calibrating"),
+                progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
             )
 
     def sample(name: str, calibration: Calibration | None) -> np.ndarray:
-        with watch.stage(name), tqdm(total=sampling.steps, desc=name) as progress:
+        with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
             frames = pipeline(
                 picture,
-                pose_pictures,
+                poses,
                 calibration,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 window_size=sampling.window_size,
                 window_overlap=sampling.window_overlap,
+                shift_windows=sampling.shift_windows,
                 generator=torch.Generator().manual_seed(sampling.seed),
-                output_type="np",
+                output_type="uint8",
                 callback_on_step_end=step_counter(progress),
             ).frames
-        return (frames * 255).round().astype(np.uint8)
+        return frames
 
     plain = sample("sampling without TPC", None) if calibration is None or sampling.compare else None
     calibrated = sample("sampling with TPC", calibration) if calibration is not None else None
-    return Animation(picture, pose_pictures, plain, calibrated, calibration, driving.poses.fps)
+    return Animation(picture, poses, plain, calibrated, calibration, driving.fps)
+
+
+def pose_pictures(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pose pictures in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
+    if driving.pictures is not None:
+        matrix = fit_matrix(driving.pictures.shape[2:0:-1], size, "cover")
+        return np.stack([apply_fit(picture, matrix, size) for picture in driving.pictures])
+    poses = driving.poses.mapped(frame_map, size)
+    return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
 
 
 def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:

@@ -54,7 +54,7 @@ class AnimateAnyone(nn.Module):
             timestep: (b,).
             reference_latents: (i, c, h, w). The first b are the clips' references, in order; further ones are
                 calibrated images, as many of every clip, seen where `reference` says so.
-            reference_image: (b, 3, H, W) in [-1, 1], for the image encoder.
+            reference_image: (b, 3, H, W) in [-1, 1], for the image encoder; or what it gave, (b, 1, channels).
             poses: pose pictures, (b, 3, f, H, W) in [0, 1].
             dropped: (b,) bool, samples that train the unconditional half of guidance: no reference, zero context.
             reference: index and flags of what each frame sees (its `tokens` are ignored); None: each clip its own
@@ -64,7 +64,12 @@ class AnimateAnyone(nn.Module):
             Prediction, (b, c, f, h, w).
         """
         batch, _, num_frames, height, width = noisy_latents.shape
-        context = image_context(self.image_encoder, reference_image) * ~dropped[:, None, None]
+        known = reference_image.ndim == 3
+        context = reference_image if known else image_context(self.image_encoder, reference_image)
+        # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
+        dtype = self.denoising_unet.dtype
+        noisy_latents, reference_latents, poses = (x.to(dtype) for x in (noisy_latents, reference_latents, poses))
+        context = context.to(dtype) * ~dropped[:, None, None]
         # Calibrated images come clip by clip; like their clip's reference they are encoded with its embedding.
         per_clip = len(reference_latents) // batch - 1
         contexts = torch.cat([context, context.repeat_interleave(per_clip, dim=0)])

@@ -1,5 +1,7 @@
 """Pictures to latents and back, for both of diffusers' image autoencoders."""
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
@@ -24,10 +26,33 @@ def encode_pictures(vae: VAE, pictures: Tensor, chunk: int | None = None, sample
     return torch.cat(parts) * vae.config.scaling_factor
 
 
+def picture_posterior(vae: VAE, pictures: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (n, c, h, w) each.
+
+    Args:
+        chunk: pictures at a time; None: all at once.
+    """
+    means, deviations = [], []
+    for part in pictures.split(chunk or len(pictures)):
+        encoded = vae.encode(part)
+        if isinstance(vae, AutoencoderTiny):
+            means.append(encoded.latents)
+            deviations.append(torch.zeros_like(encoded.latents))
+        else:
+            means.append(encoded.latent_dist.mean)
+            deviations.append(encoded.latent_dist.std)
+    return torch.cat(means) * vae.config.scaling_factor, torch.cat(deviations) * vae.config.scaling_factor
+
+
 def decode_pictures(vae: VAE, latents: Tensor, chunk: int | None = None) -> Tensor:
     """Scaled latents (n, c, h, w) -> pictures (n, 3, H, W) in about [-1, 1], float32 on the CPU."""
-    parts = (latents / vae.config.scaling_factor).split(chunk or len(latents))
-    return torch.cat([vae.decode(part).sample.float().cpu() for part in parts])
+    return torch.cat(list(decoded_chunks(vae, latents, chunk)))
+
+
+def decoded_chunks(vae: VAE, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    """The pictures of `decode_pictures`, at most `chunk` at a time."""
+    for part in latents.split(chunk or len(latents)):
+        yield vae.decode(part / vae.config.scaling_factor).sample.float().cpu()
 
 
 def vae_factor(vae: VAE) -> int:

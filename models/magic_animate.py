@@ -154,6 +154,7 @@ class MagicAnimatePipeline(AnimationPipeline):
         fusion_blocks: "midup" or "full", the layers in which frames see the reference.
     """
 
+    pose_kind = "DensePose"
     model_cpu_offload_seq = "prompt->reference_net->control_net->denoising_unet->vae"
 
     def __init__(

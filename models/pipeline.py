@@ -19,7 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from models.animate_anyone import AnimateAnyone
 from models.animator import Animator
-from models.latents import decode_pictures, vae_factor
+from models.latents import decode_pictures, decoded_chunks, vae_factor
 from models.pictures import PictureSequence, as_pictures, picture_tensor, resize_pictures
 from models.reference_attention import ReferenceContext
 from models.reference_bank import ReferenceImages
@@ -30,8 +30,8 @@ from tpc import Calibration
 
 @dataclass
 class AnimationPipelineOutput(BaseOutput):
-    """Frames of one clip: list of PIL images, float32 array (f, H, W, 3) in [0, 1], tensor (f, 3, H, W) in [0, 1], or
-    latents (1, c, f, h, w), by `output_type`."""
+    """Frames of one clip, by `output_type`: list of PIL images, array (f, H, W, 3) of float32 in [0, 1] or of uint8,
+    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w)."""
 
     frames: list[Image.Image] | np.ndarray | Tensor
 
@@ -41,11 +41,15 @@ class AnimationPipeline(DiffusionPipeline):
 
     Subclasses have the components of another animator and say in `animator` how the denoising loop uses them.
 
+    Attributes:
+        pose_kind: what its pose pictures are; figures of OpenPose can be drawn from keypoints.
+
     Args:
         window_size: frames that the model was trained on, the default of `__call__`; None: all that its motion
             modules know.
     """
 
+    pose_kind = "OpenPose"
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -110,8 +114,8 @@ class AnimationPipeline(DiffusionPipeline):
             raise ValueError(f"window_size must be 1 to {longest}, the motion modules' length, got {window_size}")
         if not 0 <= window_overlap < window_size:
             raise ValueError(f"window_overlap must be 0 to {window_size - 1}, got {window_overlap}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        if output_type not in ("pil", "np", "uint8", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, uint8, pt or latent, got {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -143,7 +147,18 @@ class AnimationPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: Tensor, chunk_size: int) -> Tensor:
         """Latents (1, c, f, h, w) -> frames (f, 3, H, W) in [-1, 1] on the CPU, a few frames at a time."""
-        return decode_pictures(self.vae, latents[0].transpose(0, 1), chunk_size)
+        return decode_pictures(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size)
+
+    def decode_bytes(self, latents: Tensor, chunk_size: int) -> np.ndarray:
+        """Latents (1, c, f, h, w) -> frames (f, H, W, 3) uint8, a quarter of the memory of `decode_latents`."""
+        num_frames, height, width = latents.shape[2:]
+        frames = np.empty((num_frames, height * self.vae_scale_factor, width * self.vae_scale_factor, 3), np.uint8)
+        done = 0
+        for chunk in decoded_chunks(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size):
+            pictures = self.video_processor.postprocess(chunk, "np")
+            frames[done : done + len(chunk)] = (pictures * 255).round()
+            done += len(chunk)
+        return frames
 
     @torch.no_grad()
     def __call__(
@@ -183,7 +198,7 @@ class AnimationPipeline(DiffusionPipeline):
                 window a step.
             generator: source of the initial noise; a CPU generator gives the same noise on every device.
             latents: initial noise, (1, c, f, h, w), instead of drawing it.
-            output_type: "pil", "np", "pt" or "latent".
+            output_type: "pil", "np", "uint8", "pt" or "latent"; "uint8" takes least memory, for long clips.
             return_dict: False returns a tuple.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every step; what it
                 returns replaces the tensors.
@@ -223,12 +238,15 @@ class AnimationPipeline(DiffusionPipeline):
         condition = animator.pose_condition(PictureSequence(poses, (width, height), device, dtype), context)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self.prepare_latents(num_frames, (width, height), dtype, generator, latents)
+        # The scheduler's many small steps, and the same noise for every number format, want single precision.
+        latents = self.prepare_latents(
+            num_frames, (width, height), torch.promote_types(dtype, torch.float32), generator, latents
+        )
         latent_size = tuple(latents.shape[-2:])
         grids = self.denoising_unet.attention_grids(*latent_size)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                sample = self.scheduler.scale_model_input(latents, timestep)
+                sample = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 prediction = torch.zeros_like(latents)
                 at_step = condition.at_step(sample, timestep)
                 shift = step_shift(step) if shift_windows else 0.0
@@ -256,6 +274,8 @@ class AnimationPipeline(DiffusionPipeline):
 
         if output_type == "latent":
             frames = latents
+        elif output_type == "uint8":
+            frames = self.decode_bytes(latents, decode_chunk_size)
         else:
             frames = self.decode_latents(latents, decode_chunk_size)
             frames = self.video_processor.postprocess(frames, output_type)

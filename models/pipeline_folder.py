@@ -12,6 +12,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from models.checkpoints.folders import load_folder
+from models.lora import FOLDER as LORA_FOLDER
+from models.lora import load_lora
 from models.magic_animate import MagicAnimatePipeline, PromptEmbedding
 from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
@@ -33,8 +35,17 @@ NETWORKS = {
 }
 
 
-def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> AnimationPipeline:
+def load_pipeline(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+) -> AnimationPipeline:
     """Load a pipeline from a local folder; nothing is downloaded, and every tensor must be there.
+
+    Args:
+        lora: folder of adapters that are added to the weights; those in the pipeline folder's own `lora` always are.
+        lora_scale: weight of all adapters; 1 as they were trained.
 
     Raises:
         UserError: the folder is missing, is not a pipeline, lacks a component, or its weights do not fit.
@@ -51,7 +62,11 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Ani
             arguments[name] = load_component(folder, name, index.get(name), dtype)
         elif name in index:
             arguments[name] = index[name]
-    return kind(**arguments)
+    pipeline = kind(**arguments)
+    for adapters in (folder / LORA_FOLDER if (folder / LORA_FOLDER).is_dir() else None, lora):
+        if adapters is not None:
+            load_lora(pipeline, adapters, lora_scale)
+    return pipeline
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-# A hidden pair's logit falls by this much: exp(-3e4) is zero in every dtype, and the value itself fits into float16.
-HIDDEN_LOGIT = 3.0e4
+from tpc.attention import masked_attention
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class ReferenceContext:
         index: (b*f, k) long, the images that a frame sees; its keys are [own n | image 0: r | ... | image k-1: r].
         query_flags: number of query tokens of a layer -> (b*f, n, g), or None when every key is visible.
         key_flags: the same number -> (b*f, n + k*r, g). A query is blind to a key iff the product of their flags,
-            summed over g, is positive. A mask that is a sum of outer products needs no (n, n + k*r) tensor that way.
+            summed over g, is positive; see `tpc.attention`.
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
     """
@@ -85,9 +84,10 @@ class PlainProcessor(AttnProcessor2_0):
             return super().__call__(attn, hidden_states, attention_mask=attention_mask)
         frames = len(hidden_states) // len(encoder_hidden_states)
         value = attn.to_v(encoder_hidden_states).repeat_interleave(frames, dim=0)  # (b*f, tokens, c)
-        # One token gets all the attention, whatever the queries. While training, they keep their gradient of zero,
-        # because DDP waits for every trainable parameter's.
-        if encoder_hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
+        # One token gets all the attention, whatever the queries. Where these are trained nevertheless they keep their
+        # gradient of zero, because DDP waits for every trainable parameter's.
+        trained = torch.is_grad_enabled() and attn.to_q.weight.requires_grad
+        if encoder_hidden_states.shape[1] == 1 and not trained:
             return (
                 attn.to_out[1](attn.to_out[0](value)) / attn.rescale_output_factor
             )  # (b*f, 1, c), the same for every query
@@ -145,8 +145,11 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         if reference is None or not reference.names(self.layer):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         query, key, value = (split_heads(part, attn.heads) for part in self.project(attn, hidden_states, reference))
-        query, key, value = with_flags(query, key, value, reference)
-        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)[..., : self.head_dim(attn)]
+        if reference.query_flags is None:
+            out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        else:
+            flags = reference.query_flags[query.shape[2]], reference.key_flags[query.shape[2]]
+            out = masked_attention(query, key, value, *flags, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
@@ -163,38 +166,10 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         value = torch.cat([attn.to_v(hidden_states), value], dim=1)
         return attn.to_q(hidden_states), key, value
 
-    @staticmethod
-    def head_dim(attn: Attention) -> int:
-        return attn.inner_dim // attn.heads
-
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """(b, n, heads*d) -> (b, heads, n, d)"""
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def with_flags(
-    query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Append the visibility flags as channels, so that plain attention gives hidden pairs no weight.
-
-    All of shape (b*f, heads, tokens, d) -> (b*f, heads, tokens, d'), d' the next multiple of eight of d + g, which
-    the fused kernels want. Values are padded with zeros.
-    """
-    num_queries, head_dim = query.shape[2:]
-    if reference.query_flags is None:
-        return query, key, value
-    query_flags, key_flags = reference.query_flags[num_queries], reference.key_flags[num_queries]
-    padded = -(-(head_dim + query_flags.shape[-1]) // 8) * 8
-    penalty = -HIDDEN_LOGIT * head_dim**0.5  # attention divides logits by the root of the original head dimension
-    heads = query.shape[1]
-
-    def widen(tokens: Tensor, flags: Tensor) -> Tensor:
-        flags = flags.to(tokens.dtype)[:, None].expand(-1, heads, -1, -1)
-        tokens = torch.cat([tokens, flags], dim=-1)
-        return F.pad(tokens, (0, padded - tokens.shape[-1]))
-
-    return widen(query, query_flags * penalty), widen(key, key_flags), F.pad(value, (0, padded - head_dim))
 
 
 def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], AttnProcessor2_0]) -> None:

@@ -2,15 +2,12 @@
 
 from diffusers import DDIMScheduler
 
-# What each family's inference uses. AnimateAnyone (Moore) was trained with scaled_linear betas and samples with linear
-# ones; its released weights are used as released.
+# What each family's inference uses. AnimateAnyone (Moore) and MusePose were trained with scaled_linear betas and
+# sample with linear ones; their released weights are used as released.
+VELOCITY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 SCHEDULES = {
-    "animate_anyone": {
-        "beta_schedule": "linear",
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-    },
+    "animate_anyone": {"beta_schedule": "linear", **VELOCITY},
+    "musepose": {"beta_schedule": "linear", **VELOCITY},
     "magic_animate": {
         "beta_schedule": "linear",
         "prediction_type": "epsilon",
@@ -18,12 +15,7 @@ SCHEDULES = {
         "timestep_spacing": "leading",
     },
     # What training from Stable Diffusion starts with; the training configuration replaces it by its own.
-    "stable_diffusion": {
-        "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-    },
+    "stable_diffusion": {"beta_schedule": "scaled_linear", **VELOCITY},
 }
 
 

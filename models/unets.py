@@ -7,6 +7,7 @@ diffusers does, the class says so.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 
@@ -284,6 +285,15 @@ class DenoisingUNet(UNetMotionModel):
     def motion_parameters(self) -> list[nn.Parameter]:
         """The parameters of all motion modules: what the second training stage trains."""
         return [parameter for name, parameter in self.named_parameters() if "motion_modules" in name]
+
+
+def one_token_parameters(unet: nn.Module) -> list[str]:
+    """Names of the parameters that cross-attention to a single token does not depend on: its queries and keys.
+
+    Softmax over one key is 1 whatever they are, so their gradient is zero; only weight decay would ever move them.
+    """
+    unread = re.compile(r"\.attn2\.to_[qk]\.|\.transformer_blocks\.\d+\.norm2\.")
+    return [name for name, _ in unet.named_parameters() if unread.search(name) and "motion_modules" not in name]
 
 
 class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):

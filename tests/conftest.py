@@ -7,7 +7,8 @@ import torch
 
 # Before any import of a hub client: tests never reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+# Small tensors gain nothing from a second thread, and two that wait for each other stall on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -43,6 +44,21 @@ MANIFESTS = {
 def published_tensors(file: str, seed: int = 1) -> dict[str, Tensor]:
     """What a small version of a published file holds."""
     return synthetic_tensors(MANIFESTS[file](), seed)
+
+
+def write_weights(folder: Path) -> None:
+    """Small files of AnimateAnyone and MagicAnimate, under the names and in the wrappings of the publishers."""
+    for file in ("denoising_unet", "motion_module", "reference_unet", "pose_guider"):
+        torch.save(published_tensors(file), folder / f"{file}.pth")
+    for file in ("appearance_encoder", "densepose_controlnet"):
+        (folder / file).mkdir()
+        save_file(published_tensors(file), folder / file / "diffusion_pytorch_model.safetensors")
+    (folder / "temporal_attention").mkdir()
+    unet = {f"module.{name}": tensor for name, tensor in published_tensors("temporal_attention").items()}
+    torch.save({"state_dict": unet, "global_step": 3}, folder / "temporal_attention" / "temporal_attention.ckpt")
+    small_image_encoder().save_pretrained(folder / "image_encoder")
+    small_text_encoder().save_pretrained(folder / "text_encoder")
+    small_vae().save_pretrained(folder / "sd-vae-ft-mse")
 
 
 def fixtures_folder() -> Path:

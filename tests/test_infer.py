@@ -15,6 +15,7 @@ from data.datasets import RenderedPeople
 from data.pose import Poses
 from data.video import read_video, video_metadata, write_video
 from tests.clips import save_rendered_pair
+from tests.published import small_magic_pipeline
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["steps=2", "num_frames=3", "size=[32,32]"]
@@ -107,6 +108,54 @@ def test_driving_poses_alone_are_enough(model, inputs, tmp_path):
     arguments = [a for a in given(inputs) if not a.startswith(("driving=", "driving_masks="))]
     infer.main([*arguments, model, f"output={tmp_path / 'o'}", *QUICK])
     assert (tmp_path / "o" / "result.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def magic_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("magic")
+    small_magic_pipeline().save_pretrained(folder)
+    return f"model={folder}"
+
+
+@pytest.fixture(scope="module")
+def densepose(inputs, tmp_path_factory) -> Path:
+    """Pictures of parts in flat colours, as DensePose draws them: a folder of 6 and a video."""
+    folder = tmp_path_factory.mktemp("densepose")
+    (folder / "pictures").mkdir()
+    frames = read_video(inputs / "driving.mp4").frames // 64 * 64
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / "pictures" / f"{number:04d}.png")
+    write_video(folder / "video.mp4", frames, 8.0)
+    return folder
+
+
+def test_densepose_pictures_drive_magic_animate(magic_model, inputs, densepose, tmp_path):
+    """A video alone without TPC; a folder, with the driving clip's poses, with TPC."""
+    reference = f"reference={inputs / 'reference.png'}"
+    plain = [
+        reference,
+        f"pose_pictures={densepose / 'video.mp4'}",
+        "tpc.enabled=false",
+        f"output={tmp_path / 'plain'}",
+    ]
+    infer.main([*plain, magic_model, *QUICK])
+    assert read_video(tmp_path / "plain" / "animation.mp4").frames.shape == (3, 32, 32, 3)
+    shown = np.asarray(Image.open(tmp_path / "plain" / "comparison.png"))[26:276, 264:516]
+    first = Image.fromarray(read_video(densepose / "video.mp4").frames[0]).resize((256, 256))
+    assert np.abs(shown.mean((0, 1)) - np.asarray(first).mean((0, 1))).max() < 12
+
+    pictures = f"pose_pictures={densepose / 'pictures'}"
+    infer.main([*given(inputs), pictures, magic_model, f"output={tmp_path / 'tpc'}", "compare=false", *QUICK])
+    written = json.loads((tmp_path / "tpc" / "result.json").read_text())
+    assert written["calibration"]["calibrated"] == 3 and written["frames"] == 3
+
+
+def test_pose_pictures_take_the_place_of_drawn_figures(model, inputs, densepose, tmp_path):
+    common = [*given(inputs), model, "tpc.enabled=false", "steps=1", "num_frames=2", "size=[32,32]"]
+    infer.main([*common, f"output={tmp_path / 'drawn'}"])
+    infer.main([*common, f"pose_pictures={densepose / 'pictures'}", f"output={tmp_path / 'given'}"])
+    drawn, given_ = (read_video(tmp_path / name / "animation.mp4").frames for name in ("drawn", "given"))
+    assert drawn.shape == given_.shape and not np.array_equal(drawn, given_)
 
 
 def test_odd_shapes_and_default_size(model, inputs, tmp_path):
@@ -213,6 +262,15 @@ class TestBadInput:
     def test_only_one_of_two(self, model, inputs, tmp_path):
         self.fails([given(inputs)[0], model], "driving= is required", tmp_path / "o")
         self.fails([given(inputs)[1], model], "reference= is required", tmp_path / "o")
+
+    def test_models_that_no_figure_can_be_drawn_for(self, magic_model, inputs, densepose, tmp_path):
+        self.fails([*given(inputs), magic_model, *QUICK], "pose_pictures= is required.*DensePose", tmp_path / "o")
+        pictures = [given(inputs)[0], f"pose_pictures={densepose / 'video.mp4'}"]
+        self.fails([*pictures, magic_model], "TPC needs driving= or driving_poses=", tmp_path / "o")
+        self.fails([pictures[1], magic_model], "reference= is required", tmp_path / "o")
+        self.fails(
+            [pictures[0], "pose_pictures=nowhere", "tpc.enabled=false", magic_model], "pose_pictures=nowhere", tmp_path
+        )
 
     def test_lists_with_mistakes(self, model, tmp_path):
         pairs = tmp_path / "pairs.jsonl"

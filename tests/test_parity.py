@@ -201,7 +201,7 @@ def magic_fixture() -> Fixture:
         "text_embeds": torch.randn(1, 3, 24),
         "pose_images": torch.rand(3, 3, 12, 8),
         "noisy_latents": torch.randn(2, 4, 3, 6, 4),
-        "timestep": torch.tensor([500]),
+        "timestep": torch.tensor([500, 20]),
     }
     return own_fixture(
         MAGIC, inputs, {"reference_tokens_5": "input of mid_block.attentions.0.transformer_blocks.0.attn1"}

@@ -1,9 +1,12 @@
 """The pipeline: inputs and outputs of every kind, windows, guidance, calibration, save and load."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.pose import Poses
@@ -11,6 +14,7 @@ from models.pipeline import AnimationPipeline, as_pictures
 from models.pipeline_folder import COMPONENTS, load_pipeline
 from models.reference_attention import reference_layers
 from models.reference_bank import ReferenceImages
+from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
 
 SIZE = (32, 24)
@@ -78,6 +82,8 @@ def test_kinds_of_output_agree(tiny_pipeline, reference, poses):
     array = run(tiny_pipeline, reference, poses, output_type="np")
     images = run(tiny_pipeline, reference, poses, output_type="pil")
     latents = run(tiny_pipeline, reference, poses, output_type="latent")
+    numbers = run(tiny_pipeline, reference, poses, output_type="uint8", decode_chunk_size=2)
+    assert np.array_equal(numbers, np.stack([np.asarray(image) for image in images]))
     assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     assert np.abs(np.stack([np.asarray(i) for i in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
     assert latents.shape == (1, 4, 5, 6, 8)
@@ -100,6 +106,34 @@ def test_reference_and_poses_matter(tiny_pipeline, reference, poses):
 def test_any_length(tiny_pipeline, reference, poses, num_frames):
     clip = np.resize(poses, (num_frames, *poses.shape[1:]))
     assert run(tiny_pipeline, reference, clip, window_overlap=2).shape == (num_frames, 3, 24, 32)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made, those of a whole clip's latents left out."""
+
+    def __init__(self, latents: int):
+        super().__init__()
+        self.latents, self.numel = latents, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numel = max(self.numel, tensor.numel() if tensor.numel() != self.latents else 0)
+        return result
+
+
+@pytest.mark.parametrize(("animator", "lengths"), [("animate_anyone", (258, 282)), ("magic_animate", (34, 58))])
+def test_memory_does_not_grow_with_the_clip(tiny_pipeline, reference, poses, animator, lengths):
+    """Beyond its latents, and beyond the 256 frames up to which pose features are kept."""
+    pipeline = tiny_pipeline if animator == "animate_anyone" else small_magic_pipeline()
+    largest = []
+    for num_frames in lengths:
+        clip = np.resize(poses, (num_frames, *poses.shape[1:]))
+        with LargestTensor(num_frames * 4 * 6 * 8) as seen:
+            run(pipeline, reference, clip, 0, "uint8", num_inference_steps=1, window_size=8, guidance_scale=1)
+        largest.append(seen.numel)
+    assert largest[0] == largest[1] > 1000
 
 
 def test_one_window_of_all_frames_is_no_window(tiny_pipeline, reference, poses):
@@ -138,6 +172,23 @@ def test_callback_sees_every_step_and_may_replace_latents(tiny_pipeline, referen
     latents = run(tiny_pipeline, reference, poses, output_type="latent", callback_on_step_end=callback)
     assert [step for step, _ in seen] == [0, 1] and seen[0][1] == 999
     assert latents.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_latents_in_single(tiny_pipeline, reference, poses, dtype):
+    """Networks compute in the pipeline's number format, the scheduler in single precision, from the same noise."""
+    half, started = deepcopy(tiny_pipeline).to(dtype), []
+
+    def callback(pipeline, step, timestep, tensors):
+        started.append(tensors["latents"])
+        return tensors
+
+    arguments = {"output_type": "latent", "num_inference_steps": 4}
+    latents = run(half, reference, poses, **arguments, callback_on_step_end=callback)
+    assert latents.dtype == torch.float32 and {value.dtype for value in started} == {torch.float32}
+    expected = run(tiny_pipeline, reference, poses, **arguments)
+    assert (latents - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert run(half, reference, poses, output_type="uint8").dtype == np.uint8
 
 
 def test_given_latents_are_used(tiny_pipeline, reference, poses):

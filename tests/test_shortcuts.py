@@ -1,130 +1,39 @@
-"""What saves work in inference changes no result: each shortcut, and all together, against the plain computation.
+"""What saves work in inference changes no result: each shortcut alone, and all together, against the definition.
 
-The plain computation encodes every image again for every frame that sees it, repeats tokens and context over frames,
-projects them everywhere, masks densely, and takes the softmax by definition.
+`tests/plain.py` is the denoising loop by definition.
 """
 
 from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from data.pose import Poses
 from models.animate_anyone import PoseFeatures
-from models.latents import encode_pictures
+from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
+from models.latents import decode_pictures, encode_pictures
 from models.magic_animate import ControlCondition, control_residuals
 from models.pictures import PictureSequence, as_pictures
 from models.reference_attention import (
     ReferenceContext,
+    ReferenceReadProcessor,
     ReferenceWriteProcessor,
     same_reference,
     set_reference_processors,
 )
 from models.reference_bank import ReferenceImages
-from models.windows import context_windows, window_weights
+from models.windows import context_windows
+from tests.plain import SHORTCUTS, plain_animation, plain_unet
 from tests.published import small_magic_pipeline
-from tpc import CalibrationConfig, calibrate
-from tpc.attention import frame_visibility
+from tpc import Calibration, CalibrationConfig, calibrate
 
 SIZE, LATENTS, FRAMES, STEPS, GUIDANCE = (32, 24), (6, 8), 5, 2, 3.0
-
-
-class PlainAttention(AttnProcessor2_0):
-    """Attention by definition: everything repeated for every frame, a dense mask, a softmax."""
-
-    def __init__(self, layer: str):
-        super().__init__()
-        self.layer = layer
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *, reference=None):
-        seen, visible = hidden_states, None
-        if encoder_hidden_states is not None:
-            frames = len(hidden_states) // len(encoder_hidden_states)
-            seen = encoder_hidden_states.repeat_interleave(frames, dim=0)
-        elif reference is not None and self.layer in reference.tokens:
-            seen = torch.cat([hidden_states, reference.tokens[self.layer][reference.index].flatten(1, 2)], dim=1)
-            if reference.query_flags is not None:
-                tokens = hidden_states.shape[1]
-                visible = reference.query_flags[tokens] @ reference.key_flags[tokens].transpose(1, 2) == 0
-        parts = (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen))
-        heads = []
-        for query, key, value in zip(*(part.chunk(attn.heads, dim=-1) for part in parts), strict=True):
-            logits = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
-            if visible is not None:
-                logits = logits.masked_fill(~visible, -torch.inf)
-            heads.append(logits.softmax(-1) @ value)
-        return attn.to_out[0](torch.cat(heads, dim=-1))
-
-
-def plain_unet(unet):
-    """The same weights with attention by definition."""
-    plain = deepcopy(unet)
-    processors = plain.attn_processors
-    for name in processors:
-        if "motion_modules" not in name:
-            processors[name] = PlainAttention(name.removesuffix(".processor"))
-    plain.set_attn_processor(processors)
-    return plain
-
-
-@torch.no_grad()
-def plain_animation(pipeline, reference, poses, calibration, latents, window_size, overlap) -> Tensor:
-    """Latents of the denoising loop without any shortcut."""
-    animator, dtype = pipeline.animator(), pipeline.denoising_unet.dtype
-    animator.denoising_unet = plain_unet(pipeline.denoising_unet)
-    reference = as_pictures(reference, "reference").to(dtype) * 2 - 1
-    poses = as_pictures(poses, "poses").to(dtype)
-    context = animator.encode_context(reference)
-    grids = pipeline.denoising_unet.attention_grids(*LATENTS)
-    windows = context_windows(FRAMES, window_size, overlap)
-    pipeline.scheduler.set_timesteps(STEPS)
-    for step, timestep in enumerate(pipeline.scheduler.timesteps):
-        total = torch.zeros_like(latents)
-        for window, weight in zip(windows, window_weights(windows, FRAMES), strict=True):
-            sample = latents[:, :, window.start : window.stop]
-            members = np.zeros((FRAMES, 0), int) if calibration is None else calibration.index(step)
-            members = members[window.start : window.stop]
-            pictures = [reference]
-            for image in members.ravel():  # one for every frame and person, however often it occurs
-                pictures.append(reference if image < 0 else picture_of(calibration, image).to(reference))
-            at = timestep if animator.reference_follows_timestep else 0
-            written = [animator.encode_reference(encode_pictures(pipeline.vae, p), at, context) for p in pictures]
-            index = 1 + torch.arange(members.size).reshape(members.shape)
-            index = torch.cat([torch.zeros(len(window), 1, dtype=torch.long), index], dim=1)
-            flags = None
-            if calibration is not None:
-                flags = frame_visibility(calibration, window, members, LATENTS, grids)
-            seen = ReferenceContext(
-                tokens={layer: torch.cat([tokens[layer] for tokens in written]) for layer in written[0]},
-                index=index,
-                query_flags=None if flags is None else flags.query,
-                key_flags=None if flags is None else flags.key,
-            )
-            pose = plain_pose(pipeline, sample, timestep, context, poses[window.start : window.stop])
-            conditional = animator.predict(sample, timestep, context, pose, seen)
-            unconditional = animator.predict(sample, timestep, animator.null_context(context), pose, None)
-            guided = unconditional + GUIDANCE * (conditional - unconditional)
-            total[:, :, window.start : window.stop] += guided * weight.to(dtype)[:, None, None]
-        latents = pipeline.scheduler.step(total, timestep, latents).prev_sample
-    return latents
-
-
-def picture_of(calibration, image: int) -> Tensor:
-    return torch.from_numpy(calibration.images[int(image)]).permute(2, 0, 1)[None].double() / 127.5 - 1
-
-
-def plain_pose(pipeline, sample, timestep, context, poses):
-    """Pose features, or ControlNet residuals, of these frames one by one."""
-    if hasattr(pipeline, "pose_guider"):
-        return torch.cat([pipeline.pose_guider(pose[None, :, None]) for pose in poses], dim=2)
-    frames = [
-        control_residuals(pipeline.control_net, sample[:, :, [i]], timestep, context, pose[None])
-        for i, pose in enumerate(poses)
-    ]
-    return [torch.cat(parts) for parts in zip(*frames, strict=True)]
+# Persons calibrated, window: without TPC, with it, with two persons of whom one is away at times.
+SETTINGS = [(0, 3), (1, 5), (2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +41,7 @@ def magic_pipeline():
     return small_magic_pipeline()
 
 
-@pytest.fixture(params=["animate_anyone", "magic_animate"])
+@pytest.fixture(scope="module", params=["animate_anyone", "magic_animate"])
 def pipeline(request, tiny_pipeline, magic_pipeline):
     return tiny_pipeline if request.param == "animate_anyone" else magic_pipeline
 
@@ -157,58 +66,75 @@ def people(num_frames: int, persons: int, offset: float) -> Poses:
     return Poses(keypoints, scores, (64, 64), 25.0)
 
 
-def calibration_of(persons: int, **config):
+@cache
+def calibration_of(persons: int) -> Calibration | None:
     if not persons:
         return None
     picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     matrix = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
-    config = CalibrationConfig(groups=2, **config)
-    return calibrate(
-        picture,
-        people(1, persons, 0),
-        people(FRAMES, persons, 2),
-        SIZE,
-        config,
-        frame_map=matrix,
-        reference_map=matrix,
-    )
+    driving, config = people(FRAMES, persons, 2), CalibrationConfig(groups=2)
+    maps = {"frame_map": matrix, "reference_map": matrix}
+    return calibrate(picture, people(1, persons, 0), driving, SIZE, config, **maps)
 
 
 def noise(dtype=torch.float32) -> Tensor:
     return torch.randn(1, 4, FRAMES, *LATENTS, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def run(pipeline, pictures, calibration, latents, **arguments) -> Tensor:
+def run(pipeline, pictures, persons, window=3, dtype=torch.float32, output_type="latent") -> Tensor:
     return pipeline(
         *pictures,
-        calibration,
+        calibration_of(persons),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        latents=latents,
-        output_type="latent",
-        **arguments,
+        latents=noise(dtype),
+        output_type=output_type,
+        window_size=window,
+        window_overlap=1,
     ).frames
 
 
-@pytest.mark.parametrize("persons", [0, 1, 2])
-@pytest.mark.parametrize("window", [5, 3])
-def test_all_shortcuts_together(pipeline, pictures, persons, window):
-    """In double precision, where rounding hides nothing; in single precision within 1e-5 of the latents' size."""
+@pytest.fixture(scope="module")
+def plain(pipeline, pictures):
+    """(persons, window) -> latents of the denoising loop without any shortcut."""
+
+    @cache
+    def compute(persons: int, window: int, dtype=torch.float32) -> Tensor:
+        model = pipeline if dtype == torch.float32 else deepcopy(pipeline).to(dtype)
+        return plain_animation(
+            model, *pictures, calibration_of(persons), noise(dtype), window, 1, STEPS, GUIDANCE, frozenset()
+        )
+
+    return compute
+
+
+@pytest.mark.parametrize(("persons", "window"), [(0, 3), (2, 3)])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_each_shortcut_alone(pipeline, plain, pictures, shortcut, persons, window):
+    """Within 1e-5 of the latents' size, in single precision."""
     calibration = calibration_of(persons)
-    if persons:
-        assert calibration.used(STEPS).size > 1
-    plain = plain_animation(
-        deepcopy(pipeline).to(torch.float64), *pictures, calibration, noise(torch.float64), window, 1
+    with_it = plain_animation(
+        pipeline, *pictures, calibration, noise(), window, 1, STEPS, GUIDANCE, SHORTCUTS[shortcut]
     )
-    double = deepcopy(pipeline).to(torch.float64)
-    ours = run(double, pictures, calibration, noise(torch.float64), window_size=window, window_overlap=1)
-    scale = plain.abs().max()
-    assert (ours - plain).abs().max() < 1e-6 * scale
-    single = run(pipeline, pictures, calibration, noise(), window_size=window, window_overlap=1)
-    assert (single - plain).abs().max() < 1e-5 * scale
+    expected = plain(persons, window)
+    assert (with_it - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("persons", "window"), SETTINGS)
+def test_all_shortcuts_together(pipeline, plain, pictures, persons, window):
+    expected = plain(persons, window)
+    result = run(pipeline, pictures, persons, window)
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
     if persons:
-        without = run(pipeline, pictures, None, noise(), window_size=window, window_overlap=1)
-        assert (single - without).abs().max() > 1e-3
+        assert calibration_of(persons).used(STEPS).size > 1
+        assert (result - run(pipeline, pictures, 0, window)).abs().max() > 1e-3
+
+
+def test_all_shortcuts_together_in_double_precision(pipeline, plain, pictures):
+    """Where rounding hides nothing but that of the flags' softmax."""
+    expected = plain(2, 3, torch.float64)
+    result = run(deepcopy(pipeline).to(torch.float64), pictures, 2, 3, torch.float64)
+    assert (result - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -261,7 +187,8 @@ def test_nothing_after_the_last_write_matters(pipeline):
 @pytest.mark.parametrize("max_images", [1, 4, 100])
 def test_few_kept_images_give_the_same_tokens(pipeline, pictures, max_images):
     """Too many images for one bank: those of one step, or of one window."""
-    calibration, reference = calibration_of(2), as_pictures(pictures[0], "reference") * 2 - 1
+    pipeline = deepcopy(pipeline).to(torch.float64)  # images in other company are rounded otherwise
+    calibration, reference = calibration_of(2), as_pictures(pictures[0], "reference").double() * 2 - 1
     animator = pipeline.animator()
     context, grids = animator.encode_context(reference), pipeline.denoising_unet.attention_grids(*LATENTS)
     seen = {}
@@ -276,7 +203,7 @@ def test_few_kept_images_give_the_same_tokens(pipeline, pictures, max_images):
                     assert len(bank.slots) <= max(limit, 6)
     for (limit, step, window), tokens in seen.items():
         for layer, value in tokens.items():
-            assert torch.allclose(value, seen[1000, step, window][layer], atol=1e-5), (limit, layer)
+            assert torch.allclose(value, seen[1000, step, window][layer], atol=1e-9), (limit, layer)
 
 
 def test_long_clips_compute_pose_features_by_window(tiny_pipeline, pictures):
@@ -315,42 +242,93 @@ def test_overlapping_windows_share_control_residuals(magic_pipeline, pictures):
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["leaf_level", "block_level", "model", "tiling"])
-def test_memory_savers_of_diffusers_change_nothing(pipeline, pictures, mode):
-    calibration, saver = calibration_of(1), deepcopy(pipeline)
-    arguments = {"window_size": 3, "window_overlap": 1}
+def test_chunks_of_the_vae_change_nothing(pipeline):
+    """Pictures and latents pass the VAE a few at a time."""
+    draw = torch.Generator().manual_seed(0)
+    latents, pictures = torch.randn(5, 4, *LATENTS, generator=draw), torch.rand(5, 3, 24, 32, generator=draw) * 2 - 1
+    with torch.no_grad():
+        whole = decode_pictures(pipeline.vae, latents), encode_pictures(pipeline.vae, pictures)
+        for chunk in (1, 2, 5):
+            parts = decode_pictures(pipeline.vae, latents, chunk), encode_pictures(pipeline.vae, pictures, chunk)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parts, whole, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["leaf_level", "block_level", "model"])
+def test_offloading_of_diffusers_changes_nothing(pipeline, pictures, mode):
+    """From CPU to CPU, pictures and all, with calibration and windows."""
+    saver = deepcopy(pipeline)
     if mode == "model":
         saver.enable_model_cpu_offload(device="cpu")
-    elif mode == "tiling":
-        saver.vae.enable_tiling()
     else:
         blocks = 1 if mode == "block_level" else None
         saver.enable_group_offload(torch.device("cpu"), offload_type=mode, num_blocks_per_group=blocks)
-    expected = run(pipeline, pictures, calibration, noise(), **arguments)
-    assert torch.allclose(run(saver, pictures, calibration, noise(), **arguments), expected, atol=1e-5)
+    expected = run(pipeline, pictures, 2, output_type="pt")
+    assert torch.allclose(run(saver, pictures, 2, output_type="pt"), expected, atol=1e-5)
 
 
-def test_compilation_has_no_graph_breaks(tiny_pipeline):
-    unet = tiny_pipeline.denoising_unet
-    context, latents = torch.randn(1, 1, unet.config.cross_attention_dim), torch.randn(1, 4, *LATENTS)
-    reference_net = torch.compile(tiny_pipeline.reference_net, backend="eager", fullgraph=True)
+def test_tiles_of_the_vae(pipeline, pictures):
+    """The pictures are those of diffusers' own tiled decoding, which differ a little where tiles meet."""
+    saver = deepcopy(pipeline)
+    saver.vae.enable_tiling()
+    saver.vae.tile_sample_min_size, saver.vae.tile_latent_min_size = 16, 4
+    latents, pictures_ = (run(saver, pictures, 1, output_type=kind) for kind in ("latent", "pt"))
     with torch.no_grad():
-        tokens, plain = reference_net(latents, 3, context), tiny_pipeline.reference_net(latents, 3, context)
-        assert all(torch.allclose(tokens[layer], plain[layer], atol=1e-5) for layer in plain)
-        sizes = [h * w for h, w in unet.attention_grids(*LATENTS)]
-        query = {n: torch.ones(FRAMES, n, 1) for n in sizes}
-        key = {n: torch.cat([torch.zeros(2 * n, 1), torch.ones(n, 1)]).expand(FRAMES, -1, -1) for n in sizes}
-        seen = ReferenceContext(tokens, torch.zeros(FRAMES, 2, dtype=torch.long), query, key, projected={})
-        expected = unet(noise(), 7, context, reference=seen)
-        compiled = torch.compile(unet, backend="eager", fullgraph=True)
-        assert torch.allclose(compiled(noise(), 7, context, reference=seen), expected, atol=1e-5)
+        frames = latents[0].transpose(0, 1) / saver.vae.config.scaling_factor
+        expected = saver.vae.tiled_decode(frames).sample
+    assert torch.allclose(pictures_, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert not torch.allclose(pictures_, run(pipeline, pictures, 1, output_type="pt"), atol=1e-3)
 
 
-def test_norms_over_clips_compile_too(magic_pipeline, pictures):
-    unet, context = magic_pipeline.denoising_unet, torch.randn(1, 7, 16)
-    poses = as_pictures(pictures[1], "poses")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_hold_in_half_precision(dtype):
+    """At the widest heads of Stable Diffusion, 160 channels, where a large penalty would overflow."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(320,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    layer = next(name for name in unet.attn_processors if "attn1" in name).removesuffix(".processor")
+    attention, processor = unet.get_submodule(layer).to(dtype), ReferenceReadProcessor(layer)
+    assert attention.inner_dim // attention.heads == 160
+    draw = torch.Generator().manual_seed(0)
+    own, seen, hidden = (torch.randn(1, 12, 320, generator=draw).to(dtype) for _ in range(3))
+    index = torch.tensor([[0, 1]])
+    flags = {12: torch.ones(1, 12, 1)}, {12: torch.cat([torch.zeros(1, 24, 1), torch.ones(1, 12, 1)], dim=1)}
+    masked = ReferenceContext({layer: torch.cat([seen, 100 * hidden])}, index, *flags)
+    alone = ReferenceContext({layer: seen}, index[:, :1])
     with torch.no_grad():
-        residuals = control_residuals(magic_pipeline.control_net, noise(), 7, context, poses)
-        compiled = torch.compile(unet, backend="eager", fullgraph=True)
-        result = compiled(noise(), 7, context, residuals=residuals)
-        assert torch.allclose(result, unet(noise(), 7, context, residuals=residuals), atol=1e-5)
+        result, expected = (processor(attention, own, reference=context) for context in (masked, alone))
+    assert result.isfinite().all() and torch.allclose(result.float(), expected.float(), atol=0.02)
+
+
+@pytest.mark.parametrize("norm_scope", ["frame", "clip"])
+def test_compilation_has_no_graph_breaks(norm_scope):
+    """The smallest UNets with every kind of layer, and pose features or a ControlNet's residuals."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    sizes = UNetSizes(4, 4, (8,), (True,), 1, cross_attention_dim=8, num_attention_heads=2, norm_num_groups=4)
+    motion = MotionSizes(8, num_attention_heads=2, norm_num_groups=4)
+    reference_net, unet = make_reference_net(sizes).eval(), make_denoising_unet(sizes, motion, norm_scope).eval()
+    for parameter in unet.motion_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    context, n = torch.randn(1, 1 if norm_scope == "frame" else 7, 8), LATENTS[0] * LATENTS[1]
+    query = {n: torch.ones(FRAMES, n, 1)}
+    key = {n: torch.cat([torch.zeros(2 * n, 1), torch.ones(n, 1)]).expand(FRAMES, -1, -1)}
+    if norm_scope == "frame":
+        poses = {"pose_features": torch.randn(1, 8, FRAMES, *LATENTS)}
+    else:
+        poses = {"residuals": [torch.randn(FRAMES, 8, *LATENTS) for _ in range(3)]}
+    compiled_net, compiled = (torch.compile(net, backend="eager", fullgraph=True) for net in (reference_net, unet))
+    with torch.no_grad():
+        latents = torch.randn(2, 4, *LATENTS)
+        tokens, expected = (net(latents, 3, context.expand(2, -1, -1)) for net in (compiled_net, reference_net))
+        assert tokens.keys() == expected.keys()
+        assert all(torch.allclose(tokens[layer], expected[layer], atol=1e-5) for layer in expected)
+        index = torch.tensor([[0, 1]] * FRAMES)
+        seen = ReferenceContext(tokens, index, query, key, projected={})
+        results = [net(noise(), 7, context, reference=seen, **poses) for net in (compiled, unet)]
+        assert seen.projected.keys() == tokens.keys() and torch.allclose(*results, atol=1e-5)
+        assert not torch.allclose(results[0], unet(noise(), 7, context, **poses), atol=1e-3)

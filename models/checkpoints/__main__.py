@@ -59,8 +59,9 @@ def verify_command(arguments: list[str]) -> None:
 def convert_command(arguments: list[str]) -> None:
     """Write a pipeline folder."""
     config = load_config(ConvertConfig, arguments)
-    convert(config)
+    notes = convert(config)
     print(f"pipeline folder: {config.output}")
+    print("\n".join(f"  {note}" for note in notes), end="\n" if notes else "")
 
 
 COMMANDS = {"inspect": inspect_command, "verify": verify_command, "convert": convert_command}

@@ -21,6 +21,11 @@ from core.errors import UserError
 # What trainers put the tensors under, and what they put before each name.
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+# First parts of the names in the files that are read here. What all names have before them is a prefix of a trainer.
+ROOTS = frozenset(
+    ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block", "up_blocks", "blocks")
+    + ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+)
 # Names of the weights in a diffusers or transformers folder, best first.
 FOLDER_WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -41,7 +46,7 @@ def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
     """Name -> tensor of a checkpoint file or of a folder that holds one.
 
     Wrappers such as `{"state_dict": ...}` are opened, and prefixes that parallel or compiled training puts before
-    every name are taken off. Tensors are mapped from the file, in its dtype, on the CPU.
+    names, and any prefix of all names, are taken off. Tensors are mapped from the file, in its dtype, on the CPU.
 
     Args:
         path: .safetensors, a torch file of any suffix, a `.index.json` of shards, or a folder of diffusers or
@@ -51,35 +56,31 @@ def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, cut short, of another kind, or holds more than tensors.
     """
-    path = weights_file(Path(path), argument)
-    if path.name.endswith(".index.json"):
-        return _read_shards(path, argument)
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{argument}={path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-    if path.suffix == ".safetensors":
-        try:
-            return without_prefixes(load_file(path), f"{argument}={path}")
-        except SafetensorError as error:
-            raise UserError(f"{argument}={path} is not a complete safetensors file: {error}") from None
-    return without_prefixes(unwrapped(_torch_load(path, argument), f"{argument}={path}"), f"{argument}={path}")
+    file = weights_file(Path(path), f"{argument}={path}")
+    what = f"{argument}={file}"
+    return plain_names(_read(file, what), what)
 
 
-def weights_file(path: Path, argument: str) -> Path:
-    """The file itself, or the weights of a folder."""
+def check_readable(folder: Path, what: str) -> None:
+    """Raise the errors of `read_tensors` for the weights of a folder; `what` names it in them."""
+    _read(weights_file(folder, what), what)
+
+
+def weights_file(path: Path, what: str) -> Path:
+    """The file itself, or the weights of a folder; `what` names it in errors."""
     if not path.exists():
-        raise UserError(f"{argument}={path} does not exist")
+        raise UserError(f"{what} does not exist")
     if path.is_file():
         return path
     found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
     if not found:
-        raise UserError(f"{argument}={path} is a folder without weights; it holds none of {', '.join(FOLDER_WEIGHTS)}")
+        raise UserError(f"{what} is a folder without weights; it holds none of {', '.join(FOLDER_WEIGHTS)}")
     return found[0]
 
 
 def unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
     """The dictionary of tensors inside what trainers save beside it (step counters, optimiser states)."""
-    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+    while isinstance(loaded, Mapping):
         inner = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)]
         if not inner:
             break
@@ -92,7 +93,23 @@ def unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...] = PREFIXES) -> dict:
+def plain_names(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Names without the prefixes that trainers put before them."""
+    tensors = without_prefixes(tensors, what, PREFIXES)
+    prefix = common_prefix(list(tensors))
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def common_prefix(names: list[str]) -> str:
+    """What all names have before one of `ROOTS`, such as "denoising_unet."; empty when they have not."""
+    parts = names[0].split(".") if names else []
+    places = [place for place, part in enumerate(parts) if part in ROOTS]
+    prefix = "".join(f"{part}." for part in parts[: places[0]]) if places else ""
+    rests = [name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)]
+    return prefix if len(rests) == len(names) and ROOTS.issuperset(rests) else ""
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Names with these prefixes, in any order and number, taken off."""
     stripped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -105,7 +122,22 @@ def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[s
     return stripped
 
 
-def _torch_load(path: Path, argument: str) -> Any:
+def _read(path: Path, what: str) -> dict[str, Tensor]:
+    """Tensors of a file or of its shards, under the names they have there."""
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, what)
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{what} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{what} is not a complete safetensors file: {error}") from None
+    return unwrapped(_torch_load(path, what), what)
+
+
+def _torch_load(path: Path, what: str) -> Any:
     """`torch.load` of tensors and plain containers only; code in the file is refused, not run."""
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
@@ -113,10 +145,11 @@ def _torch_load(path: Path, argument: str) -> Any:
     except pickle.UnpicklingError as error:
         reason = "holds objects other than tensors, which could run code" if _is_pickle(path) else "is no checkpoint"
         detail = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise UserError(f"{argument}={path} {reason}; it is not opened. {detail}") from None
+        raise UserError(f"{what} {reason}; it is not opened. {detail}".rstrip()) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{argument}={path} is damaged or no checkpoint: {reason}") from None
+        sentence = str(error).split("\n")[0].split(". ")[0]
+        reason = sentence if sentence and not isinstance(error, KeyError) else type(error).__name__
+        raise UserError(f"{what} is damaged or no checkpoint: {reason}") from None
 
 
 def _is_pickle(path: Path) -> bool:
@@ -126,12 +159,15 @@ def _is_pickle(path: Path) -> bool:
     return start == b"PK" or start[:1] == b"\x80"
 
 
-def _read_shards(index: Path, argument: str) -> dict[str, Tensor]:
+def _read_shards(index: Path, what: str) -> dict[str, Tensor]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{argument}={index} is not an index of shards") from None
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{what}: {index.name} is not an index of shards") from None
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        tensors |= read_tensors(index.with_name(name), argument)
+    for name in files:
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise UserError(f"{what}: {shard} does not exist")
+        tensors |= _read(shard, f"{what}: {name}")
     return tensors

@@ -26,12 +26,14 @@ from models.checkpoints.networks import EMBEDDING, UNET_PREFIXES
 from models.checkpoints.sizes import MotionSizes, Shapes, UNetSizes, motion_sizes, pose_guider_channels, unet_sizes
 from models.checkpoints.strict import Mismatch, compare, shapes_of
 
+# What names in Stability's own single-file format begin with.
+SINGLE_FILE = "model.diffusion_model."
 # Kinds that are recognised by a name and not taken apart.
 OTHER_KINDS = {
     "decoder.": "autoencoder",
     "vision_model.": "CLIP image encoder",
     "text_model.": "CLIP text encoder",
-    "model.diffusion_model.": "single-file Stable Diffusion; convert it to a diffusers folder first",
+    SINGLE_FILE: "single-file Stable Diffusion; convert it to a diffusers folder first",
 }
 # Folders whose configuration defines the network.
 FOLDER_KINDS = {kind.__name__: kind for kind in (AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)}
@@ -126,7 +128,7 @@ UNET_KINDS: dict[str, Callable[[UNetSizes], Shapes]] = {
 def motion_version(motion: MotionSizes) -> str:
     """Release of AnimateDiff that motion modules of this form come from."""
     if motion.mid_block:
-        return "AnimateDiff v2, AnimateAnyone"
+        return "AnimateDiff v2, AnimateAnyone, MusePose, Champ"
     return "AnimateDiff v1, MagicAnimate" if motion.max_seq_length <= 24 else "AnimateDiff v3"
 
 

@@ -41,6 +41,7 @@ def load_reference_net(
 
     The first lacks the output layers, the second also the 20 tensors after the last write, which nothing reads.
     """
+    tensors = without_prefixes(tensors, what, UNET_PREFIXES)
     sizes = sizes or unet_sizes(shapes_of(tensors))
     with torch.device("meta"):
         network = make_reference_net(sizes)
@@ -55,13 +56,18 @@ def load_denoising_unet(
     sizes: UNetSizes | None = None,
     motion: MotionSizes | None = None,
     dtype: torch.dtype = torch.float32,
+    length: int | None = None,
 ) -> DenoisingUNet:
     """Denoising UNet from one dictionary with the tensors of the image UNet and of the motion modules.
 
     That is MagicAnimate's `temporal_attention.ckpt`, or AnimateAnyone's two files together: see `with_motion`.
+
+    Args:
+        length: frames of the position tables, for models whose own code computes them and ignores the file's; None:
+            as in the file, which must then have them.
     """
     tensors = without_prefixes(tensors, what, UNET_PREFIXES)
-    length = position_length(tensors, what)
+    length = length or position_length(tensors, what)
     if motion is not None and motion.max_seq_length != length:
         raise UserError(f"{what} has position tables of {length} frames instead of {motion.max_seq_length}")
     tensors = module_names(tensors)

@@ -39,11 +39,16 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
         missing=tuple(name for name in wanted if name not in found),
         unexpected=tuple(name for name in found if name not in wanted),
         misshapen=tuple(
-            f"{name} {list(found[name])} instead of {list(wanted[name])}"
+            misshapen(name, found[name], wanted[name])
             for name in wanted
             if name in found and tuple(found[name]) != tuple(wanted[name])
         ),
     )
+
+
+def misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> str:
+    """How a tensor of another shape is named."""
+    return f"{name} {list(found)} instead of {list(wanted)}"
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

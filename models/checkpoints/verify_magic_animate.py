@@ -37,7 +37,8 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     yield "prediction_pose", unet(latents, timestep, context, residuals=residuals)
 
     own = fixture.config["reference_timestep"]
-    references = inputs["ref_latents"]
+    # One reference may serve several clips, each of which has its own timestep.
+    references = repeated(inputs["ref_latents"], max(len(inputs["ref_latents"]), timestep.numel()))
     tokens = encoder(references, own if isinstance(own, int) else timestep, context[: len(references)])
     for name, layer in fixture.reference_layers().items():
         if layer in tokens:

@@ -1,0 +1,116 @@
+"""Low-rank adapters (Hu et al., ICLR 2022) of the denoising UNet and the ReferenceNet, through PEFT.
+
+A folder of adapters has a sub-folder for each adapted network, with the file that diffusers writes:
+
+    lora/denoising_unet/pytorch_lora_weights.safetensors
+    lora/reference_net/pytorch_lora_weights.safetensors
+"""
+
+import json
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from core.errors import UserError
+from models.unets import ReferenceNet, one_token_parameters
+
+ADAPTED = ("denoising_unet", "reference_net")
+FOLDER = "lora"  # of adapters inside a pipeline folder
+FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"  # PEFT's name of a network's only adapter
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def adaptable_layers(network: ModelMixin, motion: bool) -> list[str]:
+    """Names of the attention projections that a result depends on.
+
+    Args:
+        motion: those of motion modules, too.
+    """
+    unread = set(one_token_parameters(network))
+    if isinstance(network, ReferenceNet):
+        unread |= set(network.unread_parameters())
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.endswith(tuple(f".{projection}" for projection in PROJECTIONS))
+        and f"{name}.weight" not in unread
+        and (motion or "motion_modules" not in name)
+    ]
+
+
+def add_lora(network: ModelMixin, rank: int, alpha: float, motion: bool) -> None:
+    """Give the network's attention projections adapters, which start as no change, and make nothing else trainable."""
+    network.requires_grad_(False)
+    layers = adaptable_layers(network, motion)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, lora_dropout=0.0, bias="none"))
+
+
+def has_lora(network: nn.Module) -> bool:
+    """Whether `add_lora` was called."""
+    return bool(getattr(network, "peft_config", None))
+
+
+def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write the adapters of a pipeline's networks."""
+    for name in ADAPTED:
+        if has_lora(network := getattr(pipeline, name)):
+            (folder / name).mkdir(parents=True)
+            # Sorted lists instead of sets: equal adapters give equal files.
+            settings = {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in network.peft_config[ADAPTER].to_dict().items()
+            }
+            metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)}
+            tensors = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name / FILE, metadata)
+
+
+def merge(network: ModelMixin, scale: float = 1.0) -> None:
+    """Add the network's adapters to its weights, and remove them: its layers are then as before `add_lora`."""
+    network.fuse_lora(lora_scale=scale)
+    network.unload_lora()
+
+
+def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.0) -> None:
+    """Add the adapters of a folder to the weights of a pipeline.
+
+    Args:
+        scale: weight of the adapters; 1 as they were trained.
+
+    Raises:
+        UserError: no adapters there, or adapters of other networks.
+    """
+    folder = Path(folder)
+    if not any((folder / name / FILE).is_file() for name in ADAPTED):
+        raise UserError(f"lora={folder} holds no adapters: {ADAPTED[0]}/{FILE} or {ADAPTED[1]}/{FILE}")
+    for name in ADAPTED:
+        if (folder / name / FILE).is_file():
+            network = getattr(pipeline, name)
+            check_fit(network, folder / name / FILE)
+            network.load_lora_adapter(folder / name, prefix=None, weight_name=FILE, local_files_only=True)
+            merge(network, scale)
+
+
+def check_fit(network: ModelMixin, file: Path) -> None:
+    """Refuse adapters of layers that the network does not have, or has in another size."""
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    for key, shape in shapes.items():
+        layer, _, factor = key.removesuffix(".weight").rpartition(".")
+        known = layers.get(layer)
+        if known is None or factor not in ("lora_A", "lora_B"):
+            raise UserError(f"{file} adapts {layer or key}, which the model's {type(network).__name__} does not have")
+        expected = known.in_features if factor == "lora_A" else known.out_features
+        if shape[1 if factor == "lora_A" else 0] != expected:
+            raise UserError(f"{file} adapts {layer} in another size, {shape}; it belongs to another model")
