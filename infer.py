@@ -14,12 +14,11 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
-
 from analysis.animation import SamplingConfig, Stopwatch, animate, write_animation
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder
+from core.processes import process_state
 from data.inputs import load_driving, load_reference
 from data.pose import PoseConfig, PoseEstimator, open_estimator
 from models.pipeline import AnimationPipeline
@@ -184,7 +183,7 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
 def main(arguments: list[str]) -> None:
     config = load_config(InferConfig, arguments)
     config.check()
-    state = PartialState(cpu=config.device == "cpu")
+    state = process_state(config.device)
     jobs = jobs_of(config)
     for job in jobs:
         check_inputs(job)

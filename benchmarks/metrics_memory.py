@@ -21,8 +21,9 @@ from torch import Tensor
 from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
+from core.processes import process_state
 from evaluation.instruments import Instruments
-from evaluation.jobs import process_state, run_parts
+from evaluation.jobs import run_parts
 from evaluation.measure import FramePair, measure_clip
 from evaluation.summary import summarise
 from metrics.features import FeatureExtractor, picture_tensor

@@ -11,10 +11,11 @@ from omegaconf import MISSING
 from core.config import config_dict, save_config
 from core.errors import UserError
 from core.files import output_folder
+from core.processes import process_state
 from data.pose import PoseConfig, PoseEstimator, open_estimator
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
 from evaluation.instruments import REGIONS, Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import RESULTS_FILE, claim_output, process_state, remove_parts, run_parts
+from evaluation.jobs import RESULTS_FILE, claim_output, remove_parts, run_parts
 from evaluation.measure import FramePair, measure_clip
 from evaluation.persons import person_values, seen_persons
 from evaluation.report import (

@@ -5,14 +5,11 @@ their order, by one process, so the numbers do not depend on how many processes 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -20,25 +17,6 @@ from core.errors import UserError
 from core.files import complete_folder, write_json
 
 RUN_FILE, RESULTS_FILE, PARTS_FOLDER, INPUTS_FILE = "run.json", "results.json", "parts", "inputs.json"
-# Processes wait for each other only at the end, when one may have hours of work left.
-_LONGEST_WAIT = timedelta(days=30)
-
-
-def process_state(device: str = "auto") -> PartialState:
-    """The process group of `accelerate launch`, or the one process there is.
-
-    Raises:
-        UserError: several processes were started, but they cannot talk to each other.
-    """
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    state = PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != started:
-        raise UserError(
-            f"{started} processes were started but {state.num_processes} found each other; "
-            "launch with --multi_gpu --num_processes N, on CPUs too"
-        )
-    return state
 
 
 def claim_output(

@@ -10,9 +10,10 @@ from omegaconf import MISSING
 
 from core.config import config_dict, save_config
 from core.files import output_folder, write_json
+from core.processes import process_state
 from evaluation.clips import ClipsConfig
 from evaluation.filmed import open_clips
-from evaluation.jobs import claim_output, process_state, remove_parts, run_parts
+from evaluation.jobs import claim_output, remove_parts, run_parts
 from evaluation.misalignment import KINDS, ClipSplit, ThresholdConfig, classify, misalignment
 from evaluation.plots import Histogram, draw_histograms
 from evaluation.report import common_facts, write_results

@@ -11,6 +11,7 @@ from analysis.animation import SamplingConfig
 from core.config import save_config
 from core.errors import UserError
 from core.files import output_folder
+from core.processes import process_state
 from data.scenes import Scene, misaligned_reference
 from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
 from evaluation.experiment import (
@@ -23,7 +24,7 @@ from evaluation.experiment import (
     trials_identity,
 )
 from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import claim_output, process_state, remove_parts
+from evaluation.jobs import claim_output, remove_parts
 from evaluation.misalignment import misalignment
 from evaluation.plots import Curve, Panel, draw_panels
 from evaluation.report import Cell, Table, common_facts, heading, markdown, over_seeds, write_results

@@ -7,6 +7,7 @@ from analysis.animation import SamplingConfig
 from core.config import save_config
 from core.errors import UserError
 from core.files import output_folder
+from core.processes import process_state
 from evaluation.clips import ClipsConfig, ClipSet
 from evaluation.experiment import (
     SHIPPED_MODEL,
@@ -19,7 +20,7 @@ from evaluation.experiment import (
 )
 from evaluation.filmed import open_clips
 from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import claim_output, process_state, remove_parts
+from evaluation.jobs import claim_output, remove_parts
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.report import (
     Cell,
