@@ -3,79 +3,208 @@
     accelerate launch train.py --config configs/train_stage1.yaml [key=value ...]
     accelerate launch train.py --config configs/train_stage1.yaml --dry-run
 
-The same command again resumes from the newest checkpoint. Writes to `output`:
+The same command again resumes from the newest checkpoint; SIGTERM and Ctrl-C save one first. Writes to `output`:
     checkpoint-<step>/   complete states        samples/    validation sheets
-    pipeline/            what infer.py loads    logs/       TensorBoard
+    pipeline/ or lora/   what infer.py loads    logs/       TensorBoard
     config.yaml          resolved configuration
 """
 
-import math
 import os
-import time
-from pathlib import Path
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from core.config import config_dict, load_config, save_config
+from analysis.figures import comparison_frames, comparison_strip
+from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder
-from models.latents import vae_factor
-from tpc.augmentation import compose_references, misalignment
-from training.build import check_size, make_networks, make_pipeline, make_scheduler, set_trainable
-from training.checkpoint import resume, save_checkpoint
+from core.locks import locked_folder
+from core.version import VERSION
+from data.video import write_video
+from training.build import (
+    check_precision,
+    check_size,
+    make_networks,
+    make_pipeline,
+    schedule_differences,
+    set_trainable,
+    shrink_frozen,
+    trained_window,
+)
+from training.checkpoint import remove_leftovers, save_checkpoint
 from training.config import TrainConfig, check_train_config
-from training.data import make_dataset, make_loader
-from training.export import averaged_weights, export_pipeline
+from training.data import broken_clips
+from training.export import export_checkpoint, export_name
+from training.feature_making import check_features
+from training.interruption import StopRequest, stop_request
+from training.logs import add_clip
 from training.memory import enable_gradient_checkpointing, memory_report
-from training.objective import check_schedule, diffusion_loss
-from training.validate import validation_sheet
+from training.objective import check_schedule, compose_samples, diffusion_loss
+from training.processes import SHARDED, check_shared, make_accelerator, on_main, spread_batch, strategy
+from training.randomness import Generators
+from training.run import Batch, Run, batches, make_clips, prepare
+from training.validate import FPS, mean_metrics, sample_clips, undisturbed
+
+SHEET_ROWS = 3  # frames of a clip on a validation sheet
 
 
-def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """Accelerate's front end; without CUDA several processes talk over gloo, which DeepSpeed must be told."""
-    launched = "RANK" in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if launched and not torch.cuda.is_available() else []
-    return Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation,
-        mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_dir=output,
-        kwargs_handlers=handlers,
-    )
+def train_batch(run: Run, batch: Batch, generators: Generators) -> None:
+    """Forward and backward of one batch of this process; the parameters move when the accumulation is full."""
+    config, accelerator = run.config, run.accelerator
+    # DeepSpeed moves the parameters within `backward`, so the rate is set before.
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.rate(run.progress.step)
+    batch = compose_samples(batch, config.augmentation.composition, run.progress.step, generators)
+    with accelerator.autocast():
+        result = diffusion_loss(
+            run.model,
+            run.vae,
+            run.scheduler,
+            batch,
+            config.noise,
+            config.augmentation.calibrated,
+            run.grids,
+            generators,
+            config.vae_chunk,
+        )
+    run.log.add(result, batch)
+    if run.guard.admits(result.loss, accelerator):
+        accelerator.backward(result.loss)
 
 
-def validate(accelerator, pipeline, ema, trainable, config: TrainConfig, output: Path, step: int) -> None:
-    """Sample held-out clips with the averaged weights; write the sheet and log it."""
-    with averaged_weights(ema, trainable):
-        sheet, psnr = validation_sheet(pipeline, config.data, config.validation)
-    with complete_file(output / "samples" / f"{step:07d}.png") as path:
+def move(run: Run) -> None:
+    """Clip the gradients and move the parameters, unless something was not finite; then the step is left out."""
+    accelerator, progress = run.accelerator, run.progress
+    if not accelerator.sync_gradients:
+        return
+    norm = accelerator.clip_grad_norm_(run.parameters, run.config.optimizer.max_grad_norm)
+    taken = run.guard.allows_step(norm, accelerator)
+    if taken:
+        run.optimizer.step()
+        taken = not accelerator.optimizer_step_was_skipped
+        run.log.norms.append(float(norm))
+    run.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.clips += run.clips_per_step
+    run.guard.count(taken, progress.step)
+    progress.skipped = run.guard.skipped
+    if taken and run.average is not None:
+        run.average.step()
+
+
+def validate(run: Run) -> None:
+    """Sample held-out clips with the averaged weights, with and without TPC; write pictures and clips, and log them.
+
+    Where parameters are spread over processes, all take part.
+    """
+    config, accelerator, step = run.config, run.accelerator, run.progress.step
+    spread = run.layout.strategy in SHARDED
+    if not accelerator.is_main_process and not spread:
+        return
+    model = accelerator.unwrap_model(run.model)
+    pipeline = make_pipeline(run.vae, model, config.noise, trained_window(config))
+    pipeline.set_progress_bar_config(disable=True)
+    averaged = run.average.applied(accelerator) if run.average is not None else nullcontext()
+    # Not accelerate's autocast: it does nothing under DeepSpeed, whose half-precision weights meet a float32 VAE.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    autocast = torch.autocast(accelerator.device.type, half, enabled=half is not None)
+    with undisturbed(model, run.vae), averaged, autocast:
+        clips = sample_clips(pipeline, config.data, config.validation)
+    if not accelerator.is_main_process:
+        return
+    accelerator.log({f"validation/{name}": value for name, value in mean_metrics(clips).items()}, step=step)
+    sheet = np.concatenate([comparison_strip(clip.columns, SHEET_ROWS) for clip in clips])
+    with complete_file(run.output / "samples" / f"{step:07d}.png") as path:
         Image.fromarray(sheet).save(path)
-    accelerator.log({"validation/person_psnr": psnr}, step=step)
     writer = accelerator.get_tracker("tensorboard").writer
     writer.add_image("validation/clips", sheet, step, dataformats="HWC")
+    if config.validation.num_frames > 1:
+        for number, clip in enumerate(clips):
+            frames = list(comparison_frames(clip.columns))
+            metadata = {"generator": f"TPC-Animate {VERSION}", "generated": True}
+            write_video(run.output / "samples" / f"{step:07d}_clip{number}.mp4", frames, FPS, metadata)
+            add_clip(writer, f"validation/clip_{number}", frames, FPS, step)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the present step."""
+    save_checkpoint(run.accelerator, run.output, run.progress, run.layout, run.average, run.config.keep_checkpoints)
+
+
+def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
+    """Train until the last step, or until a signal asks to stop; either way the last step is saved.
+
+    Args:
+        bar: progress, in optimiser steps.
+
+    Returns:
+        Whether the run was stopped early.
+    """
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    written = saved = progress.step
+    stopping = False
+    run.model.train()
+    for batch, generators in batches(run, clips):
+        with accelerator.accumulate(run.model):
+            train_batch(run, batch, generators)
+            move(run)
+        if not accelerator.sync_gradients:
+            continue
+        bar.update()
+        run.log.stop_clock()
+        if progress.step % config.log_steps == 0:
+            values = {"learning_rate": run.rate(progress.step - 1), "skipped_steps": progress.skipped}
+            values["broken_clips"] = broken_clips(clips)
+            clips_seen = (progress.step - written) * run.clips_per_step
+            loss = run.log.write(accelerator, progress.step, clips_seen, values)
+            bar.set_postfix(loss=f"{loss:.4f}")
+            written = progress.step
+        if config.validation.steps and progress.step % config.validation.steps == 0:
+            validate(run)
+        if progress.step % config.checkpoint_steps == 0 and run.guard.streak == 0:
+            save(run)
+            saved = progress.step
+        run.log.resume_clock()
+        # Whichever process was signalled, all of them must stop at the same step.
+        if request.signal is not None:
+            accelerator.set_trigger()
+        if stopping := accelerator.check_trigger():
+            break
+    if run.guard.streak:
+        raise UserError(
+            f"loss or gradient of the last {run.guard.streak} steps up to step {progress.step} was not finite, so "
+            "these are not saved; the same command goes on from the newest checkpoint"
+        )
+    if progress.step > saved:
+        save(run)
+    return stopping and progress.step < config.max_steps
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
     check_train_config(config)
     check_schedule(config.noise)
-    output = output_folder(config.output)
-
-    # Model: a frozen VAE, and one module of which each stage trains its part.
-    vae, model = make_networks(config)
-    check_size(vae, config.data.size)
-    scheduler = make_scheduler(config.noise)
-    trainable = set_trainable(model, config)
+    check_precision(config)
     if config.dry_run:
-        print(memory_report(model, trainable, config, vae_factor(vae)))
+        print(memory_report(config))
         return
+    output = output_folder(config.output)
+    config = spread_batch(config)
+
+    # Model: a frozen VAE, and one module of which each stage trains its part. New networks are the same on every rank.
+    set_seed(config.seed)
+    vae, model = make_networks(config)
+    check_size(vae, model, config.data.size)
+    set_trainable(model, config)
+    check_features(config, vae, model.image_encoder)
+    # DeepSpeed makes all of the model half-precision, and has no autocast for the VAE beside it.
+    if config.frozen_dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        shrink_frozen(vae, model, torch.bfloat16)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if config.channels_last:
@@ -84,100 +213,38 @@ def main(arguments: list[str]) -> None:
 
     accelerator = make_accelerator(config, output)
     set_seed(config.seed, device_specific=True)
-    if accelerator.is_main_process:
-        save_config(config, output / "config.yaml")
-    accelerator.init_trackers("logs")
-
-    # Optimiser and schedule. The schedule steps once a process under accelerate, hence the factor.
-    settings, processes = config.optimizer, accelerator.num_processes
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    schedule = get_scheduler(
-        settings.schedule,
-        optimizer,
-        num_warmup_steps=settings.warmup_steps * processes,
-        num_training_steps=config.max_steps * processes,
-    )
-
-    # Data: clip i is a function of (seed, i), so a resumed run simply starts at the first clip not yet seen.
-    clips_per_step = config.batch_size * config.gradient_accumulation * processes
-    dataset = make_dataset(config.data, config.max_steps * clips_per_step)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    vae.to(accelerator.device)
-    ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=False) if config.ema_decay else None
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    step = resume(accelerator, output)
-    loader = make_loader(dataset, config.batch_size, config.data.workers, start=step * clips_per_step)
-    loader = accelerator.prepare(loader)
-    window_size = config.data.num_frames if config.stage == "motion" else None
-    pipeline = make_pipeline(vae, accelerator.unwrap_model(model), config.noise, window_size)
-    pipeline.set_progress_bar_config(disable=True)
-
-    factor = vae_factor(vae)
-    grids = pipeline.denoising_unet.attention_grids(config.data.size[1] // factor, config.data.size[0] // factor)
-
-    progress = tqdm(total=config.max_steps, initial=step, disable=not accelerator.is_main_process)
-    losses: list[float] = []
-    started, first = time.perf_counter(), step
-    model.train()
-    for batch in loader:
-        batch = compose_references(batch, config.augmentation.composition, step)
-        with accelerator.accumulate(model):
-            with accelerator.autocast():
-                loss = diffusion_loss(
-                    model, vae, scheduler, batch, config.noise, config.augmentation.calibrated, grids
-                )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable, settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise UserError(f"the loss is {losses[-1]} at step {step}; lower optimizer.learning_rate or use bf16")
-        if not accelerator.sync_gradients:
-            continue
-
-        step += 1
-        progress.update()
-        if ema is not None:
-            ema.step(trainable)
-        if step % config.log_steps == 0:
-            mean = accelerator.gather(torch.tensor(np.mean(losses), device=accelerator.device)).mean().item()
-            losses.clear()
-            values = {
-                "loss": mean,
-                "learning_rate": schedule.get_last_lr()[0],
-                "grad_norm": float(norm),
-                "samples_per_second": (step - first) * clips_per_step / (time.perf_counter() - started),
-            }
-            # What the references really are against their targets: the paper's two measures of misalignment.
-            values |= {f"reference/{name}": x.nanmean().item() for name, x in misalignment(batch).items()}
-            if torch.cuda.is_available():
-                values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            accelerator.log(values, step=step)
-            progress.set_postfix(loss=f"{mean:.4f}")
-        if config.validation.steps and step % config.validation.steps == 0 and accelerator.is_main_process:
-            model.eval()
-            with accelerator.autocast():
-                validate(accelerator, pipeline, ema, trainable, config, output, step)
-            model.train()
-        if step % config.checkpoint_steps == 0 or step == config.max_steps:
-            save_checkpoint(accelerator, output, step, config.keep_checkpoints)
-
-    if accelerator.is_main_process:
-        export_pipeline(pipeline, ema, trainable, output / "pipeline", config.export_dtype)
-        print(f"trained {step} steps; pipeline in {output / 'pipeline'}")
-    accelerator.log({"configuration_steps": config_dict(config)["max_steps"]}, step=step)
-    accelerator.end_training()
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(locked_folder(output)))
+        if accelerator.is_main_process:
+            remove_leftovers(output)
+            save_config(config, output / "config.yaml")
+            if differences := schedule_differences(config):
+                print(f"note: not the noise schedule of model.init: {'; '.join(differences)}")
+        check_shared(accelerator, config, output / "config.yaml")
+        if config.validation.steps and strategy(accelerator) == "fsdp":
+            raise UserError(
+                f"validation.steps={config.validation.steps} cannot sample under FSDP; set it to 0, and animate with "
+                "what `python -m training.export` makes of a checkpoint"
+            )
+        run = prepare(config, output, accelerator, vae, model)
+        # What a killed run logged after its last checkpoint is logged again.
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": run.progress.step + 1}})
+        clips = make_clips(run)
+        bar = tqdm(total=config.max_steps, initial=run.progress.step, disable=not accelerator.is_main_process)
+        with bar, stop_request() as request:
+            stopped = train(run, clips, request, bar)
+        step, newest = run.progress.step, output / f"checkpoint-{run.progress.step}"
+        result = output / export_name(config)
+        if not stopped:
+            on_main(accelerator, lambda: export_checkpoint(config, newest, result))
+        if accelerator.is_main_process and stopped:
+            print(f"stopped after step {step} of {config.max_steps}, saved {newest}; the same command goes on")
+        elif accelerator.is_main_process:
+            print(f"trained {step} steps; {result.name} in {result}")
+        # Also lets go of the last message: gloo's thread needs the interpreter for that, and would wait for it for
+        # ever if the process group were taken apart meanwhile.
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

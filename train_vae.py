@@ -23,8 +23,8 @@ from tqdm import tqdm
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
-from training.config import VAEConfig
 from training.data import make_dataset, make_loader
+from training.vae_config import VAEConfig
 
 
 def build_vae(config: VAEConfig) -> AutoencoderTiny:
@@ -85,6 +85,8 @@ def save_reconstructions(vae: AutoencoderTiny, images: Tensor, masks: Tensor, pa
 
 def main(arguments: list[str]) -> None:
     config = load_config(VAEConfig, arguments, file_option="--config")
+    if config.data.latents or config.data.embeddings:
+        raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
     output = output_folder(config.output)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=output)
     accelerator.init_trackers("logs")

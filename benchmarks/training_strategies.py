@@ -48,7 +48,8 @@ def measure(name: str, config: StrategiesConfig) -> str:
     with tempfile.TemporaryDirectory() as output:
         command = [str(Path(sys.executable).parent / shown[0]), *shown[1:], "--config", config.config]
         command += [*shlex.split(config.overrides), f"output={output}", f"max_steps={config.steps}"]
-        command += ["log_steps=1", "checkpoint_steps=1000000", "validation.steps=0"]
+        # DeepSpeed does not take channels_last, so nobody gets it.
+        command += ["log_steps=1", "checkpoint_steps=1000000", "validation.steps=0", "channels_last=false"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{shlex.join(command)} failed: {done.stderr[-1000:]}")

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -10,9 +12,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from core.errors import UserError
 from models.animate_anyone import AnimateAnyone
 from models.latents import VAE, vae_factor
+from models.lora import add_lora
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import load_pipeline
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+from models.pipeline_folder import load_pipeline, read_index
+from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 from training.config import ModelConfig, NoiseConfig, TrainConfig
 
 
@@ -38,24 +41,34 @@ def make_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
     """
     if config.model.init:
         pipeline = load_pipeline(config.model.init)
-        model = AnimateAnyone(
-            pipeline.reference_net, pipeline.denoising_unet, pipeline.pose_guider, pipeline.image_encoder
-        )
-        return pipeline.vae.requires_grad_(False).eval(), model
+        if not isinstance(pipeline, AnimationPipeline) or not isinstance(pipeline.animator(), AnimateAnyone):
+            raise UserError(
+                f"model.init={config.model.init} is a {type(pipeline).__name__}; train.py trains AnimateAnyone"
+            )
+        return pipeline.vae.requires_grad_(False).eval(), pipeline.animator()
     vae = load_vae(config.model.vae).requires_grad_(False).eval()
     return vae, new_networks(config.model, vae.config.latent_channels, max(config.data.size))
 
 
 def load_vae(folder: str | Path) -> VAE:
-    """An AutoencoderKL or AutoencoderTiny from its folder; the folder's config.json says which."""
+    """An AutoencoderKL or AutoencoderTiny from its folder."""
+    return vae_kind(folder)[0].from_pretrained(folder)
+
+
+def vae_kind(folder: str | Path) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
+    """Class and configuration of the VAE in a folder, from its config.json.
+
+    Raises:
+        UserError: not a VAE's folder, or another one's.
+    """
     index = Path(folder) / "config.json"
     if not index.is_file():
         raise UserError(f"model.vae={folder} is not a VAE folder (no config.json)")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    settings = json.loads(index.read_text(encoding="utf-8"))
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if kind not in kinds:
+    if (kind := settings.get("_class_name")) not in kinds:
         raise UserError(f"model.vae={folder} is a {kind}; AutoencoderKL and AutoencoderTiny are known")
-    return kinds[kind].from_pretrained(folder)
+    return kinds[kind], settings
 
 
 def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -> AnimateAnyone:
@@ -102,20 +115,49 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
     return AnimateAnyone(reference_net, denoising_unet, pose_guider, image_encoder)
 
 
-def set_trainable(model: AnimateAnyone, config: TrainConfig) -> list[nn.Parameter]:
-    """Freeze what the stage does not train; returns the rest, every one of which gets a gradient.
+def what_is_trained(config: TrainConfig) -> str:
+    """`trainable`, or what the stage trains without it."""
+    return config.trainable or {"image": "full", "motion": "motion"}[config.stage]
 
-    The image stage trains everything but motion modules (identity for single frames) and what nothing reads; the
-    motion stage trains the motion modules alone.
+
+def set_trainable(model: AnimateAnyone, config: TrainConfig) -> list[nn.Parameter]:
+    """Freeze what is not trained; returns the rest, every one of which gets a gradient in every step.
+
+    Frozen in any case: what follows the ReferenceNet's last written layer, queries and keys of cross-attention to the
+    one image token, and motion modules where clips have one frame.
     """
-    model.requires_grad_(config.stage == "image")
-    motion = model.denoising_unet.motion_parameters()
-    for parameter in motion:
-        parameter.requires_grad_(config.stage == "motion")
+    mode, unet = what_is_trained(config), model.denoising_unet
     if config.stage == "image":
-        model.reference_net.freeze_unread_parameters()
+        unet.use_motion_on_single_frames(False)
+    model.requires_grad_(mode == "full")
+    if mode == "lora":
+        motion = config.lora.motion and config.stage == "motion"
+        add_lora(unet, config.lora.rank, config.lora.alpha, motion)
+        add_lora(model.reference_net, config.lora.rank, config.lora.alpha, motion)
+    if mode == "full":
         model.image_encoder.requires_grad_(config.model.train_image_encoder)
+        model.reference_net.freeze_unread_parameters()
+        for network in (unet, model.reference_net):
+            for name in one_token_parameters(network):
+                network.get_parameter(name).requires_grad_(False)
+    if mode != "lora":
+        for parameter in unet.motion_parameters():
+            parameter.requires_grad_(config.stage == "motion")
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def shrink_frozen(vae: VAE, model: AnimateAnyone, dtype: torch.dtype) -> None:
+    """Keep frozen convolutions and linear layers in a smaller number format; autocast computes in it anyway.
+
+    Norms stay in float32, which autocast gives them, and so do first layers: networks are asked for their dtype by
+    their first parameter.
+    """
+    for network in (vae, *model.children()):
+        first = next(network.parameters())
+        for module in network.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p is first or p.requires_grad for p in own):
+                module.to(dtype)
 
 
 def make_pipeline(
@@ -137,8 +179,40 @@ def make_pipeline(
     )
 
 
-def check_size(vae: VAE, size: list[int]) -> None:
-    """Pictures must divide by the VAE's factor."""
-    factor = vae_factor(vae)
+def trained_window(config: TrainConfig) -> int | None:
+    """Frames that the motion modules of the result know together: this run's, or those of `model.init`."""
+    if config.stage == "motion":
+        return config.data.num_frames
+    return read_index(Path(config.model.init)).get("window_size") if config.model.init else None
+
+
+def schedule_differences(config: TrainConfig) -> list[str]:
+    """Settings of the noise schedule in which the run differs from the pipeline it starts from, for a warning."""
+    if not config.model.init:
+        return []
+    path = Path(config.model.init) / "scheduler" / "scheduler_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    names = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+    ours = {name: getattr(config.noise, name) for name in names}
+    return [f"{name}={ours[name]}, was {saved.get(name)}" for name in names if saved.get(name) != ours[name]]
+
+
+def check_precision(config: TrainConfig) -> None:
+    """Refuse what is known to crash: on a CPU, torch 2.13 ends in a segmentation fault in the backward pass of clips
+    in bf16 with channels-last memory."""
+    if config.channels_last and config.mixed_precision == "bf16" and config.data.num_frames > 1:
+        if not torch.cuda.is_available():
+            raise UserError("channels_last=true with mixed_precision=bf16 and clips crashes on CPUs; set it to false")
+
+
+def check_size(vae: VAE, model: AnimateAnyone, size: list[int]) -> None:
+    """Pictures must divide by the VAE's factor, and pose features must be of the latents' size."""
+    factor, channels = vae_factor(vae), model.pose_guider.config.block_out_channels
+    smaller = 2 ** (len(channels) - 1)
+    if smaller != factor:
+        raise UserError(
+            f"model.pose_channels={list(channels)} make pose pictures {smaller} times smaller, but the VAE makes "
+            f"pictures {factor} times smaller; each entry after the first halves them"
+        )
     if size[0] % factor or size[1] % factor:
         raise UserError(f"data.size={size} must be multiples of {factor}, the VAE's factor")

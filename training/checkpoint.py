@@ -1,48 +1,256 @@
-"""Complete training states: saved by all ranks, renamed when whole, old ones pruned only afterwards."""
+"""Complete training states: saved by all ranks, renamed when whole, old ones pruned only afterwards.
 
+    output/checkpoint-<step>/
+        progress.json           step, position in the data, strategy, processes, what is trained
+        average.safetensors     moving average, whole, if there is one
+        model.safetensors, optimizer.bin      weights and optimiser (one process, DDP), or
+        pytorch_model/                        the parts of every process (DeepSpeed), or
+        pytorch_model_fsdp_0/, optimizer_0/   (FSDP)
+        random_states_<rank>.pkl              random state of every process
+
+The learning rate is a function of the step. A name that starts with a point is not a checkpoint: it is being written,
+or being removed.
+"""
+
+import hashlib
+import json
 import os
 import re
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch import nn
 
+from core.errors import UserError
+from core.files import sync_entries, sync_folder
+from training.average import WeightAverage
+from training.processes import on_main, strategy
+
+PROGRESS = "progress.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps taken.
+        clips: clips of the data seen, by all processes; where the data go on.
+        skipped: steps that were left out because loss or gradient was not finite.
+    """
+
+    step: int = 0
+    clips: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint must agree with to be loaded.
+
+    Attributes:
+        strategy: see `training.processes.strategy`.
+        processes: that wrote it.
+        trained: digest of names and shapes of the trainable parameters.
+    """
+
+    strategy: str
+    processes: int
+    trained: str
+
+
+def layout(accelerator: Accelerator, named: list[tuple[str, nn.Parameter]]) -> Layout:
+    """The layout of this run's checkpoints; `named` are the trainable parameters."""
+    shapes = [(name, list(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in named]
+    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+    return Layout(strategy(accelerator), accelerator.num_processes, digest)
 
 
 def checkpoints(output: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of the complete checkpoints in a folder, oldest first."""
     found = [(int(match[1]), path) for path in Path(output).iterdir() if (match := _NAME.match(path.name))]
-    return sorted(found)
+    return sorted((step, path) for step, path in found if (path / PROGRESS).is_file())
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> Path:
-    """Save weights, optimiser, schedule, registered objects and every rank's random state as `checkpoint-<step>`.
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed run left half-written or half-removed; the folder must be locked."""
+    for path in [*output.glob(".*.partial*"), *output.glob(".*.old"), *output.glob("samples/.*.partial*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    Every process must call it. The folder has a temporary name until all ranks have written; a crash in between
-    leaves earlier checkpoints untouched.
+
+def exchange_with_bare_model(accelerator: Accelerator) -> None:
+    """Save and load weights under the bare model's names, which DDP prefixes: any number of processes reads them."""
+
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        for number, model in enumerate(models[: len(weights)]):
+            weights[number] = accelerator.unwrap_model(model).state_dict()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output: Path,
+    progress: Progress,
+    arrangement: Layout,
+    average: WeightAverage | None,
+    keep: int,
+) -> Path:
+    """Save the complete state as `checkpoint-<step>`; every process must call it.
+
+    The folder has a temporary name until all ranks have written and the disk has it; a crash in between leaves
+    earlier checkpoints untouched. Of those, the newest `keep` stay.
+
+    Raises:
+        UserError: it could not be written; earlier checkpoints are as they were.
     """
-    final = output / f"checkpoint-{step}"
-    temporary = output / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+    final = output / f"checkpoint-{progress.step}"
+    temporary = output / f".{final.name}.partial"
+    on_main(accelerator, lambda: prepare_folder(output, temporary))
+    failure = write_state(accelerator, temporary, progress, arrangement, average)
+    if arrangement.strategy == "replicated":
+        failure = next(filter(None, gather_object([failure])), None)
+    # Processes that write their parts in step cannot be told; they end when this one does.
+    if failure is not None:
+        message = not_written(output, final.name, failure)
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(message)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for _, old in checkpoints(output)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: publish(output, temporary, final, keep))
     return final
 
 
-def resume(accelerator: Accelerator, output: Path) -> int:
-    """Load the newest complete checkpoint, if there is one; returns the step to go on from, 0 for a new start."""
+def prepare_folder(output: Path, temporary: Path) -> None:
+    """An empty folder to write to, if there is room for another checkpoint of the last one's size."""
+    shutil.rmtree(temporary, ignore_errors=True)
     found = checkpoints(output)
-    if not found:
-        return 0
-    step, folder = found[-1]
-    accelerator.load_state(str(folder))
-    return step
+    if found:
+        size = sum(path.stat().st_size for path in found[-1][1].rglob("*") if path.is_file())
+        free = shutil.disk_usage(output).free
+        if free < size:
+            raise UserError(not_written(output, temporary.stem[1:], f"it needs about {size / 2**20:.0f} MiB"))
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(not_written(output, temporary.stem[1:], error.strerror)) from None
+
+
+def write_state(
+    accelerator: Accelerator, folder: Path, progress: Progress, arrangement: Layout, average: WeightAverage | None
+) -> str | None:
+    """This process's part of a checkpoint; returns why it could not be written, or None."""
+    try:
+        accelerator.save_state(str(folder))
+        if average is not None:
+            average.save(folder, accelerator)
+        if accelerator.is_main_process:
+            entry = {**asdict(progress), **asdict(arrangement)}
+            (folder / PROGRESS).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        if accelerator.is_local_main_process:
+            sync_folder(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    # What writers in C++ and Rust raise when the disk is full, and collectives when another process has ended.
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        return "a file was cut short" if "inline_container" in reason else reason
+    return None
+
+
+def publish(output: Path, temporary: Path, final: Path, keep: int) -> None:
+    """Give a whole checkpoint its name, then remove old ones."""
+    try:
+        if final.exists():
+            retire(final)
+        os.replace(temporary, final)
+        sync_entries(output)
+        for _, old in checkpoints(output)[:-keep]:
+            shutil.rmtree(retire(old))
+    except OSError as error:
+        raise UserError(not_written(output, final.name, error.strerror or str(error))) from None
+
+
+def retire(checkpoint: Path) -> Path:
+    """Take a checkpoint its name away at once, so that none is ever found half-removed."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(checkpoint, old)
+    return old
+
+
+def not_written(output: Path, name: str, reason: str) -> str:
+    """The message of a checkpoint that could not be written."""
+    free = shutil.disk_usage(output).free / 2**20
+    found = checkpoints(output)
+    last = f"the last complete one is {found[-1][1]}" if found else "there is none before it"
+    return (
+        f"{name} could not be written to {output} ({reason}; {free:.0f} MiB free); {last}. Make room and run the same "
+        f"command again"
+    )
+
+
+def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average: WeightAverage | None) -> Progress:
+    """Load the newest complete checkpoint, if there is one; every process must call it.
+
+    Returns:
+        Where to go on; a new `Progress` for a new start.
+
+    Raises:
+        UserError: a checkpoint of another training or of other processes, or one that cannot be read.
+    """
+    newest = [str(path) for _, path in checkpoints(output)[-1:]] if accelerator.is_main_process else []
+    chosen = [newest[0] if newest else None]
+    broadcast_object_list(chosen)
+    if chosen[0] is None:
+        return Progress()
+    folder = Path(chosen[0])
+    try:
+        saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{folder} cannot be seen by every process; output= must be on a file system they share"
+        ) from None
+    check_layout(folder, Layout(**{field.name: saved[field.name] for field in fields(Layout)}), arrangement)
+    try:
+        accelerator.load_state(str(folder))
+        if average is not None:
+            average.load(folder, accelerator)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder} cannot be read ({reason}); remove it to go on from the one before") from None
+    # Accumulation starts with the step, whatever it was when the checkpoint was written.
+    accelerator.step = 0
+    return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
+
+
+def check_layout(folder: Path, saved: Layout, present: Layout) -> None:
+    """Refuse a checkpoint that does not fit, and say what to do instead.
+
+    Whole states fit any number of processes, and so do FSDP's, which are stored by name; DeepSpeed's parts fit only as
+    many processes of the same stage.
+    """
+    if saved.trained != present.trained:
+        raise UserError(
+            f"{folder} is of a training of other parameters (another stage, fine-tuning mode or network size); give "
+            f"another output="
+        )
+    fits = saved.strategy == present.strategy and (
+        saved.strategy in ("replicated", "fsdp") or saved.processes == present.processes
+    )
+    if not fits:
+        raise UserError(
+            f"{folder} was written by {saved.processes} process(es) of {saved.strategy} and cannot go on with "
+            f"{present.processes} of {present.strategy}; launch it as before, or start anew from its weights: "
+            f"python -m training.export checkpoint={folder} output=NEW, then model.init=NEW with another output="
+        )

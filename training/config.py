@@ -11,6 +11,7 @@ from tpc.augmentation import (
     check_calibrated_training,
     check_composition,
 )
+from tpc.config import PRESETS
 
 
 @dataclass
@@ -19,11 +20,15 @@ class DataConfig:
 
     source: "rendered" draws people on the fly; "videos" reads `root`, a folder of videos with pose files.
     root: the folder, for source=videos.
-    split: identities of rendered people, "train" or "heldout".
+    split: identities of rendered people, "train" or "heldout"; of videos, what their manifest marks so, where it does.
     size: width and height of the pictures in pixels; multiples of the VAE's factor times the UNet's.
     num_frames: frames a clip; 1 for the image stage.
     stride: a clip takes every stride-th frame.
     seed: clip number i is a function of (seed, i) alone.
+    crop: of videos: "person", as large as the picture allows with everybody inside over the whole clip, clips whose
+        people do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it
+        cuts.
+    latents, embeddings: folders of `prepare.py latents` and `prepare.py embeddings`, read in place of encoding.
     workers: loader processes a training process; 0 loads in the training process itself.
     cache: folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
         num_frames=1 a cached clip has `cache_frames` frames, two pictures of which are paired at random each time.
@@ -35,6 +40,9 @@ class DataConfig:
     size: list[int] = field(default_factory=lambda: [128, 128])
     num_frames: int = 1
     stride: int = 1
+    crop: str = "person"
+    latents: str | None = None
+    embeddings: str | None = None
     seed: int = 0
     workers: int = 2
     cache: str | None = None
@@ -44,8 +52,13 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule. Learning rates are per step, not scaled by batch or processes."""
+    """AdamW and its schedule. Learning rates are per step, not scaled by batch or processes.
 
+    name: "adamw", or "adamw8bit", whose two moments take one byte each instead of four (needs bitsandbytes).
+    max_grad_norm: gradients are shortened to this norm.
+    """
+
+    name: str = "adamw"
     learning_rate: float = 1e-5
     beta1: float = 0.9
     beta2: float = 0.999
@@ -76,6 +89,22 @@ class NoiseConfig:
     snr_gamma: float | None = 5.0
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters, for trainable=lora: a layer's weight W becomes W + alpha / rank * B A.
+
+    rank: of A and B. alpha: their weight; alpha = rank means 1.
+    motion: adapt motion modules too; with single frames they take no part and are never adapted.
+    export: "merged" adds the adapters to the weights of `output/pipeline`; "separate" writes them alone, to
+        `output/lora`, for `infer.py model=... lora=...` or as the sub-folder `lora` of a pipeline folder.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    motion: bool = True
+    export: str = "merged"
 
 
 @dataclass
@@ -117,83 +146,84 @@ class ModelConfig:
 
 @dataclass
 class ValidationConfig:
-    """Pictures of held-out people while training; steps counts optimiser steps, 0 switches it off."""
+    """Clips of held-out people, sampled with and without TPC while training; nothing of the training changes by it.
+
+    steps: optimiser steps from one validation to the next; 0 switches it off.
+    clips: how many; num_frames: frames of each.
+    misaligned: share of the clips whose reference is moved, turned and resized first, where TPC has to show itself;
+        metrics are logged for these and for the others.
+    num_inference_steps, guidance_scale: of sampling.
+    tpc: sample with TPC too; preset: its settings, "paper", "release" or "best".
+    root: folder of held-out videos, for data.source=videos; null: the training folder, cut differently.
+    """
 
     steps: int = 0
     clips: int = 4
     num_frames: int = 1
+    misaligned: float = 0.5
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
+    tpc: bool = True
+    preset: str = "best"
+    root: str | None = None
 
 
 @dataclass
 class TrainConfig:
     """`train.py`: one loop for both stages.
 
-    stage: "image" trains reference net, denoising UNet and pose guider on single frames; "motion" trains the motion
-        modules on clips and nothing else.
+    stage: "image" trains on single frames, "motion" on clips.
+    trainable: "full", every network (motion modules only in stage=motion); "motion", the motion modules alone;
+        "lora", low-rank adapters of both UNets; null: what the stage trains as published, "full" for image and
+        "motion" for motion. Whatever no output depends on is frozen in every case.
     output: folder of checkpoints, logs and the finished pipeline.
     batch_size: clips a process and step, before accumulation.
+    total_batch_size: clips an optimiser step of all processes together; gradient_accumulation is then chosen to reach
+        it with however many processes. null: batch_size x gradient_accumulation x processes.
     max_steps: optimiser steps in all; the schedule ends there.
     checkpoint_steps, keep_checkpoints: how often complete states are saved, and how many stay.
-    mixed_precision: "no", "bf16" or "fp16"; null leaves it to the accelerate configuration.
+    max_skipped_steps: steps with a non-finite loss or gradient are skipped and counted; this many in a row end the
+        run, with the last checkpoint of finite steps as it was.
+    ema_decay: of the moving average of the trainable parameters, which is then what is exported; 0: none.
+    mixed_precision: "bf16", "no" or "fp16"; null leaves it to the accelerate configuration.
+    frozen_dtype: "bfloat16" keeps the frozen convolutions and linear layers in half the memory; the exported ones are
+        those of `model.init`, unrounded. "float32" otherwise.
+    vae_chunk: pictures that pass the VAE at a time, which bounds the memory of encoding.
+    gradient_checkpointing: recompute UNet blocks, motion modules included, in the backward pass.
     channels_last: memory format of convolutions; several times faster in bf16 on CPUs.
     export_dtype: number format of the weights in `output/pipeline`: "float32", or "float16", half the size.
-    dry_run: print sizes, trainable parameters and memory estimate, then stop.
+    dry_run: print sizes, trainable parameters and memory by strategy, then stop.
+    dry_run_processes: GPUs among which the estimate's sharded strategies divide their states.
     """
 
     stage: str = MISSING
+    trainable: str | None = None
     output: str = MISSING
     seed: int = 0
     batch_size: int = 1
     gradient_accumulation: int = 1
+    total_batch_size: int | None = None
     max_steps: int = 1000
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
     log_steps: int = 10
     ema_decay: float = 0.0
-    mixed_precision: str | None = None
+    max_skipped_steps: int = 10
+    mixed_precision: str | None = "bf16"
+    frozen_dtype: str = "float32"
+    vae_chunk: int = 8
     gradient_checkpointing: bool = False
     channels_last: bool = False
     export_dtype: str = "float32"
     dry_run: bool = False
+    dry_run_processes: int = 8
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-
-
-@dataclass
-class VAEConfig:
-    """`train_vae.py`: a small convolutional autoencoder (diffusers' AutoencoderTiny) for rendered people.
-
-    init: VAE folder to go on from; null starts anew.
-    freeze_encoder: train the decoder alone, so that models trained on the latents stay valid.
-    blocks: residual blocks at each resolution, finest first; each entry after the first halves the picture.
-    latent_noise: standard deviation of noise added to latents in training, so that the decoder bears small errors.
-    latent_weight: weight of the latents' mean square, which keeps them near zero.
-    person_weight: how much more a person's pixels count than the background's.
-    """
-
-    output: str = MISSING
-    init: str | None = None
-    freeze_encoder: bool = False
-    seed: int = 0
-    batch_size: int = 8
-    max_steps: int = 1000
-    log_steps: int = 50
-    mixed_precision: str | None = None
-    channels_last: bool = False
-    latent_channels: int = 16
-    width: int = 48
-    blocks: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
-    latent_noise: float = 0.05
-    latent_weight: float = 1e-3
-    person_weight: float = 3.0
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -203,10 +233,16 @@ def check_train_config(config: TrainConfig) -> None:
         "data.source": (config.data.source, ("rendered", "videos")),
         "export_dtype": (config.export_dtype, ("float32", "float16")),
         "noise.prediction_type": (config.noise.prediction_type, ("v_prediction", "epsilon", "sample")),
+        "trainable": (config.trainable, (None, "full", "motion", "lora")),
+        "mixed_precision": (config.mixed_precision, (None, "no", "bf16", "fp16")),
+        "frozen_dtype": (config.frozen_dtype, ("float32", "bfloat16")),
+        "optimizer.name": (config.optimizer.name, ("adamw", "adamw8bit")),
+        "lora.export": (config.lora.export, ("merged", "separate")),
+        "validation.preset": (config.validation.preset, PRESETS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            raise UserError(f"{key}={value} is not one of {', '.join(allowed)}")
+            raise UserError(f"{key}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
     positive = {
         "batch_size": config.batch_size,
         "max_steps": config.max_steps,
@@ -214,17 +250,44 @@ def check_train_config(config: TrainConfig) -> None:
         "checkpoint_steps": config.checkpoint_steps,
         "keep_checkpoints": config.keep_checkpoints,
         "data.num_frames": config.data.num_frames,
+        "log_steps": config.log_steps,
+        "max_skipped_steps": config.max_skipped_steps,
+        "vae_chunk": config.vae_chunk,
+        "dry_run_processes": config.dry_run_processes,
+        "lora.rank": config.lora.rank,
+        "validation.clips": config.validation.clips,
+        "validation.num_frames": config.validation.num_frames,
     }
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    shares = {
+        "noise.condition_dropout": config.noise.condition_dropout,
+        "validation.misaligned": config.validation.misaligned,
+    }
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value} must be a share, 0 to 1")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay} must be at least 0 and below 1")
+    if not config.optimizer.max_grad_norm > 0:
+        raise UserError(f"optimizer.max_grad_norm={config.optimizer.max_grad_norm} must be above 0")
     check_composition(config.augmentation.composition)
     check_calibrated_training(config.augmentation.calibrated)
     if config.stage == "image" and config.data.num_frames != 1:
         raise UserError(f"stage=image trains on single frames; data.num_frames={config.data.num_frames} must be 1")
     if config.stage == "motion" and config.data.num_frames < 2:
         raise UserError("stage=motion needs data.num_frames of at least 2")
-    if config.model.init is None and config.model.vae is None:
+    if config.stage == "image" and config.trainable == "motion":
+        raise UserError("trainable=motion needs stage=motion: motion modules take no part in single frames")
+    if config.model.init is None and config.frozen_dtype != "float32" and not config.dry_run:
+        raise UserError(f"frozen_dtype={config.frozen_dtype} needs model.init=, where the unrounded weights are")
+    if config.mixed_precision != "bf16" and config.frozen_dtype == "bfloat16":
+        raise UserError(f"frozen_dtype=bfloat16 needs mixed_precision=bf16, not {config.mixed_precision}")
+    if config.model.init is None and config.trainable == "lora" and not config.dry_run:
+        raise UserError("trainable=lora adapts trained networks; give model.init=, a pipeline folder")
+    # A dry run without either takes the published sizes.
+    if config.model.init is None and config.model.vae is None and not config.dry_run:
         raise UserError("model.init= (a pipeline folder) or model.vae= (a VAE folder, for new networks) is required")
-    if config.data.source == "videos" and not config.data.root:
+    if config.data.source == "videos" and not config.data.root and not config.dry_run:
         raise UserError("data.source=videos needs data.root=, a folder of videos with pose files")

@@ -1,42 +1,160 @@
-"""The finished model as a pipeline folder."""
+"""From a checkpoint of any strategy to the pipeline folder that `infer.py` loads.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+    python -m training.export checkpoint=runs/stage1 output=pipeline [average=false] [dtype=float16]
+
+`train.py` does the same with its last checkpoint. Weights are whole whatever wrote them: one process, DDP, every ZeRO
+stage, FSDP; no GPU and no second process is needed.
+"""
+
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from omegaconf import MISSING
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from core.config import load_config
+from core.errors import UserError, run_command
 from core.files import complete_folder
+from models.lora import ADAPTED, merge, save_lora
 from models.pipeline import AnimationPipeline
+from training.average import FILE as AVERAGE
+from training.build import make_networks, make_pipeline, set_trainable, trained_window, what_is_trained
+from training.checkpoint import checkpoints
+from training.config import TrainConfig
+
+DTYPES = ("float32", "float16")
 
 
-@contextmanager
-def averaged_weights(ema: EMAModel | None, trainable: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block the trainable parameters hold their moving average, if there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(trainable)
-    ema.copy_to(trainable)
+@dataclass
+class ExportConfig:
+    """`python -m training.export`.
+
+    checkpoint: a folder `checkpoint-<step>`, or the run's output folder, of which the newest is taken. The run's
+        `config.yaml` must lie beside it.
+    output: the pipeline folder to write.
+    average: take the moving average of the weights, where the run kept one.
+    dtype: number format of the weights, "float32" or "float16"; null: the run's `export_dtype`.
+    init, vae: where `model.init` and `model.vae` of the run lie now; null: where they lay.
+    """
+
+    checkpoint: str = MISSING
+    output: str = MISSING
+    average: bool = True
+    dtype: str | None = None
+    init: str | None = None
+    vae: str | None = None
+
+
+def export_name(config: TrainConfig) -> str:
+    """What a run's result is called in its output folder: "pipeline", or "lora" for adapters by themselves."""
+    return "lora" if what_is_trained(config) == "lora" and config.lora.export == "separate" else "pipeline"
+
+
+def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, average: bool = True) -> None:
+    """Write the pipeline folder of a checkpoint, or the folder of its adapters.
+
+    Args:
+        config: of the run; its networks are built anew, the trained weights come from the checkpoint.
+        average: take averaged weights where there are any.
+
+    Raises:
+        UserError: the checkpoint does not fit the configuration, or the folder could not be written.
+    """
+    vae, model = make_networks(config)
+    set_trainable(model, config)
+    load_trained(model, checkpoint, config, average)
+    pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
     try:
-        yield
-    finally:
-        ema.restore(trainable)
+        write_export(config, pipeline, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{folder} could not be written ({reason}); {checkpoint} is complete: make room, then python -m "
+            f"training.export checkpoint={checkpoint} output={folder}"
+        ) from None
 
 
-def export_pipeline(
-    pipeline: AnimationPipeline, ema: EMAModel | None, trainable: list[nn.Parameter], folder: Path, dtype: str
-) -> None:
-    """Write the pipeline folder, with averaged weights where there are any.
+def write_export(config: TrainConfig, pipeline: AnimationPipeline, folder: Path) -> None:
+    """Write a trained pipeline, or its adapters alone."""
+    if export_name(config) == "lora":
+        with complete_folder(folder) as temporary:
+            save_lora(pipeline, temporary)
+        return
+    if what_is_trained(config) == "lora":
+        for name in ADAPTED:
+            merge(getattr(pipeline, name))
+    save_pipeline(pipeline, folder, config.export_dtype)
+
+
+def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, average: bool = True) -> None:
+    """Load what was trained from a checkpoint; what was frozen too, unless it comes from `model.init`.
+
+    Args:
+        model: as `set_trainable` left it.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor that was trained.
+    """
+    weights = checkpoint_weights(checkpoint)
+    if average and (checkpoint / AVERAGE).is_file():
+        weights |= load_file(checkpoint / AVERAGE)
+    load_weights(model, weights, frozen=config.model.init is None, source=checkpoint)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], frozen: bool, source: Path | str) -> None:
+    """Copy weights into a model by name.
+
+    Args:
+        weights: whole tensors by the names of the bare model.
+        frozen: copy what is not trained too.
+        source: for errors.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    # Buffers are tables that follow from the configuration, and DeepSpeed's bf16 would have rounded them.
+    for name, parameter in model.named_parameters():
+        tensor, found = parameter.data, weights.get(name)
+        if not parameter.requires_grad and (not frozen or found is None):
+            continue
+        if found is None or found.shape != tensor.shape:
+            shape = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(tensor.shape)}"
+            raise UserError(f"{source} does not fit this configuration: {name} is {shape}")
+        tensor.copy_(found)
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Whole weights by name from a checkpoint of any strategy; float32 where DeepSpeed kept masters.
+
+    Raises:
+        UserError: there are no weights in it.
+    """
+    if (checkpoint / "model.safetensors").is_file():
+        return load_file(checkpoint / "model.safetensors")
+    if (checkpoint / "pytorch_model").is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="pytorch_model")
+    if (checkpoint / "pytorch_model_fsdp_0").is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        with tempfile.TemporaryDirectory() as folder:
+            dcp_to_torch_save(checkpoint / "pytorch_model_fsdp_0", f"{folder}/weights.pt")
+            return torch.load(f"{folder}/weights.pt", weights_only=True)["model"]
+    raise UserError(f"{checkpoint} holds no weights")
+
+
+def save_pipeline(pipeline: AnimationPipeline, folder: Path, dtype: str) -> None:
+    """Write the pipeline folder.
 
     Args:
         dtype: "float32" or "float16"; the networks in memory are left as they are.
     """
-    with averaged_weights(ema, trainable), complete_folder(folder) as temporary:
+    with complete_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
         if dtype == "float16":
             for file in temporary.rglob("*.safetensors"):
@@ -50,3 +168,33 @@ def halve_weights(file: Path) -> None:
     tensors = load_file(file)
     halved = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
     save_file(halved, file, metadata)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder, or the newest complete one of a run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint={path} is not a folder; give a checkpoint-<step> or a run's output folder")
+    if complete := [folder for _, folder in checkpoints(path.parent) if folder == path]:
+        return complete[0]
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"checkpoint={path} is no complete checkpoint and holds none")
+    return found[-1][1]
+
+
+def main(arguments: list[str]) -> None:
+    settings = load_config(ExportConfig, arguments)
+    checkpoint = find_checkpoint(settings.checkpoint)
+    config = load_config(TrainConfig, [], files=[checkpoint.parent / "config.yaml"])
+    config.model.init = settings.init or config.model.init
+    config.model.vae = settings.vae or config.model.vae
+    config.export_dtype = settings.dtype or config.export_dtype
+    if config.export_dtype not in DTYPES:
+        raise UserError(f"dtype={config.export_dtype} is not one of {', '.join(DTYPES)}")
+    export_checkpoint(config, checkpoint, Path(settings.output), settings.average)
+    print(f"pipeline of {checkpoint} in {settings.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -3,37 +3,73 @@
 Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = picture size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from core.errors import UserError
-from models.latents import VAE, encode_pictures
+from models.latents import VAE, encode_pictures, picture_posterior
 from models.reference_attention import ReferenceContext
-from tpc.augmentation import CalibratedTrainingConfig, calibrate_batch, training_visibility
+from tpc.augmentation import (
+    CalibratedBatch,
+    CalibratedTrainingConfig,
+    CompositionConfig,
+    calibrate_batch,
+    compose_references,
+    training_visibility,
+)
 from training.config import NoiseConfig
+from training.randomness import Generators, draw
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Loss of one batch of b samples.
+
+    Attributes:
+        loss: scalar, the weighted mean that is minimised.
+        errors: (b,) mean squared error of each sample's prediction, without weight; detached, for the logs.
+        timesteps: (b,) noise level of each sample.
+    """
+
+    loss: Tensor
+    errors: Tensor
+    timesteps: Tensor
 
 
 @torch.no_grad()
-def encode_frames(vae: VAE, frames: Tensor) -> Tensor:
-    """Clips (b, 3, f, H, W) in [-1, 1] -> scaled latents (b, c, f, h, w), drawn from the VAE's posterior."""
-    latents = encode_pictures(vae, frames.transpose(1, 2).flatten(0, 1), sample=True).float()
-    return latents.unflatten(0, (len(frames), -1)).transpose(1, 2)
+def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Clips (b, 3, f, H, W) in [-1, 1] -> mean and deviation of their scaled latents, (b, c, f, h, w) each.
+
+    Args:
+        chunk: pictures that pass the VAE at a time; its activations are the peak of a step's memory otherwise.
+    """
+    parts = picture_posterior(vae, frames.transpose(1, 2).flatten(0, 1), chunk)
+    mean, deviation = (part.float().unflatten(0, (len(frames), -1)).transpose(1, 2) for part in parts)
+    return mean, deviation
 
 
 @torch.no_grad()
-def encode_reference(vae: VAE, images: Tensor) -> Tensor:
+def encode_reference(vae: VAE, images: Tensor, chunk: int | None = None) -> Tensor:
     """References (b, 3, H, W) in [-1, 1] -> scaled latents (b, c, h, w): the posterior's mean, as in inference."""
-    return encode_pictures(vae, images).float()
+    return encode_pictures(vae, images, chunk).float()
 
 
-def draw_noise(latents: Tensor, offset: float) -> Tensor:
-    """Standard normal noise of the latents' shape, plus a constant of deviation `offset` a (sample, channel)."""
-    noise = torch.randn_like(latents)
-    if offset:
-        noise = noise + offset * torch.randn(*latents.shape[:2], 1, 1, 1, device=latents.device, dtype=latents.dtype)
-    return noise
+def batch_latents(vae: VAE, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and deviation of the frames' latents (b, c, f, h, w), and the references' latents (b, c, h, w).
+
+    What a batch brings from `prepare.py latents` is taken as it is, the rest is encoded.
+    """
+    if "latent_mean" in batch:
+        mean, deviation = batch["latent_mean"], batch["latent_deviation"]
+    else:
+        mean, deviation = encode_frames(vae, batch["frames"], chunk)
+    if "reference_latents" in batch:
+        return mean, deviation, batch["reference_latents"]
+    return mean, deviation, encode_reference(vae, batch["reference"], chunk)
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -67,28 +103,58 @@ def check_schedule(config: NoiseConfig) -> None:
         raise UserError("noise.prediction_type=epsilon cannot be sampled with noise.rescale_betas_zero_snr=true")
 
 
+def compose_samples(
+    batch: dict[str, Tensor], config: CompositionConfig, step: int, generators: Generators
+) -> dict[str, Tensor]:
+    """`compose_references` with a generator a sample, so that a sample's composition does not depend on its batch."""
+    if config.probability == 0:
+        return batch
+    # Cached latents are of the reference as it was.
+    batch = {name: value for name, value in batch.items() if name != "reference_latents"}
+    parts = [compose_references(sample(batch, j), config, step, g) for j, g in enumerate(generators)]
+    return {name: torch.cat([part[name] for part in parts]) for name in batch}
+
+
+def calibrate_samples(
+    batch: dict[str, Tensor], config: CalibratedTrainingConfig, generators: Generators
+) -> CalibratedBatch:
+    """`calibrate_batch` with a generator a sample."""
+    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
+    fields = ("images", "masks", "index", "present")
+    return CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+
+
+def sample(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """A batch of one sample."""
+    return {name: value[number : number + 1] for name, value in batch.items()}
+
+
 def calibrated_reference(
     vae: VAE,
     batch: dict[str, Tensor],
     dropped: Tensor,
     grids: list[tuple[int, int]],
     config: CalibratedTrainingConfig,
+    generators: Generators,
+    chunk: int | None = None,
 ) -> tuple[Tensor, ReferenceContext]:
     """Calibrated images beside the references, as inference with TPC has them.
 
     Args:
         dropped: (b,) bool, samples that see neither.
         grids: (h, w) tokens of every self-attention level.
+        generators: one a sample.
+        chunk: pictures that pass the VAE at a time.
 
     Returns:
         Latents of the m calibrated images of each clip, (b*m, c, h, w), and index and flags of what the b*f frames
         see of [b references | b*m calibrated images].
     """
-    calibrated = calibrate_batch(batch, config)
+    calibrated = calibrate_samples(batch, config, generators)
     flags = training_visibility(batch, calibrated, grids, config)
     batch_size, pictures = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]
-    latents = encode_reference(vae, calibrated.images.flatten(0, 1))
+    latents = encode_reference(vae, calibrated.images.flatten(0, 1), chunk)
     clip = torch.arange(batch_size, device=latents.device)[:, None].expand(-1, frames)
     index = torch.stack([clip, batch_size + clip * pictures + calibrated.index], dim=-1).flatten(0, 1)
     # One more flag: frames of dropped samples are blind to every key but their own.
@@ -110,38 +176,41 @@ def diffusion_loss(
     config: NoiseConfig,
     calibrated: CalibratedTrainingConfig,
     grids: list[tuple[int, int]],
-) -> Tensor:
+    generators: Generators,
+    chunk: int | None = None,
+) -> StepLoss:
     """Loss of one batch of clips: weighted mean squared error of the prediction.
 
     Args:
         model: `AnimateAnyone`, possibly wrapped for distributed training.
         batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
-            for calibrated training masks and keypoints too, see `data.datasets`.
+            for calibrated training masks and keypoints too, see `data.datasets`; cached features in place of
+            pictures, see `data.video_folder`.
         calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
         grids: (h, w) tokens of every self-attention level, for calibrated training.
-
-    Returns:
-        Scalar.
+        generators: one a sample, see `training.randomness`.
+        chunk: pictures that pass the VAE at a time.
     """
-    latents = encode_frames(vae, batch["frames"])
-    reference_latents = encode_reference(vae, batch["reference"])
-    noise = draw_noise(latents, config.noise_offset)
-    batch_size, device = len(latents), latents.device
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
-    dropped = torch.rand(batch_size, device=device) < config.condition_dropout
+    mean, deviation, reference_latents = batch_latents(vae, batch, chunk)
+    levels = scheduler.config.num_train_timesteps
+    drawn = draw(mean.shape[1:], levels, config.condition_dropout, config.noise_offset, generators, mean.device)
+    latents = mean + deviation * drawn.posterior
     seen = None
     if calibrated.probability > 0:
-        calibrated_latents, seen = calibrated_reference(vae, batch, dropped, grids, calibrated)
+        calibrated_latents, seen = calibrated_reference(
+            vae, batch, drawn.dropped, grids, calibrated, generators, chunk
+        )
         reference_latents = torch.cat([reference_latents, calibrated_latents])
     prediction = model(
-        scheduler.add_noise(latents, noise, timesteps),
-        timesteps,
+        scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
+        drawn.timesteps,
         reference_latents,
-        batch["reference"],
+        batch["reference_context"] if "reference_context" in batch else batch["reference"],
         batch["poses"],
-        dropped,
+        drawn.dropped,
         seen,
     )
-    target = prediction_target(scheduler, latents, noise, timesteps)
-    error = (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))
-    return (snr_weights(scheduler, timesteps, config.snr_gamma) * error).mean()
+    target = prediction_target(scheduler, latents, drawn.noise, drawn.timesteps)
+    errors = (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))
+    loss = (snr_weights(scheduler, drawn.timesteps, config.snr_gamma) * errors).mean()
+    return StepLoss(loss, errors.detach(), drawn.timesteps)

@@ -1,0 +1,140 @@
+"""Low-rank adapters: what is adapted, saved, loaded and merged."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import UserError
+from models.lora import ADAPTED, FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
+from models.pipeline_folder import load_pipeline
+from tests.training_runs import ARGUMENTS, make_vae, train, weights
+
+
+def adapted_copy(pipeline, seed: int = 0):
+    """The pipeline with random adapters of both networks."""
+    networks = {name: copy.deepcopy(getattr(pipeline, name)) for name in ADAPTED}
+    torch.manual_seed(seed)
+    for network in networks.values():
+        add_lora(network, rank=3, alpha=6.0, motion=True)
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    rest = {name: part for name, part in pipeline.components.items() if name not in ADAPTED}
+    return type(pipeline)(**rest, **networks)
+
+
+def predict(pipeline) -> torch.Tensor:
+    torch.manual_seed(1)
+    noisy, latents = torch.randn(1, 4, 2, 8, 8), torch.randn(1, 4, 8, 8)
+    image, poses = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 2, 32, 32)
+    with torch.no_grad():
+        return pipeline.animator()(noisy, torch.tensor([300]), latents, image, poses, torch.tensor([False]))
+
+
+def plain_copy(pipeline):
+    return type(pipeline)(**{name: copy.deepcopy(part) for name, part in pipeline.components.items()})
+
+
+def test_adapters_start_as_no_change_and_are_all_that_is_trained(tiny_pipeline):
+    before, pipeline = predict(tiny_pipeline), plain_copy(tiny_pipeline)
+    for name in ADAPTED:
+        add_lora(getattr(pipeline, name), rank=2, alpha=2.0, motion=True)
+        trained = [n for n, p in getattr(pipeline, name).named_parameters() if p.requires_grad]
+        assert trained and all("lora_" in n for n in trained) and has_lora(getattr(pipeline, name))
+    assert torch.allclose(predict(pipeline), before, atol=1e-6)
+
+
+def test_only_layers_that_a_result_depends_on_are_adapted(tiny_pipeline):
+    unet, reference = tiny_pipeline.denoising_unet, tiny_pipeline.reference_net
+    layers = adaptable_layers(unet, motion=True)
+    assert any("motion_modules" in layer for layer in layers)
+    assert not any("motion_modules" in layer for layer in adaptable_layers(unet, motion=False))
+    one_token = [layer for layer in layers if ".attn2.to_q" in layer or ".attn2.to_k" in layer]
+    assert all("motion_modules" in layer for layer in one_token)
+    unread = {name.removesuffix(".weight") for name in reference.unread_parameters()}
+    assert not unread & set(adaptable_layers(reference, motion=True))
+
+
+def test_saved_merged_and_live_adapters_give_one_result(tiny_pipeline, tmp_path):
+    live = adapted_copy(tiny_pipeline)
+    expected = predict(live)
+    assert (expected - predict(tiny_pipeline)).abs().max() > 1e-2
+    save_lora(live, tmp_path / "lora")
+    loaded = plain_copy(tiny_pipeline)
+    load_lora(loaded, tmp_path / "lora")
+    assert torch.allclose(predict(loaded), expected, atol=1e-5)
+    for name in ADAPTED:
+        merge(getattr(live, name))
+        assert getattr(live, name).state_dict().keys() == getattr(tiny_pipeline, name).state_dict().keys()
+    assert torch.allclose(predict(live), expected, atol=1e-5)
+
+
+def test_scale_weighs_the_adapters(tiny_pipeline, tmp_path):
+    save_lora(adapted_copy(tiny_pipeline), tmp_path / "lora")
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    base = tiny_pipeline.denoising_unet.state_dict()[name]
+    changes = []
+    for scale in (1.0, 0.5):
+        pipeline = plain_copy(tiny_pipeline)
+        load_lora(pipeline, tmp_path / "lora", scale)
+        changes.append(pipeline.denoising_unet.state_dict()[name] - base)
+    assert changes[0].abs().max() > 0 and torch.allclose(changes[1], changes[0] / 2, atol=1e-6)
+
+
+def test_adapters_in_a_pipeline_folder_and_beside_it_are_used(tiny_pipeline, tmp_path):
+    live = adapted_copy(tiny_pipeline)
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    save_lora(live, tmp_path / "lora")
+    beside = load_pipeline(tmp_path / "pipeline", lora=tmp_path / "lora")
+    assert torch.allclose(predict(beside), predict(live), atol=1e-5)
+    shutil.move(tmp_path / "lora", tmp_path / "pipeline" / FOLDER)
+    assert torch.allclose(predict(load_pipeline(tmp_path / "pipeline")), predict(live), atol=1e-5)
+
+
+def test_adapters_that_do_not_fit_are_refused(tiny_pipeline, tmp_path):
+    with pytest.raises(UserError, match="holds no adapters"):
+        load_lora(tiny_pipeline, tmp_path)
+    save_lora(adapted_copy(tiny_pipeline), tmp_path / "lora")
+    shutil.copy(tmp_path / "lora" / "denoising_unet" / FILE, tmp_path / "lora" / "reference_net" / FILE)
+    pipeline = plain_copy(tiny_pipeline)
+    with pytest.raises(UserError, match="does not have"):
+        load_lora(pipeline, tmp_path / "lora")
+    (tmp_path / "lora" / "reference_net" / FILE).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_lora(plain_copy(tiny_pipeline), tmp_path / "lora")
+
+
+def test_train_py_makes_adapters_that_load(tmp_path):
+    """A base, adapters kept apart, and adapters merged; apart or merged, the same model."""
+    base = ["stage=image", f"output={tmp_path / 'base'}", f"model.vae={make_vae(tmp_path / 'vae')}", "max_steps=1"]
+    train(tmp_path / "base.log", *ARGUMENTS, *base)
+    pipeline = tmp_path / "base" / "pipeline"
+    for export in ("separate", "merged"):
+        text = train(
+            tmp_path / f"{export}.log",
+            *ARGUMENTS,
+            "stage=motion",
+            "data.num_frames=3",
+            "trainable=lora",
+            "lora.rank=2",
+            f"lora.export={export}",
+            "mixed_precision=bf16",
+            "frozen_dtype=bfloat16",
+            "max_steps=2",
+            f"output={tmp_path / export}",
+            f"model.init={pipeline}",
+        )
+        assert f"trained 2 steps; {'lora' if export == 'separate' else 'pipeline'} in" in text
+    merged = weights(tmp_path / "merged" / "pipeline")
+    original = weights(pipeline)
+    loaded = load_pipeline(pipeline, lora=tmp_path / "separate" / FOLDER)
+    assert merged.keys() == original.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], original[name])}
+    assert changed and all(name.split(".")[0] in ADAPTED and ".attn" in name for name in changed)
+    for network in ADAPTED:
+        for name, tensor in getattr(loaded, network).state_dict().items():
+            assert torch.allclose(tensor, merged[f"{network}.{name}"], atol=1e-6), name
+    assert not Path(tmp_path / "separate" / "pipeline").exists()

@@ -1,0 +1,90 @@
+"""The networks of a configuration without their weights, on the meta device: for sizes and estimates, in seconds."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from core.errors import UserError
+from models.animate_anyone import AnimateAnyone
+from models.checkpoints.sizes import (
+    MotionSizes,
+    UNetSizes,
+    make_denoising_unet,
+    make_pose_guider,
+    make_reference_net,
+)
+from models.latents import VAE
+from models.pipeline_folder import read_index
+from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+from training.build import new_networks, vae_kind
+from training.config import TrainConfig
+
+# Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
+PUBLISHED_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+PUBLISHED_IMAGE_ENCODER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+POSE_CHANNELS = (16, 32, 96, 256)
+
+
+def describe_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
+    """What `make_networks` makes, without weights; the published sizes without `model.init` and `model.vae`.
+
+    Raises:
+        UserError: a folder that is missing or is not what it should be.
+    """
+    with torch.device("meta"):
+        if config.model.init:
+            return folder_networks(Path(config.model.init))
+        if config.model.vae:
+            kind, settings = vae_kind(config.model.vae)
+            vae = kind.from_config(settings)
+            return vae, new_networks(config.model, vae.config.latent_channels, max(config.data.size))
+        return published_networks()
+
+
+def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
+    """AnimateAnyone as published."""
+    sizes = UNetSizes()
+    return AutoencoderKL(**PUBLISHED_VAE), AnimateAnyone(
+        make_reference_net(sizes),
+        make_denoising_unet(sizes, MotionSizes(), "frame"),
+        make_pose_guider(sizes.block_out_channels[0], POSE_CHANNELS),
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**PUBLISHED_IMAGE_ENCODER)),
+    )
+
+
+def folder_networks(folder: Path) -> tuple[VAE, AnimateAnyone]:
+    """The networks of a pipeline folder, from its configuration files."""
+    index = read_index(folder)
+    if index.get("_class_name") != "AnimationPipeline":
+        raise UserError(f"model.init={folder} is a {index.get('_class_name')}; train.py trains AnimateAnyone")
+    parts = {"reference_net": ReferenceNet, "denoising_unet": DenoisingUNet, "pose_guider": PoseGuider}
+    networks = {name: kind.from_config(component_config(folder, name)) for name, kind in parts.items()}
+    encoder = CLIPVisionConfig(**component_config(folder, "image_encoder"))
+    kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[index["vae"][1]]
+    model = AnimateAnyone(**networks, image_encoder=CLIPVisionModelWithProjection(encoder))
+    return kind.from_config(component_config(folder, "vae")), model
+
+
+def component_config(folder: Path, name: str) -> dict:
+    """The `config.json` of one network of a pipeline folder."""
+    path = folder / name / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.init={folder}: component {name} is missing or incomplete")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,148 @@
+"""What TensorBoard shows of a training run.
+
+loss                      weighted, the mean over all samples since the last line
+loss_by_timestep/000-099  mean squared error without weight, by noise level
+learning_rate, grad_norm (before clipping), samples_per_second (without validation and saving), skipped_steps
+broken_clips              clips that turned out to be damaged and were left out, by the main process's loaders
+peak_memory_gib           of the main process: on its GPU, or its resident set without one
+reference/...             how references lie to their targets: relative angle and box IoU, means and histograms
+"""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from tpc.augmentation import misalignment
+from training.objective import StepLoss
+
+BUCKETS = 10
+
+
+@dataclass
+class StepLog:
+    """What happened since the last line, on one process.
+
+    Attributes:
+        timesteps: of the noise schedule.
+        seconds: spent on training since the last line.
+    """
+
+    timesteps: int
+    losses: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    misaligned: list[Tensor] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def resume_clock(self) -> None:
+        """Training goes on after something else."""
+        self.started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Something else than training begins."""
+        self.seconds += time.perf_counter() - self.started
+
+    def add(self, result: StepLoss, batch: dict[str, Tensor]) -> None:
+        """Take in one batch of this process."""
+        self.losses.append(result.loss.detach().float())
+        self.samples.append(torch.stack([result.timesteps.float(), result.errors.float()], dim=1))
+        measures = misalignment(batch)
+        columns = [measures["relative_angle_deg"].flatten(), measures["box_iou"].flatten()]
+        self.misaligned.append(torch.stack(columns, dim=1).float())
+
+    def write(self, accelerator: Accelerator, step: int, clips: int, values: dict[str, float]) -> float:
+        """Write a line for the samples of all processes and start the next; every process must call it.
+
+        Args:
+            clips: trained on since the last line, by all processes.
+            values: further scalars.
+
+        Returns:
+            The mean loss; nan when no step was finite.
+        """
+        losses, samples, misaligned = (
+            accelerator.gather(torch.cat(part)) if part else None
+            for part in ([loss[None] for loss in self.losses], self.samples, self.misaligned)
+        )
+        mean = math.nan if losses is None else losses.mean().item()
+        scalars = {"loss": mean, "peak_memory_gib": peak_memory() / 2**30, **values}
+        if self.seconds > 0:
+            scalars["samples_per_second"] = clips / self.seconds
+        if self.norms:
+            scalars["grad_norm"] = float(np.mean(self.norms))
+        if samples is not None:
+            scalars |= loss_by_timestep(samples[:, 0], samples[:, 1], self.timesteps)
+            scalars |= misalignment_means(misaligned)
+            if accelerator.is_main_process:
+                add_histograms(accelerator.get_tracker("tensorboard").writer, misaligned, step)
+        accelerator.log({name: value for name, value in scalars.items() if math.isfinite(value)}, step=step)
+        for part in (self.losses, self.samples, self.misaligned, self.norms):
+            part.clear()
+        self.seconds = 0.0
+        self.resume_clock()
+        return mean
+
+
+def loss_by_timestep(timesteps: Tensor, errors: Tensor, count: int, buckets: int = BUCKETS) -> dict[str, float]:
+    """Mean error of each range of timesteps that occurs.
+
+    Args:
+        timesteps, errors: (n,).
+        count: timesteps of the schedule.
+    """
+    bucket = (timesteps.long() * buckets) // count
+    width = len(str(count - 1))
+    found = {}
+    for number in bucket.unique().tolist():
+        first, last = math.ceil(number * count / buckets), math.ceil((number + 1) * count / buckets) - 1
+        found[f"loss_by_timestep/{first:0{width}d}-{last:0{width}d}"] = errors[bucket == number].mean().item()
+    return found
+
+
+def misalignment_means(misaligned: Tensor) -> dict[str, float]:
+    """Means over (n, 2) angles and IoUs; those that cannot be measured are nan and do not count."""
+    angle, iou = misaligned.nanmean(dim=0).tolist()
+    return {"reference/relative_angle_deg": angle, "reference/box_iou": iou}
+
+
+def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None:
+    """Distributions of relative angle and box IoU, (n, 2)."""
+    for name, column in zip(("relative_angle_deg", "box_iou"), misaligned.T, strict=True):
+        known = column[torch.isfinite(column)]
+        if len(known):
+            writer.add_histogram(f"reference/{name}_distribution", known.cpu(), step)
+
+
+def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
+    """A clip of (h, w, 3) uint8 frames as a moving picture; TensorBoard plays GIFs.
+
+    The writer's own `add_video` needs a package that nothing else here does.
+    """
+    height, width = frames[0].shape[:2]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    encoded = BytesIO()
+    pictures[0].save(
+        encoded, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, optimize=False
+    )
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most: allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
