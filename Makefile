@@ -15,7 +15,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python infer.py
 
 test: $(VENV)/.development lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

@@ -10,6 +10,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors gain nothing from a second thread, and two that wait for each other stall on a busy machine.
 torch.set_num_threads(1)
 
+# Files whose tests start processes take longest; the others fill up what is left of the time.
+LONGEST_FIRST = (
+    "test_training_processes.py",
+    "test_training_checkpoints.py",
+    "test_shortcuts.py",
+    "test_memory.py",
+    "test_guard.py",
+    "test_evaluate_experiments.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first, so that parallel workers end together."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():

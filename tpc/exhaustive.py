@@ -176,7 +176,7 @@ def select_exhaustive(
     everything = first = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
     if not outright:
         members, first = _contenders(members, first, found, scene)
-        members = np.union1d(members, everything).astype(np.int32)
+        members = _with(members, everything)
     scores = scene.score(scene.misses_first(found[first]), members, found, first, SAME_IOU)
     winner = search.pick(members, scores, points, found)
     if winner < 0:
@@ -198,8 +198,12 @@ def _contenders(members: np.ndarray, first: int, found: np.ndarray, scene: "_Sce
         first = int(members[checked[exact.argmax()]])
         slope, deviation = _error_model(exact - scores[checked], found[members[checked], :4])
         kept = search.keep_contenders(members, found, scores, slope, exact.max() - DEVIATIONS * deviation)
-        members = np.union1d(kept, first).astype(np.int32)
+        members = _with(kept, first)
     return members, first
+
+
+def _with(members: np.ndarray, one: int) -> np.ndarray:
+    return members if (members == one).any() else np.append(members, np.int32(one))
 
 
 def _error_model(error: np.ndarray, transforms: np.ndarray) -> tuple[np.ndarray, float]:
