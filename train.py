@@ -45,7 +45,7 @@ from training.interruption import StopRequest, stop_request
 from training.logs import add_clip
 from training.memory import enable_gradient_checkpointing, memory_report
 from training.objective import check_schedule, compose_samples, diffusion_loss
-from training.processes import SHARDED, check_shared, make_accelerator, on_main, spread_batch, strategy
+from training.processes import SHARDED, check_shared, end_together, make_accelerator, on_main, spread_batch, strategy
 from training.randomness import Generators
 from training.run import Batch, Run, batches, make_clips, prepare
 from training.validate import FPS, mean_metrics, sample_clips, undisturbed
@@ -241,10 +241,7 @@ def main(arguments: list[str]) -> None:
             print(f"stopped after step {step} of {config.max_steps}, saved {newest}; the same command goes on")
         elif accelerator.is_main_process:
             print(f"trained {step} steps; {result.name} in {result}")
-        # Also lets go of the last message: gloo's thread needs the interpreter for that, and would wait for it for
-        # ever if the process group were taken apart meanwhile.
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        end_together(accelerator)
 
 
 if __name__ == "__main__":

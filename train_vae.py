@@ -24,6 +24,7 @@ from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
 from training.data import make_dataset, make_loader
+from training.processes import end_together
 from training.vae_config import VAEConfig
 
 
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> None:
         with complete_folder(output / "vae") as folder:
             vae.save_pretrained(folder)
         print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 if __name__ == "__main__":

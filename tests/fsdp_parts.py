@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from training.average import WeightAverage
+from training.processes import end_together
 from training.sharding import held_part, part_of, whole
 
 
@@ -53,8 +54,7 @@ def main(folder: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(again.ema.shadow_params, average.ema.shadow_params, strict=True))
     # As accelerate stores sharded weights.
     distributed_checkpoint.save({"model": model.state_dict()}, checkpoint_id=str(folder / "pytorch_model_fsdp_0"))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 if __name__ == "__main__":

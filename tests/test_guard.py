@@ -12,6 +12,7 @@ from core.errors import UserError
 from tests.training_runs import ARGUMENTS, launch, logged, make_vae, train
 from training.checkpoint import checkpoints
 from training.guard import StepGuard
+from training.processes import end_together
 
 
 def step(
@@ -96,7 +97,7 @@ def one_of_two(folder: str) -> None:
         taken.append(step(model, optimizer, guard, accelerator, [GOOD, BAD if bad else GOOD * (rank + 1)], number))
     found = {"taken": taken, "weights": [p.detach().flatten().tolist() for p in model.parameters()]}
     Path(folder, f"{rank}.json").write_text(json.dumps({**found, "processes": accelerator.num_processes}))
-    accelerator.end_training()
+    end_together(accelerator)
 
 
 def test_two_processes_leave_the_same_steps_out(tmp_path):

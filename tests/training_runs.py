@@ -70,7 +70,7 @@ def make_vae(folder: Path) -> Path:
 def launch(command: list[str], expect: int = 0) -> subprocess.CompletedProcess:
     """Run a command of the environment's `bin` in the repository, as a user does."""
     command = [str(BIN / command[0]), *command[1:]]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == expect, done.stderr[-4000:]
     return done
 

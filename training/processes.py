@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -20,6 +21,7 @@ from training.config import TrainConfig
 # The main process may render a cache or sample a validation while the others wait for it.
 PATIENCE = timedelta(hours=4)
 SHARDED = ("zero3", "fsdp")
+GOODBYE = 0.5  # seconds
 
 
 def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
@@ -127,6 +129,18 @@ def check_shared(accelerator: Accelerator, config: TrainConfig, file: Path) -> N
     accelerator.wait_for_everyone()
     if not file.is_file() or load_config(TrainConfig, [], files=[file]) != config:
         raise UserError(f"output={file.parent} must be one folder for all processes, on a file system they share")
+
+
+def end_together(accelerator: Accelerator) -> None:
+    """Take the process group apart when no process needs it any more.
+
+    A gloo thread needs the interpreter for a moment to let go of its last message. The destructor of DDP's Reducer
+    holds the interpreter while it waits for that thread, so whoever goes on at once may wait for ever.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(GOODBYE)
+    accelerator.end_training()
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
