@@ -22,11 +22,10 @@ from core.processes import process_state
 from data.inputs import load_driving, load_reference
 from data.pose import PoseConfig, PoseEstimator, open_estimator
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import choose_device, load_pipeline
+from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
 
 ROOT = Path(__file__).parent
-SHIPPED_MODEL = ROOT / "assets" / "tiny_model"
 SAMPLES = ROOT / "assets" / "samples"
 
 

@@ -1,6 +1,5 @@
 """What may be wrong with filmed clips, and what to do about it: the checks of `python prepare.py check`."""
 
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -240,10 +239,12 @@ def _compare_rates(clips: list[ClipFacts]) -> None:
 
 
 def _compare_contents(facts: list[ClipFacts], clips: list[Clip]) -> None:
-    contents = Counter(clip.fingerprint.sha256 for clip in clips)
+    by_content: dict[str, list[Clip]] = {}
+    for clip in clips:
+        by_content.setdefault(clip.fingerprint.sha256, []).append(clip)
     for fact, clip in zip(facts, clips, strict=False):
-        same = [other for other in clips if other.fingerprint.sha256 == clip.fingerprint.sha256 and other is not clip]
-        if contents[clip.fingerprint.sha256] > 1:
+        same = [other for other in by_content[clip.fingerprint.sha256] if other is not clip]
+        if same:
             leaks = any(other.split != clip.split for other in same)
             message = f"the same video as {same[0].name}" + (", which is in the other part" if leaks else "")
             severity = "error" if leaks else "warning"

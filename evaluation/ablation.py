@@ -4,39 +4,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from analysis.animation import SamplingConfig
-from core.config import save_config
 from core.errors import UserError
-from core.files import output_folder
 from core.processes import process_state
 from evaluation.clips import ClipsConfig
 from evaluation.experiment import (
-    SHIPPED_MODEL,
     Condition,
+    Trial,
     TrialsConfig,
-    all_trials,
     numbers_by_seed,
-    run_trials,
-    trials_identity,
+    run_task,
 )
 from evaluation.filmed import open_clips
 from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import claim_output, remove_parts
 from evaluation.report import (
     Table,
-    common_facts,
-    heading,
-    latex,
-    markdown,
     measure_label,
     measure_numbers,
     over_seeds,
-    warning_lines,
     with_best,
-    write_results,
+    write_table,
 )
 from evaluation.summary import Number, measured_names
 from metrics.protocols import MEASURES
-from models.pipeline_folder import choose_device
+from models.pipeline_folder import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
 from tpc.config import resolve
 
@@ -56,7 +46,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     """
 
     output: str = "outputs/ablation"
-    model: str = SHIPPED_MODEL
+    model: str = str(SHIPPED_MODEL)
     features: str = "stand-in"
     measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "vgg_frechet_video"])
     transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
@@ -75,19 +65,16 @@ def run(config: AblationConfig) -> None:
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
     instruments = open_instruments(config, ABLATION_REGIONS, config.persons, device)
-    trials = all_trials(list(clips.names), list(conditions.values()), config.seeds)
-    output = output_folder(config.output)
-    claim_output(output, trials_identity("ablation", config, list(conditions.values())), state)
-    folders = run_trials(trials, clips.clip, config, config.sampling, instruments, output, state, clips.stamps)
-    if state.is_main_process:
+
+    def write(folders: dict[Trial, Path], output: Path) -> None:
         numbers = {
             label: numbers_by_seed(folders, instruments, config.seeds, lambda trial, c=condition: trial.condition == c)
             for label, condition in conditions.items()
         }
         _write(config, instruments, numbers, len(clips.names), output)
-        if not config.keep_parts:
-            remove_parts(output)
-    state.wait_for_everyone()
+
+    chosen = list(conditions.values())
+    run_task("ablation", config, chosen, clips.names, clips.clip, instruments, state, write, clips.stamps)
 
 
 def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
@@ -139,14 +126,9 @@ def _write(
         tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
         caption,
     )
-    results = common_facts(config, instruments) | {
+    results = {
         "counts": {"clips": clips, "seeds": len(config.seeds), "conditions": len(numbers)},
         "results": {label: measure_numbers(runs, config.seeds) for label, runs in numbers.items()},
     }
-    save_config(config, output / "config.yaml")
-    warnings = warning_lines(
-        (name, number.warning) for runs in numbers.values() for run in runs for name, number in run.items()
-    )
-    text = heading(instruments, caption) + markdown(table) + warnings
-    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
-    print(text, end="")
+    warnings = ((name, number.warning) for runs in numbers.values() for run in runs for name, number in run.items())
+    write_table(config, instruments, table, results, warnings, output)

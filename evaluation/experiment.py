@@ -13,12 +13,12 @@ from accelerate import PartialState
 from analysis.animation import SamplingConfig, animate
 from core.config import config_dict
 from core.errors import UserError
-from core.files import write_json
+from core.files import output_folder, write_json
 from data.framing import fit_matrix
 from data.pose import PoseConfig, PoseEstimator, open_estimator
 from evaluation.clips import EvaluationClip
 from evaluation.instruments import Instruments
-from evaluation.jobs import run_parts
+from evaluation.jobs import claim_output, remove_parts, run_parts
 from evaluation.measure import FramePair, measure_clip
 from evaluation.persons import SeenPerson, person_values, seen_persons
 from evaluation.summary import Number, summarise
@@ -26,9 +26,6 @@ from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.pipeline import AnimationPipeline
 from models.pipeline_folder import choose_device, load_pipeline
 from tpc import CalibrationConfig
-
-SHIPPED_MODEL = str(Path(__file__).parent.parent / "assets" / "tiny_model")
-
 
 WHERE = ("output", "device", "keep_parts", "weights")
 EXTENDABLE = ("seeds", "clips", "angles", "scales", "transforms", "propagations", "subsets")
@@ -150,6 +147,38 @@ def run_trials(
     inputs = None if stamps is None else {trial.name: stamps(trial.clip) for trial in trials}
     folders = run_parts(list(by_name), work, output, state, "animating", inputs)
     return dict(zip(trials, folders, strict=True))
+
+
+def run_task(
+    task: str,
+    config: Any,
+    conditions: Sequence[Condition],
+    names: Sequence[str],
+    clip_of: Callable[[str], EvaluationClip],
+    instruments: Instruments,
+    state: PartialState,
+    write: Callable[[dict[Trial, Path], Path], None],
+    stamps: Callable[[str], Any] | None = None,
+) -> None:
+    """Every named clip under every condition with every seed, measured; one process then writes the results.
+
+    Args:
+        config: of the task, a `TrialsConfig` with `output` and `sampling`.
+        write: gets the folder of each trial's measurements, and the output folder.
+        clip_of, stamps: see `run_trials`.
+
+    Raises:
+        UserError: no clip or no seed, or an output folder that another run began.
+    """
+    trials = all_trials(names, conditions, config.seeds)
+    output = output_folder(config.output)
+    claim_output(output, trials_identity(task, config, conditions), state)
+    folders = run_trials(trials, clip_of, config, config.sampling, instruments, output, state, stamps)
+    if state.is_main_process:
+        write(folders, output)
+        if not config.keep_parts:
+            remove_parts(output)
+    state.wait_for_everyone()
 
 
 def trials_identity(task: str, config: Any, conditions: Sequence[Condition]) -> dict[str, Any]:

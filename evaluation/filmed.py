@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
+from data.clip_folder import video_of
 from data.images import natural_order
 from data.inputs import Driving, Reference, fitting_poses
-from data.layouts import VIDEO_SUFFIXES
 from data.manifest import has_manifest, read_manifest
 from data.masks import read_union
 from data.pose import Poses
@@ -116,10 +116,9 @@ def _beside(root: Path) -> dict[str, FilmedFiles]:
         raise UserError(f"dataset={root} holds no pose files ({', '.join(POSE_SUFFIXES)})")
     found = {}
     for file in files:
-        video = next((path for end in VIDEO_SUFFIXES if (path := file.with_suffix(end)).is_file()), None)
         masks = file.with_name(file.stem + MASKS_SUFFIX)
         name = file.relative_to(root).with_suffix("").as_posix()
-        found[name] = FilmedFiles(file, video, masks if masks.is_dir() else None)
+        found[name] = FilmedFiles(file, video_of(file), masks if masks.is_dir() else None)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import config_dict
+from core.config import config_dict, save_config
 from core.files import complete_file, write_json
 from core.version import VERSION
 from evaluation.instruments import REGIONS, Instruments
@@ -45,7 +45,7 @@ class Table:
         corner: header of the labels.
         columns: headers.
         rows: label and cells.
-        caption: what the numbers are, for LaTeX.
+        caption: what the numbers are.
     """
 
     corner: str
@@ -198,3 +198,24 @@ def write_results(output: Path, results: dict[str, Any], tables: dict[str, str])
         with complete_file(output / name) as path:
             path.write_text(text, encoding="utf-8")
     write_json(output / RESULTS_FILE, results)
+
+
+def write_table(
+    config: Any,
+    instruments: Instruments,
+    table: Table,
+    results: dict[str, Any],
+    warnings: Iterable[tuple[str, str | None]],
+    output: Path,
+) -> None:
+    """Write config.yaml, table.md, table.tex and results.json, and print the table.
+
+    Args:
+        results: what the task adds to the common facts.
+        warnings: of numbers, by name.
+    """
+    save_config(config, output / "config.yaml")
+    text = heading(instruments, table.caption) + markdown(table) + warning_lines(warnings)
+    results = common_facts(config, instruments) | results
+    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
+    print(text, end="")

@@ -10,25 +10,21 @@ import numpy as np
 from analysis.animation import SamplingConfig
 from core.config import save_config
 from core.errors import UserError
-from core.files import output_folder
 from core.processes import process_state
 from data.scenes import Scene, misaligned_reference
 from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
 from evaluation.experiment import (
-    SHIPPED_MODEL,
     Condition,
     Trial,
     TrialsConfig,
-    all_trials,
-    run_trials,
-    trials_identity,
+    run_task,
 )
 from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import claim_output, remove_parts
 from evaluation.misalignment import misalignment
 from evaluation.plots import Curve, Panel, draw_panels
 from evaluation.report import Cell, Table, common_facts, heading, markdown, over_seeds, write_results
 from evaluation.summary import clip_means
+from models.pipeline_folder import SHIPPED_MODEL
 from tpc import CalibrationConfig
 
 PERSON_PSNR = "foreground_psnr"
@@ -46,7 +42,7 @@ class SweepConfig(ClipsConfig, TrialsConfig):
     """
 
     output: str = "outputs/sweep"
-    model: str = SHIPPED_MODEL
+    model: str = str(SHIPPED_MODEL)
     clips: int = 8
     frames: int = 4
     stride: int = 6
@@ -88,24 +84,19 @@ def run(config: SweepConfig) -> None:
     variations = {variation.name: variation for variation in _variations(config)}
     people = rendered_people(config)
     conditions = [Condition("without", config.model, None), Condition("with", config.model, config.tpc)]
-    trials = all_trials(list(variations), conditions, config.seeds)
     state = process_state(config.device)
     instruments = _instruments(config)
-    output = output_folder(config.output)
-    claim_output(output, trials_identity("sweep", config, conditions), state)
 
     def clip_of(name: str) -> EvaluationClip:
         return variations[name].clip(at_first_frame(people.scene(variations[name].number)))
 
-    folders = run_trials(trials, clip_of, config, config.sampling, instruments, output, state)
-    if state.is_main_process:
+    def write(folders: dict[Trial, Path], output: Path) -> None:
         psnr = {trial: clip_means(folder)[PERSON_PSNR] for trial, folder in folders.items()}
         box_iou = {name: _box_iou(clip_of(name)) for name in variations}
         curves = _curves(config, variations, box_iou, psnr)
         _write(config, instruments, curves, variations, box_iou, psnr, output)
-        if not config.keep_parts:
-            remove_parts(output)
-    state.wait_for_everyone()
+
+    run_task("sweep", config, conditions, list(variations), clip_of, instruments, state, write)
 
 
 def _instruments(config: SweepConfig) -> Instruments:

@@ -4,41 +4,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis.animation import SamplingConfig
-from core.config import save_config
 from core.errors import UserError
-from core.files import output_folder
 from core.processes import process_state
 from evaluation.clips import ClipsConfig, ClipSet
 from evaluation.experiment import (
-    SHIPPED_MODEL,
     Condition,
+    Trial,
     TrialsConfig,
-    all_trials,
     numbers_by_seed,
-    run_trials,
-    trials_identity,
+    run_task,
 )
 from evaluation.filmed import open_clips
 from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
-from evaluation.jobs import claim_output, remove_parts
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.report import (
     Cell,
     Table,
-    common_facts,
-    heading,
-    latex,
-    markdown,
     measure_label,
     measure_numbers,
     over_seeds,
-    warning_lines,
     with_best,
-    write_results,
+    write_table,
 )
 from evaluation.summary import Number
 from metrics.protocols import MEASURES
-from models.pipeline_folder import choose_device
+from models.pipeline_folder import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
 
 SUBSETS = ("original", "misaligned")
@@ -54,7 +44,7 @@ class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     """
 
     output: str = "outputs/table"
-    models: list[str] = field(default_factory=lambda: [SHIPPED_MODEL])
+    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])
     names: list[str] | None = None
     features: str = "stand-in"
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
@@ -73,11 +63,8 @@ def run(config: TableConfig) -> None:
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
     instruments = open_instruments(config, persons=config.persons, device=device)
-    trials = all_trials(list(clips.names), list(conditions.values()), config.seeds)
-    output = output_folder(config.output)
-    claim_output(output, trials_identity("table", config, list(conditions.values())), state)
-    folders = run_trials(trials, clips.clip, config, config.sampling, instruments, output, state, clips.stamps)
-    if state.is_main_process:
+
+    def write(folders: dict[Trial, Path], output: Path) -> None:
         members = _members(config, clips)
         numbers = {
             label: {
@@ -92,9 +79,9 @@ def run(config: TableConfig) -> None:
             for label, condition in conditions.items()
         }
         _write(config, instruments, numbers, members, output)
-        if not config.keep_parts:
-            remove_parts(output)
-    state.wait_for_everyone()
+
+    chosen = list(conditions.values())
+    run_task("table", config, chosen, clips.names, clips.clip, instruments, state, write, clips.stamps)
 
 
 def table_conditions(config: TableConfig) -> dict[str, Condition]:
@@ -143,7 +130,7 @@ def _write(
         tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
         caption,
     )
-    results = common_facts(config, instruments) | {
+    results = {
         "counts": {subset: len(names) for subset, names in members.items()} | {"seeds": len(config.seeds)},
         "subsets": {subset: list(names) for subset, names in members.items()},
         "results": {
@@ -151,17 +138,14 @@ def _write(
             for label, by_subset in numbers.items()
         },
     }
-    save_config(config, output / "config.yaml")
-    warnings = warning_lines(
+    warnings = (
         (f"{subset} {name}", number.warning)
         for by_subset in numbers.values()
         for subset in used
         for run in by_subset[subset]
         for name, number in run.items()
     )
-    text = heading(instruments, caption) + markdown(table) + warnings
-    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
-    print(text, end="")
+    write_table(config, instruments, table, results, warnings, output)
 
 
 def _cell(runs: list[dict[str, Number]], measure: str) -> Cell:

@@ -18,6 +18,7 @@ from models.magic_animate import MagicAnimatePipeline, PromptEmbedding
 from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
+SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_model"
 COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
 PIPELINES = {kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline)}
 NETWORKS = {

@@ -13,19 +13,9 @@ import prepare
 from core.errors import UserError
 from data.manifest import read_manifest
 from tests.filmed import damage, figure_film, save_prepared_videos
+from tests.training_runs import TINY_NETWORKS
 
 ROOT = Path(__file__).parent.parent
-TINY_NETWORKS = [
-    "model.block_out_channels=[16,32]",
-    "model.attention_heads=2",
-    "model.norm_num_groups=8",
-    "model.motion_max_seq_length=8",
-    "model.pose_channels=[8,8,8]",
-    "model.context_dim=8",
-    "model.image_encoder_size=16",
-    "model.image_encoder_width=16",
-    "model.image_encoder_layers=1",
-]
 MOTION = ["stage=motion", "batch_size=2", "max_steps=2", "log_steps=1", "mixed_precision=no", "data.source=videos"]
 MOTION += ["data.size=[32,32]", "data.num_frames=3", "data.stride=2", "data.workers=1", *TINY_NETWORKS]
 

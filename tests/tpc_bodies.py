@@ -3,9 +3,13 @@
 import numpy as np
 
 from data.pose import Poses
+from tpc import CalibrationConfig
 from tpc.skeleton import draw_silhouette
 
 EVERY_POINT = np.ones(17, bool)
+
+SIZE = (128, 128)
+TORSO = CalibrationConfig(keypoints="trunk", smoothing=0.0)
 
 
 def body(rng: np.random.Generator, spread: float = 0.6) -> np.ndarray:
@@ -55,3 +59,16 @@ def poses(keypoints: np.ndarray, size: tuple[int, int] = (128, 128), scores: np.
     if scores is None:
         scores = np.ones(keypoints.shape[:3], np.float32)
     return Poses(keypoints, np.asarray(scores, np.float32), size, 25.0)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+
+
+def reference(seed: int = 0) -> np.ndarray:
+    return place(body(np.random.default_rng(seed)), 80, 2.0)
+
+
+def bodies(count: int, height: float = 60.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [place(body(rng), height, 0, (40 + 60 * i, 64)) for i in range(count)]

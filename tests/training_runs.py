@@ -16,7 +16,19 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 TIMEOUT = 120  # seconds after which a process hangs
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-# The smallest networks and clips, noise with every kind of randomness switched on.
+# The smallest networks.
+TINY_NETWORKS = [
+    "model.block_out_channels=[8,16]",
+    "model.attention_heads=2",
+    "model.norm_num_groups=4",
+    "model.motion_max_seq_length=8",
+    "model.pose_channels=[8,8,8]",
+    "model.context_dim=8",
+    "model.image_encoder_size=16",
+    "model.image_encoder_width=16",
+    "model.image_encoder_layers=1",
+]
+# These and the smallest clips, noise with every kind of randomness switched on.
 ARGUMENTS = [
     "batch_size=2",
     "checkpoint_steps=100",
@@ -27,15 +39,7 @@ ARGUMENTS = [
     "data.size=[32,32]",
     "data.workers=0",
     "data.cache_clips=12",
-    "model.block_out_channels=[8,16]",
-    "model.attention_heads=2",
-    "model.norm_num_groups=4",
-    "model.motion_max_seq_length=8",
-    "model.pose_channels=[8,8,8]",
-    "model.context_dim=8",
-    "model.image_encoder_size=16",
-    "model.image_encoder_width=16",
-    "model.image_encoder_layers=1",
+    *TINY_NETWORKS,
     "model.train_image_encoder=true",
     "optimizer.learning_rate=3e-3",
     # AdamW divides tiny gradients by themselves; without this it turns rounding errors into steps.

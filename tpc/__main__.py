@@ -7,8 +7,7 @@ Poses and masks are estimated unless they are given (`reference_poses=`, `drivin
 
     calibration.json    transforms, keypoints, reasons, frame by frame      calibrated.mp4    the calibrated pictures
     calibrated/         000000_p0.png and 000000_p0_mask.png                report.png        everything at a glance
-    calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the resolved
-    configuration
+    calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the configuration
 """
 
 import os

@@ -169,15 +169,16 @@ def select_exhaustive(
     if not len(found):
         return Selection((), "every subset of the keypoints gives a scale or a rotation outside the bounds")
     scene = _Scene(reference, silhouette, size, x0, y0)
+    finest = scene.level(reference.samples)
     members = np.arange(len(found), dtype=np.int32)
     num_samples = reference.samples.number
     if outright is None:
         outright = num_samples <= MAX_OUTRIGHT_SAMPLES or num_samples * len(found) <= MAX_OUTRIGHT
     everything = first = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
     if not outright:
-        members, first = _contenders(members, first, found, scene)
+        members, first = _contenders(members, first, found, scene, finest)
         members = _with(members, everything)
-    scores = scene.score(scene.misses_first(found[first]), members, found, first, SAME_IOU)
+    scores = scene.score(scene.misses_first(finest, found[first]), members, found, first, SAME_IOU)
     winner = search.pick(members, scores, points, found)
     if winner < 0:
         return Selection((), "no subset of the keypoints makes the silhouettes overlap")
@@ -186,15 +187,17 @@ def select_exhaustive(
     return Selection(chosen, None, float(iou))
 
 
-def _contenders(members: np.ndarray, first: int, found: np.ndarray, scene: "_Scene") -> tuple[np.ndarray, int]:
+def _contenders(
+    members: np.ndarray, first: int, found: np.ndarray, scene: "_Scene", finest: "_Level"
+) -> tuple[np.ndarray, int]:
     """The candidates that could still have the highest IoU after scoring by pieces, and the best one known so far."""
     for pieces in scene.reference.pieces:
-        scores = scene.score(pieces, members, found, first, MARGIN)
+        scores = scene.score(scene.level(pieces), members, found, first, MARGIN)
         near = np.flatnonzero(scores >= max(scores.max() - NEARLY_BEST, 0.0))
         if not len(near):
             break
         checked = np.append(near[:: max(1, len(near) // NUM_CHECKED)], scores.argmax())
-        exact = scene.score(scene.reference.samples, members[checked], found, first, 1.0)
+        exact = scene.score(finest, members[checked], found, first, 1.0)
         first = int(members[checked[exact.argmax()]])
         slope, deviation = _error_model(exact - scores[checked], found[members[checked], :4])
         kept = search.keep_contenders(members, found, scores, slope, exact.max() - DEVIATIONS * deviation)
@@ -221,6 +224,20 @@ def _error_model(error: np.ndarray, transforms: np.ndarray) -> tuple[np.ndarray,
     return np.concatenate([[slope[0] - mean @ along], along]), deviation
 
 
+@dataclass(frozen=True)
+class _Level:
+    """Samples in the scene's coordinates, and what they are looked up in.
+
+    Attributes:
+        cover: part of a sample around each cell that the driving person covers, 0 to 255.
+        border: width in cells of the zeros around it.
+    """
+
+    samples: Samples
+    cover: np.ndarray
+    border: int
+
+
 class _Scene:
     """Both silhouettes in coordinates whose origins are the means of the keypoints."""
 
@@ -232,62 +249,65 @@ class _Scene:
         x0: np.ndarray,
         y0: np.ndarray,
     ):
-        self.reference, self.silhouette, self.x0 = reference, silhouette, x0
+        self.reference, self.silhouette, self.x0, self.y0 = reference, silhouette, x0, y0
         self.box = reference.box - np.pad(x0, (0, 2))
         self.origin = np.asarray(silhouette.origin, np.float64) - y0
         self.frame = np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0])
 
-    def score(self, samples: Samples, members: np.ndarray, found: np.ndarray, first: int, margin: float) -> np.ndarray:
+    def level(self, samples: Samples) -> _Level:
+        """Pieces are looked up in a blurred person.
+
+        A piece is as large as it becomes by the scale that makes the two silhouettes' areas equal.
+        """
+        mask, side = self.silhouette.mask.astype(np.uint8) * np.uint8(search.COVERED), 1
+        if samples.number < self.reference.samples.number:
+            width = np.sqrt(self.silhouette.area / samples.number) / self.silhouette.cell
+            side = 2 * max(round((BLUR * width - 1) / 2), 0) + 1
+        border = side // 2 + 1
+        cover = np.pad(mask, border)
+        if side > 1:
+            cover = cv2.blur(cover, (side, side), borderType=cv2.BORDER_CONSTANT)
+        return _Level(samples.moved(self.x0), cover, border)
+
+    def misses_first(self, finest: _Level, transform: np.ndarray) -> _Level:
+        """The samples in another order: first those that this transform takes beside the driving person.
+
+        Others that are as good miss mostly the same, so that the worse ones are known to lose after a few chunks.
+        """
+        points = finest.samples.listed()
+        a, b, tx, ty = transform[:4]
+        moved = apply_matrix(np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]]), points) + self.y0
+        order = np.argsort(_on_person(moved, self.silhouette), kind="stable")
+        return replace(finest, samples=Samples.chunked(points[order], np.ones(len(points))))
+
+    def score(self, level: _Level, members: np.ndarray, found: np.ndarray, first: int, margin: float) -> np.ndarray:
         """See `search.score_candidates`."""
-        moved = samples.moved(self.x0)
-        border, cover = self._cover(samples)
         return search.score_candidates(
             members,
             found,
             first,
-            moved.points,
-            moved.counts,
-            moved.left,
+            level.samples.points,
+            level.samples.counts,
+            level.samples.left,
             self.reference.sample_area,
             self.box,
-            cover,
-            self.origin - (border - 1) * self.silhouette.cell,
+            level.cover,
+            self.origin - (level.border - 1) * self.silhouette.cell,
             1 / self.silhouette.cell,
             self.silhouette.area,
             self.frame,
             margin,
         )
 
-    def misses_first(self, transform: np.ndarray) -> Samples:
-        """All samples; first those that this transform takes beside the driving person.
 
-        Others that are as good miss mostly the same, so that the worse ones are known to lose after a few chunks.
-        """
-        points = self.reference.samples.listed()
-        a, b, tx, ty = transform[:4]
-        matrix = np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]])
-        moved = (apply_matrix(matrix, points - self.x0) - self.origin) / self.silhouette.cell
-        column, row = np.floor(moved + 0.5).T
-        rows, columns = self.silhouette.mask.shape
-        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-        hit = np.zeros(len(points), bool)
-        hit[inside] = self.silhouette.mask[row[inside].astype(int), column[inside].astype(int)]
-        return Samples.chunked(points[np.argsort(hit, kind="stable")], np.ones(len(points)))
-
-    def _cover(self, samples: Samples) -> tuple[int, np.ndarray]:
-        """Width of the border in cells, and the part of a sample around each cell that the driving person covers.
-
-        A sample is as large as it becomes by the scale that makes the two silhouettes' areas equal.
-        """
-        mask = self.silhouette.mask.astype(np.uint8) * np.uint8(search.COVERED)
-        side = 1
-        if samples.number < self.reference.samples.number:
-            width = np.sqrt(self.silhouette.area / samples.number) / self.silhouette.cell
-            side = 2 * round((BLUR * width - 1) / 2) + 1
-        if side <= 1:
-            return 1, np.pad(mask, 1)
-        border = side // 2 + 1
-        return border, cv2.blur(np.pad(mask, border), (side, side), borderType=cv2.BORDER_CONSTANT)
+def _on_person(points: np.ndarray, silhouette: Silhouette) -> np.ndarray:
+    """Whether points (n, 2) of the driving picture lie on its person, (n,) bool."""
+    position = np.floor((points - silhouette.origin) / silhouette.cell + 0.5)
+    rows, columns = silhouette.mask.shape
+    hit = (position >= 0).all(-1) & (position < (columns, rows)).all(-1)
+    column, row = position[hit].astype(int).T
+    hit[hit] = silhouette.mask[row, column]
+    return hit
 
 
 def silhouette_iou(
@@ -298,10 +318,6 @@ def silhouette_iou(
         return 0.0
     moved = apply_matrix(matrix, reference.samples.listed())
     on_frame = ((moved >= -0.5) & (moved < np.asarray(size) - 0.5)).all(-1)
-    position = np.floor((moved - silhouette.origin) / silhouette.cell + 0.5)
-    rows, columns = silhouette.mask.shape
-    inside = on_frame & (position >= 0).all(-1) & (position < (columns, rows)).all(-1)
-    column, row = position[inside].astype(int).T
     size_of_sample = reference.sample_area * abs(np.linalg.det(matrix[:2, :2]))
-    both = min(size_of_sample * np.count_nonzero(silhouette.mask[row, column]), silhouette.area)
+    both = min(size_of_sample * np.count_nonzero(on_frame & _on_person(moved, silhouette)), silhouette.area)
     return float(both / (silhouette.area + size_of_sample * np.count_nonzero(on_frame) - both))

@@ -147,9 +147,10 @@ def learning_rate(config: OptimizerConfig, max_steps: int) -> Callable[[int], fl
 
     A function of the step alone: nothing of it needs saving, and a run may go on with another `max_steps`.
     """
-    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    # The schedule's factors are all that is wanted; diffusers gives none without an optimiser.
+    any_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_scheduler(
-        config.schedule, placeholder, num_warmup_steps=config.warmup_steps, num_training_steps=max_steps
+        config.schedule, any_optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max_steps
     )
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
 
