@@ -71,6 +71,7 @@ def train_batch(run: Run, batch: Batch, generators: Generators) -> None:
             run.grids,
             generators,
             config.vae_chunk,
+            config.attention,
         )
     run.log.add(result, batch)
     if run.guard.admits(result.loss, accelerator):

@@ -17,6 +17,7 @@ PARTS = (
 PATTERNS = ("plain", "rings", "stripes", "checks", "dots", "diagonals", "zigzag", "halves", "patches")
 LOGOS = ("disc", "square", "triangle", "star", "cross", "letter")
 HAIR_LENGTHS = {"shaved": 0.0, "short": 0.0, "cap": 0.30, "bob": 0.48, "long": 1.0}
+PLAIN, PLAIN_TROUSERS = 0.25, 0.6  # shares of fabrics without a pattern
 BOTTOMS = ("trousers", "shorts", "skirt")
 # A leg is drawn from a little above the skirt's hem: v on the leg as a line in v on the skirt.
 SKIRT_LEG_START, SKIRT_LEG_SHARE = -0.3, 1.1
@@ -66,16 +67,21 @@ class Outfit:
     flare: float
 
 
-def random_outfit(seed: int) -> Outfit:
-    """Everything a person wears, from a seed."""
+def random_outfit(seed: int, plain: float = PLAIN) -> Outfit:
+    """Everything a person wears, from a seed.
+
+    Args:
+        plain: share of fabrics without a pattern; of trousers at least `PLAIN_TROUSERS`.
+    """
     rng = np.random.default_rng([seed, 17])
-    shirt, left_leg = _random_fabric(rng), _random_fabric(rng, plain=0.6)
+    trousers = max(plain, PLAIN_TROUSERS)
+    shirt, left_leg = _random_fabric(rng, plain), _random_fabric(rng, trousers)
     bottom = str(rng.choice(BOTTOMS, p=(0.6, 0.2, 0.2)))
-    right_leg = left_leg if rng.random() < 0.35 else _random_fabric(rng, plain=0.6)
-    left_sleeve = shirt if rng.random() < 0.5 else _random_fabric(rng)
+    right_leg = left_leg if rng.random() < 0.35 else _random_fabric(rng, trousers)
+    left_sleeve = shirt if rng.random() < 0.5 else _random_fabric(rng, plain)
     # Where the legs cannot tell left from right, the sleeves must: the logo alone is small.
     same_legs = bottom == "skirt" or right_leg is left_leg
-    right_sleeve = left_sleeve if not same_legs and rng.random() < 0.4 else _random_fabric(rng)
+    right_sleeve = left_sleeve if not same_legs and rng.random() < 0.4 else _random_fabric(rng, plain)
     left_shoe = _random_color(rng)
     return Outfit(
         skin=_skin_color(rng),
@@ -95,7 +101,7 @@ def random_outfit(seed: int) -> Outfit:
         left_leg=left_leg,
         right_leg=right_leg,
         leg_length=float(rng.uniform(0.88, 1.0) if bottom == "trousers" else rng.uniform(0.25, 0.5)),
-        skirt=_random_fabric(rng),
+        skirt=_random_fabric(rng, plain),
         skirt_length=float(rng.uniform(0.45, 1.0)),
         left_shoe=left_shoe,
         right_shoe=left_shoe if rng.random() < 0.4 else _random_color(rng),
@@ -154,7 +160,7 @@ def garment_offsets(
     return (total / np.maximum(np.bincount(index, minlength=vertex_count), 1)).astype(np.float32)
 
 
-def _random_fabric(rng: np.random.Generator, plain: float = 0.25) -> Fabric:
+def _random_fabric(rng: np.random.Generator, plain: float) -> Fabric:
     pattern = "plain" if rng.random() < plain else str(rng.choice(PATTERNS[1:]))
     first = _random_color(rng)
     colors = np.stack([first, _contrasting_color(rng, first), _random_color(rng)])

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.backgrounds import random_background
+from data.clothes import PLAIN
 from data.drawing import draw_pose
 from data.motion import random_motion
 from data.people import SPLITS, PeopleLibrary, build_person, load_people, random_identity
@@ -44,6 +45,7 @@ class RenderedPeople(Dataset):
         seed: other seeds are other clips.
         length: number of clips.
         cameras: how people are framed.
+        plain: share of fabrics without a pattern in people's wardrobes.
         library: the bodies; the ones shipped with the project without it.
     """
 
@@ -57,6 +59,7 @@ class RenderedPeople(Dataset):
         seed: int = 0,
         length: int = 100_000,
         cameras: CameraRanges | None = None,
+        plain: float = PLAIN,
         library: PeopleLibrary | None = None,
     ) -> None:
         check_positive(num_frames=num_frames, stride=stride, length=length, size=min(size))
@@ -64,7 +67,9 @@ class RenderedPeople(Dataset):
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         self.size, self.num_frames, self.fps, self.stride = size, num_frames, fps, stride
         self.split, self.seed, self.length = split, seed, length
-        self.cameras = cameras or CameraRanges()
+        if not 0 <= plain <= 1:
+            raise ValueError(f"plain must be a share between 0 and 1, got {plain}")
+        self.cameras, self.plain = cameras or CameraRanges(), plain
         self.library = library or load_people()
 
     def __len__(self) -> int:
@@ -82,7 +87,8 @@ class RenderedPeople(Dataset):
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         camera = random_camera(rng, self.cameras)
         texture_size = 128 if camera.scale * self.size[1] <= SMALL_TEXTURE else 256
-        person = build_person(random_identity(rng, self.library, self.split), self.library, texture_size)
+        identity = random_identity(rng, self.library, self.split, self.plain)
+        person = build_person(identity, self.library, texture_size)
         poses, reference_pose = self._poses(rng)
         return Scene(person, reference_pose, poses, camera, random_light(rng), random_background(rng, self.size))
 

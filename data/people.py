@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.clothes import PARTS, Outfit, garment_offsets, kept_faces, random_outfit
+from data.clothes import PARTS, PLAIN, Outfit, garment_offsets, kept_faces, random_outfit
 from data.raster import vertex_normals
 from data.skeleton import rest_to_neutral
 from data.textures import paint_texture
@@ -82,10 +82,17 @@ class PeopleLibrary:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who it is: the name of a body, and the seed of everything worn."""
+    """Who it is.
+
+    Attributes:
+        body: name of a body in the library.
+        seed: of everything worn.
+        plain: share of fabrics without a pattern in the wardrobe.
+    """
 
     body: str
     seed: int
+    plain: float = PLAIN
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,13 @@ def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
     return PeopleLibrary(topology, bodies)
 
 
-def random_identity(rng: np.random.Generator, library: PeopleLibrary, split: str = "train") -> Identity:
-    """Draw a person of a split, "train" or "heldout"."""
+def random_identity(
+    rng: np.random.Generator, library: PeopleLibrary, split: str = "train", plain: float = PLAIN
+) -> Identity:
+    """Draw a person of a split, "train" or "heldout", who wears this share of plain fabrics."""
     body = str(rng.choice(library.names(split)))
     seed = 2 * int(rng.integers(2**30)) + SPLITS.index(split)
-    return Identity(body, seed)
+    return Identity(body, seed, plain)
 
 
 def build_person(identity: Identity, library: PeopleLibrary, texture_size: int = 256) -> Person:
@@ -150,7 +159,7 @@ def build_person(identity: Identity, library: PeopleLibrary, texture_size: int =
     if identity.body not in library.bodies:
         raise ValueError(f"identity.body must be one of the library's bodies, got {identity.body!r}")
     topology, body = library.topology, library.bodies[identity.body]
-    outfit = random_outfit(identity.seed)
+    outfit = random_outfit(identity.seed, identity.plain)
     kept = kept_faces(outfit, topology.parts, topology.corner_uv)
     faces, corner_uv, parts = topology.faces[kept], topology.corner_uv[kept], topology.parts[kept]
     offsets = garment_offsets(outfit, faces, corner_uv, parts, len(body.vertices))

@@ -3,12 +3,15 @@
 Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.attention_probe import AttentionProbe
 from models.pictures import PictureSequence
 from models.reference_attention import ReferenceContext, hide_reference, same_reference
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
@@ -46,6 +49,7 @@ class AnimateAnyone(nn.Module):
         poses: Tensor,
         dropped: Tensor,
         reference: ReferenceContext | None = None,
+        probe: AttentionProbe | None = None,
     ) -> Tensor:
         """One training step's prediction for b clips.
 
@@ -59,6 +63,7 @@ class AnimateAnyone(nn.Module):
             dropped: (b,) bool, samples that train the unconditional half of guidance: no reference, zero context.
             reference: index and flags of what each frame sees (its `tokens` are ignored); None: each clip its own
                 reference.
+            probe: notes what its queries attend to.
 
         Returns:
             Prediction, (b, c, f, h, w).
@@ -80,6 +85,7 @@ class AnimateAnyone(nn.Module):
             seen = hide_reference(seen, dropped.repeat_interleave(num_frames), grids)
         else:
             seen = ReferenceContext(tokens, reference.index, reference.query_flags, reference.key_flags)
+        seen = replace(seen, probe=probe)
         return self.denoising_unet(noisy_latents, timestep, context, self.pose_guider(poses), seen)
 
     # The rest is `models.animator.Animator`.

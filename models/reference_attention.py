@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from models.attention_probe import AttentionProbe
 from tpc.attention import masked_attention
 
 
@@ -31,6 +32,7 @@ class ReferenceContext:
             summed over g, is positive; see `tpc.attention`.
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
+        probe: notes what chosen queries attend to; None: nobody asks.
     """
 
     tokens: dict[str, Tensor]
@@ -38,10 +40,15 @@ class ReferenceContext:
     query_flags: dict[int, Tensor] | None = None
     key_flags: dict[int, Tensor] | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
+    probe: AttentionProbe | None = None
 
     def names(self, layer: str) -> bool:
         """Whether the layer sees reference images."""
         return layer in self.tokens or (self.projected is not None and layer in self.projected)
+
+    def flags(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Flags of queries and keys in layers of that many query tokens; None when every key is visible."""
+        return None if self.query_flags is None else (self.query_flags[tokens], self.key_flags[tokens])
 
     def clip(self, number: int, num_frames: int) -> "ReferenceContext":
         """What the frames of one clip of the batch see."""
@@ -145,11 +152,13 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         if reference is None or not reference.names(self.layer):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         query, key, value = (split_heads(part, attn.heads) for part in self.project(attn, hidden_states, reference))
-        if reference.query_flags is None:
+        flags = reference.flags(query.shape[2])
+        if flags is None:
             out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
         else:
-            flags = reference.query_flags[query.shape[2]], reference.key_flags[query.shape[2]]
             out = masked_attention(query, key, value, *flags, scale=attn.scale)
+        if reference.probe is not None:
+            reference.probe.look(self.layer, query, key, flags, attn.scale)
         out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
@@ -220,9 +229,8 @@ def hide_reference(reference: ReferenceContext, hidden: Tensor, grids: list[tupl
     images = reference.index.shape[1]
     flag = hidden.float()[:, None, None]
     sizes = {height * width for height, width in grids}
-    return ReferenceContext(
-        tokens=reference.tokens,
-        index=reference.index,
+    return replace(
+        reference,
         query_flags={n: flag.expand(-1, n, 1) for n in sizes},
         key_flags={
             n: torch.cat([flag.new_zeros(n, 1), flag.new_ones(images * n, 1)]).expand(len(hidden), -1, -1)

@@ -38,6 +38,13 @@ class ReferenceNet(UNet2DConditionModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.conv_norm_out, self.conv_out = None, nn.Identity()
+        # What comes after the last block with attention writes nothing.
+        reading = [number for number, block in enumerate(self.up_blocks) if hasattr(block, "attentions")]
+        if not reading:
+            raise ValueError("up_block_types must have a block with attention; got none")
+        if reading[-1] < len(self.up_blocks) - 1:
+            self.up_blocks = self.up_blocks[: reading[-1] + 1]
+            self.up_blocks[-1].upsamplers = None
         layers = [name for name in self.attn_processors if "attn1" in name]
         self.num_written = len(layers)
         last = [name for name in layers if name.startswith("up_blocks")][-1:]

@@ -76,6 +76,12 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
     widths = tuple(config.block_out_channels)
     if len(config.pose_channels) < 2:
         raise UserError(f"model.pose_channels={config.pose_channels} needs at least two entries")
+    attention = config.attention or [True] * len(widths)
+    if len(attention) != len(widths) or not attention[-1]:
+        raise UserError(
+            f"model.attention={list(attention)} needs one entry a resolution, as model.block_out_channels="
+            f"{list(widths)}, and true for the last"
+        )
     shared = {
         "sample_size": picture_size // 2 ** (len(config.pose_channels) - 1),
         "in_channels": latent_channels,
@@ -86,20 +92,25 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
         "norm_num_groups": config.norm_num_groups,
     }
     reference_net = ReferenceNet(
-        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
-        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        down_block_types=tuple("CrossAttnDownBlock2D" if used else "DownBlock2D" for used in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if used else "UpBlock2D" for used in reversed(attention)),
         attention_head_dim=config.attention_heads,  # diffusers' misnomer: this is the number of heads
         **shared,
     )
     denoising_unet = DenoisingUNet(
-        down_block_types=("CrossAttnDownBlockMotion",) * len(widths),
-        up_block_types=("CrossAttnUpBlockMotion",) * len(widths),
+        down_block_types=tuple("CrossAttnDownBlockMotion" if used else "DownBlockMotion" for used in attention),
+        up_block_types=tuple("CrossAttnUpBlockMotion" if used else "UpBlockMotion" for used in reversed(attention)),
         num_attention_heads=config.attention_heads,
         motion_num_attention_heads=config.attention_heads,
         motion_max_seq_length=config.motion_max_seq_length,
         use_motion_mid_block=True,
         **shared,
     )
+    # Both UNets of a published model start as the same image model, so that what one writes means something to the
+    # other's attention; so do these.
+    own = reference_net.state_dict()
+    same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
+    reference_net.load_state_dict(same | {name: own[name] for name in own.keys() - same.keys()})
     pose_guider = PoseGuider(widths[0], 3, tuple(config.pose_channels))
     image_encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(

@@ -15,9 +15,24 @@ from tpc.config import PRESETS
 
 
 @dataclass
+class PeopleConfig:
+    """Rendered people: how they are framed and dressed.
+
+    height: least and greatest height of a standing person as a share of the picture's.
+    close_ups: share of clips that show the upper half of the body.
+    plain: share of fabrics without a pattern.
+    """
+
+    height: list[float] = field(default_factory=lambda: [0.55, 1.05])
+    close_ups: float = 0.12
+    plain: float = 0.25
+
+
+@dataclass
 class DataConfig:
     """Where clips come from and how they are cut.
 
+    people: how rendered people look.
     source: "rendered" draws people on the fly; "videos" reads `root`, a folder of videos with pose files.
     root: the folder, for source=videos.
     split: identities of rendered people, "train" or "heldout"; of videos, what their manifest marks so, where it does.
@@ -48,6 +63,7 @@ class DataConfig:
     cache: str | None = None
     cache_clips: int = 6000
     cache_frames: int = 3
+    people: PeopleConfig = field(default_factory=PeopleConfig)
 
 
 @dataclass
@@ -75,6 +91,8 @@ class NoiseConfig:
 
     snr_gamma: min-SNR weight min(snr + 1, gamma) / (snr + 1) for velocity prediction, which is 1 at zero terminal SNR,
         where sampling starts; null gives every timestep the weight 1.
+    person_weight: of the error where the person is, against 1 elsewhere; needs masks, as rendered and prepared clips
+        have them. The mean weight of every sample stays 1.
     noise_offset: standard deviation of a constant added to the noise of each (sample, channel).
     condition_dropout: share of samples trained without reference and with zero context, for guidance.
     """
@@ -87,8 +105,23 @@ class NoiseConfig:
     rescale_betas_zero_snr: bool = True
     timestep_spacing: str = "trailing"
     snr_gamma: float | None = 5.0
+    person_weight: float = 1.0
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
+
+
+@dataclass
+class AttentionLossConfig:
+    """Attention supervision by keypoints, see `training/attention_loss.py`; published models are trained without.
+
+    weight: of the loss beside the diffusion objective's; 0: none.
+    radius: deviation of the Gaussian around the right place, in tokens.
+    score_threshold: least score of keypoints.
+    """
+
+    weight: float = 0.0
+    radius: float = 0.75
+    score_threshold: float = 0.3
 
 
 @dataclass
@@ -125,12 +158,14 @@ class ModelConfig:
 
     init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
     vae: folder of a trained VAE, needed when init is null.
+    attention: whether each resolution has attention, finest first; null: all have. The last one must.
     train_image_encoder: train the image encoder in the image stage (for a new one; published ones stay frozen).
     """
 
     init: str | None = None
     vae: str | None = None
     block_out_channels: list[int] = field(default_factory=lambda: [96, 160])
+    attention: list[bool] | None = None
     layers_per_block: int = 1
     attention_heads: int = 4
     norm_num_groups: int = 16
@@ -222,6 +257,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    attention: AttentionLossConfig = field(default_factory=AttentionLossConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -268,6 +304,13 @@ def check_train_config(config: TrainConfig) -> None:
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value} must be a share, 0 to 1")
+    if not config.noise.person_weight > 0:
+        raise UserError(f"noise.person_weight={config.noise.person_weight} must be above 0")
+    if config.attention.weight < 0 or not config.attention.radius > 0:
+        raise UserError(
+            f"attention.weight={config.attention.weight} must be at least 0 and "
+            f"attention.radius={config.attention.radius} above 0"
+        )
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay={config.ema_decay} must be at least 0 and below 1")
     if not config.optimizer.max_grad_norm > 0:

@@ -27,6 +27,7 @@ from tpc.augmentation import misalignment
 from training.objective import StepLoss
 
 BUCKETS = 10
+POINTING = ("attention/loss", "attention/pointing_accuracy")
 
 
 @dataclass
@@ -42,6 +43,7 @@ class StepLog:
     losses: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     misaligned: list[Tensor] = field(default_factory=list)
+    pointing: list[Tensor] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -58,6 +60,8 @@ class StepLog:
         """Take in one batch of this process."""
         self.losses.append(result.loss.detach().float())
         self.samples.append(torch.stack([result.timesteps.float(), result.errors.float()], dim=1))
+        if result.pointing is not None:
+            self.pointing.append(result.pointing[None].float())
         measures = misalignment(batch)
         columns = [measures["relative_angle_deg"].flatten(), measures["box_iou"].flatten()]
         self.misaligned.append(torch.stack(columns, dim=1).float())
@@ -72,9 +76,9 @@ class StepLog:
         Returns:
             The mean loss; nan when no step was finite.
         """
-        losses, samples, misaligned = (
+        losses, samples, misaligned, pointing = (
             accelerator.gather(torch.cat(part)) if part else None
-            for part in ([loss[None] for loss in self.losses], self.samples, self.misaligned)
+            for part in ([loss[None] for loss in self.losses], self.samples, self.misaligned, self.pointing)
         )
         mean = math.nan if losses is None else losses.mean().item()
         scalars = {"loss": mean, "peak_memory_gib": peak_memory() / 2**30, **values}
@@ -82,13 +86,15 @@ class StepLog:
             scalars["samples_per_second"] = clips / self.seconds
         if self.norms:
             scalars["grad_norm"] = float(np.mean(self.norms))
+        if pointing is not None:
+            scalars |= dict(zip(POINTING, pointing.nanmean(dim=0).tolist(), strict=True))
         if samples is not None:
             scalars |= loss_by_timestep(samples[:, 0], samples[:, 1], self.timesteps)
             scalars |= misalignment_means(misaligned)
             if accelerator.is_main_process:
                 add_histograms(accelerator.get_tracker("tensorboard").writer, misaligned, step)
         accelerator.log({name: value for name, value in scalars.items() if math.isfinite(value)}, step=step)
-        for part in (self.losses, self.samples, self.misaligned, self.norms):
+        for part in (self.losses, self.samples, self.misaligned, self.pointing, self.norms):
             part.clear()
         self.seconds = 0.0
         self.resume_clock()

@@ -6,6 +6,7 @@ Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = pictu
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from tpc.augmentation import (
     compose_references,
     training_visibility,
 )
-from training.config import NoiseConfig
+from training.attention_loss import attention_loss, body_points, point_probe
+from training.config import AttentionLossConfig, NoiseConfig
 from training.randomness import Generators, draw
 
 
@@ -33,11 +35,13 @@ class StepLoss:
         loss: scalar, the weighted mean that is minimised.
         errors: (b,) mean squared error of each sample's prediction, without weight; detached, for the logs.
         timesteps: (b,) noise level of each sample.
+        pointing: loss and accuracy of attention supervision, (2,), detached; None without.
     """
 
     loss: Tensor
     errors: Tensor
     timesteps: Tensor
+    pointing: Tensor | None = None
 
 
 @torch.no_grad()
@@ -95,6 +99,22 @@ def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float | None
     if kind == "epsilon":
         return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
     return snr.clamp(max=gamma)
+
+
+def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tensor:
+    """Weights of the latents' places whose mean over a sample is 1.
+
+    Args:
+        masks: (b, 1, f, H, W), 1 where the person is.
+        size: (h, w) of the latents.
+        weight: of the person, against 1 elsewhere.
+
+    Returns:
+        (b, 1, f, h, w).
+    """
+    share = F.adaptive_avg_pool2d(masks.transpose(1, 2).flatten(0, 1).float(), size)
+    weights = 1 + (weight - 1) * share.unflatten(0, (len(masks), -1)).transpose(1, 2)
+    return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def check_schedule(config: NoiseConfig) -> None:
@@ -178,6 +198,7 @@ def diffusion_loss(
     grids: list[tuple[int, int]],
     generators: Generators,
     chunk: int | None = None,
+    attention: AttentionLossConfig | None = None,
 ) -> StepLoss:
     """Loss of one batch of clips: weighted mean squared error of the prediction.
 
@@ -190,6 +211,7 @@ def diffusion_loss(
         grids: (h, w) tokens of every self-attention level, for calibrated training.
         generators: one a sample, see `training.randomness`.
         chunk: pictures that pass the VAE at a time.
+        attention: attention supervision; None or a weight of 0: none.
     """
     mean, deviation, reference_latents = batch_latents(vae, batch, chunk)
     levels = scheduler.config.num_train_timesteps
@@ -201,6 +223,10 @@ def diffusion_loss(
             vae, batch, drawn.dropped, grids, calibrated, generators, chunk
         )
         reference_latents = torch.cat([reference_latents, calibrated_latents])
+    points = probe = None
+    if attention is not None and attention.weight > 0:
+        points = body_points(batch, attention.score_threshold)
+        probe = point_probe(points, grids)
     prediction = model(
         scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
         drawn.timesteps,
@@ -209,8 +235,22 @@ def diffusion_loss(
         batch["poses"],
         drawn.dropped,
         seen,
+        probe,
     )
     target = prediction_target(scheduler, latents, drawn.noise, drawn.timesteps)
-    errors = (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))
-    loss = (snr_weights(scheduler, drawn.timesteps, config.snr_gamma) * errors).mean()
-    return StepLoss(loss, errors.detach(), drawn.timesteps)
+    squares = (prediction.float() - target).square()
+    errors = squares.mean(dim=(1, 2, 3, 4))
+    weighted = errors
+    if config.person_weight != 1:
+        weights = person_weights(batch["masks"], latents.shape[-2:], config.person_weight)
+        weighted = (weights * squares).mean(dim=(1, 2, 3, 4))
+    loss = (snr_weights(scheduler, drawn.timesteps, config.snr_gamma) * weighted).mean()
+    if probe is None:
+        return StepLoss(loss, errors.detach(), drawn.timesteps)
+    pointing, accuracy = attention_loss(probe, points, grids, attention)
+    return StepLoss(
+        loss + attention.weight * pointing,
+        errors.detach(),
+        drawn.timesteps,
+        torch.stack([pointing.detach(), accuracy]),
+    )

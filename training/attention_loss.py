@@ -1,0 +1,139 @@
+"""Attention supervision: a point of the body in a frame should look at the same point of the body in the reference.
+
+Keypoints say where a point of the body lies in both pictures, and so what reference attention ought to point at. The
+reconstruction error says the same, but only in the end; with it alone a new network spends most of its training on
+finding out. Learning attention from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR
+2025); here they are those of the skeleton.
+
+Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
+h, w = a level's grid, H, W = picture size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.attention_probe import AttentionProbe
+from training.config import AttentionLossConfig
+
+NOSE = 0
+LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO numbers
+LIMB_PLACES = (1 / 3, 2 / 3, 1.0)
+SHOULDERS, HIPS = (5, 6), (11, 12)
+LEAST_GIVEN = 1e-6  # a query that gives the reference less does not see it
+NEAR = 1.5  # tokens
+ACROSS, ALONG = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class BodyPoints:
+    """Points of the body in frames and in their reference, in pixels.
+
+    Attributes:
+        targets: (b*f, p, 2) in the frames.
+        sources: (b*f, p, 2) in the references.
+        valid: (b*f, p) bool, seen in both pictures.
+        size: (H, W).
+    """
+
+    targets: Tensor
+    sources: Tensor
+    valid: Tensor
+    size: tuple[int, int]
+
+    def tokens(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Places (..., 2) in pixels -> in tokens of a grid, 0 at the centre of the first."""
+        height, width = self.size
+        scale = points.new_tensor([grid[1] / width, grid[0] / height])
+        return points * scale - 0.5
+
+    def token_numbers(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The tokens (..., ) that contain these places (..., 2); the nearest of the picture for places outside."""
+        places = self.tokens(points, grid).round().long()
+        column, row = places[..., 0].clamp(0, grid[1] - 1), places[..., 1].clamp(0, grid[0] - 1)
+        return row * grid[1] + column
+
+
+def point_weights() -> Tensor:
+    """(p, 17): every point of the body as a weighted mean of COCO keypoints: nose, limbs, and the trunk's inside."""
+    rows = [{NOSE: 1.0}]
+    rows += [{start: 1 - place, end: place} for start, end in LIMBS for place in LIMB_PLACES]
+    for across in ACROSS:
+        for along in ALONG:
+            sides = (1 - across, across)
+            rows.append({joint: side * (1 - along) for joint, side in zip(SHOULDERS, sides, strict=True)})
+            rows[-1] |= {joint: side * along for joint, side in zip(HIPS, sides, strict=True)}
+    weights = torch.zeros(len(rows), 17)
+    for number, row in enumerate(rows):
+        for joint, weight in row.items():
+            weights[number, joint] = weight
+    return weights
+
+
+def body_points(batch: dict[str, Tensor], threshold: float) -> BodyPoints:
+    """Corresponding points of frames and references.
+
+    Args:
+        batch: "keypoints" (b, f, 17, 3) and "reference_keypoints" (b, 17, 3): x, y in pixels, score; "poses"
+            (b, 3, f, H, W), for the size.
+        threshold: least score of the keypoints that a point is made of.
+    """
+    weights = point_weights().to(batch["keypoints"])
+    frames = batch["keypoints"].flatten(0, 1)
+    references = batch["reference_keypoints"].repeat_interleave(batch["keypoints"].shape[1], dim=0)
+    size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
+    needed = (weights > 0).float()
+
+    def place(keypoints: Tensor) -> tuple[Tensor, Tensor]:
+        points = torch.einsum("pq,bqc->bpc", weights, keypoints[..., :2].nan_to_num())
+        missing = torch.einsum("pq,bq->bp", needed, (keypoints[..., 2] < threshold).float())
+        limits = points.new_tensor([size[1], size[0]])
+        return points, (missing == 0) & (points >= 0).all(-1) & (points < limits).all(-1)
+
+    (targets, seen), (sources, known) = place(frames), place(references)
+    return BodyPoints(targets, sources, seen & known, size)
+
+
+def point_probe(points: BodyPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
+    """A probe of the tokens that contain the frames' points, at every level."""
+    return AttentionProbe({h * w: points.token_numbers(points.targets, (h, w)) for h, w in grids})
+
+
+def attention_loss(
+    probe: AttentionProbe, points: BodyPoints, grids: Sequence[tuple[int, int]], config: AttentionLossConfig
+) -> tuple[Tensor, Tensor]:
+    """How far attention is from pointing at the same point of the reference.
+
+    Of what a query gives to the reference (image 0), the part near the right place: weighted with a Gaussian of
+    `radius` tokens, mean over heads; the loss is minus its logarithm, mean over points and layers. How attention is
+    divided between the frame itself and the reference is left to the diffusion objective. Queries that do not see the
+    reference do not count.
+
+    Returns:
+        Loss, scalar; and pointing accuracy, scalar: the part of the queries whose strongest reference token, mean over
+        heads, lies within `NEAR` tokens of the right place (nan when none counts). Both mean over layers.
+    """
+    losses, accuracies = [], []
+    for layer, probabilities in probe.maps.items():
+        grid = next(grid for grid in grids if grid[0] * grid[1] == probe.tokens[layer])
+        n = grid[0] * grid[1]
+        reference = probabilities[..., n : 2 * n]  # (b*f, heads, p, r)
+        given = reference.sum(-1, keepdim=True)
+        counts = points.valid & (given.amin(dim=(1, 3)) > LEAST_GIVEN)  # (b*f, p)
+        pointing = (reference / given.clamp(min=LEAST_GIVEN)).mean(dim=1)  # (b*f, p, r)
+        distance = _distances(points.tokens(points.sources, grid), grid)
+        near = (pointing * torch.exp(-0.5 * (distance / config.radius) ** 2)).sum(-1)
+        total = counts.sum().clamp(min=1)
+        losses.append(-(near.clamp(min=1e-6).log() * counts).sum() / total)
+        strongest = distance.gather(-1, pointing.detach().argmax(-1, keepdim=True))[..., 0]
+        accuracies.append(((strongest <= NEAR) & counts).sum() / counts.sum())
+    return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+def _distances(places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Places (b, p, 2) in tokens -> their distances to all tokens of a grid, (b, p, h*w)."""
+    rows = torch.arange(grid[0], device=places.device).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1], device=places.device).repeat(grid[0])
+    return (places[:, :, None] - torch.stack([columns, rows], dim=-1)).norm(dim=-1)
