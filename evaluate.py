@@ -5,6 +5,7 @@
     python evaluate.py sweep                                fidelity against angle and scale (Figures 1b and 9)
     python evaluate.py ablation                             transforms, propagation, subsets (Table 2)
     python evaluate.py table models=[DIR,...]               models without and with TPC (Table 1)
+    python evaluate.py attention                            where attention points, without and with TPC (Figure 2)
 
 `python evaluate.py TASK --help` lists a task's arguments. Every task writes to `output`: results.json (numbers,
 configuration, protocol, seeds, counts), config.yaml, table.md, pictures. The same command again goes on where it was
@@ -23,6 +24,7 @@ TASKS = {
     "sweep": ("evaluation.sweep", "SweepConfig"),
     "ablation": ("evaluation.ablation", "AblationConfig"),
     "table": ("evaluation.table", "TableConfig"),
+    "attention": ("evaluation.attention", "AttentionTaskConfig"),
 }
 
 

@@ -21,6 +21,7 @@ from data.drawing import draw_pose
 from data.framing import apply_fit, fit_matrix, frame_size
 from data.inputs import Driving, Reference
 from data.video import write_video
+from models.attention_recording import AttentionRecording
 from models.latents import vae_factor
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
@@ -114,6 +115,32 @@ class Animation:
         return columns
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How inputs are brought into the model's frame.
+
+    Attributes:
+        size: (width, height) of the model's frame in pixels.
+        frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame.
+    """
+
+    size: tuple[int, int]
+    frame_map: np.ndarray
+    reference_map: np.ndarray
+
+
+def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:
+    """The frame that `animate` uses.
+
+    Raises:
+        UserError: a size that the model cannot do.
+    """
+    size = model_size(pipeline, sampling, driving.size)
+    # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
+    reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
+    return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
+
+
 def animate(
     pipeline: AnimationPipeline,
     reference: Reference,
@@ -122,6 +149,7 @@ def animate(
     tpc: CalibrationConfig | None,
     watch: Stopwatch | None = None,
     show_progress: bool = True,
+    attention: AttentionRecording | None = None,
 ) -> Animation:
     """Animate a reference with a driving clip.
 
@@ -130,17 +158,16 @@ def animate(
         tpc: None runs without calibration.
         watch: gets the seconds of every stage.
         show_progress: draw progress bars.
+        attention: records the run that `Animation.result` is of.
 
     Raises:
         UserError: a size that the model cannot do.
     """
     watch = watch or Stopwatch()
-    size = model_size(pipeline, sampling, driving.size)
-    frame_map = fit_matrix(driving.size, size, "cover")
-    # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
-    reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
-    picture = apply_fit(reference.image, reference_map, size)
-    poses = pose_pictures(driving, frame_map, size)
+    frame = framing(pipeline, reference, driving, sampling)
+    size = frame.size
+    picture = apply_fit(reference.image, frame.reference_map, size)
+    poses = pose_pictures(driving, frame.frame_map, size)
 
     calibration = None
     if tpc is not None:
@@ -153,12 +180,12 @@ def animate(
                 tpc,
                 reference_masks=reference.masks,
                 driving_masks=driving.masks,
-                frame_map=frame_map,
-                reference_map=reference_map,
+                frame_map=frame.frame_map,
+                reference_map=frame.reference_map,
                 progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
             )
 
-    def sample(name: str, calibration: Calibration | None) -> np.ndarray:
+    def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
             frames = pipeline(
                 picture,
@@ -172,11 +199,15 @@ def animate(
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="uint8",
                 callback_on_step_end=step_counter(progress),
+                attention=attention,
             ).frames
         return frames
 
-    plain = sample("sampling without TPC", None) if calibration is None or sampling.compare else None
-    calibrated = sample("sampling with TPC", calibration) if calibration is not None else None
+    plain = calibrated = None
+    if calibration is None or sampling.compare:
+        plain = sample("sampling without TPC", None, attention if calibration is None else None)
+    if calibration is not None:
+        calibrated = sample("sampling with TPC", calibration, attention)
     return Animation(picture, poses, plain, calibrated, calibration, driving.fps)
 
 
@@ -223,9 +254,14 @@ def calibrated_pictures(calibration: Calibration) -> np.ndarray:
     return pictures
 
 
+def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
+    """What every video says about itself: that it is generated, by what and with which settings."""
+    return {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
+
+
 def write_animation(animation: Animation, output: Path, configuration: dict[str, Any], watch: Stopwatch) -> None:
     """Write animation.mp4, comparison.mp4, comparison.png and result.json; the last one when all is there."""
-    settings = {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
+    settings = generated_by(configuration)
     columns = animation.columns()
     with watch.stage("writing"):
         write_video(output / "animation.mp4", animation.result, animation.fps, settings)

@@ -4,6 +4,8 @@ A cache is a folder of memory-mapped arrays for n clips of m pictures (the refer
 
     pictures.npy   (n, m, H, W, 3) uint8      masks.npy  (n, m, H, W) uint8, 0 or 1
     keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
+    latents-DIGEST/  latents of the pictures by one VAE: mean.npy and, where there is one, deviation.npy
+                     (n, m, c, h, w) float16
 
 It is reused only when `cache.json` says it was made from the same description; otherwise it is made anew.
 """
@@ -79,19 +81,28 @@ class CachedClips(Dataset):
             the number that was cached.
         length: items; the cache is walked through again and again, each time in another order.
         seed: of order and choice.
+        latents: folder of the pictures' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
+            and "reference_latents" (c, h, w).
 
     Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "pictures" (which of its pictures
     are the reference and the frames), int64.
     """
 
-    def __init__(self, folder: str | Path, num_frames: int, length: int, seed: int = 0):
+    def __init__(
+        self, folder: str | Path, num_frames: int, length: int, seed: int = 0, latents: Path | None = None
+    ) -> None:
         self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
         self.pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
         self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
         self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
+        self.latents = {} if latents is None else {p.stem: np.load(p, mmap_mode="r") for p in latents.glob("*.npy")}
         cached = self.pictures.shape[1] - 1
         if num_frames not in (1, cached):
             raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
+
+    def with_latents(self, folder: Path) -> "CachedClips":
+        """The same clips with the latents of their pictures."""
+        return CachedClips(self.folder, self.num_frames, self.length, self.seed, folder)
 
     def __len__(self) -> int:
         return self.length
@@ -115,6 +126,19 @@ class CachedClips(Dataset):
             "keypoints": torch.from_numpy(keypoints[1:]),
             "clip": torch.tensor(clip),
             "pictures": torch.from_numpy(chosen),
+        } | self._latents(clip, chosen)
+
+    def _latents(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        if not self.latents:
+            return {}
+        mean = torch.from_numpy(self.latents["mean"][clip][chosen]).float()
+        deviation = torch.zeros_like(mean)
+        if "deviation" in self.latents:
+            deviation = torch.from_numpy(self.latents["deviation"][clip][chosen]).float()
+        return {
+            "latent_mean": mean[1:].transpose(0, 1),
+            "latent_deviation": deviation[1:].transpose(0, 1),
+            "reference_latents": mean[0],
         }
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:

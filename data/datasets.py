@@ -13,12 +13,13 @@ Every item is a dictionary of float32 tensors, ready for `default_collate`, with
 Item i is a function of the data set's arguments and i alone, whichever worker process makes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from core.errors import UserError
 from data.backgrounds import random_background
 from data.clothes import PLAIN
 from data.drawing import draw_pose
@@ -33,6 +34,38 @@ OTHER_MOTION = 0.3  # share of references taken from another motion of the perso
 SMALL_TEXTURE = 200  # persons up to this many pixels high get textures of 128 texels, taller ones of 256
 
 
+@dataclass
+class PeopleConfig:
+    """How rendered people are framed and dressed.
+
+    height: least and greatest height of a standing person as a share of the picture's.
+    close_ups: share of clips that show the upper half of the body.
+    tilted: share of clips whose camera is turned by up to 90 degrees either way, for reference and frames alike.
+    plain: share of fabrics without a pattern.
+    """
+
+    height: list[float] = field(default_factory=lambda: [0.55, 1.05])
+    close_ups: float = 0.12
+    tilted: float = 0.0
+    plain: float = PLAIN
+
+    def check(self, name: str) -> None:
+        """Refuse values that cannot work; `name` is the configuration's key.
+
+        Raises:
+            UserError: naming the value.
+        """
+        if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
+            raise UserError(f"{name}.height={self.height} must be the least and the greatest share of the picture")
+        for share in ("close_ups", "tilted", "plain"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise UserError(f"{name}.{share}={getattr(self, share)} must be a share between 0 and 1")
+
+    def cameras(self) -> CameraRanges:
+        """The framing part."""
+        return CameraRanges(height=(self.height[0], self.height[1]), close_ups=self.close_ups, tilted=self.tilted)
+
+
 class RenderedPeople(Dataset):
     """Rendered people in motion; the reference is another moment under the same camera, as in filmed data sets.
 
@@ -44,8 +77,8 @@ class RenderedPeople(Dataset):
         split: "train" or "heldout"; they share no body, no outfit and no clip.
         seed: other seeds are other clips.
         length: number of clips.
-        cameras: how people are framed.
-        plain: share of fabrics without a pattern in people's wardrobes.
+        people: how they are framed and dressed.
+        cameras: how people are framed; as `people` says without it.
         library: the bodies; the ones shipped with the project without it.
     """
 
@@ -58,8 +91,8 @@ class RenderedPeople(Dataset):
         split: str = "train",
         seed: int = 0,
         length: int = 100_000,
+        people: PeopleConfig | None = None,
         cameras: CameraRanges | None = None,
-        plain: float = PLAIN,
         library: PeopleLibrary | None = None,
     ) -> None:
         check_positive(num_frames=num_frames, stride=stride, length=length, size=min(size))
@@ -67,9 +100,8 @@ class RenderedPeople(Dataset):
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         self.size, self.num_frames, self.fps, self.stride = size, num_frames, fps, stride
         self.split, self.seed, self.length = split, seed, length
-        if not 0 <= plain <= 1:
-            raise ValueError(f"plain must be a share between 0 and 1, got {plain}")
-        self.cameras, self.plain = cameras or CameraRanges(), plain
+        people = people or PeopleConfig()
+        self.cameras, self.plain = cameras or people.cameras(), people.plain
         self.library = library or load_people()
 
     def __len__(self) -> int:

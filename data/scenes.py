@@ -16,6 +16,8 @@ class CameraRanges:
     Attributes:
         height: the standing person's height as a share of the picture's.
         rotation: largest turn in the picture plane, either way, radians.
+        tilted: share of clips that are turned by up to `tilt`, as by a camera that is not held upright.
+        tilt: largest turn of tilted clips, either way, radians.
         shift: largest distance of the person from the middle, as a share of the picture's width.
         pitch: largest tilt of the view, either way, radians.
         close_ups: share of clips that show the upper half of the body, as talking people are filmed.
@@ -28,6 +30,8 @@ class CameraRanges:
     pitch: float = 0.12
     close_ups: float = 0.12
     close_up_height: tuple[float, float] = (1.2, 1.6)
+    tilted: float = 0.0
+    tilt: float = np.pi / 2
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ def random_camera(rng: np.random.Generator, ranges: CameraRanges) -> Camera:
         middle = rng.uniform(0.06, 0.16) + scale / 2
     else:
         middle = 0.5 + rng.uniform(-0.4, 0.4) * abs(1 - scale) + 0.01
+    rotation = rng.uniform(-ranges.rotation, ranges.rotation)
+    if ranges.tilted > 0 and rng.random() < ranges.tilted:
+        rotation = rng.uniform(-ranges.tilt, ranges.tilt)
     return Camera(
         scale=float(scale),
-        rotation=float(rng.uniform(-ranges.rotation, ranges.rotation)),
+        rotation=float(rotation),
         center=(float(0.5 + rng.uniform(-ranges.shift, ranges.shift)), float(middle)),
         pitch=float(rng.uniform(-ranges.pitch, ranges.pitch)),
     )

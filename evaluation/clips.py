@@ -1,13 +1,13 @@
 """Clips with everything that an animation is measured by: what they consist of, and rendered ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from core.errors import UserError
-from data.datasets import RenderedPeople
+from data.datasets import PeopleConfig, RenderedPeople
 from data.framing import apply_fit, fit_matrix
 from data.inputs import Driving, Reference
 from data.pose import Poses
@@ -30,6 +30,7 @@ class ClipsConfig:
     clips: number of clips, 0 = all of a folder; frames, stride: of every clip, 0 frames = all of a video.
     source: pixels of the side of rendered pictures; clip_seed: other seeds are other rendered clips.
     reference_frame: of a video, the picture that is animated.
+    people: how rendered people look; the clothes that the shipped model knows, whole persons, cameras held upright.
     """
 
     dataset: str = RENDERED
@@ -39,6 +40,9 @@ class ClipsConfig:
     source: int = 256
     clip_seed: int = 100
     reference_frame: int = 0
+    people: PeopleConfig = field(
+        default_factory=lambda: PeopleConfig(height=[0.7, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
+    )
 
     def check(self) -> None:
         """Refuse values that cannot work, naming them."""
@@ -47,6 +51,7 @@ class ClipsConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
+        self.people.check("people")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def rendered_people(config: ClipsConfig) -> RenderedPeople:
         split="heldout",
         seed=config.clip_seed,
         length=config.clips,
+        people=config.people,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from analysis.animation import SamplingConfig, animate
+from analysis.animation import Animation, SamplingConfig, animate
 from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
@@ -78,6 +78,17 @@ class Trial:
         return f"{self.condition.name}--{self.clip}--seed{self.seed}"
 
 
+# Animates the clip of a trial; may write more about it to the folder of its measurements.
+Sampler = Callable[[AnimationPipeline, EvaluationClip, SamplingConfig, Trial, Path], Animation]
+
+
+def plain_sampler(
+    pipeline: AnimationPipeline, clip: EvaluationClip, sampling: SamplingConfig, trial: Trial, folder: Path
+) -> Animation:
+    """The animation and nothing else."""
+    return animate(pipeline, clip.reference, clip.driving, sampling, trial.condition.tpc, show_progress=False)
+
+
 def all_trials(clips: Sequence[str], conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Trial]:
     """Every clip under every condition with every seed; trials of one model and of one clip are neighbours.
 
@@ -106,12 +117,14 @@ def run_trials(
     output: Path,
     state: PartialState,
     stamps: Callable[[str], Any] | None = None,
+    sampler: Sampler = plain_sampler,
 ) -> dict[Trial, Path]:
     """Animate and measure the trials that are not done yet; the folder of each trial's measurements.
 
     Args:
         clip_of: a clip by name.
         stamps: what tells whether a clip's files have changed, by name; None when there are no files.
+        sampler: animates.
     """
     by_name = {trial.name: trial for trial in trials}
     place, kind = choose_device(config.device, config.dtype, state.local_process_index)
@@ -131,14 +144,7 @@ def run_trials(
         trial = by_name[name]
         settings = replace(sampling, seed=trial.seed, compare=False)
         subject = clip(trial.clip)
-        animation = animate(
-            pipeline(trial.condition.model),
-            subject.reference,
-            subject.driving,
-            settings,
-            trial.condition.tpc,
-            show_progress=False,
-        )
+        animation = sampler(pipeline(trial.condition.model), subject, settings, trial, folder)
         if animation.calibration is not None:
             write_json(folder / "calibration.json", animation.calibration.summary())
         pairs = frame_pairs_of(animation.result, subject, instruments.protocol, estimator)
@@ -159,21 +165,24 @@ def run_task(
     state: PartialState,
     write: Callable[[dict[Trial, Path], Path], None],
     stamps: Callable[[str], Any] | None = None,
+    further: Sequence[Trial] = (),
+    sampler: Sampler = plain_sampler,
 ) -> None:
     """Every named clip under every condition with every seed, measured; one process then writes the results.
 
     Args:
         config: of the task, a `TrialsConfig` with `output` and `sampling`.
         write: gets the folder of each trial's measurements, and the output folder.
-        clip_of, stamps: see `run_trials`.
+        clip_of, stamps, sampler: see `run_trials`.
+        further: trials beside these, of the same conditions.
 
     Raises:
         UserError: no clip or no seed, or an output folder that another run began.
     """
-    trials = all_trials(names, conditions, config.seeds)
+    trials = [*all_trials(names, conditions, config.seeds), *further]
     output = output_folder(config.output)
     claim_output(output, trials_identity(task, config, conditions), state)
-    folders = run_trials(trials, clip_of, config, config.sampling, instruments, output, state, stamps)
+    folders = run_trials(trials, clip_of, config, config.sampling, instruments, output, state, stamps, sampler)
     if state.is_main_process:
         write(folders, output)
         if not config.keep_parts:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.files import complete_file
+from evaluation.report import Cell
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), with a marker each for grey prints.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
@@ -63,6 +64,23 @@ def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
             _draw_curves(axes, panel, labelled=number == 0)
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        _save(figure, path)
+
+
+def draw_scatter(
+    path: Path, groups: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, note: str
+) -> None:
+    """Points (x, y) by group with a legend and a note above, written as `path` and beside it as PDF."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(COLUMN * 1.5, LINE_HEIGHT + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for (colour, marker), (label, (x, y)) in zip(STYLES, groups.items(), strict=False):
+            axes.scatter(x, y, s=18, color=colour, marker=marker, alpha=0.8, linewidths=0, label=label)
+        axes.set(xlabel=x_label, ylabel=y_label, title=note)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         _save(figure, path)
 
 
@@ -151,3 +169,36 @@ def _save(figure: Figure, path: Path) -> None:
     for target in (path, path.with_suffix(".pdf")):
         with complete_file(target) as temporary:
             figure.savefig(temporary, dpi=200)
+
+
+def draw_bars(path: Path, groups: Sequence[str], bars: dict[str, Sequence[Cell]], y_label: str) -> None:
+    """Groups of bars with deviations, one bar a label in every group, written as `path` and beside it as PDF.
+
+    Args:
+        groups: under the groups.
+        bars: label in the legend -> one cell a group; those without a mean are left out.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(COLUMN * 2.2, LINE_HEIGHT + 0.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        width = 0.8 / len(bars)
+        for number, (label, cells) in enumerate(bars.items()):
+            known = [(place, cell) for place, cell in enumerate(cells) if cell.mean is not None]
+            places = [place + (number - (len(bars) - 1) / 2) * width for place, _ in known]
+            axes.bar(
+                places,
+                [cell.mean for _, cell in known],
+                width,
+                yerr=[cell.deviation or 0.0 for _, cell in known],
+                label=label,
+                color=STYLES[number % len(STYLES)][0],
+                error_kw={"linewidth": 0.8},
+            )
+        means = [cell.mean for cells in bars.values() for cell in cells if cell.mean is not None]
+        axes.set_ylim(max(0.0, np.floor(min(means)) - 2), None)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(bars), frameon=False)
+        _save(figure, path)

@@ -111,6 +111,8 @@ def format_number(cell: Cell, plus_minus: str) -> str:
     """Mean and deviation with three significant digits of what matters."""
     if cell.mean is None:
         return "-"
+    if cell.mean == 0:
+        return "0"
     size = max(abs(cell.mean), 1e-12)
     if size < 1e-3:
         return f"{cell.mean:.2e}"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from models.attention_probe import AttentionProbe
+from models.attention_probe import Probe
 from models.pictures import PictureSequence
-from models.reference_attention import ReferenceContext, hide_reference, same_reference
+from models.reference_attention import ReferenceContext, hide_reference, reference_layers, same_reference
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
 # Pose features of clips up to this length are computed once; at 784x512 pixels a frame takes 4 MB in half precision.
@@ -49,7 +49,7 @@ class AnimateAnyone(nn.Module):
         poses: Tensor,
         dropped: Tensor,
         reference: ReferenceContext | None = None,
-        probe: AttentionProbe | None = None,
+        probe: Probe | None = None,
     ) -> Tensor:
         """One training step's prediction for b clips.
 
@@ -63,7 +63,7 @@ class AnimateAnyone(nn.Module):
             dropped: (b,) bool, samples that train the unconditional half of guidance: no reference, zero context.
             reference: index and flags of what each frame sees (its `tokens` are ignored); None: each clip its own
                 reference.
-            probe: notes what its queries attend to.
+            probe: looks at what its queries attend to.
 
         Returns:
             Prediction, (b, c, f, h, w).
@@ -99,6 +99,9 @@ class AnimateAnyone(nn.Module):
 
     def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
         return self.reference_net(latents, timestep, context)
+
+    def reading_layers(self) -> list[str]:
+        return reference_layers(self.denoising_unet)
 
     def pose_condition(self, poses: PictureSequence, context: Tensor) -> "PoseFeatures":
         return PoseFeatures(self.pose_guider, poses)

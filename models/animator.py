@@ -43,6 +43,9 @@ class Animator(Protocol):
     def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
         """Latents of reference or calibrated images, (i, c, h, w) -> layer -> the tokens frames see, (i, r, c)."""
 
+    def reading_layers(self) -> list[str]:
+        """Names of the layers in which frames see the reference, in module order."""
+
     def pose_condition(self, poses: PictureSequence, context: Tensor) -> PoseCondition:
         """What the pose pictures of a clip tell the model."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.animator import Animator
 from models.pictures import PictureSequence
 from models.pipeline import AnimationPipeline
-from models.reference_attention import ReferenceContext, fused_layers
+from models.reference_attention import ReferenceContext, fused_layers, reference_layers
 from models.unets import DenoisingUNet, ReferenceNet
 
 CONTROL_CHUNK = 8
@@ -61,6 +61,9 @@ class MagicAnimate(nn.Module):
 
     def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
         return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
+
+    def reading_layers(self) -> list[str]:
+        return list(fused_layers(dict.fromkeys(reference_layers(self.denoising_unet)), self.fusion_blocks))
 
     def pose_condition(self, poses: PictureSequence, context: Tensor) -> "ControlCondition":
         return ControlCondition(self.control_net, poses, context)

@@ -4,7 +4,7 @@ Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from models.animate_anyone import AnimateAnyone
 from models.animator import Animator
+from models.attention_recording import AttentionRecording
+from models.attention_run import AttentionRun, attention_run
 from models.latents import decode_pictures, decoded_chunks, vae_factor
 from models.pictures import PictureSequence, as_pictures, picture_tensor, resize_pictures
 from models.reference_attention import ReferenceContext
@@ -127,6 +129,21 @@ class AnimationPipeline(DiffusionPipeline):
             if tuple(calibration.size) != (width, height):
                 raise ValueError(f"calibration is for {calibration.size}, pictures are {width}x{height}")
 
+    def attention_run(
+        self, num_frames: int, size: tuple[int, int], num_inference_steps: int, calibration: Calibration | None = None
+    ) -> AttentionRun:
+        """What `__call__` with these arguments will be to `AttentionRecording.estimate`; size: (width, height)."""
+        width, height = size
+        return attention_run(
+            self.denoising_unet,
+            (height // self.vae_scale_factor, width // self.vae_scale_factor),
+            (width, height),
+            num_frames,
+            num_inference_steps,
+            1 if calibration is None else 1 + calibration.persons,
+            self.animator().reading_layers(),
+        )
+
     def prepare_latents(
         self, num_frames: int, size: tuple[int, int], dtype: torch.dtype, generator: Any, latents: Tensor | None
     ) -> Tensor:
@@ -180,6 +197,7 @@ class AnimationPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int = 8,
+        attention: AttentionRecording | None = None,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -204,6 +222,8 @@ class AnimationPipeline(DiffusionPipeline):
                 returns replaces the tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
             decode_chunk_size: frames the VAE decodes at a time.
+            attention: records what frames look at in the reference and in calibrated images, in the conditional half
+                of guidance; the result stays the same, bit for bit.
 
         Returns:
             `AnimationPipelineOutput`, or a tuple of its frames.
@@ -230,6 +250,8 @@ class AnimationPipeline(DiffusionPipeline):
             calibration,
         )
         device, dtype = self._execution_device, self.denoising_unet.dtype
+        if attention is not None:
+            attention.begin(self.attention_run(num_frames, (width, height), num_inference_steps, calibration))
 
         animator = self.animator()
         reference = resize_pictures(as_pictures(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
@@ -251,16 +273,20 @@ class AnimationPipeline(DiffusionPipeline):
                 at_step = condition.at_step(sample, timestep)
                 shift = step_shift(step) if shift_windows else 0.0
                 windows = context_windows(num_frames, window_size, window_overlap, shift)
-                for window, weight in zip(windows, window_weights(windows, num_frames), strict=True):
+                weights = window_weights(windows, num_frames)
+                for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
                     part = slice(window.start, window.stop)
                     bank = images.bank(step, int(timestep), window)
+                    seen = images.seen_by(bank, window, step, latent_size, grids)
+                    if attention is not None:
+                        seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
                     part_prediction = self.guided_prediction(
                         animator,
                         sample[:, :, part],
                         timestep,
                         context,
                         at_step.window(window),
-                        images.seen_by(bank, window, step, latent_size, grids),
+                        seen,
                         guidance_scale,
                     )
                     prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]

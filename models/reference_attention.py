@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from models.attention_probe import AttentionProbe
+from models.attention_probe import Probe
 from tpc.attention import masked_attention
 
 
@@ -32,7 +32,7 @@ class ReferenceContext:
             summed over g, is positive; see `tpc.attention`.
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
-        probe: notes what chosen queries attend to; None: nobody asks.
+        probe: looks at what queries attend to; None: nobody asks.
     """
 
     tokens: dict[str, Tensor]
@@ -40,7 +40,7 @@ class ReferenceContext:
     query_flags: dict[int, Tensor] | None = None
     key_flags: dict[int, Tensor] | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
-    probe: AttentionProbe | None = None
+    probe: Probe | None = None
 
     def names(self, layer: str) -> bool:
         """Whether the layer sees reference images."""

@@ -15,6 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.attention_measures import (
+    LEAST_GIVEN,
+    at_strongest,
+    normalised,
+    part_near,
+    token_distances,
+    token_numbers,
+    token_places,
+)
 from models.attention_probe import AttentionProbe
 from training.config import AttentionLossConfig
 
@@ -22,7 +31,6 @@ NOSE = 0
 LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO numbers
 LIMB_PLACES = (1 / 3, 2 / 3, 1.0)
 SHOULDERS, HIPS = (5, 6), (11, 12)
-LEAST_GIVEN = 1e-6  # a query that gives the reference less does not see it
 NEAR = 1.5  # tokens
 ACROSS, ALONG = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -42,18 +50,6 @@ class BodyPoints:
     sources: Tensor
     valid: Tensor
     size: tuple[int, int]
-
-    def tokens(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Places (..., 2) in pixels -> in tokens of a grid, 0 at the centre of the first."""
-        height, width = self.size
-        scale = points.new_tensor([grid[1] / width, grid[0] / height])
-        return points * scale - 0.5
-
-    def token_numbers(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The tokens (..., ) that contain these places (..., 2); the nearest of the picture for places outside."""
-        places = self.tokens(points, grid).round().long()
-        column, row = places[..., 0].clamp(0, grid[1] - 1), places[..., 1].clamp(0, grid[0] - 1)
-        return row * grid[1] + column
 
 
 def point_weights() -> Tensor:
@@ -98,7 +94,7 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> BodyPoints:
 
 def point_probe(points: BodyPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
     """A probe of the tokens that contain the frames' points, at every level."""
-    return AttentionProbe({h * w: points.token_numbers(points.targets, (h, w)) for h, w in grids})
+    return AttentionProbe({h * w: token_numbers(points.targets, points.size, (h, w)) for h, w in grids})
 
 
 def attention_loss(
@@ -120,20 +116,11 @@ def attention_loss(
         grid = next(grid for grid in grids if grid[0] * grid[1] == probe.tokens[layer])
         n = grid[0] * grid[1]
         reference = probabilities[..., n : 2 * n]  # (b*f, heads, p, r)
-        given = reference.sum(-1, keepdim=True)
-        counts = points.valid & (given.amin(dim=(1, 3)) > LEAST_GIVEN)  # (b*f, p)
-        pointing = (reference / given.clamp(min=LEAST_GIVEN)).mean(dim=1)  # (b*f, p, r)
-        distance = _distances(points.tokens(points.sources, grid), grid)
-        near = (pointing * torch.exp(-0.5 * (distance / config.radius) ** 2)).sum(-1)
+        counts = points.valid & (reference.sum(-1).mean(dim=1) > LEAST_GIVEN)  # (b*f, p)
+        pointing = normalised(reference).mean(dim=1)  # (b*f, p, r)
+        distance = token_distances(token_places(points.sources, points.size, grid), grid)
+        near = part_near(pointing, distance, config.radius)
         total = counts.sum().clamp(min=1)
         losses.append(-(near.clamp(min=1e-6).log() * counts).sum() / total)
-        strongest = distance.gather(-1, pointing.detach().argmax(-1, keepdim=True))[..., 0]
-        accuracies.append(((strongest <= NEAR) & counts).sum() / counts.sum())
+        accuracies.append(((at_strongest(pointing, distance) <= NEAR) & counts).sum() / counts.sum())
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
-
-
-def _distances(places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Places (b, p, 2) in tokens -> their distances to all tokens of a grid, (b, p, h*w)."""
-    rows = torch.arange(grid[0], device=places.device).repeat_interleave(grid[1])
-    columns = torch.arange(grid[1], device=places.device).repeat(grid[0])
-    return (places[:, :, None] - torch.stack([columns, rows], dim=-1)).norm(dim=-1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from core.errors import UserError
+from data.datasets import PeopleConfig
 from tpc.augmentation import (
     CalibratedTrainingConfig,
     CompositionConfig,
@@ -12,20 +13,6 @@ from tpc.augmentation import (
     check_composition,
 )
 from tpc.config import PRESETS
-
-
-@dataclass
-class PeopleConfig:
-    """Rendered people: how they are framed and dressed.
-
-    height: least and greatest height of a standing person as a share of the picture's.
-    close_ups: share of clips that show the upper half of the body.
-    plain: share of fabrics without a pattern.
-    """
-
-    height: list[float] = field(default_factory=lambda: [0.55, 1.05])
-    close_ups: float = 0.12
-    plain: float = 0.25
 
 
 @dataclass
@@ -47,6 +34,7 @@ class DataConfig:
     workers: loader processes a training process; 0 loads in the training process itself.
     cache: folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
         num_frames=1 a cached clip has `cache_frames` frames, two pictures of which are paired at random each time.
+    cache_latents: keep the VAE's latents of the cached pictures, too, so that training need not encode them.
     """
 
     source: str = "rendered"
@@ -63,6 +51,7 @@ class DataConfig:
     cache: str | None = None
     cache_clips: int = 6000
     cache_frames: int = 3
+    cache_latents: bool = False
     people: PeopleConfig = field(default_factory=PeopleConfig)
 
 
@@ -304,6 +293,8 @@ def check_train_config(config: TrainConfig) -> None:
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value} must be a share, 0 to 1")
+    if config.data.cache_latents and not config.data.cache:
+        raise UserError("data.cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
     if not config.noise.person_weight > 0:
         raise UserError(f"noise.person_weight={config.noise.person_weight} must be above 0")
     if config.attention.weight < 0 or not config.attention.radius > 0:

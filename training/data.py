@@ -12,7 +12,6 @@ from data.clip_cache import CachedClips, ensure_cache
 from data.crops import CROPS
 from data.datasets import RenderedPeople
 from data.feature_cache import FeatureCache
-from data.scenes import CameraRanges
 from data.video_folder import VideoFolder
 from training.config import DataConfig
 from training.interruption import ignore_stop_signals
@@ -28,12 +27,7 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
     """
     if len(config.size) != 2 or min(config.size) < 8:
         raise UserError(f"data.size={config.size} must be a width and a height of at least 8 pixels")
-    people = config.people
-    if len(people.height) != 2 or not 0 < people.height[0] <= people.height[1]:
-        raise UserError(f"data.people.height={people.height} must be the least and the greatest share of the picture")
-    for name in ("close_ups", "plain"):
-        if not 0 <= getattr(people, name) <= 1:
-            raise UserError(f"data.people.{name}={getattr(people, name)} must be a share between 0 and 1")
+    config.people.check("data.people")
     if config.crop not in CROPS:
         raise UserError(f"data.crop={config.crop} is not one of {', '.join(CROPS)}")
     if config.cache is None:
@@ -54,9 +48,7 @@ def clips(config: DataConfig, length: int) -> Dataset:
     size = (config.size[0], config.size[1])
     shared = {"size": size, "num_frames": config.num_frames, "stride": config.stride, "seed": config.seed}
     if config.source == "rendered":
-        people = config.people
-        cameras = CameraRanges(height=(people.height[0], people.height[1]), close_ups=people.close_ups)
-        return RenderedPeople(split=config.split, length=length, cameras=cameras, plain=people.plain, **shared)
+        return RenderedPeople(split=config.split, length=length, people=config.people, **shared)
     dataset = VideoFolder(
         config.root,
         length=length,

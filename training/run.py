@@ -19,6 +19,7 @@ from training.checkpoint import Layout, Progress, exchange_with_bare_model, layo
 from training.config import OptimizerConfig, TrainConfig
 from training.data import make_dataset, make_loader
 from training.guard import StepGuard
+from training.latent_cache import ensure_latents, latents_folder
 from training.logs import StepLog
 from training.processes import on_main, strategy
 from training.randomness import Generators, sample_generators
@@ -161,7 +162,11 @@ def make_clips(run: Run) -> Dataset:
     length = max(run.progress.clips + left, 1)
     made = []
     on_main(run.accelerator, lambda: made.append(make_dataset(run.config.data, length)))
-    return made[0] if made else make_dataset(run.config.data, length)
+    clips = made[0] if made else make_dataset(run.config.data, length)
+    if not run.config.data.cache_latents:
+        return clips
+    on_main(run.accelerator, lambda: ensure_latents(clips.folder, run.vae))
+    return clips.with_latents(latents_folder(clips.folder, run.vae))
 
 
 def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:

@@ -1,0 +1,1 @@
+"""The page that `viewer.py` serves: look into reference attention, and animate a photograph."""

@@ -1,0 +1,87 @@
+"""The tab that animates a picture with a clip, without and with TPC, as `infer.py` does."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from analysis.animation import Animation, Stopwatch, animate, generated_by, write_animation
+from analysis.recorded_runs import load_inputs
+from analysis.viewer.controls import (
+    ONE_AT_A_TIME,
+    Machine,
+    ReportingStopwatch,
+    choose_inputs,
+    choose_settings,
+    chosen,
+    one_line_errors,
+    required,
+)
+from core.config import config_dict
+from data.video import write_video
+
+STAGES = ("reading and poses", "calibration", "sampling without TPC", "sampling with TPC", "writing")
+HEIGHT = 300
+
+
+class AnimateTab:
+    """Draws the tab and answers its events; nothing of a session is kept here."""
+
+    def __init__(self, machine: Machine, inputs_picture: Path):
+        self.machine = machine
+        gr.Markdown("A picture and a clip in, animations out. Do not animate people without their consent.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                inputs = choose_inputs(inputs_picture, "animate")
+                settings = choose_settings(frames=16, stride=1, steps=12, most_frames=256)
+                start = gr.Button("Animate", variant="primary", elem_id="animate-run")
+            with gr.Column(scale=4):
+                with gr.Row():
+                    videos = [
+                        gr.Video(label=label, autoplay=True, loop=True, height=HEIGHT, interactive=False, elem_id=name)
+                        for label, name in (("Without TPC", "video-plain"), ("With TPC", "video-calibrated"))
+                    ]
+                report = gr.Markdown("", elem_id="report")
+                strip = gr.Image(label="Frames", interactive=False, format="png", elem_id="strip")
+                comparison = gr.Video(
+                    label="Side by side", autoplay=True, loop=True, interactive=False, elem_id="video-comparison"
+                )
+        start.click(
+            self.animate,
+            [inputs.picture, inputs.clip, *settings.components()],
+            [*videos, report, strip, comparison],
+            concurrency_id=ONE_AT_A_TIME,
+        )
+
+    def animate(
+        self,
+        picture: str | None,
+        clip: str | None,
+        *settings: Any,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, str, str, str, str]:
+        """Paths of the videos without and with TPC, a report, the strip's path, and that of the comparison."""
+        watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
+        with one_line_errors():
+            sampling, tpc = chosen(*settings)
+            picture, clip = required(picture, "reference"), required(clip, "driving")
+            with watch.stage(STAGES[0]):
+                reference, driving = load_inputs(picture, clip, sampling, self.machine.pose)
+            animation = animate(self.machine.pipeline, reference, driving, sampling, tpc, watch, show_progress=False)
+            folder = Path(tempfile.mkdtemp(dir=self.machine.folder))
+            configuration = config_dict(sampling) | {"tpc": config_dict(tpc)}
+            write_animation(animation, folder, configuration, watch)
+            plain = folder / "without_tpc.mp4"
+            write_video(plain, animation.plain, animation.fps, generated_by(configuration))
+        files = [plain, folder / "animation.mp4", folder / "comparison.png", folder / "comparison.mp4"]
+        plain, calibrated, strip, comparison = map(str, files)
+        return plain, calibrated, report_of(animation, watch), strip, comparison
+
+
+def report_of(animation: Animation, watch: Stopwatch) -> str:
+    """What TPC did and how long everything took, in one paragraph."""
+    done = animation.calibration.summary()
+    counts = ", ".join(f"{done[name]} {name}" for name in ("calibrated", "interpolated", "uncalibrated"))
+    took = f"{len(animation.result)} frames: {counts}. {sum(watch.seconds.values()):.0f} seconds."
+    return " ".join([took, *done["notes"]])

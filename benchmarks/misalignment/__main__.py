@@ -1,0 +1,166 @@
+"""What misaligned references cost an animator, and what TPC wins back of it.
+
+    python -m benchmarks.misalignment [model=FOLDER] [output=outputs/misalignment] [kinds=[aligned,rotation]]
+        [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10] [key=value ...]
+    accelerate launch -m benchmarks.misalignment ...                 # clips divided among processes
+
+Every clip of the frozen manifests is animated without TPC and with each preset; and, without TPC, as it would be with
+a fitting reference, against which the cost of misalignment is measured. Poses and masks are exact. Writes
+results.json, table.md, psnr.png (and .pdf) and strips.png. A run that was stopped goes on with the same command; more
+seeds or clips can be added.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from analysis.animation import SamplingConfig, animate
+from analysis.figures import labelled_row
+from benchmarks.misalignment.clips import BenchmarkClips
+from benchmarks.misalignment.manifest import KINDS
+from benchmarks.misalignment.report import WITHOUT, Values, bars, measure_table, read_values, recovered_table
+from core.config import load_config, save_config
+from core.errors import UserError, run_command
+from core.files import complete_file
+from core.processes import process_state
+from evaluation.experiment import Condition, Trial, TrialsConfig, all_trials, run_task
+from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
+from evaluation.plots import draw_bars
+from evaluation.report import common_facts, heading, markdown, write_results
+from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
+from tpc import CalibrationConfig
+from tpc.config import PRESETS
+
+PERSON_PSNR = "foreground_psnr"
+LPIPS = "lpips_alex"
+
+
+@dataclass
+class BenchmarkConfig(TrialsConfig):
+    """What is measured.
+
+    output: folder for the results; model: pipeline folder.
+    kinds: of clips; clips: of each kind, the first ones, 0: all.
+    presets: of TPC, in the order of the tables.
+    lpips: also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches.
+    strips: clips of each kind that strips.png shows; 0: no picture.
+    weights: folder of ST-LPIPS's network; null: the cache.
+    """
+
+    output: str = "outputs/misalignment"
+    model: str = str(SHIPPED_MODEL)
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    clips: int = 0
+    seeds: list[int] = field(default_factory=lambda: list(range(5)))
+    presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
+    lpips: bool = False
+    strips: int = 1
+    weights: str | None = None
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+def conditions_of(config: BenchmarkConfig) -> dict[str, Condition]:
+    """Conditions by label. Settings in `tpc` beside the preset hold for all presets.
+
+    Raises:
+        UserError: a preset that is not known, or named twice.
+    """
+    if len(set(config.presets)) < len(config.presets) or any(preset not in PRESETS for preset in config.presets):
+        raise UserError(f"presets={config.presets} must be different ones of {', '.join(PRESETS)}")
+    found = {WITHOUT: Condition("without", config.model, None)}
+    for preset in config.presets:
+        found[f"TPC {preset}"] = Condition(f"tpc-{preset}", config.model, replace(config.tpc, preset=preset))
+    return found
+
+
+def open_measures(config: BenchmarkConfig, device: str) -> Instruments:
+    """PSNR and SSIM of person and background, and what else is asked for."""
+    measures = ["psnr", "ssim", *([LPIPS] if config.lpips else []), *(PERSON_MEASURES if config.persons else ())]
+    features = "stand-in" if config.lpips else "none"
+    protocol = ProtocolConfig(protocol="native", features=features, measures=measures, weights=config.weights)
+    return open_instruments(protocol, ("foreground", "background"), config.persons, device)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(BenchmarkConfig, arguments)
+    config.sampling.check()
+    if config.strips < 0:
+        raise UserError(f"strips={config.strips} must not be negative")
+    clips = BenchmarkClips(config.kinds, config.clips)
+    conditions = conditions_of(config)
+    state = process_state(config.device)
+    device, _ = choose_device(config.device, "float32", state.local_process_index)
+    instruments = open_measures(config, device)
+    counterparts = [name for clip in clips.names for name in clips.fitting[clip] if name != clip]
+    further = all_trials(counterparts, [conditions[WITHOUT]], config.seeds) if counterparts else []
+
+    def write(folders: dict[Trial, Path], output: Path) -> None:
+        kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
+        values = read_values(folders, kinds, clips.fitting, config.seeds)
+        _write(config, instruments, values, {label: c.name for label, c in conditions.items()}, output)
+        if config.strips:
+            _draw_strips(config, clips, kinds, output)
+
+    every = list(conditions.values())
+    run_task("misalignment", config, every, clips.names, clips.clip, instruments, state, write, clips.stamps, further)
+
+
+def _write(
+    config: BenchmarkConfig, instruments: Instruments, values: Values, conditions: dict[str, str], output: Path
+) -> None:
+    count = len(next(iter(values.kinds.values())))
+    caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
+    first = next(iter(values.by_trial.values()))
+    tables = [recovered_table(values, conditions, PERSON_PSNR)]
+    tables += [measure_table(values, conditions, name, caption) for name in first]
+    text = heading(instruments, caption) + "\n".join(markdown(table) for table in tables)
+    results = common_facts(config, instruments) | {
+        "counts": {kind: len(names) for kind, names in values.kinds.items()} | {"seeds": len(config.seeds)},
+        "tables": {table.corner + " / " + table.caption: table_numbers(table) for table in tables},
+        "trials": [
+            {"condition": condition, "clip": clip, "seed": seed, **measured}
+            for (condition, clip, seed), measured in values.by_trial.items()
+        ],
+    }
+    save_config(config, output / "config.yaml")
+    groups = [kind.replace("_", "\n") for kind in values.kinds]
+    draw_bars(output / "psnr.png", groups, bars(values, conditions, PERSON_PSNR), "PSNR of the person (dB)")
+    write_results(output, results, {"table.md": text})
+    print(text, end="")
+
+
+def table_numbers(table) -> dict:
+    """A table as JSON: row -> column -> mean and deviation."""
+    return {
+        label: {
+            column: {"mean": cell.mean, "deviation": cell.deviation}
+            for column, cell in zip(table.columns, cells, strict=True)
+        }
+        for label, cells in table.rows
+    }
+
+
+def _draw_strips(config: BenchmarkConfig, clips: BenchmarkClips, kinds: dict[str, list[str]], output: Path) -> None:
+    """The last frame of the first clips of each kind, without and with TPC."""
+    pipeline = load_pipeline(config.model)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = replace(config.sampling, seed=config.seeds[0], compare=True)
+    tpc = replace(config.tpc, preset=config.presets[0]) if config.presets else None
+    rows = []
+    for names in kinds.values():
+        for name in names[: config.strips]:
+            clip = clips.clip(name)
+            animation = animate(pipeline, clip.reference, clip.driving, settings, tpc, show_progress=False)
+            columns = animation.columns()
+            columns["truth"], _ = clip.truth(animation.result.shape[2:0:-1])
+            pictures = [frames[-1] for frames in columns.values()]
+            rows.append(labelled_row(pictures, list(columns) if not rows else None, 192))
+    with complete_file(output / "strips.png") as path:
+        Image.fromarray(np.concatenate(rows)).save(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,199 @@
+"""What is measured about the attention of one animation, and how it is kept until all are done."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from analysis.animation import Animation, Framing, SamplingConfig, animate, framing
+from analysis.attention_figures import looks, looks_row
+from analysis.attention_maps import BodyTruth, body_points, body_truth, chance, pck, pointing
+from analysis.attention_shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
+from core.files import complete_file, write_json
+from data.framing import apply_fit
+from data.inputs import Reference
+from evaluation.clips import EvaluationClip
+from evaluation.experiment import Trial
+from models.attention_record import RecordedAttention
+from models.attention_recording import AttentionRecording
+from models.attention_run import AttentionConfig
+from models.pipeline import AnimationPipeline
+
+ATTENTION_FILE, LOOKS_FILE = "attention.json", "looks.png"
+CALIBRATED = "calibrated images"
+# Measure -> header of its column. Shares are of all attention, the rest is about what reference and calibrated images
+# get of it.
+MEASURES = {
+    "strongest": "pointing accuracy, maximum ↑",
+    "centroid": "pointing accuracy, centroid ↑",
+    "near": "attention within radius ↑",
+    "chance": "accuracy by chance",
+    "entropy": "entropy (nats)",
+    "drift": "drift a step (body heights) ↓",
+    SELF: "share of self",
+    PERSON: "share of reference person",
+    BACKGROUND: "share of reference background",
+    CALIBRATED: "share of calibrated images",
+}
+BY_DISTANCE = ("strongest", "centroid")
+
+
+@dataclass(frozen=True)
+class MeasuredAttention:
+    """The attention of one animation; means over frames and keypoints.
+
+    Attributes:
+        steps: measure -> (layers, steps), NaN where there is nothing. Drift is of the step after.
+        pck: "strongest" and "centroid" -> (radii,) share of the distances that are at most each radius, mean over
+            layers.
+        keypoints: name -> pointing accuracy of the maximum, mean over layers, steps and frames; None: never visible.
+    """
+
+    layers: tuple[str, ...]
+    steps: dict[str, np.ndarray]
+    pck: dict[str, np.ndarray]
+    keypoints: dict[str, float | None]
+
+    def mean(self, measure: str) -> float | None:
+        """Mean over layers and steps."""
+        values = self.steps[measure]
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    def write(self, path: Path) -> None:
+        write_json(
+            path,
+            {
+                "layers": list(self.layers),
+                "steps": {name: _plain(values) for name, values in self.steps.items()},
+                "pck": {name: _plain(values) for name, values in self.pck.items()},
+                "keypoints": self.keypoints,
+            },
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "MeasuredAttention":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {
+            part: {name: np.array(values, np.float64) for name, values in content[part].items()}
+            for part in ("steps", "pck")
+        }
+        return cls(tuple(content["layers"]), **numbers, keypoints=content["keypoints"])
+
+
+def attention_sampler(
+    layers: Sequence[str] | None, radius: float, radii: Sequence[float], keypoints: Sequence[str], columns: int
+) -> Callable[[AnimationPipeline, EvaluationClip, SamplingConfig, Trial, Path], Animation]:
+    """A `Sampler` that also writes what the attention did.
+
+    Args:
+        radius, radii: of accuracy and of the PCK curve, body heights.
+        keypoints: for the picture; the first that is visible in frame and reference is shown.
+        columns: steps in the picture.
+    """
+
+    def sampler(
+        pipeline: AnimationPipeline, clip: EvaluationClip, sampling: SamplingConfig, trial: Trial, folder: Path
+    ) -> Animation:
+        frame = framing(pipeline, clip.reference, clip.driving, sampling)
+        names, points = body_points(clip.driving.poses, frame.frame_map, frame.size)
+        with AttentionRecording(AttentionConfig(layers=layers, mean=["heads"]), points, names) as recording:
+            animation = animate(
+                pipeline,
+                clip.reference,
+                clip.driving,
+                sampling,
+                trial.condition.tpc,
+                show_progress=False,
+                attention=recording,
+            )
+        recorded = recording.result
+        truth = body_truth(recorded, clip.reference.poses, animation.calibration, frame.reference_map)
+        mask = reference_person(clip.reference, frame)
+        measure_attention(recorded, truth, mask, radius, radii).write(folder / ATTENTION_FILE)
+        row = _looks_picture(recorded, truth, animation, keypoints, columns)
+        if row is not None:
+            with complete_file(folder / LOOKS_FILE) as path:
+                Image.fromarray(row).save(path)
+        return animation
+
+    return sampler
+
+
+def reference_person(reference: Reference, frame: Framing) -> np.ndarray:
+    """(H, W) bool: the persons in the model's reference picture."""
+    mask = reference.masks.any(axis=0).astype(np.uint8) * 255
+    return apply_fit(mask, frame.reference_map, frame.size, border="zero") >= 128
+
+
+def measure_attention(
+    recorded: RecordedAttention, truth: BodyTruth, mask: np.ndarray, radius: float, radii: Sequence[float]
+) -> MeasuredAttention:
+    """Every measure of every layer.
+
+    Args:
+        mask: (H, W) bool, the persons in the model's reference picture.
+    """
+    steps: dict[str, list[list[float]]] = {name: [] for name in MEASURES}
+    curves: dict[str, list[np.ndarray]] = {name: [] for name in BY_DISTANCE}
+    accuracies = []
+    for layer in recorded.layers:
+        found = pointing(recorded, truth, layer, radius)
+        accuracies.append(found.accuracy(radius)[:, :, 0])
+        by_chance = chance(recorded, truth, layer, token_coverage(mask, recorded.grid(layer)), radius)[:, :, None]
+        parts = shares(recorded, layer, mask)
+        calibrated = [value for name, value in parts.items() if name not in (SELF, PERSON, BACKGROUND)]
+        drift = found.drift()
+        values: dict[str, Tensor] = {
+            "strongest": found.accuracy(radius),
+            "centroid": found.accuracy(radius, by="centroid"),
+            "near": found.near,
+            "chance": torch.where(found.near.isnan(), torch.nan, by_chance.to(found.near)),
+            "entropy": found.entropy,
+            "drift": torch.cat([drift, drift.new_full((1, *drift.shape[1:]), torch.nan)]),
+            **{name: parts[name] for name in (SELF, PERSON, BACKGROUND)},
+            CALIBRATED: torch.stack(calibrated).sum(0) if calibrated else torch.full_like(parts[SELF], torch.nan),
+        }
+        for name, value in values.items():
+            steps[name].append([_number(mean_over(at_step)) for at_step in value])
+        for name in BY_DISTANCE:
+            curves[name].append(pck(getattr(found, name), radii))
+    accuracy = torch.stack(accuracies)  # (layers, s, f, p)
+    return MeasuredAttention(
+        recorded.layers,
+        {name: np.array(values, np.float64) for name, values in steps.items()},
+        {name: np.mean(values, axis=0) for name, values in curves.items()},
+        {name: mean_over(accuracy[..., number]) for number, name in enumerate(recorded.names)},
+    )
+
+
+def _looks_picture(
+    recorded: RecordedAttention, truth: BodyTruth, animation: Animation, keypoints: Sequence[str], columns: int
+) -> np.ndarray | None:
+    """A row of Figure 2 from the middle frame; None when no keypoint is visible there and in the reference."""
+    frame = len(animation.poses) // 2
+    for name in keypoints:
+        number = recorded.names.index(name)
+        place = recorded.points[frame, number]
+        if not (np.isnan(place).any() or truth.places[0, frame, number, 0].isnan().any()):
+            chosen = np.unique(np.linspace(0, len(recorded.selection.steps) - 1, columns).round().astype(int)).tolist()
+            calibration = animation.calibration
+            # On the outline much attention goes to the reference's background; the question is where on the body.
+            image = int(calibration is not None and calibration.member[frame, 0] >= 0)
+            found = looks(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
+            return looks_row(found, animation.result[frame], place, name.replace("_", " "), chosen)
+    return None
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _plain(values: np.ndarray) -> Any:
+    """Nested lists with None for NaN, as JSON has no NaN."""
+    return np.where(np.isnan(values), None, values.astype(object)).tolist()

@@ -1,0 +1,172 @@
+"""The misalignment benchmark: its frozen clips, its numbers, its command."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.misalignment import __main__ as command
+from benchmarks.misalignment.clips import BenchmarkClips
+from benchmarks.misalignment.manifest import (
+    KINDS,
+    ClipSpec,
+    Framing,
+    Manifest,
+    PersonSpec,
+    draw,
+    fitting,
+    make_manifest,
+    read_manifest,
+)
+from benchmarks.misalignment.report import WITHOUT, Values, measure_table, recovered_table
+from core.errors import UserError
+from evaluation.misalignment import misalignment
+
+CONDITIONS = {WITHOUT: "without", "TPC best": "tpc-best"}
+PLAIN = Framing()
+
+
+@pytest.fixture(scope="module")
+def clips() -> BenchmarkClips:
+    return BenchmarkClips()
+
+
+def angle_and_iou(clips: BenchmarkClips, name: str) -> tuple[np.ndarray, np.ndarray]:
+    measured = misalignment(*clips.poses(name))
+    return np.degrees(np.abs(measured.angle)), measured.box_iou
+
+
+def test_every_kind_has_its_clips_and_none_shares_a_scene():
+    scenes = []
+    for kind in KINDS:
+        manifest = read_manifest(kind)
+        assert len(manifest.clips) >= 20
+        scenes += [(manifest.seed, person.scene) for clip in manifest.clips for person in clip.persons]
+    assert len(set(scenes)) == len(scenes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_are_what_their_manifest_was_made_from(clips, kind):
+    clip = clips.clip(f"{kind}-00")
+    persons = 2 if kind == "two_persons" else 1
+    assert clip.driving.masks.shape[1] == persons == len(clip.reference.masks)
+    assert clip.driving.masks.any(axis=(2, 3)).all()
+
+
+def test_a_changed_renderer_is_noticed(clips, monkeypatch):
+    manifest, spec = clips._found["aligned-00"]
+    monkeypatch.setitem(clips._found, "aligned-00", (manifest, replace(spec, digest="0" * 16)))
+    with pytest.raises(UserError, match="aligned-00 is not what its manifest was made from"):
+        clips.clip("aligned-00")
+
+
+def test_references_are_misaligned_as_their_kind_says(clips):
+    angle, iou = angle_and_iou(clips, "aligned-00")
+    assert angle[0] < 1
+    assert iou[0] > 0.99
+    angle, _ = angle_and_iou(clips, "rotation-00")
+    assert angle[0] > 179
+    for name in ("scale-00", "scale-01"):
+        _, iou = angle_and_iou(clips, name)
+        assert iou.max() < 0.6
+    for name in ("temporal_scale-00", "temporal_scale-01"):
+        _, iou = angle_and_iou(clips, name)
+        assert iou[0] > 0.99
+        assert iou[-1] < 0.5
+    angle, _ = angle_and_iou(clips, "temporal_rotation-00")
+    assert angle[0] < 1
+    assert angle[-1] > 45
+
+
+def test_fitting_clips_have_no_misalignment(clips):
+    for name in ("scale-00", "rotation-00", "temporal_scale-00", "temporal_rotation-00"):
+        counterparts = clips.fitting[name]
+        assert len(counterparts) == (2 if name.startswith("temporal") else 1)
+        for counterpart in counterparts:
+            _, iou = angle_and_iou(clips, counterpart)
+            assert iou[0] > 0.99
+    assert clips.fitting["aligned-00"] == ["aligned-00"]
+
+
+def test_framings_change_evenly_and_scales_in_their_logarithm():
+    start, end = Framing(1.0, 0.0, (0.0, 0.0)), Framing(0.25, 90.0, (0.2, 0.1))
+    assert start.towards(end, 0.0) == start
+    assert start.towards(end, 1.0) == end
+    middle = start.towards(end, 0.5)
+    assert middle.scale == pytest.approx(0.5)
+    assert middle.rotation_deg == 45
+    assert middle.shift == pytest.approx((0.1, 0.05))
+
+
+def test_a_manifest_is_a_function_of_its_seed():
+    first, again, other = (make_manifest("rotation", 2, seed, frames=2, size=64) for seed in (5, 5, 6))
+    assert first == again
+    assert first != other
+    assert first.clips[0].digest == draw(first, first.clips[0]).digest()
+
+
+def test_fitting_of_a_clip_that_fits_is_nothing():
+    person = PersonSpec(0, PLAIN, PLAIN, PLAIN)
+    assert fitting(ClipSpec("a", (person,))) == []
+    moved = replace(person, end=Framing(0.5))
+    assert [spec.name for spec in fitting(ClipSpec("a", (moved,)))] == ["a-start", "a-end"]
+
+
+def test_what_misalignment_costs_and_what_is_won_back():
+    """Two clips, two seeds: cost 4 dB, 3 of which are won back."""
+    by_trial = {}
+    for seed in (0, 1):
+        for clip in ("a", "b"):
+            by_trial["without", f"{clip}-start", seed] = {"foreground_psnr": 20.0 + seed}
+            by_trial["without", f"{clip}-end", seed] = {"foreground_psnr": 22.0 + seed}
+            by_trial["without", clip, seed] = {"foreground_psnr": 17.0 + seed}
+            by_trial["tpc-best", clip, seed] = {"foreground_psnr": 20.0 + seed}
+    values = Values(by_trial, {"scale": ["a", "b"]}, {c: [f"{c}-start", f"{c}-end"] for c in "ab"}, [0, 1])
+    (_, cells), *_ = recovered_table(values, CONDITIONS, "foreground_psnr").rows
+    assert [cell.mean for cell in cells] == pytest.approx([4.0, 75.0])
+    (_, cells), *_ = measure_table(values, CONDITIONS, "foreground_psnr", "").rows
+    assert [cell.mean for cell in cells] == pytest.approx([21.5, 17.5, 20.5])
+    assert cells[0].deviation == pytest.approx(np.std([21, 22], ddof=1))
+
+
+def test_no_share_of_next_to_nothing():
+    by_trial = {("without", "a", 0): {"foreground_psnr": 20.0}, ("tpc-best", "a", 0): {"foreground_psnr": 20.1}}
+    values = Values(by_trial, {"aligned": ["a"]}, {"a": ["a"]}, [0])
+    (_, cells), *_ = recovered_table(values, CONDITIONS, "foreground_psnr").rows
+    assert cells[0].mean == 0
+    assert cells[1].mean is None
+
+
+def test_the_command_writes_tables_and_figures(tmp_path, capsys):
+    arguments = [f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1", "presets=[best]", "sampling.steps=1"]
+    command.main([*arguments, "seeds=[0]"])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(results["trials"]) == 5  # 2 clips, without and with TPC, and the fitting one of the turned clip
+    assert "won back" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
+        assert (tmp_path / name).stat().st_size > 0
+    capsys.readouterr()
+    command.main([*arguments, "seeds=[0,1]", "strips=0"])
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("kinds=[sideways]", "kinds="),
+        ("clips=99", "clips=99"),
+        ("presets=[best,best]", "presets="),
+        ("presets=[worst]", "presets="),
+        ("strips=-1", "strips=-1"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, argument, message):
+    with pytest.raises(UserError, match=message):
+        command.main([f"output={tmp_path / 'out'}", argument])
+
+
+def test_manifest_size_is_what_is_drawn():
+    manifest = Manifest("aligned", 5, 1, 1, (48, 64), ())
+    drawn = draw(manifest, ClipSpec("a", (PersonSpec(0, PLAIN, PLAIN, PLAIN),)))
+    assert drawn.reference.image.shape == (64, 48, 3)

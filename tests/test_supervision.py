@@ -1,0 +1,223 @@
+"""What the small model's training adds to the published objective: supervised attention, weights on the person,
+resolutions without attention, cached latents."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from core.errors import UserError
+from data.clip_cache import CachedClips
+from data.datasets import PeopleConfig
+from models.attention_probe import AttentionProbe
+from models.unets import ReferenceNet
+from tests.networks import TINY
+from training.attention_loss import attention_loss, body_points, point_probe, point_weights
+from training.build import make_scheduler, new_networks, set_trainable
+from training.config import AttentionLossConfig, DataConfig, ModelConfig, NoiseConfig, TrainConfig, check_train_config
+from training.data import make_dataset
+from training.latent_cache import ensure_latents
+from training.objective import batch_latents, diffusion_loss, person_weights
+from training.randomness import sample_generators
+
+SIZE = [32, 32]
+GRIDS = [(8, 8), (4, 4)]
+ON = AttentionLossConfig(weight=0.5)
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(0, 0, 0),
+        num_decoder_blocks=(0, 0, 0),
+        latent_channels=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    data = make_dataset(DataConfig(size=SIZE, num_frames=1, stride=4, workers=0), 3)
+    return torch.utils.data.default_collate([data[i] for i in range(3)])
+
+
+def networks(config: ModelConfig = TINY):
+    torch.manual_seed(1)
+    model = new_networks(config, 4, max(SIZE)).train()
+    for parameter in model.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    set_trainable(model, TrainConfig(stage="image", output="x", model=config))
+    return model
+
+
+def loss_of(model, vae, batch, attention=None, noise=None):
+    noise = noise or NoiseConfig(condition_dropout=0.0)
+    grids = model.denoising_unet.attention_grids(8, 8)
+    generators = sample_generators(0, range(len(batch["frames"])))
+    off = TrainConfig(stage="image", output="x").augmentation.calibrated
+    return diffusion_loss(model, vae, make_scheduler(noise), batch, noise, off, grids, generators, attention=attention)
+
+
+def pointing_at(places: torch.Tensor, grid: tuple[int, int], points, share: float) -> AttentionProbe:
+    """A probe whose queries give `share` to the reference, all of it to the tokens at `places` in pixels."""
+    probe = point_probe(points, [grid])
+    n = grid[0] * grid[1]
+    numbers = AttentionProbe({n: point_probe(replace(points, targets=places), [grid]).queries[n]}).queries[n]
+    maps = torch.zeros(*numbers.shape, 2 * n)
+    maps[..., :n] = (1 - share) / n
+    maps[..., n:].scatter_(-1, numbers[..., None], share)
+    probe.tokens["layer"], probe.maps["layer"] = n, maps[:, None].repeat(1, 2, 1, 1)
+    return probe
+
+
+def test_points_are_means_of_keypoints_and_cover_limbs_and_trunk():
+    weights = point_weights()
+    assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
+    assert (weights >= 0).all()
+    for joint in (0, *range(5, 17)):
+        assert (weights[:, joint] > 1 - 1e-6).any(), f"keypoint {joint} is not itself a point"
+    assert len(torch.unique(weights, dim=0)) == len(weights)
+
+
+def test_points_need_their_keypoints_in_both_pictures(batch):
+    seen = body_points(batch, 0.3)
+    hidden = {name: value.clone() for name, value in batch.items()}
+    hidden["reference_keypoints"][:, 9, 2] = 0.1
+    lost = seen.valid & ~body_points(hidden, 0.3).valid
+    assert lost.any()
+    assert (point_weights()[lost.any(0)][:, 9] > 0).all()
+
+
+def test_pointing_right_costs_little_and_pointing_wrong_much(batch):
+    points, grid = body_points(batch, 0.0), GRIDS[0]
+    right, accuracy = attention_loss(pointing_at(points.sources, grid, points, 0.5), points, [grid], ON)
+    wrong, none = attention_loss(pointing_at(31 - points.sources, grid, points, 0.5), points, [grid], ON)
+    assert accuracy == 1
+    assert right < 0.5 / ON.radius**2  # the farthest place of a token is half its diagonal from the centre
+    assert wrong > right + 1
+    assert none < 1
+
+
+def test_the_share_that_the_reference_gets_does_not_matter(batch):
+    points, grid = body_points(batch, 0.0), GRIDS[0]
+    losses = [attention_loss(pointing_at(points.sources, grid, points, s), points, [grid], ON)[0] for s in (0.1, 0.9)]
+    assert torch.allclose(*losses, atol=1e-5)
+    blind, accuracy = attention_loss(pointing_at(points.sources, grid, points, 0.0), points, [grid], ON)
+    assert blind == 0
+    assert torch.isnan(accuracy)
+
+
+def test_supervision_teaches_attention_and_leaves_the_rest_of_the_loss(vae, batch):
+    model = networks()
+    plain, supervised = loss_of(model, vae, batch), loss_of(model, vae, batch, ON)
+    assert torch.equal(plain.errors, supervised.errors)
+    assert plain.pointing is None
+    assert torch.allclose(supervised.loss, plain.loss + ON.weight * supervised.pointing[0], atol=1e-5)
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and ("to_q" in name or "to_k" in name)]
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    before = supervised.pointing[0]
+    for _ in range(15):
+        optimizer.zero_grad()
+        result = loss_of(model, vae, batch, ON)
+        result.loss.backward()
+        optimizer.step()
+    assert result.pointing[0] < before - 0.2
+
+
+def test_dropped_samples_are_not_supervised(vae, batch):
+    result = loss_of(networks(), vae, batch, ON, NoiseConfig(condition_dropout=1.0))
+    assert result.pointing[0] == 0
+
+
+def test_weights_have_mean_one_and_the_ratio_asked_for():
+    masks = torch.zeros(2, 1, 1, 32, 32)
+    masks[0, ..., :16, :] = 1
+    weights = person_weights(masks, (8, 8), 4.0)
+    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(2))
+    assert torch.allclose(weights[0, ..., 0, 0] / weights[0, ..., 7, 0], torch.tensor(4.0))
+    assert torch.equal(weights[1], torch.ones_like(weights[1]))
+
+
+def test_a_heavier_person_moves_the_gradient_towards_it(vae, batch):
+    model = networks()
+    even = loss_of(model, vae, batch)
+    heavy = loss_of(model, vae, batch, noise=NoiseConfig(condition_dropout=0.0, person_weight=4.0))
+    assert torch.equal(even.errors, heavy.errors)
+    assert not torch.allclose(even.loss, heavy.loss)
+
+
+def test_resolutions_without_attention(vae, batch):
+    config = replace(TINY, block_out_channels=[8, 16, 32], attention=[False, True, True])
+    model = networks(config)
+    assert model.denoising_unet.attention_grids(8, 8) == [(4, 4), (2, 2)]
+    loss_of(model, vae, batch, ON).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    for attention in ([True, False], [False, True, False]):
+        with pytest.raises(UserError, match="model.attention"):
+            networks(replace(config, attention=attention))
+
+
+def test_reference_net_without_later_blocks_loads_again(tmp_path):
+    net = networks(replace(TINY, block_out_channels=[8, 16, 32], attention=[False, True, True])).reference_net
+    net.save_pretrained(tmp_path)
+    again = ReferenceNet.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == net.state_dict().keys()
+    assert len(again.up_blocks) == 2
+
+
+def test_both_unets_start_as_the_same_image_model():
+    torch.manual_seed(0)
+    model = new_networks(TINY, 4, 32)
+    own = model.denoising_unet.state_dict()
+    shared = [name for name in model.reference_net.state_dict() if name in own]
+    assert len(shared) > 50
+    assert all(torch.equal(model.reference_net.state_dict()[name], own[name]) for name in shared)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_cached_latents_are_those_of_the_pictures(tmp_path, vae, kind):
+    if kind == "kl":
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+        ).eval()
+    config = DataConfig(size=SIZE, stride=4, workers=0, cache=str(tmp_path / "clips"), cache_clips=3, cache_frames=2)
+    clips = make_dataset(config, 5)
+    assert isinstance(clips, CachedClips)
+    folder = ensure_latents(clips.folder, vae, chunk=4)
+    assert (folder / "deviation.npy").exists() == (kind == "kl")
+    assert ensure_latents(clips.folder, vae) == folder
+    items = clips.with_latents(folder)
+    for index in range(5):
+        plain = {name: value[None] for name, value in clips[index].items()}
+        cached = {name: value[None] for name, value in items[index].items()}
+        for expected, found in zip(batch_latents(vae, plain), batch_latents(vae, cached), strict=True):
+            assert torch.allclose(expected, found, atol=0.05 * float(expected.abs().max().clamp(min=1e-3)))
+
+
+def test_options_that_cannot_work_are_refused():
+    good = TrainConfig(stage="image", output="x", model=replace(TINY, vae="vae"))
+    check_train_config(good)
+    for bad, message in (
+        (replace(good, attention=AttentionLossConfig(weight=-1.0)), "attention.weight=-1"),
+        (replace(good, noise=NoiseConfig(person_weight=0.0)), "person_weight=0"),
+        (replace(good, data=DataConfig(cache_latents=True)), "cache_latents"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_train_config(bad)
+    for people, message in (
+        (PeopleConfig(height=[1.0]), "height"),
+        (PeopleConfig(plain=1.5), "plain=1.5"),
+        (PeopleConfig(tilted=-0.1), "tilted=-0.1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_dataset(DataConfig(people=people), 1)
