@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.attention_figures import looks, looks_row, stacked
-from analysis.attention_maps import BodyTruth, Pointing, body_truth, pointing
+from analysis.attention_maps import BodyTruth, Pointing, body_truth, pck, pointing
 from analysis.attention_shares import mean_over, shares
-from analysis.recorded_runs import RecordedRun
+from analysis.recorded_runs import RecordedRun, RecordedSide
 from core.errors import UserError
 from data.person import COCO_KEYPOINTS
 from data.pose import Poses
@@ -81,17 +81,52 @@ def over_layers(by_layer: Mapping[str, Pointing], measure: str, radius: float = 
     return torch.stack(values)
 
 
-def person_shares(run: RecordedRun, masks: np.ndarray) -> dict[str, dict[str, float]]:
-    """How attention of the recorded points is divided: side -> what gets it -> mean share over everything else.
+def accuracy_by_part(by_layer: Mapping[str, Pointing], radius: float = 0.15) -> dict[str, float]:
+    """Pointing accuracy by part of the body, mean over layers, steps and frames; parts that are not seen are left out.
+
+    The first person of the recording counts.
+    """
+    accuracy = over_layers(by_layer, "accuracy", radius)
+    means = {part: accuracy[..., numbers].nanmean().item() for part, numbers in part_numbers().items()}
+    return {part: mean for part, mean in means.items() if not np.isnan(mean)}
+
+
+def layer_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> np.ndarray:
+    """(layers, s) pointing accuracy of a side's layers, heads averaged, over frames and keypoints."""
+    return (
+        over_layers(pointings(run, reference, radius)[known_side(run, side)], "accuracy", radius)
+        .nanmean((2, 3))
+        .numpy()
+    )
+
+
+def share_means(side: RecordedSide, mask: np.ndarray) -> dict[str, float]:
+    """How the attention of the recorded points is divided: what gets it -> mean share; they sum to 1.
 
     Args:
-        masks: (H, W) bool, the persons in the model's reference picture.
+        mask: (H, W) bool, the persons in the model's reference picture.
     """
-    divided = {}
-    for name, side in run.sides.items():
-        layers = [shares(side.recorded, layer, masks) for layer in side.recorded.layers]
-        divided[name] = {part: float(np.mean([mean_over(found[part]) for found in layers])) for part in layers[0]}
-    return divided
+    layers = [shares(side.recorded, layer, mask) for layer in side.recorded.layers]
+    return {part: float(np.mean([mean_over(found[part]) for found in layers])) for part in layers[0]}
+
+
+def part_numbers() -> dict[str, list[int]]:
+    """Numbers of the keypoints of each part of the body."""
+    return {part: [COCO_KEYPOINTS.index(name) for name in names] for part, names in PARTS.items()}
+
+
+def known_side(run: RecordedRun, side: str) -> str:
+    """The side's name, or a UserError when the run does not have it."""
+    if side not in run.sides:
+        raise UserError(f"side={side} is not one of {', '.join(run.sides)}")
+    return side
+
+
+def short_layer(layer: str) -> str:
+    """A layer's name without the parts that all layers share: "up 0.1" for up_blocks.0.attentions.1...attn1."""
+    block, *rest = layer.split(".")
+    numbers = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
+    return f"{block.split('_')[0]} {'.'.join(numbers)}"
 
 
 def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> dict[str, np.ndarray]:
@@ -102,23 +137,32 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
     Raises:
         UserError: a side that the run does not have, or the mean over heads was recorded.
     """
-    if side not in run.sides:
-        raise UserError(f"side={side} is not one of {', '.join(run.sides)}")
-    recorded = run.sides[side].recorded
+    recorded = run.sides[known_side(run, side)].recorded
     if "heads" in recorded.selection.mean:
         raise UserError("mean: the mean over heads was recorded; heads apart are needed")
     truth = truths(run, reference)[side]
     found = {part: [] for part in PARTS}
     for layer in recorded.layers:
         accuracy = pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius)  # (s, f, a, p)
-        for part, names in PARTS.items():
-            numbers = [COCO_KEYPOINTS.index(name) for name in names]
-            found[part].append(accuracy[..., numbers].nanmean(dim=(0, 1, 3)).numpy())
+        for part, numbers in part_numbers().items():
+            found[part].append(accuracy[..., numbers].nanmean((0, 1, 3)).numpy())
     heads = max(len(row) for rows in found.values() for row in rows)
     return {
         part: np.stack([np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in rows])
         for part, rows in found.items()
     }
+
+
+def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int = 31) -> Figure:
+    """PCK curves: the share of each name's known distances within every radius up to `longest` body heights."""
+    radii = np.linspace(0, longest, count)
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name, values in distances.items():
+        axes.plot(radii, pck(values, radii), label=name)
+    axes.set(xlabel="radius (body heights)", ylabel="share within", ylim=(0, 1.02), xlim=(0, longest))
+    axes.legend(frameon=False)
+    return figure
 
 
 def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label: str) -> Figure:

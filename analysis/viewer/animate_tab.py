@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -58,13 +57,18 @@ class AnimateTab:
         self,
         picture: str | None,
         clip: str | None,
-        *settings: Any,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
+        preset: str,
+        frames: int,
+        stride: int,
+        steps: int,
+        guidance: float,
+        seed: float | None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio tells by the default what to fill in
     ) -> tuple[str, str, str, str, str]:
         """Paths of the videos without and with TPC, a report, the strip's path, and that of the comparison."""
         watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
         with one_line_errors():
-            sampling, tpc = chosen(*settings)
+            sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
             picture, clip = required(picture, "reference"), required(clip, "driving")
             with watch.stage(STAGES[0]):
                 reference, driving = load_inputs(picture, clip, sampling, self.machine.pose)

@@ -58,14 +58,14 @@ class AttentionTab:
             with gr.Column(scale=4):
                 self._draw_choices()
                 self._draw_pictures()
+        choices = [self.frame, self.step, self.all_steps, self.layer, self.all_layers]
         start.click(
             self.animate,
             [self.inputs.picture, self.inputs.clip, *self.settings.components()],
-            [self.run, self.point, self.frame, self.step, self.layer, *self.shown],
+            [self.run, self.point, *choices, *self.shown],
             concurrency_id=ONE_AT_A_TIME,
             show_progress_on=[self.pictures["plain"], self.pictures["calibrated"]],
         )
-        choices = [self.frame, self.step, self.all_steps, self.layer, self.all_layers]
         state = [self.run, self.point, *choices]
         for choice in choices:
             choice.input(self.show, state, self.shown, show_progress="hidden", trigger_mode="always_last")
@@ -102,16 +102,18 @@ class AttentionTab:
         ):
             with gr.Row():
                 for name in row:
-                    empty = first if name in ("plain", "calibrated", "driving") else notice("")
-                    self.pictures[name] = gr.Image(
-                        empty,
-                        label=names[name],
-                        interactive=False,
-                        buttons=[],
-                        format="png",
-                        min_width=160,
-                        elem_id=name.replace(" ", "-"),
-                    )
+                    with gr.Column(min_width=160):
+                        gr.Markdown(f"**{names[name]}**")
+                        empty = first if name in ("plain", "calibrated", "driving") else notice("")
+                        # A label of the component's own would lie over the corner of the picture.
+                        self.pictures[name] = gr.Image(
+                            empty,
+                            show_label=False,
+                            interactive=False,
+                            buttons=[],
+                            format="png",
+                            elem_id=name.replace(" ", "-"),
+                        )
             self.captions[row[0]] = gr.Markdown("", elem_id=f"{row[0]}-caption")
 
     @property
@@ -123,31 +125,38 @@ class AttentionTab:
         self,
         picture: str | None,
         clip: str | None,
-        *settings: Any,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
+        preset: str,
+        frames: int,
+        stride: int,
+        steps: int,
+        guidance: float,
+        seed: float | None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio tells by the default what to fill in
     ) -> list[Any]:
         """Run both animations and record them; new values of all components."""
         watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
         machine = self.machine
         with one_line_errors():
-            sampling, tpc = chosen(*settings)
+            sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
             picture, clip = required(picture, "reference"), required(clip, "driving")
             with watch.stage(STAGES[0]):
                 reference, driving = load_inputs(picture, clip, sampling, machine.pose)
-            steps = affordable_steps(machine.pipeline, reference, driving, sampling, machine.limit_bytes)
-            config = AttentionConfig(steps=steps, mean=["heads"], limit_bytes=machine.limit_bytes)
+            kept = affordable_steps(machine.pipeline, reference, driving, sampling, machine.limit_bytes)
+            config = AttentionConfig(steps=kept, mean=["heads"], limit_bytes=machine.limit_bytes)
             run = record_both(machine.pipeline, reference, driving, sampling, tpc, config, watch=watch)
-            if len(steps) < sampling.steps:
-                gr.Info(f"{len(steps)} of {sampling.steps} steps are kept, so that they fit into memory.")
+            if len(kept) < sampling.steps:
+                gr.Info(f"{len(kept)} of {sampling.steps} steps are kept, so that they fit into memory.")
             point = first_point(run)
             values = self._shown_values(run, Choice(point=point))
         layers = run.plain.recorded.layers
         return [
             run,
             point,
-            gr.Slider(1, max(2, len(run.driving)), 1, step=1, interactive=len(run.driving) > 1),
-            gr.Slider(1, max(2, len(steps)), 1, step=1, interactive=len(steps) > 1),
-            gr.Slider(1, max(2, len(layers)), 1, step=1, interactive=len(layers) > 1),
+            slider_of(len(run.driving)),
+            slider_of(len(kept)),
+            True,
+            slider_of(len(layers)),
+            True,
             *values,
         ]
 
@@ -156,7 +165,7 @@ class AttentionTab:
         with one_line_errors():
             return self._shown_values(run, choice_of(run, point, *choices))
 
-    def click(self, run: RecordedRun | None, *choices: Any, event: gr.SelectData) -> list[Any]:
+    def click(self, event: gr.SelectData, run: RecordedRun | None, *choices: Any) -> list[Any]:
         """The clicked point and new values of the pictures."""
         with one_line_errors():
             choice = choice_of(run, None, *choices)
@@ -169,6 +178,11 @@ class AttentionTab:
         pictures: list[np.ndarray] = [plain.result, plain.reference, driving]
         pictures += [calibrated.result, calibrated.reference, calibrated.calibrated]
         return [where(run, choice), *pictures, plain.caption, calibrated.caption]
+
+
+def slider_of(count: int) -> gr.Slider:
+    """A slider from 1 to a count, at 1; a slider of one value cannot be drawn, so it is longer and does not move."""
+    return gr.Slider(1, max(2, count), 1, step=1, interactive=count > 1)
 
 
 def choice_of(

@@ -55,9 +55,9 @@ def serve(page: gr.Blocks, server_name: str, port: int, folder: Path, wait: bool
             theme=gr.themes.Default(font=FONTS, font_mono=MONOSPACE),
             **options,
         )
-    except OSError as error:
+    except OSError:
         raise UserError(
-            f"server_name={server_name} port={port} cannot be used ({error}); choose another port"
+            f"server_name={server_name} port={port} cannot be listened at; choose another port, such as {port + 1}"
         ) from None
     if wait:
         print(f"viewer: {address} (Ctrl-C ends it)")

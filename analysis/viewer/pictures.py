@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from analysis.attention_figures import TRUE_PLACE, layer_mean, mark, overlay, pictures_seen
+from analysis.attention_grids import short_layer
 from analysis.figures import MARGIN
 from analysis.recorded_runs import RecordedRun, RecordedSide
 from core.errors import UserError
@@ -101,13 +102,6 @@ def where(run: RecordedRun, choice: Choice) -> str:
         layer = f"layer {short_layer(choice.layer)}, {columns} x {rows} tokens"
     point = "" if choice.point is None else f", point ({choice.point[0]:.0f}, {choice.point[1]:.0f})"
     return f"Frame {choice.frame + 1}{point}: {step}, {layer}."
-
-
-def short_layer(layer: str) -> str:
-    """A layer's name without the parts that all layers share: "up 0.1" for up_blocks.0.attentions.1...attn1."""
-    block, *rest = layer.split(".")
-    numbers = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
-    return f"{block.split('_')[0]} {'.'.join(numbers)}"
 
 
 def first_point(run: RecordedRun) -> tuple[float, float]:
