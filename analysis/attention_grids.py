@@ -156,31 +156,31 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
 def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int = 31) -> Figure:
     """PCK curves: the share of each name's known distances within every radius up to `longest` body heights."""
     radii = np.linspace(0, longest, count)
-    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
     for name, values in distances.items():
         axes.plot(radii, pck(values, radii), label=name)
     axes.set(xlabel="radius (body heights)", ylabel="share within", ylim=(0, 1.02), xlim=(0, longest))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
 def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label: str) -> Figure:
     """One line (s,) a name over denoising steps, which count from 1."""
-    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
     for name, line in values.items():
         axes.plot(np.array(steps) + 1, line, marker="o", markersize=3, label=name)
     axes.set(xlabel="denoising step", ylabel=label)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
 def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figure:
     """Bars: a group for each inner name, a colour for each outer one; missing ones are left out."""
     groups = list(dict.fromkeys(name for inner in values.values() for name in inner))
-    figure = Figure(figsize=(1.5 + 1.3 * len(groups), 2.8), layout="constrained")
+    figure = Figure(figsize=(3 + 1.2 * len(groups), 2.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(values)
     for number, (name, inner) in enumerate(values.items()):
@@ -188,7 +188,7 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figur
         axes.bar(places, list(inner.values()), width, label=name)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

@@ -113,11 +113,11 @@ def run(config: AttentionTaskConfig) -> None:
 
 def _groups(config: AttentionTaskConfig, clips: ClipSet, folders: dict[Trial, Path]) -> list[Group]:
     split = {
-        name: SUBSETS[
-            classify(name, misalignment(*clips.poses(name), config.thresholds.score), config.thresholds).misaligned
-        ]
+        name: classify(name, misalignment(*clips.poses(name), config.thresholds.score), config.thresholds)
         for name in clips.names
     }
+    # What a group is about shows best in the clip that is the most of its kind.
+    order = sorted(clips.names, key=lambda name: split[name].angle_deg or 0.0)
     outcomes = {
         trial: Outcome(MeasuredAttention.read(folder / ATTENTION_FILE), clip_means(folder)[PERSON_PSNR])
         for trial, folder in folders.items()
@@ -128,9 +128,11 @@ def _groups(config: AttentionTaskConfig, clips: ClipSet, folders: dict[Trial, Pa
             members = {
                 (trial.clip, trial.seed): outcome
                 for trial, outcome in outcomes.items()
-                if split[trial.clip] == subset and trial.condition.name == condition
+                if SUBSETS[split[trial.clip].misaligned] == subset and trial.condition.name == condition
             }
-            found += [Group(subset, label, members)] if members else []
+            names = [name for name in order if any(clip == name for clip, _ in members)]
+            example = names[-1 if subset == "misaligned" else 0] if names else ""
+            found += [Group(subset, label, members, example)] if members else []
     return found
 
 
@@ -191,12 +193,12 @@ def _curve(
 
 
 def _looks(groups: list[Group], folders: dict[Trial, Path]) -> list[np.ndarray]:
-    """Rows of Figure 2: the first clip of each subset with the first seed, without and with TPC."""
+    """Rows of Figure 2: the example of each subset with the first seed, without and with TPC."""
     by_place = {(trial.clip, trial.condition.name, trial.seed): folder for trial, folder in folders.items()}
     rows = []
     for group in groups:
-        clip, seed = next(iter(group.outcomes))
-        path = by_place[clip, group.condition.split()[0], seed] / LOOKS_FILE
+        seed = next(seed for clip, seed in group.outcomes if clip == group.example)
+        path = by_place[group.example, group.condition.split()[0], seed] / LOOKS_FILE
         if path.is_file():
             row = np.asarray(Image.open(path))
             rows.append(labelled_row([row], [group.label], len(row)))

@@ -24,11 +24,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the table: the trials of one subset under one condition, by clip and seed."""
+    """A row of the table: the trials of one subset under one condition, by clip and seed.
+
+    Attributes:
+        example: the clip that pictures show: of misaligned clips the one whose reference is turned most, of aligned
+            ones that whose is turned least.
+    """
 
     subset: str
     condition: str
     outcomes: dict[tuple[str, int], Outcome]
+    example: str
 
     @property
     def label(self) -> str:

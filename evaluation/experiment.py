@@ -27,8 +27,8 @@ from models.pipeline import AnimationPipeline
 from models.pipeline_folder import choose_device, load_pipeline
 from tpc import CalibrationConfig
 
-WHERE = ("output", "device", "keep_parts", "weights")
-EXTENDABLE = ("seeds", "clips", "angles", "scales", "transforms", "propagations", "subsets")
+WHERE = ("output", "device", "keep_parts", "weights", "strips")
+EXTENDABLE = ("seeds", "clips", "angles", "scales", "transforms", "propagations", "subsets", "kinds", "presets")
 
 
 @dataclass

@@ -113,7 +113,7 @@ class TestMeasured:
 
     def test_groups_average_clips_then_seeds(self):
         outcomes = {("a", 0): measured(0.1, 10), ("b", 0): measured(0.3, None), ("a", 1): measured(0.5, 20)}
-        group = Group("aligned", "with TPC", outcomes)
+        group = Group("aligned", "with TPC", outcomes, "a")
         assert group.by_seed([0, 1], lambda o: o.attention.mean("near")) == pytest.approx([0.2, 0.5])
         assert group.by_seed([0, 1, 2], lambda o: o.person_psnr) == [10, 20, None]
         assert group.clip_means(lambda o: o.person_psnr) == {"a": 15}
@@ -123,7 +123,7 @@ class TestMeasured:
         rows = []
         for condition, shift in (("without TPC", 0.0), ("with TPC", 0.1)):
             outcomes = {(name, 0): measured(0.1 * k + shift, 10 + k + 20 * shift) for k, name in enumerate("abcd")}
-            rows.append(Group("misaligned", condition, outcomes))
+            rows.append(Group("misaligned", condition, outcomes, "a"))
         rows[1].outcomes["d", 0] = measured(0.9, 19)
         found = correlations(rows)
         assert found["misaligned, without TPC"] == {
@@ -133,5 +133,5 @@ class TestMeasured:
         }
         assert found["gain with TPC"]["points"] == 4 and found["gain with TPC"]["pearson"] == pytest.approx(1)
         assert found["all"]["points"] == 8 and found["all"]["pearson"] < 1
-        few = correlations([Group("aligned", "with TPC", {("a", 0): measured(0.1, 10)})])
+        few = correlations([Group("aligned", "with TPC", {("a", 0): measured(0.1, 10)}, "a")])
         assert few["all"] == {"pearson": None, "spearman": None, "points": 1}

@@ -10,6 +10,7 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
+from analysis.attention_grids import short_layer  # noqa: E402
 from analysis.viewer.animate_tab import AnimateTab  # noqa: E402
 from analysis.viewer.attention_tab import AttentionTab, choice_of  # noqa: E402
 from analysis.viewer.controls import (  # noqa: E402
@@ -47,7 +48,7 @@ def machine(tiny_pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tab(machine):
     with gr.Blocks(analytics_enabled=False):
-        return AttentionTab(machine, PICTURE)
+        return AttentionTab(machine)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ class TestAttention:
 
 def test_animate_writes_what_infer_writes(machine):
     with gr.Blocks(analytics_enabled=False):
-        tab = AnimateTab(machine, PICTURE)
+        tab = AnimateTab(machine)
     plain, calibrated, report, strip, comparison = tab.animate(str(PICTURE), str(SAMPLE_CLIP), *SETTINGS)
     for path in (plain, calibrated, comparison):
         assert len(read_video(path).frames) == 3
@@ -218,6 +219,7 @@ def test_in_a_browser(machine, tmp_path, monkeypatch):
             chooser.value.set_files(tmp_path / "broken.png")
             page.get_by_text("broken.png").first.wait_for()
             assert "Traceback" not in page.content()
+            assert page.locator("#attention-reference img").is_visible(), "the sample stays chosen"
 
             page.get_by_text("Settings", exact=True).first.click()
             for label, value in (("Frames", 3), ("Every n-th frame", 4), ("Denoising steps", 2)):
@@ -239,7 +241,9 @@ def test_in_a_browser(machine, tmp_path, monkeypatch):
             page.locator("#step input[type=range]").fill("2")
             page.locator("#where").get_by_text("step 2").wait_for()
             page.locator("#all-layers input").click()
-            page.locator("#where").get_by_text("tokens").wait_for()
+            page.locator("#layer input[type=range]").fill("3")
+            third = short_layer(list(machine.pipeline.attention_run(1, (32, 32), 1).layers)[2])
+            page.locator("#where").get_by_text(f"layer {third}, ").wait_for()
             assert page.locator("#where").inner_text().split(":")[0].split(",", 1)[1] in chosen_point
             assert not [url for url in outside if not url.startswith((address, "data:", "blob:"))]
     finally:

@@ -27,25 +27,25 @@ HEIGHT = 300
 class AnimateTab:
     """Draws the tab and answers its events; nothing of a session is kept here."""
 
-    def __init__(self, machine: Machine, inputs_picture: Path):
+    def __init__(self, machine: Machine):
         self.machine = machine
         gr.Markdown("A picture and a clip in, animations out. Do not animate people without their consent.")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                inputs = choose_inputs(inputs_picture, "animate")
-                settings = choose_settings(frames=16, stride=1, steps=12, most_frames=256)
+                inputs = choose_inputs("animate")
+                settings = choose_settings(frames=16, stride=1, steps=8, most_frames=256)
                 start = gr.Button("Animate", variant="primary", elem_id="animate-run")
             with gr.Column(scale=4):
                 with gr.Row():
                     videos = [
-                        gr.Video(label=label, autoplay=True, loop=True, height=HEIGHT, interactive=False, elem_id=name)
-                        for label, name in (("Without TPC", "video-plain"), ("With TPC", "video-calibrated"))
+                        video_player(name, label, HEIGHT)
+                        for name, label in (("video-plain", "Without TPC"), ("video-calibrated", "With TPC"))
                     ]
                 report = gr.Markdown("", elem_id="report")
-                strip = gr.Image(label="Frames", interactive=False, format="png", elem_id="strip")
-                comparison = gr.Video(
-                    label="Side by side", autoplay=True, loop=True, interactive=False, elem_id="video-comparison"
+                strip = gr.Image(
+                    show_label=False, interactive=False, buttons=["download"], format="png", elem_id="strip"
                 )
+                comparison = video_player("video-comparison", None, None)
         start.click(
             self.animate,
             [inputs.picture, inputs.clip, *settings.components()],
@@ -81,6 +81,20 @@ class AnimateTab:
         files = [plain, folder / "animation.mp4", folder / "comparison.png", folder / "comparison.mp4"]
         plain, calibrated, strip, comparison = map(str, files)
         return plain, calibrated, report_of(animation, watch), strip, comparison
+
+
+def video_player(name: str, label: str | None, height: int | None) -> gr.Video:
+    """A player that repeats a video of a run; without a label nothing lies over the picture."""
+    return gr.Video(
+        label=label,
+        show_label=label is not None,
+        height=height,
+        autoplay=True,
+        loop=True,
+        interactive=False,
+        buttons=["download"],
+        elem_id=name,
+    )
 
 
 def report_of(animation: Animation, watch: Stopwatch) -> str:

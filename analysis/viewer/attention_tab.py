@@ -35,6 +35,7 @@ EXPLANATION = (
     "and, with TPC, in the calibrated image. Red is the most, grey nothing; heads are averaged."
 )
 STAGES = ("reading and poses", "sampling without TPC", "calibration", "sampling with TPC")
+IN_ORDER = "looking"  # events of one name wait for each other, so the page ends with the last one's pictures
 NO_RUN = "There is no animation yet; press Run first."
 
 
@@ -45,13 +46,13 @@ class AttentionTab:
         machine: what all sessions use.
     """
 
-    def __init__(self, machine: Machine, inputs_picture: Any):
+    def __init__(self, machine: Machine):
         self.machine = machine
         gr.Markdown(EXPLANATION)
         self.run, self.point = gr.State(None), gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                self.inputs: Inputs = choose_inputs(inputs_picture, "attention")
+                self.inputs: Inputs = choose_inputs("attention")
                 with gr.Accordion("Settings", open=False):
                     self.settings = choose_settings(frames=6, stride=2, steps=8, most_frames=64)
                 start = gr.Button("Run", variant="primary", elem_id="attention-run")
@@ -68,10 +69,21 @@ class AttentionTab:
         )
         state = [self.run, self.point, *choices]
         for choice in choices:
-            choice.input(self.show, state, self.shown, show_progress="hidden", trigger_mode="always_last")
+            choice.input(
+                self.show,
+                state,
+                self.shown,
+                show_progress="hidden",
+                trigger_mode="always_last",
+                concurrency_id=IN_ORDER,
+            )
         for name in ("plain", "calibrated", "driving"):
             self.pictures[name].select(
-                self.click, [self.run, *choices], [self.point, *self.shown], show_progress="hidden"
+                self.click,
+                [self.run, *choices],
+                [self.point, *self.shown],
+                show_progress="hidden",
+                concurrency_id=IN_ORDER,
             )
 
     def _draw_choices(self) -> None:

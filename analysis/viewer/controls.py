@@ -110,11 +110,18 @@ def chosen(
     return sampling, CalibrationConfig(preset=preset)
 
 
-def choose_inputs(picture: Path, tab: str) -> Inputs:
+def choose_inputs(tab: str) -> Inputs:
     """Draw the choice of a picture and a clip, with the samples at hand; bad files are refused as they come in."""
+    picture = SAMPLE_PICTURES["Rendered person"]
     picture_path, clip_path = gr.State(str(picture)), gr.State(str(SAMPLE_CLIP))
     shown = gr.Image(
-        read_image(picture), label="Reference picture", height=200, interactive=False, buttons=[], format="png"
+        read_image(picture),
+        label="Reference picture",
+        height=200,
+        interactive=False,
+        buttons=[],
+        format="png",
+        elem_id=f"{tab}-reference",
     )
     upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id=f"{tab}-picture")
     with gr.Row():
@@ -125,8 +132,9 @@ def choose_inputs(picture: Path, tab: str) -> Inputs:
     with gr.Row():
         film = gr.UploadButton("Upload a clip", file_types=["video", ".gif"], size="sm", elem_id=f"{tab}-clip")
         again = gr.Button("Sample clip", size="sm", min_width=80)
-    upload.upload(accept_picture, upload, [picture_path, shown])
-    film.upload(accept_clip, film, [clip_path, clip])
+    # Hidden progress: an error would lie over the picture that is still the chosen one.
+    upload.upload(accept_picture, upload, [picture_path, shown], show_progress="hidden")
+    film.upload(accept_clip, film, [clip_path, clip], show_progress="hidden")
     again.click(lambda: (str(SAMPLE_CLIP), str(SAMPLE_CLIP)), None, [clip_path, clip], queue=False)
     return Inputs(picture_path, clip_path)
 

@@ -8,7 +8,7 @@ import gradio as gr
 from analysis.recorded_runs import SAMPLES
 from analysis.viewer.animate_tab import AnimateTab
 from analysis.viewer.attention_tab import AttentionTab
-from analysis.viewer.controls import SAMPLE_PICTURES, Machine
+from analysis.viewer.controls import Machine
 from core.errors import UserError
 
 TITLE = "TPC-Animate viewer"
@@ -22,9 +22,9 @@ def build_page(machine: Machine) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## {TITLE}")
         with gr.Tab("Attention"):
-            AttentionTab(machine, SAMPLE_PICTURES["Rendered person"])
+            AttentionTab(machine)
         with gr.Tab("Animate"):
-            AnimateTab(machine, SAMPLE_PICTURES["Photograph"])
+            AnimateTab(machine)
     return page
 
 
