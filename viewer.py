@@ -8,6 +8,7 @@ The second tab animates a picture with a clip. See docs/viewer.md.
 
 import importlib.util
 import os
+import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
         from analysis.viewer.controls import Machine
         from analysis.viewer.page import build_page, serve
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C, without leaving the folder
         machine = Machine(pipeline, config.pose, config.memory_mib * 2**20, Path(folder))
         serve(build_page(machine), config.server_name, config.port, Path(folder))
 

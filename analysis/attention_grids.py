@@ -186,7 +186,7 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figur
     for number, (name, inner) in enumerate(values.items()):
         places = [groups.index(group) + (number - (len(values) - 1) / 2) * width for group in inner]
         axes.bar(places, list(inner.values()), width, label=name)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axes.set_ylabel(label)
     figure.legend(loc="outside right upper", frameon=False)
     return figure

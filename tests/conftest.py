@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 # Files whose tests start processes take longest; the others fill up what is left of the time.
 LONGEST_FIRST = (
     "test_training_processes.py",
+    "test_notebooks.py",
     "test_training_checkpoints.py",
     "test_shortcuts.py",
     "test_memory.py",

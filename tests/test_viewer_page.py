@@ -222,7 +222,7 @@ def test_in_a_browser(machine, tmp_path, monkeypatch):
             assert page.locator("#attention-reference img").is_visible(), "the sample stays chosen"
 
             page.get_by_text("Settings", exact=True).first.click()
-            for label, value in (("Frames", 3), ("Every n-th frame", 4), ("Denoising steps", 2)):
+            for label, value in (("Frames", 3), ("Stride", 4), ("Steps", 2)):
                 page.get_by_label(f"number input for {label}").first.fill(str(value))
             page.locator("#attention-run").click()
             page.locator("#where").get_by_text("point").wait_for()

@@ -166,8 +166,8 @@ def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> S
     preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset")
     with gr.Row():
         count = gr.Slider(1, most_frames, frames, step=1, label="Frames")
-        every = gr.Slider(1, 8, stride, step=1, label="Every n-th frame")
+        every = gr.Slider(1, 8, stride, step=1, label="Stride")
     with gr.Row():
-        denoising = gr.Slider(1, 50, steps, step=1, label="Denoising steps")
-        guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance (1 = off)")
+        denoising = gr.Slider(1, 50, steps, step=1, label="Steps")
+        guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance")
     return Settings(preset, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0))
