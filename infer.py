@@ -19,14 +19,11 @@ from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder
 from core.processes import process_state
-from data.inputs import load_driving, load_reference
+from data.inputs import SAMPLES, load_driving, load_reference
 from data.pose import PoseConfig, PoseEstimator, open_estimator
 from models.pipeline import AnimationPipeline
 from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
-
-ROOT = Path(__file__).parent
-SAMPLES = ROOT / "assets" / "samples"
 
 
 @dataclass

@@ -33,7 +33,7 @@ def truths(run: RecordedRun, reference: Poses, reference_map: np.ndarray | None 
     }
 
 
-def seen_in_both(run: RecordedRun, reference: Poses, frame: int, threshold: float = 0.3) -> list[str]:
+def seen_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
     """Names of recorded keypoints that a frame and the reference show."""
     names = run.plain.recorded.names
     places = truths(run, reference)["without TPC"].places[0, run.plain.recorded.selection.place("frames", frame), :, 0]

@@ -8,6 +8,7 @@ Shapes use f = frames, p = points, H, W = the model's frame.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,12 @@ from analysis.attention_maps import body_points
 from core.errors import UserError
 from data.framing import apply_fit
 from data.inputs import Driving, Reference, load_driving, load_reference
-from data.pose import PoseConfig, PoseEstimator, open_estimator
+from data.pose import PoseConfig, open_estimator
 from models.attention_record import RecordedAttention
 from models.attention_recording import AttentionRecording
 from models.attention_run import AttentionConfig
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig
-
-SAMPLES = Path(__file__).parent.parent / "assets" / "samples"
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,7 @@ def load_inputs(
         UserError: unreadable files, or nobody in them.
     """
     pose = pose or PoseConfig()
-    estimators: list[PoseEstimator] = []
-
-    def estimator() -> PoseEstimator:
-        if not estimators:
-            estimators.append(open_estimator(pose))
-        return estimators[0]
-
+    estimator = cache(lambda: open_estimator(pose))
     reference = load_reference(picture, None, None, estimator, pose.max_persons)
     driving = load_driving(
         clip, None, None, estimator, pose.max_persons, sampling.num_frames, sampling.stride, pose.smoothing

@@ -11,6 +11,8 @@ from data.pose import PoseEstimate, PoseEstimator, Poses, estimate_image, estima
 from data.pose_files import load_poses
 from data.video import Video, list_images, read_image, read_video
 
+SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.make_samples
+
 
 @dataclass(frozen=True)
 class Reference:

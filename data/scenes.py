@@ -87,6 +87,12 @@ def random_light(rng: np.random.Generator) -> Light:
     return Light(direction, ambient=float(rng.uniform(0.35, 0.7)))
 
 
+def reframed(camera: Camera, scale: float, rotation: float, shift: tuple[float, float]) -> Camera:
+    """A camera that shows the person otherwise; see `misaligned_reference`."""
+    center = (camera.center[0] + shift[0], camera.center[1] + shift[1])
+    return replace(camera, scale=camera.scale * scale, rotation=camera.rotation + rotation, center=center)
+
+
 def misaligned_reference(
     scene: Scene,
     scale: float = 1.0,
@@ -102,10 +108,7 @@ def misaligned_reference(
         shift: added to the person's place, as shares of the picture's width and height.
         background: (h, w, 3) uint8, of any size, which the reference then has; the scene's own without it.
     """
-    center = (scene.camera.center[0] + shift[0], scene.camera.center[1] + shift[1])
-    camera = replace(
-        scene.camera, scale=scene.camera.scale * scale, rotation=scene.camera.rotation + rotation, center=center
-    )
+    camera = reframed(scene.camera, scale, rotation, shift)
     background = scene.background if background is None else background
     size = (background.shape[1], background.shape[0])
     return render_person(scene.person, scene.reference_pose, camera, size, background, scene.light)

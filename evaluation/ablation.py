@@ -8,6 +8,7 @@ from core.errors import UserError
 from core.processes import process_state
 from evaluation.clips import ClipsConfig
 from evaluation.experiment import (
+    WITHOUT,
     Condition,
     Trial,
     TrialsConfig,
@@ -83,7 +84,7 @@ def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
     Raises:
         UserError: an unknown transform, propagation or rule.
     """
-    found = {"without TPC": Condition("without", config.model, None)}
+    found = {WITHOUT: Condition("without", config.model, None)}
     for transform in config.transforms:
         for subset in config.subsets:
             for propagation in config.propagations:

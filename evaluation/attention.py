@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.files import complete_file
 from core.processes import process_state
 from data.person import COCO_KEYPOINTS
-from evaluation.attention_groups import SUBSETS, WITH, WITHOUT, Group, Outcome, correlations, paired, psnr_of
+from evaluation.attention_groups import SUBSETS, Group, Outcome, correlations, paired, psnr_of
 from evaluation.attention_trial import (
     ATTENTION_FILE,
     BY_DISTANCE,
@@ -27,7 +27,7 @@ from evaluation.attention_trial import (
     attention_sampler,
 )
 from evaluation.clips import ClipsConfig, ClipSet
-from evaluation.experiment import Condition, Trial, TrialsConfig, run_task
+from evaluation.experiment import PERSON_PSNR, WITH, WITHOUT, Condition, Trial, TrialsConfig, run_task
 from evaluation.filmed import open_clips
 from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
@@ -36,8 +36,6 @@ from evaluation.report import Cell, Table, over_seeds, write_table
 from evaluation.summary import clip_means
 from models.pipeline_folder import SHIPPED_MODEL
 from tpc import CalibrationConfig
-
-PERSON_PSNR = "foreground_psnr"
 
 
 @dataclass

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from evaluation.attention_trial import MeasuredAttention
+from evaluation.experiment import WITH, WITHOUT
 
-WITHOUT, WITH = "without TPC", "with TPC"
 SUBSETS = ("aligned", "misaligned")
 FEWEST = 3  # points that a correlation is computed of
 

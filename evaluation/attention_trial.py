@@ -144,13 +144,14 @@ def measure_attention(
     accuracies = []
     for layer in recorded.layers:
         found = pointing(recorded, truth, layer, radius)
-        accuracies.append(found.accuracy(radius)[:, :, 0])
+        accuracy = found.accuracy(radius)
+        accuracies.append(accuracy[:, :, 0])
         by_chance = chance(recorded, truth, layer, token_coverage(mask, recorded.grid(layer)), radius)[:, :, None]
         parts = shares(recorded, layer, mask)
         calibrated = [value for name, value in parts.items() if name not in (SELF, PERSON, BACKGROUND)]
         drift = found.drift()
         values: dict[str, Tensor] = {
-            "strongest": found.accuracy(radius),
+            "strongest": accuracy,
             "centroid": found.accuracy(radius, by="centroid"),
             "near": found.near,
             "chance": torch.where(found.near.isnan(), torch.nan, by_chance.to(found.near)),
@@ -163,12 +164,12 @@ def measure_attention(
             steps[name].append([_number(mean_over(at_step)) for at_step in value])
         for name in BY_DISTANCE:
             curves[name].append(pck(getattr(found, name), radii))
-    accuracy = torch.stack(accuracies)  # (layers, s, f, p)
+    by_layer = torch.stack(accuracies)  # (layers, s, f, p)
     return MeasuredAttention(
         recorded.layers,
         {name: np.array(values, np.float64) for name, values in steps.items()},
         {name: np.mean(values, axis=0) for name, values in curves.items()},
-        {name: mean_over(accuracy[..., number]) for number, name in enumerate(recorded.names)},
+        {name: mean_over(by_layer[..., number]) for number, name in enumerate(recorded.names)},
     )
 
 

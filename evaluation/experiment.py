@@ -27,6 +27,8 @@ from models.pipeline import AnimationPipeline
 from models.pipeline_folder import choose_device, load_pipeline
 from tpc import CalibrationConfig
 
+PERSON_PSNR = "foreground_psnr"
+WITHOUT, WITH = "without TPC", "with TPC"  # labels
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
 EXTENDABLE = ("seeds", "clips", "angles", "scales", "transforms", "propagations", "subsets", "kinds", "presets")
 

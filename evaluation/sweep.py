@@ -14,6 +14,9 @@ from core.processes import process_state
 from data.scenes import Scene, misaligned_reference
 from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
 from evaluation.experiment import (
+    PERSON_PSNR,
+    WITH,
+    WITHOUT,
     Condition,
     Trial,
     TrialsConfig,
@@ -27,9 +30,7 @@ from evaluation.summary import clip_means
 from models.pipeline_folder import SHIPPED_MODEL
 from tpc import CalibrationConfig
 
-PERSON_PSNR = "foreground_psnr"
 IOU_BINS = np.linspace(0, 1, 11)
-WITHOUT, WITH = "without TPC", "with TPC"
 
 
 @dataclass

@@ -99,23 +99,13 @@ def attention_run(
         frames: of the clip; of a training batch, the frames of all its clips.
         layers: those in which frames see the reference; None: all that can.
     """
-    grids = stage_grids(unet, *latent_size)
+    grids = unet.stage_grids(*latent_size)
     shapes = {}
     names = reference_layers(unet) if layers is None else layers
     for name in sorted(names, key=lambda name: BLOCKS.index(name.split("_")[0])):
         attention = unet.get_submodule(name)
         shapes[name] = LayerShape(_layer_grid(name, grids), attention.heads, attention.inner_dim)
     return AttentionRun(shapes, size, frames, steps, images)
-
-
-def stage_grids(unet: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
-    """Token grids (h, w) of the downward stages of a UNet, then of its middle block."""
-    grids = []
-    for block in unet.down_blocks:
-        grids.append((height, width))
-        if block.downsamplers is not None:
-            height, width = -(-height // 2), -(-width // 2)
-    return [*grids, (height, width)]
 
 
 def _layer_grid(layer: str, grids: list[tuple[int, int]]) -> tuple[int, int]:

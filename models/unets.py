@@ -272,15 +272,21 @@ class DenoisingUNet(UNetMotionModel):
 
         Every stage but the last halves the latents, rounding up, as a stride-2 convolution with padding 1 does.
         """
+        *grids, middle = self.stage_grids(height, width)
+        blocks = zip(
+            (*self.down_blocks, *reversed(self.up_blocks), self.mid_block), [*grids, *grids, middle], strict=True
+        )
+        attending = {grid for block, grid in blocks if getattr(block, "has_cross_attention", False)}
+        return [grid for grid in dict.fromkeys([*grids, middle]) if grid in attending]
+
+    def stage_grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Token grids (height, width) of the downward stages for latents of this size, then of the middle block."""
         grids = []
         for block in self.down_blocks:
-            if getattr(block, "has_cross_attention", False):
-                grids.append((height, width))
+            grids.append((height, width))
             if block.downsamplers is not None:
                 height, width = -(-height // 2), -(-width // 2)
-        if self.mid_block is not None and getattr(self.mid_block, "has_cross_attention", False):
-            grids.append((height, width))
-        return list(dict.fromkeys(grids))
+        return [*grids, (height, width)]
 
     def use_motion_on_single_frames(self, used: bool) -> None:
         """Change `motion_on_single_frames`. Image training of a published model wants the image model: False."""

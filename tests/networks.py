@@ -4,7 +4,7 @@ from training.config import ModelConfig
 
 TINY = ModelConfig(
     block_out_channels=[16, 32],
-    attention_heads=2,
+    attention_heads=[2],
     norm_num_groups=8,
     motion_max_seq_length=8,
     pose_channels=[8, 8, 8],

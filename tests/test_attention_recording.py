@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,16 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.errors import UserError
 from data.pose import Poses
 from models.attention_measures import token_numbers
-from models.attention_probe import AttentionProbe, attention_rows
 from models.attention_record import RecordedAttention
 from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig, AttentionRun, LayerShape, attention_run
+from models.attention_run import AttentionConfig, AttentionRun, LayerShape
 from models.attention_store import COPIES
-from models.reference_attention import reference_layers, same_reference
+from models.reference_attention import reference_layers
 from models.windows import window_weights
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
-from tpc.attention import frame_visibility, masked_attention
+from tpc.attention import frame_visibility
 
 SIZE, LATENTS, FRAMES = (32, 24), (6, 8), 5
 LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -124,16 +122,6 @@ def test_masked_tokens_get_exactly_nothing(tiny_pipeline, pictures, calibration)
             assert (maps[1][hidden] == 0).all() and (maps[0][~hidden] > 0).all()
             counts += hidden.sum(), (~hidden).sum()
     assert (counts > 100).all()
-
-
-def test_masked_rows_match_masked_attention():
-    """The kernel of the run hides with a penalty, the recording exactly; both give the same values."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, n, 8, generator=generator) for n in (5, 9, 9))
-    flags = (torch.rand(2, 5, 2, generator=generator) > 0.5).float(), torch.rand(2, 9, 2, generator=generator) > 0.5
-    flags = flags[0], flags[1].float() * (torch.arange(9) > 3)[:, None]
-    rows = attention_rows(query, key, flags, 0.35)
-    assert torch.allclose(rows @ value, masked_attention(query, key, value, *flags, scale=0.35), atol=1e-5)
 
 
 def test_mixed_precision_does_not_round_the_maps():
@@ -379,59 +367,3 @@ class TestBadInput:
         with pytest.raises(UserError, match="outside the picture of 32x24"):
             whole.query_map(LAYER, (32, 3))
         assert whole.query_number(LAYER, (31.4, 23.4)) == whole.maps[LAYER].shape[3] - 1
-
-
-def test_training_module(tiny_pipeline):
-    """Two clips of a batch, with gradient checkpointing: same prediction, same gradients, maps of every frame."""
-    model = tiny_pipeline.animator()
-    generator = torch.Generator().manual_seed(0)
-    clips = torch.randn(2, 4, 3, *LATENTS, generator=generator)
-    batch = (
-        clips,
-        torch.tensor([3, 700]),
-        torch.randn(2, 4, *LATENTS, generator=generator),
-        torch.rand(2, 3, 24, 32, generator=generator) * 2 - 1,
-        torch.rand(2, 3, 3, 24, 32, generator=generator),
-        torch.tensor([False, True]),
-    )
-    unet, parameter = model.denoising_unet, model.reference_net.conv_in.weight
-    results = []
-    try:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-        for recorded in (False, True):
-            with AttentionRecording(AttentionConfig(mean=["steps"])) as recording:
-                recording.begin(attention_run(unet, LATENTS, SIZE, 6, 1))
-                probe = recording.probe(0, 3, [range(6)], 0)
-                prediction = model(*batch, probe=probe if recorded else None)
-                (gradient,) = torch.autograd.grad(prediction.square().mean(), parameter)
-            results.append((prediction.detach(), gradient))
-    finally:
-        unet.disable_gradient_checkpointing()
-        unet.eval()
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-    maps = recording.result.maps[LAYER][0].sum((1, 2, 3, 4))
-    assert (maps[:3] > 0.1).all() and (maps[3:] == 0).all(), "the second clip is blind to its reference"
-
-
-def test_probe_passes_gradients(tiny_pipeline):
-    unet = tiny_pipeline.denoising_unet
-    grids = unet.attention_grids(*LATENTS)
-    tokens = {layer: torch.randn(1, *shape, requires_grad=True) for layer, shape in _token_shapes(unet).items()}
-    probe = AttentionProbe({h * w: torch.zeros(2, 3, dtype=torch.long) for h, w in grids})
-    seen = same_reference(tokens, 2)
-    unet(
-        torch.randn(1, 4, 2, *LATENTS),
-        3,
-        torch.randn(1, 1, 8),
-        torch.zeros(1, 16, 2, *LATENTS),
-        replace(seen, probe=probe),
-    )
-    assert set(probe.maps) == set(tokens)
-    probe.maps[LAYER][..., -1].sum().backward()
-    assert tokens[LAYER].grad.abs().max() > 0
-
-
-def _token_shapes(unet) -> dict[str, tuple[int, int]]:
-    shapes = attention_run(unet, LATENTS, SIZE, 2, 1).layers
-    return {layer: (shape.tokens, shape.channels) for layer, shape in shapes.items()}

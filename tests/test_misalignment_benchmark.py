@@ -19,8 +19,9 @@ from benchmarks.misalignment.manifest import (
     make_manifest,
     read_manifest,
 )
-from benchmarks.misalignment.report import WITHOUT, Values, measure_table, recovered_table
+from benchmarks.misalignment.report import Values, measure_table, recovered_table
 from core.errors import UserError
+from evaluation.experiment import WITHOUT
 from evaluation.misalignment import misalignment
 
 CONDITIONS = {WITHOUT: "without", "TPC best": "tpc-best"}

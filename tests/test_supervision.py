@@ -13,9 +13,18 @@ from data.datasets import PeopleConfig
 from models.attention_probe import AttentionProbe
 from models.unets import ReferenceNet
 from tests.networks import TINY
-from training.attention_loss import attention_loss, body_points, point_probe, point_weights
-from training.build import make_scheduler, new_networks, set_trainable
-from training.config import AttentionLossConfig, DataConfig, ModelConfig, NoiseConfig, TrainConfig, check_train_config
+from tpc.augmentation import CompositionConfig
+from training.attention_loss import attention_loss, body_points, point_probe, point_weights, with_background
+from training.build import make_pipeline, make_scheduler, new_networks, set_trainable, start_from
+from training.config import (
+    AttentionLossConfig,
+    AugmentationConfig,
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    TrainConfig,
+    check_train_config,
+)
 from training.data import make_dataset
 from training.latent_cache import ensure_latents
 from training.objective import batch_latents, diffusion_loss, person_weights
@@ -150,20 +159,89 @@ def test_a_heavier_person_moves_the_gradient_towards_it(vae, batch):
     assert not torch.allclose(even.loss, heavy.loss)
 
 
-def test_resolutions_without_attention(vae, batch):
-    config = replace(TINY, block_out_channels=[8, 16, 32], attention=[False, True, True])
+WITHOUT_FINEST = replace(TINY, block_out_channels=[8, 16, 32], attention=["none", "both", "both"])
+UP_AT_FINEST = replace(WITHOUT_FINEST, attention=["up", "both", "both"], attention_heads=[1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("config", "grids"), [(WITHOUT_FINEST, [(4, 4), (2, 2)]), (UP_AT_FINEST, [(8, 8), (4, 4), (2, 2)])]
+)
+def test_resolutions_with_less_attention(vae, batch, config, grids):
     model = networks(config)
-    assert model.denoising_unet.attention_grids(8, 8) == [(4, 4), (2, 2)]
+    assert model.denoising_unet.attention_grids(8, 8) == grids
     loss_of(model, vae, batch, ON).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    for attention in ([True, False], [False, True, False]):
-        with pytest.raises(UserError, match="model.attention"):
-            networks(replace(config, attention=attention))
+    layers = model.reading_layers()
+    assert any(layer.startswith("up_blocks.2.") for layer in layers) == (len(grids) == 3)
+    assert not any(layer.startswith("down_blocks.0.") for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("attention", ["both", "none"]),
+        ("attention", ["none", "both", "none"]),
+        ("attention", ["down", "both", "both"]),
+        ("attention_heads", [1, 2]),
+        ("attention_heads", [3]),
+    ],
+)
+def test_resolution_settings_that_cannot_be_built(setting, value):
+    with pytest.raises(UserError, match=f"model.{setting}="):
+        networks(replace(WITHOUT_FINEST, **{setting: value}))
+
+
+def test_networks_go_on_after_they_got_further_layers(tmp_path, vae, batch):
+    """The added transformers end in zeros, so the prediction is that of the networks they start from."""
+    small = networks(WITHOUT_FINEST)
+    make_pipeline(vae, small, NoiseConfig()).save_pretrained(tmp_path)
+    grown = new_networks(UP_AT_FINEST, 4, max(SIZE))
+    start_from(grown, str(tmp_path))
+    for model in (small, grown):
+        model.eval()
+    # One head more or less changes what the old layers compute, so the comparison keeps theirs.
+    same = new_networks(replace(UP_AT_FINEST, attention_heads=[2]), 4, max(SIZE)).eval()
+    start_from(same, str(tmp_path))
+    with torch.no_grad():
+        assert torch.allclose(loss_of(small, vae, batch).loss, loss_of(same, vae, batch).loss, rtol=1e-5)
+    own = small.denoising_unet.state_dict()
+    for name in ("up_blocks.2.resnets.0.conv1.weight", "up_blocks.1.upsamplers.0.conv.weight"):
+        assert torch.equal(grown.reference_net.state_dict()[name], own[name]), "not taken from the twin"
+    with pytest.raises(UserError, match="agrees with .* of the new networks"):
+        start_from(new_networks(replace(TINY, block_out_channels=[48, 48], context_dim=24), 3, 48), str(tmp_path))
+
+
+def test_background_points_lie_in_the_background_and_stay_where_they_are(batch):
+    points = with_background(body_points(batch, 0.3), batch, 4, sample_generators(0, range(3)))
+    body = body_points(batch, 0.3).targets.shape[1]
+    assert points.body == body
+    added = points.targets[:, body:]
+    assert added.shape == (3, 16, 2)
+    assert torch.equal(added, points.sources[:, body:])
+    cells = ((added + 0.5) / 8).long()
+    assert torch.equal(cells[..., 1] * 4 + cells[..., 0], torch.arange(16).expand(3, -1)), "one point a cell"
+    valid = points.valid[:, body:]
+    assert valid.any()
+    assert not valid.all()
+    pixels = added.round().long().clamp(0, 31)
+    for number in range(3):
+        person = torch.maximum(batch["masks"][number, 0, 0], batch["reference_mask"][number, 0])
+        covered = person[pixels[number, :, 1], pixels[number, :, 0]] > 0.5
+        assert torch.equal(valid[number], ~covered)
+
+
+def test_background_is_supervised_beside_the_body(vae, batch):
+    model = networks()
+    both = AttentionLossConfig(weight=0.5, background=4)
+    alone, beside = loss_of(model, vae, batch, ON), loss_of(model, vae, batch, both)
+    assert torch.equal(alone.errors, beside.errors)
+    assert not torch.allclose(alone.pointing[0], beside.pointing[0])
+    assert torch.equal(alone.pointing[1], beside.pointing[1]), "accuracy is that of the body"
 
 
 def test_reference_net_without_later_blocks_loads_again(tmp_path):
-    net = networks(replace(TINY, block_out_channels=[8, 16, 32], attention=[False, True, True])).reference_net
+    net = networks(WITHOUT_FINEST).reference_net
     net.save_pretrained(tmp_path)
     again = ReferenceNet.from_pretrained(tmp_path)
     assert again.state_dict().keys() == net.state_dict().keys()
@@ -207,8 +285,11 @@ def test_cached_latents_are_those_of_the_pictures(tmp_path, vae, kind):
 def test_options_that_cannot_work_are_refused():
     good = TrainConfig(stage="image", output="x", model=replace(TINY, vae="vae"))
     check_train_config(good)
+    moved = AugmentationConfig(composition=CompositionConfig(probability=0.5, fill="edge"))
     for bad, message in (
         (replace(good, attention=AttentionLossConfig(weight=-1.0)), "attention.weight=-1"),
+        (replace(good, attention=AttentionLossConfig(background=-1)), "attention.background=-1"),
+        (replace(good, attention=AttentionLossConfig(background=4), augmentation=moved), "composition.fill=edge"),
         (replace(good, noise=NoiseConfig(person_weight=0.0)), "person_weight=0"),
         (replace(good, data=DataConfig(cache_latents=True)), "cache_latents"),
     ):

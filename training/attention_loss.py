@@ -1,9 +1,9 @@
-"""Attention supervision: a point of the body in a frame should look at the same point of the body in the reference.
+"""Attention supervision: a point in a frame should look at the same point of the reference.
 
 Keypoints say where a point of the body lies in both pictures, and so what reference attention ought to point at. The
 reconstruction error says the same, but only in the end; with it alone a new network spends most of its training on
 finding out. Learning attention from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR
-2025); here they are those of the skeleton.
+2025); here they are those of the skeleton, and of the background where the camera stands still.
 
 Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
 h, w = a level's grid, H, W = picture size.
@@ -11,6 +11,7 @@ h, w = a level's grid, H, W = picture size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from models.attention_measures import (
 )
 from models.attention_probe import AttentionProbe
 from training.config import AttentionLossConfig
+from training.randomness import Generators
 
 NOSE = 0
 LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO numbers
@@ -36,22 +38,25 @@ ACROSS, ALONG = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class BodyPoints:
-    """Points of the body in frames and in their reference, in pixels.
+class MatchingPoints:
+    """The same points in frames and in their references, in pixels.
 
     Attributes:
         targets: (b*f, p, 2) in the frames.
         sources: (b*f, p, 2) in the references.
         valid: (b*f, p) bool, seen in both pictures.
         size: (H, W).
+        body: how many of them, the first ones, are of the body.
     """
 
     targets: Tensor
     sources: Tensor
     valid: Tensor
     size: tuple[int, int]
+    body: int
 
 
+@cache
 def point_weights() -> Tensor:
     """(p, 17): every point of the body as a weighted mean of COCO keypoints: nose, limbs, and the trunk's inside."""
     rows = [{NOSE: 1.0}]
@@ -68,7 +73,7 @@ def point_weights() -> Tensor:
     return weights
 
 
-def body_points(batch: dict[str, Tensor], threshold: float) -> BodyPoints:
+def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
     """Corresponding points of frames and references.
 
     Args:
@@ -89,18 +94,51 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> BodyPoints:
         return points, (missing == 0) & (points >= 0).all(-1) & (points < limits).all(-1)
 
     (targets, seen), (sources, known) = place(frames), place(references)
-    return BodyPoints(targets, sources, seen & known, size)
+    return MatchingPoints(targets, sources, seen & known, size, len(weights))
 
 
-def point_probe(points: BodyPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
+def with_background(
+    points: MatchingPoints, batch: dict[str, Tensor], per_side: int, generators: Generators
+) -> MatchingPoints:
+    """`points` and further ones of the background, which a camera that stands still shows at the same place.
+
+    Args:
+        batch: "masks" (b, 1, f, H, W) and "reference_mask" (b, 1, H, W), 1 where the person is.
+        per_side: the picture is divided into per_side x per_side cells, with one random point in each.
+        generators: one a sample.
+    """
+    frames = points.targets.shape[0] // len(generators)
+    cells = torch.arange(per_side)
+    corners = torch.stack([cells.repeat(per_side), cells.repeat_interleave(per_side)], dim=-1)  # (q, 2)
+    drawn = [torch.rand(frames, per_side**2, 2, generator=g) for g in generators]
+    parts = (corners + torch.cat(drawn)).to(points.targets) / per_side  # (b*f, q, 2) in [0, 1)
+    places = parts * parts.new_tensor([points.size[1], points.size[0]]) - 0.5
+    person = torch.maximum(batch["masks"], batch["reference_mask"][:, :, None])  # (b, 1, f, H, W)
+    covered = covered_places(person.transpose(1, 2).flatten(0, 1)[:, 0], places)
+    return MatchingPoints(
+        torch.cat([points.targets, places], dim=1),
+        torch.cat([points.sources, places], dim=1),
+        torch.cat([points.valid, ~covered], dim=1),
+        points.size,
+        points.body,
+    )
+
+
+def covered_places(masks: Tensor, places: Tensor) -> Tensor:
+    """Whether masks (n, H, W) cover places (n, p, 2) in pixels, (n, p) bool."""
+    numbers = token_numbers(places, masks.shape[1:], masks.shape[1:])
+    return masks.flatten(1).gather(1, numbers) > 0.5
+
+
+def point_probe(points: MatchingPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
     """A probe of the tokens that contain the frames' points, at every level."""
     return AttentionProbe({h * w: token_numbers(points.targets, points.size, (h, w)) for h, w in grids})
 
 
 def attention_loss(
-    probe: AttentionProbe, points: BodyPoints, grids: Sequence[tuple[int, int]], config: AttentionLossConfig
+    probe: AttentionProbe, points: MatchingPoints, grids: Sequence[tuple[int, int]], config: AttentionLossConfig
 ) -> tuple[Tensor, Tensor]:
-    """How far attention is from pointing at the same point of the reference.
+    """How far attention is from pointing at the same points of the reference.
 
     Of what a query gives to the reference (image 0), the part near the right place: weighted with a Gaussian of
     `radius` tokens, mean over heads; the loss is minus its logarithm, mean over points and layers. How attention is
@@ -108,8 +146,8 @@ def attention_loss(
     reference do not count.
 
     Returns:
-        Loss, scalar; and pointing accuracy, scalar: the part of the queries whose strongest reference token, mean over
-        heads, lies within `NEAR` tokens of the right place (nan when none counts). Both mean over layers.
+        Loss, scalar; and pointing accuracy, scalar: the part of the body's queries whose strongest reference token,
+        mean over heads, lies within `NEAR` tokens of the right place (nan when none counts). Both mean over layers.
     """
     losses, accuracies = [], []
     for layer, probabilities in probe.maps.items():
@@ -122,5 +160,7 @@ def attention_loss(
         near = part_near(pointing, distance, config.radius)
         total = counts.sum().clamp(min=1)
         losses.append(-(near.clamp(min=1e-6).log() * counts).sum() / total)
-        accuracies.append(((at_strongest(pointing, distance) <= NEAR) & counts).sum() / counts.sum())
+        body = slice(points.body)
+        right = (at_strongest(pointing[:, body], distance[:, body]) <= NEAR) & counts[:, body]
+        accuracies.append(right.sum() / counts[:, body].sum())
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from diffusers.models.transformers import Transformer2DModel
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -40,14 +41,60 @@ def make_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
         UserError: a folder that is missing or lacks a component.
     """
     if config.model.init:
-        pipeline = load_pipeline(config.model.init)
-        if not isinstance(pipeline, AnimationPipeline) or not isinstance(pipeline.animator(), AnimateAnyone):
-            raise UserError(
-                f"model.init={config.model.init} is a {type(pipeline).__name__}; train.py trains AnimateAnyone"
-            )
-        return pipeline.vae.requires_grad_(False).eval(), pipeline.animator()
+        vae, model = open_animator("model.init", config.model.init)
+        return vae.requires_grad_(False).eval(), model
     vae = load_vae(config.model.vae).requires_grad_(False).eval()
-    return vae, new_networks(config.model, vae.config.latent_channels, max(config.data.size))
+    model = new_networks(config.model, vae.config.latent_channels, max(config.data.size))
+    if config.model.start:
+        start_from(model, config.model.start)
+    return vae, model
+
+
+def start_from(model: AnimateAnyone, folder: str) -> None:
+    """Give new networks the weights of a pipeline folder wherever name and shape agree.
+
+    Transformers that the folder does not have end in zeros, so that they start as no change.
+
+    Raises:
+        UserError: not such a folder, or less than half of the weights agree.
+    """
+    started = open_animator("model.start", folder)[1]
+    known = started.state_dict()
+    # What a smaller ReferenceNet had no use for, it takes from its twin, as if both had started from the same model.
+    read = {f"reference_net.{name}" for name, _ in started.reference_net.named_parameters()}
+    read -= {f"reference_net.{name}" for name in started.reference_net.unread_parameters()}
+    same, own = {}, model.state_dict()
+    for name, value in own.items():
+        twin = name.replace("reference_net.", "denoising_unet.", 1)
+        source = twin if name.startswith("reference_net.") and name not in read else name
+        if source in known and known[source].shape == value.shape:
+            same[name] = known[source]
+    shared, all_of_it = (sum(value.numel() for value in values) for values in (same.values(), own.values()))
+    if shared < all_of_it / 2:
+        raise UserError(
+            f"model.start={folder} agrees with {shared / all_of_it:.0%} of the new networks' weights in name and shape; "
+            "choose sizes closer to its own"
+        )
+    model.load_state_dict(same, strict=False)
+    for name, module in model.named_modules():
+        if isinstance(module, Transformer2DModel) and f"{name}.proj_out.weight" not in same:
+            nn.init.zeros_(module.proj_out.weight)
+            nn.init.zeros_(module.proj_out.bias)
+
+
+def open_animator(key: str, folder: str) -> tuple[VAE, AnimateAnyone]:
+    """VAE and networks of a pipeline folder.
+
+    Args:
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: a folder that is missing, lacks a component, or is of another model.
+    """
+    pipeline = load_pipeline(folder)
+    if not isinstance(pipeline, AnimationPipeline) or not isinstance(pipeline.animator(), AnimateAnyone):
+        raise UserError(f"{key}={folder} is a {type(pipeline).__name__}; train.py trains AnimateAnyone")
+    return pipeline.vae, pipeline.animator()
 
 
 def load_vae(folder: str | Path) -> VAE:
@@ -76,12 +123,7 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
     widths = tuple(config.block_out_channels)
     if len(config.pose_channels) < 2:
         raise UserError(f"model.pose_channels={config.pose_channels} needs at least two entries")
-    attention = config.attention or [True] * len(widths)
-    if len(attention) != len(widths) or not attention[-1]:
-        raise UserError(
-            f"model.attention={list(attention)} needs one entry a resolution, as model.block_out_channels="
-            f"{list(widths)}, and true for the last"
-        )
+    attention, heads = resolution_settings(config)
     shared = {
         "sample_size": picture_size // 2 ** (len(config.pose_channels) - 1),
         "in_channels": latent_channels,
@@ -92,25 +134,31 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
         "norm_num_groups": config.norm_num_groups,
     }
     reference_net = ReferenceNet(
-        down_block_types=tuple("CrossAttnDownBlock2D" if used else "DownBlock2D" for used in attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if used else "UpBlock2D" for used in reversed(attention)),
-        attention_head_dim=config.attention_heads,  # diffusers' misnomer: this is the number of heads
+        down_block_types=tuple("CrossAttnDownBlock2D" if where == "both" else "DownBlock2D" for where in attention),
+        up_block_types=tuple(
+            "UpBlock2D" if where == "none" else "CrossAttnUpBlock2D" for where in reversed(attention)
+        ),
+        attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
         **shared,
     )
     denoising_unet = DenoisingUNet(
-        down_block_types=tuple("CrossAttnDownBlockMotion" if used else "DownBlockMotion" for used in attention),
-        up_block_types=tuple("CrossAttnUpBlockMotion" if used else "UpBlockMotion" for used in reversed(attention)),
-        num_attention_heads=config.attention_heads,
-        motion_num_attention_heads=config.attention_heads,
+        down_block_types=tuple(
+            "CrossAttnDownBlockMotion" if where == "both" else "DownBlockMotion" for where in attention
+        ),
+        up_block_types=tuple(
+            "UpBlockMotion" if where == "none" else "CrossAttnUpBlockMotion" for where in reversed(attention)
+        ),
+        num_attention_heads=heads,
+        motion_num_attention_heads=heads,
         motion_max_seq_length=config.motion_max_seq_length,
         use_motion_mid_block=True,
         **shared,
     )
     # Both UNets of a published model start as the same image model, so that what one writes means something to the
     # other's attention; so do these.
-    own = reference_net.state_dict()
+    own = reference_net.state_dict().keys()
     same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
-    reference_net.load_state_dict(same | {name: own[name] for name in own.keys() - same.keys()})
+    reference_net.load_state_dict(same, strict=False)
     pose_guider = PoseGuider(widths[0], 3, tuple(config.pose_channels))
     image_encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -124,6 +172,29 @@ def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -
         )
     )
     return AnimateAnyone(reference_net, denoising_unet, pose_guider, image_encoder)
+
+
+def resolution_settings(config: ModelConfig) -> tuple[list[str], tuple[int, ...]]:
+    """Where each resolution of new UNets has attention, and its heads; finest first.
+
+    Raises:
+        UserError: not one entry a resolution, or unknown ones.
+    """
+    widths, heads = list(config.block_out_channels), list(config.attention_heads)
+    attention = list(config.attention or ["both"] * len(widths))
+    if len(attention) != len(widths) or attention[-1] != "both" or not {"none", "up", "both"} >= set(attention):
+        raise UserError(
+            f"model.attention={attention} needs one of none, up, both for each of model.block_out_channels={widths}, "
+            "and both for the last"
+        )
+    if len(heads) == 1:
+        heads *= len(widths)
+    if len(heads) != len(widths) or any(h < 1 or width % h for h, width in zip(heads, widths, strict=True)):
+        raise UserError(
+            f"model.attention_heads={heads} needs one number, or one for each of model.block_out_channels={widths} "
+            "that divides it"
+        )
+    return attention, tuple(heads)
 
 
 def what_is_trained(config: TrainConfig) -> str:

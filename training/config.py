@@ -101,16 +101,19 @@ class NoiseConfig:
 
 @dataclass
 class AttentionLossConfig:
-    """Attention supervision by keypoints, see `training/attention_loss.py`; published models are trained without.
+    """Attention supervision by known matches, see `training/attention_loss.py`; published models are trained without.
 
     weight: of the loss beside the diffusion objective's; 0: none.
     radius: deviation of the Gaussian around the right place, in tokens.
     score_threshold: least score of keypoints.
+    background: cells a side of the picture in each of which a point of the background is supervised too, for clips and
+        references that share a camera which stands still; 0: the body alone.
     """
 
     weight: float = 0.0
     radius: float = 0.75
     score_threshold: float = 0.3
+    background: int = 0
 
 
 @dataclass
@@ -147,16 +150,21 @@ class ModelConfig:
 
     init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
     vae: folder of a trained VAE, needed when init is null.
-    attention: whether each resolution has attention, finest first; null: all have. The last one must.
+    start: pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random:
+        networks that got further layers go on learning.
+    attention: where each resolution has attention, finest first: "both", on the way down and up, "up" or "none"; null:
+        both everywhere. The last one must have both.
+    attention_heads: one number, or one for each resolution.
     train_image_encoder: train the image encoder in the image stage (for a new one; published ones stay frozen).
     """
 
     init: str | None = None
+    start: str | None = None
     vae: str | None = None
     block_out_channels: list[int] = field(default_factory=lambda: [96, 160])
-    attention: list[bool] | None = None
+    attention: list[str] | None = None
     layers_per_block: int = 1
-    attention_heads: int = 4
+    attention_heads: list[int] = field(default_factory=lambda: [4])
     norm_num_groups: int = 16
     motion_max_seq_length: int = 32
     pose_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
@@ -301,6 +309,14 @@ def check_train_config(config: TrainConfig) -> None:
         raise UserError(
             f"attention.weight={config.attention.weight} must be at least 0 and "
             f"attention.radius={config.attention.radius} above 0"
+        )
+    if config.attention.background < 0:
+        raise UserError(f"attention.background={config.attention.background} must not be negative")
+    composition = config.augmentation.composition
+    if config.attention.background and composition.probability > 0 and composition.fill != "scene":
+        raise UserError(
+            f"attention.background={config.attention.background} needs backgrounds that stay where they are; "
+            f"augmentation.composition.fill={composition.fill} moves them, scene does not"
         )
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay={config.ema_decay} must be at least 0 and below 1")

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.files import complete_folder
+from data.datasets import clip_tensor
 from models.latents import VAE, picture_posterior
 from training.feature_making import network_digest
 
@@ -39,9 +40,7 @@ def ensure_latents(cache: Path, vae: VAE, chunk: int = PICTURES) -> Path:
     with complete_folder(folder) as temporary, autocast:
         arrays: dict[str, np.ndarray] = {}
         for start in tqdm(range(0, len(flat), chunk), desc="encoding cached pictures"):
-            images = (
-                torch.from_numpy(flat[start : start + chunk].copy()).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            )
+            images = clip_tensor(flat[start : start + chunk]).transpose(0, 1).to(device)
             for name, part in zip(("mean", "deviation"), picture_posterior(vae, images), strict=True):
                 if name not in arrays:
                     shape = (*pictures.shape[:2], *part.shape[1:])

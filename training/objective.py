@@ -22,7 +22,7 @@ from tpc.augmentation import (
     compose_references,
     training_visibility,
 )
-from training.attention_loss import attention_loss, body_points, point_probe
+from training.attention_loss import attention_loss, body_points, point_probe, with_background
 from training.config import AttentionLossConfig, NoiseConfig
 from training.randomness import Generators, draw
 
@@ -226,6 +226,8 @@ def diffusion_loss(
     points = probe = None
     if attention is not None and attention.weight > 0:
         points = body_points(batch, attention.score_threshold)
+        if attention.background:
+            points = with_background(points, batch, attention.background, generators)
         probe = point_probe(points, grids)
     prediction = model(
         scheduler.add_noise(latents, drawn.noise, drawn.timesteps),

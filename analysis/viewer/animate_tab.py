@@ -6,7 +6,6 @@ from pathlib import Path
 import gradio as gr
 
 from analysis.animation import Animation, Stopwatch, animate, generated_by, write_animation
-from analysis.recorded_runs import load_inputs
 from analysis.viewer.controls import (
     ONE_AT_A_TIME,
     Machine,
@@ -15,7 +14,7 @@ from analysis.viewer.controls import (
     choose_settings,
     chosen,
     one_line_errors,
-    required,
+    read_inputs,
 )
 from core.config import config_dict
 from data.video import write_video
@@ -69,9 +68,8 @@ class AnimateTab:
         watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
-            picture, clip = required(picture, "reference"), required(clip, "driving")
             with watch.stage(STAGES[0]):
-                reference, driving = load_inputs(picture, clip, sampling, self.machine.pose)
+                reference, driving = read_inputs(self.machine, picture, clip, sampling)
             animation = animate(self.machine.pipeline, reference, driving, sampling, tpc, watch, show_progress=False)
             folder = Path(tempfile.mkdtemp(dir=self.machine.folder))
             configuration = config_dict(sampling) | {"tpc": config_dict(tpc)}

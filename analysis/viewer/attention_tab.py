@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from analysis.recorded_runs import RecordedRun, affordable_steps, load_inputs, record_both
+from analysis.recorded_runs import RecordedRun, affordable_steps, record_both
 from analysis.viewer.controls import (
     ONE_AT_A_TIME,
     Inputs,
@@ -16,7 +16,7 @@ from analysis.viewer.controls import (
     choose_settings,
     chosen,
     one_line_errors,
-    required,
+    read_inputs,
 )
 from analysis.viewer.pictures import (
     Choice,
@@ -150,9 +150,8 @@ class AttentionTab:
         machine = self.machine
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
-            picture, clip = required(picture, "reference"), required(clip, "driving")
             with watch.stage(STAGES[0]):
-                reference, driving = load_inputs(picture, clip, sampling, machine.pose)
+                reference, driving = read_inputs(machine, picture, clip, sampling)
             kept = affordable_steps(machine.pipeline, reference, driving, sampling, machine.limit_bytes)
             config = AttentionConfig(steps=kept, mean=["heads"], limit_bytes=machine.limit_bytes)
             run = record_both(machine.pipeline, reference, driving, sampling, tpc, config, watch=watch)

@@ -10,9 +10,10 @@ import gradio as gr
 import numpy as np
 
 from analysis.animation import SamplingConfig, Stopwatch
-from analysis.recorded_runs import SAMPLES
+from analysis.recorded_runs import load_inputs
 from core.errors import UserError
 from data.images import read_image
+from data.inputs import SAMPLES, Driving, Reference
 from data.pose import PoseConfig
 from data.video import VideoReader
 from models.pipeline import AnimationPipeline
@@ -108,6 +109,17 @@ def chosen(
     )
     sampling.check()
     return sampling, CalibrationConfig(preset=preset)
+
+
+def read_inputs(
+    machine: Machine, picture: str | None, clip: str | None, sampling: SamplingConfig
+) -> tuple[Reference, Driving]:
+    """The chosen picture and clip with their poses.
+
+    Raises:
+        UserError: none was chosen, it cannot be read, or nobody is in it.
+    """
+    return load_inputs(required(picture, "reference"), required(clip, "driving"), sampling, machine.pose)
 
 
 def choose_inputs(tab: str) -> Inputs:

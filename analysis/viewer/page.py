@@ -5,11 +5,11 @@ from typing import Any
 
 import gradio as gr
 
-from analysis.recorded_runs import SAMPLES
 from analysis.viewer.animate_tab import AnimateTab
 from analysis.viewer.attention_tab import AttentionTab
 from analysis.viewer.controls import Machine
 from core.errors import UserError
+from data.inputs import SAMPLES
 
 TITLE = "TPC-Animate viewer"
 FONTS = ("system-ui", "sans-serif")  # gradio's own would be fetched from a font service

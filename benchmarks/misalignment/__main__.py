@@ -20,12 +20,12 @@ from analysis.animation import SamplingConfig, animate
 from analysis.figures import labelled_row
 from benchmarks.misalignment.clips import BenchmarkClips
 from benchmarks.misalignment.manifest import KINDS
-from benchmarks.misalignment.report import WITHOUT, Values, bars, measure_table, read_values, recovered_table
+from benchmarks.misalignment.report import Values, bars, measure_table, read_values, recovered_table
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file
 from core.processes import process_state
-from evaluation.experiment import Condition, Trial, TrialsConfig, all_trials, run_task
+from evaluation.experiment import PERSON_PSNR, WITHOUT, Condition, Trial, TrialsConfig, all_trials, run_task
 from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
 from evaluation.plots import draw_bars
 from evaluation.report import common_facts, heading, markdown, write_results
@@ -33,7 +33,6 @@ from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
 from tpc.config import PRESETS
 
-PERSON_PSNR = "foreground_psnr"
 LPIPS = "lpips_alex"
 
 

@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import numpy as np
 
-from benchmarks.misalignment.manifest import FPS, KINDS, Manifest, draw, fitting, read_manifest
+from benchmarks.misalignment.manifest import KINDS, Manifest, draw, fitting, read_manifest
 from core.errors import UserError
 from data.inputs import Driving, Reference
 from data.pose import Poses
 from data.render import RenderedGroup
-from evaluation.clips import EvaluationClip
+from evaluation.clips import RENDERED_FPS, EvaluationClip
 
 
 class BenchmarkClips:
@@ -83,4 +83,4 @@ class BenchmarkClips:
 
 def _poses(pictures: Sequence[RenderedGroup], size: tuple[int, int]) -> Poses:
     keypoints, scores = (np.stack([getattr(p, part) for p in pictures]) for part in ("keypoints", "scores"))
-    return Poses(keypoints, scores, size, FPS)
+    return Poses(keypoints, scores, size, RENDERED_FPS)

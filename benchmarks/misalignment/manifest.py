@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,14 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
 from data.datasets import PeopleConfig, RenderedPeople
+from data.people import PeopleLibrary, load_people
 from data.render import Figure, RenderedGroup, render_people
-from data.scenes import Scene
+from data.scenes import Scene, reframed
 from data.skeleton import Pose
+from evaluation.clips import RENDERED_FPS
 
 FOLDER = Path(__file__).parent / "manifests"
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
-FPS = 24.0
 # The world of the shipped model, but for cameras that are not upright: turns are what is measured.
 PEOPLE = PeopleConfig(height=[0.8, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
 
@@ -63,14 +65,7 @@ class Framing:
 
     def figure(self, scene: Scene, pose: Pose) -> Figure:
         """The scene's person in `pose`, framed so."""
-        camera = scene.camera
-        center = (camera.center[0] + self.shift[0], camera.center[1] + self.shift[1])
-        camera = replace(
-            camera,
-            scale=camera.scale * self.scale,
-            rotation=camera.rotation + float(np.radians(self.rotation_deg)),
-            center=center,
-        )
+        camera = reframed(scene.camera, self.scale, float(np.radians(self.rotation_deg)), self.shift)
         return Figure(scene.person, pose, camera, scene.light)
 
 
@@ -124,7 +119,15 @@ class Manifest:
     def scenes(self) -> RenderedPeople:
         """The held-out people that the clips' numbers count."""
         return RenderedPeople(
-            self.size, self.frames, FPS, self.stride, split="heldout", seed=self.seed, length=10**6, people=PEOPLE
+            self.size,
+            self.frames,
+            RENDERED_FPS,
+            self.stride,
+            split="heldout",
+            seed=self.seed,
+            length=10**6,
+            people=PEOPLE,
+            library=_library(),
         )
 
 
@@ -153,6 +156,11 @@ def fitting(clip: ClipSpec) -> list[ClipSpec]:
         persons = tuple(replace(p, reference=f, start=f, end=f) for p, f in zip(clip.persons, framings, strict=True))
         found.setdefault(persons, ClipSpec(f"{clip.name}-{place}", persons))
     return [] if clip.persons in found else list(found.values())
+
+
+@cache
+def _library() -> PeopleLibrary:
+    return load_people()
 
 
 def draw(manifest: Manifest, clip: ClipSpec) -> DrawnClip:

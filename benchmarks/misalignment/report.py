@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.experiment import Trial
+from evaluation.experiment import WITHOUT, Trial
 from evaluation.report import Cell, Table, measure_label, over_seeds
 from evaluation.summary import clip_means
 
-FITTING, WITHOUT = "fitting reference", "without TPC"
+FITTING = "fitting reference"
 LEAST_COST = 0.5  # dB; of less, a recovered share is noise
 
 
