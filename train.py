@@ -1,4 +1,4 @@
-"""Train AnimateAnyone: image stage and motion stage in one loop.
+"""Train an animator: image stage and motion stage in one loop.
 
     accelerate launch train.py --config configs/train_stage1.yaml [key=value ...]
     accelerate launch train.py --config configs/train_stage1.yaml --dry-run
@@ -26,9 +26,9 @@ from core.files import complete_file, output_folder
 from core.locks import locked_folder
 from core.version import VERSION
 from data.video import write_video
+from models.latents import vae_factor
 from training.build import (
     check_precision,
-    check_size,
     make_networks,
     make_pipeline,
     schedule_differences,
@@ -38,7 +38,7 @@ from training.build import (
 )
 from training.checkpoint import remove_leftovers, save_checkpoint
 from training.config import TrainConfig, check_train_config
-from training.data import broken_clips
+from training.data import broken_clips, check_pose_kind
 from training.export import export_checkpoint, export_name
 from training.feature_making import check_features
 from training.interruption import StopRequest, stop_request
@@ -68,7 +68,7 @@ def train_batch(run: Run, batch: Batch, generators: Generators) -> None:
             batch,
             config.noise,
             config.augmentation.calibrated,
-            run.grids,
+            run.traits,
             generators,
             config.vae_chunk,
             config.attention,
@@ -200,9 +200,10 @@ def main(arguments: list[str]) -> None:
     # Model: a frozen VAE, and one module of which each stage trains its part. New networks are the same on every rank.
     set_seed(config.seed)
     vae, model = make_networks(config)
-    check_size(vae, model, config.data.size)
+    model.check_size(vae_factor(vae), tuple(config.data.size))
+    check_pose_kind(config.data, model.pose_kind)
     set_trainable(model, config)
-    check_features(config, vae, model.image_encoder)
+    check_features(config, vae, model)
     # DeepSpeed makes all of the model half-precision, and has no autocast for the VAE beside it.
     if config.frozen_dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         shrink_frozen(vae, model, torch.bfloat16)

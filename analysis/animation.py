@@ -18,13 +18,13 @@ from core.errors import UserError
 from core.files import complete_file, write_json
 from core.version import VERSION
 from data.drawing import draw_pose
-from data.framing import apply_fit, fit_matrix, frame_size
+from data.framing import apply_fit, fit_matrix
 from data.inputs import Driving, Reference
 from data.video import write_video
 from models.attention_recording import AttentionRecording
-from models.latents import vae_factor
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
+from tpc.warping import mask_picture, warp_mask
 
 
 @dataclass
@@ -35,6 +35,7 @@ class SamplingConfig:
     num_frames: frames to animate, null: all; stride: use every stride-th frame of the driving video.
     seed: of the initial noise.
     steps: denoising steps; guidance_scale: 1 switches classifier-free guidance off and halves the time.
+    guidance_scales: one for each kind of guidance, where a model has several, in place of guidance_scale.
     window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
     shift_windows: move the windows at every step, so that no frame is always at a window's end.
     compare: also sample without TPC, for the comparison.
@@ -46,6 +47,7 @@ class SamplingConfig:
     seed: int = 0
     steps: int = 20
     guidance_scale: float = 2.0
+    guidance_scales: list[float] | None = None
     window_size: int | None = None
     window_overlap: int = 4
     shift_windows: bool = False
@@ -59,8 +61,8 @@ class SamplingConfig:
                 raise UserError(f"{name}={value} must be at least 1")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
-        if self.guidance_scale < 0:
-            raise UserError(f"guidance_scale={self.guidance_scale} must not be negative")
+        if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
+            raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
 
 
 @dataclass
@@ -161,8 +163,10 @@ def animate(
         attention: records the run that `Animation.result` is of.
 
     Raises:
-        UserError: a size that the model cannot do.
+        UserError: a size that the model cannot do, or no pose pictures of the kind that it reads.
     """
+    if driving.pictures is None and pipeline.pose_kind != "OpenPose":
+        raise UserError(f"the model reads {pipeline.pose_kind} pictures, which cannot be drawn from keypoints")
     watch = watch or Stopwatch()
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
@@ -185,6 +189,12 @@ def animate(
                 progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
             )
 
+    mask = None
+    if reference.masks is not None:
+        mask = person_mask(reference.masks, frame.reference_map, size)
+    elif calibration is not None and calibration.persons:
+        mask = calibration.reference_masks.any(axis=0)
+
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
             frames = pipeline(
@@ -192,7 +202,7 @@ def animate(
                 poses,
                 calibration,
                 num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
+                guidance_scale=sampling.guidance_scales or sampling.guidance_scale,
                 window_size=sampling.window_size,
                 window_overlap=sampling.window_overlap,
                 shift_windows=sampling.shift_windows,
@@ -200,6 +210,7 @@ def animate(
                 output_type="uint8",
                 callback_on_step_end=step_counter(progress),
                 attention=attention,
+                reference_mask=mask,
             ).frames
         return frames
 
@@ -220,6 +231,11 @@ def pose_pictures(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]
     return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
 
 
+def person_mask(masks: np.ndarray, reference_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where any of the reference's persons (persons, h, w) bool is in the model's frame, (H, W) bool."""
+    return warp_mask(mask_picture(masks.any(axis=0)), reference_map, size)
+
+
 def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
     """A pipeline callback that moves a progress bar and changes nothing."""
 
@@ -232,12 +248,12 @@ def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
 
 def model_size(pipeline: AnimationPipeline, sampling: SamplingConfig, driving: tuple[int, int]) -> tuple[int, int]:
     """Width and height of the result."""
-    factor = vae_factor(pipeline.vae)
     if sampling.size is None:
-        return frame_size(driving, (pipeline.denoising_unet.config.sample_size * factor) ** 2, factor)
+        return pipeline.default_size(driving)
     width, height = sampling.size
-    if width % factor or height % factor:
-        raise UserError(f"size=[{width},{height}] must be multiples of {factor}, the model's factor")
+    multiple = pipeline.size_multiple
+    if width % multiple or height % multiple:
+        raise UserError(f"size=[{width},{height}] must be multiples of {multiple}, the model's factor")
     return width, height
 
 

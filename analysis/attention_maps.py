@@ -109,6 +109,22 @@ def body_points(
     return names, points.astype(np.float32)
 
 
+def require_reference(recorded: RecordedAttention) -> None:
+    """Refuse recordings in which no map of the reference can be read.
+
+    Raises:
+        UserError: calibrated images took the reference's place, or an image's tokens have no place in it.
+    """
+    if recorded.selection.replaced:
+        raise UserError("tpc.attach=replace shows no reference beside calibrated images; record with tpc.attach=add")
+    for name, shape in recorded.selection.layers.items():
+        if shape.layout.grid is None:
+            raise UserError(
+                f"{name} sees tokens that mix the whole picture, so its attention points nowhere in it; what each "
+                "image gets in all is in the recording's maps"
+            )
+
+
 def body_truth(
     recorded: RecordedAttention,
     reference: Poses,
@@ -126,9 +142,10 @@ def body_truth(
         persons: which person of the reference every person of the points is; None: in order.
 
     Raises:
-        UserError: points that are not 17 keypoints a person, persons that the reference does not show, or a running
-            mean over steps or frames while the calibrated image changes.
+        UserError: no map of the reference, points that are not 17 keypoints a person, persons that the reference does
+            not show, or a running mean over steps or frames while the calibrated image changes.
     """
+    require_reference(recorded)
     selection = recorded.selection
     if recorded.points is None or selection.points % JOINTS:
         raise UserError("points: record the keypoints of `body_points` to compare them with the reference's")

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.attention_maps import layer_maps
+from analysis.attention_maps import layer_maps, require_reference
 from models.attention_measures import region_share
 from models.attention_record import RecordedAttention
-from tpc.attention import pool_masks
+from tpc.tokens import pool_masks
 
 SELF, PERSON, BACKGROUND = "self", "reference person", "reference background"
 
@@ -24,8 +24,10 @@ def shares(
         reference_mask: (H, W) bool, the persons in the model's reference picture.
 
     Returns:
-        By name: `SELF`, `PERSON`, `BACKGROUND`, and "calibrated 0" ... for every person.
+        By name: `SELF` (and class tokens, see `RecordedAttention.own`), `PERSON`, `BACKGROUND`, and "calibrated 0" ...
+        for every person.
     """
+    require_reference(recorded)
     maps = layer_maps(recorded, layer, mean_heads)
     own = torch.from_numpy(np.asarray(recorded.own[layer]))
     found = {SELF: own.mean(dim=2, keepdim=True) if mean_heads else own}

@@ -1,6 +1,6 @@
 """Floating-point operations of inference at full size, counted on the meta device: no weights, no GPU, a minute.
 
-    python -m benchmarks.inference_cost [groups=30] [propagation=iterative|hold] [output=cost.json]
+    python -m benchmarks.inference_cost [groups=30] [propagation=iterative|hold|off] [output=cost.json]
 
 "published" is what the published implementations compute, "ours" what this project computes for the same result. A
 multiplication and an addition count as two operations; unit 10^12.
@@ -26,7 +26,7 @@ from models.checkpoints.sizes import (
     make_denoising_unet,
     make_reference_net,
 )
-from models.magic_animate import control_residuals
+from models.magic_animate_networks import control_residuals
 from models.reference_attention import ReferenceContext, fused_layers, set_reference_processors
 from models.unets import DenoisingUNet
 from models.windows import context_windows

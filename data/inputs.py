@@ -78,7 +78,7 @@ def load_reference(
     image = read_image(path, argument="reference")
     size = image.shape[1::-1]
     if poses is None and estimator is None:
-        return Reference(image, None, None)
+        return Reference(image, None, None if mask is None else read_reference_masks(Path(mask), None, size))
     if poses is None:
         found = estimate_image(image, estimator(), max_persons).require_person(f"reference={path}")
         estimated, masks = found.poses, found.masks[0] if found.masks is not None else None
@@ -197,8 +197,10 @@ def require_shape(given: tuple[int, int], size: tuple[int, int], what: str) -> N
         raise UserError(f"{what} are for {given[0]}x{given[1]}, the picture is {size[0]}x{size[1]}")
 
 
-def read_reference_masks(path: Path, persons: int, size: tuple[int, int]) -> np.ndarray:
-    """(persons, h, w) bool from one mask file, or from a folder with p0.png, p1.png, ..."""
+def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int]) -> np.ndarray:
+    """(persons, h, w) bool from one mask file, or from a folder with p0.png, p1.png, ...; persons: None takes all."""
+    if persons is None:
+        persons = len(list_images(path)) if path.is_dir() else 1
     files = [path / f"p{person}.png" for person in range(persons)] if path.is_dir() else [path]
     if len(files) != persons:
         raise UserError(f"reference_mask={path} is one picture for {persons} persons; give a folder with p0.png, ...")

@@ -25,6 +25,7 @@ from data.framing import apply_fit
 from data.manifest import Clip
 from data.masks import read_union
 from data.pose import Poses
+from data.pose_pictures import pose_pictures_of, read_pose_pictures
 
 logger = logging.getLogger(__name__)
 _SEEN = 0.3  # score above which pose pictures show a joint
@@ -53,6 +54,7 @@ class VideoFolder(Dataset):
         crop: "person", "pad" or "centre", see `data.crops`.
         split: "train" leaves out what is marked as held out, "heldout" takes only that, if anything is; None: all.
         latents, embeddings: features to read in place of pictures, see `data.feature_cache`.
+        pose_pictures: folder of the clips' pose pictures, see `data.pose_pictures`; None: figures are drawn.
 
     Raises:
         UserError: no such folder, or no clip of it can be used: the message counts the reasons.
@@ -70,17 +72,21 @@ class VideoFolder(Dataset):
         split: str | None = None,
         latents: FeatureCache | None = None,
         embeddings: FeatureCache | None = None,
+        pose_pictures: str | Path | None = None,
     ) -> None:
         check_positive(num_frames=num_frames, stride=stride, length=1 if length is None else length, size=min(size))
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {CROPS}, got {crop!r}")
         self.root, self.size, self.num_frames, self.stride, self.seed = Path(root), size, num_frames, stride, seed
         self.crop, self.latents, self.embeddings = crop, latents, embeddings
+        self.pose_pictures = None if pose_pictures is None else Path(pose_pictures)
         clips, self.left_out = usable_clips(self.root, size, crop, split)
         self.clips: list[UsableClip] = []
         for usable in clips:
             if usable.clip.frames < self.span:
                 self.left_out[usable.clip.name] = f"too short: below {self.span} frames"
+            elif self.pose_pictures is not None and pose_pictures_of(self.pose_pictures, usable.clip) is None:
+                self.left_out[usable.clip.name] = f"without pose pictures: none in {self.pose_pictures}"
             else:
                 self.clips.append(usable)
         if not self.clips:
@@ -163,6 +169,9 @@ class VideoFolder(Dataset):
             )
         ]
         item = clip_item(pictures[0], pictures[1:])
+        if self.pose_pictures is not None:
+            source = pose_pictures_of(self.pose_pictures, clip)
+            item["poses"] = read_pose_pictures(source, clip, chosen[1:], usable.matrix, self.size)
         if self.latents is not None:
             item |= latent_features(self.latents, clip, chosen)
         if self.embeddings is not None:

@@ -1,6 +1,7 @@
 """`evaluate.py ablation`: what each part of the calibration is worth, in foreground and background (Table 2)."""
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from analysis.animation import SamplingConfig
@@ -43,6 +44,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     propagations: "off" (each frame its own picture), "hold" (the group's first), or the number of groups M of
         iterative propagation, 0 = groups of four frames.
     subsets: rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face.
+    attachments: add calibrated images to the reference, or replace it by them.
     tpc: everything else about the calibration.
     """
 
@@ -53,6 +55,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
     propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
     subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
+    attachments: list[str] = field(default_factory=lambda: ["add"])
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -82,18 +85,20 @@ def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
     """Conditions by label; the first is without TPC.
 
     Raises:
-        UserError: an unknown transform, propagation or rule.
+        UserError: an unknown transform, propagation, rule or attachment.
     """
     found = {WITHOUT: Condition("without", config.model, None)}
-    for transform in config.transforms:
-        for subset in config.subsets:
-            for propagation in config.propagations:
-                settings = {"propagation": propagation}
-                if propagation not in ("off", "hold"):
-                    settings = {"propagation": "iterative", "groups": _groups(propagation)}
-                tpc = resolve(replace(config.tpc, transform=transform, keypoints=subset, **settings))
-                label = f"{transform}, {subset}, {_propagation_label(propagation)}"
-                found[label] = Condition(f"{transform}-{subset}-{propagation}", config.model, tpc)
+    choices = product(config.transforms, config.subsets, config.propagations, config.attachments)
+    for transform, subset, propagation, attach in choices:
+        settings = {"propagation": propagation}
+        if propagation not in ("off", "hold"):
+            settings = {"propagation": "iterative", "groups": _groups(propagation)}
+        tpc = resolve(replace(config.tpc, transform=transform, keypoints=subset, attach=attach, **settings))
+        label = f"{transform}, {subset}, {_propagation_label(propagation)}"
+        name = f"{transform}-{subset}-{propagation}"
+        if attach != "add":
+            label, name = f"{label}, {attach}", f"{name}-{attach}"
+        found[label] = Condition(name, config.model, tpc)
     return found
 
 

@@ -30,7 +30,10 @@ from tpc import CalibrationConfig
 PERSON_PSNR = "foreground_psnr"
 WITHOUT, WITH = "without TPC", "with TPC"  # labels
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
-EXTENDABLE = ("seeds", "clips", "angles", "scales", "transforms", "propagations", "subsets", "kinds", "presets")
+EXTENDABLE = (
+    *("seeds", "clips", "angles", "scales", "kinds", "presets"),
+    *("transforms", "propagations", "subsets", "attachments"),
+)
 
 
 @dataclass

@@ -4,17 +4,27 @@ Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = lat
 """
 
 from dataclasses import replace
+from typing import Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.animator import Condition, Images, guided
+from models.attention_layers import LayerShape, unet_layers
 from models.attention_probe import Probe
+from models.clip_pictures import clip_pixels
 from models.pictures import PictureSequence
-from models.reference_attention import ReferenceContext, hide_reference, reference_layers, same_reference
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+from models.reference_attention import ReferenceContext, hide_reference, same_reference
+from models.small_networks import (
+    block_types,
+    check_pose_channels,
+    resolution_settings,
+    small_image_encoder,
+    unet_settings,
+)
+from models.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
+from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 
 # Pose features of clips up to this length are computed once; at 784x512 pixels a frame takes 4 MB in half precision.
 # For longer ones each window computes its own at every step, for 0.6 % more work.
@@ -22,10 +32,15 @@ KEPT_FRAMES = 256
 POSE_CHUNK = 8
 
 
-class AnimateAnyone(nn.Module):
-    """The networks that are trained together; DeepSpeed and FSDP take one module."""
+class AnimateAnyone(TrainableAnimator):
+    """The networks that are trained together; DeepSpeed and FSDP take one module.
 
-    reference_follows_timestep = False
+    Frames see the reference's tokens beside their own in every self-attention layer, and one token of its image
+    embedding in cross-attention, which is what `encode_reference` gives.
+    """
+
+    takes_embeddings = True
+    adapted_networks = ("denoising_unet", "reference_net")
 
     def __init__(
         self,
@@ -40,6 +55,32 @@ class AnimateAnyone(nn.Module):
         self.pose_guider = pose_guider
         self.image_encoder = image_encoder
 
+    @classmethod
+    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+        """Pose guider and motion modules end in zeros, so they start as no change."""
+        attention, heads = resolution_settings(sizes)
+        shared = unet_settings(sizes, latent_channels, picture_size)
+        reference_net = ReferenceNet(
+            attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
+            **block_types(attention),
+            **shared,
+        )
+        denoising_unet = DenoisingUNet(
+            num_attention_heads=heads,
+            motion_num_attention_heads=heads,
+            motion_max_seq_length=sizes.motion_max_seq_length,
+            use_motion_mid_block=True,
+            **block_types(attention, "Motion"),
+            **shared,
+        )
+        # Both UNets of a published model start as the same image model, so that what one writes means something to the
+        # other's attention; so do these.
+        own = reference_net.state_dict().keys()
+        same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
+        reference_net.load_state_dict(same, strict=False)
+        pose_guider = PoseGuider(shared["block_out_channels"][0], 3, tuple(sizes.pose_channels))
+        return cls(reference_net, denoising_unet, pose_guider, small_image_encoder(sizes))
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -50,25 +91,17 @@ class AnimateAnyone(nn.Module):
         dropped: Tensor,
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
+        reference_mask: Tensor | None = None,
+        calibrated: CalibratedPictures | None = None,
     ) -> Tensor:
-        """One training step's prediction for b clips.
+        """See `TrainableAnimator.forward`.
 
         Args:
-            noisy_latents: (b, c, f, h, w).
-            timestep: (b,).
-            reference_latents: (i, c, h, w). The first b are the clips' references, in order; further ones are
-                calibrated images, as many of every clip, seen where `reference` says so.
-            reference_image: (b, 3, H, W) in [-1, 1], for the image encoder; or what it gave, (b, 1, channels).
-            poses: pose pictures, (b, 3, f, H, W) in [0, 1].
-            dropped: (b,) bool, samples that train the unconditional half of guidance: no reference, zero context.
-            reference: index and flags of what each frame sees (its `tokens` are ignored); None: each clip its own
-                reference.
-            probe: looks at what its queries attend to.
-
-        Returns:
-            Prediction, (b, c, f, h, w).
+            reference_image: for the image encoder; or what it gave, (b, 1, channels).
+            dropped: samples that train the unconditional half of guidance: no reference, zero context.
         """
         batch, _, num_frames, height, width = noisy_latents.shape
+        dropped = dropped.bool()
         known = reference_image.ndim == 3
         context = reference_image if known else image_context(self.image_encoder, reference_image)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
@@ -88,28 +121,86 @@ class AnimateAnyone(nn.Module):
         seen = replace(seen, probe=probe)
         return self.denoising_unet(noisy_latents, timestep, context, self.pose_guider(poses), seen)
 
-    # The rest is `models.animator.Animator`.
+    # What follows is `models.animator.Animator`.
 
-    def encode_context(self, reference: Tensor) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoising_unet.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoising_unet.config.in_channels
+
+    @property
+    def latent_side(self) -> int:
+        return self.denoising_unet.config.sample_size
+
+    @property
+    def longest_window(self) -> int:
+        """The length of the motion modules' position tables."""
+        return self.denoising_unet.config.motion_max_seq_length
+
+    def encode_reference(self, reference: Images) -> Tensor:
         """The image embedding of the reference, (1, 1, channels)."""
-        return image_context(self.image_encoder, reference).to(self.denoising_unet.dtype)
+        return image_context(self.image_encoder, reference.pictures).to(self.dtype)
 
-    def null_context(self, context: Tensor) -> Tensor:
-        return torch.zeros_like(context)
+    def encode_images(self, images: Images, timestep: int, subject: Tensor) -> dict[str, Tensor]:
+        latents = images.latents
+        return self.reference_net(latents, timestep, subject.expand(len(latents), -1, -1))
 
-    def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
-        return self.reference_net(latents, timestep, context)
-
-    def reading_layers(self) -> list[str]:
-        return reference_layers(self.denoising_unet)
-
-    def pose_condition(self, poses: PictureSequence, context: Tensor) -> "PoseFeatures":
+    def pose_condition(self, poses: PictureSequence, subject: Tensor) -> "PoseFeatures":
         return PoseFeatures(self.pose_guider, poses)
 
-    def predict(
-        self, sample: Tensor, timestep: Tensor, context: Tensor, pose: Tensor, reference: ReferenceContext | None
-    ) -> Tensor:
-        return self.denoising_unet(sample, timestep, context, pose, reference)
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+        """The unconditional half sees no image and a zero context, and keeps the pose."""
+        context, pose = condition.subject, condition.pose
+        return guided(
+            lambda: self.denoising_unet(sample, timestep, context, pose, condition.seen),
+            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose),
+            *scales,
+        )
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
+        return unet_layers(self.denoising_unet, latent_size)
+
+    # The rest is of `models.trainable.TrainableAnimator`.
+
+    def prepare_stage(self, stage: str) -> None:
+        if stage == "image":
+            self.denoising_unet.use_motion_on_single_frames(False)
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        return ("full",) if stage == "image" else ("motion", "full")
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        """Everything, or the motion modules, which take no part where clips have one frame."""
+        names = {name for name, _ in self.named_parameters()}
+        motion = {name for name in names if name.startswith("denoising_unet.") and "motion_modules" in name}
+        if choice == "motion":
+            return motion
+        encoder = {name for name in names if name.startswith("image_encoder.")}
+        return (
+            names
+            - self.unread_parameters()
+            - (set() if image_encoder else encoder)
+            - (motion if stage == "image" else set())
+        )
+
+    def unread_parameters(self) -> set[str]:
+        """What follows the ReferenceNet's last written layer, and queries and keys of attention to one image token."""
+        names = {f"reference_net.{name}" for name in self.reference_net.unread_parameters()}
+        for network in ("denoising_unet", "reference_net"):
+            names |= {f"{network}.{name}" for name in one_token_parameters(getattr(self, network))}
+        return names
+
+    def twin_of(self, name: str) -> str:
+        """The ReferenceNet starts as the denoising UNet."""
+        return name.replace("reference_net.", "denoising_unet.", 1)
+
+    def check_size(self, factor: int, size: tuple[int, int]) -> None:
+        """Pose features must be of the latents' size, too."""
+        check_pose_channels(self.pose_guider.config.block_out_channels, factor)
+        super().check_size(factor, size)
 
 
 class PoseFeatures:
@@ -145,9 +236,5 @@ def image_context(image_encoder: CLIPVisionModelWithProjection, image: Tensor) -
     Returns:
         (b, 1, projection channels).
     """
-    size = image_encoder.config.image_size
-    # Rounding may leave [0, 1] by a little after the cubic filter; the encoder was trained on clipped pictures.
-    pixels = F.interpolate(image.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pixels = ((pixels - mean) / std).to(next(image_encoder.parameters()).dtype)
+    pixels = clip_pixels(image, image_encoder.config.image_size).to(next(image_encoder.parameters()).dtype)
     return image_encoder(pixels).image_embeds[:, None]

@@ -1,21 +1,47 @@
-"""What `AnimationPipeline` asks of a model. Each published animator answers it in a file of its own.
+"""What an animator is: the one protocol that pipeline, calibration, attention recording and evaluation work through.
 
-Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
+Each published animator answers it in a file of its own; `docs/animators.md` explains it and adds one. Shapes use
+f = frames, i = reference images, r = tokens of one image, c = channels, h, w = latent size, H, W = picture size.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
 
+from models.attention_layers import LayerShape
 from models.pictures import PictureSequence
 from models.reference_attention import ReferenceContext
+
+
+class Images(Protocol):
+    """Some reference and calibrated images; what is not asked for is not computed.
+
+    Attributes:
+        pictures: (i, 3, H, W) in [-1, 1].
+        masks: (i, 1, H, W), 1 where a person is and 0 elsewhere; None: nobody knows.
+        latents: of the pictures, (i, c, h, w), scaled to about unit variance.
+    """
+
+    pictures: Tensor
+    masks: Tensor | None
+    latents: Tensor
+
+    def __len__(self) -> int:
+        """Number of images i."""
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Latents (n, c, h, w) of other pictures (n, 3, H, W) in [-1, 1]."""
 
 
 class StepCondition(Protocol):
     """What the poses of a clip tell the model at one denoising step."""
 
     def window(self, frames: range) -> Any:
-        """The condition of consecutive frames, in the form that `Animator.predict` takes. Windows come in order."""
+        """The condition of consecutive frames, as `Condition.pose` hands it on. Windows come in order."""
 
 
 class PoseCondition(Protocol):
@@ -25,31 +51,144 @@ class PoseCondition(Protocol):
         """The condition at one step; sample (1, c, f, h, w) are the noisy latents of the whole clip."""
 
 
-class Animator(Protocol):
-    """A reference-attention animator.
+@dataclass(frozen=True)
+class Condition:
+    """What one window of frames is denoised with.
 
     Attributes:
-        reference_follows_timestep: the reference is encoded anew at every denoising step, at its timestep.
+        subject: what `Animator.encode_reference` gave.
+        pose: what `StepCondition.window` gave.
+        seen: the images each of the frames sees, with the tokens that `Animator.encode_images` gave.
     """
 
-    reference_follows_timestep: bool
+    subject: Any
+    pose: Any
+    seen: ReferenceContext
 
-    def encode_context(self, reference: Tensor) -> Tensor:
-        """What cross-attention sees, (1, tokens, channels); reference (1, 3, H, W) in [-1, 1]."""
 
-    def null_context(self, context: Tensor) -> Tensor:
-        """What it sees instead in the unconditional half of guidance."""
+class Animator(nn.Module):
+    """A model that animates a reference picture with poses. Its children are a pipeline's components, by their names.
 
-    def encode_reference(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
-        """Latents of reference or calibrated images, (i, c, h, w) -> layer -> the tokens frames see, (i, r, c)."""
+    Attributes:
+        pose_kind: what its pose pictures are; figures of "OpenPose" are drawn from keypoints.
+        reference_follows_timestep: images are encoded anew at every denoising step, at its timestep.
+        shared_noise: every frame starts from the same noise.
+        needs_mask: `encode_reference` needs to know where the person is.
+        joint_frames: the frames of a window see each other; otherwise windows need not overlap.
+        guidance_names: what each scale of guidance is about.
+        latent_multiple: what height and width of the latents must be multiples of.
+    """
 
-    def reading_layers(self) -> list[str]:
-        """Names of the layers in which frames see the reference, in module order."""
+    pose_kind = "OpenPose"
+    reference_follows_timestep = False
+    shared_noise = False
+    needs_mask = False
+    joint_frames = True
+    guidance_names: tuple[str, ...] = ("reference",)
+    latent_multiple = 1
 
-    def pose_condition(self, poses: PictureSequence, context: Tensor) -> PoseCondition:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the latents that `predict` takes."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels c of the latents that are denoised."""
+        raise NotImplementedError
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the square latents that the model was trained on; other shapes get the same area."""
+        raise NotImplementedError
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """(h, w) of the only latents that the model takes; None: any multiple of `latent_multiple`."""
+        return None
+
+    @property
+    def longest_window(self) -> int | None:
+        """Frames that can be denoised together; None: any number."""
+        return None
+
+    def encode_reference(self, reference: Images) -> Any:
+        """What follows from the reference alone, once a run: context, null context, background, as the model needs it.
+
+        Args:
+            reference: one image.
+
+        Returns:
+            Anything; it comes back in `encode_images`, `pose_condition` and `Condition.subject`.
+        """
+        raise NotImplementedError
+
+    def encode_images(self, images: Images, timestep: int, subject: Any) -> dict[str, Tensor]:
+        """What frames see of each image: tokens (i, r, c) by layer, or under a name that several layers share.
+
+        The reference is one of the images, so it is seen through the same tokens as calibrated ones. Each image of a
+        run comes once, or once a step where `reference_follows_timestep`.
+        """
+        raise NotImplementedError
+
+    def pose_condition(self, poses: PictureSequence, subject: Any) -> PoseCondition:
         """What the pose pictures of a clip tell the model."""
+        raise NotImplementedError
 
-    def predict(
-        self, sample: Tensor, timestep: Tensor, context: Tensor, pose: Any, reference: ReferenceContext | None
-    ) -> Tensor:
-        """Prediction for one window, (1, c, f, h, w); pose is what `StepCondition.window` returns."""
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+        """Guided prediction for one window, (1, c, f, h, w) as the noisy latents `sample`.
+
+        Args:
+            scales: one for each of `guidance_names`; all 1: the prediction with every condition, without guidance.
+        """
+        raise NotImplementedError
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
+        """The layers in which frames see images, in the order in which they run, for latents of this (h, w)."""
+        raise NotImplementedError
+
+    def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
+        """One scale for each of `guidance_names`, from a number for all of them or from as many numbers.
+
+        Raises:
+            ValueError: another count of numbers.
+        """
+        names = self.guidance_names
+        scales = tuple(map(float, scale)) if isinstance(scale, Sequence) else (float(scale),) * len(names)
+        if len(scales) != len(names):
+            raise ValueError(f"guidance_scale must be a number, or one for each of {', '.join(names)}; got {scale}")
+        return scales
+
+    def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
+        """Where denoising starts, (1, c, f, h, w).
+
+        Args:
+            noise: (1, c, f, h, w), standard normal.
+            scheduler: with its timesteps set.
+            start: makes the latents (1, c, f, h, w) of the picture that each frame takes as its reference, for models
+                that start from it.
+        """
+        return noise * scheduler.init_noise_sigma
+
+
+def guided(conditional: Callable[[], Tensor], unconditional: Callable[[], Tensor], scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, 2021). Two calls instead of one doubled batch halve the memory."""
+    prediction = conditional()
+    if scale == 1:
+        return prediction
+    null = unconditional()
+    return null + scale * (prediction - null)
+
+
+class PosePictures:
+    """Pose pictures as they are, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
+
+    def __init__(self, poses: PictureSequence):
+        self.poses = poses
+
+    def at_step(self, sample: Tensor, timestep: Tensor) -> "PosePictures":
+        return self
+
+    def window(self, frames: range) -> Tensor:
+        """(f, 3, H, W) in [0, 1]."""
+        return self.poses[frames]

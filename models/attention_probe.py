@@ -5,7 +5,8 @@ sees, r = tokens of one reference image, g = flag channels, d = channels of a he
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from copy import copy
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Probe(Protocol):
             scale: factor of the logits.
         """
 
+    def clip(self, rows: slice) -> Self:
+        """Who looks at these frames of the batch, where the clips of a batch pass a network one after another."""
+
 
 class AttentionProbe:
     """What some queries of some layers attend to, with gradients; see `Probe`.
@@ -37,13 +41,24 @@ class AttentionProbe:
 
     Attributes:
         tokens: layer -> n.
-        maps: layer -> probabilities (b*f, heads, p, n + k*r) over [own tokens | image 0 | ... | image k-1], float32.
     """
 
     def __init__(self, queries: Mapping[int, Tensor]):
         self.queries = dict(queries)
         self.tokens: dict[str, int] = {}
-        self.maps: dict[str, Tensor] = {}
+        self._first = 0  # of the frames it looks at
+        self._parts: dict[str, dict[int, Tensor]] = {}
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """Layer -> probabilities (b*f, heads, p, n + k*r) over [own tokens | image 0 | ... | image k-1], float32."""
+        return {layer: torch.cat([parts[first] for first in sorted(parts)]) for layer, parts in self._parts.items()}
+
+    def clip(self, rows: slice) -> Self:
+        part = copy(self)  # both note in the same places
+        part.queries = {tokens: chosen[rows] for tokens, chosen in self.queries.items()}
+        part._first = rows.start
+        return part
 
     def look(self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float) -> None:
         chosen = self.queries.get(query.shape[2])
@@ -51,7 +66,7 @@ class AttentionProbe:
             return
         self.tokens[layer] = query.shape[2]
         query, flags = choose_queries(query, flags, chosen)
-        self.maps[layer] = attention_rows(query, key, flags, scale)
+        self._parts.setdefault(layer, {})[self._first] = attention_rows(query, key, flags, scale)
 
 
 def choose_queries(

@@ -13,7 +13,9 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import complete_folder, write_json
-from models.attention_run import LayerShape, Selection
+from models.attention_layers import LayerShape
+from models.attention_run import Selection
+from tpc.tokens import KeyLayout
 
 RECORD_FILE, POINTS_FILE = "record.json", "points.npy"
 
@@ -24,7 +26,7 @@ class QueryMap:
 
     Attributes:
         maps: (k, h, w) attention over the reference and every calibrated image.
-        own: attention to the frame itself; with the sum of `maps` it makes 1.
+        own: attention to the frame itself and to whole images; with the sum of `maps` it makes 1.
     """
 
     maps: np.ndarray
@@ -40,8 +42,10 @@ class RecordedAttention:
         timesteps: of the recorded steps.
         points: (all frames of the run, p, 2) places in pixels, (x, y), NaN where not visible; None: all query tokens.
         names: of the points; None: they have none.
-        maps: layer -> (s, f, heads, p, k, r) float32, see `Selection.shape`; NaN where a point is not visible.
-        own: layer -> (s, f, heads, p), what the frame's own tokens get.
+        maps: layer -> (s, f, heads, p, k, r) float32, see `Selection.shape`; NaN where a point is not visible. Where
+            the images' tokens have no place, r is 1: what an image gets in all.
+        own: layer -> (s, f, heads, p), what the frame's own tokens get, and tokens of a whole image beside those that
+            have a place, such as CLIP's class token.
     """
 
     selection: Selection
@@ -58,11 +62,13 @@ class RecordedAttention:
     @property
     def images(self) -> tuple[str, ...]:
         """Names of the k images."""
-        return ("reference", *(f"calibrated {person}" for person in range(self.selection.images - 1)))
+        persons = self.selection.images if self.selection.replaced else self.selection.images - 1
+        calibrated = tuple(f"calibrated {person}" for person in range(persons))
+        return calibrated if self.selection.replaced else ("reference", *calibrated)
 
     def grid(self, layer: str) -> tuple[int, int]:
-        """(h, w) of a layer."""
-        return self.selection.layers[layer].grid
+        """(h, w) of a layer's maps."""
+        return self.selection.layers[layer].map_grid
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +132,7 @@ class RecordedAttention:
             raise UserError(f"point={point}: places need all query tokens recorded; give the number of a point")
         if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5):
             raise UserError(f"point=({x:g}, {y:g}) lies outside the picture of {width}x{height} pixels")
-        rows, columns = self.grid(layer)
+        rows, columns = self.selection.layers[layer].grid
         return int((y + 0.5) * rows / height) * columns + int((x + 0.5) * columns / width)
 
     def _axis(self, axis: str, number: int | None, known: Sequence[int]) -> slice:
@@ -191,10 +197,15 @@ def recording_folder(folder: str | Path) -> Path:
 
 
 def _selection(facts: dict) -> Selection:
-    layers = {
-        name: LayerShape(tuple(shape["grid"]), shape["heads"], shape["channels"])
-        for name, shape in facts["layers"].items()
-    }
+    layers = {name: _layer_shape(shape) for name, shape in facts["layers"].items()}
     heads = {name: tuple(numbers) for name, numbers in facts["heads"].items()}
     rest = {name: tuple(facts[name]) for name in ("steps", "frames", "size", "mean")}
-    return Selection(layers=layers, heads=heads, points=facts["points"], images=facts["images"], **rest)
+    rest |= {"points": facts["points"], "images": facts["images"], "replaced": facts.get("replaced", False)}
+    return Selection(layers=layers, heads=heads, **rest)
+
+
+def _layer_shape(facts: dict) -> LayerShape:
+    keys = facts.get("keys")
+    if keys is not None:
+        keys = KeyLayout(keys["grid"] and tuple(keys["grid"]), keys["whole"], keys["own"])
+    return LayerShape(tuple(facts["grid"]), facts["heads"], facts["channels"], keys)

@@ -11,11 +11,10 @@ from pathlib import Path
 from torch import nn
 
 from core.errors import UserError
-from models.reference_attention import reference_layers
+from models.attention_layers import LayerShape, unet_layers
 
 AXES = ("steps", "frames", "heads")
 WINDOWS = ("nearest", "mean")
-BLOCKS = ("down", "mid", "up")  # in the order in which they run
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,6 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """A layer's token grid (h, w), heads, and channels of all heads together."""
-
-    grid: tuple[int, int]
-    heads: int
-    channels: int
-
-    @property
-    def tokens(self) -> int:
-        """Query tokens n, and tokens of one reference image."""
-        return self.grid[0] * self.grid[1]
-
-
-@dataclass(frozen=True)
 class AttentionRun:
     """What a run is going to be, known before it begins.
 
@@ -74,6 +59,7 @@ class AttentionRun:
         size: (width, height) of the pictures in pixels.
         frames, steps: of the run.
         images: reference images that a frame sees: the reference, and a calibrated image for every person.
+        replaced: calibrated images take the reference's place, so that there are only these.
     """
 
     layers: dict[str, LayerShape]
@@ -81,6 +67,7 @@ class AttentionRun:
     frames: int
     steps: int
     images: int = 1
+    replaced: bool = False
 
 
 def attention_run(
@@ -99,21 +86,7 @@ def attention_run(
         frames: of the clip; of a training batch, the frames of all its clips.
         layers: those in which frames see the reference; None: all that can.
     """
-    grids = unet.stage_grids(*latent_size)
-    shapes = {}
-    names = reference_layers(unet) if layers is None else layers
-    for name in sorted(names, key=lambda name: BLOCKS.index(name.split("_")[0])):
-        attention = unet.get_submodule(name)
-        shapes[name] = LayerShape(_layer_grid(name, grids), attention.heads, attention.inner_dim)
-    return AttentionRun(shapes, size, frames, steps, images)
-
-
-def _layer_grid(layer: str, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    block, number = layer.split(".")[:2]
-    if block == "mid_block":
-        return grids[-1]
-    # Upward blocks resize at their end: each works at the size of the downward block whose features it gets.
-    return grids[int(number)] if block == "down_blocks" else grids[-2 - int(number)]
+    return AttentionRun(unet_layers(unet, latent_size, layers), size, frames, steps, images)
 
 
 @dataclass(frozen=True)
@@ -125,7 +98,7 @@ class Selection:
         heads: layer -> recorded heads.
         steps, frames: recorded ones, ascending.
         points: number of points p; None: all query tokens of each layer.
-        images: k.
+        images: k; replaced: whether the first of them is a calibrated one, too.
         size: (width, height) of the pictures in pixels.
         mean: axes with a running mean.
     """
@@ -138,6 +111,7 @@ class Selection:
     images: int
     size: tuple[int, int]
     mean: tuple[str, ...] = ()
+    replaced: bool = False
 
     def queries(self, layer: str) -> int:
         """Recorded queries of a layer."""
@@ -173,7 +147,7 @@ def select(config: AttentionConfig, run: AttentionRun, points: int | None) -> Se
     frames = _numbers("frames", config.frames, run.frames)
     layers = {name: shape for name, shape in run.layers.items() if name in names}
     heads = {name: _numbers("heads", config.heads, shape.heads, f" of {name}") for name, shape in layers.items()}
-    return Selection(layers, heads, steps, frames, points, run.images, run.size, tuple(config.mean))
+    return Selection(layers, heads, steps, frames, points, run.images, run.size, tuple(config.mean), run.replaced)
 
 
 def _numbers(what: str, chosen: Sequence[int] | None, count: int, of: str = "") -> tuple[int, ...]:

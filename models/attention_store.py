@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.attention_layers import LayerShape
 from models.attention_measures import token_numbers
 from models.attention_probe import attention_rows, choose_queries
 from models.attention_record import array_file
-from models.attention_run import LayerShape, Selection
+from models.attention_run import Selection
 
 # Numbers that are computed at a time, and how many tensors of that many numbers exist at once: product, scaled and
 # masked logits, probabilities, copies for the result.
@@ -53,12 +54,12 @@ class LayerStore:
     """The arrays of one layer while they are filled: sums of attention, and of the weights it came with."""
 
     def __init__(self, selection: Selection, layer: str, folder: Path | None):
-        shape, tokens = selection.shape(layer), selection.layers[layer].tokens
+        shape, (rows, columns) = selection.shape(layer), selection.layers[layer].map_grid
         self.mean_heads = "heads" in selection.mean
         heads = selection.heads[layer]
         # A slice copies nothing.
         self.heads = slice(None) if len(heads) == selection.layers[layer].heads else list(heads)
-        self.maps = _zeros((*shape, selection.images, tokens), folder, array_file("maps", layer))
+        self.maps = _zeros((*shape, selection.images, rows * columns), folder, array_file("maps", layer))
         self.own = _zeros(shape, folder, array_file("own", layer))
         self.weights = np.zeros((shape[0], shape[1], shape[3]), np.float32)
 
@@ -107,6 +108,9 @@ class WindowProbe:
         self.points, self.weights = None if points is None else points.nan_to_num(), weights
         self._done: set[str] = set()
 
+    def clip(self, rows: slice) -> "WindowProbe":
+        return self  # a window is one clip
+
     @torch.no_grad()
     def look(self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float) -> None:
         # With gradient checkpointing a layer runs twice; means must not count it twice.
@@ -134,12 +138,18 @@ class WindowProbe:
                 self._add(layer, block, some, found)
 
     def _add(self, layer: str, block: slice, queries: slice, found: Tensor) -> None:
-        """Hand probabilities (rows, heads, q, n + k*r) to the layer's store."""
-        store, tokens = self.stores[layer], self.selection.layers[layer].tokens
+        """Hand probabilities (rows, heads, q, keys) to the layer's store."""
+        store, shape = self.stores[layer], self.selection.layers[layer]
+        layout, before = shape.layout, shape.tokens if shape.layout.own else 0
         if store.mean_heads:
             found = found.mean(dim=1, keepdim=True)
-        own = found[..., :tokens].sum(-1).cpu().numpy()
-        maps = found[..., tokens:].unflatten(-1, (-1, tokens)).cpu().numpy()
+        own, images = found[..., :before].sum(-1), found[..., before:].unflatten(-1, (-1, layout.tokens))
+        if layout.grid is None:
+            images = images.sum(-1, keepdim=True)
+        elif layout.whole:
+            own = own + images[..., : layout.whole].sum((-2, -1))
+            images = images[..., layout.whole :]
+        own, maps = own.cpu().numpy(), images.cpu().numpy()
         for row, frame in enumerate(self.frames[block]):
             weights = self.weights[block][row]
             weights = np.broadcast_to(weights, own.shape[-1:]) if self.points is None else weights[queries]
@@ -159,9 +169,10 @@ def estimate(selection: Selection, frames: int, on_disk: bool) -> Estimate:
     """What recording a selection takes in a run of so many frames."""
     stored, working = 0, 0
     for layer, shape in selection.layers.items():
-        rows, keys, heads = prod(selection.shape(layer)), shape.tokens * (1 + selection.images), selection.heads[layer]
+        layout, heads, placed = shape.layout, selection.heads[layer], prod(shape.map_grid)
+        rows, keys = prod(selection.shape(layer)), shape.tokens * layout.own + layout.tokens * selection.images
         steps, kept_frames, _, queries = selection.shape(layer)
-        stored += FLOAT_BYTES * (rows * (selection.images * shape.tokens + 1) + steps * kept_frames * queries)
+        stored += FLOAT_BYTES * (rows * (selection.images * placed + 1) + steps * kept_frames * queries)
         at_once, part = block_sizes(shape, len(heads), queries, keys, min(frames, len(selection.frames)))
         numbers = at_once * keys * (len(heads) * part + shape.channels)
         working = max(working, FLOAT_BYTES * COPIES * numbers)

@@ -1,12 +1,13 @@
-"""Low-rank adapters (Hu et al., ICLR 2022) of the denoising UNet and the ReferenceNet, through PEFT.
+"""Low-rank adapters (Hu et al., ICLR 2022) of an animator's networks, through PEFT.
 
-A folder of adapters has a sub-folder for each adapted network, with the file that diffusers writes:
+A folder of adapters has a sub-folder for each adapted network, with the file that diffusers writes; of AnimateAnyone:
 
     lora/denoising_unet/pytorch_lora_weights.safetensors
     lora/reference_net/pytorch_lora_weights.safetensors
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -17,39 +18,45 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.errors import UserError
-from models.unets import ReferenceNet, one_token_parameters
+from models.trainable import TrainableAnimator
 
-ADAPTED = ("denoising_unet", "reference_net")
 FOLDER = "lora"  # of adapters inside a pipeline folder
 FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # PEFT's name of a network's only adapter
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def adaptable_layers(network: ModelMixin, motion: bool) -> list[str]:
+def adaptable_layers(network: ModelMixin, unread: Collection[str], without: Collection[str] = ()) -> list[str]:
     """Names of the attention projections that a result depends on.
 
     Args:
-        motion: those of motion modules, too.
+        unread: names of parameters that none depends on.
+        without: parts of names of layers that are left out, too.
     """
-    unread = set(one_token_parameters(network))
-    if isinstance(network, ReferenceNet):
-        unread |= set(network.unread_parameters())
     return [
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
         and name.endswith(tuple(f".{projection}" for projection in PROJECTIONS))
         and f"{name}.weight" not in unread
-        and (motion or "motion_modules" not in name)
+        and not any(part in name for part in without)
     ]
 
 
-def add_lora(network: ModelMixin, rank: int, alpha: float, motion: bool) -> None:
-    """Give the network's attention projections adapters, which start as no change, and make nothing else trainable."""
-    network.requires_grad_(False)
-    layers = adaptable_layers(network, motion)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, lora_dropout=0.0, bias="none"))
+def add_lora(model: TrainableAnimator, rank: int, alpha: float, motion: bool) -> None:
+    """Give the attention projections of a model's networks adapters, which start as no change, and make nothing else
+    trainable.
+
+    Args:
+        motion: those of layers that see several frames, too.
+    """
+    model.requires_grad_(False)
+    unread = model.unread_parameters()
+    for name in model.adapted_networks:
+        own = {parameter.removeprefix(f"{name}.") for parameter in unread if parameter.startswith(f"{name}.")}
+        network = getattr(model, name)
+        layers = adaptable_layers(network, own, () if motion else model.motion_parts)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, lora_dropout=0.0, bias="none"))
 
 
 def has_lora(network: nn.Module) -> bool:
@@ -57,9 +64,15 @@ def has_lora(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
+def adapted_networks(pipeline: DiffusionPipeline) -> tuple[str, ...]:
+    """Names of a pipeline's networks that adapters are made for; none where it cannot be trained."""
+    kind = pipeline.animator_kind
+    return kind.adapted_networks if issubclass(kind, TrainableAnimator) else ()
+
+
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the adapters of a pipeline's networks."""
-    for name in ADAPTED:
+    for name in adapted_networks(pipeline):
         if has_lora(network := getattr(pipeline, name)):
             (folder / name).mkdir(parents=True)
             # Sorted lists instead of sets: equal adapters give equal files.
@@ -87,10 +100,11 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.
     Raises:
         UserError: no adapters there, or adapters of other networks.
     """
-    folder = Path(folder)
-    if not any((folder / name / FILE).is_file() for name in ADAPTED):
-        raise UserError(f"lora={folder} holds no adapters: {ADAPTED[0]}/{FILE} or {ADAPTED[1]}/{FILE}")
-    for name in ADAPTED:
+    folder, names = Path(folder), adapted_networks(pipeline)
+    if not any((folder / name / FILE).is_file() for name in names):
+        places = " or ".join(f"{name}/{FILE}" for name in names) or f"{type(pipeline).__name__} takes none"
+        raise UserError(f"lora={folder} holds no adapters: {places}")
+    for name in names:
         if (folder / name / FILE).is_file():
             network = getattr(pipeline, name)
             check_fit(network, folder / name / FILE)

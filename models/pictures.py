@@ -47,6 +47,20 @@ def resize_pictures(pictures: Tensor, width: int, height: int) -> Tensor:
     return resized.clamp(0, 1)
 
 
+def as_mask(mask: Any, width: int, height: int) -> Tensor:
+    """PIL image, array or tensor (H, W) of bool, bytes or numbers in [0, 1] -> (1, 1, height, width), 0 or 1.
+
+    A pixel of the result that is covered by half belongs to the mask.
+    """
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("L")
+    array = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if array.ndim != 2:
+        raise ValueError(f"reference_mask must have shape (H, W), got {tuple(array.shape)}")
+    resized = resize_pictures(unit_range(array)[None, None], width, height)
+    return (resized >= 0.5).float()
+
+
 class PictureSequence:
     """Pictures of a clip that are resized, converted and moved to a device where they are used, a few at a time.
 

@@ -3,6 +3,7 @@
 Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +18,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
+from core.errors import UserError
+from data.framing import frame_size
 from models.animate_anyone import AnimateAnyone
-from models.animator import Animator
+from models.animator import Animator, Condition
 from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionRun, attention_run
+from models.attention_run import AttentionRun
 from models.latents import decode_pictures, decoded_chunks, vae_factor
-from models.pictures import PictureSequence, as_pictures, picture_tensor, resize_pictures
-from models.reference_attention import ReferenceContext
+from models.pictures import PictureSequence, as_mask, as_pictures, picture_tensor, resize_pictures
+from models.pipeline_settings import RunSettings, check_callback
 from models.reference_bank import ReferenceImages
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from models.windows import context_windows, step_shift, window_weights
@@ -41,17 +44,18 @@ class AnimationPipelineOutput(BaseOutput):
 class AnimationPipeline(DiffusionPipeline):
     """AnimateAnyone: ReferenceNet, denoising UNet with motion modules, pose guider, image encoder, VAE, scheduler.
 
-    Subclasses have the components of another animator and say in `animator` how the denoising loop uses them.
+    Subclasses have the components of another animator, by the names of its arguments, and name its class. Everything
+    that depends on the model is asked of the animator; see `models.animator` and `docs/animators.md`.
 
     Attributes:
-        pose_kind: what its pose pictures are; figures of OpenPose can be drawn from keypoints.
+        animator_kind: class of the animator.
 
     Args:
         window_size: frames that the model was trained on, the default of `__call__`; None: all that its motion
             modules know.
     """
 
-    pose_kind = "OpenPose"
+    animator_kind: type[Animator] = AnimateAnyone
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -85,82 +89,60 @@ class AnimationPipeline(DiffusionPipeline):
 
     def animator(self) -> Animator:
         """The components as the denoising loop uses them."""
-        return AnimateAnyone(self.reference_net, self.denoising_unet, self.pose_guider, self.image_encoder)
+        names = list(inspect.signature(self.animator_kind.__init__).parameters)[1:]
+        return self.animator_kind(
+            **{name: getattr(self, name) if name in self.components else self.config[name] for name in names}
+        )
+
+    @property
+    def pose_kind(self) -> str:
+        """What its pose pictures are; figures of OpenPose can be drawn from keypoints."""
+        return self.animator().pose_kind
 
     @property
     def size_multiple(self) -> int:
-        """Pixels that width and height must be multiples of: the VAE's factor, as the UNet takes odd latents."""
-        return self.vae_scale_factor
+        """Pixels that width and height must be multiples of."""
+        return self.vae_scale_factor * self.animator().latent_multiple
 
-    def check_inputs(
-        self,
-        num_frames: int,
-        size: tuple[int, int],
-        num_inference_steps: int,
-        window_size: int,
-        window_overlap: int,
-        decode_chunk_size: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        calibration: Calibration | None,
-    ) -> None:
-        """Raise ValueError naming the argument, what was got, and what is allowed."""
-        width, height = size
-        if width % self.size_multiple or height % self.size_multiple:
-            raise ValueError(f"size must be multiples of {self.size_multiple} pixels, got {width}x{height}")
-        for name, value in (("num_inference_steps", num_inference_steps), ("decode_chunk_size", decode_chunk_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        longest = self.denoising_unet.config.motion_max_seq_length
-        if not 1 <= window_size <= longest:
-            raise ValueError(f"window_size must be 1 to {longest}, the motion modules' length, got {window_size}")
-        if not 0 <= window_overlap < window_size:
-            raise ValueError(f"window_overlap must be 0 to {window_size - 1}, got {window_overlap}")
-        if output_type not in ("pil", "np", "uint8", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, uint8, pt or latent, got {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback tensor inputs must be of {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
-        if calibration is not None:
-            if calibration.frames != num_frames:
-                raise ValueError(f"calibration has {calibration.frames} frames, poses have {num_frames}")
-            if tuple(calibration.size) != (width, height):
-                raise ValueError(f"calibration is for {calibration.size}, pictures are {width}x{height}")
+    def default_size(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that the model is best at, of about the proportions of `shape`, where it leaves a choice."""
+        animator, factor = self.animator(), self.vae_scale_factor
+        if animator.latent_size is not None:
+            return animator.latent_size[1] * factor, animator.latent_size[0] * factor
+        return frame_size(shape, (animator.latent_side * factor) ** 2, factor * animator.latent_multiple)
 
     def attention_run(
         self, num_frames: int, size: tuple[int, int], num_inference_steps: int, calibration: Calibration | None = None
     ) -> AttentionRun:
         """What `__call__` with these arguments will be to `AttentionRecording.estimate`; size: (width, height)."""
         width, height = size
-        return attention_run(
-            self.denoising_unet,
-            (height // self.vae_scale_factor, width // self.vae_scale_factor),
-            (width, height),
+        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        persons = 0 if calibration is None else calibration.persons
+        replaces = persons > 0 and calibration.config.attach == "replace"
+        return AttentionRun(
+            self.animator().attention_layers(latent_size),
+            size,
             num_frames,
             num_inference_steps,
-            1 if calibration is None else 1 + calibration.persons,
-            self.animator().reading_layers(),
+            images=persons if replaces else 1 + persons,
+            replaced=replaces,
         )
 
-    def prepare_latents(
-        self, num_frames: int, size: tuple[int, int], dtype: torch.dtype, generator: Any, latents: Tensor | None
+    def initial_noise(
+        self, animator: Animator, num_frames: int, size: tuple[int, int], generator: Any, latents: Tensor | None
     ) -> Tensor:
-        """Noise (1, c, f, h, w) at the scheduler's first noise level, or the given latents on the right device."""
-        width, height = size
-        shape = (
-            1,
-            self.denoising_unet.config.in_channels,
-            num_frames,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
+        """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
+        factor, device = self.vae_scale_factor, self._execution_device
+        shape = (1, animator.latent_channels, num_frames, size[1] // factor, size[0] // factor)
+        # The scheduler's many small steps, and the same noise for every number format, want single precision.
+        dtype = torch.promote_types(animator.dtype, torch.float32)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        elif latents.shape != shape:
+            drawn = (*shape[:2], 1, *shape[3:]) if animator.shared_noise else shape
+            latents = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
+            return latents.expand(shape).contiguous()
+        if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype)
 
     def decode_latents(self, latents: Tensor, chunk_size: int) -> Tensor:
         """Latents (1, c, f, h, w) -> frames (f, 3, H, W) in [-1, 1] on the CPU, a few frames at a time."""
@@ -186,7 +168,7 @@ class AnimationPipeline(DiffusionPipeline):
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 3.5,
+        guidance_scale: float | Sequence[float] = 3.5,
         window_size: int | None = None,
         window_overlap: int = 4,
         shift_windows: bool = False,
@@ -198,6 +180,7 @@ class AnimationPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int = 8,
         attention: AttentionRecording | None = None,
+        reference_mask: Any = None,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -209,7 +192,8 @@ class AnimationPipeline(DiffusionPipeline):
             width, height: of the result in pixels; default: those of the first pose picture.
             num_inference_steps: denoising steps.
             guidance_scale: 1 switches classifier-free guidance off; its unconditional half sees neither reference
-                nor calibrated images, and keeps the pose.
+                nor calibrated images, and keeps the pose. Models with several scales take one number for all, or a
+                sequence.
             window_size: frames denoised together; default: what the model was trained on, at most all.
             window_overlap: frames that neighbouring windows share at least.
             shift_windows: move the windows at every step, so that no frame is always at a window's end; one more
@@ -224,70 +208,66 @@ class AnimationPipeline(DiffusionPipeline):
             decode_chunk_size: frames the VAE decodes at a time.
             attention: records what frames look at in the reference and in calibrated images, in the conditional half
                 of guidance; the result stays the same, bit for bit.
+            reference_mask: where the reference's persons are, for models that take them apart from the background:
+                array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
 
         Returns:
             `AnimationPipelineOutput`, or a tuple of its frames.
 
         Raises:
             ValueError: for inputs that disagree in size or number, named.
+            UserError: the model needs a mask and there is none.
         """
         poses = picture_tensor(poses, "poses")
         if width is None or height is None:
             height, width = poses.shape[-2:]
-        num_frames = len(poses)
-        longest = self.denoising_unet.config.motion_max_seq_length
-        window_size = min(num_frames, self.config.window_size or longest) if window_size is None else window_size
-        window_overlap = min(window_overlap, window_size - 1)
-        self.check_inputs(
+        num_frames, size, animator = len(poses), (width, height), self.animator()
+        run = RunSettings(
             num_frames,
-            (width, height),
+            size,
             num_inference_steps,
             window_size,
             window_overlap,
+            shift_windows,
             decode_chunk_size,
             output_type,
-            callback_on_step_end_tensor_inputs,
-            calibration,
-        )
-        device, dtype = self._execution_device, self.denoising_unet.dtype
+        ).filled(animator, self.config.window_size)
+        run.check(animator, self.vae_scale_factor, calibration)
+        check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        scales = animator.guidance_scales(guidance_scale)
+        device, dtype = self._execution_device, animator.dtype
         if attention is not None:
-            attention.begin(self.attention_run(num_frames, (width, height), num_inference_steps, calibration))
+            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
 
-        animator = self.animator()
         reference = resize_pictures(as_pictures(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
-        context = animator.encode_context(reference)
-        images = ReferenceImages(animator, self.vae, reference, context, calibration, num_inference_steps)
-        condition = animator.pose_condition(PictureSequence(poses, (width, height), device, dtype), context)
+        if animator.needs_mask and reference_mask is None and (calibration is None or not calibration.persons):
+            raise UserError(
+                f"{type(animator).__name__} takes person and background of the reference apart: give reference_mask="
+            )
+        mask = None if reference_mask is None else as_mask(reference_mask, width, height).to(device, dtype)
+        images = ReferenceImages(animator, self.vae, reference, calibration, num_inference_steps, mask)
+        condition = animator.pose_condition(PictureSequence(poses, size, device, dtype), images.subject)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        # The scheduler's many small steps, and the same noise for every number format, want single precision.
-        latents = self.prepare_latents(
-            num_frames, (width, height), torch.promote_types(dtype, torch.float32), generator, latents
+        noise = self.initial_noise(animator, num_frames, size, generator, latents)
+        latents = animator.initial_latents(
+            noise, self.scheduler, lambda: images.start_latents().to(noise).expand_as(noise)
         )
-        latent_size = tuple(latents.shape[-2:])
-        grids = self.denoising_unet.attention_grids(*latent_size)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 sample = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 prediction = torch.zeros_like(latents)
                 at_step = condition.at_step(sample, timestep)
-                shift = step_shift(step) if shift_windows else 0.0
-                windows = context_windows(num_frames, window_size, window_overlap, shift)
+                shift = step_shift(step) if run.shift_windows else 0.0
+                windows = context_windows(num_frames, run.window_size, run.window_overlap, shift)
                 weights = window_weights(windows, num_frames)
                 for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
                     part = slice(window.start, window.stop)
-                    bank = images.bank(step, int(timestep), window)
-                    seen = images.seen_by(bank, window, step, latent_size, grids)
+                    seen = images.seen_by(images.bank(step, int(timestep), window), window, step)
                     if attention is not None:
                         seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
-                    part_prediction = self.guided_prediction(
-                        animator,
-                        sample[:, :, part],
-                        timestep,
-                        context,
-                        at_step.window(window),
-                        seen,
-                        guidance_scale,
+                    part_prediction = animator.predict(
+                        sample[:, :, part], timestep, Condition(images.subject, at_step.window(window), seen), scales
                     )
                     prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]
                 latents = self.scheduler.step(prediction, timestep, latents).prev_sample
@@ -307,20 +287,3 @@ class AnimationPipeline(DiffusionPipeline):
             frames = self.video_processor.postprocess(frames, output_type)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    def guided_prediction(
-        self,
-        animator: Animator,
-        sample: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        pose: Any,
-        reference: ReferenceContext,
-        guidance_scale: float,
-    ) -> Tensor:
-        """Prediction for one window, (1, c, f, h, w). Two calls instead of one doubled batch halve the memory."""
-        conditional = animator.predict(sample, timestep, context, pose, reference)
-        if guidance_scale == 1:
-            return conditional
-        unconditional = animator.predict(sample, timestep, animator.null_context(context), pose, None)
-        return unconditional + guidance_scale * (conditional - unconditional)

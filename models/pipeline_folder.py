@@ -8,32 +8,51 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, SchedulerMixin
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from core.errors import UserError
+from models.animator import Animator
 from models.checkpoints.folders import load_folder
+from models.disco_networks import DiscoControlNet, DiscoUNet, TokenProjection
+from models.disco_pipeline import DiscoPipeline
+from models.dream_pose import DreamPosePipeline
+from models.dream_pose_networks import DreamPoseUNet, ImageAdapter
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import load_lora
-from models.magic_animate import MagicAnimatePipeline, PromptEmbedding
+from models.magic_animate import MagicAnimatePipeline
+from models.magic_animate_networks import PromptEmbedding
 from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_model"
 COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
-PIPELINES = {kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline)}
+PIPELINES = {
+    kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline, DiscoPipeline, DreamPosePipeline)
+}
 NETWORKS = {
     kind.__name__: kind
     for kind in (
         AutoencoderKL,
         AutoencoderTiny,
+        CLIPVisionModel,
         CLIPVisionModelWithProjection,
         ControlNetModel,
         DenoisingUNet,
+        DiscoControlNet,
+        DiscoUNet,
+        DreamPoseUNet,
+        ImageAdapter,
         PoseGuider,
         PromptEmbedding,
         ReferenceNet,
+        TokenProjection,
     )
 }
+
+
+def pipeline_of(animator: type[Animator]) -> type[AnimationPipeline]:
+    """The pipeline class of an animator's class."""
+    return next(kind for kind in PIPELINES.values() if kind.animator_kind is animator)
 
 
 def load_pipeline(

@@ -1,5 +1,6 @@
-"""Reference attention: the ReferenceNet writes the tokens that enter its self-attention layers, the denoising UNet
-reads them as extra keys and values.
+"""Attention to reference images. In reference attention the ReferenceNet writes the tokens that enter its
+self-attention layers, and the denoising UNet reads them as extra keys and values. Other models see images as tokens of
+an image encoder in their cross-attention.
 
 Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
 k = reference images that a frame sees, g = flag channels, c = channels.
@@ -24,11 +25,12 @@ class ReferenceContext:
     """The reference images that a batch of frames may attend to.
 
     Attributes:
-        tokens: layer name -> (i, r, c), what the ReferenceNet wrote there for each of the i different images. In a
-            layer that is not named, a frame sees itself only.
-        index: (b*f, k) long, the images that a frame sees; its keys are [own n | image 0: r | ... | image k-1: r].
+        tokens: layer name, or a name that layers share -> (i, r, c), what they see of each of the i different images.
+            In reference attention a layer that is not named sees its own frame only.
+        index: (b*f, k) long, the images that a frame sees; its keys are [own n | image 0: r | ... | image k-1: r], in
+            cross-attention without its own.
         query_flags: number of query tokens of a layer -> (b*f, n, g), or None when every key is visible.
-        key_flags: the same number -> (b*f, n + k*r, g). A query is blind to a key iff the product of their flags,
+        key_flags: the same number -> (b*f, keys, g). A query is blind to a key iff the product of their flags,
             summed over g, is positive; see `tpc.attention`.
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
@@ -57,7 +59,13 @@ class ReferenceContext:
         def cut(flags: dict[int, Tensor] | None) -> dict[int, Tensor] | None:
             return None if flags is None else {tokens: value[rows] for tokens, value in flags.items()}
 
-        return replace(self, index=self.index[rows], query_flags=cut(self.query_flags), key_flags=cut(self.key_flags))
+        return replace(
+            self,
+            index=self.index[rows],
+            query_flags=cut(self.query_flags),
+            key_flags=cut(self.key_flags),
+            probe=None if self.probe is None else self.probe.clip(rows),
+        )
 
 
 class TokenRecord:
@@ -151,29 +159,68 @@ class ReferenceReadProcessor(AttnProcessor2_0):
     ) -> Tensor:
         if reference is None or not reference.names(self.layer):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        query, key, value = (split_heads(part, attn.heads) for part in self.project(attn, hidden_states, reference))
-        flags = reference.flags(query.shape[2])
-        if flags is None:
-            out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
-        else:
-            out = masked_attention(query, key, value, *flags, scale=attn.scale)
-        if reference.probe is not None:
-            reference.probe.look(self.layer, query, key, flags, attn.scale)
-        out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
-
-    def project(
-        self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(b*f, n, c) -> query (b*f, n, c), key and value (b*f, n + k*r, c)."""
-        projected = {} if reference.projected is None else reference.projected
-        if self.layer not in projected:
-            tokens = reference.tokens[self.layer].to(hidden_states.dtype)
-            projected[self.layer] = attn.to_k(tokens), attn.to_v(tokens)
-        key, value = (part[reference.index].flatten(1, 2) for part in projected[self.layer])  # (b*f, k*r, c)
+        key, value = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
         key = torch.cat([attn.to_k(hidden_states), key], dim=1)
         value = torch.cat([attn.to_v(hidden_states), value], dim=1)
-        return attn.to_q(hidden_states), key, value
+        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+
+
+class ImageTokenProcessor(PlainProcessor):
+    """Cross-attention whose keys and values are the tokens of the images that a frame sees.
+
+    Without a `ReferenceContext` it is plain cross-attention to the context tokens that the network is given.
+
+    Args:
+        layer: its name, unlike that of any other layer of the model.
+        source: under which its tokens are in `ReferenceContext.tokens`.
+    """
+
+    def __init__(self, layer: str, source: str = "images"):
+        super().__init__()
+        self.layer, self.source = layer, source
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if reference is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
+        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+
+
+def image_keys(
+    attn: Attention, reference: ReferenceContext, layer: str, source: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (b*f, k*r, c) of the images that frames see, projected once an image and not once a frame."""
+    projected = {} if reference.projected is None else reference.projected
+    if layer not in projected:
+        tokens = reference.tokens[source].to(dtype)
+        projected[layer] = attn.to_k(tokens), attn.to_v(tokens)
+    key, value = (part[reference.index].flatten(1, 2) for part in projected[layer])
+    return key, value
+
+
+def look_at_images(
+    attn: Attention, layer: str, query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
+) -> Tensor:
+    """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output
+    projection."""
+    query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))
+    flags = reference.flags(query.shape[2])
+    if flags is None:
+        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+    else:
+        out = masked_attention(query, key, value, *flags, scale=attn.scale)
+    if reference.probe is not None:
+        reference.probe.look(layer, query, key, flags, attn.scale)
+    out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
+    return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -189,6 +236,28 @@ def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], At
             layer = key.removesuffix(".processor")
             processors[key] = make_processor(layer) if layer.endswith("attn1") else PlainProcessor()
     unet.set_attn_processor(processors)
+
+
+def set_image_processors(network: nn.Module, prefix: str = "", source: str = "images") -> None:
+    """Let the spatial cross-attention of a UNet or ControlNet see image tokens.
+
+    Args:
+        prefix: put before the names of its layers; must differ between the networks of a model.
+        source: under which the tokens are in `ReferenceContext.tokens`.
+    """
+    processors = network.attn_processors
+    for key in processors:
+        layer = key.removesuffix(".processor")
+        if layer.endswith("attn2") and "motion_modules" not in layer:
+            processors[key] = ImageTokenProcessor(f"{prefix}{layer}", source)
+        elif layer.endswith("attn1") and "motion_modules" not in layer:
+            processors[key] = PlainProcessor()
+    network.set_attn_processor(processors)
+
+
+def image_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that see image tokens, in module order."""
+    return [p.layer for p in network.attn_processors.values() if isinstance(p, ImageTokenProcessor)]
 
 
 def reference_layers(unet: nn.Module) -> list[str]:
@@ -236,4 +305,24 @@ def hide_reference(reference: ReferenceContext, hidden: Tensor, grids: list[tupl
             n: torch.cat([flag.new_zeros(n, 1), flag.new_ones(images * n, 1)]).expand(len(hidden), -1, -1)
             for n in sizes
         },
+    )
+
+
+def without_dropped(reference: ReferenceContext, dropped: Tensor, null_image: int) -> ReferenceContext:
+    """Let whole frames see the null image in place of what they would see, with one static graph.
+
+    Used for condition dropout where keys are those of images alone: attention to several equal images is attention to
+    one of them.
+
+    Args:
+        dropped: (b*f,) bool.
+        null_image: its place among the images.
+    """
+    kept = ~dropped[:, None, None]
+    return replace(
+        reference,
+        index=torch.where(dropped[:, None], null_image, reference.index),
+        query_flags=None
+        if reference.query_flags is None
+        else {n: flags * kept.to(flags.dtype) for n, flags in reference.query_flags.items()},
     )

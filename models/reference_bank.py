@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from models.animator import Animator
-from models.latents import VAE, encode_pictures
+from models.attention_layers import token_levels
+from models.latents import VAE, encode_pictures, vae_factor
 from models.reference_attention import ReferenceContext
-from tpc.attention import frame_visibility
+from tpc.attention import Visibility, frame_visibility, gate_flags
 from tpc.calibration import Calibration
+from tpc.tokens import TokenLevel
 
-# Images that go through VAE and ReferenceNet at a time.
+# Images that go through VAE and encoder at a time.
 ENCODE_CHUNK = 8
 # Images whose keys and values are kept: at 784x512 pixels each takes some 80 MB in half precision.
 MAX_IMAGES = 128
@@ -30,13 +32,11 @@ class ReferenceBank:
     Attributes:
         tokens: layer -> (i, r, c). Image 0 is the reference, the others are calibrated images.
         slots: calibrated image of the `Calibration` -> its place.
-        device: of the tokens.
         projected: layer -> keys and values, filled by the layers at first use; see `ReferenceContext`.
     """
 
     tokens: dict[str, Tensor]
     slots: dict[int, int]
-    device: torch.device
     projected: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def drop_projected(self) -> None:
@@ -45,14 +45,44 @@ class ReferenceBank:
             del self.tokens[layer]
 
 
+class SomeImages:
+    """Images of a run by their numbers, as `models.animator.Images`."""
+
+    def __init__(self, run: "ReferenceImages", numbers: list[int]):
+        self.run, self.numbers = run, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def pictures(self) -> Tensor:
+        return torch.cat([self.run.picture(number) for number in self.numbers])
+
+    @property
+    def masks(self) -> Tensor | None:
+        if self.run.mask is None:
+            return None
+        return torch.cat([self.run.person_mask(number) for number in self.numbers])
+
+    @property
+    def latents(self) -> Tensor:
+        return self.run.latents_of(self.numbers)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return encode_pictures(self.run.vae, pictures)
+
+
 class ReferenceImages:
     """The images of one run.
 
     Args:
         reference: (1, 3, H, W) in [-1, 1].
-        context: of cross-attention, (1, tokens, channels).
         calibration: its images that some of the `steps` denoising steps draw may be seen too; None: the reference.
+        mask: (1, 1, H, W), 1 where the reference's persons are; None: those of the calibration, if there is one.
         max_images: how many images are kept encoded. A run with more keeps those of one step, or of one window.
+
+    Attributes:
+        subject: what the animator's `encode_reference` made of the reference.
     """
 
     def __init__(
@@ -60,19 +90,65 @@ class ReferenceImages:
         animator: Animator,
         vae: VAE,
         reference: Tensor,
-        context: Tensor,
         calibration: Calibration | None,
         steps: int,
+        mask: Tensor | None = None,
         max_images: int = MAX_IMAGES,
     ):
         self.animator, self.vae = animator, vae
-        self.context = context
+        self.reference = reference
         self.calibration = calibration
+        self.mask = mask
+        if mask is None and calibration is not None and calibration.persons:
+            self.mask = torch.from_numpy(calibration.reference_masks.any(axis=0))[None, None].to(reference)
         self.max_images = max_images
-        self.latents = {REFERENCE: encode_pictures(vae, reference)}
         self.drawn = [] if calibration is None else [int(image) for image in calibration.used(steps)]
+        factor = vae_factor(vae)
+        self.levels = token_levels(animator.attention_layers(tuple(side // factor for side in reference.shape[-2:])))
+        self._latents: dict[int, Tensor] = {}
         self._current: tuple[tuple[list[int], int], ReferenceBank] | None = None
         self._members: tuple[int, np.ndarray] | None = None
+        self.subject = animator.encode_reference(SomeImages(self, [REFERENCE]))
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a calibrated image takes the reference's place in its frames, instead of keeping it company."""
+        return self.calibration is not None and self.calibration.config.attach == "replace"
+
+    def picture(self, number: int) -> Tensor:
+        """(1, 3, H, W) in [-1, 1]."""
+        if number == REFERENCE:
+            return self.reference
+        picture = torch.from_numpy(self.calibration.images[number])[None].permute(0, 3, 1, 2)
+        return picture.to(self.reference) / 127.5 - 1
+
+    def person_mask(self, number: int) -> Tensor:
+        """(1, 1, H, W), 1 where the person is."""
+        if number == REFERENCE:
+            return self.mask
+        return torch.from_numpy(self.calibration.masks[number])[None, None].to(self.reference)
+
+    def latents_of(self, numbers: list[int]) -> Tensor:
+        """Latents (i, c, h, w), each image once through the VAE in the whole run."""
+        # The reference goes by itself, so that its latents do not depend on which images it comes with.
+        if REFERENCE in numbers and REFERENCE not in self._latents:
+            self._latents[REFERENCE] = encode_pictures(self.vae, self.reference)
+        missing = [number for number in numbers if number not in self._latents]
+        if missing:
+            encoded = encode_pictures(self.vae, torch.cat([self.picture(number) for number in missing]))
+            self._latents |= {number: latent[None] for number, latent in zip(missing, encoded, strict=True)}
+        return torch.cat([self._latents[number] for number in numbers])
+
+    def start_latents(self) -> Tensor:
+        """Latents (1, c, f, h, w) of the picture that each frame of a calibrated clip takes as its reference, or
+        (1, c, 1, h, w) where all take the reference."""
+        numbers = [REFERENCE]
+        if self.replaces:
+            numbers = [int(row.max(initial=REFERENCE)) for row in self.members(0)]
+        distinct = sorted(set(numbers))
+        parts = [distinct[start : start + ENCODE_CHUNK] for start in range(0, len(distinct), ENCODE_CHUNK)]
+        latents = torch.cat([self.latents_of(part) for part in parts])
+        return latents[[distinct.index(number) for number in numbers]].transpose(0, 1)[None]
 
     def members(self, step: int) -> np.ndarray:
         """`Calibration.index` of the step, (frames, persons), which every window of the step asks for."""
@@ -103,58 +179,59 @@ class ReferenceImages:
         )
 
     def encode(self, images: list[int], timestep: int) -> ReferenceBank:
-        """The reference and these calibrated images, each once through VAE (in the whole run) and ReferenceNet."""
+        """The reference and these calibrated images, each once through VAE (in the whole run) and encoder."""
         written: dict[str, list[Tensor]] = {}
         everything = [REFERENCE, *images]
         for start in range(0, len(everything), ENCODE_CHUNK):
-            latents = self._latents(everything[start : start + ENCODE_CHUNK])
-            context = self.context.expand(len(latents), -1, -1)
-            for layer, tokens in self.animator.encode_reference(latents, timestep, context).items():
+            part = SomeImages(self, everything[start : start + ENCODE_CHUNK])
+            for layer, tokens in self.animator.encode_images(part, timestep, self.subject).items():
                 written.setdefault(layer, []).append(tokens)
         tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
-        slots = {image: place for place, image in enumerate(images, start=1)}
-        return ReferenceBank(tokens, slots, self.context.device)
+        return ReferenceBank(tokens, {image: place for place, image in enumerate(images, start=1)})
 
-    def _latents(self, images: list[int]) -> Tensor:
-        reference = self.latents[REFERENCE]
-        missing = [image for image in images if image not in self.latents]
-        if missing:
-            pictures = torch.from_numpy(self.calibration.images[missing]).permute(0, 3, 1, 2)
-            encoded = encode_pictures(self.vae, pictures.to(reference) / 127.5 - 1)
-            self.latents |= {image: latent[None] for image, latent in zip(missing, encoded, strict=True)}
-        return torch.cat([self.latents[image] for image in images])
-
-    def seen_by(
-        self,
-        bank: ReferenceBank,
-        frames: range,
-        step: int,
-        latent_size: tuple[int, int],
-        grids: list[tuple[int, int]],
-    ) -> ReferenceContext:
+    def seen_by(self, bank: ReferenceBank, frames: range, step: int) -> ReferenceContext:
         """What the frames of one window may attend to at one denoising step.
 
         Args:
             frames: consecutive frames of the clip.
             step: number of the denoising step, 0 first.
-            latent_size: (h, w).
-            grids: (h, w) of every self-attention level of the denoising UNet.
         """
         bank.drop_projected()
-        index = torch.zeros(len(frames), 1, dtype=torch.long, device=bank.device)
+        device = self.reference.device
+        index = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
         if self.calibration is None:
             return ReferenceContext(bank.tokens, index, projected=bank.projected)
         members = self.members(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated
         slots = [[bank.slots.get(int(member), 0) for member in row] for row in members]
-        index = torch.cat([index, torch.tensor(slots, device=bank.device).reshape(len(frames), -1)], dim=1)
-        flags = frame_visibility(self.calibration, frames, members, latent_size, grids)
-        return ReferenceContext(
-            tokens=bank.tokens,
-            index=index,
-            query_flags={n: value.to(bank.device) for n, value in flags.query.items()},
-            key_flags={n: value.to(bank.device) for n, value in flags.key.items()},
-            projected=bank.projected,
-        )
+        calibrated = torch.tensor(slots, device=device).reshape(len(frames), -1)
+        if self.replaces:
+            index, flags = replaced(index, calibrated, self.levels)
+        else:
+            index = torch.cat([index, calibrated], dim=1)
+            flags = frame_visibility(self.calibration, frames, members, None, self.levels).to(device)
+        if flags is None:
+            return ReferenceContext(bank.tokens, index, projected=bank.projected)
+        return ReferenceContext(bank.tokens, index, flags.query, flags.key, bank.projected)
+
+
+def replaced(reference: Tensor, calibrated: Tensor, levels: list[TokenLevel]) -> tuple[Tensor, Visibility | None]:
+    """What frames see where calibrated images take the reference's place: one image for each person.
+
+    The reference stays in frames where somebody is uncalibrated, once.
+
+    Args:
+        reference: (f, 1) long, the reference's place.
+        calibrated: (f, persons) long, places of calibrated images, 0 for uncalibrated persons.
+
+    Returns:
+        Index (f, k), and flags that hide what would be there twice; None where k is 1.
+    """
+    if calibrated.shape[1] < 2:
+        return (calibrated if calibrated.shape[1] else reference), None
+    absent = calibrated == 0
+    twice = absent & (absent.cumsum(dim=1) > 1)
+    flags = {level.tokens: gate_flags(twice, level) for level in levels}
+    return calibrated, Visibility({n: q for n, (q, _) in flags.items()}, {n: k for n, (_, k) in flags.items()})
 
 
 def distinct_images(members: Iterable[int]) -> list[int]:

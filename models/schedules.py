@@ -14,6 +14,21 @@ SCHEDULES = {
         "rescale_betas_zero_snr": False,
         "timestep_spacing": "leading",
     },
+    # The last step goes to the cleanest level that was trained, as in Stable Diffusion's own configuration.
+    "dreampose": {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": False,
+    },
+    "disco": {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": False,
+    },
     # What training from Stable Diffusion starts with; the training configuration replaces it by its own.
     "stable_diffusion": {"beta_schedule": "scaled_linear", **VELOCITY},
 }

@@ -19,7 +19,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
-from models.norms import clip_norm
+from models.attention_layers import stage_grids
+from models.norms import ClipGroupNorm, clip_norm
 from models.reference_attention import (
     ReferenceContext,
     ReferenceReadProcessor,
@@ -228,7 +229,8 @@ class DenoisingUNet(UNetMotionModel):
         Returns:
             Prediction, (b, c, f, h, w).
         """
-        if self.config.norm_scope == "clip" and len(sample) > 1:
+        by_clip = self.config.norm_scope == "clip" and not self.takes_single_frames(sample.shape[2])
+        if by_clip and len(sample) > 1:
             return self.clip_by_clip(sample, timestep, encoder_hidden_states, pose_features, reference, residuals)
         return super().forward(
             sample if pose_features is None else torch.cat([sample, pose_features], dim=1),
@@ -272,21 +274,12 @@ class DenoisingUNet(UNetMotionModel):
 
         Every stage but the last halves the latents, rounding up, as a stride-2 convolution with padding 1 does.
         """
-        *grids, middle = self.stage_grids(height, width)
+        *grids, middle = stage_grids(self, height, width)
         blocks = zip(
             (*self.down_blocks, *reversed(self.up_blocks), self.mid_block), [*grids, *grids, middle], strict=True
         )
         attending = {grid for block, grid in blocks if getattr(block, "has_cross_attention", False)}
         return [grid for grid in dict.fromkeys([*grids, middle]) if grid in attending]
-
-    def stage_grids(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Token grids (height, width) of the downward stages for latents of this size, then of the middle block."""
-        grids = []
-        for block in self.down_blocks:
-            grids.append((height, width))
-            if block.downsamplers is not None:
-                height, width = -(-height // 2), -(-width // 2)
-        return [*grids, (height, width)]
 
     def use_motion_on_single_frames(self, used: bool) -> None:
         """Change `motion_on_single_frames`. Image training of a published model wants the image model: False."""
@@ -294,6 +287,20 @@ class DenoisingUNet(UNetMotionModel):
         for module in self.modules():
             if isinstance(module, MotionModule):
                 module.single_frames = used
+
+    def train_on_single_frames(self, used: bool) -> None:
+        """Whether batches in training mode are single frames, which norms over clips then take all at once."""
+        for module in self.modules():
+            if isinstance(module, ClipGroupNorm):
+                module.single_frames = used
+
+    def takes_single_frames(self, num_frames: int) -> bool:
+        """Whether norms take each clip of a batch, of `num_frames` frames, by itself; see `train_on_single_frames`."""
+        norm = self.conv_norm_out
+        by_frame = self.training and isinstance(norm, ClipGroupNorm) and norm.single_frames
+        if by_frame and num_frames > 1:
+            raise ValueError(f"clips must have one frame after train_on_single_frames(True), got {num_frames}")
+        return by_frame
 
     def motion_parameters(self) -> list[nn.Parameter]:
         """The parameters of all motion modules: what the second training stage trains."""

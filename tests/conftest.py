@@ -35,7 +35,7 @@ def tiny_pipeline():
 
     from models.animate_anyone import AnimateAnyone
     from tests.networks import TINY
-    from training.build import make_pipeline, new_networks
+    from training.build import make_pipeline
     from training.config import NoiseConfig
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def tiny_pipeline():
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
-    model: AnimateAnyone = new_networks(TINY, 4, 32)
+    model: AnimateAnyone = AnimateAnyone.small(TINY, 4, 32)
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)

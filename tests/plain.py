@@ -6,7 +6,7 @@ every window, and both halves of guidance are one batch whose first half is blin
 """
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from models.animator import Animator
+from models.animator import Animator, Condition
+from models.attention_layers import token_levels
 from models.latents import encode_pictures
-from models.magic_animate import control_residuals
+from models.magic_animate_networks import control_residuals
 from models.pictures import PictureSequence, as_pictures
 from models.pipeline import AnimationPipeline
 from models.reference_attention import PlainProcessor, ReferenceContext, ReferenceReadProcessor
@@ -94,15 +95,15 @@ def plain_animation(
 ) -> Tensor:
     """Latents after the denoising loop, with these shortcuts and no others."""
     animator, dtype = pipeline.animator(), pipeline.denoising_unet.dtype
-    animator.denoising_unet = plain_unet(pipeline.denoising_unet, shortcuts)
     picture = as_pictures(reference, "reference").to(dtype) * 2 - 1
     sequence = PictureSequence(
         torch.from_numpy(poses).permute(0, 3, 1, 2), poses.shape[2:0:-1], torch.device("cpu"), dtype
     )
-    context = animator.encode_context(picture)
-    images = ReferenceImages(animator, pipeline.vae, picture, context, calibration, steps)
+    images = ReferenceImages(animator, pipeline.vae, picture, calibration, steps)
+    context = images.subject
     condition = animator.pose_condition(sequence, context)
-    grids = pipeline.denoising_unet.attention_grids(*latents.shape[-2:])
+    grids = [level.queries for level in token_levels(animator.attention_layers(tuple(latents.shape[-2:])))]
+    animator.denoising_unet = plain_unet(pipeline.denoising_unet, shortcuts)
     num_frames, size = len(poses), tuple(latents.shape[-2:])
     windows = context_windows(num_frames, window_size, overlap)
     pipeline.scheduler.set_timesteps(steps)
@@ -111,7 +112,7 @@ def plain_animation(
         for window, weight in zip(windows, window_weights(windows, num_frames), strict=True):
             sample = latents[:, :, window.start : window.stop]
             if "images" in shortcuts:
-                seen = images.seen_by(images.bank(step, int(timestep), window), window, step, size, grids)
+                seen = images.seen_by(images.bank(step, int(timestep), window), window, step)
                 seen = seen if "run" in shortcuts else replace(seen, projected=None)
             else:
                 seen = plain_images(animator, pipeline.vae, picture, context, calibration, step, timestep, window)
@@ -125,6 +126,25 @@ def plain_animation(
             total[:, :, window.start : window.stop] += guided * weight.to(dtype)[:, None, None]
         latents = pipeline.scheduler.step(total, timestep, latents).prev_sample
     return latents
+
+
+@dataclass(frozen=True)
+class OneImage:
+    """A picture (1, 3, H, W) that is encoded whenever it is asked for; `models.animator.Images`."""
+
+    vae: nn.Module
+    pictures: Tensor
+    masks: Tensor | None = None
+
+    @property
+    def latents(self) -> Tensor:
+        return self.encode(self.pictures)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return encode_pictures(self.vae, pictures)
 
 
 def plain_images(
@@ -143,7 +163,7 @@ def plain_images(
     for image in members.ravel():
         pictures.append(reference if image < 0 else picture_of(calibration, image).to(reference))
     at = timestep if animator.reference_follows_timestep else 0
-    written = [animator.encode_reference(encode_pictures(vae, picture), at, context) for picture in pictures]
+    written = [animator.encode_images(OneImage(vae, picture), at, context) for picture in pictures]
     index = 1 + torch.arange(members.size).reshape(members.shape)
     index = torch.cat([torch.zeros(len(window), 1, dtype=torch.long), index], dim=1)
     return ReferenceContext({layer: torch.cat([tokens[layer] for tokens in written]) for layer in written[0]}, index)
@@ -203,14 +223,14 @@ def guided_prediction(
     shortcuts: set[str],
 ) -> Tensor:
     """Both halves of guidance: in one batch that carries everything twice, or one after the other."""
-    null = animator.null_context(context)
     if "halves" in shortcuts:
-        conditional = animator.predict(sample, timestep, context, pose, seen)
-        unconditional = animator.predict(sample, timestep, null, pose, None)
-    else:
-        twice = [torch.cat([part, part]) for part in pose] if isinstance(pose, list) else torch.cat([pose, pose])
-        both = torch.cat([sample, sample]), timestep, torch.cat([null, context]), twice
-        unconditional, conditional = animator.predict(*both, blind_first_half(seen, grids)).chunk(2)
+        return animator.predict(sample, timestep, Condition(context, pose, seen), (guidance,))
+    null = context if isinstance(pose, list) else torch.zeros_like(context)
+    twice = [torch.cat([part, part]) for part in pose] if isinstance(pose, list) else torch.cat([pose, pose])
+    poses = {"residuals": twice} if isinstance(pose, list) else {"pose_features": twice}
+    both = torch.cat([sample, sample]), timestep, torch.cat([null, context])
+    blind = blind_first_half(seen, grids)
+    unconditional, conditional = animator.denoising_unet(*both, reference=blind, **poses).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 

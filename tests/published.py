@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from models.checkpoints.convert import WINDOWS, empty_prompt
+from models.checkpoints.convert_magic_animate import empty_prompt
 from models.checkpoints.manifests import (
     animated_unet_manifest,
     appearance_encoder_manifest,
@@ -22,6 +22,7 @@ from models.checkpoints.manifests import (
 )
 from models.checkpoints.networks import load_control_net, load_denoising_unet, load_reference_net
 from models.checkpoints.sizes import MotionSizes, UNetSizes
+from models.checkpoints.sources import WINDOWS
 from models.checkpoints.synthetic import synthetic_tensors
 from models.magic_animate import MagicAnimatePipeline
 from models.schedules import published_scheduler

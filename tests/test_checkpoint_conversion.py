@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
 from models.checkpoints.__main__ import main
-from models.checkpoints.convert import WINDOWS, ConvertConfig, convert, empty_prompt
+from models.checkpoints.convert import convert
+from models.checkpoints.convert_magic_animate import empty_prompt
 from models.checkpoints.manifests import (
     reference_unet_manifest,
 )
@@ -19,6 +20,7 @@ from models.checkpoints.networks import (
     with_motion,
 )
 from models.checkpoints.sizes import UNetSizes
+from models.checkpoints.sources import WINDOWS, ConvertConfig
 from models.checkpoints.synthetic import synthetic_tensors
 from models.magic_animate import MagicAnimatePipeline
 from models.pipeline import AnimationPipeline

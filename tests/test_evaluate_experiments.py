@@ -1,7 +1,7 @@
 """`evaluate.py split`, `sweep`, `ablation` and `table` with the smallest model, and the measures of persons."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -292,3 +292,9 @@ def test_shipped_configurations_fit_their_tasks(task):
     config.check()
     if task == "ablation":
         assert len(ablation_conditions(config)) == 3 * 2 * 5 + 1
+        both = ablation_conditions(replace(config, attachments=["add", "replace"]))
+        assert len(both) == 3 * 2 * 5 * 2 + 1 and ablation_conditions(config).items() < both.items()
+        assert {name: both[name].tpc.attach for name in both if "IP off" in name and "linear, all" in name} == {
+            "linear, all, IP off": "add",
+            "linear, all, IP off, replace": "replace",
+        }

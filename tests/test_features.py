@@ -26,6 +26,7 @@ from training.data import make_dataset
 from training.feature_making import check_features, load_network, make_features, network_digest
 from training.objective import compose_samples, diffusion_loss
 from training.randomness import sample_generators
+from training.traits import TrainingTraits
 
 SIZE = [32, 32]
 ALONE = Shard()
@@ -83,8 +84,9 @@ def loss_of(config: TrainConfig, vae, model, composition=None, dropout: float = 
     batch = compose_samples(batch, augmentation, 0, generators)
     noise = NoiseConfig(condition_dropout=dropout, noise_offset=0.1)
     scheduler = make_scheduler(noise)
+    traits = TrainingTraits.of(model, (config.data.size[1] // 4, config.data.size[0] // 4))
     return diffusion_loss(
-        model, vae, scheduler, batch, noise, config.augmentation.calibrated, [], generators
+        model, vae, scheduler, batch, noise, config.augmentation.calibrated, traits, generators
     ).loss.detach()
 
 
@@ -99,7 +101,7 @@ def test_the_loss_is_the_same_with_cached_features(dataset, model, frames):
     for used in (["latents"], ["embeddings"], ["latents", "embeddings"]):
         config = train_config(dataset, model, frames, **{kind: caches[kind] for kind in used})
         networks.requires_grad_(False)
-        check_features(config, vae, networks.image_encoder)
+        check_features(config, vae, networks)
         item = make_dataset(config.data, 2)[0]
         assert ("frames" in item) == ("latents" not in used)
         assert ("reference" in item) == (len(used) < 2)
@@ -159,10 +161,10 @@ def test_every_input_that_changes_makes_the_cache_invalid(dataset, model, tmp_pa
 
     def refused(config: TrainConfig, message: str, network=vae) -> None:
         with pytest.raises(UserError, match=message) as caught:
-            check_features(config, network, networks.image_encoder)
+            check_features(config, network, networks)
         assert "run `python prepare.py latents` again" in str(caught.value)
 
-    check_features(train_config(dataset, model, **latents), vae, networks.image_encoder)
+    check_features(train_config(dataset, model, **latents), vae, networks)
     refused(train_config(dataset, model, **latents | {"size": [64, 32]}), r"2 of 2 clips .*other size: 2 \(a\)")
     refused(train_config(dataset, model, **latents | {"crop": "centre"}), r"other crop: 2")
     refused(train_config(dataset, model, latents=str(dataset / "nowhere")), r"missing: 2")
@@ -177,7 +179,7 @@ def test_every_input_that_changes_makes_the_cache_invalid(dataset, model, tmp_pa
     refused(train_config(dataset, model, **latents), r"damaged: 1 \(a\); other video: 1")
     done = make("latents", dataset, model)
     assert done.made == 2 and dict(done.again) == {"damaged": 1, "other video": 1}
-    check_features(train_config(dataset, model, **latents), vae, networks.image_encoder)
+    check_features(train_config(dataset, model, **latents), vae, networks)
 
 
 def test_a_retrained_decoder_leaves_the_latents_valid(model):
@@ -195,18 +197,18 @@ def test_what_cannot_be_cached_is_refused(dataset, model):
     config = train_config(dataset, model, **embeddings)
     vae, networks = make_networks(config)
     with pytest.raises(UserError, match="train_image_encoder must be false"):
-        check_features(config, vae, networks.image_encoder.requires_grad_(True))
+        check_features(config, vae, networks.requires_grad_(True))
     networks.requires_grad_(False)
     for name in ("composition", "calibrated"):
         augmentation = AugmentationConfig()
         setattr(augmentation, name, replace(getattr(augmentation, name), probability=0.5))
         with pytest.raises(UserError, match="data.embeddings= cannot be used with augmentation"):
-            check_features(replace(config, augmentation=augmentation), vae, networks.image_encoder)
+            check_features(replace(config, augmentation=augmentation), vae, networks)
     with pytest.raises(UserError, match="use one"):
-        check_features(train_config(dataset, model, cache="x", **embeddings), vae, networks.image_encoder)
+        check_features(train_config(dataset, model, cache="x", **embeddings), vae, networks)
     for source in ({"source": "rendered"}, {"root": str(dataset.parent / "videos")}):
         with pytest.raises(UserError, match="need a prepared data set"):
-            check_features(train_config(dataset, model, **embeddings | source), vae, networks.image_encoder)
+            check_features(train_config(dataset, model, **embeddings | source), vae, networks)
 
 
 def test_damaged_videos_are_left_out_and_the_rest_is_made(dataset, model, tmp_path):

@@ -8,22 +8,24 @@ import pytest
 import torch
 
 from core.errors import UserError
-from models.lora import ADAPTED, FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
+from models.animate_anyone import AnimateAnyone
+from models.lora import FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
 from models.pipeline_folder import load_pipeline
+from models.unets import one_token_parameters
 from tests.training_runs import ARGUMENTS, make_vae, train, weights
+
+ADAPTED = AnimateAnyone.adapted_networks
 
 
 def adapted_copy(pipeline, seed: int = 0):
     """The pipeline with random adapters of both networks."""
-    networks = {name: copy.deepcopy(getattr(pipeline, name)) for name in ADAPTED}
+    pipeline = plain_copy(pipeline)
     torch.manual_seed(seed)
-    for network in networks.values():
-        add_lora(network, rank=3, alpha=6.0, motion=True)
-        for name, parameter in network.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    rest = {name: part for name, part in pipeline.components.items() if name not in ADAPTED}
-    return type(pipeline)(**rest, **networks)
+    add_lora(pipeline.animator(), rank=3, alpha=6.0, motion=True)
+    for name, parameter in pipeline.animator().named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return pipeline
 
 
 def predict(pipeline) -> torch.Tensor:
@@ -40,8 +42,8 @@ def plain_copy(pipeline):
 
 def test_adapters_start_as_no_change_and_are_all_that_is_trained(tiny_pipeline):
     before, pipeline = predict(tiny_pipeline), plain_copy(tiny_pipeline)
+    add_lora(pipeline.animator(), rank=2, alpha=2.0, motion=True)
     for name in ADAPTED:
-        add_lora(getattr(pipeline, name), rank=2, alpha=2.0, motion=True)
         trained = [n for n, p in getattr(pipeline, name).named_parameters() if p.requires_grad]
         assert trained and all("lora_" in n for n in trained) and has_lora(getattr(pipeline, name))
     assert torch.allclose(predict(pipeline), before, atol=1e-6)
@@ -49,13 +51,18 @@ def test_adapters_start_as_no_change_and_are_all_that_is_trained(tiny_pipeline):
 
 def test_only_layers_that_a_result_depends_on_are_adapted(tiny_pipeline):
     unet, reference = tiny_pipeline.denoising_unet, tiny_pipeline.reference_net
-    layers = adaptable_layers(unet, motion=True)
+    layers = adaptable_layers(unet, one_token_parameters(unet))
     assert any("motion_modules" in layer for layer in layers)
-    assert not any("motion_modules" in layer for layer in adaptable_layers(unet, motion=False))
+    still = adaptable_layers(unet, one_token_parameters(unet), without=AnimateAnyone.motion_parts)
+    assert still and not any("motion_modules" in layer for layer in still)
     one_token = [layer for layer in layers if ".attn2.to_q" in layer or ".attn2.to_k" in layer]
     assert all("motion_modules" in layer for layer in one_token)
     unread = {name.removesuffix(".weight") for name in reference.unread_parameters()}
-    assert not unread & set(adaptable_layers(reference, motion=True))
+    assert not unread & set(adaptable_layers(reference, reference.unread_parameters()))
+    adapted = plain_copy(tiny_pipeline)
+    add_lora(adapted.animator(), rank=2, alpha=2.0, motion=True)
+    names = {name.split(".lora_")[0] for name, _ in adapted.reference_net.named_parameters() if "lora_" in name}
+    assert names and not unread & names
 
 
 def test_saved_merged_and_live_adapters_give_one_result(tiny_pipeline, tmp_path):

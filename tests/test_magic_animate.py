@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.pose import Poses
-from models.magic_animate import MagicAnimate, control_residuals
+from models.magic_animate import MagicAnimate
+from models.magic_animate_networks import control_residuals
 from models.pictures import as_pictures
 from models.pipeline_folder import load_pipeline
 from models.reference_attention import fused_layers, reference_layers, same_reference
@@ -55,15 +56,15 @@ def test_only_the_reference_tells_the_halves_of_guidance_apart(pipeline, picture
     unconditional = run(pipeline, reference, poses, guidance_scale=1e-12)
     assert torch.allclose(unconditional, run(pipeline, 255 - reference, poses, guidance_scale=1e-12), atol=1e-4)
     assert not torch.allclose(unconditional, run(pipeline, reference, 255 - poses, guidance_scale=1e-12), atol=1e-3)
-    animator = pipeline.animator()
-    context = animator.encode_context(torch.zeros(1, 3, 24, 32))
-    assert context.shape == (1, 7, 16) and torch.equal(animator.null_context(context), context)
+    picture = as_pictures(reference, "reference")
+    subject = ReferenceImages(pipeline.animator(), pipeline.vae, picture, None, 1).subject
+    assert subject.shape == (1, 7, 16) and torch.equal(subject, pipeline.prompt())
 
 
 def test_reference_is_encoded_at_every_timestep(pipeline, pictures):
     animator, reference = pipeline.animator(), as_pictures(pictures[0], "reference") * 2 - 1
     assert isinstance(animator, MagicAnimate)
-    images = ReferenceImages(animator, pipeline.vae, reference, animator.encode_context(reference), None, 2)
+    images = ReferenceImages(animator, pipeline.vae, reference, None, 2)
     with torch.no_grad():
         first = images.bank(0, 961, range(0, 3))
         assert images.bank(0, 961, range(2, 5)) is first

@@ -1,6 +1,8 @@
 """The training objective: random numbers by sample, weights, the null condition, gradients."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,16 +10,19 @@ from diffusers import AutoencoderTiny
 
 from core.errors import UserError
 from models.animate_anyone import AnimateAnyone
+from models.animator import Condition
 from models.reference_attention import same_reference
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
-from training.build import make_scheduler, new_networks, set_trainable, shrink_frozen
+from tpc.tokens import KeyLayout, TokenLevel
+from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
 from training.memory import enable_gradient_checkpointing
 from training.objective import compose_samples, diffusion_loss, prediction_target, sample, snr_weights
 from training.randomness import draw, sample_generators
+from training.traits import TrainingTraits
 
 SIZE = [32, 32]
 OFF = CalibratedTrainingConfig()
@@ -40,7 +45,7 @@ def vae() -> AutoencoderTiny:
 def networks(stage: str = "motion", trainable: str | None = None) -> AnimateAnyone:
     """Tiny networks without a zero anywhere, with what a run trains chosen."""
     torch.manual_seed(1)
-    model = new_networks(TINY, 4, max(SIZE)).train()
+    model = AnimateAnyone.small(TINY, 4, max(SIZE)).train()
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -57,9 +62,9 @@ def batch_of(frames: int, count: int = 2) -> dict[str, torch.Tensor]:
 def loss_of(model, vae, batch, noise=None, calibrated=OFF, positions=None):
     noise = noise or NoiseConfig(noise_offset=0.1, condition_dropout=0.5)
     height, width = batch["frames"].shape[-2:]
-    grids = model.denoising_unet.attention_grids(height // 4, width // 4)
+    traits = TrainingTraits.of(model, (height // 4, width // 4))
     generators = sample_generators(0, positions or range(len(batch["frames"])))
-    return diffusion_loss(model, vae, make_scheduler(noise), batch, noise, calibrated, grids, generators, chunk=3)
+    return diffusion_loss(model, vae, make_scheduler(noise), batch, noise, calibrated, traits, generators, chunk=3)
 
 
 def saved_bytes(model, vae, batch) -> int:
@@ -120,6 +125,32 @@ def test_the_share_of_dropped_samples_is_the_configured_one():
     assert not draw((1, 1, 1, 1), 10, 0.0, 0.0, sample_generators(0, range(100))).dropped.any()
 
 
+def test_kinds_of_dropped_conditions_are_drawn_alike():
+    """The same samples go without something, whatever there is to go without."""
+    one = draw((1, 1, 1, 1), 10, 0.6, 0.0, sample_generators(0, range(3000)))
+    three = draw((1, 1, 1, 1), 10, 0.6, 0.0, sample_generators(0, range(3000)), kinds=3)
+    assert torch.equal(one.dropped > 0, three.dropped > 0) and torch.equal(one.noise, three.noise)
+    assert set(one.dropped.tolist()) == {0, 1} and set(three.dropped.tolist()) == {0, 1, 2, 3}
+    shares = torch.bincount(three.dropped) / 3000
+    assert (shares - torch.tensor([0.4, 0.2, 0.2, 0.2])).abs().max() < 0.04
+
+
+def test_what_a_model_does_not_train_is_refused():
+    model = AnimateAnyone.small(TINY, 4, max(SIZE))
+    for stage, choice in (("image", "motion"), ("motion", "adapter")):
+        with pytest.raises(UserError, match=f"trainable={choice} is not one of .*lora, which AnimateAnyone has"):
+            set_trainable(model, TrainConfig(stage=stage, output="x", trainable=choice, model=TINY))
+
+
+def test_attention_supervision_needs_keys_on_the_queries_grid():
+    model = AnimateAnyone.small(TINY, 4, max(SIZE))
+    traits = TrainingTraits.of(model, (8, 8))
+    traits.check_supervised()
+    other = replace(traits, levels=[TokenLevel((8, 8), KeyLayout((4, 4), whole=1))])
+    with pytest.raises(UserError, match="attention.weight="):
+        other.check_supervised()
+
+
 def test_min_snr_weight_is_one_where_sampling_starts():
     """The form min(snr, gamma) / (snr + 1) would be 0 there: the step that sampling starts from would never train."""
     scheduler = make_scheduler(NoiseConfig())
@@ -153,17 +184,11 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
     with torch.no_grad():
         trained = animator(noisy, timesteps, latents, images, poses, dropped)
         for number, scale in enumerate([0.0, 1.0]):  # guidance of 0 leaves the unconditional half alone
-            context = animator.encode_context(images[[number]])
-            tokens = animator.encode_reference(latents[[number]], 0, context)
-            sampled = tiny_pipeline.guided_prediction(
-                animator,
-                noisy[[number]],
-                timesteps[number],
-                context,
-                animator.pose_guider(poses[[number]]),
-                same_reference(tokens, frames),
-                scale,
-            )
+            shown = SimpleNamespace(pictures=images[[number]], latents=latents[[number]])
+            subject = animator.encode_reference(shown)
+            seen = same_reference(animator.encode_images(shown, 0, subject), frames)
+            condition = Condition(subject, animator.pose_guider(poses[[number]]), seen)
+            sampled = animator.predict(noisy[[number]], timesteps[number], condition, (scale,))
             assert torch.allclose(trained[[number]], sampled, atol=2e-5)
         # And the two differ, so that this test can fail.
         kept = animator(noisy, timesteps, latents, images, poses, torch.tensor([False, False]))

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.pose import Poses
+from models.pictures import as_mask
 from models.pipeline import AnimationPipeline, as_pictures
 from models.pipeline_folder import COMPONENTS, load_pipeline
 from models.reference_attention import reference_layers
-from models.reference_bank import ReferenceImages
+from models.reference_bank import REFERENCE, ReferenceImages, SomeImages
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
 
@@ -206,20 +207,17 @@ def test_calibration_changes_the_result(tiny_pipeline, reference, poses, calibra
 
 def reference_images(pipeline, reference, calibration, steps, **arguments) -> ReferenceImages:
     picture = as_pictures(reference, "reference") * 2 - 1
-    return ReferenceImages(
-        pipeline.animator(), pipeline.vae, picture, torch.zeros(1, 1, 8), calibration, steps, **arguments
-    )
+    return ReferenceImages(pipeline.animator(), pipeline.vae, picture, calibration, steps, **arguments)
 
 
 def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibration):
     """Frame 3 gets the same calibrated image in whichever window it falls."""
     images = reference_images(tiny_pipeline, reference, calibration(), 3)
     bank = images.bank(0, 999, range(0, 4))
-    grids = tiny_pipeline.denoising_unet.attention_grids(6, 8)
     for step in range(3):
         assert images.bank(step, 0, range(3, 5)) is bank
-        first = images.seen_by(bank, range(0, 4), step, (6, 8), grids)
-        second = images.seen_by(bank, range(3, 5), step, (6, 8), grids)
+        first = images.seen_by(bank, range(0, 4), step)
+        second = images.seen_by(bank, range(3, 5), step)
         assert torch.equal(first.index[3], second.index[0])
         for n in first.query_flags:
             assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
@@ -236,12 +234,54 @@ def test_only_drawn_images_are_encoded_and_once(tiny_pipeline, reference, calibr
     assert set(bank.slots) == drawn
 
 
+def test_replacing_shows_the_calibrated_image_in_place_of_the_reference(tiny_pipeline, reference, poses, calibration):
+    made = calibration(attach="replace", propagation="off")
+    images = reference_images(tiny_pipeline, reference, made, 2)
+    bank = images.bank(0, 999, range(0, 5))
+    seen = images.seen_by(bank, range(0, 5), 0)
+    assert seen.query_flags is None and seen.key_flags is None
+    assert seen.index[:, 0].tolist() == [bank.slots[int(member)] for member in made.member[:, 0]]
+    latents = images.start_latents()
+    for frame, member in enumerate(made.member[:, 0]):
+        assert torch.equal(latents[0, :, frame], images.latents_of([int(member)])[0])
+    added = run(tiny_pipeline, reference, poses, calibration=calibration(propagation="off"))
+    result = run(tiny_pipeline, reference, poses, calibration=made)
+    for other in (added, run(tiny_pipeline, reference, poses)):
+        assert not torch.allclose(result, other, atol=1e-4)
+    with pytest.raises(UserError, match="tpc.attach must be one of add, replace"):
+        calibration(attach="stack")
+
+
+def test_masks_of_images_are_the_given_one_and_those_of_the_calibration(tiny_pipeline, reference, calibration):
+    made, given = calibration(), torch.zeros(1, 1, 24, 32)
+    given[..., 3:9, 4:7] = 1
+    for mask, expected in ((given, given[0, 0]), (None, torch.from_numpy(made.reference_masks.any(0)).float())):
+        images = SomeImages(reference_images(tiny_pipeline, reference, made, 2, mask=mask), [REFERENCE, 0])
+        assert len(images) == 2 and images.pictures.shape == (2, 3, 24, 32)
+        assert torch.equal(images.masks[0, 0], expected)
+        assert torch.equal(images.masks[1, 0], torch.from_numpy(made.masks[0]).float())
+    assert SomeImages(reference_images(tiny_pipeline, reference, None, 2), [REFERENCE]).masks is None
+
+
+def test_kinds_of_masks_agree():
+    mask = np.zeros((24, 32), bool)
+    mask[4:20, 8:16] = True
+    expected = as_mask(mask, 32, 24)
+    assert expected.shape == (1, 1, 24, 32) and torch.equal(expected[0, 0] > 0, torch.from_numpy(mask))
+    for other in (mask.astype(np.uint8) * 255, torch.from_numpy(mask).float(), Image.fromarray(mask)):
+        assert torch.equal(as_mask(other, 32, 24), expected)
+    assert as_mask(mask, 16, 12).sum() == expected.sum() / 4
+    with pytest.raises(ValueError, match="reference_mask"):
+        as_mask(mask[None], 32, 24)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"width": 30, "height": 24}, "size"),
         ({"window_size": 9}, "window_size"),
+        ({"guidance_scale": [2.0, 3.0]}, "guidance_scale"),
         ({"output_type": "gif"}, "output_type"),
         ({"decode_chunk_size": 0}, "decode_chunk_size"),
         ({"latents": torch.zeros(1, 4, 5, 6, 7)}, "latents"),

@@ -16,7 +16,8 @@ import infer
 from core.errors import UserError, run_command
 from data.video import read_video
 from models.checkpoints.__main__ import main
-from models.checkpoints.convert import MUSEPOSE_LENGTH, ConvertConfig, Sources, convert
+from models.checkpoints.convert import convert
+from models.checkpoints.convert_animate_anyone import MUSEPOSE_LENGTH
 from models.checkpoints.folders import load_folder
 from models.checkpoints.kinds import inspect
 from models.checkpoints.manifests import animated_unet_manifest, motion_manifest
@@ -30,6 +31,7 @@ from models.checkpoints.networks import (
     with_motion,
 )
 from models.checkpoints.sizes import MotionSizes, UNetSizes
+from models.checkpoints.sources import ConvertConfig, Sources
 from models.checkpoints.synthetic import synthetic_tensors
 from models.pipeline_folder import load_pipeline
 from tests.clips import save_rendered_pair

@@ -16,7 +16,7 @@ from data.pose import Poses
 from models.animate_anyone import PoseFeatures
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.latents import decode_pictures, encode_pictures
-from models.magic_animate import ControlCondition, control_residuals
+from models.magic_animate_networks import ControlCondition, control_residuals
 from models.pictures import PictureSequence, as_pictures
 from models.reference_attention import (
     ReferenceContext,
@@ -155,7 +155,7 @@ def test_context_is_projected_once_a_clip(pipeline, tokens):
 def test_reference_is_projected_once_a_run(pipeline):
     unet = pipeline.denoising_unet
     context = torch.randn(1, 3, unet.config.cross_attention_dim)
-    tokens = pipeline.animator().encode_reference(torch.randn(1, 4, *LATENTS), 0, context)
+    tokens = pipeline.reference_net(torch.randn(1, 4, *LATENTS), 0, context)
     kept = dict(tokens)
     shared = same_reference(kept, FRAMES)
     memory = ReferenceContext(kept, shared.index, projected={})
@@ -190,15 +190,14 @@ def test_few_kept_images_give_the_same_tokens(pipeline, pictures, max_images):
     pipeline = deepcopy(pipeline).to(torch.float64)  # images in other company are rounded otherwise
     calibration, reference = calibration_of(2), as_pictures(pictures[0], "reference").double() * 2 - 1
     animator = pipeline.animator()
-    context, grids = animator.encode_context(reference), pipeline.denoising_unet.attention_grids(*LATENTS)
     seen = {}
     with torch.no_grad():
         for limit in (max_images, 1000):
-            images = ReferenceImages(animator, pipeline.vae, reference, context, calibration, STEPS, limit)
+            images = ReferenceImages(animator, pipeline.vae, reference, calibration, STEPS, max_images=limit)
             for step, timestep in enumerate((900, 100)):
                 for window in (range(0, 3), range(2, 5)):
                     bank = images.bank(step, timestep, window)
-                    got = images.seen_by(bank, window, step, LATENTS, grids)
+                    got = images.seen_by(bank, window, step)
                     seen[limit, step, window] = {n: value[got.index] for n, value in got.tokens.items()}
                     assert len(bank.slots) <= max(limit, 6)
     for (limit, step, window), tokens in seen.items():

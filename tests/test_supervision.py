@@ -2,6 +2,7 @@
 resolutions without attention, cached latents."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from core.errors import UserError
 from data.clip_cache import CachedClips
 from data.datasets import PeopleConfig
-from models.attention_probe import AttentionProbe
+from models.animate_anyone import AnimateAnyone
 from models.unets import ReferenceNet
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, point_weights, with_background
-from training.build import make_pipeline, make_scheduler, new_networks, set_trainable, start_from
+from training.build import make_pipeline, make_scheduler, set_trainable, start_from
 from training.config import (
     AttentionLossConfig,
     AugmentationConfig,
@@ -29,6 +30,7 @@ from training.data import make_dataset
 from training.latent_cache import ensure_latents
 from training.objective import batch_latents, diffusion_loss, person_weights
 from training.randomness import sample_generators
+from training.traits import TrainingTraits
 
 SIZE = [32, 32]
 GRIDS = [(8, 8), (4, 4)]
@@ -55,7 +57,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def networks(config: ModelConfig = TINY):
     torch.manual_seed(1)
-    model = new_networks(config, 4, max(SIZE)).train()
+    model = AnimateAnyone.small(config, 4, max(SIZE)).train()
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -65,22 +67,21 @@ def networks(config: ModelConfig = TINY):
 
 def loss_of(model, vae, batch, attention=None, noise=None):
     noise = noise or NoiseConfig(condition_dropout=0.0)
-    grids = model.denoising_unet.attention_grids(8, 8)
+    traits = TrainingTraits.of(model, (8, 8))
     generators = sample_generators(0, range(len(batch["frames"])))
     off = TrainConfig(stage="image", output="x").augmentation.calibrated
-    return diffusion_loss(model, vae, make_scheduler(noise), batch, noise, off, grids, generators, attention=attention)
+    scheduler = make_scheduler(noise)
+    return diffusion_loss(model, vae, scheduler, batch, noise, off, traits, generators, attention=attention)
 
 
-def pointing_at(places: torch.Tensor, grid: tuple[int, int], points, share: float) -> AttentionProbe:
-    """A probe whose queries give `share` to the reference, all of it to the tokens at `places` in pixels."""
-    probe = point_probe(points, [grid])
+def pointing_at(places: torch.Tensor, grid: tuple[int, int], points, share: float) -> SimpleNamespace:
+    """What a probe found of queries that give `share` to the reference, all to the tokens at `places` in pixels."""
     n = grid[0] * grid[1]
-    numbers = AttentionProbe({n: point_probe(replace(points, targets=places), [grid]).queries[n]}).queries[n]
+    numbers = point_probe(replace(points, targets=places), [grid]).queries[n]
     maps = torch.zeros(*numbers.shape, 2 * n)
     maps[..., :n] = (1 - share) / n
     maps[..., n:].scatter_(-1, numbers[..., None], share)
-    probe.tokens["layer"], probe.maps["layer"] = n, maps[:, None].repeat(1, 2, 1, 1)
-    return probe
+    return SimpleNamespace(tokens={"layer": n}, maps={"layer": maps[:, None].repeat(1, 2, 1, 1)})
 
 
 def test_points_are_means_of_keypoints_and_cover_limbs_and_trunk():
@@ -172,7 +173,7 @@ def test_resolutions_with_less_attention(vae, batch, config, grids):
     loss_of(model, vae, batch, ON).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    layers = model.reading_layers()
+    layers = model.attention_layers((8, 8))
     assert any(layer.startswith("up_blocks.2.") for layer in layers) == (len(grids) == 3)
     assert not any(layer.startswith("down_blocks.0.") for layer in layers)
 
@@ -196,12 +197,12 @@ def test_networks_go_on_after_they_got_further_layers(tmp_path, vae, batch):
     """The added transformers end in zeros, so the prediction is that of the networks they start from."""
     small = networks(WITHOUT_FINEST)
     make_pipeline(vae, small, NoiseConfig()).save_pretrained(tmp_path)
-    grown = new_networks(UP_AT_FINEST, 4, max(SIZE))
+    grown = AnimateAnyone.small(UP_AT_FINEST, 4, max(SIZE))
     start_from(grown, str(tmp_path))
     for model in (small, grown):
         model.eval()
     # One head more or less changes what the old layers compute, so the comparison keeps theirs.
-    same = new_networks(replace(UP_AT_FINEST, attention_heads=[2]), 4, max(SIZE)).eval()
+    same = AnimateAnyone.small(replace(UP_AT_FINEST, attention_heads=[2]), 4, max(SIZE)).eval()
     start_from(same, str(tmp_path))
     with torch.no_grad():
         assert torch.allclose(loss_of(small, vae, batch).loss, loss_of(same, vae, batch).loss, rtol=1e-5)
@@ -209,7 +210,9 @@ def test_networks_go_on_after_they_got_further_layers(tmp_path, vae, batch):
     for name in ("up_blocks.2.resnets.0.conv1.weight", "up_blocks.1.upsamplers.0.conv.weight"):
         assert torch.equal(grown.reference_net.state_dict()[name], own[name]), "not taken from the twin"
     with pytest.raises(UserError, match="agrees with .* of the new networks"):
-        start_from(new_networks(replace(TINY, block_out_channels=[48, 48], context_dim=24), 3, 48), str(tmp_path))
+        start_from(
+            AnimateAnyone.small(replace(TINY, block_out_channels=[48, 48], context_dim=24), 3, 48), str(tmp_path)
+        )
 
 
 def test_background_points_lie_in_the_background_and_stay_where_they_are(batch):
@@ -250,7 +253,7 @@ def test_reference_net_without_later_blocks_loads_again(tmp_path):
 
 def test_both_unets_start_as_the_same_image_model():
     torch.manual_seed(0)
-    model = new_networks(TINY, 4, 32)
+    model = AnimateAnyone.small(TINY, 4, 32)
     own = model.denoising_unet.state_dict()
     shared = [name for name in model.reference_net.state_dict() if name in own]
     assert len(shared) > 50
@@ -274,11 +277,11 @@ def test_cached_latents_are_those_of_the_pictures(tmp_path, vae, kind):
     folder = ensure_latents(clips.folder, vae, chunk=4)
     assert (folder / "deviation.npy").exists() == (kind == "kl")
     assert ensure_latents(clips.folder, vae) == folder
-    items = clips.with_latents(folder)
+    items, traits = clips.with_latents(folder), TrainingTraits.of(networks(TINY), (8, 8))
     for index in range(5):
         plain = {name: value[None] for name, value in clips[index].items()}
         cached = {name: value[None] for name, value in items[index].items()}
-        for expected, found in zip(batch_latents(vae, plain), batch_latents(vae, cached), strict=True):
+        for expected, found in zip(*(batch_latents(vae, b, traits) for b in (plain, cached)), strict=True):
             assert torch.allclose(expected, found, atol=0.05 * float(expected.abs().max().clamp(min=1e-3)))
 
 

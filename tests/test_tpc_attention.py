@@ -10,7 +10,6 @@ from tpc import CalibrationConfig, calibrate
 from tpc.attention import (
     Visibility,
     append_flags,
-    block_pitch,
     dense_mask,
     frame_visibility,
     level_grids,
@@ -18,8 +17,9 @@ from tpc.attention import (
     pool_masks,
     visibility_flags,
 )
+from tpc.tokens import block_pitch
 
-PRESETS = ("paper", "release", "exclusive")
+PRESETS = ("paper", "release", "exclusive", "scene")
 # One row of tokens: person 0 | outline of person 0 | both persons | person 1 | background | stranger.
 TARGET = torch.tensor([[[1.0, 0.4, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]]])
 OTHER = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
@@ -36,7 +36,7 @@ def visible(preset: str, present=(True, True)) -> np.ndarray:
     return np.array([" ".join("".join(map(str, part)) for part in np.split(row[N:], 3)) for row in mask.numpy()])
 
 
-ALL, NONE, BODIES_OUT = "111111", "000000", "001111"
+ALL, NONE, BODIES_OUT, LEFT = "111111", "000000", "001111", "110000"
 ONE, TWO = "001100", "000001"
 
 
@@ -76,6 +76,17 @@ ONE, TWO = "001100", "000001"
                 (ALL, NONE, NONE),
             ],
         ),
+        (
+            "scene",
+            [
+                (NONE, ONE, NONE),
+                (BODIES_OUT, "111100", LEFT),
+                (NONE, ONE, TWO),
+                (NONE, NONE, TWO),
+                (BODIES_OUT, LEFT, LEFT),
+                (ALL, NONE, NONE),
+            ],
+        ),
     ],
 )
 def test_every_kind_of_token_sees_what_the_rule_says(preset, rows):
@@ -89,7 +100,7 @@ def test_an_uncalibrated_person_sees_the_plain_reference_and_nobody_its_calibrat
     assert rows[3] == f"{ALL} {NONE} {NONE}"
     assert rows[2].startswith(ALL)  # where both are, the uncalibrated one needs the reference
     # The background loses only the bodies of persons who are shown elsewhere.
-    assert rows[4].startswith({"paper": ALL, "release": "011111", "exclusive": ALL}[preset])
+    assert rows[4].startswith({"paper": ALL, "release": "011111", "exclusive": ALL, "scene": "011111"}[preset])
     assert set(visible(preset, (False, False))) == {f"{ALL} {NONE} {NONE}"}
 
 

@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYT
 # The smallest networks.
 TINY_NETWORKS = [
     "model.block_out_channels=[8,16]",
-    "model.attention_heads=2",
+    "model.attention_heads=[2]",
     "model.norm_num_groups=4",
     "model.motion_max_seq_length=8",
     "model.pose_channels=[8,8,8]",

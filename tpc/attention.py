@@ -19,10 +19,18 @@ not calibrated in this frame ("plain": it sees all of the reference, and no cali
     paper       own, all of the reference, c_j on its mask   own, all of the reference, every c on its mask
     release     own, c_j on its mask                         own, the reference where no calibrated person is
     exclusive   own, c_j on its mask                         own, all of the reference
+    scene       own, c_j on its mask                         own, the reference where no calibrated person is, and
+                                                             every c where such a person stood
 
-In `exclusive` a token of the outline, person in part, also sees the reference where no person is: its background has
-to come from somewhere. Nobody sees the calibrated tokens of somebody else. In a frame where nobody is calibrated
-every token sees all of the reference, as without TPC.
+In `exclusive` and `scene` a token of the outline, person in part, also sees the reference where no person is: its
+background has to come from somewhere. `scene` keeps the reference's person from showing through where the clip's is
+smaller or elsewhere; calibrated images of `fill=scene` have that place painted over. Nobody sees the calibrated tokens
+of somebody else. In a frame where nobody is calibrated every token sees all of the reference, as without TPC.
+
+Other models attend to other tokens, which `KeyLayout` describes. A token of the whole picture, such as CLIP's class
+token, has no place that a mask could cover: the reference's is never hidden, a calibrated image's is hidden from
+whoever is not its person (in `paper` from other persons) and in frames where the image is absent. Where all tokens are
+of the whole picture there is nothing to mask, and images are only present or absent, frame by frame.
 """
 
 from __future__ import annotations
@@ -37,6 +45,7 @@ import torch.nn.functional as F
 
 from tpc.config import VISIBILITIES
 from tpc.result import Calibration
+from tpc.tokens import KeyLayout, TokenLevel, level_grids, pool_masks, self_attention_level
 
 # Subtracted from a hidden pair's logit for every shared flag. e^-100 is 0 beside anything a softmax adds up, and 100
 # times any number of flags is finite in half precision.
@@ -49,7 +58,7 @@ class Visibility:
 
     Attributes:
         query: n -> (b, n, g) float, 0 or 1.
-        key: n -> (b, n + r + persons c, g) float, 0 or 1.
+        key: n -> (b, keys, g) float, 0 or 1; keys = n + r + persons c in reference attention, see `KeyLayout`.
     """
 
     query: dict[int, torch.Tensor]
@@ -67,8 +76,8 @@ def frame_visibility(
     calibration: Calibration,
     frame_indices: Sequence[int] | np.ndarray,
     member_index: np.ndarray,
-    latent_size: tuple[int, int],
-    grids: int | Sequence[tuple[int, int]] = 4,
+    latent_size: tuple[int, int] | None,
+    grids: int | Sequence[tuple[int, int] | TokenLevel] = 4,
     preset: str | None = None,
     *,
     reference_grids: Sequence[tuple[int, int]] | None = None,
@@ -79,38 +88,68 @@ def frame_visibility(
         frame_indices: (b,) numbers of the frames in the clip, such as those of a context window.
         member_index: (b, persons) the calibrated pictures these frames use, `calibration.index(step)[frame_indices]`;
             -1 = uncalibrated.
-        latent_size: (h, w) of the latents.
-        grids: number of levels, each half the one before, rounded up; or the (h, w) of every level.
-        preset: "paper", "release" or "exclusive"; None = the calibration's.
-        reference_grids: (h, w) of the reference's tokens at every level; None = as the queries'.
+        latent_size: (h, w) of the latents; None where `grids` says everything.
+        grids: number of levels of reference attention, each half the one before, rounded up; or the (h, w) of every
+            level; or levels of any attention.
+        preset: "paper", "release", "exclusive" or "scene"; None = the calibration's.
+        reference_grids: (h, w) of the reference's tokens at every level; None = as the levels say, or as the queries'.
     """
     frame_indices, member_index = np.asarray(frame_indices), np.asarray(member_index)
     if member_index.shape != (len(frame_indices), calibration.persons):
         expected = (len(frame_indices), calibration.persons)
         raise ValueError(f"member_index must be (frames, persons) = {expected}, got {member_index.shape}")
     preset = preset or calibration.config.visibility
-    levels = level_grids(latent_size, grids) if isinstance(grids, int) else [tuple(grid) for grid in grids]
+    levels = _levels(latent_size, grids, reference_grids)
     present = torch.from_numpy(member_index >= 0)
-    targets = _shares(calibration.target_masks[frame_indices], levels)
-    others = _shares(calibration.other_masks[frame_indices], levels)
-    key_levels = levels if reference_grids is None else [tuple(grid) for grid in reference_grids]
-    reference = _shares(calibration.reference_masks[None], key_levels)
-    calibrated = _calibrated_shares(calibration, member_index, key_levels)
+    placed = [level for level in levels if level.keys.grid is not None]
+    query_grids, key_grids = [level.queries for level in placed], [level.keys.grid for level in placed]
+    targets = _shares(calibration.target_masks[frame_indices], query_grids)
+    others = _shares(calibration.other_masks[frame_indices], query_grids)
+    reference = _shares(calibration.reference_masks[None], key_grids)
+    calibrated = _calibrated_shares(calibration, member_index, key_grids)
     query, key = {}, {}
-    for n, grid in enumerate(levels):
-        flags = visibility_flags(
-            targets[n],
-            others[n],
-            reference[n].expand(len(frame_indices), -1, -1),
-            calibrated[n],
-            present,
-            preset=preset,
-            threshold=calibration.config.mask_threshold,
-        )
-        query[grid[0] * grid[1]], key[grid[0] * grid[1]] = flags
+    for level in levels:
+        if level.keys.grid is None:
+            flags = gate_flags(F.pad(~present, (1, 0)), level)
+        else:
+            flags = visibility_flags(
+                targets.pop(0),
+                others.pop(0),
+                reference.pop(0).expand(len(frame_indices), -1, -1),
+                calibrated.pop(0),
+                present,
+                preset=preset,
+                threshold=calibration.config.mask_threshold,
+                layout=level.keys,
+            )
+        query[level.tokens], key[level.tokens] = flags
     if len(query) != len(levels):
-        raise ValueError(f"two levels have the same number of tokens: {levels}")
+        raise ValueError(f"two levels have the same number of tokens: {[level.queries for level in levels]}")
     return Visibility(query, key)
+
+
+def _levels(
+    latent_size: tuple[int, int] | None,
+    grids: int | Sequence[tuple[int, int] | TokenLevel],
+    reference_grids: Sequence[tuple[int, int]] | None,
+) -> list[TokenLevel]:
+    known = level_grids(latent_size, grids) if isinstance(grids, int) else grids
+    references = [None] * len(known) if reference_grids is None else reference_grids
+    return [
+        level if isinstance(level, TokenLevel) else self_attention_level(level, reference)
+        for level, reference in zip(known, references, strict=True)
+    ]
+
+
+def gate_flags(hidden: torch.Tensor, level: TokenLevel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flags of one level, (b, n, 1) and (b, keys, 1), that hide whole images from whole frames.
+
+    Args:
+        hidden: (b, images) bool.
+    """
+    key = hidden.float().repeat_interleave(level.keys.tokens, dim=1)[..., None]
+    key = F.pad(key, (0, 0, level.tokens if level.keys.own else 0, 0))
+    return key.new_ones(len(hidden), level.tokens, 1), key
 
 
 def visibility_flags(
@@ -122,8 +161,9 @@ def visibility_flags(
     *,
     preset: str,
     threshold: float = 0.0,
+    layout: KeyLayout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flags of one level: (b, n, g) for the queries, (b, n + r + persons r, g) for the keys.
+    """Flags of one level: (b, n, g) for the queries, (b, keys, g) for the keys, n + r + persons r of them.
 
     Args:
         target: (b, persons, n) part of each query token covered by each person.
@@ -131,12 +171,13 @@ def visibility_flags(
         reference: (b, persons, r) part of each reference token covered by each person of the reference.
         calibrated: (b, persons, r) part of each calibrated token covered by its person.
         present: (b, persons) bool, False where a person is not calibrated.
-        preset: "paper", "release" or "exclusive".
+        preset: "paper", "release", "exclusive" or "scene".
         threshold: part above which a token belongs to a person; 0 = any pixel does.
+        layout: of the keys, whose grid has r tokens; None = reference attention.
     """
     if preset not in VISIBILITIES:
         raise ValueError(f"preset must be one of {', '.join(VISIBILITIES)}, got {preset!r}")
-    persons, n, r = target.shape[1], target.shape[2], reference.shape[2]
+    persons, n = target.shape[1:]
     inside = target > threshold
     mine = inside & present[..., None]
     anybody = mine.any(1)
@@ -144,6 +185,9 @@ def visibility_flags(
     background = ~anybody & ~plain
     body = ((reference > threshold) & present[..., None]).any(1)  # of whoever is shown elsewhere
     hidden_part = ~((calibrated > threshold) & present[..., None])  # of the calibrated tokens
+    scene = preset == "scene"
+    # Calibrated tokens where persons stood, painted over.
+    left = body[:, None] & hidden_part & present[..., None] & scene
     none, everywhere = torch.zeros_like(body), torch.ones_like(body)
     if preset == "paper":
         apart = ~mine & (anybody | plain)[:, None]
@@ -155,23 +199,32 @@ def visibility_flags(
             reference_rules = [(inner, everywhere), (background, body)]
         else:
             covered = (target * present[..., None]).sum(1) >= 1 - 1e-6
-            reference_rules = [(inner & covered, everywhere), (inner & ~covered, body)]
-    blank = torch.zeros_like(hidden_part)
-    rules = [(torch.ones_like(anybody), none, hidden_part)]
-    rules += [(query, key, blank) for query, key in reference_rules]
+            outline = inner & ~covered
+            reference_rules = [(inner & covered, everywhere), (outline | background if scene else outline, body)]
+    blank, nobody = torch.zeros_like(hidden_part), torch.zeros_like(present)
+    # Queries, tokens of the reference, of the calibrated images that have a place, and that have none, by person.
+    rules = [(torch.ones_like(anybody), none, hidden_part & ~left, ~present)]
+    rules += [(query, key, blank, nobody) for query, key in reference_rules]
+    if scene:
+        rules.append((~(background | outline), none, left, nobody))
     for person in range(persons):
-        own = blank.clone()
-        own[:, person] = True
-        rules.append((apart[:, person], none, own))
-    query_flags = torch.stack([query for query, _, _ in rules], -1)
-    tokens = [torch.cat([key, own.flatten(1)], 1) for _, key, own in rules]
-    key_flags = F.pad(torch.stack(tokens, -1), (0, 0, n, 0))
-    assert key_flags.shape[1] == n + r + persons * r
+        own, whole = blank.clone(), nobody.clone()
+        own[:, person], whole[:, person] = ~left[:, person], True
+        rules.append((apart[:, person], none, own, whole))
+    query_flags = torch.stack([query for query, _, _, _ in rules], -1)
+    leading = 0 if layout is None else layout.whole
+    tokens = []
+    for _, key, own, whole in rules:
+        images = torch.cat([whole[..., None].expand(-1, -1, leading), own], dim=2)
+        tokens.append(torch.cat([F.pad(key, (leading, 0)), images.flatten(1)], dim=1))
+    key_flags = torch.stack(tokens, -1)
+    if layout is None or layout.own:
+        key_flags = F.pad(key_flags, (0, 0, n, 0))
     return query_flags.float(), key_flags.float()
 
 
 def dense_mask(visibility: Visibility, n: int) -> torch.Tensor:
-    """(b, n, n + r + persons c) bool, True = visible: what the flags say, written out. For tests and figures."""
+    """(b, n, keys) bool, True = visible: what the flags say, written out. For tests and figures."""
     return torch.einsum("bqg,bkg->bqk", visibility.query[n], visibility.key[n]) == 0
 
 
@@ -210,40 +263,6 @@ def masked_attention(
     # Fused kernels want one head size for all three.
     value = F.pad(value, (0, query.shape[-1] - channels))
     return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :channels]
-
-
-def level_grids(latent_size: tuple[int, int], num_levels: int) -> list[tuple[int, int]]:
-    """(h, w) of every level of a UNet whose downsampling halves and rounds up."""
-    grids = [tuple(latent_size)]
-    while len(grids) < num_levels:
-        grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
-    return grids
-
-
-def pool_masks(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Part of every token's pixels that a mask covers: (..., H, W) -> (..., h w) float in [0, 1].
-
-    A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame and
-    their part is of what lies inside.
-    """
-    (height, width), (rows, columns) = masks.shape[-2:], grid
-    flat = masks.reshape(-1, 1, height, width).float()
-    pitch = block_pitch(height, rows), block_pitch(width, columns)
-    pad = (0, columns * pitch[1] - width, 0, rows * pitch[0] - height)
-    if pitch[0] == 0 or pitch[1] == 0 or min(pad) < 0:
-        pooled = F.adaptive_avg_pool2d(flat, grid)
-    else:
-        inside = F.pad(torch.ones(1, 1, height, width), pad)
-        pooled = F.avg_pool2d(F.pad(flat, pad), pitch) / F.avg_pool2d(inside, pitch)
-    return pooled.reshape(*masks.shape[:-2], rows * columns)
-
-
-def block_pitch(pixels: int, tokens: int) -> int:
-    """Pixels along a side of a token: the quotient, or the power of two behind a grid rounded up; 0 = neither."""
-    if pixels % tokens == 0:
-        return pixels // tokens
-    pitch = 2 ** math.ceil(math.log2(pixels / tokens)) if tokens <= pixels else 0
-    return pitch if pitch and -(-pixels // pitch) == tokens else 0
 
 
 def _shares(masks: np.ndarray, grids: list[tuple[int, int]]) -> list[torch.Tensor]:

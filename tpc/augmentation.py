@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from tpc.attention import Visibility, pool_masks, visibility_flags
+from tpc.attention import Visibility, gate_flags, visibility_flags
 from tpc.config import VISIBILITIES
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.propagation import group_of_frames
 from tpc.skeleton import LEFT_HIP, NOSE, RIGHT_HIP
 from tpc.subset import FIXED_RULES
 from tpc.tensors import FILLS, place, warp
+from tpc.tokens import TokenLevel, pool_masks, self_attention_level
 
 Batch = dict[str, Tensor]
 # The middle of the person stays this far inside the picture, as a part of its sides.
@@ -169,14 +170,17 @@ def calibrate_batch(
 
 
 def training_visibility(
-    batch: Batch, calibrated: CalibratedBatch, grids: Sequence[tuple[int, int]], config: CalibratedTrainingConfig
+    batch: Batch,
+    calibrated: CalibratedBatch,
+    grids: Sequence[tuple[int, int] | TokenLevel],
+    config: CalibratedTrainingConfig,
 ) -> Visibility:
     """Flags as inference gives them, for b f frames in the order of `frames.transpose(1, 2).flatten(0, 1)`.
 
     The keys are [own | the sample's reference | the calibrated picture of the frame].
 
     Args:
-        grids: (h, w) tokens of every level.
+        grids: (h, w) of every level of reference attention, or levels of any attention.
     """
     b, frames = calibrated.index.shape
     masks = batch["masks"].transpose(1, 2).flatten(0, 1)[:, 0]
@@ -184,16 +188,23 @@ def training_visibility(
     rows = torch.arange(b, device=masks.device)[:, None]
     warped = calibrated.masks[rows, calibrated.index].flatten(0, 1)[:, 0]
     query, key = {}, {}
-    for grid in grids:
-        target, ours, theirs = (pool_masks(m, grid)[:, None] for m in (masks, reference, warped))
-        query[grid[0] * grid[1]], key[grid[0] * grid[1]] = visibility_flags(
+    present = calibrated.present.reshape(-1, 1)
+    for level in (grid if isinstance(grid, TokenLevel) else self_attention_level(grid) for grid in grids):
+        if level.keys.grid is None:
+            hidden = torch.cat([torch.zeros_like(present), ~present], dim=1)
+            query[level.tokens], key[level.tokens] = gate_flags(hidden, level)
+            continue
+        target = pool_masks(masks, level.queries)[:, None]
+        ours, theirs = (pool_masks(mask, level.keys.grid)[:, None] for mask in (reference, warped))
+        query[level.tokens], key[level.tokens] = visibility_flags(
             target,
             torch.zeros_like(target[:, 0]),
             ours,
             theirs,
-            calibrated.present.reshape(-1, 1),
+            present,
             preset=config.visibility,
             threshold=config.mask_threshold,
+            layout=level.keys,
         )
     return Visibility(query, key)
 

@@ -8,7 +8,8 @@ PRESETS = ("best", "paper", "release")
 TRANSFORMS = ("procrustes", "affine", "linear")
 KEYPOINT_RULES = ("exhaustive", "consensus", "all", "trunk", "torso", "face")
 PROPAGATIONS = ("iterative", "hold", "off")
-VISIBILITIES = ("paper", "release", "exclusive")
+VISIBILITIES = ("paper", "release", "exclusive", "scene")
+ATTACHMENTS = ("add", "replace")
 FILLS = ("scene", "reference", "black", "mean")
 BACK_VIEWS = ("swap", "keep", "reject")
 MATCHES = ("track", "given")
@@ -50,13 +51,14 @@ class CalibrationConfig:
     groups: int | None = None  # number of groups M; 0 = groups of four frames
 
     # Step 3: who sees which tokens.
-    visibility: str | None = None  # paper, release, exclusive; see tpc.attention
+    attach: str | None = None  # add calibrated tokens to the reference's, or replace the reference frame by frame
+    visibility: str | None = None  # paper, release, exclusive, scene; see tpc.attention
     mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
     seed: int | None = None  # of the propagation's draws
 
 
 def best() -> CalibrationConfig:
-    """Our default."""
+    """Our default, chosen on the misalignment benchmark; see docs/calibration.md."""
     return CalibrationConfig(
         preset="best",
         transform="procrustes",
@@ -75,9 +77,10 @@ def best() -> CalibrationConfig:
         smoothing=2.0,
         match="track",
         fill="scene",
-        propagation="iterative",
+        propagation="off",
         groups=0,
-        visibility="exclusive",
+        attach="add",
+        visibility="scene",
         mask_threshold=0.0,
         seed=0,
     )
@@ -96,6 +99,7 @@ def paper() -> CalibrationConfig:
         max_gap=0,
         smoothing=0.0,
         fill="black",
+        propagation="iterative",
         groups=30,
         visibility="paper",
     )
@@ -138,6 +142,7 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
         ("match", MATCHES),
         ("fill", FILLS),
         ("propagation", PROPAGATIONS),
+        ("attach", ATTACHMENTS),
         ("visibility", VISIBILITIES),
     ):
         _check_choice(name, getattr(full, name), allowed)
@@ -155,6 +160,11 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
         ("mask_threshold", 0, 1),
     ):
         _check_range(name, getattr(full, name), low, high)
+    if full.visibility == "scene" and full.fill != "scene":
+        raise UserError(
+            f"tpc.visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "
+            "that place, fill=scene does"
+        )
     return full
 
 

@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.animate_anyone import AnimateAnyone
+from models.attention_layers import token_levels
 from models.latents import VAE, vae_factor
 from models.reference_attention import ReferenceContext
+from models.trainable import CalibratedPictures, TrainableAnimator
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
 
@@ -94,7 +95,7 @@ def counted(config: TrainConfig, *networks: nn.Module) -> Iterator[LiveStorages]
         yield live
 
 
-def step_memory(vae: VAE, model: AnimateAnyone, config: TrainConfig) -> StepMemory:
+def step_memory(vae: VAE, model: TrainableAnimator, config: TrainConfig) -> StepMemory:
     """Memory of one batch's step on one process.
 
     Args:
@@ -119,31 +120,36 @@ def step_memory(vae: VAE, model: AnimateAnyone, config: TrainConfig) -> StepMemo
     return StepMemory(encoding, live.peak)
 
 
-def step_inputs(model: AnimateAnyone, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
+def step_inputs(model: TrainableAnimator, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
     """Arguments of the model for one batch, calibrated images included where they are trained with."""
     width, height = config.data.size
     batch, frames = config.batch_size, config.data.num_frames
-    channels = model.denoising_unet.config.in_channels
+    channels = model.latent_channels
     calibrated = config.augmentation.calibrated
     pictures = min(calibrated.pictures, frames) if calibrated.probability > 0 else 0
-    seen = None
+    seen = found = None
     if pictures:
-        grids = model.denoising_unet.attention_grids(*latent)
-        sizes = [rows * columns for rows, columns in grids]
+        levels = token_levels(model.attention_layers(latent))
+        keys = {level.tokens: level.tokens * level.keys.own + 2 * level.keys.tokens for level in levels}
         seen = ReferenceContext(
             tokens={},
             index=torch.zeros(batch * frames, 2, dtype=torch.long),
-            query_flags={n: torch.empty(batch * frames, n, FLAGS) for n in sizes},
-            key_flags={n: torch.empty(batch * frames, 3 * n, FLAGS) for n in sizes},
+            query_flags={n: torch.empty(batch * frames, n, FLAGS) for n in keys},
+            key_flags={n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},
         )
+        shown = batch * pictures
+        found = CalibratedPictures(torch.empty(shown, 3, height, width), torch.empty(shown, 1, height, width))
+    encoded = pictures if model.calibrated_latents else 0
     return {
         "noisy_latents": torch.empty(batch, channels, frames, *latent),
         "timestep": torch.zeros(batch, dtype=torch.long),
-        "reference_latents": torch.empty(batch * (1 + pictures), channels, *latent),
+        "reference_latents": torch.empty(batch * (1 + encoded), channels, *latent),
         "reference_image": torch.empty(batch, 3, height, width),
         "poses": torch.empty(batch, 3, frames, height, width),
-        "dropped": torch.zeros(batch, dtype=torch.bool),
+        "dropped": torch.zeros(batch, dtype=torch.long),
         "reference": seen,
+        "reference_mask": torch.empty(batch, 1, height, width) if model.needs_mask else None,
+        "calibrated": found,
     }
 
 

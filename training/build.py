@@ -8,16 +8,15 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from diffusers.models.transformers import Transformer2DModel
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.animate_anyone import AnimateAnyone
-from models.latents import VAE, vae_factor
+from models.latents import VAE
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import load_pipeline, read_index
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
-from training.config import ModelConfig, NoiseConfig, TrainConfig
+from models.pipeline_folder import PIPELINES, load_pipeline, pipeline_of, read_index
+from models.trainable import TrainableAnimator
+from training.config import NoiseConfig, TrainConfig
+from training.kinds import new_animator
 
 
 def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
@@ -34,7 +33,7 @@ def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
     )
 
 
-def make_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
+def make_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
     """The frozen VAE and the networks to train: those of the pipeline folder `model.init`, or new ones.
 
     Raises:
@@ -44,13 +43,13 @@ def make_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
         vae, model = open_animator("model.init", config.model.init)
         return vae.requires_grad_(False).eval(), model
     vae = load_vae(config.model.vae).requires_grad_(False).eval()
-    model = new_networks(config.model, vae.config.latent_channels, max(config.data.size))
+    model = new_animator(config.model, vae.config.latent_channels, max(config.data.size))
     if config.model.start:
         start_from(model, config.model.start)
     return vae, model
 
 
-def start_from(model: AnimateAnyone, folder: str) -> None:
+def start_from(model: TrainableAnimator, folder: str) -> None:
     """Give new networks the weights of a pipeline folder wherever name and shape agree.
 
     Transformers that the folder does not have end in zeros, so that they start as no change.
@@ -60,20 +59,18 @@ def start_from(model: AnimateAnyone, folder: str) -> None:
     """
     started = open_animator("model.start", folder)[1]
     known = started.state_dict()
-    # What a smaller ReferenceNet had no use for, it takes from its twin, as if both had started from the same model.
-    read = {f"reference_net.{name}" for name, _ in started.reference_net.named_parameters()}
-    read -= {f"reference_net.{name}" for name in started.reference_net.unread_parameters()}
+    # What a smaller network had no use for, it takes from its twin, as if both had started from the same model.
+    read = known.keys() - started.unread_parameters()
     same, own = {}, model.state_dict()
     for name, value in own.items():
-        twin = name.replace("reference_net.", "denoising_unet.", 1)
-        source = twin if name.startswith("reference_net.") and name not in read else name
+        source = name if name in read else model.twin_of(name)
         if source in known and known[source].shape == value.shape:
             same[name] = known[source]
     shared, all_of_it = (sum(value.numel() for value in values) for values in (same.values(), own.values()))
     if shared < all_of_it / 2:
         raise UserError(
-            f"model.start={folder} agrees with {shared / all_of_it:.0%} of the new networks' weights in name and shape; "
-            "choose sizes closer to its own"
+            f"model.start={folder} agrees with {shared / all_of_it:.0%} of the new networks' weights in name and "
+            "shape; choose sizes closer to its own"
         )
     model.load_state_dict(same, strict=False)
     for name, module in model.named_modules():
@@ -82,19 +79,32 @@ def start_from(model: AnimateAnyone, folder: str) -> None:
             nn.init.zeros_(module.proj_out.bias)
 
 
-def open_animator(key: str, folder: str) -> tuple[VAE, AnimateAnyone]:
+def open_animator(key: str, folder: str) -> tuple[VAE, TrainableAnimator]:
     """VAE and networks of a pipeline folder.
 
     Args:
         key: of the configuration, for messages.
 
     Raises:
-        UserError: a folder that is missing, lacks a component, or is of another model.
+        UserError: a folder that is missing, lacks a component, or is of a model that cannot be trained.
     """
+    trainable_kind(key, folder, read_index(Path(folder)).get("_class_name"))
     pipeline = load_pipeline(folder)
-    if not isinstance(pipeline, AnimationPipeline) or not isinstance(pipeline.animator(), AnimateAnyone):
-        raise UserError(f"{key}={folder} is a {type(pipeline).__name__}; train.py trains AnimateAnyone")
     return pipeline.vae, pipeline.animator()
+
+
+def trainable_kind(key: str, folder: str | Path, name: str | None) -> type[TrainableAnimator]:
+    """The animator of a pipeline class, which must be one that can be trained.
+
+    Args:
+        key: of the configuration; folder: of the pipeline; for messages.
+        name: of the class.
+    """
+    pipeline = PIPELINES.get(name)
+    if pipeline is None or not issubclass(pipeline.animator_kind, TrainableAnimator):
+        known = [name for name, kind in PIPELINES.items() if issubclass(kind.animator_kind, TrainableAnimator)]
+        raise UserError(f"{key}={folder} is a {name}; train.py trains {', '.join(known)}")
+    return pipeline.animator_kind
 
 
 def load_vae(folder: str | Path) -> VAE:
@@ -102,133 +112,52 @@ def load_vae(folder: str | Path) -> VAE:
     return vae_kind(folder)[0].from_pretrained(folder)
 
 
-def vae_kind(folder: str | Path) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
+def vae_kind(
+    folder: str | Path, argument: str = "model.vae"
+) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
     """Class and configuration of the VAE in a folder, from its config.json.
+
+    Args:
+        argument: what the user calls the folder, for errors.
 
     Raises:
         UserError: not a VAE's folder, or another one's.
     """
     index = Path(folder) / "config.json"
     if not index.is_file():
-        raise UserError(f"model.vae={folder} is not a VAE folder (no config.json)")
+        raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")
     settings = json.loads(index.read_text(encoding="utf-8"))
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     if (kind := settings.get("_class_name")) not in kinds:
-        raise UserError(f"model.vae={folder} is a {kind}; AutoencoderKL and AutoencoderTiny are known")
+        raise UserError(f"{argument}={folder} is a {kind}; AutoencoderKL and AutoencoderTiny are known")
     return kinds[kind], settings
 
 
-def new_networks(config: ModelConfig, latent_channels: int, picture_size: int) -> AnimateAnyone:
-    """Randomly initialised networks; pose guider and motion modules end in zeros, so they start as no change."""
-    widths = tuple(config.block_out_channels)
-    if len(config.pose_channels) < 2:
-        raise UserError(f"model.pose_channels={config.pose_channels} needs at least two entries")
-    attention, heads = resolution_settings(config)
-    shared = {
-        "sample_size": picture_size // 2 ** (len(config.pose_channels) - 1),
-        "in_channels": latent_channels,
-        "out_channels": latent_channels,
-        "block_out_channels": widths,
-        "layers_per_block": config.layers_per_block,
-        "cross_attention_dim": config.context_dim,
-        "norm_num_groups": config.norm_num_groups,
-    }
-    reference_net = ReferenceNet(
-        down_block_types=tuple("CrossAttnDownBlock2D" if where == "both" else "DownBlock2D" for where in attention),
-        up_block_types=tuple(
-            "UpBlock2D" if where == "none" else "CrossAttnUpBlock2D" for where in reversed(attention)
-        ),
-        attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
-        **shared,
-    )
-    denoising_unet = DenoisingUNet(
-        down_block_types=tuple(
-            "CrossAttnDownBlockMotion" if where == "both" else "DownBlockMotion" for where in attention
-        ),
-        up_block_types=tuple(
-            "UpBlockMotion" if where == "none" else "CrossAttnUpBlockMotion" for where in reversed(attention)
-        ),
-        num_attention_heads=heads,
-        motion_num_attention_heads=heads,
-        motion_max_seq_length=config.motion_max_seq_length,
-        use_motion_mid_block=True,
-        **shared,
-    )
-    # Both UNets of a published model start as the same image model, so that what one writes means something to the
-    # other's attention; so do these.
-    own = reference_net.state_dict().keys()
-    same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
-    reference_net.load_state_dict(same, strict=False)
-    pose_guider = PoseGuider(widths[0], 3, tuple(config.pose_channels))
-    image_encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=config.image_encoder_width,
-            intermediate_size=2 * config.image_encoder_width,
-            num_hidden_layers=config.image_encoder_layers,
-            num_attention_heads=4,
-            image_size=config.image_encoder_size,
-            patch_size=config.image_encoder_patch,
-            projection_dim=config.context_dim,
-        )
-    )
-    return AnimateAnyone(reference_net, denoising_unet, pose_guider, image_encoder)
-
-
-def resolution_settings(config: ModelConfig) -> tuple[list[str], tuple[int, ...]]:
-    """Where each resolution of new UNets has attention, and its heads; finest first.
-
-    Raises:
-        UserError: not one entry a resolution, or unknown ones.
-    """
-    widths, heads = list(config.block_out_channels), list(config.attention_heads)
-    attention = list(config.attention or ["both"] * len(widths))
-    if len(attention) != len(widths) or attention[-1] != "both" or not {"none", "up", "both"} >= set(attention):
-        raise UserError(
-            f"model.attention={attention} needs one of none, up, both for each of model.block_out_channels={widths}, "
-            "and both for the last"
-        )
-    if len(heads) == 1:
-        heads *= len(widths)
-    if len(heads) != len(widths) or any(h < 1 or width % h for h, width in zip(heads, widths, strict=True)):
-        raise UserError(
-            f"model.attention_heads={heads} needs one number, or one for each of model.block_out_channels={widths} "
-            "that divides it"
-        )
-    return attention, tuple(heads)
-
-
-def what_is_trained(config: TrainConfig) -> str:
-    """`trainable`, or what the stage trains without it."""
-    return config.trainable or {"image": "full", "motion": "motion"}[config.stage]
-
-
-def set_trainable(model: AnimateAnyone, config: TrainConfig) -> list[nn.Parameter]:
+def set_trainable(model: TrainableAnimator, config: TrainConfig) -> list[nn.Parameter]:
     """Freeze what is not trained; returns the rest, every one of which gets a gradient in every step.
 
-    Frozen in any case: what follows the ReferenceNet's last written layer, queries and keys of cross-attention to the
-    one image token, and motion modules where clips have one frame.
+    Raises:
+        UserError: a choice that the model does not have in this stage.
     """
-    mode, unet = what_is_trained(config), model.denoising_unet
-    if config.stage == "image":
-        unet.use_motion_on_single_frames(False)
-    model.requires_grad_(mode == "full")
-    if mode == "lora":
-        motion = config.lora.motion and config.stage == "motion"
-        add_lora(unet, config.lora.rank, config.lora.alpha, motion)
-        add_lora(model.reference_net, config.lora.rank, config.lora.alpha, motion)
-    if mode == "full":
-        model.image_encoder.requires_grad_(config.model.train_image_encoder)
-        model.reference_net.freeze_unread_parameters()
-        for network in (unet, model.reference_net):
-            for name in one_token_parameters(network):
-                network.get_parameter(name).requires_grad_(False)
-    if mode != "lora":
-        for parameter in unet.motion_parameters():
-            parameter.requires_grad_(config.stage == "motion")
+    choices = model.trainable_choices(config.stage)
+    known = (*choices, "lora") if model.adapted_networks else choices
+    choice = config.trainable or choices[0]
+    if choice not in known:
+        raise UserError(
+            f"trainable={choice} is not one of {', '.join(known)}, which {type(model).__name__} has in "
+            f"stage={config.stage}"
+        )
+    model.prepare_stage(config.stage)
+    if choice == "lora":
+        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.motion and config.stage == "motion")
+    else:
+        trained = model.trained_parameters(choice, config.stage, config.model.train_image_encoder)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def shrink_frozen(vae: VAE, model: AnimateAnyone, dtype: torch.dtype) -> None:
+def shrink_frozen(vae: VAE, model: TrainableAnimator, dtype: torch.dtype) -> None:
     """Keep frozen convolutions and linear layers in a smaller number format; autocast computes in it anyway.
 
     Norms stay in float32, which autocast gives them, and so do first layers: networks are asked for their dtype by
@@ -243,21 +172,19 @@ def shrink_frozen(vae: VAE, model: AnimateAnyone, dtype: torch.dtype) -> None:
 
 
 def make_pipeline(
-    vae: VAE, model: AnimateAnyone, noise: NoiseConfig, window_size: int | None = None
+    vae: VAE, model: TrainableAnimator, noise: NoiseConfig, window_size: int | None = None
 ) -> AnimationPipeline:
     """The networks as an inference pipeline that shares their memory.
 
     Args:
-        window_size: frames that the motion modules are trained on together.
+        window_size: frames that are trained on together.
     """
-    return AnimationPipeline(
+    return pipeline_of(type(model))(
         vae=vae,
-        image_encoder=model.image_encoder,
-        reference_net=model.reference_net,
-        denoising_unet=model.denoising_unet,
-        pose_guider=model.pose_guider,
         scheduler=make_scheduler(noise),
         window_size=window_size,
+        **dict(model.named_children()),
+        **model.settings(),
     )
 
 
@@ -285,16 +212,3 @@ def check_precision(config: TrainConfig) -> None:
     if config.channels_last and config.mixed_precision == "bf16" and config.data.num_frames > 1:
         if not torch.cuda.is_available():
             raise UserError("channels_last=true with mixed_precision=bf16 and clips crashes on CPUs; set it to false")
-
-
-def check_size(vae: VAE, model: AnimateAnyone, size: list[int]) -> None:
-    """Pictures must divide by the VAE's factor, and pose features must be of the latents' size."""
-    factor, channels = vae_factor(vae), model.pose_guider.config.block_out_channels
-    smaller = 2 ** (len(channels) - 1)
-    if smaller != factor:
-        raise UserError(
-            f"model.pose_channels={list(channels)} make pose pictures {smaller} times smaller, but the VAE makes "
-            f"pictures {factor} times smaller; each entry after the first halves them"
-        )
-    if size[0] % factor or size[1] % factor:
-        raise UserError(f"data.size={size} must be multiples of {factor}, the VAE's factor")

@@ -27,6 +27,8 @@ class DataConfig:
     num_frames: frames a clip; 1 for the image stage.
     stride: a clip takes every stride-th frame.
     seed: clip number i is a function of (seed, i) alone.
+    pose_pictures: folder of the videos' pose pictures under their names, such as DensePose, for models that read
+        these; null: OpenPose figures are drawn.
     crop: of videos: "person", as large as the picture allows with everybody inside over the whole clip, clips whose
         people do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it
         cuts.
@@ -43,6 +45,7 @@ class DataConfig:
     size: list[int] = field(default_factory=lambda: [128, 128])
     num_frames: int = 1
     stride: int = 1
+    pose_pictures: str | None = None
     crop: str = "person"
     latents: str | None = None
     embeddings: str | None = None
@@ -148,6 +151,7 @@ class AugmentationConfig:
 class ModelConfig:
     """The networks: a saved pipeline folder to start from, or the sizes of new ones.
 
+    kind: of new networks, see `training/kinds.py`; a folder says itself what it is.
     init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
     vae: folder of a trained VAE, needed when init is null.
     start: pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random:
@@ -155,9 +159,11 @@ class ModelConfig:
     attention: where each resolution has attention, finest first: "both", on the way down and up, "up" or "none"; null:
         both everywhere. The last one must have both.
     attention_heads: one number, or one for each resolution.
-    train_image_encoder: train the image encoder in the image stage (for a new one; published ones stay frozen).
+    train_image_encoder: train the image encoder, of MagicAnimate the prompt, in the image stage (for a new one;
+        published ones stay frozen).
     """
 
+    kind: str = "animate_anyone"
     init: str | None = None
     start: str | None = None
     vae: str | None = None
@@ -205,9 +211,10 @@ class TrainConfig:
     """`train.py`: one loop for both stages.
 
     stage: "image" trains on single frames, "motion" on clips.
-    trainable: "full", every network (motion modules only in stage=motion); "motion", the motion modules alone;
-        "lora", low-rank adapters of both UNets; null: what the stage trains as published, "full" for image and
-        "motion" for motion. Whatever no output depends on is frozen in every case.
+    trainable: "full", every network (of AnimateAnyone the motion modules only in stage=motion); "motion", the motion
+        modules alone; "lora", low-rank adapters of the UNets; what else a model offers, its `trainable_choices` say;
+        null: what the stage trains as published, of AnimateAnyone "full" for image and "motion" for motion. Whatever
+        no output depends on is frozen in every case.
     output: folder of checkpoints, logs and the finished pipeline.
     batch_size: clips a process and step, before accumulation.
     total_batch_size: clips an optimiser step of all processes together; gradient_accumulation is then chosen to reach
@@ -266,7 +273,6 @@ def check_train_config(config: TrainConfig) -> None:
         "data.source": (config.data.source, ("rendered", "videos")),
         "export_dtype": (config.export_dtype, ("float32", "float16")),
         "noise.prediction_type": (config.noise.prediction_type, ("v_prediction", "epsilon", "sample")),
-        "trainable": (config.trainable, (None, "full", "motion", "lora")),
         "mixed_precision": (config.mixed_precision, (None, "no", "bf16", "fp16")),
         "frozen_dtype": (config.frozen_dtype, ("float32", "bfloat16")),
         "optimizer.name": (config.optimizer.name, ("adamw", "adamw8bit")),

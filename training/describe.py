@@ -1,11 +1,13 @@
 """The networks of a configuration without their weights, on the meta device: for sizes and estimates, in seconds."""
 
+import inspect
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from core.errors import UserError
 from models.animate_anyone import AnimateAnyone
@@ -17,10 +19,11 @@ from models.checkpoints.sizes import (
     make_reference_net,
 )
 from models.latents import VAE
-from models.pipeline_folder import read_index
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
-from training.build import new_networks, vae_kind
+from models.pipeline_folder import NETWORKS, read_index
+from models.trainable import TrainableAnimator
+from training.build import trainable_kind, vae_kind
 from training.config import TrainConfig
+from training.kinds import PUBLISHED, new_animator
 
 # Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
 PUBLISHED_VAE = {
@@ -42,7 +45,7 @@ PUBLISHED_IMAGE_ENCODER = {
 POSE_CHANNELS = (16, 32, 96, 256)
 
 
-def describe_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
+def describe_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
     """What `make_networks` makes, without weights; the published sizes without `model.init` and `model.vae`.
 
     Raises:
@@ -54,7 +57,9 @@ def describe_networks(config: TrainConfig) -> tuple[VAE, AnimateAnyone]:
         if config.model.vae:
             kind, settings = vae_kind(config.model.vae)
             vae = kind.from_config(settings)
-            return vae, new_networks(config.model, vae.config.latent_channels, max(config.data.size))
+            return vae, new_animator(config.model, vae.config.latent_channels, max(config.data.size))
+        if config.model.kind != PUBLISHED:
+            raise UserError(f"model.kind={config.model.kind} needs model.init= or model.vae= for an estimate")
         return published_networks()
 
 
@@ -69,17 +74,28 @@ def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
     )
 
 
-def folder_networks(folder: Path) -> tuple[VAE, AnimateAnyone]:
+def folder_networks(folder: Path) -> tuple[VAE, TrainableAnimator]:
     """The networks of a pipeline folder, from its configuration files."""
     index = read_index(folder)
-    if index.get("_class_name") != "AnimationPipeline":
-        raise UserError(f"model.init={folder} is a {index.get('_class_name')}; train.py trains AnimateAnyone")
-    parts = {"reference_net": ReferenceNet, "denoising_unet": DenoisingUNet, "pose_guider": PoseGuider}
-    networks = {name: kind.from_config(component_config(folder, name)) for name, kind in parts.items()}
-    encoder = CLIPVisionConfig(**component_config(folder, "image_encoder"))
-    kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[index["vae"][1]]
-    model = AnimateAnyone(**networks, image_encoder=CLIPVisionModelWithProjection(encoder))
-    return kind.from_config(component_config(folder, "vae")), model
+    kind = trainable_kind("model.init", folder, index.get("_class_name"))
+    arguments = {}
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+        if parameter.default is inspect.Parameter.empty:
+            arguments[name] = described(folder, name, index.get(name))
+        elif name in index:
+            arguments[name] = index[name]
+    return described(folder, "vae", index.get("vae")), kind(**arguments)
+
+
+def described(folder: Path, name: str, entry: list[str] | None) -> nn.Module:
+    """One network of a pipeline folder without weights; `entry` is its [library, class] in the index, if there."""
+    settings = component_config(folder, name)
+    if not isinstance(entry, list) or entry[-1] not in NETWORKS:
+        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(NETWORKS)}")
+    network = NETWORKS[entry[-1]]
+    if issubclass(network, PreTrainedModel):
+        return network(network.config_class(**settings))
+    return network.from_config(settings)
 
 
 def component_config(folder: Path, name: str) -> dict:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
-from models.lora import ADAPTED, merge, save_lora
+from models.lora import adapted_networks, merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.average import FILE as AVERAGE
-from training.build import make_networks, make_pipeline, set_trainable, trained_window, what_is_trained
+from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
 
@@ -51,7 +51,7 @@ class ExportConfig:
 
 def export_name(config: TrainConfig) -> str:
     """What a run's result is called in its output folder: "pipeline", or "lora" for adapters by themselves."""
-    return "lora" if what_is_trained(config) == "lora" and config.lora.export == "separate" else "pipeline"
+    return "lora" if config.trainable == "lora" and config.lora.export == "separate" else "pipeline"
 
 
 def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, average: bool = True) -> None:
@@ -84,8 +84,8 @@ def write_export(config: TrainConfig, pipeline: AnimationPipeline, folder: Path)
         with complete_folder(folder) as temporary:
             save_lora(pipeline, temporary)
         return
-    if what_is_trained(config) == "lora":
-        for name in ADAPTED:
+    if config.trainable == "lora":
+        for name in adapted_networks(pipeline):
             merge(getattr(pipeline, name))
     save_pipeline(pipeline, folder, config.export_dtype)
 

@@ -25,6 +25,7 @@ from data.video import VideoReader
 from models.animate_anyone import image_context
 from models.latents import VAE, picture_posterior, vae_factor
 from models.pipeline_folder import choose_device, load_component, read_index
+from models.trainable import TrainableAnimator
 from training.build import load_vae
 from training.config import TrainConfig
 
@@ -113,7 +114,7 @@ def clip_features(
     return found
 
 
-def check_features(config: TrainConfig, vae: VAE, image_encoder: nn.Module) -> None:
+def check_features(config: TrainConfig, vae: VAE, model: TrainableAnimator) -> None:
     """Refuse cached features that are not what this run would compute itself.
 
     Raises:
@@ -134,9 +135,17 @@ def check_features(config: TrainConfig, vae: VAE, image_encoder: nn.Module) -> N
             "data.embeddings= cannot be used with augmentation.composition or augmentation.calibrated, which change "
             "the reference or need its pixels at every step; leave it out (data.latents= may stay)"
         )
-    if data.embeddings and any(parameter.requires_grad for parameter in image_encoder.parameters()):
-        raise UserError("data.embeddings= holds a frozen encoder's output; model.train_image_encoder must be false")
-    networks = {"latents": vae, "embeddings": image_encoder}
+    if data.latents and model.alters_reference:
+        raise UserError(f"data.latents= cannot be used: {type(model).__name__} takes latents of altered references")
+    networks: dict[str, nn.Module] = {"latents": vae}
+    if data.embeddings:
+        if not model.takes_embeddings:
+            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's picture")
+        networks["embeddings"] = model.image_encoder
+        if any(parameter.requires_grad for parameter in model.image_encoder.parameters()):
+            raise UserError(
+                "data.embeddings= holds a frozen encoder's output; model.train_image_encoder must be false"
+            )
     size = (data.size[0], data.size[1])
     clips, _ = usable_clips(Path(data.root), size, data.crop, data.split)
     for kind, folder in given.items():

@@ -3,12 +3,13 @@
 from dataclasses import astuple, dataclass, fields
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
-from models.animate_anyone import AnimateAnyone
-from models.latents import VAE
+from models.latents import VAE, vae_factor
+from models.trainable import TrainableAnimator
 from training.activations import StepMemory, step_memory
-from training.build import check_size, set_trainable, shrink_frozen
+from training.build import set_trainable, shrink_frozen
 from training.config import TrainConfig
 from training.describe import describe_networks
 
@@ -63,14 +64,15 @@ class Need:
         return sum(astuple(self)) - self.host
 
 
-def amounts(vae: VAE, model: AnimateAnyone, config: TrainConfig, step: StepMemory) -> Amounts:
+def amounts(vae: VAE, model: TrainableAnimator, config: TrainConfig, step: StepMemory) -> Amounts:
     """The amounts of a configuration; networks may be on the meta device."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     blocks = (
         block
-        for unet in (model.reference_net, model.denoising_unet)
-        for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+        for network in model.children()
+        if hasattr(network, "down_blocks")
+        for level in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ()))
         for block in level.children()
     )
     return Amounts(
@@ -124,17 +126,18 @@ def needs(a: Amounts, processes: int) -> dict[str, Need]:
     }
 
 
-def enable_gradient_checkpointing(model: AnimateAnyone) -> None:
-    """Recompute blocks in the backward pass, motion modules included."""
-    model.reference_net.enable_gradient_checkpointing()
-    model.denoising_unet.enable_gradient_checkpointing()
+def enable_gradient_checkpointing(model: TrainableAnimator) -> None:
+    """Recompute blocks of UNets and ControlNets in the backward pass, motion modules included."""
+    for network in model.children():
+        if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing()
 
 
-def estimate(config: TrainConfig) -> tuple[VAE, AnimateAnyone, StepMemory]:
+def estimate(config: TrainConfig) -> tuple[VAE, TrainableAnimator, StepMemory]:
     """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
     vae, model = describe_networks(config)
     vae.requires_grad_(False)
-    check_size(vae, model, config.data.size)
+    model.check_size(vae_factor(vae), tuple(config.data.size))
     with torch.device("meta"):
         set_trainable(model, config)
     if config.frozen_dtype == "bfloat16":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from models.latents import VAE, encode_pictures, picture_posterior
 from models.reference_attention import ReferenceContext
+from models.trainable import CalibratedPictures
 from tpc.augmentation import (
     CalibratedBatch,
     CalibratedTrainingConfig,
@@ -22,9 +23,11 @@ from tpc.augmentation import (
     compose_references,
     training_visibility,
 )
+from tpc.tokens import TokenLevel
 from training.attention_loss import attention_loss, body_points, point_probe, with_background
 from training.config import AttentionLossConfig, NoiseConfig
 from training.randomness import Generators, draw
+from training.traits import TrainingTraits
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def encode_reference(vae: VAE, images: Tensor, chunk: int | None = None) -> Tens
     return encode_pictures(vae, images, chunk).float()
 
 
-def batch_latents(vae: VAE, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def batch_latents(
+    vae: VAE, batch: dict[str, Tensor], traits: TrainingTraits, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and deviation of the frames' latents (b, c, f, h, w), and the references' latents (b, c, h, w).
 
     What a batch brings from `prepare.py latents` is taken as it is, the rest is encoded.
@@ -71,9 +76,10 @@ def batch_latents(vae: VAE, batch: dict[str, Tensor], chunk: int | None = None) 
         mean, deviation = batch["latent_mean"], batch["latent_deviation"]
     else:
         mean, deviation = encode_frames(vae, batch["frames"], chunk)
-    if "reference_latents" in batch:
+    if "reference_latents" in batch and not traits.alters_reference:
         return mean, deviation, batch["reference_latents"]
-    return mean, deviation, encode_reference(vae, batch["reference"], chunk)
+    pictures = traits.latent_pictures(batch["reference"], batch.get("reference_mask"))
+    return mean, deviation, encode_reference(vae, pictures, chunk)
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -150,42 +156,39 @@ def sample(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
 
 
 def calibrated_reference(
-    vae: VAE,
     batch: dict[str, Tensor],
     dropped: Tensor,
-    grids: list[tuple[int, int]],
+    levels: list[TokenLevel],
     config: CalibratedTrainingConfig,
     generators: Generators,
-    chunk: int | None = None,
-) -> tuple[Tensor, ReferenceContext]:
+) -> tuple[CalibratedPictures, ReferenceContext]:
     """Calibrated images beside the references, as inference with TPC has them.
 
     Args:
-        dropped: (b,) bool, samples that see neither.
-        grids: (h, w) tokens of every self-attention level.
+        dropped: (b,), samples that see neither where it is not 0.
+        levels: of the layers in which frames see images.
         generators: one a sample.
-        chunk: pictures that pass the VAE at a time.
 
     Returns:
-        Latents of the m calibrated images of each clip, (b*m, c, h, w), and index and flags of what the b*f frames
-        see of [b references | b*m calibrated images].
+        The m calibrated images of each clip, and index and flags of what the b*f frames see of [b references | b*m
+        calibrated images].
     """
     calibrated = calibrate_samples(batch, config, generators)
-    flags = training_visibility(batch, calibrated, grids, config)
+    flags = training_visibility(batch, calibrated, levels, config)
     batch_size, pictures = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]
-    latents = encode_reference(vae, calibrated.images.flatten(0, 1), chunk)
-    clip = torch.arange(batch_size, device=latents.device)[:, None].expand(-1, frames)
+    found = CalibratedPictures(calibrated.images.flatten(0, 1), calibrated.masks.flatten(0, 1))
+    clip = torch.arange(batch_size, device=found.pictures.device)[:, None].expand(-1, frames)
     index = torch.stack([clip, batch_size + clip * pictures + calibrated.index], dim=-1).flatten(0, 1)
-    # One more flag: frames of dropped samples are blind to every key but their own.
-    blind = dropped.repeat_interleave(frames).float()[:, None, None].to(latents.device)
-    query, key = {}, {}
-    for n in flags.query:
+    # One more flag: frames of dropped samples are blind to every key but their own, where they have such.
+    blind = dropped.bool().repeat_interleave(frames).float()[:, None, None].to(found.pictures.device)
+    query, key = dict(flags.query), dict(flags.key)
+    for n in [level.tokens for level in levels if level.keys.own]:
         others = torch.ones_like(flags.key[n][..., :1])
         others[:, :n] = 0
         query[n] = torch.cat([flags.query[n], blind.expand(-1, n, -1)], dim=-1)
         key[n] = torch.cat([flags.key[n], others], dim=-1)
-    return latents, ReferenceContext({}, index, query, key)
+    return found, ReferenceContext({}, index, query, key)
 
 
 def diffusion_loss(
@@ -195,7 +198,7 @@ def diffusion_loss(
     batch: dict[str, Tensor],
     config: NoiseConfig,
     calibrated: CalibratedTrainingConfig,
-    grids: list[tuple[int, int]],
+    traits: TrainingTraits,
     generators: Generators,
     chunk: int | None = None,
     attention: AttentionLossConfig | None = None,
@@ -203,32 +206,39 @@ def diffusion_loss(
     """Loss of one batch of clips: weighted mean squared error of the prediction.
 
     Args:
-        model: `AnimateAnyone`, possibly wrapped for distributed training.
+        model: a `TrainableAnimator`, possibly wrapped for distributed training.
         batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
             for calibrated training masks and keypoints too, see `data.datasets`; cached features in place of
             pictures, see `data.video_folder`.
         calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
-        grids: (h, w) tokens of every self-attention level, for calibrated training.
+        traits: of the model.
         generators: one a sample, see `training.randomness`.
         chunk: pictures that pass the VAE at a time.
         attention: attention supervision; None or a weight of 0: none.
     """
-    mean, deviation, reference_latents = batch_latents(vae, batch, chunk)
-    levels = scheduler.config.num_train_timesteps
-    drawn = draw(mean.shape[1:], levels, config.condition_dropout, config.noise_offset, generators, mean.device)
+    mean, deviation, reference_latents = batch_latents(vae, batch, traits, chunk)
+    drawn = draw(
+        mean.shape[1:],
+        scheduler.config.num_train_timesteps,
+        config.condition_dropout,
+        config.noise_offset,
+        generators,
+        mean.device,
+        traits.drop_kinds,
+    )
     latents = mean + deviation * drawn.posterior
-    seen = None
+    seen = found = None
     if calibrated.probability > 0:
-        calibrated_latents, seen = calibrated_reference(
-            vae, batch, drawn.dropped, grids, calibrated, generators, chunk
-        )
-        reference_latents = torch.cat([reference_latents, calibrated_latents])
+        found, seen = calibrated_reference(batch, drawn.dropped, traits.levels, calibrated, generators)
+        if traits.calibrated_latents:
+            pictures = traits.latent_pictures(found.pictures, found.masks)
+            reference_latents = torch.cat([reference_latents, encode_reference(vae, pictures, chunk)])
     points = probe = None
     if attention is not None and attention.weight > 0:
         points = body_points(batch, attention.score_threshold)
         if attention.background:
             points = with_background(points, batch, attention.background, generators)
-        probe = point_probe(points, grids)
+        probe = point_probe(points, traits.grids)
     prediction = model(
         scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
         drawn.timesteps,
@@ -238,6 +248,8 @@ def diffusion_loss(
         drawn.dropped,
         seen,
         probe,
+        batch["reference_mask"] if traits.needs_mask else None,
+        found,
     )
     target = prediction_target(scheduler, latents, drawn.noise, drawn.timesteps)
     squares = (prediction.float() - target).square()
@@ -249,7 +261,7 @@ def diffusion_loss(
     loss = (snr_weights(scheduler, drawn.timesteps, config.snr_gamma) * weighted).mean()
     if probe is None:
         return StepLoss(loss, errors.detach(), drawn.timesteps)
-    pointing, accuracy = attention_loss(probe, points, grids, attention)
+    pointing, accuracy = attention_loss(probe, points, traits.grids, attention)
     return StepLoss(
         loss + attention.weight * pointing,
         errors.detach(),

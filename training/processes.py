@@ -17,6 +17,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from core.config import load_config
 from core.errors import UserError
 from training.config import TrainConfig
+from training.vae_config import VAEConfig
 
 # The main process may render a cache or sample a validation while the others wait for it.
 PATIENCE = timedelta(hours=4)
@@ -24,7 +25,7 @@ SHARDED = ("zero3", "fsdp")
 GOODBYE = 0.5  # seconds
 
 
-def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+def make_accelerator(config: TrainConfig | VAEConfig, output: Path) -> Accelerator:
     """Accelerate's front end. Without a GPU, processes talk over gloo.
 
     Raises:

@@ -20,7 +20,7 @@ class Draws:
 
     Attributes:
         timesteps: (b,) long.
-        dropped: (b,) bool, samples that are trained without reference.
+        dropped: (b,) long, samples that are trained without some condition: 0 none, or which kind, from 1.
         noise: (b, c, f, h, w) what is added to the latents, offset included.
         posterior: (b, c, f, h, w) standard normal, for the VAE's posterior.
     """
@@ -50,15 +50,17 @@ def draw(
     noise_offset: float,
     generators: Generators,
     device: torch.device | str = "cpu",
+    kinds: int = 1,
 ) -> Draws:
     """Draw everything that one training step needs, sample by sample; on the CPU, so every device gets the same.
 
     Args:
         shape: (c, f, h, w) of one sample's latents.
         timesteps: number of timesteps to choose from, evenly.
-        dropout: share of samples without reference.
+        dropout: share of samples without some condition.
         noise_offset: deviation of a constant a (sample, channel), the same in all frames and places, added to the
             noise and with it to what the model must predict.
+        kinds: of conditions that may be missing, each as often.
     """
     # Every quantity is drawn whether it is used or not, so that switching one off leaves the others as they were.
     steps = torch.cat([torch.randint(timesteps, (1,), generator=g) for g in generators])
@@ -66,9 +68,10 @@ def draw(
     offsets = torch.stack([torch.randn(shape[0], 1, 1, 1, generator=g) for g in generators])
     noise = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     posterior = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    dropped = torch.where(lots < dropout, 1 + (lots * kinds / max(dropout, 1e-12)).long().clamp(max=kinds - 1), 0)
     return Draws(
         steps.to(device),
-        (lots < dropout).to(device),
+        dropped.to(device),
         (noise + noise_offset * offsets).to(device),
         posterior.to(device),
     )

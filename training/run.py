@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from core.errors import UserError
 from models.latents import VAE, vae_factor
+from models.trainable import TrainableAnimator
 from training.average import WeightAverage
 from training.build import make_scheduler
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
@@ -23,6 +24,7 @@ from training.latent_cache import ensure_latents, latents_folder
 from training.logs import StepLog
 from training.processes import on_main, strategy
 from training.randomness import Generators, sample_generators
+from training.traits import TrainingTraits
 
 Batch = dict[str, Tensor]
 
@@ -33,11 +35,11 @@ class Run:
 
     Attributes:
         output: folder of checkpoints, logs and the pipeline.
-        model: `AnimateAnyone` as `accelerator.prepare` wrapped it.
+        model: the animator as `accelerator.prepare` wrapped it.
         trainable: names in the bare model and parameters, as prepared.
         rate: learning rate of a step, counted from 0.
         average: moving average of the trainable parameters, or None.
-        grids: (h, w) tokens of every self-attention level.
+        traits: of the model.
         layout: what checkpoints must agree with.
         progress: how far the run has come.
         guard: leaves out steps that are not finite.
@@ -54,7 +56,7 @@ class Run:
     rate: Callable[[int], float]
     average: WeightAverage | None
     scheduler: DDIMScheduler
-    grids: list[tuple[int, int]]
+    traits: TrainingTraits
     layout: Layout
     progress: Progress
     guard: StepGuard
@@ -71,14 +73,16 @@ class Run:
         return [parameter for _, parameter in self.trainable]
 
 
-def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: nn.Module) -> Run:
+def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: TrainableAnimator) -> Run:
     """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint.
 
     Args:
         vae, model: on the CPU; the model's trainable parameters are those that require gradients.
     """
     factor = vae_factor(vae)
-    grids = model.denoising_unet.attention_grids(config.data.size[1] // factor, config.data.size[0] // factor)
+    traits = TrainingTraits.of(model, (config.data.size[1] // factor, config.data.size[0] // factor))
+    if config.attention.weight > 0:
+        traits.check_supervised()
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
     exchange_with_bare_model(accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -99,7 +103,7 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         rate=learning_rate(config.optimizer, config.max_steps),
         average=average,
         scheduler=make_scheduler(config.noise),
-        grids=grids,
+        traits=traits,
         layout=arrangement,
         progress=progress,
         guard=StepGuard(config.max_skipped_steps, skipped=progress.skipped),

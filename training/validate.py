@@ -132,6 +132,7 @@ def animate(
         item["reference"] / 2 + 0.5,
         item["poses"].transpose(0, 1),
         calibration,
+        reference_mask=item["reference_mask"][0],
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         generator=torch.Generator().manual_seed(seed),

@@ -20,32 +20,37 @@ from analysis.animation import SamplingConfig, animate
 from analysis.figures import labelled_row
 from benchmarks.misalignment.clips import BenchmarkClips
 from benchmarks.misalignment.manifest import KINDS
-from benchmarks.misalignment.report import Values, bars, measure_table, read_values, recovered_table
+from benchmarks.misalignment.measures import MeasuresConfig, open_measures
+from benchmarks.misalignment.report import (
+    Values,
+    bars,
+    measure_table,
+    read_values,
+    recovered_table,
+    table_numbers,
+    trial_numbers,
+)
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file
 from core.processes import process_state
-from evaluation.experiment import PERSON_PSNR, WITHOUT, Condition, Trial, TrialsConfig, all_trials, run_task
-from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
+from evaluation.experiment import PERSON_PSNR, WITHOUT, Condition, Trial, all_trials, run_task
+from evaluation.instruments import Instruments
 from evaluation.plots import draw_bars
 from evaluation.report import common_facts, heading, markdown, write_results
 from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
 from tpc.config import PRESETS
 
-LPIPS = "lpips_alex"
-
 
 @dataclass
-class BenchmarkConfig(TrialsConfig):
+class BenchmarkConfig(MeasuresConfig):
     """What is measured.
 
     output: folder for the results; model: pipeline folder.
     kinds: of clips; clips: of each kind, the first ones, 0: all.
     presets: of TPC, in the order of the tables.
-    lpips: also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches.
     strips: clips of each kind that strips.png shows; 0: no picture.
-    weights: folder of ST-LPIPS's network; null: the cache.
     """
 
     output: str = "outputs/misalignment"
@@ -54,9 +59,7 @@ class BenchmarkConfig(TrialsConfig):
     clips: int = 0
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
     presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
-    lpips: bool = False
     strips: int = 1
-    weights: str | None = None
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -73,14 +76,6 @@ def conditions_of(config: BenchmarkConfig) -> dict[str, Condition]:
     for preset in config.presets:
         found[f"TPC {preset}"] = Condition(f"tpc-{preset}", config.model, replace(config.tpc, preset=preset))
     return found
-
-
-def open_measures(config: BenchmarkConfig, device: str) -> Instruments:
-    """PSNR and SSIM of person and background, and what else is asked for."""
-    measures = ["psnr", "ssim", *([LPIPS] if config.lpips else []), *(PERSON_MEASURES if config.persons else ())]
-    features = "stand-in" if config.lpips else "none"
-    protocol = ProtocolConfig(protocol="native", features=features, measures=measures, weights=config.weights)
-    return open_instruments(protocol, ("foreground", "background"), config.persons, device)
 
 
 def main(arguments: list[str]) -> None:
@@ -119,27 +114,13 @@ def _write(
     results = common_facts(config, instruments) | {
         "counts": {kind: len(names) for kind, names in values.kinds.items()} | {"seeds": len(config.seeds)},
         "tables": {table.corner + " / " + table.caption: table_numbers(table) for table in tables},
-        "trials": [
-            {"condition": condition, "clip": clip, "seed": seed, **measured}
-            for (condition, clip, seed), measured in values.by_trial.items()
-        ],
+        "trials": trial_numbers(values),
     }
     save_config(config, output / "config.yaml")
     groups = [kind.replace("_", "\n") for kind in values.kinds]
     draw_bars(output / "psnr.png", groups, bars(values, conditions, PERSON_PSNR), "PSNR of the person (dB)")
     write_results(output, results, {"table.md": text})
     print(text, end="")
-
-
-def table_numbers(table) -> dict:
-    """A table as JSON: row -> column -> mean and deviation."""
-    return {
-        label: {
-            column: {"mean": cell.mean, "deviation": cell.deviation}
-            for column, cell in zip(table.columns, cells, strict=True)
-        }
-        for label, cells in table.rows
-    }
 
 
 def _draw_strips(config: BenchmarkConfig, clips: BenchmarkClips, kinds: dict[str, list[str]], output: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,25 @@ def recovered_table(values: Values, conditions: Mapping[str, str], measure: str)
     return Table(
         measure_label(measure), columns, tuple(rows), f"shares only where misalignment costs at least {LEAST_COST} dB"
     )
+
+
+def table_numbers(table: Table) -> dict[str, dict[str, Any]]:
+    """A table as JSON: row -> column -> mean and deviation."""
+    return {
+        label: {
+            column: {"mean": cell.mean, "deviation": cell.deviation}
+            for column, cell in zip(table.columns, cells, strict=True)
+        }
+        for label, cells in table.rows
+    }
+
+
+def trial_numbers(values: Values) -> list[dict[str, Any]]:
+    """Every trial as JSON, with the means over its frames."""
+    return [
+        {"condition": condition, "clip": clip, "seed": seed, **measured}
+        for (condition, clip, seed), measured in values.by_trial.items()
+    ]
 
 
 def bars(values: Values, conditions: Mapping[str, str], measure: str) -> dict[str, list[Cell]]:

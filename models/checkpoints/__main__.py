@@ -13,9 +13,10 @@ from omegaconf import MISSING
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from models.checkpoints.convert import ConvertConfig, convert
+from models.checkpoints.convert import convert
 from models.checkpoints.files import read_tensors
 from models.checkpoints.kinds import inspect, inspect_folder
+from models.checkpoints.sources import ConvertConfig
 from models.checkpoints.verify import read_fixture, verify
 
 USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"

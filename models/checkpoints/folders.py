@@ -14,13 +14,20 @@ from models.checkpoints.strict import Mismatch, misshapen
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_folder(kind: type[Module], folder: str | Path, what: str, dtype: torch.dtype = torch.float32) -> Module:
+def load_folder(
+    kind: type[Module],
+    folder: str | Path,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+    others: tuple[str, ...] = (),
+) -> Module:
     """`kind.from_pretrained` of a local folder that refuses what the library only warns of.
 
     The libraries give missing tensors random values and go on.
 
     Args:
         what: the folder as the user knows it, for errors.
+        others: what the names of tensors of other networks begin with, which the folder may hold too.
 
     Raises:
         UserError: no such folder, or its weights do not fit its configuration.
@@ -39,7 +46,7 @@ def load_folder(kind: type[Module], folder: str | Path, what: str, dtype: torch.
         raise UserError(f"{what} cannot be loaded as {kind.__name__}: {error}") from None
     mismatch = Mismatch(
         missing=tuple(sorted(info["missing_keys"])),
-        unexpected=tuple(sorted(info["unexpected_keys"])),
+        unexpected=tuple(sorted(name for name in info["unexpected_keys"] if not name.startswith(others))),
         misshapen=tuple(sorted(misshapen(*entry) for entry in info["mismatched_keys"])),
     )
     if mismatch:

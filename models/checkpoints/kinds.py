@@ -1,7 +1,7 @@
 """What a checkpoint file is: the closest of the known kinds, and what it lacks or has too much."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
+from models.checkpoints.autoencoder import recognise_autoencoder
+from models.checkpoints.disco import recognise_disco
+from models.checkpoints.dream_pose import recognise_adapter, recognise_unet
 from models.checkpoints.files import without_prefixes
 from models.checkpoints.folders import load_folder
 from models.checkpoints.manifests import (
@@ -23,6 +26,7 @@ from models.checkpoints.manifests import (
 )
 from models.checkpoints.names import MOTION, is_position_table, module_names
 from models.checkpoints.networks import EMBEDDING, UNET_PREFIXES
+from models.checkpoints.recognised import Recognised, joined, unet_detail
 from models.checkpoints.sizes import MotionSizes, Shapes, UNetSizes, motion_sizes, pose_guider_channels, unet_sizes
 from models.checkpoints.strict import Mismatch, compare, shapes_of
 
@@ -30,13 +34,19 @@ from models.checkpoints.strict import Mismatch, compare, shapes_of
 SINGLE_FILE = "model.diffusion_model."
 # Kinds that are recognised by a name and not taken apart.
 OTHER_KINDS = {
-    "decoder.": "autoencoder",
     "vision_model.": "CLIP image encoder",
     "text_model.": "CLIP text encoder",
     SINGLE_FILE: "single-file Stable Diffusion; convert it to a diffusers folder first",
 }
 # Folders whose configuration defines the network.
 FOLDER_KINDS = {kind.__name__: kind for kind in (AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)}
+
+
+UNET_KINDS: dict[str, Callable[[UNetSizes], Shapes]] = {
+    "Stable Diffusion UNet (AnimateAnyone denoising_unet)": unet_manifest,
+    "AnimateAnyone reference_unet": reference_unet_manifest,
+    "MagicAnimate appearance_encoder": appearance_encoder_manifest,
+}
 
 
 @dataclass(frozen=True)
@@ -58,16 +68,19 @@ class Inspection:
 
 def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     """Recognise a file from its tensors' names and shapes."""
-    tensors = without_prefixes(tensors, what, UNET_PREFIXES)
-    shapes = shapes_of(tensors)
-    kind, detail, mismatch = _recognised(shapes)
+    found = next(filter(None, (recognise(shapes_of(tensors)) for recognise in RECOGNISERS)), None)
+    if found is None:
+        tensors = without_prefixes(tensors, what, UNET_PREFIXES)
+        shapes = shapes_of(tensors)
+        found = next(filter(None, (recognise(shapes) for recognise in NETWORK_RECOGNISERS)), None)
+    found = found or Recognised("unknown", f"first names {', '.join(list(tensors)[:3])}")
     return Inspection(
-        kind=kind,
+        kind=found.kind,
         tensors=len(tensors),
         elements=sum(tensor.numel() for tensor in tensors.values()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        detail=detail,
-        mismatch=mismatch,
+        detail=found.detail,
+        mismatch=found.mismatch,
     )
 
 
@@ -88,41 +101,57 @@ def inspect_folder(folder: Path) -> str | None:
     return name
 
 
-def _recognised(shapes: Shapes) -> tuple[str, str, Mismatch | None]:
+def motion_modules(shapes: Shapes) -> Recognised | None:
     motion = [name for name in shapes if MOTION in name]
-    if motion and 2 * len(motion) > len(shapes) and "conv_in.weight" not in shapes:
-        sizes, motion_part = motion_file_sizes(shapes)
-        kind = f"motion modules ({motion_version(motion_part)})"
-        return kind, _motion_detail(motion_part), compare(motion_manifest(sizes, motion_part), shapes)
-    if motion:
-        sizes = motion_sizes(_renamed(shapes), _length(shapes))
-        wanted = animated_unet_manifest(unet_sizes(shapes), sizes)
-        kind = "denoising UNet with motion modules (MagicAnimate temporal_attention)"
-        return kind, f"{_detail(unet_sizes(shapes))}, {_motion_detail(sizes)}", compare(wanted, shapes)
-    if any(name.startswith(EMBEDDING) for name in shapes):
-        embedding = {name.removeprefix(EMBEDDING): shapes[name] for name in shapes if name.startswith(EMBEDDING)}
-        wanted = control_net_manifest(unet_sizes(shapes), pose_guider_channels(embedding))
-        return "ControlNet", _detail(unet_sizes(shapes)), compare(wanted, shapes)
-    if any(name.startswith("blocks.") for name in shapes):
-        channels = pose_guider_channels(shapes)
-        width = shapes.get("conv_out.weight", UNetSizes().block_out_channels)[0]
-        return "pose guider", f"widths {_joined(channels)}", compare(pose_guider_manifest(width, channels), shapes)
-    if any(name.startswith("up_blocks.") for name in shapes):
-        sizes = unet_sizes(shapes)
-        candidates = [(kind, compare(make(sizes), shapes)) for kind, make in UNET_KINDS.items()]
-        kind, mismatch = min(candidates, key=lambda candidate: len(candidate[1]))
-        return kind, _detail(sizes), mismatch
+    if 2 * len(motion) <= len(shapes) or "conv_in.weight" in shapes:
+        return None
+    sizes, motion_part = motion_file_sizes(shapes)
+    wanted = motion_manifest(sizes, motion_part)
+    kind = f"motion modules ({motion_version(motion_part)})"
+    return Recognised(kind, _motion_detail(motion_part), compare(wanted, shapes))
+
+
+def animated_unet(shapes: Shapes) -> Recognised | None:
+    if not any(MOTION in name for name in shapes):
+        return None
+    sizes = motion_sizes(_renamed(shapes), _length(shapes))
+    wanted = animated_unet_manifest(unet_sizes(shapes), sizes)
+    kind = "denoising UNet with motion modules (MagicAnimate temporal_attention)"
+    return Recognised(kind, f"{unet_detail(unet_sizes(shapes))}, {_motion_detail(sizes)}", compare(wanted, shapes))
+
+
+def control_net(shapes: Shapes) -> Recognised | None:
+    embedding = {name.removeprefix(EMBEDDING): shape for name, shape in shapes.items() if name.startswith(EMBEDDING)}
+    if not embedding:
+        return None
+    wanted = control_net_manifest(unet_sizes(shapes), pose_guider_channels(embedding))
+    return Recognised("ControlNet", unet_detail(unet_sizes(shapes)), compare(wanted, shapes))
+
+
+def pose_guider(shapes: Shapes) -> Recognised | None:
+    if not any(name.startswith("blocks.") for name in shapes):
+        return None
+    channels = pose_guider_channels(shapes)
+    width = shapes.get("conv_out.weight", UNetSizes().block_out_channels)[0]
+    wanted = pose_guider_manifest(width, channels)
+    return Recognised("pose guider", f"widths {joined(channels)}", compare(wanted, shapes))
+
+
+def unet(shapes: Shapes) -> Recognised | None:
+    if not any(name.startswith("up_blocks.") for name in shapes):
+        return None
+    sizes = unet_sizes(shapes)
+    candidates = [
+        Recognised(kind, unet_detail(sizes), compare(make(sizes), shapes)) for kind, make in UNET_KINDS.items()
+    ]
+    return min(candidates, key=lambda candidate: len(candidate.mismatch))
+
+
+def other(shapes: Shapes) -> Recognised | None:
     for prefix, kind in OTHER_KINDS.items():
         if any(name.startswith(prefix) for name in shapes):
-            return kind, "", None
-    return "unknown", f"first names {', '.join(list(shapes)[:3])}", None
-
-
-UNET_KINDS: dict[str, Callable[[UNetSizes], Shapes]] = {
-    "Stable Diffusion UNet (AnimateAnyone denoising_unet)": unet_manifest,
-    "AnimateAnyone reference_unet": reference_unet_manifest,
-    "MagicAnimate appearance_encoder": appearance_encoder_manifest,
-}
+            return Recognised(kind)
+    return None
 
 
 def motion_version(motion: MotionSizes) -> str:
@@ -141,16 +170,8 @@ def _length(shapes: Shapes) -> int:
     return lengths[0] if lengths else MotionSizes().max_seq_length
 
 
-def _detail(sizes: UNetSizes) -> str:
-    return f"widths {_joined(sizes.block_out_channels)}, context {sizes.cross_attention_dim}"
-
-
 def _motion_detail(motion: MotionSizes) -> str:
     return f"{motion.max_seq_length} frames, {'with' if motion.mid_block else 'no'} middle block"
-
-
-def _joined(numbers: Iterable[int]) -> str:
-    return " ".join(map(str, numbers))
 
 
 def motion_file_sizes(shapes: Shapes) -> tuple[UNetSizes, MotionSizes]:
@@ -167,3 +188,19 @@ def motion_file_sizes(shapes: Shapes) -> tuple[UNetSizes, MotionSizes]:
     attention = (True,) * (level - 1) + (False,)
     sizes = replace(UNetSizes(), block_out_channels=tuple(widths), attention=attention, layers_per_block=layers)
     return sizes, motion
+
+
+# The first that recognises a file names it. Those of the first tuple see the names as they are in the file, the others
+# without `module.` and `unet.`. A new family puts a function of its own before them.
+RECOGNISERS: tuple[Callable[[Shapes], Recognised | None], ...] = (recognise_disco,)
+NETWORK_RECOGNISERS: tuple[Callable[[Shapes], Recognised | None], ...] = (
+    motion_modules,
+    animated_unet,
+    control_net,
+    pose_guider,
+    recognise_adapter,
+    recognise_autoencoder,
+    recognise_unet,
+    unet,
+    other,
+)

@@ -5,6 +5,7 @@ Build inside `with torch.device("meta"):` to get a network without memory; see `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers import ControlNetModel
 
@@ -47,7 +48,7 @@ def unet_sizes(shapes: Shapes, defaults: UNetSizes | None = None) -> UNetSizes:
     """Sizes of a UNet or ControlNet from its tensors; what these do not tell is taken from `defaults`."""
     sizes = defaults or UNetSizes()
     found = {}
-    levels = _count(shapes, "down_blocks.{}.resnets.0.conv1.weight")
+    levels = count(shapes, "down_blocks.{}.resnets.0.conv1.weight")
     if levels:
         found["block_out_channels"] = tuple(
             shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)
@@ -55,7 +56,7 @@ def unet_sizes(shapes: Shapes, defaults: UNetSizes | None = None) -> UNetSizes:
         found["attention"] = tuple(
             any(name.startswith(f"down_blocks.{level}.attentions.") for name in shapes) for level in range(levels)
         )
-        found["layers_per_block"] = _count(shapes, "down_blocks.0.resnets.{}.conv1.weight")
+        found["layers_per_block"] = count(shapes, "down_blocks.0.resnets.{}.conv1.weight")
     if len(shapes.get("conv_in.weight", ())) == 4:
         found["in_channels"] = found["out_channels"] = shapes["conv_in.weight"][1]
     if "conv_out.weight" in shapes:
@@ -70,7 +71,7 @@ def unet_sizes(shapes: Shapes, defaults: UNetSizes | None = None) -> UNetSizes:
 
 def motion_sizes(shapes: Shapes, max_seq_length: int, defaults: MotionSizes | None = None) -> MotionSizes:
     """Sizes of motion modules with names of this project; see `names.position_length` for their length."""
-    layers = _count(shapes, "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight")
+    layers = count(shapes, "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight")
     sizes = defaults or MotionSizes()
     return replace(
         sizes,
@@ -82,14 +83,14 @@ def motion_sizes(shapes: Shapes, max_seq_length: int, defaults: MotionSizes | No
 
 def pose_guider_channels(shapes: Shapes) -> tuple[int, ...]:
     """Widths of a pose guider's or ControlNet's conditioning embedding, names without prefix."""
-    blocks = _count(shapes, "blocks.{}.weight")
+    blocks = count(shapes, "blocks.{}.weight")
     if "conv_in.weight" not in shapes or not blocks:
         return (16, 32, 96, 256)
     return (shapes["conv_in.weight"][0], *(shapes[f"blocks.{block}.weight"][0] for block in range(1, blocks, 2)))
 
 
 def make_reference_net(sizes: UNetSizes) -> ReferenceNet:
-    return ReferenceNet(attention_head_dim=sizes.num_attention_heads, **_unet_arguments(sizes, "2D"))
+    return ReferenceNet(attention_head_dim=sizes.num_attention_heads, **unet_arguments(sizes, "2D"))
 
 
 def make_denoising_unet(sizes: UNetSizes, motion: MotionSizes, norm_scope: str) -> DenoisingUNet:
@@ -104,24 +105,32 @@ def make_denoising_unet(sizes: UNetSizes, motion: MotionSizes, norm_scope: str) 
         norm_scope=norm_scope,
         motion_norm_num_groups=motion.norm_num_groups,
         motion_on_single_frames=True,
-        **_unet_arguments(sizes, "Motion"),
+        **unet_arguments(sizes, "Motion"),
     )
 
 
 def make_control_net(sizes: UNetSizes, channels: tuple[int, ...]) -> ControlNetModel:
-    arguments = _unet_arguments(sizes, "2D")
-    for name in ("up_block_types", "out_channels", "sample_size"):
-        del arguments[name]
-    return ControlNetModel(
-        attention_head_dim=sizes.num_attention_heads, conditioning_embedding_out_channels=channels, **arguments
-    )
+    return ControlNetModel(**control_net_arguments(sizes, channels))
 
 
 def make_pose_guider(width: int, channels: tuple[int, ...]) -> PoseGuider:
     return PoseGuider(conditioning_embedding_channels=width, block_out_channels=channels)
 
 
-def _unet_arguments(sizes: UNetSizes, kind: str) -> dict:
+def control_net_arguments(sizes: UNetSizes, channels: tuple[int, ...]) -> dict[str, Any]:
+    """Of `ControlNetModel`; channels: widths of its conditioning embedding."""
+    arguments = unet_arguments(sizes, "2D")
+    for name in ("up_block_types", "out_channels", "sample_size"):
+        del arguments[name]
+    return {
+        **arguments,
+        "attention_head_dim": sizes.num_attention_heads,
+        "conditioning_embedding_out_channels": channels,
+    }
+
+
+def unet_arguments(sizes: UNetSizes, kind: str) -> dict[str, Any]:
+    """Of diffusers' UNets, but for their heads; kind: "2D" or "Motion", of their blocks."""
     down = [f"{'CrossAttn' if attention else ''}DownBlock{kind}" for attention in sizes.attention]
     up = [f"{'CrossAttn' if attention else ''}UpBlock{kind}" for attention in reversed(sizes.attention)]
     return {
@@ -138,7 +147,7 @@ def _unet_arguments(sizes: UNetSizes, kind: str) -> dict:
     }
 
 
-def _count(shapes: Shapes, template: str) -> int:
+def count(shapes: Shapes, template: str) -> int:
     """How many of template.format(0), template.format(1), ... there are, up to the first that is missing."""
     number = 0
     while template.format(number) in shapes:

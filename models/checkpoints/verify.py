@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.errors import UserError
-from models.checkpoints import verify_animate_anyone, verify_magic_animate
+from models.checkpoints import verify_animate_anyone, verify_disco, verify_dream_pose, verify_magic_animate
 from models.checkpoints.fixture import Fixture
 
 # Names of the checkpoint files -> what computes the outputs.
 COMPUTE: dict[frozenset[str], Callable[[Fixture], Iterator[tuple[str, Tensor]]]] = {
     verify_animate_anyone.FILES: verify_animate_anyone.outputs,
     verify_magic_animate.FILES: verify_magic_animate.outputs,
+    verify_disco.FILES: verify_disco.outputs,
+    verify_dream_pose.FILES: verify_dream_pose.outputs,
 }
 
 

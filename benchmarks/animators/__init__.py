@@ -1,0 +1,1 @@
+"""Animators beside each other: original and misaligned clips, without and with TPC."""

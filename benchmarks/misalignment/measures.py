@@ -1,0 +1,28 @@
+"""What is measured of the benchmark's clips."""
+
+from dataclasses import dataclass
+
+from evaluation.experiment import TrialsConfig
+from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
+
+LPIPS = "lpips_alex"
+
+
+@dataclass
+class MeasuresConfig(TrialsConfig):
+    """What is measured beside PSNR and SSIM of person and background.
+
+    lpips: also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches.
+    weights: folder of ST-LPIPS's network; null: the cache.
+    """
+
+    lpips: bool = False
+    weights: str | None = None
+
+
+def open_measures(config: MeasuresConfig, device: str) -> Instruments:
+    """PSNR and SSIM of person and background, and what else is asked for."""
+    measures = ["psnr", "ssim", *([LPIPS] if config.lpips else []), *(PERSON_MEASURES if config.persons else ())]
+    features = "stand-in" if config.lpips else "none"
+    protocol = ProtocolConfig(protocol="native", features=features, measures=measures, weights=config.weights)
+    return open_instruments(protocol, ("foreground", "background"), config.persons, device)

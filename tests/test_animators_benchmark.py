@@ -1,0 +1,94 @@
+"""The table of animators: its means over kinds of clips, and its command on the four of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.animators import __main__ as command
+from benchmarks.animators.report import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
+from benchmarks.misalignment.report import Values
+from core.errors import UserError
+from tests.networks import TINY
+from tests.training_runs import make_vae
+from training.build import load_vae, make_pipeline
+from training.config import NoiseConfig
+from training.kinds import KINDS
+
+KIND_CLIPS = {"aligned": ["a"], "scale": ["b", "c"], "rotation": ["d"]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[str]:
+    """Pipeline folders of new tiny networks of every kind."""
+    folder = tmp_path_factory.mktemp("models")
+    vae = load_vae(make_vae(folder / "vae"))
+    for kind, small in KINDS.items():
+        torch.manual_seed(0)
+        make_pipeline(vae, small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
+    return [str(folder / kind) for kind in KINDS]
+
+
+def known_values() -> Values:
+    """PSNR 20 on the aligned clip, 10 and 12 on those of one kind and 19 on that of the other; seed 1: 1 more."""
+    by_trial = {}
+    for seed in (0, 1):
+        for clip, value in {"a": 20.0, "b": 10.0, "c": 12.0, "d": 19.0}.items():
+            for condition, more in {"without": 0.0, "add": 2.0}.items():
+                by_trial[condition, clip, seed] = dict.fromkeys(COLUMNS, value + more + seed)
+    return Values(by_trial, KIND_CLIPS, {}, [0, 1])
+
+
+def test_kinds_count_alike_however_many_clips_they_have():
+    values = known_values()
+    assert subsets_of(list(KIND_CLIPS)) == {"original": ["aligned"], "misaligned": ["scale", "rotation"]}
+    assert subsets_of(["scale"]) == {"misaligned": ["scale"]}
+    assert kinds_mean(values, ["scale", "rotation"], "without", COLUMNS[0]) == [15.0, 16.0]
+    values.by_trial["without", "d", 1][COLUMNS[0]] = None
+    assert kinds_mean(values, ["scale", "rotation"], "without", COLUMNS[0]) == [15.0, None]
+
+
+def test_the_table_has_means_and_deviations_and_the_best():
+    values, conditions = known_values(), {"A": "without", "A + TPC": "add"}
+    table = animators_table(values, conditions, "")
+    assert table.columns[0] == "original: foreground PSNR (dB) ↑" and len(table.columns) == 2 * len(COLUMNS)
+    (plain, (original, *_, misaligned)), (_, with_tpc) = table.rows
+    assert plain == "A" and (original.mean, misaligned.mean) == (20.5, 15.5)
+    assert misaligned.deviation == pytest.approx(np.std([15, 16], ddof=1))
+    assert [cell.best for cell in with_tpc] == [True] * len(table.columns) and not original.best
+    (_, cells), *_ = kinds_table(values, conditions, COLUMNS[0]).rows
+    assert [cell.mean for cell in cells] == [20.5, 11.5, 19.5]
+
+
+def test_the_command_compares_all_animators(models, tmp_path, capsys):
+    arguments = [f"models=[{','.join(models)}]", f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1"]
+    command.main([*arguments, "seeds=[0]", "sampling.steps=1", "sampling.size=[32,32]"])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["counts"] == {"original": 1, "misaligned": 1, "seeds": 1}
+    names = ["AnimateAnyone", "DisCo", "DreamPose", "MagicAnimate"]
+    assert sorted(results["results"]) == sorted(n + tpc for n in names for tpc in ("", " + TPC", " + TPC (replace)"))
+    assert len(results["trials"]) == 2 * 3 * len(names)
+    columns = next(iter(results["results"].values()))
+    assert len(columns) == 2 * len(COLUMNS) and all(np.isfinite(cell["mean"]) for cell in columns.values())
+    for name in ("strips.png", "table.md", "table.tex", "config.yaml"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "| DisCo + TPC (replace) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models=[]"], r"models=\[\]"),
+        (["models=[nowhere]"], "nowhere"),
+        (["names=[a,b]"], "names="),
+        (["attachments=[glue]"], "attachments="),
+        (["attachments=[add,add]"], "attachments="),
+        (["kinds=[sideways]"], "kinds="),
+    ],
+)
+def test_wrong_arguments_are_named(models, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        command.main([f"models=[{models[0]}]", *arguments, f"output={tmp_path}"])
+    with pytest.raises(UserError, match="names="):
+        command.main([f"models=[{models[0]},{models[0]}]", f"output={tmp_path}"])

@@ -1,0 +1,32 @@
+"""Models of which `train.py` can make new small networks, by the names that `model.kind=` takes."""
+
+from collections.abc import Callable
+
+from core.errors import UserError
+from models.animate_anyone import AnimateAnyone
+from models.disco import DisCo
+from models.dream_pose import DreamPose
+from models.magic_animate import MagicAnimate
+from models.trainable import NetworkSizes, TrainableAnimator
+from training.config import ModelConfig
+
+# Sizes, channels of the latents, and side of the pictures in pixels -> networks.
+Maker = Callable[[NetworkSizes, int, int], TrainableAnimator]
+PUBLISHED = "animate_anyone"  # whose published sizes a dry run knows without any folder
+KINDS: dict[str, Maker] = {
+    "animate_anyone": AnimateAnyone.small,
+    "disco": DisCo.small,
+    "dream_pose": DreamPose.small,
+    "magic_animate": MagicAnimate.small,
+}
+
+
+def new_animator(config: ModelConfig, latent_channels: int, picture_size: int) -> TrainableAnimator:
+    """Randomly initialised networks of `model.kind`.
+
+    Raises:
+        UserError: another kind, or sizes that do not go together.
+    """
+    if config.kind not in KINDS:
+        raise UserError(f"model.kind={config.kind} is not one of {', '.join(KINDS)}")
+    return KINDS[config.kind](config, latent_channels, picture_size)
