@@ -244,6 +244,7 @@ def test_fills(fill):
     driving, _ = walk(points, 2)
     config = CalibrationConfig(keypoints="all", fill=fill)
     found = calibrate(image, poses(points[None, None]), poses(driving[:, None]), SIZE, config)
+    assert found.config.visibility == ("scene" if fill == "scene" else "exclusive")
     shown, mask = found.images[0], found.masks[0]
     corner = {"black": (0, 0, 0), "reference": (0, 0, 0)}.get(fill, (10, 120, 240))
     assert np.abs(shown[0, 0].astype(int) - corner).max() <= 2
@@ -254,11 +255,18 @@ def test_fills(fill):
     assert np.abs(shown[away].astype(int) - corner).max() <= 3
 
 
+def test_visibility_that_needs_another_fill_is_refused():
+    with pytest.raises(UserError, match="visibility=scene .* fill=black does not"):
+        resolve(CalibrationConfig(fill="black", visibility="scene"))
+    with pytest.raises(UserError, match="visibility=scene"):
+        resolve(CalibrationConfig(preset="paper", visibility="scene"))
+
+
 def test_index_used_and_presets():
     points = reference()
     driving, _ = walk(points, 12)
     call = (picture(), poses(points[None, None]), poses(driving[:, None]), SIZE)
-    found = calibrate(*call, CalibrationConfig(keypoints="trunk"))
+    found = calibrate(*call, CalibrationConfig(keypoints="trunk", propagation="iterative"))
     draws = np.stack([found.index(step) for step in range(8)])
     np.testing.assert_array_equal(found.used(8), np.unique(draws))
     np.testing.assert_array_equal(draws[3], found.index(3))

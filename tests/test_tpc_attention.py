@@ -218,7 +218,7 @@ def calibration():
     scores = np.ones((10, 2, 17))
     scores[6:, 1] = 0
     image = rng.integers(0, 256, (96, 144, 3), np.uint8)
-    config = CalibrationConfig(keypoints="trunk", max_gap=0)
+    config = CalibrationConfig(keypoints="trunk", max_gap=0, propagation="iterative")
     return calibrate(image, poses(people[None], (144, 96)), poses(driving, (144, 96), scores), (144, 96), config)
 
 

@@ -52,7 +52,7 @@ class CalibrationConfig:
 
     # Step 3: who sees which tokens.
     attach: str | None = None  # add calibrated tokens to the reference's, or replace the reference frame by frame
-    visibility: str | None = None  # paper, release, exclusive, scene; see tpc.attention
+    visibility: str | None = None  # paper, release, exclusive, scene (needs fill=scene); see tpc.attention
     mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
     seed: int | None = None  # of the propagation's draws
 
@@ -161,10 +161,12 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
     ):
         _check_range(name, getattr(full, name), low, high)
     if full.visibility == "scene" and full.fill != "scene":
-        raise UserError(
-            f"tpc.visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "
-            "that place, fill=scene does"
-        )
+        if config.visibility is not None:
+            raise UserError(
+                f"tpc.visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not "
+                "paint that place, fill=scene does"
+            )
+        full.visibility = "exclusive"
     return full
 
 
