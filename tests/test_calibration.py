@@ -256,7 +256,7 @@ def test_fills(fill):
 
 
 def test_visibility_that_needs_another_fill_is_refused():
-    with pytest.raises(UserError, match="visibility=scene .* fill=black does not"):
+    with pytest.raises(UserError, match="visibility=scene .* tpc.fill=black does not"):
         resolve(CalibrationConfig(fill="black", visibility="scene"))
     with pytest.raises(UserError, match="visibility=scene"):
         resolve(CalibrationConfig(preset="paper", visibility="scene"))
