@@ -156,7 +156,7 @@ def test_samples_that_cannot_be_calibrated_run_without(batch):
     assert some.any() and not some.all() and (some == some[:, :1]).all()
 
 
-@pytest.mark.parametrize("preset", ["paper", "release", "exclusive"])
+@pytest.mark.parametrize("preset", ["paper", "release", "exclusive", "scene"])
 def test_training_visibility_is_that_of_inference(batch, preset):
     config = CalibratedTrainingConfig(probability=0.5, noise=0.0, visibility=preset)
     found = calibrate_batch(batch, config, generator(1))

@@ -57,7 +57,7 @@ class CalibratedTrainingConfig:
     score_threshold: float = 0.3  # a keypoint counts above it
     noise: float = 0.01  # standard deviation of the keypoints, parts of the picture's height, as estimators have
     pictures: int = 1  # calibrated pictures a clip; its frames share them in consecutive groups
-    visibility: str = "exclusive"  # paper, release, exclusive
+    visibility: str = "scene"  # paper, release, exclusive, scene
     mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
 
 
