@@ -4,6 +4,7 @@ Each published animator answers it in a file of its own; `docs/animators.md` exp
 f = frames, i = reference images, r = tokens of one image, c = channels, h, w = latent size, H, W = picture size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class Condition:
     seen: ReferenceContext
 
 
-class Animator(nn.Module):
+class Animator(nn.Module, ABC):
     """A model that animates a reference picture with poses. Its children are a pipeline's components, by their names.
 
     Attributes:
@@ -88,19 +89,19 @@ class Animator(nn.Module):
     latent_multiple = 1
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Number format of the latents that `predict` takes."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latent_channels(self) -> int:
         """Channels c of the latents that are denoised."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latent_side(self) -> int:
         """Side of the square latents that the model was trained on; other shapes get the same area."""
-        raise NotImplementedError
 
     @property
     def latent_size(self) -> tuple[int, int] | None:
@@ -112,6 +113,7 @@ class Animator(nn.Module):
         """Frames that can be denoised together; None: any number."""
         return None
 
+    @abstractmethod
     def encode_reference(self, reference: Images) -> Any:
         """What follows from the reference alone, once a run: context, null context, background, as the model needs it.
 
@@ -121,31 +123,30 @@ class Animator(nn.Module):
         Returns:
             Anything; it comes back in `encode_images`, `pose_condition` and `Condition.subject`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_images(self, images: Images, timestep: int, subject: Any) -> dict[str, Tensor]:
         """What frames see of each image: tokens (i, r, c) by layer, or under a name that several layers share.
 
         The reference is one of the images, so it is seen through the same tokens as calibrated ones. Each image of a
         run comes once, or once a step where `reference_follows_timestep`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pose_condition(self, poses: PictureSequence, subject: Any) -> PoseCondition:
         """What the pose pictures of a clip tell the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         """Guided prediction for one window, (1, c, f, h, w) as the noisy latents `sample`.
 
         Args:
             scales: one for each of `guidance_names`; all 1: the prediction with every condition, without guidance.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         """The layers in which frames see images, in the order in which they run, for latents of this (h, w)."""
-        raise NotImplementedError
 
     def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
         """One scale for each of `guidance_names`, from a number for all of them or from as many numbers.

@@ -4,6 +4,7 @@ Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels,
 size.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -66,14 +67,15 @@ class TrainableAnimator(Animator):
     motion_parts: tuple[str, ...] = ("motion_modules",)
 
     @classmethod
+    @abstractmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
         """Randomly initialised networks, for `train.py model.kind=`.
 
         Raises:
             UserError: sizes that do not go together.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         noisy_latents: Tensor,
@@ -106,23 +108,22 @@ class TrainableAnimator(Animator):
         Returns:
             Prediction, (b, c, f, h, w).
         """
-        raise NotImplementedError
 
     def latent_pictures(self, pictures: Tensor, masks: Tensor | None) -> Tensor:
         """The pictures whose latents `forward` takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""
         return pictures
 
+    @abstractmethod
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
         """What `trainable=` may be in a stage, "image" or "motion", beside "lora"; the default comes first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
         """Names of the parameters that a choice trains, every one of which gets a gradient in every step.
 
         Args:
             image_encoder: whether the image encoder may be among them.
         """
-        raise NotImplementedError
 
     def unread_parameters(self) -> set[str]:
         """Names of the parameters that no prediction depends on; adapters leave them alone."""

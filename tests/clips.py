@@ -26,3 +26,15 @@ def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int 
     (folder / "driving_masks").mkdir()
     for number, mask in enumerate(item["masks"][0].numpy()):
         Image.fromarray((mask * 255).astype(np.uint8)).save(folder / "driving_masks" / f"{number:06d}.png")
+
+
+def given(folder: Path) -> list[str]:
+    """What `save_rendered_pair` wrote, as arguments of `infer.py`."""
+    return [
+        f"reference={folder / 'reference.png'}",
+        f"driving={folder / 'driving.mp4'}",
+        f"reference_poses={folder / 'reference.npz'}",
+        f"driving_poses={folder / 'driving.npz'}",
+        f"reference_mask={folder / 'reference_mask.png'}",
+        f"driving_masks={folder / 'driving_masks'}",
+    ]

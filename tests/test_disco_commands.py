@@ -13,7 +13,7 @@ from data.video import read_video
 from models.disco_pipeline import DiscoPipeline
 from models.disco_temporal import is_temporal
 from models.pipeline_folder import load_pipeline
-from tests.clips import save_rendered_pair
+from tests.clips import given, save_rendered_pair
 from tests.disco_parts import small_disco_pipeline
 from tests.training_runs import ARGUMENTS, make_vae, weights
 from tests.training_runs import train as train_process
@@ -37,13 +37,7 @@ def published(tmp_path_factory) -> str:
 
 def driven(inputs: Path) -> list[str]:
     """All but the reference's poses, which only calibration needs."""
-    return [
-        f"reference={inputs / 'reference.png'}",
-        f"driving={inputs / 'driving.mp4'}",
-        f"driving_poses={inputs / 'driving.npz'}",
-        f"reference_mask={inputs / 'reference_mask.png'}",
-        f"driving_masks={inputs / 'driving_masks'}",
-    ]
+    return [argument for argument in given(inputs) if not argument.startswith("reference_poses=")]
 
 
 def result(output: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from data.video import read_video
 from models.dream_pose import DreamPose, DreamPosePipeline
 from models.pipeline_folder import load_pipeline
 from models.schedules import published_scheduler
-from tests.clips import save_rendered_pair
+from tests.clips import given, save_rendered_pair
 from tests.dream_pose_parts import small_pipeline
 from tests.networks import TINY
 from tests.training_runs import ARGUMENTS, make_vae, weights
@@ -54,17 +54,6 @@ def figures(tmp_path_factory) -> str:
     parts = {name: module.eval() for name, module in networks.named_children()}
     DreamPosePipeline(vae=vae, scheduler=published_scheduler("dreampose"), **parts).save_pretrained(folder / "model")
     return f"model={folder / 'model'}"
-
-
-def given(inputs: Path) -> list[str]:
-    return [
-        f"reference={inputs / 'reference.png'}",
-        f"driving={inputs / 'driving.mp4'}",
-        f"reference_poses={inputs / 'reference.npz'}",
-        f"driving_poses={inputs / 'driving.npz'}",
-        f"reference_mask={inputs / 'reference_mask.png'}",
-        f"driving_masks={inputs / 'driving_masks'}",
-    ]
 
 
 def result(output: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from core.errors import UserError
 from data.datasets import RenderedPeople
 from data.pose import Poses
 from data.video import read_video, video_metadata, write_video
-from tests.clips import save_rendered_pair
+from tests.clips import given, save_rendered_pair
 from tests.published import small_magic_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -34,17 +34,6 @@ def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_rendered_pair(folder)
     return folder
-
-
-def given(inputs: Path) -> list[str]:
-    return [
-        f"reference={inputs / 'reference.png'}",
-        f"driving={inputs / 'driving.mp4'}",
-        f"reference_poses={inputs / 'reference.npz'}",
-        f"driving_poses={inputs / 'driving.npz'}",
-        f"reference_mask={inputs / 'reference_mask.png'}",
-        f"driving_masks={inputs / 'driving_masks'}",
-    ]
 
 
 @pytest.fixture(scope="module")
