@@ -21,6 +21,7 @@ from data.drawing import draw_pose
 from data.framing import apply_fit, fit_matrix
 from data.inputs import Driving, Reference
 from data.video import write_video
+from models.acceleration import AccelerationConfig
 from models.attention_recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
@@ -39,6 +40,7 @@ class SamplingConfig:
     window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
     shift_windows: move the windows at every step, so that no frame is always at a window's end.
     compare: also sample without TPC, for the comparison.
+    acceleration: what is left out for speed, at a cost of quality; see `docs/speed.md`.
     """
 
     size: list[int] | None = None
@@ -52,6 +54,7 @@ class SamplingConfig:
     window_overlap: int = 4
     shift_windows: bool = False
     compare: bool = True
+    acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
 
     def check(self) -> None:
         """Refuse values that cannot work, naming them."""
@@ -63,6 +66,7 @@ class SamplingConfig:
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
         if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
             raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
+        self.acceleration.check()
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Animation:
         calibrated: (f, H, W, 3), the result with TPC; None when it is off.
         calibration: what TPC did, or None.
         fps: frames per second.
+        attention_cache_bytes: the most that `acceleration.broadcast` held at a time.
     """
 
     reference: np.ndarray
@@ -99,6 +104,7 @@ class Animation:
     calibrated: np.ndarray | None
     calibration: Calibration | None
     fps: float
+    attention_cache_bytes: int = 0
 
     @property
     def result(self) -> np.ndarray:
@@ -195,9 +201,11 @@ def animate(
     elif calibration is not None and calibration.persons:
         mask = calibration.reference_masks.any(axis=0)
 
+    kept_bytes = []
+
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
-            frames = pipeline(
+            result = pipeline(
                 picture,
                 poses,
                 calibration,
@@ -211,15 +219,17 @@ def animate(
                 callback_on_step_end=step_counter(progress),
                 attention=attention,
                 reference_mask=mask,
-            ).frames
-        return frames
+                acceleration=sampling.acceleration,
+            )
+        kept_bytes.append(result.attention_cache_bytes)
+        return result.frames
 
     plain = calibrated = None
     if calibration is None or sampling.compare:
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(picture, poses, plain, calibrated, calibration, driving.fps)
+    return Animation(picture, poses, plain, calibrated, calibration, driving.fps, max(kept_bytes))
 
 
 def pose_pictures(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -294,6 +304,7 @@ def write_animation(animation: Animation, output: Path, configuration: dict[str,
         "size": list(animation.poses.shape[2:0:-1]),
         "fps": animation.fps,
         "seconds": watch.seconds,
+        "attention_cache_bytes": animation.attention_cache_bytes,
         "calibration": calibration.summary() if calibration is not None else None,
     }
     write_json(output / "result.json", result)

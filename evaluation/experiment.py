@@ -32,7 +32,7 @@ WITHOUT, WITH = "without TPC", "with TPC"  # labels
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
 EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets"),
-    *("transforms", "propagations", "subsets", "attachments"),
+    *("transforms", "propagations", "subsets", "attachments", "families", "few_steps"),
 )
 
 

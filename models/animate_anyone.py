@@ -103,7 +103,7 @@ class AnimateAnyone(ReferenceAnimator):
         context, pose = condition.subject, condition.pose
         return guided(
             lambda: self.denoising_unet(sample, timestep, context, pose, condition.seen),
-            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose),
+            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose, condition.seen.blind()),
             *scales,
         )
 

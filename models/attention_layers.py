@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from models.broadcast import CROSS, SPATIAL
 from models.reference_attention import image_layers, reference_layers
 from tpc.tokens import KeyLayout, TokenLevel
 
@@ -36,6 +37,11 @@ class LayerShape:
     def layout(self) -> KeyLayout:
         """`keys`, written out."""
         return KeyLayout(self.grid, own=True) if self.keys is None else self.keys
+
+    @property
+    def kind(self) -> str:
+        """Of attention, one of `models.broadcast.KINDS`."""
+        return SPATIAL if self.layout.own else CROSS
 
     @property
     def map_grid(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 from models.animator import Condition, Images, PosePictures, guided
 from models.attention_layers import LayerShape, image_token_layers
 from models.attention_probe import Probe
+from models.broadcast import TEMPORAL
 from models.clip_pictures import clip_mask, clip_pixels
 from models.disco_networks import (
     BACKGROUND_PREFIX,
@@ -112,6 +113,10 @@ class DisCo(TrainableAnimator):
     def latent_side(self) -> int:
         return self.unet.config.sample_size
 
+    @property
+    def broadcast_kinds(self) -> tuple[str, ...]:
+        return (*super().broadcast_kinds, TEMPORAL) if self.temporal else super().broadcast_kinds
+
     def encode_reference(self, reference: Images) -> DiscoSubject:
         return DiscoSubject(
             self.encode_nobody(), reference.encode(self.latent_pictures(reference.pictures, reference.masks))
@@ -127,7 +132,8 @@ class DisCo(TrainableAnimator):
         subject, poses = condition.subject, condition.pose
         frames = sample[0].transpose(0, 1)
         predict = partial(self.predict_frames, frames, timestep, subject.null, poses, subject.background)
-        prediction = guided(lambda: predict(condition.seen), lambda: predict(None), scales[0])
+        seen = condition.seen
+        prediction = guided(lambda: predict(seen), lambda: predict(seen.blind()), scales[0])
         return prediction.transpose(0, 1)[None]
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:

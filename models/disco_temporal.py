@@ -15,7 +15,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from models.broadcast import TEMPORAL
 from models.norms import ClipGroupNorm, clip_norm
+from models.reference_attention import attention_output
 
 
 class TemporalResnetBlock(ResnetBlock2D):
@@ -74,7 +76,8 @@ class TemporalTransformerBlock(BasicTransformerBlock):
         """(f, n, c) -> same shape; the unused arguments are those of the parent."""
         extra = cross_attention_kwargs or {}
         tokens = hidden_states + self.attn1(self.norm1(hidden_states), **extra)
-        over_frames = self.tem_attn(self.norm2(tokens).transpose(0, 1))  # (n, f, c)
+        places = self.norm2(tokens).transpose(0, 1)  # (n, f, c)
+        over_frames = attention_output(extra.get("reference"), TEMPORAL, self.tem_attn, lambda: self.tem_attn(places))
         tokens = tokens + over_frames.transpose(0, 1)
         tokens = tokens + self.attn2(self.norm2(tokens), encoder_hidden_states, **extra)
         return tokens + self.ff(self.norm3(tokens))

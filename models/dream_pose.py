@@ -104,13 +104,12 @@ class DreamPose(TrainableAnimator):
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         null, pose, absent = condition.subject.null, condition.pose, torch.zeros_like(condition.pose)
-        # What frames look at is asked of the branch with every condition alone.
-        unasked = replace(condition.seen, probe=None)
+        seen = condition.seen
         predict = partial(self.denoising_unet, sample, timestep)
         branches = (
-            lambda: predict(absent, null, None),
-            lambda: predict(absent, null, unasked),
-            lambda: predict(pose, null, condition.seen),
+            lambda: predict(absent, null, seen.blind()),
+            lambda: predict(absent, null, seen.apart("image alone")),
+            lambda: predict(pose, null, seen),
         )
         weights = branch_weights(*scales)
         return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)

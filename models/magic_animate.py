@@ -122,7 +122,7 @@ class MagicAnimate(ReferenceAnimator):
         def denoised(seen: ReferenceContext | None) -> Tensor:
             return self.denoising_unet(sample, timestep, condition.subject, reference=seen, residuals=condition.pose)
 
-        return guided(lambda: denoised(condition.seen), lambda: denoised(None), *scales)
+        return guided(lambda: denoised(condition.seen), lambda: denoised(condition.seen.blind()), *scales)
 
     # The rest is of `models.trainable.TrainableAnimator`.
 

@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from data.framing import frame_size
+from models.acceleration import AccelerationConfig
 from models.animate_anyone import AnimateAnyone
 from models.animator import Animator, Condition
 from models.attention_recording import AttentionRecording
@@ -36,9 +37,13 @@ from tpc import Calibration
 @dataclass
 class AnimationPipelineOutput(BaseOutput):
     """Frames of one clip, by `output_type`: list of PIL images, array (f, H, W, 3) of float32 in [0, 1] or of uint8,
-    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w)."""
+    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w).
+
+    attention_cache_bytes: the most that `acceleration.broadcast` held at a time, on the device of the networks.
+    """
 
     frames: list[Image.Image] | np.ndarray | Tensor
+    attention_cache_bytes: int = 0
 
 
 class AnimationPipeline(DiffusionPipeline):
@@ -112,20 +117,28 @@ class AnimationPipeline(DiffusionPipeline):
         return frame_size(shape, (animator.latent_side * factor) ** 2, factor * animator.latent_multiple)
 
     def attention_run(
-        self, num_frames: int, size: tuple[int, int], num_inference_steps: int, calibration: Calibration | None = None
+        self,
+        num_frames: int,
+        size: tuple[int, int],
+        num_inference_steps: int,
+        calibration: Calibration | None = None,
+        acceleration: AccelerationConfig | None = None,
     ) -> AttentionRun:
         """What `__call__` with these arguments will be to `AttentionRecording.estimate`; size: (width, height)."""
+        acceleration = acceleration or AccelerationConfig()
         width, height = size
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         persons = 0 if calibration is None else calibration.persons
         replaces = persons > 0 and calibration.config.attach == "replace"
+        layers = acceleration.layers(self.animator().attention_layers(latent_size))
         return AttentionRun(
-            self.animator().attention_layers(latent_size),
+            layers,
             size,
             num_frames,
             num_inference_steps,
             images=persons if replaces else 1 + persons,
             replaced=replaces,
+            reused=acceleration.reused_steps(layers, num_inference_steps),
         )
 
     def initial_noise(
@@ -178,9 +191,10 @@ class AnimationPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        decode_chunk_size: int = 8,
+        decode_chunk_size: int | None = None,
         attention: AttentionRecording | None = None,
         reference_mask: Any = None,
+        acceleration: AccelerationConfig | None = None,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -205,18 +219,19 @@ class AnimationPipeline(DiffusionPipeline):
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every step; what it
                 returns replaces the tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
-            decode_chunk_size: frames the VAE decodes at a time.
+            decode_chunk_size: frames the VAE decodes at a time; default: one on CPUs, 8 elsewhere.
             attention: records what frames look at in the reference and in calibrated images, in the conditional half
                 of guidance; the result stays the same, bit for bit.
             reference_mask: where the reference's persons are, for models that take them apart from the background:
                 array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
+            acceleration: what is left out for speed; None: nothing.
 
         Returns:
             `AnimationPipelineOutput`, or a tuple of its frames.
 
         Raises:
             ValueError: for inputs that disagree in size or number, named.
-            UserError: the model needs a mask and there is none.
+            UserError: the model needs a mask and there is none; or it cannot do what `acceleration` asks for.
         """
         poses = picture_tensor(poses, "poses")
         if width is None or height is None:
@@ -231,13 +246,16 @@ class AnimationPipeline(DiffusionPipeline):
             shift_windows,
             decode_chunk_size,
             output_type,
-        ).filled(animator, self.config.window_size)
+        ).filled(animator, self.config.window_size, self._execution_device.type)
         run.check(animator, self.vae_scale_factor, calibration)
         check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        acceleration = acceleration or AccelerationConfig()
+        acceleration.check_for(animator, run, (height // self.vae_scale_factor, width // self.vae_scale_factor))
+        scheduler, cache = acceleration.scheduler(self.scheduler), acceleration.attention_cache(num_inference_steps)
         scales = animator.guidance_scales(guidance_scale)
         device, dtype = self._execution_device, animator.dtype
         if attention is not None:
-            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
+            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration, acceleration))
 
         reference = resize_pictures(as_pictures(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
         if animator.needs_mask and reference_mask is None and (calibration is None or not calibration.persons):
@@ -245,32 +263,40 @@ class AnimationPipeline(DiffusionPipeline):
                 f"{type(animator).__name__} takes person and background of the reference apart: give reference_mask="
             )
         mask = None if reference_mask is None else as_mask(reference_mask, width, height).to(device, dtype)
-        images = ReferenceImages(animator, self.vae, reference, calibration, num_inference_steps, mask)
+        images = ReferenceImages(
+            animator, self.vae, reference, calibration, num_inference_steps, mask, merging=acceleration.merging()
+        )
         condition = animator.pose_condition(PictureSequence(poses, size, device, dtype), images.subject)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(num_inference_steps, device=device)
         noise = self.initial_noise(animator, num_frames, size, generator, latents)
-        latents = animator.initial_latents(
-            noise, self.scheduler, lambda: images.start_latents().to(noise).expand_as(noise)
-        )
+        latents = animator.initial_latents(noise, scheduler, lambda: images.start_latents().to(noise).expand_as(noise))
         with self.progress_bar(total=num_inference_steps) as progress:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                sample = self.scheduler.scale_model_input(latents, timestep).to(dtype)
+            for step, timestep in enumerate(scheduler.timesteps):
+                sample = scheduler.scale_model_input(latents, timestep).to(dtype)
                 prediction = torch.zeros_like(latents)
+                step_scales = acceleration.scales_at(scales, scheduler, timestep)
+                # What frames saw when the attention of this step was computed.
+                source = cache.source(step, images.kind)
+                source_timestep = int(scheduler.timesteps[source])
                 at_step = condition.at_step(sample, timestep)
                 shift = step_shift(step) if run.shift_windows else 0.0
                 windows = context_windows(num_frames, run.window_size, run.window_overlap, shift)
                 weights = window_weights(windows, num_frames)
                 for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
                     part = slice(window.start, window.stop)
-                    seen = images.seen_by(images.bank(step, int(timestep), window), window, step)
+                    seen = images.seen_by(images.bank(source, source_timestep, window), window, source)
+                    seen = replace(seen, reuse=cache.window(step, number))
                     if attention is not None:
                         seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
                     part_prediction = animator.predict(
-                        sample[:, :, part], timestep, Condition(images.subject, at_step.window(window), seen), scales
+                        sample[:, :, part],
+                        timestep,
+                        Condition(images.subject, at_step.window(window), seen),
+                        step_scales,
                     )
                     prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]
-                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+                latents = scheduler.step(prediction, timestep, latents).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {}
                     for name in callback_on_step_end_tensor_inputs:
@@ -281,9 +307,9 @@ class AnimationPipeline(DiffusionPipeline):
         if output_type == "latent":
             frames = latents
         elif output_type == "uint8":
-            frames = self.decode_bytes(latents, decode_chunk_size)
+            frames = self.decode_bytes(latents, run.decode_chunk_size)
         else:
-            frames = self.decode_latents(latents, decode_chunk_size)
+            frames = self.decode_latents(latents, run.decode_chunk_size)
             frames = self.video_processor.postprocess(frames, output_type)
         self.maybe_free_model_hooks()
-        return AnimationPipelineOutput(frames=frames) if return_dict else (frames,)
+        return AnimationPipelineOutput(frames, cache.peak_bytes) if return_dict else (frames,)

@@ -9,6 +9,9 @@ from tpc import Calibration
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not see each other are denoised this many at a time.
 FRAMES_AT_A_TIME = 8
+# The VAE's layers at full resolution are large. A GPU wants a few frames to be busy; a CPU is faster with one, whose
+# layers stay in its caches longer.
+DECODED_BY_GPU, DECODED_BY_CPU = 8, 1
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class RunSettings:
         steps: of denoising.
         window_size, window_overlap: frames denoised together, and shared by neighbours.
         shift_windows: move the windows at every step.
-        decode_chunk_size: frames that the VAE decodes at a time.
+        decode_chunk_size: frames that the VAE decodes at a time; None: as many as suit the device.
         output_type: one of `OUTPUT_TYPES`.
     """
 
@@ -30,15 +33,19 @@ class RunSettings:
     window_size: int | None
     window_overlap: int
     shift_windows: bool
-    decode_chunk_size: int
+    decode_chunk_size: int | None
     output_type: str
 
-    def filled(self, animator: Animator, trained_window: int | None) -> "RunSettings":
-        """With the windows that suit an animator where none were asked for.
+    def filled(self, animator: Animator, trained_window: int | None, device: str) -> "RunSettings":
+        """With the windows that suit an animator, and the chunks that suit a device, where none were asked for.
 
         Args:
             trained_window: frames that the model was trained on; None: all that it knows.
+            device: its type, such as "cpu".
         """
+        if self.decode_chunk_size is None:
+            decoded = DECODED_BY_CPU if device == "cpu" else DECODED_BY_GPU
+            return replace(self, decode_chunk_size=decoded).filled(animator, trained_window, device)
         size = self.window_size
         if size is None:
             apart = self.num_frames if animator.joint_frames else FRAMES_AT_A_TIME

@@ -10,6 +10,7 @@ What a UNet may look at travels as an argument (`cross_attention_kwargs`), never
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from models.attention_probe import Probe
-from tpc.attention import masked_attention
+from models.broadcast import CROSS, SPATIAL, WindowCache
+from tpc.attention import append_bias, masked_attention
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class ReferenceContext:
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
         probe: looks at what queries attend to; None: nobody asks.
+        merged: number of query tokens of a layer -> (r,) logarithm of how many tokens each token of an image stands
+            for; levels that are not named have one for one. See `models.merging`.
+        reuse: attention outputs of other steps; None: attention is computed. See `models.broadcast`.
     """
 
     tokens: dict[str, Tensor]
@@ -43,6 +48,8 @@ class ReferenceContext:
     key_flags: dict[int, Tensor] | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
     probe: Probe | None = None
+    merged: dict[int, Tensor] | None = None
+    reuse: WindowCache | None = None
 
     def names(self, layer: str) -> bool:
         """Whether the layer sees reference images."""
@@ -51,6 +58,14 @@ class ReferenceContext:
     def flags(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """Flags of queries and keys in layers of that many query tokens; None when every key is visible."""
         return None if self.query_flags is None else (self.query_flags[tokens], self.key_flags[tokens])
+
+    def apart(self, branch: str) -> "ReferenceContext":
+        """The same images for a further branch of guidance; what queries attend to is asked of one branch alone."""
+        return replace(self, probe=None, reuse=None if self.reuse is None else self.reuse.apart(branch))
+
+    def blind(self) -> "ReferenceContext | None":
+        """What a branch of guidance that sees no image takes instead; None where there is nothing to take."""
+        return None if self.reuse is None else ReferenceContext({}, self.index, reuse=self.reuse.apart("blind"))
 
     def clip(self, number: int, num_frames: int) -> "ReferenceContext":
         """What the frames of one clip of the batch see."""
@@ -79,6 +94,19 @@ class TokenRecord:
         self.tokens: dict[str, Tensor] = {}
 
 
+def attention_output(
+    reference: ReferenceContext | None, kind: str, attn: nn.Module, compute: Callable[[], Tensor]
+) -> Tensor:
+    """Output of an attention layer: computed, or that of another step where this step re-uses it.
+
+    Args:
+        kind: of `models.broadcast.KINDS`.
+    """
+    if reference is None or reference.reuse is None:
+        return compute()
+    return reference.reuse.output(kind, attn, compute)
+
+
 class PlainProcessor(AttnProcessor2_0):
     """Attention without reference images: of a layer to itself, or to context tokens.
 
@@ -95,6 +123,19 @@ class PlainProcessor(AttnProcessor2_0):
         written_tokens: TokenRecord | None = None,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
+        kind = SPATIAL if encoder_hidden_states is None else CROSS
+        return attention_output(
+            reference, kind, attn, lambda: self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+        )
+
+    def attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Attention of frames (b*f, n, c) to themselves, or to context tokens, (b*f, n, c) or (b*f, 1, c)."""
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, attention_mask=attention_mask)
         frames = len(hidden_states) // len(encoder_hidden_states)
@@ -158,7 +199,13 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         reference: ReferenceContext | None = None,
     ) -> Tensor:
         if reference is None or not reference.names(self.layer):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+            attend = partial(super().__call__, attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            attend = partial(self.look, attn, hidden_states, reference)
+        return attention_output(reference, SPATIAL, attn, attend)
+
+    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
+        """Attention of frames (b*f, n, c) to themselves and to the images that they see, (b*f, n, c)."""
         key, value = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
         key = torch.cat([attn.to_k(hidden_states), key], dim=1)
         value = torch.cat([attn.to_v(hidden_states), value], dim=1)
@@ -188,8 +235,14 @@ class ImageTokenProcessor(PlainProcessor):
         *,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        if reference is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if reference is None or not reference.names(self.source):
+            attend = partial(self.attend, attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            attend = partial(self.look, attn, hidden_states, reference)
+        return attention_output(reference, CROSS, attn, attend)
+
+    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
+        """Attention of frames (b*f, n, c) to the images that they see, (b*f, n, c)."""
         key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
         return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
@@ -212,7 +265,12 @@ def look_at_images(
     """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output
     projection."""
     query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))
-    flags = reference.flags(query.shape[2])
+    flags, merged = reference.flags(query.shape[2]), (reference.merged or {}).get(query.shape[2])
+    if merged is not None:
+        counts = merged.repeat(reference.index.shape[1])
+        query, key = append_bias(query, key, F.pad(counts, (key.shape[2] - len(counts), 0)), attn.scale)
+        if flags is None:  # masked attention takes queries and keys that are wider than values
+            flags = tuple(query.new_zeros(len(part), part.shape[2], 0) for part in (query, key))
     if flags is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
     else:

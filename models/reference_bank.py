@@ -4,7 +4,7 @@ Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from models.animator import Animator
 from models.attention_layers import token_levels
 from models.latents import VAE, encode_pictures, vae_factor
+from models.merging import TokenMerging
 from models.reference_attention import ReferenceContext
 from tpc.attention import Visibility, frame_visibility, gate_flags
 from tpc.calibration import Calibration
@@ -80,9 +81,11 @@ class ReferenceImages:
         calibration: its images that some of the `steps` denoising steps draw may be seen too; None: the reference.
         mask: (1, 1, H, W), 1 where the reference's persons are; None: those of the calibration, if there is one.
         max_images: how many images are kept encoded. A run with more keeps those of one step, or of one window.
+        merging: of the images' tokens in layers of reference attention; None: all tokens are seen.
 
     Attributes:
         subject: what the animator's `encode_reference` made of the reference.
+        kind: of the attention that sees the images, one of `models.broadcast.KINDS`.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class ReferenceImages:
         steps: int,
         mask: Tensor | None = None,
         max_images: int = MAX_IMAGES,
+        merging: TokenMerging | None = None,
     ):
         self.animator, self.vae = animator, vae
         self.reference = reference
@@ -104,7 +108,15 @@ class ReferenceImages:
         self.max_images = max_images
         self.drawn = [] if calibration is None else [int(image) for image in calibration.used(steps)]
         factor = vae_factor(vae)
-        self.levels = token_levels(animator.attention_layers(tuple(side // factor for side in reference.shape[-2:])))
+        layers = animator.attention_layers(tuple(side // factor for side in reference.shape[-2:]))
+        self.kind = next(iter(layers.values())).kind
+        self.merging = merging
+        self.merged_grids = {} if merging is None else merging.merged_grids(layers)
+        self.levels = token_levels(layers if merging is None else merging.layers(layers))
+        self.log_counts = {
+            height * width: merging.log_counts((height, width)).to(reference.device)
+            for height, width in self.merged_grids.values()
+        }
         self._latents: dict[int, Tensor] = {}
         self._current: tuple[tuple[list[int], int], ReferenceBank] | None = None
         self._members: tuple[int, np.ndarray] | None = None
@@ -185,6 +197,8 @@ class ReferenceImages:
         for start in range(0, len(everything), ENCODE_CHUNK):
             part = SomeImages(self, everything[start : start + ENCODE_CHUNK])
             for layer, tokens in self.animator.encode_images(part, timestep, self.subject).items():
+                if layer in self.merged_grids:
+                    tokens = self.merging.tokens(tokens, self.merged_grids[layer])
                 written.setdefault(layer, []).append(tokens)
         tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
         return ReferenceBank(tokens, {image: place for place, image in enumerate(images, start=1)})
@@ -199,8 +213,9 @@ class ReferenceImages:
         bank.drop_projected()
         device = self.reference.device
         index = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
+        seen = ReferenceContext(bank.tokens, index, projected=bank.projected, merged=self.log_counts or None)
         if self.calibration is None:
-            return ReferenceContext(bank.tokens, index, projected=bank.projected)
+            return seen
         members = self.members(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated
         slots = [[bank.slots.get(int(member), 0) for member in row] for row in members]
         calibrated = torch.tensor(slots, device=device).reshape(len(frames), -1)
@@ -210,8 +225,8 @@ class ReferenceImages:
             index = torch.cat([index, calibrated], dim=1)
             flags = frame_visibility(self.calibration, frames, members, None, self.levels).to(device)
         if flags is None:
-            return ReferenceContext(bank.tokens, index, projected=bank.projected)
-        return ReferenceContext(bank.tokens, index, flags.query, flags.key, bank.projected)
+            return replace(seen, index=index)
+        return replace(seen, index=index, query_flags=flags.query, key_flags=flags.key)
 
 
 def replaced(reference: Tensor, calibrated: Tensor, levels: list[TokenLevel]) -> tuple[Tensor, Visibility | None]:

@@ -1,6 +1,9 @@
 """Noise schedules of the published animators. A pipeline folder carries its own, so sampling uses the right one."""
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from torch import Tensor
+
+from core.errors import UserError
 
 # What each family's inference uses. AnimateAnyone (Moore) and MusePose were trained with scaled_linear betas and
 # sample with linear ones; their released weights are used as released.
@@ -33,6 +36,8 @@ SCHEDULES = {
     "stable_diffusion": {"beta_schedule": "scaled_linear", **VELOCITY},
 }
 
+SOLVERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
 
 def published_scheduler(family: str) -> DDIMScheduler:
     """DDIM with the betas, prediction type and spacing of a family of `SCHEDULES`."""
@@ -46,3 +51,40 @@ def published_scheduler(family: str) -> DDIMScheduler:
         clip_sample=False,
         **SCHEDULES[family],
     )
+
+
+def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
+    """Another solver of the same diffusion: its noise levels, prediction type, spacing and last noise level.
+
+    The last step goes where the given scheduler's does, to no noise or to the lowest level that was trained
+    (`set_alpha_to_one` of DDIM). Spacing "leading" differs by a step between diffusers' DDIM and the others.
+
+    Args:
+        solver: "ddim"; "dpm++", DPM-Solver++ of second order with multisteps (Lu et al., 2022); or "unipc", UniPC of
+            second order (Zhao et al., 2023).
+
+    Raises:
+        UserError: a scheduler whose diffusion the solvers do not know.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    config = scheduler.config
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise UserError(f"solver={solver} cannot take the place of the model's {type(scheduler).__name__}")
+    last = config.get("final_sigmas_type") or ("zero" if config.get("set_alpha_to_one", True) else "sigma_min")
+    clips = config.get("clip_sample", False)
+    if solver == "ddim":
+        return DDIMScheduler.from_config(config, set_alpha_to_one=last == "zero", clip_sample=clips)
+    if clips:
+        raise UserError(f"solver={solver} does not clip predictions, which the model's scheduler does; use ddim")
+    # DPM-Solver++ would end in a step of second order over the widest interval of all, where that goes to some noise.
+    further = {"euler_at_final": True} if solver == "dpm++" else {}
+    return SOLVERS[solver].from_config(config, solver_order=2, final_sigmas_type=last, **further)
+
+
+def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
+    """Share of noise in the noisy latents at a timestep, their standard deviation of it, in [0, 1].
+
+    It is s / sqrt(1 + s^2) of the noise level s that is counted against latents of unchanged size.
+    """
+    return float((1 - scheduler.alphas_cumprod[timestep.cpu()]).sqrt())

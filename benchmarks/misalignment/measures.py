@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from evaluation.experiment import TrialsConfig
 from evaluation.instruments import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
 
-LPIPS = "lpips_alex"
+LPIPS = "st_lpips_alex"
 
 
 @dataclass

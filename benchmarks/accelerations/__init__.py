@@ -1,0 +1,1 @@
+"""Accelerations that change the result: what each costs in quality, and what it saves."""
