@@ -42,6 +42,7 @@ from training.data import broken_clips, check_pose_kind
 from training.export import export_checkpoint, export_name
 from training.feature_making import check_features
 from training.interruption import StopRequest, stop_request
+from training.kernels import attention_kernels
 from training.logs import add_clip
 from training.memory import enable_gradient_checkpointing, memory_report
 from training.objective import check_schedule, compose_samples, diffusion_loss
@@ -55,6 +56,12 @@ SHEET_ROWS = 3  # frames of a clip on a validation sheet
 
 def train_batch(run: Run, batch: Batch, generators: Generators) -> None:
     """Forward and backward of one batch of this process; the parameters move when the accumulation is full."""
+    half = run.accelerator.mixed_precision == "bf16"
+    with attention_kernels(run.accelerator.device, run.traits.most_tokens, half):
+        _train_batch(run, batch, generators)
+
+
+def _train_batch(run: Run, batch: Batch, generators: Generators) -> None:
     config, accelerator = run.config, run.accelerator
     # DeepSpeed moves the parameters within `backward`, so the rate is set before.
     for group in run.optimizer.param_groups:

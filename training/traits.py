@@ -43,6 +43,11 @@ class TrainingTraits:
         """(h, w) of the frames' tokens at every level."""
         return [level.queries for level in self.levels]
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a frame, in the layers that see images."""
+        return max((height * width for height, width in self.grids), default=0)
+
     def check_supervised(self) -> None:
         """Refuse attention supervision where queries have no counterpart among the keys.
 
