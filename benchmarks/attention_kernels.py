@@ -1,0 +1,69 @@
+"""Forward and backward pass of attention by kernel: torch's fused one, and two products with a softmax between them.
+
+    python -m benchmarks.attention_kernels [tokens=[64,256,512,1024]] [dtypes=[float32,bfloat16]] [threads=2]
+
+Keys are twice as many as queries, as where frames see themselves and a reference. `training.kernels` follows from it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.speed.measuring import chosen_dtype, in_turns, timed
+from core.config import load_config
+from core.errors import run_command
+
+KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "products": SDPBackend.MATH}
+
+
+@dataclass
+class KernelsConfig:
+    """tokens: of a frame; dtypes: number formats; frames, heads, channels: of the queries, channels by head; threads:
+    of a CPU, 0 = torch's choice."""
+
+    tokens: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    frames: int = 16
+    heads: int = 4
+    channels: int = 32
+    threads: int = 0
+    repeats: int = 5
+
+
+def passes(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+    """Functions that say the seconds of a forward and backward pass, by kernel."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def drawn(count: int) -> Tensor:
+        values = torch.randn(config.frames, count, config.heads, config.channels, device=device).to(dtype)
+        return values.transpose(1, 2).requires_grad_()
+
+    query, key, value = drawn(tokens), drawn(2 * tokens), drawn(2 * tokens)
+
+    def once(kernel: SDPBackend) -> float:
+        with sdpa_kernel(kernel):
+            return timed(lambda: scaled_dot_product_attention(query, key, value).sum().backward(), device)
+
+    return {name: lambda kernel=kernel: once(kernel) for name, kernel in KERNELS.items()}
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(KernelsConfig, arguments)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    print("| tokens | number format | fused, ms | products, ms |\n|---|---|---|---|")
+    for tokens in config.tokens:
+        for name in config.dtypes:
+            taken = in_turns(passes(config, tokens, chosen_dtype(name)), config.repeats)
+            print(
+                f"| {tokens} | {name} | " + " | ".join(f"{1e3 * min(taken[kernel]):.1f}" for kernel in KERNELS) + " |"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""Time, memory and operations of everything this project computes, on the machine it runs on."""

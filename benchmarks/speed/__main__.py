@@ -1,0 +1,69 @@
+"""Time, peak memory and operations of inference, training, calibration, data and metrics on this machine.
+
+    python -m benchmarks.speed [size=tiny|half|sd15] [model=FOLDER] [parts=[inference,training,...]] [threads=2]
+        [dtypes=[float32,bfloat16]] [repeats=3] [output=outputs/speed] [key=value ...]
+
+`size` chooses AnimateAnyone with random weights, from sizes for tests to those of Stable Diffusion 1.5; `model` takes
+a pipeline folder instead. Every part runs in a process of its own, things to be compared in turns. Writes
+results.json, with device, versions and threads, and table.md. A part that was measured already is not measured again.
+`python -m benchmarks.speed.peers.compare` measures beside a checkout of a peer.
+"""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.speed.measuring import machine_facts
+from benchmarks.speed.parts import SpeedConfig, run_part, works
+from benchmarks.speed.report import speed_tables
+from core.config import load_config
+from core.errors import UserError, run_command
+from core.files import complete_file, output_folder, write_json
+from models.pipeline_folder import choose_device
+
+
+def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Parts that are in the results already.
+
+    Raises:
+        UserError: they were measured with other settings.
+    """
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["settings"] != settings:
+        raise UserError(f"{path} was measured with other settings; give another output=, or remove it")
+    return results["parts"]
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(SpeedConfig, arguments)
+    config.check()
+    output = output_folder(config.output)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("parts", "output")}
+    path = output / "results.json"
+    parts = measured_before(path, settings)
+    device = torch.device(choose_device(config.device, "float32")[0])
+    context = multiprocessing.get_context("spawn")
+    for name, (function, *rest) in works(config).items():
+        if name in parts:
+            continue
+        print(f"measuring {name}", flush=True)
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            parts[name] = process.submit(run_part, config.threads, function, *rest).result()
+        write_json(path, {"machine": machine_facts(device), "settings": settings, "parts": parts})
+    text = speed_tables(json.loads(path.read_text(encoding="utf-8")))
+    with complete_file(output / "table.md") as part:
+        part.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

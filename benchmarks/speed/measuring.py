@@ -1,0 +1,177 @@
+"""Seconds, peak memory and operations of some work, and what the hardware could do at most."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from core.errors import UserError
+
+MATRIX_SIDE = 2048
+Shape = tuple[int, ...]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch counts the attention kernels of GPUs, and leaves out those of CPUs.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass
+class Measured:
+    """What was measured of one thing.
+
+    Attributes:
+        seconds: of every repetition.
+        peak_bytes: most memory that the process held meanwhile, on its device; 0: not measured.
+        operations: floating-point operations of one repetition, a multiplication and an addition being two; 0: not
+            counted.
+        parts: seconds of parts of one repetition, by name.
+        facts: other numbers, by name.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    operations: float = 0.0
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def typical(self) -> float:
+        """Median of the repetitions, in seconds."""
+        return median(self.seconds)
+
+    def share(self, rate: float) -> float:
+        """Share of a rate (operations a second) that was reached."""
+        return self.operations / self.typical / rate
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything as JSON takes it."""
+        return {
+            "seconds": self.typical,
+            "least_seconds": min(self.seconds),
+            "repetitions": len(self.seconds),
+            "peak_mib": round(self.peak_bytes / 2**20),
+            "gflop": self.operations / 1e9,
+            "parts": {name: median(values) for name, values in self.parts.items()},
+            **self.facts,
+        }
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    """A number format by its name.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtypes has {name}; {', '.join(DTYPES)} are known")
+    return DTYPES[name]
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was started on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of some work."""
+    wait_for(device)
+    started = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yields a function that says the most bytes held since: of a GPU by torch, else resident in this process.
+
+    Resident memory is Linux's high-water mark, which is set back at the start; elsewhere 0.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    marks = Path("/proc/self/clear_refs")
+    if not marks.exists():
+        yield lambda: 0
+        return
+    marks.write_text("5")  # see proc(5): the high-water mark becomes the present size
+    yield resident_peak
+
+
+def resident_peak() -> int:
+    """The high-water mark of this process's resident memory in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], float]]:
+    """Yields a function that says the floating-point operations since: of products, convolutions and attention."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        yield lambda: float(counter.get_total_flops())
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = MATRIX_SIDE, repeats: int = 5) -> float:
+    """Operations a second of products of square matrices: what the other rates are shares of."""
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    one @ other
+    return 2 * side**3 / min(timed(lambda: one @ other, device) for _ in range(repeats))
+
+
+def in_turns(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of several things, repeated in turns, so that a slow minute of the machine meets them all."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            found[name].append(work())
+    return found
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import diffusers  # its import takes seconds, which other users of this file need not wait
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's name, with the vector extensions that matter for speed."""
+    if not (facts := Path("/proc/cpuinfo")).exists():
+        return platform.processor() or platform.machine()
+    lines = facts.read_text().splitlines()
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = values.get("flags", "").split()
+    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return f"{values.get('model name', platform.machine())} ({', '.join(extensions)})"

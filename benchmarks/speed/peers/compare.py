@@ -1,0 +1,221 @@
+"""This project and a published implementation side by side: the same weights, inputs and noise, in turns.
+
+    python -m benchmarks.speed.peers.compare peer=moore checkout=PATH python=PATH [size=half] [threads=2]
+        [dtypes=[float32,bfloat16]] [rounds=3] [output=DIR]
+
+checkout is the peer's code, python that of the environment in which it runs. Each side runs in a process of its own,
+both with all threads, one computes at a time. Prints a table; `output` gets it as table.md, beside results.json.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+from safetensors.torch import load_file
+
+from benchmarks.speed.measuring import chosen_dtype, machine_facts
+from benchmarks.speed.peers.session import PeerSession, chosen_peer
+from benchmarks.speed.peers.table import Row, markdown
+from benchmarks.speed.peers.weights import (
+    SETTINGS,
+    PeerSettings,
+    kept_facts,
+    peer_settings,
+    weights_facts,
+    write_weights,
+)
+from benchmarks.speed.sizes import SpeedSizes, chosen_sizes
+from core.config import config_dict, load_config
+from core.errors import UserError, run_command
+from core.files import complete_file, output_folder, write_json
+from models.pipeline_folder import choose_device
+
+INFERENCE = "inference"
+
+
+@dataclass
+class CompareConfig:
+    """What to compare, and how often.
+
+    peer: "moore" (Moore-AnimateAnyone), "magic_animate", or "tpc_animate", another checkout of this project.
+    checkout: folder of its code; python: the interpreter of an environment in which that runs.
+    size: of the networks and clips, `benchmarks.speed.sizes`: "tiny", "half", "sd15".
+    works: of inference, image, motion (a training step of either stage); null: all that the peer has.
+    dtypes: float32, bfloat16, float16; training keeps its weights in float32 and computes in these.
+    checkpointing: of gradients; [false,true] measures training steps both ways.
+    rounds: repetitions, after one run of each side that sets things up.
+    steps, guidance: of inference.
+    device: "cpu" or "cuda"; threads: of each side; null: all processors.
+    channels_last: memory format of our convolutions.
+    weights: folder that keeps the random weights for the next time; null: a temporary one.
+    output: folder; null prints the table only.
+    """
+
+    peer: str = "moore"
+    checkout: str = MISSING
+    python: str = MISSING
+    size: str = "tiny"
+    works: list[str] | None = None
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    checkpointing: list[bool] = field(default_factory=lambda: [False])
+    rounds: int = 3
+    steps: int = 4
+    guidance: float = 3.5
+    device: str = "cpu"
+    threads: int | None = None
+    channels_last: bool = False
+    weights: str | None = None
+    output: str | None = None
+
+
+def check(config: CompareConfig) -> None:
+    """Refuse what cannot work before weights are written.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    known = (INFERENCE, *chosen_peer(config.peer).stages)
+    for work in config.works or ():
+        if work not in known:
+            raise UserError(f"works has {work}; of {config.peer} there are {', '.join(known)}")
+    for dtype in config.dtypes:
+        chosen_dtype(dtype)
+    for name in ("dtypes", "checkpointing"):
+        if not getattr(config, name):
+            raise UserError(f"{name}=[] names nothing to measure")
+    if config.rounds < 1 or config.steps < 2:
+        raise UserError(f"rounds={config.rounds} must be at least 1 and steps={config.steps} at least 2")
+    if not config.guidance > 1:
+        raise UserError(
+            f"guidance={config.guidance} must be above 1: the peers' attention control takes it for granted"
+        )
+
+
+def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
+    """What is measured: work, whether gradients are checkpointed, and the drivers' command."""
+    found = []
+    for work in config.works or (INFERENCE, *chosen_peer(config.peer).stages):
+        if work == INFERENCE:
+            found.append((work, False, {"do": "infer", "steps": config.steps, "guidance": config.guidance}))
+            continue
+        for checkpointed in config.checkpointing:
+            command = {"do": "train", "stage": work, "gradient_checkpointing": checkpointed}
+            found.append((work, checkpointed, command))
+    return found
+
+
+def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]:
+    """Measure everything that the configuration names.
+
+    Args:
+        folder: of the weights, see `weights.write_weights`.
+
+    Returns:
+        A row for each work and number format. The peer's failures are part of the result, but for the first one.
+
+    Raises:
+        UserError: our side fails, or nothing of the peer runs.
+    """
+    family = chosen_peer(config.peer).family
+    device, _ = choose_device(config.device, "float32")
+    threads = config.threads or os.cpu_count() or 1
+    rows: list[Row] = []
+    for dtype in config.dtypes:
+        settings = peer_settings(family, sizes, dtype, device.type, threads, channels_last=config.channels_last)
+        for work, checkpointed, command in commands(config):
+            row = measure(config, settings, folder, Row(work, dtype, checkpointed), command)
+            if row.reason and not any(earlier.theirs for earlier in rows):
+                raise UserError(row.reason)
+            rows.append(row)
+    return rows
+
+
+def measure(config: CompareConfig, settings: PeerSettings, folder: Path, row: Row, command: dict[str, Any]) -> Row:
+    """`row` with what both sides answered to a command, in turns."""
+    ours, theirs, reason = [], [], None
+    with ExitStack() as stack:
+        our_side = stack.enter_context(PeerSession.of_ours(settings, folder))
+        their_side = stack.enter_context(
+            PeerSession.of_peer(config.peer, config.python, config.checkout, settings, folder)
+        )
+        infers = command["do"] == "infer"
+        first = our_side.ask(**command, **({"peer_rounding": True} if infers else {}))
+        difference = {}
+        try:
+            their_first = their_side.ask(**command)
+            if infers:
+                difference["peer_rounding"] = latent_difference(our_side, their_side)
+            else:
+                difference["loss"] = abs(first["loss"] - their_first["loss"])
+        except UserError as error:
+            reason = str(error)
+        for _ in range(config.rounds):
+            ours.append(our_side.ask(**command))
+            if reason is None:
+                theirs.append(their_side.ask(**command))
+        if theirs and infers:
+            difference |= latent_difference(our_side, their_side)
+        elif theirs:
+            difference["last_loss"] = abs(ours[-1]["loss"] - theirs[-1]["loss"])
+    return replace(row, ours=summary(ours), theirs=summary(theirs), difference=difference, reason=reason)
+
+
+def latent_difference(ours: PeerSession, theirs: PeerSession) -> dict[str, float]:
+    """Largest and mean difference of the last latents, and their standard deviation for scale."""
+    with TemporaryDirectory() as scratch:
+        found = []
+        for number, side in enumerate((ours, theirs)):
+            path = f"{scratch}/{number}.safetensors"
+            side.ask("result", path=path)
+            found.append(load_file(path)["latents"])
+    apart = (found[0] - found[1]).abs()
+    return {"largest": float(apart.max()), "mean": float(apart.mean()), "deviation": float(found[1].std())}
+
+
+def summary(answers: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of the seconds and the largest peaks; empty for no answers."""
+    if not answers:
+        return {}
+    found = {name: median(answer[name] for answer in answers) for name in answers[0] if name.endswith("seconds")}
+    found["least_seconds"] = min(answer["seconds"] for answer in answers)
+    peaks = [name for name in answers[0] if name.endswith("peak_bytes")]
+    return found | {name: max(answer[name] for answer in answers) for name in peaks}
+
+
+def prepare_weights(config: CompareConfig, sizes: SpeedSizes, scratch: Path) -> Path:
+    """The folder of weights: written, or the kept one."""
+    family = chosen_peer(config.peer).family
+    folder = Path(config.weights) if config.weights else scratch / "weights"
+    if not folder.exists():
+        write_weights(folder, family, sizes)
+    elif kept_facts(folder) != weights_facts(family, sizes):
+        raise UserError(f"weights={folder} holds no {SETTINGS} of {family} at size={config.size}; give a new folder")
+    return folder
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(CompareConfig, arguments)
+    check(config)
+    sizes = chosen_sizes(config.size)
+    with TemporaryDirectory() as scratch:
+        rows = compare(config, sizes, prepare_weights(config, sizes, Path(scratch)))
+    text = markdown(rows, config.peer)
+    print(text, end="")
+    if config.output:
+        output = output_folder(config.output)
+        device, _ = choose_device(config.device, "float32")
+        facts = {**machine_facts(torch.device(device)), "threads": config.threads or os.cpu_count()}
+        results = {"config": config_dict(config), "machine": facts, "rows": [row.numbers(rows) for row in rows]}
+        write_json(output / "results.json", results)
+        with complete_file(output / "table.md") as path:
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

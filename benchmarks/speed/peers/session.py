@@ -1,0 +1,187 @@
+"""A driver in a process of its own, with whatever Python it needs; see `driver_protocol.py`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.speed.peers.weights import PeerSettings
+from core.errors import UserError
+from core.files import write_json
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[2]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation to compare with.
+
+    Attributes:
+        driver: what Python is given to run, before the driver's three arguments.
+        family: of `models.checkpoints.convert`.
+        holds: a file of every checkout, by which it is recognised.
+        stages: of training that it has code for.
+    """
+
+    driver: tuple[str, ...]
+    family: str
+    holds: str
+    stages: tuple[str, ...]
+
+
+# Another checkout of this project is compared like a peer, and itself with itself says how far to trust the numbers.
+OURS = "tpc_animate"
+PEERS = {
+    "moore": Peer(
+        (str(FOLDER / "driver_moore.py"),),
+        "animate_anyone",
+        "src/pipelines/pipeline_pose2vid_long.py",
+        ("image", "motion"),
+    ),
+    "magic_animate": Peer(
+        (str(FOLDER / "driver_magic_animate.py"),),
+        "magic_animate",
+        "magicanimate/pipelines/pipeline_animation.py",
+        (),
+    ),
+    OURS: Peer(
+        ("-m", "benchmarks.speed.peers.driver_ours"),
+        "animate_anyone",
+        "benchmarks/speed/peers/driver_ours.py",
+        ("image", "motion"),
+    ),
+}
+
+
+def chosen_peer(name: str) -> Peer:
+    """A peer by name.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if name not in PEERS:
+        raise UserError(f"peer={name} is not one of {', '.join(PEERS)}")
+    return PEERS[name]
+
+
+class PeerSession:
+    """A running driver; a context manager that ends it.
+
+    Args:
+        name: what the driver is, for errors.
+        command: how it is started, without its three arguments.
+        checkout: the code that it runs, and its working folder.
+        settings, folder: what it reads, see `weights.py`.
+        wait_seconds: how long it may take to end when it is told to.
+
+    Raises:
+        UserError: it cannot be started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        checkout: str | Path,
+        settings: PeerSettings,
+        folder: str | Path,
+        wait_seconds: float = 10.0,
+    ):
+        self.name, self.wait_seconds = name, wait_seconds
+        self._scratch = tempfile.TemporaryDirectory()
+        scratch = Path(self._scratch.name)
+        write_json(scratch / "settings.json", asdict(settings))
+        self._log = open(scratch / "stderr", "w+", encoding="utf-8", errors="replace")
+        arguments = [str(Path(path).absolute()) for path in (checkout, scratch / "settings.json", folder)]
+        try:
+            self._process = subprocess.Popen(
+                [*command, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                cwd=checkout,
+            )
+        except OSError as error:
+            self._log.close()
+            self._scratch.cleanup()
+            raise UserError(f"{name} cannot be started with python={command[0]}: {error.strerror}") from None
+
+    @classmethod
+    def of_peer(
+        cls, name: str, python: str | Path, checkout: str | Path, settings: PeerSettings, folder: str | Path
+    ) -> Self:
+        """One of `PEERS` by name, in its own environment.
+
+        Raises:
+            UserError: no such peer, or not its checkout.
+        """
+        peer, checkout = chosen_peer(name), Path(checkout)
+        if not (checkout / peer.holds).is_file():
+            raise UserError(f"checkout={checkout} is not a checkout of {name}: it has no {peer.holds}")
+        # The driver works in the checkout, where a relative path would mean another file.
+        interpreter = str(Path(python).absolute()) if os.sep in str(python) else str(python)
+        return cls(name, [interpreter, "-u", *peer.driver], checkout, settings, folder)
+
+    @classmethod
+    def of_ours(cls, settings: PeerSettings, folder: str | Path) -> Self:
+        """This project, in this environment."""
+        return cls("our side", [sys.executable, "-u", *PEERS[OURS].driver], ROOT, settings, folder)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer.
+
+        Raises:
+            UserError: the driver says that it failed, or ends; with the reason that it gave.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise UserError(f"{self.name} ended with code {code}: {self._last_words()}")
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(f"{self.name} answered {line.strip()[:200]!r}, which is no JSON") from None
+        if "error" in answer:
+            raise UserError(f"{self.name} failed at {do}: {' '.join(answer['error'].split())}")
+        return answer
+
+    def _last_words(self) -> str:
+        """The last line of the driver's standard error that says something."""
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+    def close(self) -> None:
+        """End the driver."""
+        if self._process.poll() is None:
+            try:
+                self._process.stdin.write(json.dumps({"do": "quit"}) + "\n")
+                self._process.stdin.close()
+            except BrokenPipeError:
+                pass
+            try:
+                self._process.wait(timeout=self.wait_seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

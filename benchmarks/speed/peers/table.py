@@ -1,0 +1,103 @@
+"""What a comparison found, as numbers and as a table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MIB = 2**20
+HEADER = (
+    "| work | ours | {peer} | s, ours | s, {peer} | times faster | MiB, ours | MiB, {peer} | share of memory "
+    "| largest difference |\n" + "|---" * 10 + "|\n"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of work in one number format.
+
+    Attributes:
+        work: "inference", or the stage of a training step; checkpointed: its gradients.
+        ours, theirs: medians of "seconds"; "peak_bytes"; of inference also "step_seconds", and "loop_peak_bytes" until
+            the last step, before decoding; empty: did not run.
+        difference: of inference the largest and mean one of the latents, their deviation, and the same with us
+            rounding what the peer rounds; of training that of the losses before the first and before the last step.
+        reason: why the peer did not run.
+    """
+
+    work: str
+    dtype: str
+    checkpointed: bool = False
+    ours: dict[str, float] = field(default_factory=dict)
+    theirs: dict[str, float] = field(default_factory=dict)
+    difference: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+    def numbers(self, rows: Sequence["Row"]) -> dict[str, Any]:
+        """As JSON takes them, with the ratios to the peer's rows that this one is held against."""
+        ratios = {
+            f"{other.dtype}{' checkpointed' * other.checkpointed}": self.ratios(other) for other in peers(self, rows)
+        }
+        return {**asdict(self), "ratios": ratios}
+
+    def ratios(self, other: "Row") -> dict[str, float]:
+        """How many times faster our side is here than the peer in `other`, and its share of that one's memory."""
+        found = {}
+        for name, seconds, peak in (("", "seconds", "peak_bytes"), ("step_", "step_seconds", "loop_peak_bytes")):
+            if seconds in self.ours and seconds in other.theirs:
+                found[f"{name}speed"] = other.theirs[seconds] / self.ours[seconds]
+                if other.theirs[peak]:
+                    found[f"{name}memory"] = self.ours[peak] / other.theirs[peak]
+        return found
+
+
+def peers(row: Row, rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows whose peer a row is held against: itself, and plain float32."""
+    if row.theirs:
+        yield row
+    for other in rows:
+        if other is not row and other.theirs and (other.work, other.dtype) == (row.work, "float32"):
+            if not other.checkpointed:
+                yield other
+
+
+def markdown(rows: Sequence[Row], peer: str) -> str:
+    """A table with a line for every pair, for the whole run and for a denoising step, and why the peer did not run."""
+    lines = [HEADER.format(peer=peer)]
+    notes = []
+    for row in rows:
+        for other in peers(row, rows):
+            lines.append(line(row, other))
+            if "step_seconds" in row.ours and "step_seconds" in other.theirs:
+                lines.append(line(row, other, of_step=True))
+        if row.reason:
+            notes.append(f"\n{name_of(row)}, {format_of(row)}: {row.reason}\n")
+    return "".join(lines + notes)
+
+
+def line(row: Row, other: Row, of_step: bool = False) -> str:
+    """One line of the table, of all the work or of a denoising step."""
+    part, seconds, peak = ("step_", "step_seconds", "loop_peak_bytes") if of_step else ("", "seconds", "peak_bytes")
+    ratios = row.ratios(other)
+    cells = [name_of(row) + ", a step" * of_step, format_of(row), format_of(other)]
+    cells += [f"{row.ours[seconds]:.2f}", f"{other.theirs[seconds]:.2f}", f"{ratios[part + 'speed']:.2f}"]
+    cells += [f"{row.ours[peak] / MIB:.0f}", f"{other.theirs[peak] / MIB:.0f}"]
+    cells += [f"{ratios[part + 'memory']:.2f}" if part + "memory" in ratios else ""]
+    cells += [difference(row) if row is other and not of_step else ""]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def name_of(row: Row) -> str:
+    return row.work if row.work == "inference" else f"training step, {row.work} stage"
+
+
+def format_of(row: Row) -> str:
+    return row.dtype + ", checkpointed" * row.checkpointed
+
+
+def difference(row: Row) -> str:
+    """What the two results differ by."""
+    found = row.difference
+    if "loss" in found:
+        return f"loss {found['loss']:.1e}"
+    rounded = found["peer_rounding"]["largest"]
+    return f"{found['largest']:.1e} of {found['deviation']:.1f}; {rounded:.1e} when rounding alike"

@@ -1,0 +1,81 @@
+"""Inputs of the measurements: rendered people, standing beside each other, and a clip that turns and zooms."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.drawing import draw_pose
+from data.motion import random_motion
+from data.people import build_person, load_people, random_identity
+from data.pose import Poses
+from data.render import Camera, Figure, render_people
+from tpc import Calibration, CalibrationConfig, calibrate
+
+FPS = 15.0
+HEIGHT = 0.7  # of a standing person, as a share of the picture's
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A reference picture and a driving clip of the same persons.
+
+    Attributes:
+        reference: (H, W, 3) uint8 RGB; reference_masks: (p, H, W) bool; reference_poses: of one frame.
+        poses: of f frames; masks: (f, p, H, W) bool.
+        pictures: (f, H, W, 3) uint8, the drawn poses.
+    """
+
+    reference: np.ndarray
+    reference_poses: Poses
+    reference_masks: np.ndarray
+    poses: Poses
+    masks: np.ndarray
+    pictures: np.ndarray
+
+    def calibration(self, config: CalibrationConfig) -> Calibration:
+        """What TPC hands to the pipeline."""
+        return calibrate(
+            self.reference,
+            self.reference_poses,
+            self.poses,
+            self.poses.size,
+            config,
+            reference_masks=self.reference_masks,
+            driving_masks=self.masks,
+        )
+
+
+def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
+    """`persons` in square pictures of `side` pixels."""
+    rng, library, size = np.random.default_rng(seed), load_people(), (side, side)
+    people = [build_person(random_identity(rng, library, "heldout"), library) for _ in range(persons)]
+    motions = [random_motion(rng, frames, FPS) for _ in people]
+    places = (np.arange(persons) + 0.5) / persons
+    height = HEIGHT / max(1.0, 0.6 * persons)
+
+    def drawn(frame: int, scale: float, angle: float):
+        return render_people(
+            [
+                Figure(person, motion.pose(frame), Camera(height * scale, angle, (place, 0.5)))
+                for person, motion, place in zip(people, motions, places, strict=True)
+            ],
+            size,
+        )
+
+    reference = drawn(0, 1.0, 0.0)
+    shares = np.arange(frames) / max(frames - 1, 1)
+    clip = [drawn(frame, 1.0 - 0.4 * share, 0.6 * share) for frame, share in enumerate(shares)]
+
+    def poses(pictures: list) -> Poses:
+        keypoints = np.stack([picture.keypoints for picture in pictures])
+        return Poses(keypoints, np.stack([picture.scores for picture in pictures]), size, FPS)
+
+    driving = poses(clip)
+    return Scene(
+        reference.image,
+        poses([reference]),
+        reference.masks,
+        driving,
+        np.stack([picture.masks for picture in clip]),
+        np.stack([draw_pose(k, s, size) for k, s in zip(driving.keypoints, driving.scores, strict=True)]),
+    )

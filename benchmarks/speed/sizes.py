@@ -1,0 +1,151 @@
+"""AnimateAnyone with random weights, from sizes for tests to those of Stable Diffusion 1.5."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from core.errors import UserError
+from models.checkpoints.sizes import (
+    MotionSizes,
+    UNetSizes,
+    make_denoising_unet,
+    make_pose_guider,
+    make_reference_net,
+)
+from models.pipeline import AnimationPipeline
+from models.pipeline_folder import load_pipeline
+
+POSE_CHANNELS = (16, 32, 96, 256)
+PIXELS = 8  # of a picture's side per latent
+
+
+@dataclass(frozen=True)
+class SpeedSizes:
+    """Widths of the networks, and what they are measured on.
+
+    Attributes:
+        unet: both UNets; motion modules are those of AnimateDiff v2 at any width.
+        vae: widths of the AutoencoderKL's levels.
+        image_encoder: width, layers and heads of a CLIP vision encoder with patches of 14 pixels.
+        image_size: side of the image encoder's pictures in pixels.
+        side: of the pictures in pixels; frames: of a clip that is denoised in one window; steps: of a run.
+        batch: clips a training step in stage=image; clip_frames: of the clip of stage=motion.
+    """
+
+    unet: UNetSizes
+    vae: tuple[int, ...]
+    image_encoder: tuple[int, int, int]
+    image_size: int
+    side: int
+    frames: int
+    steps: int
+    batch: int
+    clip_frames: int
+
+
+_SD15 = UNetSizes()
+SIZES = {
+    "tiny": SpeedSizes(
+        replace(_SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
+        vae=(32, 32, 32, 32),
+        image_encoder=(64, 2, 4),
+        image_size=56,
+        side=64,
+        frames=4,
+        steps=4,
+        batch=2,
+        clip_frames=4,
+    ),
+    "half": SpeedSizes(
+        replace(_SD15, block_out_channels=(160, 320, 640, 640)),
+        vae=(64, 128, 256, 256),
+        image_encoder=(512, 12, 8),
+        image_size=224,
+        side=256,
+        frames=8,
+        steps=4,
+        batch=2,
+        clip_frames=8,
+    ),
+    "sd15": SpeedSizes(
+        _SD15,
+        vae=(128, 256, 512, 512),
+        image_encoder=(1024, 24, 16),
+        image_size=224,
+        side=512,
+        frames=24,
+        steps=4,
+        batch=1,
+        clip_frames=24,
+    ),
+}
+
+
+def chosen_sizes(name: str) -> SpeedSizes:
+    """Sizes by name.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if name not in SIZES:
+        raise UserError(f"size={name} is not one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def make_pipeline(sizes: SpeedSizes, seed: int = 0) -> AnimationPipeline:
+    """A pipeline with random weights, float32 on the CPU."""
+    torch.manual_seed(seed)
+    width, layers, heads = sizes.image_encoder
+    encoder = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=sizes.image_size,
+        patch_size=14,
+        projection_dim=sizes.unet.cross_attention_dim,
+    )
+    levels = len(sizes.vae)
+    pipeline = AnimationPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=sizes.vae,
+            layers_per_block=2,
+            latent_channels=sizes.unet.in_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+        ),
+        image_encoder=CLIPVisionModelWithProjection(encoder),
+        reference_net=make_reference_net(sizes.unet),
+        denoising_unet=make_denoising_unet(sizes.unet, MotionSizes(), "frame"),
+        pose_guider=make_pose_guider(sizes.unet.block_out_channels[0], POSE_CHANNELS),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="linear",
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        ),
+    )
+    for network in pipeline.components.values():
+        if isinstance(network, torch.nn.Module):
+            network.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def open_pipeline(
+    model: str | None, sizes: SpeedSizes, device: torch.device, dtype: torch.dtype, channels_last: bool
+) -> AnimationPipeline:
+    """The pipeline folder `model`, or one of `sizes` with random weights where there is none."""
+    pipeline = load_pipeline(model) if model else make_pipeline(sizes)
+    pipeline.set_progress_bar_config(disable=True)
+    for network in pipeline.components.values():
+        if isinstance(network, torch.nn.Module):
+            torch.nn.Module.to(network, device, dtype)  # without the warning that diffusers has for loading
+            if channels_last:
+                network.to(memory_format=torch.channels_last)
+    return pipeline

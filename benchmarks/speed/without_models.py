@@ -1,0 +1,81 @@
+"""What needs no animator: calibration, rendering of people, and metrics."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.speed.measuring import Measured, peak_memory
+from benchmarks.speed.scene import make_scene
+from data.datasets import RenderedPeople
+from evaluation.instruments import Instruments
+from evaluation.measure import FramePair, measure_clip
+from metrics.protocols import PROTOCOLS
+from tpc import CalibrationConfig
+
+CPU = torch.device("cpu")
+
+
+def measure_calibration(frames: int, side: int, repeats: int) -> dict[str, Measured]:
+    """Calibration of a clip with poses and masks given, pictures painted, by preset and number of persons."""
+    found = {}
+    for persons in (1, 2):
+        scene = make_scene(persons, frames, side)
+        for name, config in (
+            ("best", CalibrationConfig()),
+            ("trunk keypoints", CalibrationConfig(keypoints="trunk")),
+            ("paper", CalibrationConfig(preset="paper")),
+        ):
+            measured = Measured()
+            with peak_memory(CPU) as peak:
+                for _ in range(repeats):
+                    started = time.perf_counter()
+                    calibration = scene.calibration(config)
+                    for member in np.unique(calibration.member[calibration.member >= 0]):
+                        calibration.images[member]
+                    measured.seconds.append(time.perf_counter() - started)
+                measured.peak_bytes = peak()
+            measured.facts["frames_per_second"] = frames / measured.typical
+            found[f"{name}, {persons} person{'s' * (persons > 1)}"] = measured
+    return found
+
+
+def measure_rendering(side: int, clips: int) -> Measured:
+    """Training clips of two pictures (reference and frame), with poses and masks, drawn by this process alone."""
+    dataset = RenderedPeople(size=(side, side), num_frames=1, stride=1, seed=0, split="train", length=clips + 1)
+    dataset[clips]
+    measured = Measured()
+    for clip in range(clips):
+        started = time.perf_counter()
+        dataset[clip]
+        measured.seconds.append(time.perf_counter() - started)
+    measured.facts["pictures_per_second"] = 2 / measured.typical
+    return measured
+
+
+def measure_metrics(instruments: Instruments, frames: int, side: int) -> dict[str, Measured]:
+    """Each measure alone on a clip of noise, its files written."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
+    noisy = truth ^ rng.integers(0, 64, truth.shape, dtype=np.uint8)
+    found = {}
+    for name in instruments.measures:
+        alone = replace(instruments, measures=(name,), regions=("",))
+        measured = Measured()
+        for _ in range(2):  # networks are slower the first time
+            with TemporaryDirectory() as folder, peak_memory(torch.device(instruments.device)) as peak:
+                started = time.perf_counter()
+                measure_clip((FramePair(*pair) for pair in zip(noisy, truth, strict=True)), alone, Path(folder))
+                measured.seconds = [time.perf_counter() - started]
+                measured.peak_bytes = peak()
+        measured.facts["frames_per_second"] = frames / measured.typical
+        found[name] = measured
+    return found
+
+
+def pixel_instruments() -> Instruments:
+    """Measures without networks."""
+    return Instruments(PROTOCOLS["native"], ("mae", "psnr", "ssim"), ("",))
