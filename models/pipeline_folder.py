@@ -25,6 +25,11 @@ from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_model"
+# Smaller ones, of each kind one, for comparisons; see their README.
+SMALL_ANIMATORS = tuple(
+    SHIPPED_MODEL.parent / "small_animators" / name
+    for name in ("animate_anyone", "magic_animate", "disco", "dream_pose")
+)
 COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
 PIPELINES = {
     kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline, DiscoPipeline, DreamPosePipeline)

@@ -1,6 +1,6 @@
 """Table 1 of the TPC paper on the clips of the misalignment benchmark: animators without and with TPC.
 
-    python -m benchmarks.animators models=[FOLDER,FOLDER,...] [names=[A,B,...]] [output=outputs/animators]
+    python -m benchmarks.animators [models=[FOLDER,FOLDER,...]] [names=[A,B,...]] [output=outputs/animators]
         [kinds=[aligned,rotation]] [clips=4] [seeds=[0,1]] [attachments=[add,replace]] [sampling.steps=10]
         [key=value ...]
     accelerate launch -m benchmarks.animators ...                    # clips divided among processes
@@ -32,7 +32,7 @@ from core.processes import process_state
 from evaluation.experiment import Condition, Trial, run_task
 from evaluation.instruments import Instruments
 from evaluation.report import common_facts, heading, latex, markdown, write_results
-from models.pipeline_folder import PIPELINES, SHIPPED_MODEL, choose_device, load_pipeline, read_index
+from models.pipeline_folder import PIPELINES, SMALL_ANIMATORS, choose_device, load_pipeline, read_index
 from tpc import CalibrationConfig
 from tpc.config import ATTACHMENTS
 
@@ -44,14 +44,15 @@ class AnimatorsConfig(MeasuresConfig):
     """Which models are compared on what.
 
     output: folder for the results.
-    models: pipeline folders; names: of them in the table, those of their classes without.
+    models: pipeline folders; without, the four small ones that are shipped.
+    names: of the models in the table; without, those of their classes.
     attachments: how TPC is attached: "add" gives calibrated tokens beside the reference's, "replace" in their place.
     kinds: of clips; clips: of each kind, the first ones, 0: all.
     strips: whether strips.png shows the last frame of the first clip of each kind.
     """
 
     output: str = "outputs/animators"
-    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])
+    models: list[str] = field(default_factory=lambda: [str(folder) for folder in SMALL_ANIMATORS])
     names: list[str] | None = None
     attachments: list[str] = field(default_factory=lambda: ["add", "replace"])
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
