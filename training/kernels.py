@@ -7,17 +7,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Tokens of a frame up to which writing the probabilities down is faster than recomputing them, on CPUs.
-FEW_TOKENS = 256
+FEW_TOKENS = 128
 
 
 @contextmanager
 def attention_kernels(device: torch.device, tokens: int, half: bool) -> Iterator[None]:
     """The kernels for a forward and backward pass: those that torch chooses, but for few tokens on CPUs.
 
-    There the backward pass of torch's fused kernel takes as long for 64 tokens as for hundreds. Two products and a
-    softmax take a quarter of its time at 64 tokens and two thirds at 256, and from about 500 on more than it; with
-    half precision kept between them, which torch leaves to the user to allow. `python -m benchmarks.attention_kernels`
-    measures it.
+    There two products and a softmax take half the time of torch's fused kernel up to 128 tokens in bfloat16, as much
+    at 256, and more from there on and in float32; with half precision kept between them, which torch leaves to the
+    user to allow. `python -m benchmarks.attention_kernels` measures it.
 
     Args:
         tokens: of a frame, in the layer that has most.

@@ -60,6 +60,7 @@ def run_once(
         num_inference_steps=size.steps,
         guidance_scale=size.guidance_scale,
         window_size=size.window or size.frames,
+        window_overlap=(size.window or size.frames) // 6,  # as published: 4 of 24
         generator=torch.Generator().manual_seed(0),
         output_type="uint8",
         callback_on_step_end=clock,
