@@ -56,33 +56,29 @@ SHEET_ROWS = 3  # frames of a clip on a validation sheet
 
 def train_batch(run: Run, batch: Batch, generators: Generators) -> None:
     """Forward and backward of one batch of this process; the parameters move when the accumulation is full."""
-    half = run.accelerator.mixed_precision == "bf16"
-    with attention_kernels(run.accelerator.device, run.traits.most_tokens, half):
-        _train_batch(run, batch, generators)
-
-
-def _train_batch(run: Run, batch: Batch, generators: Generators) -> None:
     config, accelerator = run.config, run.accelerator
     # DeepSpeed moves the parameters within `backward`, so the rate is set before.
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate(run.progress.step)
     batch = compose_samples(batch, config.augmentation.composition, run.progress.step, generators)
-    with accelerator.autocast():
-        result = diffusion_loss(
-            run.model,
-            run.vae,
-            run.scheduler,
-            batch,
-            config.noise,
-            config.augmentation.calibrated,
-            run.traits,
-            generators,
-            config.vae_chunk,
-            config.attention,
-        )
-    run.log.add(result, batch)
-    if run.guard.admits(result.loss, accelerator):
-        accelerator.backward(result.loss)
+    half = accelerator.mixed_precision == "bf16"
+    with attention_kernels(accelerator.device, run.traits.most_tokens, half):
+        with accelerator.autocast():
+            result = diffusion_loss(
+                run.model,
+                run.vae,
+                run.scheduler,
+                batch,
+                config.noise,
+                config.augmentation.calibrated,
+                run.traits,
+                generators,
+                config.vae_chunk,
+                config.attention,
+            )
+        run.log.add(result, batch)
+        if run.guard.admits(result.loss, accelerator):
+            accelerator.backward(result.loss)
 
 
 def move(run: Run) -> None:

@@ -19,9 +19,10 @@ def turned():
 
 
 def animated(pipeline, clip, attach: str):
-    driving = clip.driving.part(2) if hasattr(clip.driving, "part") else clip.driving
-    config = SamplingConfig(steps=2, guidance_scale=1.0, num_frames=2)
-    return animate(pipeline, clip.reference, driving, config, CalibrationConfig(attach=attach), show_progress=False)
+    config = SamplingConfig(steps=2, guidance_scale=1.0)
+    return animate(
+        pipeline, clip.reference, clip.driving, config, CalibrationConfig(attach=attach), show_progress=False
+    )
 
 
 @pytest.mark.parametrize("folder", SMALL_ANIMATORS, ids=lambda folder: folder.name)

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed.measuring import counting
 from core.files import write_json
 from evaluation.experiment import Trial
 
@@ -40,10 +39,9 @@ class Cost:
 
 def count_operations(compute: Callable[[], object]) -> float:
     """Operations of a computation in 10^12."""
-    # The counter does not know every fused kernel of attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counted:
         compute()
-    return counter.get_total_flops() / 1e12
+        return counted() / 1e12
 
 
 def costs_by_condition(folders: Mapping[Trial, Path]) -> dict[str, Cost]:

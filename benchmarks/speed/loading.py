@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from benchmarks.speed.measuring import Measured
 from core.config import load_config
+from train import move, train_batch
 from training.build import make_networks, set_trainable
 from training.config import TrainConfig
 from training.data import make_dataset
@@ -38,22 +39,19 @@ def measure_loading(vae: str, workers: list[int], batch_size: int, steps: int) -
 
     Returns:
         By "<n> workers": seconds of a step, and of waiting and computing within it; busy: share of the time in which
-        the model computes; pictures_per_second: of the loader alone where it is waited for.
+        the model computes.
     """
     return {f"{number} workers": _one(training_config(vae, number, batch_size, steps + 3)) for number in workers}
 
 
 def _one(config: TrainConfig) -> Measured:
-    # train.py imports the whole of training; its step is what is measured.
-    from train import move, train_batch
-
     vae, model = make_networks(config)
     set_trainable(model, config)
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     with TemporaryDirectory() as folder:
         run = prepare(config, Path(folder), accelerator, vae, model)
         measured = Measured(parts={"waiting": [], "computing": []})
-        for number, (waited, computed) in enumerate(_steps(run, train_batch, move)):
+        for number, (waited, computed) in enumerate(_steps(run)):
             if number >= 3:
                 measured.seconds.append(waited + computed)
                 measured.parts["waiting"].append(waited)
@@ -63,7 +61,7 @@ def _one(config: TrainConfig) -> Measured:
     return measured
 
 
-def _steps(run: Run, train_batch, move) -> Iterator[tuple[float, float]]:
+def _steps(run: Run) -> Iterator[tuple[float, float]]:
     """Seconds that each step waited for its batch, and computed."""
     clips = make_dataset(run.config.data, run.config.max_steps * run.clips_per_step)
     run.model.train()

@@ -13,11 +13,11 @@ import numpy
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.speed.peers.driver_protocol import DTYPES, peak, reset_peak, wait_for
 from core.errors import UserError
 
 MATRIX_SIDE = 2048
 Shape = tuple[int, ...]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
@@ -59,10 +59,6 @@ class Measured:
         """Median of the repetitions, in seconds."""
         return median(self.seconds)
 
-    def share(self, rate: float) -> float:
-        """Share of a rate (operations a second) that was reached."""
-        return self.operations / self.typical / rate
-
     def numbers(self) -> dict[str, Any]:
         """Everything as JSON takes it."""
         return {
@@ -87,12 +83,6 @@ def chosen_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def wait_for(device: torch.device) -> None:
-    """Until everything that was started on a device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of some work."""
     wait_for(device)
@@ -108,24 +98,8 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
     Resident memory is Linux's high-water mark, which is set back at the start; elsewhere 0.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
-        yield lambda: 0
-        return
-    marks.write_text("5")  # see proc(5): the high-water mark becomes the present size
-    yield resident_peak
-
-
-def resident_peak() -> int:
-    """The high-water mark of this process's resident memory in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    reset_peak(device)
+    yield lambda: peak(device)
 
 
 @contextmanager

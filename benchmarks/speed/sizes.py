@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
@@ -16,6 +16,7 @@ from models.checkpoints.sizes import (
 )
 from models.pipeline import AnimationPipeline
 from models.pipeline_folder import load_pipeline
+from models.schedules import published_scheduler
 
 POSE_CHANNELS = (16, 32, 96, 256)
 PIXELS = 8  # of a picture's side per latent
@@ -94,47 +95,60 @@ def chosen_sizes(name: str) -> SpeedSizes:
     return SIZES[name]
 
 
-def make_pipeline(sizes: SpeedSizes, seed: int = 0) -> AnimationPipeline:
-    """A pipeline with random weights, float32 on the CPU."""
-    torch.manual_seed(seed)
+def make_vae(sizes: SpeedSizes) -> AutoencoderKL:
+    """The VAE with random weights."""
+    levels = len(sizes.vae)
+    return AutoencoderKL(
+        block_out_channels=sizes.vae,
+        layers_per_block=2,
+        latent_channels=sizes.unet.in_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=sizes.side,
+    )
+
+
+def make_image_encoder(sizes: SpeedSizes, image_size: int) -> CLIPVisionModelWithProjection:
+    """The image encoder with random weights, for pictures of `image_size` pixels a side."""
     width, layers, heads = sizes.image_encoder
-    encoder = CLIPVisionConfig(
+    settings = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        image_size=sizes.image_size,
+        image_size=image_size,
         patch_size=14,
         projection_dim=sizes.unet.cross_attention_dim,
     )
-    levels = len(sizes.vae)
+    return CLIPVisionModelWithProjection(settings)
+
+
+def make_pipeline(sizes: SpeedSizes, seed: int = 0) -> AnimationPipeline:
+    """A pipeline with random weights, float32 on the CPU."""
+    torch.manual_seed(seed)
     pipeline = AnimationPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=sizes.vae,
-            layers_per_block=2,
-            latent_channels=sizes.unet.in_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-        ),
-        image_encoder=CLIPVisionModelWithProjection(encoder),
+        vae=make_vae(sizes),
+        image_encoder=make_image_encoder(sizes, sizes.image_size),
         reference_net=make_reference_net(sizes.unet),
         denoising_unet=make_denoising_unet(sizes.unet, MotionSizes(), "frame"),
         pose_guider=make_pose_guider(sizes.unet.block_out_channels[0], POSE_CHANNELS),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="linear",
-            clip_sample=False,
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-        ),
+        scheduler=published_scheduler("animate_anyone"),
     )
-    for network in pipeline.components.values():
-        if isinstance(network, torch.nn.Module):
-            network.eval()
+    for network in networks_of(pipeline):
+        network.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def networks_of(pipeline: AnimationPipeline) -> list[torch.nn.Module]:
+    """The components that have weights."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def use_channels_last(pipeline: AnimationPipeline) -> None:
+    """Change the memory format of all its networks."""
+    for network in networks_of(pipeline):
+        network.to(memory_format=torch.channels_last)
 
 
 def open_pipeline(
@@ -143,9 +157,8 @@ def open_pipeline(
     """The pipeline folder `model`, or one of `sizes` with random weights where there is none."""
     pipeline = load_pipeline(model) if model else make_pipeline(sizes)
     pipeline.set_progress_bar_config(disable=True)
-    for network in pipeline.components.values():
-        if isinstance(network, torch.nn.Module):
-            torch.nn.Module.to(network, device, dtype)  # without the warning that diffusers has for loading
-            if channels_last:
-                network.to(memory_format=torch.channels_last)
+    for network in networks_of(pipeline):
+        torch.nn.Module.to(network, device, dtype)  # without the warning that diffusers has for loading
+    if channels_last:
+        use_channels_last(pipeline)
     return pipeline

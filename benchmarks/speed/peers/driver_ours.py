@@ -16,6 +16,7 @@ from PIL import Image
 
 from benchmarks.speed.peers.driver_protocol import Driver, Job, StepTimes, read_job, serve
 from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
+from benchmarks.speed.sizes import use_channels_last
 from models.animator import Images
 from models.checkpoints.convert import BUILDERS
 from models.checkpoints.sources import ConvertConfig, Sources
@@ -36,9 +37,7 @@ def load(job: Job, dtype: str) -> AnimationPipeline:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(job.device)
     if job.settings["channels_last"]:
-        for network in pipeline.components.values():
-            if isinstance(network, torch.nn.Module):
-                network.to(memory_format=torch.channels_last)
+        use_channels_last(pipeline)
     return pipeline
 
 

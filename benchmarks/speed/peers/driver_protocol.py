@@ -121,14 +121,19 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measured(device: torch.device, work: Callable[[], object]) -> dict[str, float]:
-    """Wall-clock seconds of some work, and the most bytes that the process held meanwhile: on a GPU those that torch
-    allocated, else resident memory (Linux; elsewhere 0)."""
-    gc.collect()
+def reset_peak(device: torch.device) -> None:
+    """Let `peak` count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5")  # proc(5): the high-water mark becomes the present size
+
+
+def measured(device: torch.device, work: Callable[[], object]) -> dict[str, float]:
+    """Wall-clock seconds of some work, and the most bytes that the process held meanwhile: on a GPU those that torch
+    allocated, else resident memory (Linux; elsewhere 0)."""
+    gc.collect()
+    reset_peak(device)
     wait_for(device)
     started = time.perf_counter()
     work()
@@ -138,7 +143,7 @@ def measured(device: torch.device, work: Callable[[], object]) -> dict[str, floa
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes held since `measured` began."""
+    """The most bytes held since `reset_peak`: on a GPU those that torch allocated, else resident memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 

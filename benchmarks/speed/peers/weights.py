@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.speed.sizes import PIXELS, POSE_CHANNELS, SpeedSizes
+from benchmarks.speed.sizes import PIXELS, POSE_CHANNELS, SpeedSizes, make_image_encoder, make_vae
 from core.files import complete_folder, write_json
 from models.checkpoints.manifests import (
     animated_unet_manifest,
@@ -85,7 +84,7 @@ def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int 
     torch.manual_seed(seed)
     with complete_folder(folder) as path:
         WRITERS[family](path, sizes, seed)
-        autoencoder(sizes).save_pretrained(path / "vae")
+        make_vae(sizes).save_pretrained(path / "vae")
         save_file(pictures(sizes, seed), path / f"{INPUTS}.safetensors")
         for stage in STAGES:
             save_file(training_batch(sizes, stage, seed), path / f"batch_{stage}.safetensors")
@@ -113,17 +112,7 @@ def write_animate_anyone(folder: Path, sizes: SpeedSizes, seed: int) -> None:
     }
     for number, (name, shapes) in enumerate(files.items()):
         torch.save(synthetic_tensors(shapes, seed + number), folder / f"{name}.pth")
-    width, layers, heads = sizes.image_encoder
-    encoder = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=CLIP_SIDE,
-        patch_size=14,
-        projection_dim=sizes.unet.cross_attention_dim,
-    )
-    CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
+    make_image_encoder(sizes, CLIP_SIDE).save_pretrained(folder / "image_encoder")
 
 
 def write_magic_animate(folder: Path, sizes: SpeedSizes, seed: int) -> None:
@@ -161,19 +150,6 @@ def write_magic_animate(folder: Path, sizes: SpeedSizes, seed: int) -> None:
     (folder / "tokenizer").mkdir()
     write_json(folder / "tokenizer" / "vocab.json", VOCABULARY)
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-
-
-def autoencoder(sizes: SpeedSizes) -> AutoencoderKL:
-    """The VAE, new."""
-    levels = len(sizes.vae)
-    return AutoencoderKL(
-        block_out_channels=sizes.vae,
-        layers_per_block=2,
-        latent_channels=sizes.unet.in_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=sizes.side,
-    )
 
 
 def pictures(sizes: SpeedSizes, seed: int) -> dict[str, Tensor]:
