@@ -88,10 +88,9 @@ class ReferenceAnimator(TrainableAnimator):
         """
         if reference is not None:
             return replace(reference, tokens=tokens, projected=None, probe=probe)
-        num_frames, height, width = noisy_latents.shape[2:]
+        num_frames = noisy_latents.shape[2]
         seen = replace(same_reference(tokens, num_frames), probe=probe)
-        grids = self.denoising_unet.attention_grids(height, width)
-        return hide_reference(seen, dropped.bool().repeat_interleave(num_frames), grids)
+        return hide_reference(seen, dropped.bool().repeat_interleave(num_frames))
 
     # The rest is of `models.trainable.TrainableAnimator`.
 

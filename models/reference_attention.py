@@ -40,6 +40,7 @@ class ReferenceContext:
         merged: number of query tokens of a layer -> (r,) logarithm of how many tokens each token of an image stands
             for; levels that are not named have one for one. See `models.merging`.
         reuse: attention outputs of other steps; None: attention is computed. See `models.broadcast`.
+        dropped: (b*f,) bool, frames that go without images in reference attention; None: no frame does.
     """
 
     tokens: dict[str, Tensor]
@@ -50,6 +51,7 @@ class ReferenceContext:
     probe: Probe | None = None
     merged: dict[int, Tensor] | None = None
     reuse: WindowCache | None = None
+    dropped: Tensor | None = None
 
     def names(self, layer: str) -> bool:
         """Whether the layer sees reference images."""
@@ -58,6 +60,21 @@ class ReferenceContext:
     def flags(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """Flags of queries and keys in layers of that many query tokens; None when every key is visible."""
         return None if self.query_flags is None else (self.query_flags[tokens], self.key_flags[tokens])
+
+    def probe_flags(self, tokens: int, keys: int) -> tuple[Tensor, Tensor] | None:
+        """`flags` as a probe takes them: frames that go without images are blind to them.
+
+        Args:
+            keys: of a layer of `tokens` query tokens, its own among them.
+        """
+        flags = self.flags(tokens)
+        if self.dropped is None:
+            return flags
+        query = self.dropped.float()[:, None, None].expand(-1, tokens, -1)
+        key = F.pad(query.new_ones(1, keys - tokens, 1), (0, 0, tokens, 0)).expand(len(query), -1, -1)
+        if flags is None:
+            return query, key
+        return torch.cat([flags[0], query], dim=-1), torch.cat([flags[1], key], dim=-1)
 
     def apart(self, branch: str) -> "ReferenceContext":
         """The same images for a further branch of guidance; what queries attend to is asked of one branch alone."""
@@ -80,6 +97,7 @@ class ReferenceContext:
             query_flags=cut(self.query_flags),
             key_flags=cut(self.key_flags),
             probe=None if self.probe is None else self.probe.clip(rows),
+            dropped=None if self.dropped is None else self.dropped[rows],
         )
 
 
@@ -206,9 +224,11 @@ class ReferenceReadProcessor(AttnProcessor2_0):
 
     def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
         """Attention of frames (b*f, n, c) to themselves and to the images that they see, (b*f, n, c)."""
-        key, value = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
-        key = torch.cat([attn.to_k(hidden_states), key], dim=1)
-        value = torch.cat([attn.to_v(hidden_states), value], dim=1)
+        own = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        images = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
+        if reference.dropped is not None:
+            images = own_in_place(own, images, reference.dropped)
+        key, value = (torch.cat(parts, dim=1) for parts in zip(own, images, strict=True))
         return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
 
@@ -259,6 +279,17 @@ def image_keys(
     return key, value
 
 
+def own_in_place(own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of images (b*f, k*n, c), those of dropped frames (b*f,) bool replaced by the frames' own
+    (b*f, n, c): attention to the same tokens several times is attention to them once."""
+    times = images[0].shape[1] // own[0].shape[1]
+    key, value = (
+        torch.where(dropped[:, None, None], mine.repeat(1, times, 1), theirs)
+        for mine, theirs in zip(own, images, strict=True)
+    )
+    return key, value
+
+
 def look_at_images(
     attn: Attention, layer: str, query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
 ) -> Tensor:
@@ -276,7 +307,7 @@ def look_at_images(
     else:
         out = masked_attention(query, key, value, *flags, scale=attn.scale)
     if reference.probe is not None:
-        reference.probe.look(layer, query, key, flags, attn.scale)
+        reference.probe.look(layer, query, key, reference.probe_flags(query.shape[2], key.shape[2]), attn.scale)
     out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
     return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
@@ -344,26 +375,16 @@ def same_reference(tokens: dict[str, Tensor], num_frames: int) -> ReferenceConte
     return ReferenceContext(tokens, index)
 
 
-def hide_reference(reference: ReferenceContext, hidden: Tensor, grids: list[tuple[int, int]]) -> ReferenceContext:
-    """Make whole frames blind to their reference images, sample by sample, with one static graph.
+def hide_reference(reference: ReferenceContext, hidden: Tensor) -> ReferenceContext:
+    """Let whole frames go without their images in reference attention, sample by sample, with one static graph.
 
-    Used for condition dropout: a blind frame's attention is exactly plain self-attention.
+    Used for condition dropout: such a frame's attention is plain self-attention, to rounding. Images must have as many
+    tokens as frames.
 
     Args:
         hidden: (b*f,) bool.
-        grids: (height, width) in tokens of every self-attention level; queries and references share them.
     """
-    images = reference.index.shape[1]
-    flag = hidden.float()[:, None, None]
-    sizes = {height * width for height, width in grids}
-    return replace(
-        reference,
-        query_flags={n: flag.expand(-1, n, 1) for n in sizes},
-        key_flags={
-            n: torch.cat([flag.new_zeros(n, 1), flag.new_ones(images * n, 1)]).expand(len(hidden), -1, -1)
-            for n in sizes
-        },
-    )
+    return replace(reference, dropped=hidden)
 
 
 def without_dropped(reference: ReferenceContext, dropped: Tensor, null_image: int) -> ReferenceContext:

@@ -96,7 +96,7 @@ def test_hidden_reference_is_no_reference_sample_by_sample(model, inputs):
     tokens = model.reference_net(inputs["reference_latents"], 0, context)
     seen = same_reference(tokens, FRAMES)
     hidden = torch.tensor([True, False]).repeat_interleave(FRAMES)
-    blind = hide_reference(seen, hidden, unet.attention_grids(8, 8))
+    blind = hide_reference(seen, hidden)
     with torch.no_grad():
         mixed = unet(latents, inputs["timestep"], context, pose, blind)
         without = unet(latents, inputs["timestep"], context, pose)

@@ -20,8 +20,15 @@ from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
 from training.memory import enable_gradient_checkpointing
-from training.objective import compose_samples, diffusion_loss, prediction_target, sample, snr_weights
-from training.randomness import draw, sample_generators
+from training.objective import (
+    check_schedule,
+    compose_samples,
+    diffusion_loss,
+    prediction_target,
+    sample,
+    snr_weights,
+)
+from training.randomness import draw, sample_generators, shifted
 from training.traits import TrainingTraits
 
 SIZE = [32, 32]
@@ -117,6 +124,23 @@ def test_noise_offset_is_a_constant_a_sample_and_channel_and_belongs_to_the_targ
     # The target is made of the very noise that was added: at full noise and epsilon it is that noise.
     scheduler = make_scheduler(NoiseConfig(prediction_type="epsilon", rescale_betas_zero_snr=False))
     assert torch.equal(prediction_target(scheduler, plain, shifted, torch.tensor([9] * 64)), shifted)
+
+
+def test_shifted_timesteps_follow_their_closed_form():
+    """A shift of s moves the middle to s / (s + 1), keeps the order and the ends, and is undone by 1 / s; 1 is nothing."""
+    steps = torch.arange(1000)
+    assert torch.equal(shifted(steps, 1000, 1.0), steps)
+    moved = shifted(steps, 1000, 3.0)
+    assert abs(moved[500] / 1000 - 0.75) < 2e-3
+    assert (moved.diff() >= 0).all() and moved[0] < 3 and moved[-1] == 999
+    assert (shifted(moved, 1000, 1 / 3) - steps).abs().max() <= 3
+    many = draw((1, 1, 1, 1), 1000, 0.0, 0.0, sample_generators(0, range(2000)), shift=3.0).timesteps
+    assert abs((many > 750).float().mean() - 0.5) < 0.04
+
+
+def test_a_shift_must_be_positive():
+    with pytest.raises(UserError, match=r"noise.timestep_shift=0.0 must be positive"):
+        check_schedule(NoiseConfig(timestep_shift=0.0))
 
 
 def test_the_share_of_dropped_samples_is_the_configured_one():
@@ -299,7 +323,5 @@ def test_a_sample_of_a_batch_is_a_batch_of_one():
 
 
 def test_published_pairs_that_cannot_be_sampled_are_refused():
-    from training.objective import check_schedule
-
     with pytest.raises(UserError, match="epsilon"):
         check_schedule(NoiseConfig(prediction_type="epsilon"))

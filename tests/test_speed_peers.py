@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks.speed.peers import compare as comparison
 from benchmarks.speed.peers.driver_ours import Inference
-from benchmarks.speed.peers.driver_protocol import Job, resident_peak
+from benchmarks.speed.peers.driver_protocol import Job, PrivatePeak, resident_peak, status_bytes
 from benchmarks.speed.peers.session import PEERS, PeerSession
 from benchmarks.speed.peers.table import Row, markdown
 from benchmarks.speed.peers.weights import peer_settings, training_batch, write_weights
@@ -162,27 +162,46 @@ def test_weights_of_another_size_are_not_taken(folder, tmp_path):
         comparison.main(arguments)
 
 
+@pytest.mark.skipif(not status_bytes("RssAnon"), reason="this system does not tell private memory apart")
+def test_private_memory_counts_what_is_computed_and_not_what_is_mapped(tmp_path):
+    size = 2**26
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    before = status_bytes("RssAnon")
+    with PrivatePeak() as mapped:
+        whole = torch.from_file(str(path), size=size // 4)
+        assert whole.sum() == 0
+    assert mapped.most - before < size / 4
+    with PrivatePeak() as computed:
+        more = whole + 1
+    assert size / 2 < computed.most - before < 2 * size
+    assert more[0] == 1
+
+
 def test_the_table():
     """A row is held against its own peer and against plain float32; a peer that failed is explained below."""
     mib = 2**20
     plain = Row(
         "inference",
         "float32",
-        ours={"seconds": 2.0, "step_seconds": 0.5, "peak_bytes": 300 * mib, "loop_peak_bytes": 200 * mib},
-        theirs={"seconds": 3.0, "step_seconds": 1.0, "peak_bytes": 600 * mib, "loop_peak_bytes": 500 * mib},
+        ours={"seconds": 2.0, "step_seconds": 0.5, "peak_bytes": 300 * mib, "loop_peak_bytes": 200 * mib}
+        | {"private_peak_bytes": 50 * mib},
+        theirs={"seconds": 3.0, "step_seconds": 1.0, "peak_bytes": 600 * mib, "loop_peak_bytes": 500 * mib}
+        | {"private_peak_bytes": 500 * mib},
         difference={"largest": 1e-3, "deviation": 1.0, "peer_rounding": {"largest": 1e-5}},
     )
     half = Row("inference", "bfloat16", ours={**plain.ours, "seconds": 0.5}, reason="moore failed")
     rows = [plain, half]
-    ratios = {"speed": 1.5, "memory": 0.5, "step_speed": 2.0, "step_memory": 0.4}
+    ratios = {"speed": 1.5, "memory": 0.5, "step_speed": 2.0, "step_memory": 0.4, "private_memory": 0.1}
     assert plain.numbers(rows)["ratios"] == {"float32": pytest.approx(ratios)}
     assert half.numbers(rows)["ratios"]["float32"]["speed"] == 6.0
     lines = markdown(rows, "moore").splitlines()
     assert lines[2].split("|")[4:10] == [" 2.00 ", " 3.00 ", " 1.50 ", " 300 ", " 600 ", " 0.50 "]
+    assert lines[2].split("|")[10:13] == [" 50 ", " 500 ", " 0.10 "]
     assert lines[2].endswith("| 1.0e-03 of 1.0; 1.0e-05 when rounding alike |")
     assert "inference, a step" in lines[3] and "bfloat16 | float32 | 0.50 | 3.00 | 6.00" in lines[4]
     assert lines[-1] == "inference, bfloat16: moore failed"
-    assert all(line.count("|") == 11 for line in lines[:6])
+    assert all(line.count("|") == 14 for line in lines[:6])
 
 
 @pytest.mark.parametrize("peer", ["moore", "magic_animate"])

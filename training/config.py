@@ -87,6 +87,8 @@ class NoiseConfig:
         have them. The mean weight of every sample stays 1.
     noise_offset: standard deviation of a constant added to the noise of each (sample, channel).
     condition_dropout: share of samples trained without reference and with zero context, for guidance.
+    timestep_shift: above 1 more of the drawn timesteps are noisy ones, where the reference is all that a network can
+        go by; 1: evenly, as published. See `training.randomness.shifted`.
     """
 
     num_train_timesteps: int = 1000
@@ -100,6 +102,7 @@ class NoiseConfig:
     person_weight: float = 1.0
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
+    timestep_shift: float = 1.0
 
 
 @dataclass

@@ -124,7 +124,13 @@ def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tenso
 
 
 def check_schedule(config: NoiseConfig) -> None:
-    """Refuse a pair that cannot be trained: at zero terminal SNR the noise alone says nothing about the picture."""
+    """Refuse what cannot be trained: at zero terminal SNR the noise alone says nothing about the picture.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if config.timestep_shift <= 0:
+        raise UserError(f"noise.timestep_shift={config.timestep_shift} must be positive; 1 draws timesteps evenly")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise UserError("noise.prediction_type=epsilon cannot be sampled with noise.rescale_betas_zero_snr=true")
 
@@ -225,6 +231,7 @@ def diffusion_loss(
         generators,
         mean.device,
         traits.drop_kinds,
+        config.timestep_shift,
     )
     latents = mean + deviation * drawn.posterior
     seen = found = None

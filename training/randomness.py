@@ -43,6 +43,16 @@ def sample_generators(seed: int, positions: Sequence[int]) -> list[torch.Generat
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
+def shifted(steps: Tensor, timesteps: int, shift: float) -> Tensor:
+    """Timesteps drawn evenly, (b,) long, moved towards noise: a share u of the way becomes s u / (1 + (s - 1) u).
+
+    The shift of Esser et al., "Scaling Rectified Flow Transformers" (ICML 2024), section 5.3.2, with s = `shift`; 1
+    changes nothing.
+    """
+    share = (steps.double() + 0.5) / timesteps
+    return (timesteps * shift * share / (1 + (shift - 1) * share)).long().clamp(max=timesteps - 1)
+
+
 def draw(
     shape: Sequence[int],
     timesteps: int,
@@ -51,6 +61,7 @@ def draw(
     generators: Generators,
     device: torch.device | str = "cpu",
     kinds: int = 1,
+    shift: float = 1.0,
 ) -> Draws:
     """Draw everything that one training step needs, sample by sample; on the CPU, so every device gets the same.
 
@@ -61,6 +72,7 @@ def draw(
         noise_offset: deviation of a constant a (sample, channel), the same in all frames and places, added to the
             noise and with it to what the model must predict.
         kinds: of conditions that may be missing, each as often.
+        shift: of the timesteps, see `shifted`.
     """
     # Every quantity is drawn whether it is used or not, so that switching one off leaves the others as they were.
     steps = torch.cat([torch.randint(timesteps, (1,), generator=g) for g in generators])
@@ -70,7 +82,7 @@ def draw(
     posterior = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     dropped = torch.where(lots < dropout, 1 + (lots * kinds / max(dropout, 1e-12)).long().clamp(max=kinds - 1), 0)
     return Draws(
-        steps.to(device),
+        shifted(steps, timesteps, shift).to(device),
         dropped.to(device),
         (noise + noise_offset * offsets).to(device),
         posterior.to(device),

@@ -2,9 +2,9 @@
 
     python -u -m benchmarks.speed.peers.driver_ours CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
-Weights are loaded from the published files as `models.checkpoints convert` loads them. Inference is the pipeline's
-`__call__`; a training step is that of `train.py`, with the same functions: encoding, noise, prediction, min-SNR loss,
-backward pass, clipping, AdamW.
+Weights are converted from the published files as `models.checkpoints convert` does. Inference opens the folder that it
+writes, as `infer.py` does, and is the pipeline's `__call__`; a training step is that of `train.py`, with the same
+functions: encoding, noise, prediction, min-SNR loss, backward pass, clipping, AdamW.
 """
 
 import sys
@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.speed.peers.driver_protocol import Driver, Job, StepTimes, read_job, serve
+from benchmarks.speed.peers.driver_protocol import DTYPES, Driver, Job, StepTimes, read_job, serve
 from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
 from benchmarks.speed.sizes import use_channels_last
+from core.files import complete_folder
 from models.animator import Images
 from models.checkpoints.convert import BUILDERS
 from models.checkpoints.sources import ConvertConfig, Sources
 from models.pipeline import AnimationPipeline
+from models.pipeline_folder import load_pipeline
 from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import NoiseConfig, TrainConfig
 from training.memory import enable_gradient_checkpointing
@@ -35,6 +37,22 @@ def load(job: Job, dtype: str) -> AnimationPipeline:
     config = ConvertConfig(job.settings["family"], output="", weights=str(job.folder), dtype=dtype)
     pipeline = BUILDERS[config.family](Sources(config))
     pipeline.set_progress_bar_config(disable=True)
+    return placed(pipeline, job)
+
+
+def open_saved(job: Job, dtype: str) -> AnimationPipeline:
+    """The pipeline out of the folder of it, which is written at first use."""
+    folder = job.folder / f"pipeline_{dtype}"
+    if not folder.exists():
+        with complete_folder(folder) as path:
+            load(job, dtype).save_pretrained(path)
+    pipeline = load_pipeline(folder, DTYPES[dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    return placed(pipeline, job)
+
+
+def placed(pipeline: AnimationPipeline, job: Job) -> AnimationPipeline:
+    """On the job's device, in its memory format."""
     pipeline.to(job.device)
     if job.settings["channels_last"]:
         use_channels_last(pipeline)
@@ -77,7 +95,7 @@ class Inference:
 
     def __init__(self, job: Job):
         self.job = job
-        self.pipeline = load(job, job.settings["dtype"])
+        self.pipeline = open_saved(job, job.settings["dtype"])
         inputs = job.tensors("inputs")
         self.reference = Image.fromarray(inputs["reference"].numpy())
         self.poses = [Image.fromarray(pose.numpy()) for pose in inputs["poses"]]

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -131,15 +132,47 @@ def reset_peak(device: torch.device) -> None:
 
 def measured(device: torch.device, work: Callable[[], object]) -> dict[str, float]:
     """Wall-clock seconds of some work, and the most bytes that the process held meanwhile: on a GPU those that torch
-    allocated, else resident memory (Linux; elsewhere 0)."""
+    allocated; else resident memory, and of it what is private to the process (Linux; elsewhere 0)."""
     gc.collect()
     reset_peak(device)
     wait_for(device)
-    started = time.perf_counter()
-    work()
-    wait_for(device)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_bytes": peak(device)}
+    with PrivatePeak() as private:
+        started = time.perf_counter()
+        work()
+        wait_for(device)
+        seconds = time.perf_counter() - started
+    found = {"seconds": seconds, "peak_bytes": peak(device)}
+    return found if device.type == "cuda" else {**found, "private_peak_bytes": private.most}
+
+
+class PrivatePeak:
+    """The most private memory that this process holds while the context is open, looked up again and again.
+
+    Private is what is not a copy of a file: the system can drop weights that are mapped from a file and read them
+    again, so resident memory counts what is there and private memory what must be. Linux alone tells them apart.
+
+    Attributes:
+        most: bytes.
+    """
+
+    def __init__(self, every_seconds: float = 0.02):
+        self.every_seconds, self.most = every_seconds, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PrivatePeak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.most = max(self.most, status_bytes("RssAnon"))
+            if self._ended.wait(self.every_seconds):
+                return
 
 
 def peak(device: torch.device) -> int:
@@ -149,10 +182,15 @@ def peak(device: torch.device) -> int:
 
 def resident_peak() -> int:
     """The high-water mark of this process's resident memory in bytes."""
+    return status_bytes("VmHWM")
+
+
+def status_bytes(name: str) -> int:
+    """An entry of proc(5)'s status of this process in bytes; 0 where there is none."""
     if not STATUS.exists():
         return 0
-    marks = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(marks[0].split()[1]) * 1024 if marks else 0
+    found = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(found[0].split()[1]) * 1024 if found else 0
 
 
 class Driver:

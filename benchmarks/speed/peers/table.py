@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MIB = 2**20
+PRIVATE = "private_peak_bytes"
 HEADER = (
     "| work | ours | {peer} | s, ours | s, {peer} | times faster | MiB, ours | MiB, {peer} | share of memory "
-    "| largest difference |\n" + "|---" * 10 + "|\n"
+    "| private MiB, ours | private MiB, {peer} | share of private memory | largest difference |\n"
+    + "|---" * 13
+    + "|\n"
 )
 
 
@@ -17,8 +20,8 @@ class Row:
 
     Attributes:
         work: "inference", or the stage of a training step; checkpointed: its gradients.
-        ours, theirs: medians of "seconds"; "peak_bytes"; of inference also "step_seconds", and "loop_peak_bytes" until
-            the last step, before decoding; empty: did not run.
+        ours, theirs: medians of "seconds"; "peak_bytes", and "private_peak_bytes" of them on CPUs; of inference also
+            "step_seconds", and "loop_peak_bytes" until the last step, before decoding; empty: did not run.
         difference: of inference the largest and mean one of the latents, their deviation, and the same with us
             rounding what the peer rounds; of training that of the losses before the first and before the last step.
         reason: why the peer did not run.
@@ -47,6 +50,8 @@ class Row:
                 found[f"{name}speed"] = other.theirs[seconds] / self.ours[seconds]
                 if other.theirs[peak]:
                     found[f"{name}memory"] = self.ours[peak] / other.theirs[peak]
+        if other.theirs.get(PRIVATE):
+            found["private_memory"] = self.ours[PRIVATE] / other.theirs[PRIVATE]
         return found
 
 
@@ -82,6 +87,11 @@ def line(row: Row, other: Row, of_step: bool = False) -> str:
     cells += [f"{row.ours[seconds]:.2f}", f"{other.theirs[seconds]:.2f}", f"{ratios[part + 'speed']:.2f}"]
     cells += [f"{row.ours[peak] / MIB:.0f}", f"{other.theirs[peak] / MIB:.0f}"]
     cells += [f"{ratios[part + 'memory']:.2f}" if part + "memory" in ratios else ""]
+    if PRIVATE in row.ours and PRIVATE in other.theirs and not of_step:
+        cells += [f"{row.ours[PRIVATE] / MIB:.0f}", f"{other.theirs[PRIVATE] / MIB:.0f}"]
+        cells += [f"{ratios['private_memory']:.2f}" if "private_memory" in ratios else ""]
+    else:
+        cells += [""] * 3
     cells += [difference(row) if row is other and not of_step else ""]
     return "| " + " | ".join(cells) + " |\n"
 
