@@ -127,7 +127,7 @@ def test_noise_offset_is_a_constant_a_sample_and_channel_and_belongs_to_the_targ
 
 
 def test_shifted_timesteps_follow_their_closed_form():
-    """A shift of s moves the middle to s / (s + 1), keeps the order and the ends, and is undone by 1 / s; 1 is nothing."""
+    """A shift of s moves the middle to s / (s + 1), keeps order and ends, and is undone by 1 / s; 1 is nothing."""
     steps = torch.arange(1000)
     assert torch.equal(shifted(steps, 1000, 1.0), steps)
     moved = shifted(steps, 1000, 3.0)
