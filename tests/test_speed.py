@@ -49,8 +49,9 @@ def test_peak_memory_is_that_of_the_work_alone():
             del held
             return (peak() - before) // 2**20
 
-    assert 195 <= hold(200) <= 230
-    assert 45 <= hold(50) <= 80  # the larger one before does not count
+    # The system may drop other pages of a large process meanwhile, which hides some of the growth.
+    assert 195 <= max(hold(200) for _ in range(3)) <= 230
+    assert 45 <= max(hold(50) for _ in range(3)) <= 80  # the larger one before does not count
 
 
 def test_parts_of_a_run_from_marks():

@@ -147,6 +147,8 @@ def test_what_is_no_checkout(folder, tmp_path):
         ("dtypes=[int8]", "dtypes has int8"),
         ("dtypes=[]", r"dtypes=\[\] names nothing"),
         ("steps=1", "steps=1 at least 2"),
+        ("side=100", "side=100 must be a multiple of 64 pixels"),
+        ("frames=0", "frames=0 must be at least 1"),
         ("guidance=1", "guidance=1.0 must be above 1"),
         ("size=vast", "size=vast is not one of tiny, half, sd15"),
     ],
@@ -154,6 +156,12 @@ def test_what_is_no_checkout(folder, tmp_path):
 def test_arguments_that_cannot_work(argument, message, tmp_path):
     with pytest.raises(UserError, match=message):
         comparison.main(["peer=magic_animate", f"checkout={tmp_path}", "python=python", argument])
+
+
+def test_other_pictures_than_those_of_a_size():
+    sizes = comparison.sizes_of(comparison.CompareConfig(size="half", side=512))
+    assert (sizes.side, sizes.frames, sizes.unet) == (512, SIZES["half"].frames, SIZES["half"].unet)
+    assert comparison.sizes_of(comparison.CompareConfig(frames=3)) == replace(SIZES["tiny"], frames=3)
 
 
 def test_weights_of_another_size_are_not_taken(folder, tmp_path):

@@ -1,7 +1,7 @@
 """This project and a published implementation side by side: the same weights, inputs and noise, in turns.
 
     python -m benchmarks.speed.peers.compare peer=moore checkout=PATH python=PATH [size=half] [threads=2]
-        [dtypes=[float32,bfloat16]] [rounds=3] [output=DIR]
+        [dtypes=[float32,bfloat16]] [side=512] [frames=4] [rounds=3] [output=DIR]
 
 checkout is the peer's code, python that of the environment in which it runs. Each side runs in a process of its own,
 both with all threads, one computes at a time. Prints a table; `output` gets it as table.md, beside results.json.
@@ -30,7 +30,7 @@ from benchmarks.speed.peers.weights import (
     weights_facts,
     write_weights,
 )
-from benchmarks.speed.sizes import SpeedSizes, chosen_sizes
+from benchmarks.speed.sizes import PIXELS, SpeedSizes, chosen_sizes
 from core.config import config_dict, load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
@@ -46,6 +46,7 @@ class CompareConfig:
     peer: "moore" (Moore-AnimateAnyone), "magic_animate", or "tpc_animate", another checkout of this project.
     checkout: folder of its code; python: the interpreter of an environment in which that runs.
     size: of the networks and clips, `benchmarks.speed.sizes`: "tiny", "half", "sd15".
+    side, frames: of the pictures in pixels and of the clips, in place of those of `size`.
     works: of inference, image, motion (a training step of either stage); null: all that the peer has.
     dtypes: float32, bfloat16, float16; training keeps its weights in float32 and computes in these.
     checkpointing: of gradients; [false,true] measures training steps both ways.
@@ -61,6 +62,8 @@ class CompareConfig:
     checkout: str = MISSING
     python: str = MISSING
     size: str = "tiny"
+    side: int | None = None
+    frames: int | None = None
     works: list[str] | None = None
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     checkpointing: list[bool] = field(default_factory=lambda: [False])
@@ -89,12 +92,22 @@ def check(config: CompareConfig) -> None:
     for name in ("dtypes", "checkpointing"):
         if not getattr(config, name):
             raise UserError(f"{name}=[] names nothing to measure")
+    if config.side is not None and (config.side < PIXELS or config.side % (8 * PIXELS)):
+        raise UserError(f"side={config.side} must be a multiple of {8 * PIXELS} pixels, which is what the UNets halve")
+    if config.frames is not None and config.frames < 1:
+        raise UserError(f"frames={config.frames} must be at least 1")
     if config.rounds < 1 or config.steps < 2:
         raise UserError(f"rounds={config.rounds} must be at least 1 and steps={config.steps} at least 2")
     if not config.guidance > 1:
         raise UserError(
             f"guidance={config.guidance} must be above 1: the peers' attention control takes it for granted"
         )
+
+
+def sizes_of(config: CompareConfig) -> SpeedSizes:
+    """The sizes that a configuration names."""
+    given = {name: getattr(config, name) for name in ("side", "frames") if getattr(config, name) is not None}
+    return replace(chosen_sizes(config.size), **given)
 
 
 def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
@@ -202,7 +215,7 @@ def prepare_weights(config: CompareConfig, sizes: SpeedSizes, scratch: Path) -> 
 def main(arguments: list[str]) -> None:
     config = load_config(CompareConfig, arguments)
     check(config)
-    sizes = chosen_sizes(config.size)
+    sizes = sizes_of(config)
     with TemporaryDirectory() as scratch:
         rows = compare(config, sizes, prepare_weights(config, sizes, Path(scratch)))
     text = markdown(rows, config.peer)
