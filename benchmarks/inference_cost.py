@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed.measuring import counting
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
@@ -27,7 +27,8 @@ from models.checkpoints.sizes import (
     make_reference_net,
 )
 from models.magic_animate_networks import control_residuals
-from models.reference_attention import ReferenceContext, fused_layers, set_reference_processors
+from models.reference_attention import set_reference_processors
+from models.reference_context import ReferenceContext, fused_layers
 from models.unets import DenoisingUNet
 from models.windows import context_windows
 from tpc.attention import visibility_flags
@@ -144,9 +145,9 @@ class PublishedPlainProcessor(AttnProcessor2_0):
 
 def count(compute: Callable[[], object]) -> float:
     """Operations of a computation on the meta device."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counted:
         compute()
-    return counter.get_total_flops() / 1e12
+        return counted() / 1e12
 
 
 def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:

@@ -14,7 +14,7 @@ from models.attention_probe import Probe
 from models.clip_pictures import clip_pixels
 from models.pictures import PictureSequence
 from models.reference_animator import ReferenceAnimator, small_unets
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from models.small_networks import check_pose_channels, small_image_encoder
 from models.trainable import CalibratedPictures, NetworkSizes
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters

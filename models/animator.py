@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.attention_layers import LayerShape
 from models.broadcast import CROSS, SPATIAL
 from models.pictures import PictureSequence
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 
 
 class Images(Protocol):

@@ -33,7 +33,7 @@ from models.disco_networks import (
     with_time,
 )
 from models.pictures import PictureSequence
-from models.reference_attention import ReferenceContext, same_reference, without_dropped
+from models.reference_context import ReferenceContext, same_reference, without_dropped
 from models.small_networks import (
     block_types,
     check_pose_channels,

@@ -29,7 +29,7 @@ from models.clip_pictures import clip_pixels
 from models.dream_pose_networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
 from models.pictures import PictureSequence
 from models.pipeline import AnimationPipeline
-from models.reference_attention import ReferenceContext, same_reference, without_dropped
+from models.reference_context import ReferenceContext, same_reference, without_dropped
 from models.small_networks import block_types, image_encoder_config, resolution_settings, unet_settings
 from models.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
 from tpc.tokens import KeyLayout

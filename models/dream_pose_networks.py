@@ -10,7 +10,8 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.reference_attention import ReferenceContext, set_image_processors
+from models.reference_attention import set_image_processors
+from models.reference_context import ReferenceContext
 from models.unets import with_parameters
 
 

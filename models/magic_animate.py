@@ -20,7 +20,7 @@ from models.magic_animate_networks import ControlCondition, PromptEmbedding, con
 from models.pictures import PictureSequence
 from models.pipeline import AnimationPipeline
 from models.reference_animator import ReferenceAnimator, small_unets
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from models.small_networks import check_pose_channels
 from models.trainable import CalibratedPictures, NetworkSizes
 from models.unets import DenoisingUNet, ReferenceNet
@@ -88,8 +88,7 @@ class MagicAnimate(ReferenceAnimator):
         """See `TrainableAnimator.forward`.
 
         Args:
-            dropped: samples that train the unconditional half of guidance, which sees no reference; a given
-                `reference` hides it from them already.
+            dropped: samples that train the unconditional half of guidance, which sees no reference.
         """
         batch = len(noisy_latents)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.

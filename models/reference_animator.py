@@ -13,13 +13,8 @@ from torch import Tensor
 from models.animator import Images
 from models.attention_layers import LayerShape, unet_layers
 from models.attention_probe import Probe
-from models.reference_attention import (
-    ReferenceContext,
-    fused_layers,
-    hide_reference,
-    reference_layers,
-    same_reference,
-)
+from models.reference_attention import reference_layers
+from models.reference_context import ReferenceContext, fused_layers, hide_reference, same_reference
 from models.small_networks import block_types, resolution_settings, unet_settings
 from models.trainable import NetworkSizes, TrainableAnimator
 from models.unets import DenoisingUNet, ReferenceNet
@@ -86,10 +81,9 @@ class ReferenceAnimator(TrainableAnimator):
         Args:
             tokens: what the reference net wrote.
         """
-        if reference is not None:
-            return replace(reference, tokens=tokens, projected=None, probe=probe)
         num_frames = noisy_latents.shape[2]
-        seen = replace(same_reference(tokens, num_frames), probe=probe)
+        seen = same_reference(tokens, num_frames) if reference is None else reference
+        seen = replace(seen, tokens=tokens, projected=None, probe=probe)
         return hide_reference(seen, dropped.bool().repeat_interleave(num_frames))
 
     # The rest is of `models.trainable.TrainableAnimator`.

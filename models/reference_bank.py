@@ -14,7 +14,7 @@ from models.animator import Animator
 from models.attention_layers import token_levels
 from models.latents import VAE, encode_pictures, vae_factor
 from models.merging import TokenMerging
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from tpc.attention import Visibility, frame_visibility, gate_flags
 from tpc.calibration import Calibration
 from tpc.tokens import TokenLevel

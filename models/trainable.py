@@ -13,7 +13,7 @@ from torch import Tensor
 from core.errors import UserError
 from models.animator import Animator
 from models.attention_probe import Probe
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 
 
 @dataclass(frozen=True)

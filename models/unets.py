@@ -21,13 +21,8 @@ from torch import Tensor, nn
 
 from models.attention_layers import stage_grids
 from models.norms import ClipGroupNorm, clip_norm
-from models.reference_attention import (
-    ReferenceContext,
-    ReferenceReadProcessor,
-    ReferenceWriteProcessor,
-    TokenRecord,
-    set_reference_processors,
-)
+from models.reference_attention import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
+from models.reference_context import ReferenceContext, TokenRecord
 
 
 class ReferenceNet(UNet2DConditionModel):

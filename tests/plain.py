@@ -20,8 +20,9 @@ from models.latents import encode_pictures
 from models.magic_animate_networks import control_residuals
 from models.pictures import PictureSequence, as_pictures
 from models.pipeline import AnimationPipeline
-from models.reference_attention import PlainProcessor, ReferenceContext, ReferenceReadProcessor
+from models.reference_attention import PlainProcessor, ReferenceReadProcessor
 from models.reference_bank import ReferenceImages
+from models.reference_context import ReferenceContext
 from models.windows import context_windows, window_weights
 from tpc import Calibration
 from tpc.attention import frame_visibility

@@ -7,7 +7,7 @@ import torch
 from models.attention_probe import AttentionProbe, attention_rows
 from models.attention_recording import AttentionRecording
 from models.attention_run import AttentionConfig, attention_run
-from models.reference_attention import same_reference
+from models.reference_context import same_reference
 from tpc.attention import masked_attention
 
 SIZE, LATENTS = (32, 24), (6, 8)

@@ -13,7 +13,7 @@ from models.attention_layers import token_levels
 from models.disco import SOURCE, DisCo
 from models.disco_networks import new_control_net, with_time
 from models.pipeline_folder import load_pipeline
-from models.reference_attention import same_reference
+from models.reference_context import same_reference
 from tests.disco_parts import (
     FRAMES,
     HEIGHT,

@@ -7,7 +7,7 @@ import torch
 
 from core.errors import UserError
 from models.disco import DisCo
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from models.trainable import CalibratedPictures
 from tests.disco_parts import HEIGHT, LATENTS, WIDTH, randn, small_disco_pipeline
 from tests.networks import TINY

@@ -21,7 +21,7 @@ from models.dream_pose_networks import (
     consecutive_poses,
     portrait_grid,
 )
-from models.reference_attention import same_reference
+from models.reference_context import same_reference
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, SIZES, TOKENS, WIDTH, noise, small_pipeline
 from tests.networks import TINY
 

@@ -17,13 +17,9 @@ from models.attention_probe import AttentionProbe
 from models.attention_record import RecordedAttention
 from models.attention_recording import AttentionRecording
 from models.attention_run import AttentionConfig, AttentionRun
-from models.reference_attention import (
-    ReferenceContext,
-    same_reference,
-    set_image_processors,
-    without_dropped,
-)
+from models.reference_attention import set_image_processors
 from models.reference_bank import replaced
+from models.reference_context import ReferenceContext, same_reference, without_dropped
 from tests.test_shortcuts import calibration_of
 from tpc.attention import dense_mask, frame_visibility, gate_flags, visibility_flags
 from tpc.tokens import KeyLayout, TokenLevel

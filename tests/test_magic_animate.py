@@ -11,8 +11,9 @@ from models.magic_animate import MagicAnimate
 from models.magic_animate_networks import control_residuals
 from models.pictures import as_pictures
 from models.pipeline_folder import load_pipeline
-from models.reference_attention import fused_layers, reference_layers, same_reference
+from models.reference_attention import reference_layers
 from models.reference_bank import ReferenceImages
+from models.reference_context import fused_layers, same_reference
 from models.unets import DenoisingUNet
 from tests.published import published_tensors, small_magic_pipeline
 from tpc import CalibrationConfig, calibrate

@@ -16,7 +16,7 @@ from models.magic_animate import PROMPT_TOKENS, MagicAnimate, MagicAnimatePipeli
 from models.magic_animate_networks import control_residuals
 from models.norms import ClipGroupNorm
 from models.pipeline_folder import load_pipeline
-from models.reference_attention import ReferenceContext, fused_layers, same_reference
+from models.reference_context import ReferenceContext, fused_layers, same_reference
 from tests.clips import save_rendered_pair
 from tests.networks import TINY
 from tests.training_runs import TINY_NETWORKS, make_vae, train, weights

@@ -12,8 +12,9 @@ from models.attention_layers import LayerShape
 from models.attention_probe import AttentionProbe
 from models.merging import TokenMerging
 from models.pictures import as_pictures
-from models.reference_attention import ReferenceContext, ReferenceReadProcessor
+from models.reference_attention import ReferenceReadProcessor
 from models.reference_bank import ReferenceImages
+from models.reference_context import ReferenceContext
 from tests.small_animators import FRAMES, LATENTS, calibrated, pictures, small_pipeline
 from tpc.attention import dense_mask, frame_visibility
 

@@ -7,13 +7,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from models.animate_anyone import AnimateAnyone, image_context
-from models.reference_attention import (
-    ReferenceContext,
-    ReferenceReadProcessor,
-    hide_reference,
-    reference_layers,
-    same_reference,
-)
+from models.reference_attention import ReferenceReadProcessor, reference_layers
+from models.reference_context import ReferenceContext, hide_reference, same_reference
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from tests.networks import TINY
 from training.build import set_trainable

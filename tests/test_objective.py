@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from core.errors import UserError
 from models.animate_anyone import AnimateAnyone
 from models.animator import Condition
-from models.reference_attention import same_reference
+from models.reference_context import same_reference
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig

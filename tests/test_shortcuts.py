@@ -18,14 +18,9 @@ from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet
 from models.latents import decode_pictures, encode_pictures
 from models.magic_animate_networks import ControlCondition, control_residuals
 from models.pictures import PictureSequence, as_pictures
-from models.reference_attention import (
-    ReferenceContext,
-    ReferenceReadProcessor,
-    ReferenceWriteProcessor,
-    same_reference,
-    set_reference_processors,
-)
+from models.reference_attention import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.reference_bank import ReferenceImages
+from models.reference_context import ReferenceContext, same_reference
 from models.windows import context_windows
 from tests.plain import SHORTCUTS, plain_animation, plain_unet
 from tests.published import small_magic_pipeline

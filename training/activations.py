@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.attention_layers import token_levels
 from models.latents import VAE, vae_factor
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from models.trainable import CalibratedPictures, TrainableAnimator
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from models.latents import VAE, encode_pictures, picture_posterior
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 from models.trainable import CalibratedPictures
 from tpc.augmentation import (
     CalibratedBatch,
@@ -163,7 +163,6 @@ def sample(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
 
 def calibrated_reference(
     batch: dict[str, Tensor],
-    dropped: Tensor,
     levels: list[TokenLevel],
     config: CalibratedTrainingConfig,
     generators: Generators,
@@ -171,7 +170,6 @@ def calibrated_reference(
     """Calibrated images beside the references, as inference with TPC has them.
 
     Args:
-        dropped: (b,), samples that see neither where it is not 0.
         levels: of the layers in which frames see images.
         generators: one a sample.
 
@@ -186,15 +184,7 @@ def calibrated_reference(
     found = CalibratedPictures(calibrated.images.flatten(0, 1), calibrated.masks.flatten(0, 1))
     clip = torch.arange(batch_size, device=found.pictures.device)[:, None].expand(-1, frames)
     index = torch.stack([clip, batch_size + clip * pictures + calibrated.index], dim=-1).flatten(0, 1)
-    # One more flag: frames of dropped samples are blind to every key but their own, where they have such.
-    blind = dropped.bool().repeat_interleave(frames).float()[:, None, None].to(found.pictures.device)
-    query, key = dict(flags.query), dict(flags.key)
-    for n in [level.tokens for level in levels if level.keys.own]:
-        others = torch.ones_like(flags.key[n][..., :1])
-        others[:, :n] = 0
-        query[n] = torch.cat([flags.query[n], blind.expand(-1, n, -1)], dim=-1)
-        key[n] = torch.cat([flags.key[n], others], dim=-1)
-    return found, ReferenceContext({}, index, query, key)
+    return found, ReferenceContext({}, index, flags.query, flags.key)
 
 
 def diffusion_loss(
@@ -236,7 +226,7 @@ def diffusion_loss(
     latents = mean + deviation * drawn.posterior
     seen = found = None
     if calibrated.probability > 0:
-        found, seen = calibrated_reference(batch, drawn.dropped, traits.levels, calibrated, generators)
+        found, seen = calibrated_reference(batch, traits.levels, calibrated, generators)
         if traits.calibrated_latents:
             pictures = traits.latent_pictures(found.pictures, found.masks)
             reference_latents = torch.cat([reference_latents, encode_reference(vae, pictures, chunk)])

@@ -20,7 +20,7 @@ from models.attention_layers import unet_layers
 from models.broadcast import CROSS, SPATIAL, AttentionCache, BroadcastSchedule
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.merging import TokenMerging
-from models.reference_attention import ReferenceContext, fused_layers
+from models.reference_context import ReferenceContext, fused_layers
 from models.unets import DenoisingUNet
 
 MOTION_ATTENTION = re.compile(r"motion_modules.*\.attn[12]$")

@@ -1,7 +1,7 @@
 """The parts of the measurement and their settings; each part is a function that a process of its own runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class SpeedConfig:
     def sizes(self) -> SpeedSizes:
         """The sizes, with what was given in their place."""
         given = {name: getattr(self, name) for name in ("frames", "side", "steps", "batch", "clip_frames")}
-        return replace(chosen_sizes(self.size), **{name: value for name, value in given.items() if value is not None})
+        return chosen_sizes(self.size, **given)
 
     def run_size(self) -> RunSize:
         """The run of inference."""

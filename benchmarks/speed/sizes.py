@@ -84,15 +84,18 @@ SIZES = {
 }
 
 
-def chosen_sizes(name: str) -> SpeedSizes:
+def chosen_sizes(name: str, **given: int | None) -> SpeedSizes:
     """Sizes by name.
+
+    Args:
+        given: further entries in place of their own, as far as they are not None.
 
     Raises:
         UserError: an unknown one.
     """
     if name not in SIZES:
         raise UserError(f"size={name} is not one of {', '.join(SIZES)}")
-    return SIZES[name]
+    return replace(SIZES[name], **{key: value for key, value in given.items() if value is not None})
 
 
 def make_vae(sizes: SpeedSizes) -> AutoencoderKL:

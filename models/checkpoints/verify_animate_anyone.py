@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.checkpoints.fixture import Fixture
 from models.checkpoints.networks import load_denoising_unet, load_pose_guider, load_reference_net, with_motion
-from models.reference_attention import fused_layers, same_reference
+from models.reference_context import fused_layers, same_reference
 
 FILES = frozenset({"denoising_unet", "motion_module", "reference_unet", "pose_guider"})
 

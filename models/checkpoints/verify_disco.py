@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig
 from models.checkpoints.disco import load_disco
 from models.checkpoints.fixture import Fixture
 from models.disco import SOURCE, DisCo
-from models.reference_attention import ReferenceContext
+from models.reference_context import ReferenceContext
 
 FILES = frozenset({"module"})
 

@@ -92,7 +92,7 @@ def check(config: CompareConfig) -> None:
     for name in ("dtypes", "checkpointing"):
         if not getattr(config, name):
             raise UserError(f"{name}=[] names nothing to measure")
-    if config.side is not None and (config.side < PIXELS or config.side % (8 * PIXELS)):
+    if config.side is not None and (config.side < 1 or config.side % (8 * PIXELS)):
         raise UserError(f"side={config.side} must be a multiple of {8 * PIXELS} pixels, which is what the UNets halve")
     if config.frames is not None and config.frames < 1:
         raise UserError(f"frames={config.frames} must be at least 1")
@@ -106,8 +106,7 @@ def check(config: CompareConfig) -> None:
 
 def sizes_of(config: CompareConfig) -> SpeedSizes:
     """The sizes that a configuration names."""
-    given = {name: getattr(config, name) for name in ("side", "frames") if getattr(config, name) is not None}
-    return replace(chosen_sizes(config.size), **given)
+    return chosen_sizes(config.size, side=config.side, frames=config.frames)
 
 
 def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:

@@ -136,13 +136,14 @@ def measured(device: torch.device, work: Callable[[], object]) -> dict[str, floa
     gc.collect()
     reset_peak(device)
     wait_for(device)
-    with PrivatePeak() as private:
+    on_gpu = device.type == "cuda"
+    with nullcontext() if on_gpu else PrivatePeak() as private:
         started = time.perf_counter()
         work()
         wait_for(device)
         seconds = time.perf_counter() - started
     found = {"seconds": seconds, "peak_bytes": peak(device)}
-    return found if device.type == "cuda" else {**found, "private_peak_bytes": private.most}
+    return found if on_gpu else {**found, "private_peak_bytes": private.most}
 
 
 class PrivatePeak:
