@@ -6,6 +6,7 @@ A cache is a folder of memory-mapped arrays for n clips of m pictures (the refer
     keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
     latents-DIGEST/  latents of the pictures by one VAE: mean.npy and, where there is one, deviation.npy
                      (n, m, c, h, w) float16
+    surfaces/        surface maps of rendered people, see `data.surfaces`: surfaces.npy (n, m, h, w, 3) float16
 
 It is reused only when `cache.json` says it was made from the same description; otherwise it is made anew.
 """
@@ -83,15 +84,24 @@ class CachedClips(Dataset):
         seed: of order and choice.
         latents: folder of the pictures' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
             and "reference_latents" (c, h, w).
+        surfaces: file of the pictures' surface maps; items then also have "surfaces" (3, F, h, w) and
+            "reference_surface" (3, h, w), see `data.surfaces`.
 
     Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "pictures" (which of its pictures
     are the reference and the frames), int64.
     """
 
     def __init__(
-        self, folder: str | Path, num_frames: int, length: int, seed: int = 0, latents: Path | None = None
+        self,
+        folder: str | Path,
+        num_frames: int,
+        length: int,
+        seed: int = 0,
+        latents: Path | None = None,
+        surfaces: Path | None = None,
     ) -> None:
         self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
+        self.surfaces_file, self.surfaces = surfaces, None if surfaces is None else np.load(surfaces, mmap_mode="r")
         self.pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
         self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
         self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
@@ -102,7 +112,7 @@ class CachedClips(Dataset):
 
     def with_latents(self, folder: Path) -> "CachedClips":
         """The same clips with the latents of their pictures."""
-        return CachedClips(self.folder, self.num_frames, self.length, self.seed, folder)
+        return CachedClips(self.folder, self.num_frames, self.length, self.seed, folder, self.surfaces_file)
 
     def __len__(self) -> int:
         return self.length
@@ -126,7 +136,9 @@ class CachedClips(Dataset):
             "keypoints": torch.from_numpy(keypoints[1:]),
             "clip": torch.tensor(clip),
             "pictures": torch.from_numpy(chosen),
-        } | self._latents(clip, chosen)
+            **self._latents(clip, chosen),
+            **self._surfaces(clip, chosen),
+        }
 
     def _latents(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
         if not self.latents:
@@ -140,6 +152,12 @@ class CachedClips(Dataset):
             "latent_deviation": deviation[1:].transpose(0, 1),
             "reference_latents": mean[0],
         }
+
+    def _surfaces(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        if self.surfaces is None:
+            return {}
+        maps = torch.from_numpy(self.surfaces[clip][chosen]).permute(3, 0, 1, 2).float()
+        return {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """The cached clip of item `index`, and which of its pictures are the reference and the frames."""

@@ -157,12 +157,19 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
     return RenderedGroup(image, masks, keypoints, scores)
 
 
-def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw a person over `image` and into `mask`; return the depth buffer, which may be supersampled."""
+def project_vertices(
+    figure: Figure, size: tuple[int, int], factor: int, transforms: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices as the camera sees them: (v, 3) x, y in samples and depth in metres; and their brightness (v,).
+
+    Args:
+        size: (width, height) of the picture in pixels.
+        factor: samples per pixel and axis.
+        transforms: of `_view_transforms`, when they are known already.
+    """
     person = figure.person
-    height, width = mask.shape
-    factor = 2 if max(height, width) <= SUPERSAMPLING_LIMIT else 1
-    matrix = camera_matrix(figure.camera, (width, height), person.body.height) * factor
+    transforms = _view_transforms(figure) if transforms is None else transforms
+    matrix = camera_matrix(figure.camera, size, person.body.height) * factor
     matrix[:, 2] += 0.5 * (factor - 1)
     screen = np.empty((len(person.vertices), 3), np.float32)
     shades = np.empty(len(person.vertices), np.float32)
@@ -180,6 +187,15 @@ def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.nd
         screen,
         shades,
     )
+    return screen, shades
+
+
+def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw a person over `image` and into `mask`; return the depth buffer, which may be supersampled."""
+    person = figure.person
+    height, width = mask.shape
+    factor = 2 if max(height, width) <= SUPERSAMPLING_LIMIT else 1
+    screen, shades = project_vertices(figure, (width, height), factor, transforms)
     color = np.empty((height * factor, width * factor, 3), np.float32)
     depth = np.full((height * factor, width * factor), EMPTY_DEPTH, np.float32)
     rasterize(

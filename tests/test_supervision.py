@@ -234,6 +234,23 @@ def test_background_points_lie_in_the_background_and_stay_where_they_are(batch):
         assert torch.equal(valid[number], ~covered)
 
 
+def test_surface_takes_the_place_of_keypoints(vae, batch):
+    model = networks()
+    items = dict(batch)
+    places = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))  # every place shows another point
+    items["surfaces"], items["reference_surface"] = places[:, :, None], places
+    on = AttentionLossConfig(weight=0.5, surface=24, background=4)
+    keypoints, surface = loss_of(model, vae, items, replace(on, surface=0)), loss_of(model, vae, items, on)
+    assert torch.equal(keypoints.errors, surface.errors), "the prediction is the same"
+    assert keypoints.pointing[0] != surface.pointing[0]
+    surface.loss.backward()
+    query = model.denoising_unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    assert query.grad.abs().sum() > 0
+    hidden = items | {"reference_surface": torch.full_like(places, torch.nan)}
+    # Nobody is in the reference: the background alone is supervised.
+    assert torch.isfinite(loss_of(model, vae, hidden, on).loss)
+
+
 def test_background_is_supervised_beside_the_body(vae, batch):
     model = networks()
     both = AttentionLossConfig(weight=0.5, background=4)

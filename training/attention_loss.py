@@ -3,7 +3,8 @@
 Keypoints say where a point of the body lies in both pictures, and so what reference attention ought to point at. The
 reconstruction error says the same, but only in the end; with it alone a new network spends most of its training on
 finding out. Learning attention from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR
-2025); here they are those of the skeleton, and of the background where the camera stands still.
+2025); here they are those of the skeleton or, for rendered people, of the surface, and those of the background where
+the camera stands still.
 
 Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
 h, w = a level's grid, H, W = picture size.
@@ -34,6 +35,8 @@ LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16)
 LIMB_PLACES = (1 / 3, 2 / 3, 1.0)
 SHOULDERS, HIPS = (5, 6), (11, 12)
 NEAR = 1.5  # tokens
+SAME_POINT = 0.05  # metres on the person between places of two surface maps that show the same point
+FAR = 1e4  # metres
 ACROSS, ALONG = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -46,7 +49,7 @@ class MatchingPoints:
         sources: (b*f, p, 2) in the references.
         valid: (b*f, p) bool, seen in both pictures.
         size: (H, W).
-        body: how many of them, the first ones, are of the body.
+        body: how many of them, the first ones, are of the person.
     """
 
     targets: Tensor
@@ -95,6 +98,35 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
 
     (targets, seen), (sources, known) = place(frames), place(references)
     return MatchingPoints(targets, sources, seen & known, size, len(weights))
+
+
+def surface_points(batch: dict[str, Tensor], count: int, generators: Generators) -> MatchingPoints:
+    """Random points of the person's surface in the frames, and where the references show the same points.
+
+    Args:
+        batch: "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.surfaces`; "poses"
+            (b, 3, f, H, W), for the size.
+        count: points a frame; those beyond the places that show the person are invalid.
+        generators: one a sample.
+    """
+    frames = batch["surfaces"].transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)  # (b*f, h*w, 3)
+    references = batch["reference_surface"].repeat_interleave(len(frames) // len(generators), dim=0)
+    height, width = references.shape[-2:]
+    references = references.flatten(2).transpose(1, 2)
+    shown = frames.isfinite().all(-1)
+    order = torch.cat([torch.rand(len(frames) // len(generators), height * width, generator=g) for g in generators])
+    chosen = (order.to(frames) + shown).topk(min(count, height * width)).indices  # (b*f, p), the person's first
+    points = frames.gather(1, chosen[..., None].expand(-1, -1, 3))
+    distance = torch.cdist(points.nan_to_num(), references.nan_to_num(nan=FAR))  # (b*f, p, h*w)
+    nearest, match = distance.min(dim=-1)
+    size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
+
+    def places(numbers: Tensor) -> Tensor:
+        parts = torch.stack([(numbers % width + 0.5) / width, (numbers // width + 0.5) / height], dim=-1)
+        return parts * parts.new_tensor([size[1], size[0]]) - 0.5
+
+    valid = shown.gather(1, chosen) & (nearest < SAME_POINT)
+    return MatchingPoints(places(chosen).to(frames), places(match).to(frames), valid, size, chosen.shape[1])
 
 
 def with_background(

@@ -37,6 +37,7 @@ class DataConfig:
     cache: folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
         num_frames=1 a cached clip has `cache_frames` frames, two pictures of which are paired at random each time.
     cache_latents: keep the VAE's latents of the cached pictures, too, so that training need not encode them.
+    cache_surfaces: keep surface maps of cached rendered people, too, for attention.surface.
     """
 
     source: str = "rendered"
@@ -55,6 +56,7 @@ class DataConfig:
     cache_clips: int = 6000
     cache_frames: int = 3
     cache_latents: bool = False
+    cache_surfaces: bool = False
     people: PeopleConfig = field(default_factory=PeopleConfig)
 
 
@@ -114,12 +116,15 @@ class AttentionLossConfig:
     score_threshold: least score of keypoints.
     background: cells a side of the picture in each of which a point of the background is supervised too, for clips and
         references that share a camera which stands still; 0: the body alone.
+    surface: random points a frame on the person's surface, which take the place of those of the keypoints; needs
+        data.cache_surfaces. Keypoints lie inside the body, and where it turns they say only about what is seen.
     """
 
     weight: float = 0.0
     radius: float = 0.75
     score_threshold: float = 0.3
     background: int = 0
+    surface: int = 0
 
 
 @dataclass
@@ -312,6 +317,8 @@ def check_train_config(config: TrainConfig) -> None:
             raise UserError(f"{key}={value} must be a share, 0 to 1")
     if config.data.cache_latents and not config.data.cache:
         raise UserError("data.cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
+    if config.data.cache_surfaces and (config.data.source != "rendered" or not config.data.cache):
+        raise UserError("data.cache_surfaces=true keeps maps of rendered people beside cached clips; give data.cache=")
     if not config.noise.person_weight > 0:
         raise UserError(f"noise.person_weight={config.noise.person_weight} must be above 0")
     if config.attention.weight < 0 or not config.attention.radius > 0:
@@ -319,9 +326,17 @@ def check_train_config(config: TrainConfig) -> None:
             f"attention.weight={config.attention.weight} must be at least 0 and "
             f"attention.radius={config.attention.radius} above 0"
         )
-    if config.attention.background < 0:
-        raise UserError(f"attention.background={config.attention.background} must not be negative")
+    for name in ("background", "surface"):
+        if getattr(config.attention, name) < 0:
+            raise UserError(f"attention.{name}={getattr(config.attention, name)} must not be negative")
     composition = config.augmentation.composition
+    if config.attention.surface and not config.data.cache_surfaces:
+        raise UserError(f"attention.surface={config.attention.surface} needs data.cache_surfaces=true")
+    if config.attention.surface and composition.probability > 0:
+        raise UserError(
+            f"attention.surface={config.attention.surface} needs references that stay as they are; set "
+            "augmentation.composition.probability=0"
+        )
     if config.attention.background and composition.probability > 0 and composition.fill != "scene":
         raise UserError(
             f"attention.background={config.attention.background} needs backgrounds that stay where they are; "

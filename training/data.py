@@ -12,6 +12,7 @@ from data.clip_cache import CachedClips, ensure_cache
 from data.crops import CROPS
 from data.datasets import RenderedPeople
 from data.feature_cache import FeatureCache
+from data.surfaces import ensure_surfaces
 from data.video_folder import VideoFolder
 from training.config import DataConfig
 from training.interruption import ignore_stop_signals
@@ -45,7 +46,8 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
     if isinstance(source, VideoFolder):
         description |= {"crop": config.crop, "content": source.digest()}
     folder = ensure_cache(source, description, config.cache, config.workers)
-    return CachedClips(folder, config.num_frames, length, config.seed)
+    surfaces = ensure_surfaces(folder, source, config.workers) if config.cache_surfaces else None
+    return CachedClips(folder, config.num_frames, length, config.seed, surfaces=surfaces)
 
 
 def clips(config: DataConfig, length: int) -> Dataset:

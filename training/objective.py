@@ -24,7 +24,7 @@ from tpc.augmentation import (
     training_visibility,
 )
 from tpc.tokens import TokenLevel
-from training.attention_loss import attention_loss, body_points, point_probe, with_background
+from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.config import AttentionLossConfig, NoiseConfig
 from training.randomness import Generators, draw
 from training.traits import TrainingTraits
@@ -232,7 +232,10 @@ def diffusion_loss(
             reference_latents = torch.cat([reference_latents, encode_reference(vae, pictures, chunk)])
     points = probe = None
     if attention is not None and attention.weight > 0:
-        points = body_points(batch, attention.score_threshold)
+        if attention.surface:
+            points = surface_points(batch, attention.surface, generators)
+        else:
+            points = body_points(batch, attention.score_threshold)
         if attention.background:
             points = with_background(points, batch, attention.background, generators)
         probe = point_probe(points, traits.grids)
