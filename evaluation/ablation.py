@@ -51,7 +51,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     output: str = "outputs/ablation"
     model: str = str(SHIPPED_MODEL)
     features: str = "stand-in"
-    measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "vgg_frechet_video"])
+    measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
     transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
     propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
     subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])

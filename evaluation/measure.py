@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from core.files import write_json
 from evaluation.instruments import Instruments
 from metrics.features import FeatureExtractor, picture_tensor
+from metrics.image import flicker
 from metrics.protocols import pixel_measure
 from metrics.video import WindowBuffer
 
@@ -53,9 +54,10 @@ def measure_clip(pairs: Iterable[FramePair], instruments: Instruments, folder: P
     """Measure the frames of a clip in order and write the results to `folder`.
 
     `values.json` has the number of frames and, for every measure taken frame by frame, its values; NaN is null.
+    Changes from frame to frame are one fewer than frames.
     """
     values: dict[str, list[float | None]] = {}
-    frames = 0
+    frames, before = 0, None
     with ExitStack() as stack:
         writers = [
             _FeatureWriter(stack, folder, measure, region, instruments)
@@ -64,7 +66,9 @@ def measure_clip(pairs: Iterable[FramePair], instruments: Instruments, folder: P
         ]
         for batch in batches(pairs, instruments.batch_size):
             frames += len(batch)
-            for name, measured in _frame_values(batch, instruments).items():
+            taken = _frame_values(batch, instruments) | _change_values(before, batch, instruments)
+            before = batch[-1]
+            for name, measured in taken.items():
                 values.setdefault(name, []).extend(None if np.isnan(value) else value for value in measured)
             for region in instruments.regions if writers else ():
                 for side in SIDES:
@@ -103,6 +107,31 @@ def _frame_values(batch: list[FramePair], instruments: Instruments) -> dict[str,
     for measure in instruments.of_kind("person"):
         values[measure] = [pair.person[measure] for pair in batch]
     return values
+
+
+def _change_values(
+    before: FramePair | None, batch: list[FramePair], instruments: Instruments
+) -> dict[str, list[float]]:
+    """Measures of kind "changes" of each frame of a batch since the one before; None, before the first, has none.
+
+    The foreground is where the person is in either frame.
+    """
+    pairs = list(pairwise(batch if before is None else [before, *batch]))
+    values: dict[str, list[float]] = {}
+    for region in instruments.regions:
+        for measure in instruments.of_kind("changes"):
+            values[measured_name(measure, region)] = [
+                flicker((first.generated, then.generated), (first.truth, then.truth), _moving(first, then, region))
+                for first, then in pairs
+            ]
+    return values
+
+
+def _moving(first: FramePair, then: FramePair, region: str) -> np.ndarray | None:
+    if not region or first.mask is None or then.mask is None:
+        return None
+    person = first.mask | then.mask
+    return person if region == "foreground" else ~person
 
 
 def _chosen(pair: FramePair, region: str) -> np.ndarray | None:

@@ -64,16 +64,17 @@ def clip_means(folder: Path) -> dict[str, float | None]:
 def _frame_means(folders: Sequence[Path]) -> dict[str, Number]:
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    frames = 0
+    lengths: dict[str, int] = {}
     for folder in folders:
-        length, values = read_values(folder)
-        frames += length
+        _, values = read_values(folder)
         for name, measured in values.items():
             known = measured[~np.isnan(measured)]
             sums[name] = sums.get(name, 0.0) + float(known.sum())
             counts[name] = counts.get(name, 0) + len(known)
+            lengths[name] = lengths.get(name, 0) + len(measured)
     numbers = {}
     for name, count in counts.items():
+        frames = lengths[name]
         missing = f"{frames - count} of {frames} frames could not be measured" if count < frames else None
         numbers[name] = Number(sums[name] / count if count else None, count, missing)
     return numbers

@@ -28,6 +28,23 @@ def mean_absolute_error(generated: np.ndarray, truth: np.ndarray, mask: np.ndarr
     return _mean(np.abs(generated.astype(np.int16) - truth.astype(np.int16)), mask)
 
 
+def flicker(
+    generated: tuple[np.ndarray, np.ndarray], truth: tuple[np.ndarray, np.ndarray], mask: np.ndarray | None = None
+) -> float:
+    """Mean absolute difference between what changes from one frame to the next and what truly changes, 0 to 255.
+
+    A constant error, such as a wrong colour, costs nothing; one that comes and goes does.
+
+    Args:
+        generated, truth: the frame before and the frame.
+    """
+    changes = []
+    for before, after in (generated, truth):
+        _check(before, after, mask)
+        changes.append(after.astype(np.int16) - before.astype(np.int16))
+    return _mean(np.abs(changes[0] - changes[1]), mask)
+
+
 def historical_l1(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
     """The L1 of DisCo's code: the mean absolute difference divided by height times width.
 

@@ -34,7 +34,8 @@ class Measure:
         label: in tables, such as "PSNR".
         unit: such as "dB"; "" for none.
         better: "higher" or "lower".
-        kind: "pixels", "distance" of pictures, "frames" or "windows" compared by a Frechet distance, "person".
+        kind: "pixels", "changes" from frame to frame, "distance" of pictures, "frames" or "windows" compared by a
+            Frechet distance, "person".
         definition: one sentence.
     """
 
@@ -63,6 +64,14 @@ MEASURES = {
             "PSNR with squares that wrap around in 8 bits",
         ),
         Measure("ssim", "SSIM", "", "higher", "pixels", "structural similarity of each frame"),
+        Measure(
+            "flicker",
+            "flicker",
+            "0-255",
+            "lower",
+            "changes",
+            "mean absolute difference of the change since the frame before from the true change",
+        ),
         Measure("lpips_alex", "LPIPS (AlexNet)", "", "lower", "distance", "LPIPS 0.1 with AlexNet"),
         Measure("lpips_vgg", "LPIPS (VGG)", "", "lower", "distance", "LPIPS 0.1 with VGG-16"),
         Measure("st_lpips_alex", "ST-LPIPS (AlexNet)", "", "lower", "distance", "shift-tolerant LPIPS, not LPIPS"),

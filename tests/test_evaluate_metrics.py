@@ -162,6 +162,23 @@ def test_help_lists_the_arguments(task, capsys):
     assert caught.value.code == 0 and "output=outputs/" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_flicker_of_clips_however_their_frames_are_batched(tmp_path, batch_size):
+    """Brighter by 20 grey levels in the upper half of every second frame."""
+    truth, mask = pictures(3, 5).clip(0, 230), np.zeros((24, 32, 3), np.uint8)
+    mask[:12] = 255
+    generated = truth.copy()
+    generated[1::2, :12] += 20
+    for name, frames in (("truth", truth), ("generated", generated), ("masks", np.stack([mask] * 5))):
+        save_frames(tmp_path / name / "clip", frames)
+    more = [f"masks={tmp_path / 'masks'}", "measures=[flicker,psnr]", "features=none", "keep_parts=true"]
+    evaluate.main(given(tmp_path, tmp_path / "o", *more, f"batch_size={batch_size}"))
+    results = results_of(tmp_path / "o")["results"]
+    values = {name: number["value"] for name, number in results.items() if "flicker" in name}
+    assert values == pytest.approx({"flicker": 10, "foreground_flicker": 20, "background_flicker": 0})
+    assert results["flicker"]["samples"] == 4 and results["flicker"]["warning"] is None
+
+
 class TestResuming:
     def test_finished_clips_are_not_measured_again(self, clips, tmp_path):
         command = given(clips, tmp_path / "o", "features=none", "keep_parts=true")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
 from metrics.frechet import Moments, frechet_distance
-from metrics.image import historical_l1, mean_absolute_error, overflowing_psnr, psnr, ssim
+from metrics.image import flicker, historical_l1, mean_absolute_error, overflowing_psnr, psnr, ssim
 from metrics.perceptual import lpips_from_features
 from metrics.person import keypoint_error, part_colour_difference, part_colours
 from metrics.protocols import MEASURES, PROTOCOLS, STAND_INS, brought_to_form, generated_to_form
@@ -58,6 +58,22 @@ class TestPixels:
         truth = noise()
         generated = np.clip(truth.astype(int) + noise(seed=1) % 16, 0, 255).astype(np.uint8)
         assert overflowing_psnr(generated, truth) == pytest.approx(psnr(generated, truth))
+
+    def test_flicker_is_what_comes_and_goes(self):
+        truth = noise(seed=1) // 2, noise(seed=2) // 2
+        assert flicker(truth, truth) == 0
+        brighter = tuple(frame + np.uint8(30) for frame in truth)
+        assert flicker(brighter, truth) == 0, "a constant error"
+        assert flicker((brighter[0], truth[1]), truth) == pytest.approx(30)
+        assert flicker((truth[0], brighter[1]), truth) == pytest.approx(30)
+        still = truth[0], truth[0]
+        moved = np.abs(truth[1].astype(int) - truth[0].astype(int))
+        assert flicker(still, truth) == pytest.approx(moved.mean()), "a clip that stands still"
+        mask = np.zeros((64, 48), bool)
+        mask[:10, :5] = True
+        assert flicker(still, truth, mask) == pytest.approx(moved[mask].mean())
+        with pytest.raises(ValueError, match="shape"):
+            flicker((truth[0], truth[1][:5]), truth)
 
     def test_ssim_is_scikit_images(self):
         truth = noise()
