@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint format setup clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/python infer.py
+	$(BIN)/python infer.py steps=4
 
 test: $(VENV)/.development lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
