@@ -12,6 +12,7 @@ It is reused only when `cache.json` says it was made from the same description; 
 """
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,20 @@ class CachedClips(Dataset):
         surfaces: Path | None = None,
     ) -> None:
         self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
-        self.surfaces_file, self.surfaces = surfaces, None if surfaces is None else np.load(surfaces, mmap_mode="r")
         self.pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
         self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
         self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
-        self.latents = {} if latents is None else {p.stem: np.load(p, mmap_mode="r") for p in latents.glob("*.npy")}
+        self.latents = {} if latents is None else _mapped_latents(latents)
+        self.surfaces = None if surfaces is None else np.load(surfaces, mmap_mode="r")
         cached = self.pictures.shape[1] - 1
         if num_frames not in (1, cached):
             raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
 
     def with_latents(self, folder: Path) -> "CachedClips":
         """The same clips with the latents of their pictures."""
-        return CachedClips(self.folder, self.num_frames, self.length, self.seed, folder, self.surfaces_file)
+        clips = copy(self)
+        clips.latents = _mapped_latents(folder)
+        return clips
 
     def __len__(self) -> int:
         return self.length
@@ -167,3 +170,7 @@ class CachedClips(Dataset):
         if self.num_frames > 1:
             return clip, np.arange(pictures)
         return clip, np.random.default_rng([self.seed, epoch, place]).permutation(pictures)[:2]
+
+
+def _mapped_latents(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}

@@ -181,10 +181,10 @@ class _FeatureWriter:
             self._files[side].write(self.extractor.extract(rows).cpu().numpy().astype(np.float32).tobytes())
 
 
-def read_values(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """Number of frames of a measured clip, and its values by name, NaN where there is none."""
+def read_values(folder: Path) -> dict[str, np.ndarray]:
+    """The values of a measured clip by name, NaN where there is none."""
     content = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
-    return content["frames"], {
+    return {
         name: np.array([np.nan if value is None else value for value in values], np.float64)
         for name, values in content["values"].items()
     }

@@ -66,8 +66,7 @@ def _frame_means(folders: Sequence[Path]) -> dict[str, Number]:
     counts: dict[str, int] = {}
     lengths: dict[str, int] = {}
     for folder in folders:
-        _, values = read_values(folder)
-        for name, measured in values.items():
+        for name, measured in read_values(folder).items():
             known = measured[~np.isnan(measured)]
             sums[name] = sums.get(name, 0.0) + float(known.sum())
             counts[name] = counts.get(name, 0) + len(known)

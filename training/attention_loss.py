@@ -22,6 +22,8 @@ from models.attention_measures import (
     at_strongest,
     normalised,
     part_near,
+    pixel_places,
+    token_centres,
     token_distances,
     token_numbers,
     token_places,
@@ -110,23 +112,18 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Generators)
         generators: one a sample.
     """
     frames = batch["surfaces"].transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)  # (b*f, h*w, 3)
-    references = batch["reference_surface"].repeat_interleave(len(frames) // len(generators), dim=0)
-    height, width = references.shape[-2:]
-    references = references.flatten(2).transpose(1, 2)
+    (height, width), each = batch["reference_surface"].shape[-2:], len(frames) // len(generators)
+    references = batch["reference_surface"].repeat_interleave(each, dim=0).flatten(2).transpose(1, 2)
     shown = frames.isfinite().all(-1)
-    order = torch.cat([torch.rand(len(frames) // len(generators), height * width, generator=g) for g in generators])
+    order = torch.cat([torch.rand(each, height * width, generator=g) for g in generators])
     chosen = (order.to(frames) + shown).topk(min(count, height * width)).indices  # (b*f, p), the person's first
     points = frames.gather(1, chosen[..., None].expand(-1, -1, 3))
     distance = torch.cdist(points.nan_to_num(), references.nan_to_num(nan=FAR))  # (b*f, p, h*w)
     nearest, match = distance.min(dim=-1)
     size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
-
-    def places(numbers: Tensor) -> Tensor:
-        parts = torch.stack([(numbers % width + 0.5) / width, (numbers // width + 0.5) / height], dim=-1)
-        return parts * parts.new_tensor([size[1], size[0]]) - 0.5
-
+    pixels = pixel_places(token_centres((height, width), frames), size, (height, width))  # (h*w, 2)
     valid = shown.gather(1, chosen) & (nearest < SAME_POINT)
-    return MatchingPoints(places(chosen).to(frames), places(match).to(frames), valid, size, chosen.shape[1])
+    return MatchingPoints(pixels[chosen], pixels[match], valid, size, chosen.shape[1])
 
 
 def with_background(
