@@ -13,6 +13,7 @@ from data.inputs import Driving, Reference
 from data.pose import Poses
 from data.render import Rendered
 from data.scenes import Scene, misaligned_reference
+from tpc.skeleton import body_height
 
 RENDERED = "rendered"
 RENDERED_FPS = 24.0
@@ -118,6 +119,19 @@ def rendered_people(config: ClipsConfig) -> RenderedPeople:
     )
 
 
+def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Generator) -> EvaluationClip:
+    """The clip with errors in the keypoints of reference and frames, as a pose estimator makes them; masks stay exact.
+
+    Args:
+        deviation: standard deviation of the errors along x and along y, in parts of the person's standing height in
+            that picture; every keypoint of every picture has an error of its own.
+    """
+    reference, driving = (
+        replace(given, poses=_noisy(given.poses, deviation, rng)) for given in (clip.reference, clip.driving)
+    )
+    return replace(clip, reference=reference, driving=driving)
+
+
 def at_first_frame(scene: Scene) -> Scene:
     """The scene with its first frame's pose as the reference's, as in the field's protocols for filmed clips."""
     return replace(scene, reference_pose=scene.poses[0])
@@ -150,6 +164,16 @@ class RenderedClips:
 
     def stamps(self, name: str) -> list:
         return []
+
+
+def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
+    errors = rng.normal(0.0, deviation, poses.keypoints.shape)
+    heights = [
+        [body_height(points, seen > 0) for points, seen in zip(*frame, strict=True)]
+        for frame in zip(poses.keypoints, poses.scores, strict=True)
+    ]
+    found = (poses.scores > 0)[..., None]  # what was not found stays where it is
+    return replace(poses, keypoints=poses.keypoints + errors * np.asarray(heights)[..., None, None] * found)
 
 
 def _poses_of(frames: Sequence[Rendered], size: tuple[int, int]) -> Poses:

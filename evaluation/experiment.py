@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.files import output_folder, write_json
 from data.framing import fit_matrix
 from data.pose import PoseConfig, PoseEstimator, open_estimator
-from evaluation.clips import EvaluationClip
+from evaluation.clips import EvaluationClip, with_pose_noise
 from evaluation.instruments import Instruments
 from evaluation.jobs import claim_output, remove_parts, run_parts
 from evaluation.measure import FramePair, measure_clip
@@ -31,7 +31,7 @@ PERSON_PSNR = "foreground_psnr"
 WITHOUT, WITH = "without TPC", "with TPC"  # labels
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
 EXTENDABLE = (
-    *("seeds", "clips", "angles", "scales", "kinds", "presets"),
+    *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
     *("transforms", "propagations", "subsets", "attachments", "families", "few_steps"),
 )
 
@@ -44,6 +44,8 @@ class TrialsConfig:
     device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
     keep_parts: keep the values and features of every trial when the results are written, to add seeds or clips later.
     persons: estimate poses in the results, for the error of the pose and the colours of body parts.
+    pose_noise: standard deviation of errors added to the keypoints that the animator gets, in parts of the person's
+        height; what is measured is measured against the exact ones.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -52,6 +54,7 @@ class TrialsConfig:
     keep_parts: bool = True
     persons: bool = False
     pose: PoseConfig = field(default_factory=PoseConfig)
+    pose_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,11 @@ def run_trials(
         trial = by_name[name]
         settings = replace(sampling, seed=trial.seed, compare=False)
         subject = clip(trial.clip)
-        animation = sampler(pipeline(trial.condition.model), subject, settings, trial, folder)
+        shown = subject
+        if config.pose_noise:  # the same errors under every condition
+            rng = np.random.default_rng([trial.seed, *trial.clip.encode()])
+            shown = with_pose_noise(subject, config.pose_noise, rng)
+        animation = sampler(pipeline(trial.condition.model), shown, settings, trial, folder)
         if animation.calibration is not None:
             write_json(folder / "calibration.json", animation.calibration.summary())
         pairs = frame_pairs_of(animation.result, subject, instruments.protocol, estimator)
@@ -182,8 +189,10 @@ def run_task(
         further: trials beside these, of the same conditions.
 
     Raises:
-        UserError: no clip or no seed, or an output folder that another run began.
+        UserError: no clip or no seed, pose noise below zero, or an output folder that another run began.
     """
+    if config.pose_noise < 0:
+        raise UserError(f"pose_noise={config.pose_noise} must not be negative")
     trials = [*all_trials(names, conditions, config.seeds), *further]
     output = output_folder(config.output)
     claim_output(output, trials_identity(task, config, conditions), state)

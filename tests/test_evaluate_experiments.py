@@ -14,11 +14,12 @@ from core.config import load_config
 from core.errors import UserError
 from data.datasets import RenderedPeople
 from data.fingerprint import Fingerprint
+from data.inputs import Driving, Reference
 from data.manifest import write_manifest, write_record
 from data.pose import PoseConfig, Poses, open_estimator
 from data.pose_models import fetch_models
 from evaluation.ablation import ablation_conditions
-from evaluation.clips import ClipsConfig, rendered_clip
+from evaluation.clips import ClipsConfig, EvaluationClip, rendered_clip, with_pose_noise
 from evaluation.compare import frame_pairs
 from evaluation.experiment import frame_pairs_of
 from evaluation.filmed import open_clips
@@ -28,6 +29,7 @@ from evaluation.plots import STYLES
 from evaluation.report import Cell, Table, latex, markdown, over_seeds, with_best
 from metrics.protocols import PROTOCOLS
 from tests.clips import save_rendered_pair
+from tpc.skeleton import body_height
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["sampling.steps=1", "sampling.size=[32,32]", "source=48", "frames=2", "seeds=[0,1]"]
@@ -103,6 +105,43 @@ class TestMisalignment:
         unseen = Poses(poses.keypoints, poses.scores * 0, poses.size, poses.fps)
         split = classify("a", misalignment(posed([(0, 1)]), unseen), ThresholdConfig())
         assert not split.misaligned and split.angle_deg is None and split.box_iou is None
+
+
+def test_pose_noise_is_in_parts_of_the_height_and_leaves_the_rest():
+    """A thousand frames of one pose, the smaller half of them: the error's deviation goes with the person's size."""
+    person = posed([(0, 1)] * 500 + [(0, 0.5)] * 500)
+    scores = person.scores.copy()
+    scores[:, :, 3] = 0
+    poses = replace(person, scores=scores)
+    picture = np.zeros((1, 100, 100, 3), np.uint8)
+    mask = np.zeros((1, 1, 100, 100), np.uint8)
+    clip = EvaluationClip("a", Reference(picture[0], posed([(0, 1)]), mask[0]), Driving(picture, poses, mask))
+    noisy = with_pose_noise(clip, 0.02, np.random.default_rng(3))
+    again = with_pose_noise(clip, 0.02, np.random.default_rng(3))
+    np.testing.assert_array_equal(noisy.driving.poses.keypoints, again.driving.poses.keypoints)
+    errors = noisy.driving.poses.keypoints - poses.keypoints
+    assert not errors[:, :, 3].any()
+    seen = np.delete(errors, 3, axis=2)
+    height = body_height(STANDING, scores[0, 0] > 0)
+    assert seen[:500].std() == pytest.approx(0.02 * height, rel=0.03)
+    assert seen[500:].std() == pytest.approx(0.01 * height, rel=0.03)
+    assert np.abs(noisy.reference.poses.keypoints - clip.reference.poses.keypoints).max() > 0
+    assert noisy.driving.masks is mask
+    np.testing.assert_array_equal(noisy.driving.poses.scores, scores)
+
+
+def test_pose_noise_changes_what_the_animator_gets_and_not_what_it_is_measured_by(model, tmp_path):
+    quick = [f"model={model}", *QUICK, "clips=1", "seeds=[0]", "transforms=[procrustes]", "subsets=[all]"]
+    quick += ["propagations=['off']", "measures=[psnr]", "features=none"]
+    found = {}
+    for name, noise in (("exact", 0.0), ("noisy", 0.1)):
+        evaluate.main(["ablation", *quick, f"output={tmp_path / name}", f"pose_noise={noise}"])
+        results = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["results"]
+        found[name] = results["procrustes, all, IP off"]["foreground_psnr"]["mean"]
+    assert found["exact"] != found["noisy"]
+    assert abs(found["exact"] - found["noisy"]) < 3
+    with pytest.raises(UserError, match="pose_noise=-1"):
+        evaluate.main(["ablation", *quick, f"output={tmp_path / 'none'}", "pose_noise=-1"])
 
 
 def test_split_of_a_folder_of_pose_files(tmp_path, capsys):

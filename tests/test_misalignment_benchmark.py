@@ -23,6 +23,7 @@ from benchmarks.misalignment.report import Values, measure_table, recovered_tabl
 from core.errors import UserError
 from evaluation.experiment import WITHOUT
 from evaluation.misalignment import misalignment
+from tpc import CalibrationConfig
 
 CONDITIONS = {WITHOUT: "without", "TPC best": "tpc-best"}
 PLAIN = Framing()
@@ -152,6 +153,26 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
     assert "over 2 seeds" in capsys.readouterr().out
 
 
+def test_variants_are_the_preset_but_for_what_they_say():
+    config = command.BenchmarkConfig(presets=[], variants=["smoothing=0 min_iou=0.3", "preset=paper groups=2"])
+    config.tpc.max_gap = 3
+    plain, first, second = command.conditions_of(config).values()
+    assert plain.tpc is None
+    assert first.name == "variant-smoothing=0,min_iou=0.3"
+    assert first.tpc == CalibrationConfig(smoothing=0, min_iou=0.3, max_gap=3)
+    assert second.tpc == CalibrationConfig(preset="paper", groups=2, max_gap=3)
+
+
+def test_a_variant_is_a_column(tmp_path):
+    arguments = [f"output={tmp_path}", "kinds=[aligned]", "clips=1", "presets=[]", "sampling.steps=1", "seeds=[0]"]
+    command.main([*arguments, 'variants=["propagation=hold groups=2"]', "flicker=true", "pose_noise=0.02", "strips=0"])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    found = {trial["condition"]: trial for trial in results["trials"]}
+    assert set(found) == {"without", "variant-propagation=hold,groups=2"}
+    assert all(0 < trial["foreground_flicker"] < 255 for trial in found.values())
+    assert "| propagation=hold groups=2 |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -160,6 +181,12 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
         ("presets=[best,best]", "presets="),
         ("presets=[worst]", "presets="),
         ("strips=-1", "strips=-1"),
+        ("pose_noise=-0.1", "pose_noise=-0.1"),
+        ('variants=["smooth=1"]', "nearest known one is 'smoothing'"),
+        ('variants=["smoothing=-1"]', "tpc.smoothing must be in 0 to 1000"),
+        ('variants=["--help"]', "must be settings of tpc"),
+        ('variants=["  "]', "must be settings of tpc"),
+        ('variants=["groups=2","groups=2"]', "must be different ones"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, argument, message):

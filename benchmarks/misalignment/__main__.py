@@ -1,7 +1,8 @@
 """What misaligned references cost an animator, and what TPC wins back of it.
 
     python -m benchmarks.misalignment [model=FOLDER] [output=outputs/misalignment] [kinds=[aligned,rotation]]
-        [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10] [key=value ...]
+        [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10]
+        [variants=["visibility=exclusive","propagation=iterative groups=2"]] [key=value ...]
     accelerate launch -m benchmarks.misalignment ...                 # clips divided among processes
 
 Every clip of the frozen manifests is animated without TPC and with each preset; and, without TPC, as it would be with
@@ -40,7 +41,7 @@ from evaluation.plots import draw_bars
 from evaluation.report import common_facts, heading, markdown, write_results
 from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
-from tpc.config import PRESETS
+from tpc.config import PRESETS, resolve
 
 
 @dataclass
@@ -50,6 +51,8 @@ class BenchmarkConfig(MeasuresConfig):
     output: folder for the results; model: pipeline folder.
     kinds: of clips; clips: of each kind, the first ones, 0: all.
     presets: of TPC, in the order of the tables.
+    variants: of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; what is not
+        said is as in `tpc`.
     strips: clips of each kind that strips.png shows; 0: no picture.
     """
 
@@ -59,6 +62,7 @@ class BenchmarkConfig(MeasuresConfig):
     clips: int = 0
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
     presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
+    variants: list[str] = field(default_factory=list)
     strips: int = 1
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -68,14 +72,31 @@ def conditions_of(config: BenchmarkConfig) -> dict[str, Condition]:
     """Conditions by label. Settings in `tpc` beside the preset hold for all presets.
 
     Raises:
-        UserError: a preset that is not known, or named twice.
+        UserError: a preset that is not known, settings that cannot work, or something named twice.
     """
     if len(set(config.presets)) < len(config.presets) or any(preset not in PRESETS for preset in config.presets):
         raise UserError(f"presets={config.presets} must be different ones of {', '.join(PRESETS)}")
     found = {WITHOUT: Condition("without", config.model, None)}
     for preset in config.presets:
         found[f"TPC {preset}"] = Condition(f"tpc-{preset}", config.model, replace(config.tpc, preset=preset))
+    if len(set(config.variants)) < len(config.variants):
+        raise UserError(f"variants={config.variants} must be different ones")
+    for variant in config.variants:
+        found[variant] = Condition("variant-" + variant.replace(" ", ","), config.model, _varied(config.tpc, variant))
     return found
+
+
+def _varied(tpc: CalibrationConfig, variant: str) -> CalibrationConfig:
+    """`tpc` with settings like "smoothing=0 min_iou=0.3"."""
+    if not (words := variant.split()) or any(word.startswith("-") for word in words):
+        raise UserError(f"variants: {variant!r} must be settings of tpc, such as 'smoothing=0 min_iou=0.3'")
+    try:
+        given = load_config(CalibrationConfig, words)
+        varied = replace(tpc, **{name: getattr(given, name) for name, _, _ in (word.partition("=") for word in words)})
+        resolve(varied)
+    except UserError as error:
+        raise UserError(f"variants: {variant!r}: {error}") from None
+    return varied
 
 
 def main(arguments: list[str]) -> None:
@@ -118,7 +139,8 @@ def _write(
     }
     save_config(config, output / "config.yaml")
     groups = [kind.replace("_", "\n") for kind in values.kinds]
-    draw_bars(output / "psnr.png", groups, bars(values, conditions, PERSON_PSNR), "PSNR of the person (dB)")
+    shown = {label: name for label, name in conditions.items() if label not in config.variants}
+    draw_bars(output / "psnr.png", groups, bars(values, shown, PERSON_PSNR), "PSNR of the person (dB)")
     write_results(output, results, {"table.md": text})
     print(text, end="")
 
