@@ -59,9 +59,12 @@ def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(COLUMN * len(panels), LINE_HEIGHT + 0.35), layout="constrained")
         FigureCanvasAgg(figure)
-        all_axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=len({p.y_label for p in panels}) == 1))
+        all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
         for number, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
-            _draw_curves(axes, panel, labelled=number == 0)
+            same = number > 0 and panel.y_label == panels[number - 1].y_label
+            if same:
+                axes.sharey(all_axes[number - 1])
+            _draw_curves(axes, panel, labelled=not same)
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
         _save(figure, path)

@@ -31,6 +31,8 @@ from models.pipeline_folder import SHIPPED_MODEL
 from tpc import CalibrationConfig
 
 IOU_BINS = np.linspace(0, 1, 11)
+ALIGNED = 1.0  # scale of a reference that fits
+PSNR_LABEL = "PSNR of the person (dB)"
 
 
 @dataclass
@@ -39,7 +41,7 @@ class SweepConfig(ClipsConfig, TrialsConfig):
 
     output: folder for the results; model: pipeline folder.
     angles: number of angles of the reference over a full turn; 0 leaves angles out.
-    scales: factors on the person's size in the reference; [] leaves them out.
+    scales: factors on the person's size in the reference, and 1 beside them; [] leaves them out.
     """
 
     output: str = "outputs/sweep"
@@ -111,10 +113,13 @@ def _variations(config: SweepConfig) -> list[Variation]:
         raise UserError(f"angles={config.angles} must not be negative and scales={config.scales} must be positive")
     angles = [360 * k / config.angles for k in range(config.angles)]
     angles = [angle - 360 if angle > 180 else angle for angle in angles]
+    scales = [float(scale) for scale in config.scales]
+    if scales and ALIGNED not in scales:
+        scales.append(ALIGNED)
     found = []
     for number in range(config.clips):
         found += [Variation(number, "angle", round(angle, 3), 1.0) for angle in angles]
-        found += [Variation(number, "scale", 0.0, float(scale)) for scale in config.scales]
+        found += [Variation(number, "scale", 0.0, scale) for scale in scales]
     if len({variation.name for variation in found}) < len(found):
         raise UserError(f"scales={config.scales} must differ")
     return found
@@ -130,7 +135,10 @@ def _curves(
     box_iou: dict[str, float],
     psnr: dict[Trial, float | None],
 ) -> dict[str, dict[str, Curve]]:
-    """Curves by what is swept ("angle", "scale", "box IoU") and condition."""
+    """Curves by what is swept ("angle", "scale", "box IoU") and condition.
+
+    Different clips reach different IoUs, so that curve is of the change against the same clip aligned, without TPC.
+    """
     of_kind = {kind: [name for name, v in variations.items() if v.kind == kind] for kind in ("angle", "scale")}
     bins = {name: int(np.clip(np.digitize(box_iou[name], IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name in variations}
     swept: dict[str, tuple[list[str], Callable[[str], float]]] = {
@@ -138,6 +146,7 @@ def _curves(
         "scale": (of_kind["scale"], lambda name: variations[name].scale),
         "box IoU": (of_kind["scale"], lambda name: float(IOU_BINS[bins[name] : bins[name] + 2].mean())),
     }
+    change = _change_from_aligned(variations, psnr)
     curves: dict[str, dict[str, Curve]] = {}
     for kind, (names, place) in swept.items():
         if not names:
@@ -146,10 +155,26 @@ def _curves(
         for name in names:
             groups.setdefault(round(place(name), 6), []).append(name)
         curves[kind] = {
-            label: _curve(label, condition, groups, config.seeds, psnr, closed=kind == "angle")
+            label: _curve(
+                label, condition, groups, config.seeds, change if kind == "box IoU" else psnr, closed=kind == "angle"
+            )
             for label, condition in ((WITHOUT, "without"), (WITH, "with"))
         }
     return curves
+
+
+def _change_from_aligned(
+    variations: dict[str, Variation], psnr: dict[Trial, float | None]
+) -> dict[Trial, float | None]:
+    """What scaling changes: PSNR of a trial minus that of its clip at scale 1 without TPC, with the same seed."""
+    numbers = {trial: variations[trial.clip].number for trial in psnr if variations[trial.clip].kind == "scale"}
+    aligned = {
+        (number, trial.seed): psnr[trial]
+        for trial, number in numbers.items()
+        if trial.condition.tpc is None and variations[trial.clip].scale == ALIGNED
+    }
+    pairs = {trial: (psnr[trial], aligned[number, trial.seed]) for trial, number in numbers.items()}
+    return {trial: None if None in pair else pair[0] - pair[1] for trial, pair in pairs.items()}
 
 
 def _curve(
@@ -157,11 +182,11 @@ def _curve(
     condition: str,
     groups: dict[float, list[str]],
     seeds: Sequence[int],
-    psnr: dict[Trial, float | None],
+    measured: dict[Trial, float | None],
     closed: bool,
 ) -> Curve:
     """Mean and deviation over seeds of the mean over clips, at every place. A closed curve repeats 180 at -180."""
-    values = {(t.condition.name, t.clip, t.seed): value for t, value in psnr.items() if value is not None}
+    values = {(t.condition.name, t.clip, t.seed): value for t, value in measured.items() if value is not None}
     cells = {}
     for place, names in groups.items():
         by_seed = [[values[key] for n in names if (key := (condition, n, seed)) in values] for seed in seeds]
@@ -186,24 +211,25 @@ def _write(
     about: dict[str, dict[str, Any]] = {
         "angle": {
             "x_label": "angle of the reference (degrees)",
+            "y_label": PSNR_LABEL,
             "marks": {-30.0: "", 30.0: "±π/6"},
             "ticks": [-180, -120, -60, 0, 60, 120, 180],
         },
         "scale": {
             "x_label": "scale of the reference",
+            "y_label": PSNR_LABEL,
             "marks": {},
             "ticks": [0.3, 0.5, 1, 2, 3],
             "log_x": True,
         },
         "box IoU": {
             "x_label": "IoU of the persons' boxes",
+            "y_label": "change against aligned (dB)",
             "marks": {0.7: "0.7"},
             "ticks": [0, 0.2, 0.4, 0.6, 0.8, 1],
         },
     }
-    panels = [
-        Panel(list(lines.values()), y_label="PSNR of the person (dB)", **about[kind]) for kind, lines in curves.items()
-    ]
+    panels = [Panel(list(lines.values()), **about[kind]) for kind, lines in curves.items()]
     draw_panels(output / "sweep.png", panels)
     results = common_facts(config, instruments) | {
         "counts": {"clips": config.clips, "frames": config.frames, "seeds": len(config.seeds), "trials": len(psnr)},
@@ -247,7 +273,8 @@ def _table(kind: str, lines: dict[str, Curve]) -> Table:
             at = np.flatnonzero(curve.x == place)
             cells.append(Cell(None) if not len(at) else _cell(curve, int(at[0])))
         rows.append((f"{place:g}", tuple(cells)))
-    header = tuple(f"person PSNR {label} (dB)" for label in lines)
+    what = "change of person PSNR" if kind == "box IoU" else "person PSNR"
+    header = tuple(f"{what} {label} (dB)" for label in lines)
     return Table(kind, header, tuple(rows), f"Fidelity of the person against {kind}")
 
 

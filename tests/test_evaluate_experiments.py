@@ -177,7 +177,16 @@ def test_sweep(model, tmp_path):
     curve = results["curves"]["angle"]["without TPC"]
     assert curve["mean"][0] == curve["mean"][2] == pytest.approx(np.mean(values))
     assert curve["deviation"][0] == pytest.approx(np.std(values, ddof=1))
-    assert results["curves"]["scale"]["with TPC"]["x"] == [0.5]
+    assert results["curves"]["scale"]["with TPC"]["x"] == [0.5, 1]
+    aligned, scaled = (
+        {(t["tpc"], t["seed"]): t["person_psnr_db"] for t in results["trials"][-8:] if t["scale"] == scale}
+        for scale in (1.0, 0.5)
+    )
+    iou = results["curves"]["box IoU"]
+    for label, tpc in (("without TPC", False), ("with TPC", True)):
+        lost = np.mean([scaled[tpc, seed] - aligned[False, seed] for seed in (0, 1)])
+        assert iou[label]["mean"][0] == pytest.approx(lost), "the smaller IoU is the scaled one's"
+    assert iou["without TPC"]["mean"][-1] == 0
     assert next(t for t in results["trials"] if t["scale"] == 0.5)["box_iou"] < 0.7
     colours = np.asarray(Image.open(tmp_path / "o" / "sweep.png").convert("RGB")).reshape(-1, 3)
     for colour, _ in STYLES[:2]:
