@@ -58,7 +58,7 @@ class CalibrationConfig:
 
 
 def best() -> CalibrationConfig:
-    """Our default, chosen on the misalignment benchmark; see docs/calibration.md."""
+    """Our default, chosen on the misalignment benchmark; see docs/misalignment.md."""
     return CalibrationConfig(
         preset="best",
         transform="procrustes",
