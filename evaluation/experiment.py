@@ -45,7 +45,7 @@ class TrialsConfig:
     keep_parts: keep the values and features of every trial when the results are written, to add seeds or clips later.
     persons: estimate poses in the results, for the error of the pose and the colours of body parts.
     pose_noise: standard deviation of errors added to the keypoints that the animator gets, in parts of the person's
-        height; what is measured is measured against the exact ones.
+        height. Results are measured against the exact ones; attention is looked up at those with errors.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
