@@ -27,7 +27,16 @@ from evaluation.attention_trial import (
     attention_sampler,
 )
 from evaluation.clips import ClipsConfig, ClipSet
-from evaluation.experiment import PERSON_PSNR, WITH, WITHOUT, Condition, Trial, TrialsConfig, run_task
+from evaluation.experiment import (
+    PERSON_PSNR,
+    PERSON_PSNR_LABEL,
+    WITH,
+    WITHOUT,
+    Condition,
+    Trial,
+    TrialsConfig,
+    run_task,
+)
 from evaluation.filmed import open_clips
 from evaluation.instruments import Instruments, ProtocolConfig, open_instruments
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
@@ -162,7 +171,7 @@ def _draw(config: AttentionTaskConfig, groups: list[Group], folders: dict[Trial,
     all_clips = correlations(groups)["all"]
     note = "" if all_clips["pearson"] is None else f"Pearson {all_clips['pearson']:.2f}, {all_clips['points']} points"
     points = {group.label: tuple(zip(*paired(group).values(), strict=True)) or ((), ()) for group in groups}
-    draw_scatter(output / "correlation.png", points, "pointing accuracy", "PSNR of the person (dB)", note)
+    draw_scatter(output / "correlation.png", points, "pointing accuracy", PERSON_PSNR_LABEL, note)
     rows = _looks(groups, folders)
     if rows:
         with complete_file(output / LOOKS_FILE) as path:

@@ -28,6 +28,7 @@ from models.pipeline_folder import choose_device, load_pipeline
 from tpc import CalibrationConfig
 
 PERSON_PSNR = "foreground_psnr"
+PERSON_PSNR_LABEL = "PSNR of the person (dB)"  # of axes
 WITHOUT, WITH = "without TPC", "with TPC"  # labels
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
 EXTENDABLE = (

@@ -64,6 +64,7 @@ def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
             same = number > 0 and panel.y_label == panels[number - 1].y_label
             if same:
                 axes.sharey(all_axes[number - 1])
+                axes.tick_params(labelleft=False)
             _draw_curves(axes, panel, labelled=not same)
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

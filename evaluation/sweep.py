@@ -15,6 +15,7 @@ from data.scenes import Scene, misaligned_reference
 from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
 from evaluation.experiment import (
     PERSON_PSNR,
+    PERSON_PSNR_LABEL,
     WITH,
     WITHOUT,
     Condition,
@@ -32,7 +33,6 @@ from tpc import CalibrationConfig
 
 IOU_BINS = np.linspace(0, 1, 11)
 ALIGNED = 1.0  # scale of a reference that fits
-PSNR_LABEL = "PSNR of the person (dB)"
 
 
 @dataclass
@@ -73,6 +73,10 @@ class Variation:
     @property
     def name(self) -> str:
         return f"clip{self.number:03d}-{self.kind}{getattr(self, 'angle_deg' if self.kind == 'angle' else 'scale'):g}"
+
+    @property
+    def aligned(self) -> bool:
+        return self.angle_deg == 0 and self.scale == ALIGNED
 
     def clip(self, scene: Scene) -> EvaluationClip:
         """The clip of the scene."""
@@ -141,23 +145,21 @@ def _curves(
     """
     of_kind = {kind: [name for name, v in variations.items() if v.kind == kind] for kind in ("angle", "scale")}
     bins = {name: int(np.clip(np.digitize(box_iou[name], IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name in variations}
-    swept: dict[str, tuple[list[str], Callable[[str], float]]] = {
-        "angle": (of_kind["angle"], lambda name: variations[name].angle_deg),
-        "scale": (of_kind["scale"], lambda name: variations[name].scale),
-        "box IoU": (of_kind["scale"], lambda name: float(IOU_BINS[bins[name] : bins[name] + 2].mean())),
+    middle = {name: float(IOU_BINS[first : first + 2].mean()) for name, first in bins.items()}
+    swept: dict[str, tuple[list[str], Callable[[str], float], dict[Trial, float | None]]] = {
+        "angle": (of_kind["angle"], lambda name: variations[name].angle_deg, psnr),
+        "scale": (of_kind["scale"], lambda name: variations[name].scale, psnr),
+        "box IoU": (of_kind["scale"], middle.__getitem__, _change_from_aligned(variations, psnr)),
     }
-    change = _change_from_aligned(variations, psnr)
     curves: dict[str, dict[str, Curve]] = {}
-    for kind, (names, place) in swept.items():
+    for kind, (names, place, measured) in swept.items():
         if not names:
             continue
         groups: dict[float, list[str]] = {}
         for name in names:
             groups.setdefault(round(place(name), 6), []).append(name)
         curves[kind] = {
-            label: _curve(
-                label, condition, groups, config.seeds, change if kind == "box IoU" else psnr, closed=kind == "angle"
-            )
+            label: _curve(label, condition, groups, config.seeds, measured, closed=kind == "angle")
             for label, condition in ((WITHOUT, "without"), (WITH, "with"))
         }
     return curves
@@ -166,14 +168,13 @@ def _curves(
 def _change_from_aligned(
     variations: dict[str, Variation], psnr: dict[Trial, float | None]
 ) -> dict[Trial, float | None]:
-    """What scaling changes: PSNR of a trial minus that of its clip at scale 1 without TPC, with the same seed."""
-    numbers = {trial: variations[trial.clip].number for trial in psnr if variations[trial.clip].kind == "scale"}
+    """PSNR of a trial minus that of its clip at scale 1, not turned, without TPC, with the same seed."""
     aligned = {
-        (number, trial.seed): psnr[trial]
-        for trial, number in numbers.items()
-        if trial.condition.tpc is None and variations[trial.clip].scale == ALIGNED
+        (variations[trial.clip].number, trial.seed): value
+        for trial, value in psnr.items()
+        if variations[trial.clip].aligned and trial.condition.tpc is None
     }
-    pairs = {trial: (psnr[trial], aligned[number, trial.seed]) for trial, number in numbers.items()}
+    pairs = {trial: (value, aligned[variations[trial.clip].number, trial.seed]) for trial, value in psnr.items()}
     return {trial: None if None in pair else pair[0] - pair[1] for trial, pair in pairs.items()}
 
 
@@ -211,13 +212,13 @@ def _write(
     about: dict[str, dict[str, Any]] = {
         "angle": {
             "x_label": "angle of the reference (degrees)",
-            "y_label": PSNR_LABEL,
+            "y_label": PERSON_PSNR_LABEL,
             "marks": {-30.0: "", 30.0: "±π/6"},
             "ticks": [-180, -120, -60, 0, 60, 120, 180],
         },
         "scale": {
             "x_label": "scale of the reference",
-            "y_label": PSNR_LABEL,
+            "y_label": PERSON_PSNR_LABEL,
             "marks": {},
             "ticks": [0.3, 0.5, 1, 2, 3],
             "log_x": True,

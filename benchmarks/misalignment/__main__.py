@@ -35,7 +35,7 @@ from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file
 from core.processes import process_state
-from evaluation.experiment import PERSON_PSNR, WITHOUT, Condition, Trial, all_trials, run_task
+from evaluation.experiment import PERSON_PSNR, PERSON_PSNR_LABEL, WITHOUT, Condition, Trial, all_trials, run_task
 from evaluation.instruments import Instruments
 from evaluation.plots import draw_bars
 from evaluation.report import common_facts, heading, markdown, write_results
@@ -140,7 +140,7 @@ def _write(
     save_config(config, output / "config.yaml")
     groups = [kind.replace("_", "\n") for kind in values.kinds]
     shown = {label: name for label, name in conditions.items() if label not in config.variants}
-    draw_bars(output / "psnr.png", groups, bars(values, shown, PERSON_PSNR), "PSNR of the person (dB)")
+    draw_bars(output / "psnr.png", groups, bars(values, shown, PERSON_PSNR), PERSON_PSNR_LABEL)
     write_results(output, results, {"table.md": text})
     print(text, end="")
 
