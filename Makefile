@@ -36,7 +36,7 @@ $(BIN)/python:
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m data.pose_models
+	$(BIN)/python -m data.poses.weights
 	touch $@
 
 $(VENV)/.development: requirements-dev.txt $(VENV)/.runtime

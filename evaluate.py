@@ -6,6 +6,8 @@
     python evaluate.py ablation                             transforms, propagation, subsets (Table 2)
     python evaluate.py table models=[DIR,...]               models without and with TPC (Table 1)
     python evaluate.py attention                            where attention points, without and with TPC (Figure 2)
+    python evaluate.py misalignment                         frozen clips of six kinds: what misalignment costs
+    python evaluate.py animators                            small animators without and with TPC on these clips
 
 `python evaluate.py TASK --help` lists a task's arguments. Every task writes to `output`: results.json (numbers,
 configuration, protocol, seeds, counts), config.yaml, table.md, pictures. The same command again goes on where it was
@@ -19,12 +21,14 @@ from core.errors import UserError, run_command
 
 # Task -> module with its configuration and `run`.
 TASKS = {
-    "metrics": ("evaluation.compare", "CompareConfig"),
-    "split": ("evaluation.split", "SplitConfig"),
-    "sweep": ("evaluation.sweep", "SweepConfig"),
-    "ablation": ("evaluation.ablation", "AblationConfig"),
-    "table": ("evaluation.table", "TableConfig"),
-    "attention": ("evaluation.attention", "AttentionTaskConfig"),
+    "metrics": ("evaluation.tasks.metrics", "CompareConfig"),
+    "split": ("evaluation.tasks.split", "SplitConfig"),
+    "sweep": ("evaluation.tasks.sweep", "SweepConfig"),
+    "ablation": ("evaluation.tasks.ablation", "AblationConfig"),
+    "table": ("evaluation.tasks.table", "TableConfig"),
+    "attention": ("evaluation.tasks.attention", "AttentionTaskConfig"),
+    "misalignment": ("evaluation.tasks.misalignment", "BenchmarkConfig"),
+    "animators": ("evaluation.tasks.animators", "AnimatorsConfig"),
 }
 
 

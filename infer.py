@@ -16,15 +16,15 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from analysis.animation import SamplingConfig, Stopwatch, animate, write_animation
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder
 from core.processes import process_state
 from data.inputs import SAMPLES, load_driving, load_reference
-from data.pose import PoseConfig, PoseEstimator, open_estimator
+from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from inference.animate import SamplingConfig, Stopwatch, animate, write_animation
+from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 from tpc import CalibrationConfig
 
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import output_folder
-from data.clip_checks import check_dataset
-from data.clip_facts import CheckConfig
-from data.clip_report import report_table, write_report
-from data.feature_config import FeatureConfig
-from data.layouts import find_clips
-from data.manifest import has_manifest, write_manifest
-from data.pose import PoseEstimator, open_estimator
-from data.preparation import prepare_clips
-from data.provenance import PrepareConfig, hold_out
-from data.shards import process_shard
+from data.clips.feature_config import FeatureConfig
+from data.poses.poses import PoseEstimator, open_estimator
+from data.preparation.checks import check_dataset
+from data.preparation.clip_facts import CheckConfig
+from data.preparation.clip_report import report_table, write_report
+from data.preparation.layouts import find_clips
+from data.preparation.manifest import has_manifest, write_manifest
+from data.preparation.prepare import prepare_clips
+from data.preparation.provenance import PrepareConfig, hold_out
+from data.preparation.shards import process_shard
 
 
 def prepare(arguments: list[str]) -> None:
@@ -66,7 +66,7 @@ def check(arguments: list[str]) -> None:
 def features(kind: str, arguments: list[str]) -> None:
     """Cached features of one kind."""
     # Networks take seconds to import, which the other tasks need not wait for.
-    from training.feature_making import make_features
+    from training.features import make_features
 
     config = load_config(FeatureConfig, arguments)
     shard = process_shard(config.shard, config.num_shards)

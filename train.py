@@ -19,14 +19,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from analysis.figures import comparison_frames, comparison_strip
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder
 from core.locks import locked_folder
 from core.version import VERSION
-from data.video import write_video
-from models.latents import vae_factor
+from data.video.reading import write_video
+from inference.comparison import comparison_frames, comparison_strip
+from models.vae import vae_factor
 from training.build import (
     check_precision,
     make_networks,
@@ -39,15 +39,15 @@ from training.build import (
 from training.checkpoint import remove_leftovers, save_checkpoint
 from training.config import TrainConfig, check_train_config
 from training.data import broken_clips, check_pose_kind
+from training.distributed import SHARDED, check_shared, end_together, make_accelerator, on_main, spread_batch, strategy
 from training.export import export_checkpoint, export_name
-from training.feature_making import check_features
+from training.features import check_features
 from training.interruption import StopRequest, stop_request
 from training.kernels import attention_kernels
 from training.logs import add_clip
 from training.memory import enable_gradient_checkpointing, memory_report
+from training.noise import Generators
 from training.objective import check_schedule, compose_samples, diffusion_loss
-from training.processes import SHARDED, check_shared, end_together, make_accelerator, on_main, spread_batch, strategy
-from training.randomness import Generators
 from training.run import Batch, Run, batches, make_clips, prepare
 from training.validate import FPS, mean_metrics, sample_clips, undisturbed
 

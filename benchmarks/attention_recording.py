@@ -21,10 +21,10 @@ import torch
 from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
+from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import SHIPPED_MODEL, choose_device, load_pipeline
 
 KEYPOINTS = 17
 

@@ -18,13 +18,13 @@ from benchmarks.calibration_pairs import SIZE, Pair, rendered_clip, rendered_pai
 from core.config import config_dict, load_config
 from core.errors import run_command
 from core.files import write_json
-from data.render import Rendered
-from tpc.clip import follow_person
+from data.people.renderer import Rendered
 from tpc.config import CalibrationConfig, best
 from tpc.estimation import Estimate, ReferencePerson, estimate
 from tpc.exhaustive import BITMAP_SIDE
+from tpc.frames import follow_person
 from tpc.procrustes import apply_matrix
-from tpc.skeleton import silhouette_from_mask
+from tpc.silhouettes import silhouette_from_mask
 
 RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 TRANSFORMS = ("linear", "affine", "procrustes")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.motion import random_motion
-from data.people import build_person, load_people, random_identity
-from data.render import Camera, Rendered, camera_matrix, render_person
+from data.people.bodies import build_person, load_people, random_identity
+from data.people.motion import random_motion
+from data.people.renderer import Camera, Rendered, camera_matrix, render_person
 
 SIZE = (512, 512)
 HEIGHT = 0.6  # of the standing person, as a share of the picture's; the geometric mean over the two pictures

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.calibration_pairs import SIZE, rendered_pairs
 from core.config import load_config
 from core.errors import run_command
-from data.pose import Poses
+from data.poses.poses import Poses
 from tpc import CalibrationConfig, calibrate
 from tpc.exhaustive import (
     BITMAP_SIDE,
@@ -27,7 +27,7 @@ from tpc.exhaustive import (
     silhouette_iou,
 )
 from tpc.procrustes import SimilarityTransform
-from tpc.skeleton import silhouette_from_mask
+from tpc.silhouettes import silhouette_from_mask
 
 REPEATS = 3
 

@@ -19,6 +19,9 @@ from benchmarks.speed.measuring import counting
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
+from models.animators.magic_animate.networks import control_residuals
+from models.attention.context import ReferenceContext, fused_layers
+from models.attention.processors import set_reference_processors
 from models.checkpoints.sizes import (
     MotionSizes,
     UNetSizes,
@@ -26,12 +29,9 @@ from models.checkpoints.sizes import (
     make_denoising_unet,
     make_reference_net,
 )
-from models.magic_animate_networks import control_residuals
-from models.reference_attention import set_reference_processors
-from models.reference_context import ReferenceContext, fused_layers
 from models.unets import DenoisingUNet
 from models.windows import context_windows
-from tpc.attention import visibility_flags
+from tpc.attach import visibility_flags
 from tpc.config import PROPAGATIONS
 from tpc.propagation import Schedule
 

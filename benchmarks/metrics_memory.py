@@ -22,9 +22,9 @@ from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
 from core.processes import process_state
-from evaluation.instruments import Instruments
 from evaluation.jobs import run_parts
 from evaluation.measure import FramePair, measure_clip
+from evaluation.metric_suite import Instruments
 from evaluation.summary import summarise
 from metrics.features import FeatureExtractor, picture_tensor
 from metrics.protocols import PROTOCOLS

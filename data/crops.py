@@ -6,8 +6,8 @@ down and pixel centres at integers. Boxes are in the same coordinates: a picture
 
 import numpy as np
 
-from data.person import Box, person_box
-from data.pose import Poses
+from data.poses.person import Box, person_box
+from data.poses.poses import Poses
 
 # person: as large as the picture allows, moved until everybody is inside; pad: the same, made smaller with black
 # borders where they would not fit; centre: the middle of the picture, whomever it cuts.

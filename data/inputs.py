@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from data.pose import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
-from data.pose_files import load_poses
-from data.video import Video, list_images, read_image, read_video
+from data.poses.files import load_poses
+from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
+from data.video.reading import Video, list_images, read_image, read_video
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.make_samples
 

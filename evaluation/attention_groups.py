@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from evaluation.attention_trial import MeasuredAttention
-from evaluation.experiment import WITH, WITHOUT
+from evaluation.trials import WITH, WITHOUT
 
 SUBSETS = ("aligned", "misaligned")
 FEWEST = 3  # points that a correlation is computed of

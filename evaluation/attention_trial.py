@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from analysis.animation import Animation, Framing, SamplingConfig, animate, framing
-from analysis.attention_figures import looks, looks_row
-from analysis.attention_maps import BodyTruth, body_points, body_truth, chance, pck, pointing
-from analysis.attention_shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
 from core.files import complete_file, write_json
-from data.framing import apply_fit
 from data.inputs import Reference
+from data.transforms import apply_fit
+from evaluation.attention.figures import looks, looks_row
+from evaluation.attention.maps import BodyTruth, body_points, body_truth, chance, pck, pointing
+from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
 from evaluation.clips import EvaluationClip
-from evaluation.experiment import Trial
-from models.attention_record import RecordedAttention
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
+from evaluation.trials import Trial
+from inference.animate import Animation, Framing, SamplingConfig, animate, framing
+from models.attention.record import RecordedAttention
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
 from models.pipeline import AnimationPipeline
 
 ATTENTION_FILE, LOOKS_FILE = "attention.json", "looks.png"

@@ -7,13 +7,13 @@ from typing import Protocol
 import numpy as np
 
 from core.errors import UserError
-from data.datasets import PeopleConfig, RenderedPeople
-from data.framing import apply_fit, fit_matrix
+from data.clips.rendered import PeopleConfig, RenderedPeople
 from data.inputs import Driving, Reference
-from data.pose import Poses
-from data.render import Rendered
-from data.scenes import Scene, misaligned_reference
-from tpc.skeleton import body_height
+from data.people.renderer import Rendered
+from data.people.scenes import Scene, misaligned_reference
+from data.poses.poses import Poses
+from data.transforms import apply_fit, fit_matrix
+from tpc.silhouettes import body_height
 
 RENDERED = "rendered"
 RENDERED_FPS = 24.0

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from data.clip_folder import video_of
-from data.images import natural_order
 from data.inputs import Driving, Reference, fitting_poses
-from data.manifest import has_manifest, read_manifest
-from data.masks import read_union
-from data.pose import Poses
-from data.pose_files import load_poses
-from data.video import VideoReader
+from data.poses.files import load_poses
+from data.poses.poses import Poses
+from data.preparation.clips import video_of
+from data.preparation.manifest import has_manifest, read_manifest
+from data.preparation.masks import read_union
+from data.video.images import natural_order
+from data.video.reading import VideoReader
 from evaluation.clips import RENDERED, ClipsConfig, ClipSet, EvaluationClip, RenderedClips
 from evaluation.folders import MASKS_SUFFIX
-from tpc.skeleton import draw_silhouette, visible
+from tpc.silhouettes import draw_silhouette, visible
 
 POSE_SUFFIXES = (".npz", ".json")
 THRESHOLD = 0.3

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from data.images import list_images, natural_order, read_image
-from data.layouts import VIDEO_SUFFIXES
-from data.video import VideoReader
+from data.preparation.layouts import VIDEO_SUFFIXES
+from data.video.images import list_images, natural_order, read_image
+from data.video.reading import VideoReader
 
 RESULT_NAME = "animation.mp4"  # what infer.py calls its result
 MASKS_SUFFIX = "_masks"

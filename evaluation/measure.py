@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.files import write_json
-from evaluation.instruments import Instruments
+from evaluation.metric_suite import Instruments
 from metrics.features import FeatureExtractor, picture_tensor
 from metrics.image import flicker
 from metrics.protocols import pixel_measure

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
-from data.pose import Poses
+from data.poses.poses import Poses
 from tpc.calibration import box_iou
-from tpc.skeleton import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, visible
+from tpc.silhouettes import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, visible
 
 KINDS = ("temporal rotation", "consistent rotation", "temporal scale", "consistent scale")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.pose import PoseEstimator
+from data.poses.poses import PoseEstimator
 from metrics.person import keypoint_error, part_colour_difference, part_colours
-from tpc.skeleton import body_height, visible
+from tpc.silhouettes import body_height, visible
 
 THRESHOLD = 0.3
 

@@ -13,8 +13,8 @@ import torch
 from core.config import config_dict, save_config
 from core.files import complete_file, write_json
 from core.version import VERSION
-from evaluation.instruments import REGIONS, Instruments
 from evaluation.jobs import RESULTS_FILE
+from evaluation.metric_suite import REGIONS, Instruments
 from evaluation.summary import Number
 from metrics.protocols import MEASURES
 

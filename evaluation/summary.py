@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.instruments import Instruments
 from evaluation.measure import SIDES, measured_name, read_features, read_values
+from evaluation.metric_suite import Instruments
 from metrics.frechet import Moments, frechet_distance
 from metrics.protocols import MEASURES
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metrics import weights
-from metrics.i3d import I3D
-from metrics.inception import InceptionV3
-from metrics.perceptual import (
+from metrics.networks.i3d import I3D
+from metrics.networks.inception import InceptionV3
+from metrics.networks.perceptual import (
     FeatureStack,
     PerceptualDistance,
     alexnet,
@@ -25,7 +25,7 @@ from metrics.perceptual import (
     shift_tolerant_vgg16,
     vgg16,
 )
-from metrics.resnet3d import ResNet3d50
+from metrics.networks.resnet3d import ResNet3d50
 
 KINETICS_MEAN = (114.7748, 107.7354, 99.4750)  # RGB mean of Kinetics that the 3D ResNet was trained with
 _CONVOLUTIONS = {

@@ -10,8 +10,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from core.errors import UserError
-from models.animator import Animator
-from models.attention_layers import LayerShape
+from models.animators.base import Animator
+from models.attention.layers import LayerShape
 from models.broadcast import CROSS, KINDS, SPATIAL, STABLE_STEPS, AttentionCache, BroadcastSchedule
 from models.merging import FACTORS, TokenMerging
 from models.pipeline_settings import RunSettings

@@ -2,7 +2,7 @@
 attention layer gave at one denoising step is used again at the next ones.
 
 Nothing is kept on a layer. The outputs are in a cache that belongs to one run and travels to the layers inside
-`models.reference_attention.ReferenceContext`.
+`models.attention.processors.ReferenceContext`.
 """
 
 import math

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.errors import UserError
-from models.trainable import TrainableAnimator
+from models.animators.trainable import TrainableAnimator
 
 FOLDER = "lora"  # of adapters inside a pipeline folder
 FILE = "pytorch_lora_weights.safetensors"

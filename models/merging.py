@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention_layers import LayerShape
-from tpc.tokens import KeyLayout
+from models.attention.layers import LayerShape
+from models.attention.tokens import KeyLayout
 
 # Sides of a block. Powers of two end at the borders of whole pixels on every grid that was rounded up.
 FACTORS = (2, 4)

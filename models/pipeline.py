@@ -19,17 +19,17 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from data.framing import frame_size
+from data.transforms import frame_size
 from models.acceleration import AccelerationConfig
-from models.animate_anyone import AnimateAnyone
-from models.animator import Animator, Condition
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionRun
-from models.latents import decode_pictures, decoded_chunks, vae_factor
-from models.pictures import PictureSequence, as_mask, as_pictures, picture_tensor, resize_pictures
+from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.base import Animator, Condition
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionRun
+from models.images import PictureSequence, as_mask, as_pictures, picture_tensor, resize_pictures
 from models.pipeline_settings import RunSettings, check_callback
-from models.reference_bank import ReferenceImages
+from models.reference_images import ReferenceImages
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
+from models.vae import decode_pictures, decoded_chunks, vae_factor
 from models.windows import context_windows, step_shift, window_weights
 from tpc import Calibration
 
@@ -50,7 +50,7 @@ class AnimationPipeline(DiffusionPipeline):
     """AnimateAnyone: ReferenceNet, denoising UNet with motion modules, pose guider, image encoder, VAE, scheduler.
 
     Subclasses have the components of another animator, by the names of its arguments, and name its class. Everything
-    that depends on the model is asked of the animator; see `models.animator` and `docs/animators.md`.
+    that depends on the model is asked of the animator; see `models.animators.base` and `docs/animators.md`.
 
     Attributes:
         animator_kind: class of the animator.
@@ -201,7 +201,7 @@ class AnimationPipeline(DiffusionPipeline):
         Args:
             reference: a picture: PIL image, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
             poses: pose pictures of f frames: list of PIL images, array (f, H, W, 3), or tensor (f, 3, H, W), in [0, 1]
-                or uint8; see `data.drawing.draw_pose`.
+                or uint8; see `data.poses.drawing.draw_pose`.
             calibration: result of `tpc.calibrate` for these frames at this size; None runs without TPC.
             width, height: of the result in pixels; default: those of the first pose picture.
             num_inference_steps: denoising steps.

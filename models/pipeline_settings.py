@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from models.animator import Animator
+from models.animators.base import Animator
 from tpc import Calibration
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")

@@ -19,10 +19,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
-from models.attention_layers import stage_grids
+from models.attention.context import ReferenceContext, TokenRecord
+from models.attention.layers import stage_grids
+from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.norms import ClipGroupNorm, clip_norm
-from models.reference_attention import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
-from models.reference_context import ReferenceContext, TokenRecord
 
 
 class ReferenceNet(UNet2DConditionModel):

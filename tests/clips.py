@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.datasets import RenderedPeople
-from data.pose import Poses
-from data.video import write_video
+from data.clips.rendered import RenderedPeople
+from data.poses.poses import Poses
+from data.video.reading import write_video
 
 
 def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int = 1) -> None:

@@ -33,7 +33,7 @@ def tiny_pipeline():
     """An AnimationPipeline of the smallest networks, every parameter random, so that no path is a no-op."""
     from diffusers import AutoencoderKL
 
-    from models.animate_anyone import AnimateAnyone
+    from models.animators.animate_anyone.model import AnimateAnyone
     from tests.networks import TINY
     from training.build import make_pipeline
     from training.config import NoiseConfig

@@ -5,13 +5,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from models.animators.disco.checkpoint import CLIP, POSITIONS, VAE, disco_manifest, load_disco
+from models.animators.disco.networks import DiscoControlNet, DiscoUNet
+from models.animators.disco.pipeline import DiscoPipeline
 from models.checkpoints.autoencoder import old_names
-from models.checkpoints.disco import CLIP, POSITIONS, VAE, disco_manifest, load_disco
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import UNetSizes, control_net_arguments, unet_arguments
-from models.checkpoints.strict import shapes_of
 from models.checkpoints.synthetic import synthetic_tensors
-from models.disco_networks import DiscoControlNet, DiscoUNet
-from models.disco_pipeline import DiscoPipeline
 from models.schedules import published_scheduler
 
 SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)

@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from models.animators.dream_pose.checkpoint import dream_pose_unet_manifest, load_adapter, load_dream_pose_unet
+from models.animators.dream_pose.model import DreamPosePipeline
 from models.checkpoints.autoencoder import load_autoencoder, make_autoencoder, old_names
 from models.checkpoints.convert_dream_pose import null_latents
-from models.checkpoints.dream_pose import (
-    dream_pose_unet_manifest,
-    load_adapter,
-    load_dream_pose_unet,
-)
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import Shapes, UNetSizes
-from models.checkpoints.strict import shapes_of
 from models.checkpoints.synthetic import synthetic_tensors
-from models.dream_pose import DreamPosePipeline
 from models.schedules import published_scheduler
 
 TOKENS, WIDTH, GRID = 5, 16, (5, 4)

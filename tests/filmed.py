@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.datasets import RenderedPeople
-from data.person import PersonEstimate
-from data.pose import Poses
-from data.scenes import CameraRanges
-from data.video import write_video
+from data.clips.rendered import RenderedPeople
+from data.people.scenes import CameraRanges
+from data.poses.person import PersonEstimate
+from data.poses.poses import Poses
+from data.video.reading import write_video
 
 FRAME = (64, 96)  # upright, as phones film
 # The 17 COCO points within the figure's box, as parts of its sides.

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from training.average import WeightAverage
-from training.processes import end_together
+from training.distributed import end_together
+from training.ema import WeightAverage
 from training.sharding import held_part, part_of, whole
 
 

@@ -14,18 +14,18 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from models.animator import Animator, Condition
-from models.attention_layers import token_levels
-from models.latents import encode_pictures
-from models.magic_animate_networks import control_residuals
-from models.pictures import PictureSequence, as_pictures
+from models.animators.base import Animator, Condition
+from models.animators.magic_animate.networks import control_residuals
+from models.attention.context import ReferenceContext
+from models.attention.layers import token_levels
+from models.attention.processors import PlainProcessor, ReferenceReadProcessor
+from models.images import PictureSequence, as_pictures
 from models.pipeline import AnimationPipeline
-from models.reference_attention import PlainProcessor, ReferenceReadProcessor
-from models.reference_bank import ReferenceImages
-from models.reference_context import ReferenceContext
+from models.reference_images import ReferenceImages
+from models.vae import encode_pictures
 from models.windows import context_windows, window_weights
 from tpc import Calibration
-from tpc.attention import frame_visibility
+from tpc.attach import frame_visibility
 
 # Shortcut -> what has to be on for it.
 SHORTCUTS = {
@@ -131,7 +131,7 @@ def plain_animation(
 
 @dataclass(frozen=True)
 class OneImage:
-    """A picture (1, 3, H, W) that is encoded whenever it is asked for; `models.animator.Images`."""
+    """A picture (1, 3, H, W) that is encoded whenever it is asked for; `models.animators.base.Images`."""
 
     vae: nn.Module
     pictures: Tensor

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from models.animators.magic_animate.model import MagicAnimatePipeline
 from models.checkpoints.convert_magic_animate import empty_prompt
 from models.checkpoints.manifests import (
     animated_unet_manifest,
@@ -24,7 +25,6 @@ from models.checkpoints.networks import load_control_net, load_denoising_unet, l
 from models.checkpoints.sizes import MotionSizes, UNetSizes
 from models.checkpoints.sources import WINDOWS
 from models.checkpoints.synthetic import synthetic_tensors
-from models.magic_animate import MagicAnimatePipeline
 from models.schedules import published_scheduler
 
 SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import infer
-from analysis.animation import SamplingConfig
 from core.config import load_config
 from core.errors import UserError
+from inference.animate import SamplingConfig
 from models.acceleration import AccelerationConfig
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
 from models.schedules import noise_level
 from tests.small_animators import LATENTS, calibrated, sample, small_pipeline
 from training.kinds import KINDS

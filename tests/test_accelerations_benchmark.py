@@ -13,8 +13,8 @@ from benchmarks.accelerations.full_size import step_cost
 from benchmarks.accelerations.report import kinds_table, summary_table, trade_offs
 from benchmarks.accelerations.settings import FAMILIES, settings_of
 from benchmarks.inference_cost import Setting
-from benchmarks.misalignment.report import Values
 from core.errors import UserError
+from evaluation.benchmark_report import Values
 from models.acceleration import AccelerationConfig
 from models.checkpoints.sizes import UNetSizes
 from tests.small_animators import small_pipeline

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis import curves
-from analysis.figures import LABEL_HEIGHT, MARGIN, comparison_frames, comparison_strip, labelled_row
 from core.errors import UserError
+from inference.comparison import LABEL_HEIGHT, MARGIN, comparison_frames, comparison_strip, labelled_row
+from training import curves
 
 
 def test_rows_scale_pictures_to_one_height_and_keep_their_shape():

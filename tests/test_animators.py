@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
-from models.pipeline_folder import PIPELINES
-from models.trainable import TrainableAnimator
+from models.animators.registry import PIPELINES
+from models.animators.trainable import TrainableAnimator
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
 from tests.networks import TINY
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate
@@ -19,8 +19,8 @@ from training.build import make_pipeline, make_scheduler, set_trainable
 from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
 from training.kinds import KINDS
+from training.noise import sample_generators
 from training.objective import diffusion_loss
-from training.randomness import sample_generators
 from training.traits import TrainingTraits
 
 SIZE, FRAMES, STEPS = (32, 24), 4, 2

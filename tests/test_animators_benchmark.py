@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.animators import __main__ as command
-from benchmarks.animators.report import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
-from benchmarks.misalignment.report import Values
+import evaluate
 from core.errors import UserError
+from evaluation.animators_report import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
+from evaluation.benchmark_report import Values
 from tests.networks import TINY
 from tests.training_runs import make_vae
 from training.build import load_vae, make_pipeline
@@ -63,7 +63,7 @@ def test_the_table_has_means_and_deviations_and_the_best():
 
 def test_the_command_compares_all_animators(models, tmp_path, capsys):
     arguments = [f"models=[{','.join(models)}]", f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1"]
-    command.main([*arguments, "seeds=[0]", "sampling.steps=1", "sampling.size=[32,32]"])
+    evaluate.main(["animators", *arguments, "seeds=[0]", "sampling.steps=1", "sampling.size=[32,32]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["counts"] == {"original": 1, "misaligned": 1, "seeds": 1}
     names = ["AnimateAnyone", "DisCo", "DreamPose", "MagicAnimate"]
@@ -89,6 +89,6 @@ def test_the_command_compares_all_animators(models, tmp_path, capsys):
 )
 def test_wrong_arguments_are_named(models, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        command.main([f"models=[{models[0]}]", *arguments, f"output={tmp_path}"])
+        evaluate.main(["animators", f"models=[{models[0]}]", *arguments, f"output={tmp_path}"])
     with pytest.raises(UserError, match="names="):
-        command.main([f"models=[{models[0]},{models[0]}]", f"output={tmp_path}"])
+        evaluate.main(["animators", f"models=[{models[0]},{models[0]}]", f"output={tmp_path}"])

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from models.animator import Animator
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
+from models.animators.base import Animator
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate
 

@@ -11,9 +11,9 @@ from PIL import Image
 import evaluate
 from core.config import load_config
 from core.errors import UserError
-from evaluation.attention import AttentionTaskConfig
 from evaluation.attention_groups import Group, Outcome, correlations
 from evaluation.attention_trial import MEASURES, MeasuredAttention
+from evaluation.tasks.attention import AttentionTaskConfig
 
 ROOT = Path(__file__).parent.parent
 

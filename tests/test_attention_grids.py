@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.attention_grids import (
+from core.errors import UserError
+from data.poses.person import COCO_KEYPOINTS
+from evaluation.attention.grids import (
     PARTS,
     accuracy_by_part,
     denoising_rows,
@@ -22,10 +24,8 @@ from analysis.attention_grids import (
     short_layer,
     truths,
 )
-from analysis.attention_maps import Pointing, pointing
-from core.errors import UserError
-from data.person import COCO_KEYPOINTS
-from models.attention_run import AttentionConfig
+from evaluation.attention.maps import Pointing, pointing
+from models.attention.run import AttentionConfig
 from tests.viewed import recorded_run, rendered_inputs
 
 

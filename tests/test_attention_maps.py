@@ -6,16 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.attention_figures import layer_mean, looks, looks_row, mark, overlay, pictures_seen, stacked
-from analysis.attention_maps import BodyTruth, Pointing, body_points, body_truth, chance, pck, pointing, pointing_of
-from analysis.attention_shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
 from core.errors import UserError
-from data.framing import fit_matrix, map_points
-from data.person import COCO_KEYPOINTS
-from data.pose import Poses
-from models import attention_measures as measures
-from models.attention_record import RecordedAttention
-from models.attention_run import AttentionConfig, AttentionRun, LayerShape, select
+from data.poses.person import COCO_KEYPOINTS
+from data.poses.poses import Poses
+from data.transforms import fit_matrix, map_points
+from evaluation.attention.figures import layer_mean, looks, looks_row, mark, overlay, pictures_seen, stacked
+from evaluation.attention.maps import BodyTruth, Pointing, body_points, body_truth, chance, pck, pointing, pointing_of
+from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
+from models.attention import measures
+from models.attention.record import RecordedAttention
+from models.attention.run import AttentionConfig, AttentionRun, LayerShape, select
 from tpc import CalibrationConfig, calibrate
 
 GRIDS = {"down": (16, 16), "mid": (8, 8)}

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from models.attention_probe import AttentionProbe, attention_rows
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig, attention_run
-from models.reference_context import same_reference
-from tpc.attention import masked_attention
+from models.attention.context import same_reference
+from models.attention.probe import AttentionProbe, attention_rows
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig, attention_run
+from tpc.attach import masked_attention
 
 SIZE, LATENTS = (32, 24), (6, 8)
 LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"

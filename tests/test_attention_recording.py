@@ -9,17 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
-from data.pose import Poses
-from models.attention_measures import token_numbers
-from models.attention_record import RecordedAttention
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig, AttentionRun, LayerShape
-from models.attention_store import COPIES
-from models.reference_attention import reference_layers
+from data.poses.poses import Poses
+from models.attention.measures import token_numbers
+from models.attention.processors import reference_layers
+from models.attention.record import RecordedAttention
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig, AttentionRun, LayerShape
+from models.attention.store import COPIES
 from models.windows import window_weights
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
-from tpc.attention import frame_visibility
+from tpc.attach import frame_visibility
 
 SIZE, LATENTS, FRAMES = (32, 24), (6, 8), 5
 LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"

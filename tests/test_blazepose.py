@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.blazepose import BlazePose, _person
-from data.blazepose_nets import (
+from data.poses.blazepose import BlazePose, _person
+from data.poses.blazepose_networks import (
     COCO_FROM_BLAZEPOSE,
     Landmarks,
     Roi,
@@ -21,11 +21,11 @@ from data.blazepose_nets import (
     refine_with_heatmaps,
     weighted_clusters,
 )
-from data.blazepose_search import _agreeing, _Hit, _tiles
-from data.dwpose import turn_image
-from data.person import person_box
-from data.pose import estimate_image, estimate_poses
-from data.pose_models import fetch_models
+from data.poses.blazepose_search import _agreeing, _Hit, _tiles
+from data.poses.dwpose import turn_image
+from data.poses.person import person_box
+from data.poses.poses import estimate_image, estimate_poses
+from data.poses.weights import fetch_models
 
 # Where a person sees them in the photograph, read off by eye: nose, eyes (left, right), shoulders (left, right).
 SEEN_BY_EYE = {0: (216, 125), 1: (243, 104), 2: (202, 106), 5: (299, 240), 6: (115, 240)}

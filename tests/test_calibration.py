@@ -9,7 +9,7 @@ from core.errors import UserError
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.config import best, paper, release, resolve
 from tpc.procrustes import apply_matrix
-from tpc.skeleton import MIRRORED
+from tpc.silhouettes import MIRRORED
 from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
 
 

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
+from models.animators.magic_animate.model import MagicAnimatePipeline
+from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
 from models.checkpoints.convert import convert
 from models.checkpoints.convert_magic_animate import empty_prompt
@@ -22,9 +24,7 @@ from models.checkpoints.networks import (
 from models.checkpoints.sizes import UNetSizes
 from models.checkpoints.sources import WINDOWS, ConvertConfig
 from models.checkpoints.synthetic import synthetic_tensors
-from models.magic_animate import MagicAnimatePipeline
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import load_pipeline
 from models.schedules import SCHEDULES, published_scheduler
 from tests.published import (
     published_tensors,

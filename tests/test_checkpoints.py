@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import UserError
 from models.checkpoints.__main__ import main
 from models.checkpoints.kinds import inspect
+from models.checkpoints.loading import compare, shapes_of
 from models.checkpoints.manifests import (
     animated_unet_manifest,
     appearance_encoder_manifest,
@@ -22,7 +23,6 @@ from models.checkpoints.manifests import (
 )
 from models.checkpoints.names import module_names, published_names
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, motion_sizes, unet_sizes
-from models.checkpoints.strict import compare, shapes_of
 from tests.published import (
     MANIFESTS,
     MOTION,

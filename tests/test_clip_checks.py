@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.clip_checks import check_dataset, pose_jumps
-from data.clip_facts import CheckConfig, Report
-from data.clip_report import report_table, summary, write_report
-from data.layouts import find_clips
-from data.manifest import write_manifest
-from data.pose import Poses
-from data.preparation import prepare_clips
-from data.provenance import PrepareConfig
+from data.poses.poses import Poses
+from data.preparation.checks import check_dataset, pose_jumps
+from data.preparation.clip_facts import CheckConfig, Report
+from data.preparation.clip_report import report_table, summary, write_report
+from data.preparation.layouts import find_clips
+from data.preparation.manifest import write_manifest
+from data.preparation.prepare import prepare_clips
+from data.preparation.provenance import PrepareConfig
 from tests.filmed import (
     FRAME,
     FigureEstimator,

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.crops import crop_matrix, joint_box, mask_box, skeleton_box
-from data.framing import fit_matrix, map_points
-from data.person import Box
-from data.pose import Poses
+from data.poses.person import Box
+from data.poses.poses import Poses
+from data.transforms import fit_matrix, map_points
 
 sizes = st.tuples(st.integers(16, 400), st.integers(16, 400))
 parts = st.tuples(*[st.floats(0, 1)] * 4)

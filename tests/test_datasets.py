@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from data.datasets import RenderedPeople
-from data.drawing import draw_pose
-from data.people import load_people
-from data.scenes import CameraRanges, misaligned_reference, random_camera
+from data.clips.rendered import RenderedPeople
+from data.people.bodies import load_people
+from data.people.scenes import CameraRanges, misaligned_reference, random_camera
+from data.poses.drawing import draw_pose
 from tests.items import check_item, same
 
 SIZE = (48, 64)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from core.errors import UserError
-from data.pose import Poses
-from models.attention_layers import token_levels
-from models.disco import SOURCE, DisCo
-from models.disco_networks import new_control_net, with_time
-from models.pipeline_folder import load_pipeline
-from models.reference_context import same_reference
+from data.poses.poses import Poses
+from models.animators.disco.model import SOURCE, DisCo
+from models.animators.disco.networks import new_control_net, with_time
+from models.animators.registry import load_pipeline
+from models.attention.context import same_reference
+from models.attention.layers import token_levels
+from models.attention.tokens import KeyLayout
 from tests.disco_parts import (
     FRAMES,
     HEIGHT,
@@ -26,8 +27,7 @@ from tests.disco_parts import (
     small_disco_pipeline,
 )
 from tpc import CalibrationConfig, calibrate
-from tpc.attention import dense_mask, frame_visibility
-from tpc.tokens import KeyLayout
+from tpc.attach import dense_mask, frame_visibility
 
 MASK = np.zeros((HEIGHT, WIDTH), bool)
 MASK[6:20, 8:22] = True

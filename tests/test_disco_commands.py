@@ -9,10 +9,10 @@ import torch
 
 import evaluate
 import infer
-from data.video import read_video
-from models.disco_pipeline import DiscoPipeline
-from models.disco_temporal import is_temporal
-from models.pipeline_folder import load_pipeline
+from data.video.reading import read_video
+from models.animators.disco.pipeline import DiscoPipeline
+from models.animators.disco.temporal import is_temporal
+from models.animators.registry import load_pipeline
 from tests.clips import given, save_rendered_pair
 from tests.disco_parts import small_disco_pipeline
 from tests.training_runs import ARGUMENTS, make_vae, weights

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from models.checkpoints.disco import load_disco
+from models.animators.disco.checkpoint import load_disco
+from models.animators.disco.model import DisCo
+from models.animators.disco.temporal import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
 from models.checkpoints.synthetic import synthetic_tensors
-from models.disco import DisCo
-from models.disco_temporal import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
 from tests.disco_parts import (
     TOKENS,
     disco_shapes,

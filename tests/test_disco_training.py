@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from models.disco import DisCo
-from models.reference_context import ReferenceContext
-from models.trainable import CalibratedPictures
+from models.animators.disco.model import DisCo
+from models.animators.trainable import CalibratedPictures
+from models.attention.context import ReferenceContext
 from tests.disco_parts import HEIGHT, LATENTS, WIDTH, randn, small_disco_pipeline
 from tests.networks import TINY
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.drawing import body_joints, draw_overlay, draw_pose
+from data.poses.drawing import body_joints, draw_overlay, draw_pose
 
 # A standing figure in a picture of 512 pixels, COCO order; the person's left is on the right of the picture.
 FIGURE = np.array(

@@ -10,18 +10,18 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.animator import Condition
-from models.checkpoints.dream_pose import load_dream_pose_unet, widened
-from models.checkpoints.sizes import unet_arguments
-from models.dream_pose import DROP_BOTH, DROP_IMAGE, DROP_POSE, SOURCE, DreamPose, central_square
-from models.dream_pose_networks import (
+from models.animators.base import Condition
+from models.animators.dream_pose.checkpoint import load_dream_pose_unet, widened
+from models.animators.dream_pose.model import DROP_BOTH, DROP_IMAGE, DROP_POSE, SOURCE, DreamPose, central_square
+from models.animators.dream_pose.networks import (
     DreamPoseUNet,
     ImageAdapter,
     branch_weights,
     consecutive_poses,
     portrait_grid,
 )
-from models.reference_context import same_reference
+from models.attention.context import same_reference
+from models.checkpoints.sizes import unet_arguments
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, SIZES, TOKENS, WIDTH, noise, small_pipeline
 from tests.networks import TINY
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.pose import Poses
-from models.attention_layers import token_levels
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig
-from models.pictures import as_pictures
-from models.pipeline_folder import load_pipeline
+from data.poses.poses import Poses
+from models.animators.registry import load_pipeline
+from models.attention.layers import token_levels
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
+from models.images import as_pictures
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, TOKENS, noise, run, small_pipeline
 from tpc import CalibrationConfig, calibrate
 

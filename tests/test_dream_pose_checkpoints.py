@@ -9,24 +9,24 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
 from core.errors import UserError
-from models.checkpoints.__main__ import main
-from models.checkpoints.autoencoder import load_autoencoder, make_autoencoder, old_names
-from models.checkpoints.convert import convert
-from models.checkpoints.dream_pose import (
+from models.animators.dream_pose.checkpoint import (
     adapter_manifest,
     dream_pose_unet_manifest,
     load_adapter,
     load_dream_pose_unet,
 )
+from models.animators.dream_pose.model import DreamPosePipeline
+from models.animators.registry import load_pipeline
+from models.checkpoints.__main__ import main
+from models.checkpoints.autoencoder import load_autoencoder, make_autoencoder, old_names
+from models.checkpoints.convert import convert
 from models.checkpoints.files import read_tensors
 from models.checkpoints.kinds import inspect
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import UNetSizes, unet_arguments
 from models.checkpoints.sources import ConvertConfig
-from models.checkpoints.strict import shapes_of
 from models.checkpoints.verify import read_fixture, verify
-from models.dream_pose import DreamPosePipeline
-from models.latents import encode_pictures
-from models.pipeline_folder import load_pipeline
+from models.vae import encode_pictures
 from tests.dream_pose_parts import GRID, SIZES, TOKENS, WIDTH, published, small_image_encoder, write_weights
 from tests.published import fixtures_folder
 

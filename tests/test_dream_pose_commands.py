@@ -12,9 +12,9 @@ import evaluate
 import infer
 import train
 from core.errors import UserError
-from data.video import read_video
-from models.dream_pose import DreamPose, DreamPosePipeline
-from models.pipeline_folder import load_pipeline
+from data.video.reading import read_video
+from models.animators.dream_pose.model import DreamPose, DreamPosePipeline
+from models.animators.registry import load_pipeline
 from models.schedules import published_scheduler
 from tests.clips import given, save_rendered_pair
 from tests.dream_pose_parts import small_pipeline

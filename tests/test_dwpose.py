@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.dwpose import DWPose, crop_matrix, decode_boxes, decode_simcc, letterbox, turn_image
-from data.person import Box
-from data.pose import PoseConfig, estimate_image, estimate_poses, open_estimator
+from data.poses.dwpose import DWPose, crop_matrix, decode_boxes, decode_simcc, letterbox, turn_image
+from data.poses.person import Box
+from data.poses.poses import PoseConfig, estimate_image, estimate_poses, open_estimator
 
 FLOAT, INT64 = 1, 7  # types of tensors
 INT, INTS = 2, 7  # types of attributes

@@ -12,24 +12,24 @@ from PIL import Image
 import evaluate
 from core.config import load_config
 from core.errors import UserError
-from data.datasets import RenderedPeople
-from data.fingerprint import Fingerprint
+from data.clips.rendered import RenderedPeople
 from data.inputs import Driving, Reference
-from data.manifest import write_manifest, write_record
-from data.pose import PoseConfig, Poses, open_estimator
-from data.pose_models import fetch_models
-from evaluation.ablation import ablation_conditions
+from data.poses.poses import PoseConfig, Poses, open_estimator
+from data.poses.weights import fetch_models
+from data.preparation.fingerprint import Fingerprint
+from data.preparation.manifest import write_manifest, write_record
 from evaluation.clips import ClipsConfig, EvaluationClip, rendered_clip, with_pose_noise
-from evaluation.compare import frame_pairs
-from evaluation.experiment import frame_pairs_of
 from evaluation.filmed import open_clips
 from evaluation.folders import pair_clips
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.plots import STYLES
 from evaluation.report import Cell, Table, latex, markdown, over_seeds, with_best
+from evaluation.tasks.ablation import ablation_conditions
+from evaluation.tasks.metrics import frame_pairs
+from evaluation.trials import frame_pairs_of
 from metrics.protocols import PROTOCOLS
 from tests.clips import save_rendered_pair
-from tpc.skeleton import body_height
+from tpc.silhouettes import body_height
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["sampling.steps=1", "sampling.size=[32,32]", "source=48", "frames=2", "seeds=[0,1]"]

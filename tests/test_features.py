@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-import train_vae
+import training.vae
 from core.errors import UserError
-from data.feature_cache import FeatureCache
-from data.feature_config import FeatureConfig
-from data.layouts import find_clips
-from data.manifest import read_manifest, write_manifest
-from data.preparation import prepare_clips
-from data.provenance import PrepareConfig
-from data.shards import Shard
-from data.video_folder import VideoFolder
-from models.latents import encode_pictures, vae_factor
+from data.clips.feature_cache import FeatureCache
+from data.clips.feature_config import FeatureConfig
+from data.clips.videos import VideoFolder
+from data.preparation.layouts import find_clips
+from data.preparation.manifest import read_manifest, write_manifest
+from data.preparation.prepare import prepare_clips
+from data.preparation.provenance import PrepareConfig
+from data.preparation.shards import Shard
+from models.vae import encode_pictures, vae_factor
 from tests.filmed import FigureEstimator, damage, figure_film, rendered_film, save_prepared_videos
 from tests.networks import TINY
 from training.build import make_networks, make_scheduler
 from training.config import AugmentationConfig, DataConfig, ModelConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.feature_making import check_features, load_network, make_features, network_digest
+from training.features import check_features, load_network, make_features, network_digest
+from training.noise import sample_generators
 from training.objective import compose_samples, diffusion_loss
-from training.randomness import sample_generators
 from training.traits import TrainingTraits
 
 SIZE = [32, 32]
@@ -244,7 +244,7 @@ def test_wrong_settings_are_user_errors(dataset, model, tmp_path, tiny_pipeline)
 
 def test_a_vae_is_not_trained_on_the_latents_of_another():
     with pytest.raises(UserError, match="data.latents= and data.embeddings= are of a finished VAE"):
-        train_vae.main(["output=x", "data.latents=y"])
+        training.vae.main(["output=x", "data.latents=y"])
 
 
 def test_the_cache_of_pictures_follows_the_videos(tmp_path):

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from core.errors import UserError
 from tests.training_runs import ARGUMENTS, launch, logged, make_vae, train
 from training.checkpoint import checkpoints
+from training.distributed import end_together
 from training.guard import StepGuard
-from training.processes import end_together
 
 
 def step(

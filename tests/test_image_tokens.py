@@ -9,20 +9,20 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.attention_maps import require_reference
 from core.errors import UserError
-from models.animator import Animator, guided
-from models.attention_layers import LayerShape, image_token_layers, token_levels
-from models.attention_probe import AttentionProbe
-from models.attention_record import RecordedAttention
-from models.attention_recording import AttentionRecording
-from models.attention_run import AttentionConfig, AttentionRun
-from models.reference_attention import set_image_processors
-from models.reference_bank import replaced
-from models.reference_context import ReferenceContext, same_reference, without_dropped
+from evaluation.attention.maps import require_reference
+from models.animators.base import Animator, guided
+from models.attention.context import ReferenceContext, same_reference, without_dropped
+from models.attention.layers import LayerShape, image_token_layers, token_levels
+from models.attention.probe import AttentionProbe
+from models.attention.processors import set_image_processors
+from models.attention.record import RecordedAttention
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig, AttentionRun
+from models.attention.tokens import KeyLayout, TokenLevel
+from models.reference_images import replaced
 from tests.test_shortcuts import calibration_of
-from tpc.attention import dense_mask, frame_visibility, gate_flags, visibility_flags
-from tpc.tokens import KeyLayout, TokenLevel
+from tpc.attach import dense_mask, frame_visibility, gate_flags, visibility_flags
 
 FRAMES, LATENTS, TOKENS = 3, (6, 5), 7
 KEYS = KeyLayout((2, 3), whole=1)

@@ -11,9 +11,9 @@ from PIL import Image
 
 import infer
 from core.errors import UserError
-from data.datasets import RenderedPeople
-from data.pose import Poses
-from data.video import read_video, video_metadata, write_video
+from data.clips.rendered import RenderedPeople
+from data.poses.poses import Poses
+from data.video.reading import read_video, video_metadata, write_video
 from tests.clips import given, save_rendered_pair
 from tests.published import small_magic_pipeline
 

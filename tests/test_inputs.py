@@ -8,8 +8,8 @@ from PIL import Image
 
 from core.errors import UserError
 from data.inputs import load_driving
-from data.pose import PoseEstimator, Poses
-from data.video import write_video
+from data.poses.poses import PoseEstimator, Poses
+from data.video.reading import write_video
 
 FRAMES, SIZE = 6, (48, 32)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.frame_order import frame_order_findings
-from data.layouts import SourceClip, detect_layout, find_clips
+from data.preparation.frame_order import frame_order_findings
+from data.preparation.layouts import SourceClip, detect_layout, find_clips
 from tests.filmed import figure_film, save_frames, save_video
 
 FILM = figure_film(frames=2, size=(16, 24), box=(4, 4, 6, 12))

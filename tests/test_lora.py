@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from models.animate_anyone import AnimateAnyone
+from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.registry import load_pipeline
 from models.lora import FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
-from models.pipeline_folder import load_pipeline
 from models.unets import one_token_parameters
 from tests.training_runs import ARGUMENTS, make_vae, train, weights
 

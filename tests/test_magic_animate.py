@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.pose import Poses
-from models.magic_animate import MagicAnimate
-from models.magic_animate_networks import control_residuals
-from models.pictures import as_pictures
-from models.pipeline_folder import load_pipeline
-from models.reference_attention import reference_layers
-from models.reference_bank import ReferenceImages
-from models.reference_context import fused_layers, same_reference
+from data.poses.poses import Poses
+from models.animators.magic_animate.model import MagicAnimate
+from models.animators.magic_animate.networks import control_residuals
+from models.animators.registry import load_pipeline
+from models.attention.context import fused_layers, same_reference
+from models.attention.processors import reference_layers
+from models.images import as_pictures
+from models.reference_images import ReferenceImages
 from models.unets import DenoisingUNet
 from tests.published import published_tensors, small_magic_pipeline
 from tpc import CalibrationConfig, calibrate

@@ -9,14 +9,14 @@ from torch import Tensor
 
 import infer
 from core.errors import UserError
-from data.video import read_video
-from models.attention_layers import token_levels
-from models.attention_probe import AttentionProbe
-from models.magic_animate import PROMPT_TOKENS, MagicAnimate, MagicAnimatePipeline
-from models.magic_animate_networks import control_residuals
+from data.video.reading import read_video
+from models.animators.magic_animate.model import PROMPT_TOKENS, MagicAnimate, MagicAnimatePipeline
+from models.animators.magic_animate.networks import control_residuals
+from models.animators.registry import load_pipeline
+from models.attention.context import ReferenceContext, fused_layers, same_reference
+from models.attention.layers import token_levels
+from models.attention.probe import AttentionProbe
 from models.norms import ClipGroupNorm
-from models.pipeline_folder import load_pipeline
-from models.reference_context import ReferenceContext, fused_layers, same_reference
 from tests.clips import save_rendered_pair
 from tests.networks import TINY
 from tests.training_runs import TINY_NETWORKS, make_vae, train, weights

@@ -122,7 +122,7 @@ def test_published_sizes_are_the_published_ones():
 
 def test_a_folder_is_described_as_it_loads():
     """The estimate of `model.init` reads configurations only, and has the sizes of the loaded networks."""
-    from models.pipeline_folder import load_pipeline
+    from models.animators.registry import load_pipeline
 
     config = TrainConfig(stage="image", output="x")
     config.model.init = str(ROOT / "assets" / "tiny_model")

@@ -8,15 +8,15 @@ from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.attention_layers import LayerShape
-from models.attention_probe import AttentionProbe
+from models.attention.context import ReferenceContext
+from models.attention.layers import LayerShape
+from models.attention.probe import AttentionProbe
+from models.attention.processors import ReferenceReadProcessor
+from models.images import as_pictures
 from models.merging import TokenMerging
-from models.pictures import as_pictures
-from models.reference_attention import ReferenceReadProcessor
-from models.reference_bank import ReferenceImages
-from models.reference_context import ReferenceContext
+from models.reference_images import ReferenceImages
 from tests.small_animators import FRAMES, LATENTS, calibrated, pictures, small_pipeline
-from tpc.attention import dense_mask, frame_visibility
+from tpc.attach import dense_mask, frame_visibility
 
 CHANNELS, HEADS, GRID = 32, 2, (3, 6)
 QUERIES = GRID[0] * GRID[1]

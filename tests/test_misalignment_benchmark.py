@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.misalignment import __main__ as command
-from benchmarks.misalignment.clips import BenchmarkClips
-from benchmarks.misalignment.manifest import (
+import evaluate
+from core.errors import UserError
+from evaluation.benchmark_clips import BenchmarkClips
+from evaluation.benchmark_report import Values, measure_table, recovered_table
+from evaluation.misaligned_clips import (
     KINDS,
     ClipSpec,
     Framing,
@@ -19,10 +21,9 @@ from benchmarks.misalignment.manifest import (
     make_manifest,
     read_manifest,
 )
-from benchmarks.misalignment.report import Values, measure_table, recovered_table
-from core.errors import UserError
-from evaluation.experiment import WITHOUT
 from evaluation.misalignment import misalignment
+from evaluation.tasks import misalignment as command
+from evaluation.trials import WITHOUT
 from tpc import CalibrationConfig
 
 CONDITIONS = {WITHOUT: "without", "TPC best": "tpc-best"}
@@ -142,14 +143,14 @@ def test_no_share_of_next_to_nothing():
 
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
     arguments = [f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1", "presets=[best]", "sampling.steps=1"]
-    command.main([*arguments, "seeds=[0]"])
+    evaluate.main(["misalignment", *arguments, "seeds=[0]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(results["trials"]) == 5  # 2 clips, without and with TPC, and the fitting one of the turned clip
     assert "won back" in (tmp_path / "table.md").read_text(encoding="utf-8")
     for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
     capsys.readouterr()
-    command.main([*arguments, "seeds=[0,1]", "strips=0"])
+    evaluate.main(["misalignment", *arguments, "seeds=[0,1]", "strips=0"])
     assert "over 2 seeds" in capsys.readouterr().out
 
 
@@ -165,7 +166,16 @@ def test_variants_are_the_preset_but_for_what_they_say():
 
 def test_a_variant_is_a_column(tmp_path):
     arguments = [f"output={tmp_path}", "kinds=[aligned]", "clips=1", "presets=[]", "sampling.steps=1", "seeds=[0]"]
-    command.main([*arguments, 'variants=["propagation=hold groups=2"]', "flicker=true", "pose_noise=0.02", "strips=0"])
+    evaluate.main(
+        [
+            "misalignment",
+            *arguments,
+            'variants=["propagation=hold groups=2"]',
+            "flicker=true",
+            "pose_noise=0.02",
+            "strips=0",
+        ]
+    )
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     found = {trial["condition"]: trial for trial in results["trials"]}
     assert set(found) == {"without", "variant-propagation=hold,groups=2"}
@@ -191,7 +201,7 @@ def test_a_variant_is_a_column(tmp_path):
 )
 def test_wrong_arguments_are_refused(tmp_path, argument, message):
     with pytest.raises(UserError, match=message):
-        command.main([f"output={tmp_path / 'out'}", argument])
+        evaluate.main(["misalignment", f"output={tmp_path / 'out'}", argument])
 
 
 def test_manifest_size_is_what_is_drawn():

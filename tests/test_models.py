@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from models.animate_anyone import AnimateAnyone, image_context
-from models.reference_attention import ReferenceReadProcessor, reference_layers
-from models.reference_context import ReferenceContext, hide_reference, same_reference
+from models.animators.animate_anyone.model import AnimateAnyone, image_context
+from models.attention.context import ReferenceContext, hide_reference, same_reference
+from models.attention.processors import ReferenceReadProcessor, reference_layers
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from tests.networks import TINY
 from training.build import set_trainable

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data.motion import JOINT_LIMITS, MOTIONS, limited, random_motion
-from data.people import load_people
-from data.skeleton import (
+from data.people.bodies import load_people
+from data.people.motion import JOINT_LIMITS, MOTIONS, limited, random_motion
+from data.people.skeleton import (
     ANKLE_HEIGHT,
     JOINT_INDEX,
     JOINTS,

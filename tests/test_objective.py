@@ -9,17 +9,18 @@ import torch
 from diffusers import AutoencoderTiny
 
 from core.errors import UserError
-from models.animate_anyone import AnimateAnyone
-from models.animator import Condition
-from models.reference_context import same_reference
+from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.base import Condition
+from models.attention.context import same_reference
+from models.attention.tokens import KeyLayout, TokenLevel
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
-from tpc.tokens import KeyLayout, TokenLevel
 from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
 from training.memory import enable_gradient_checkpointing
+from training.noise import draw, sample_generators, shifted
 from training.objective import (
     check_schedule,
     compose_samples,
@@ -28,7 +29,6 @@ from training.objective import (
     sample,
     snr_weights,
 )
-from training.randomness import draw, sample_generators, shifted
 from training.traits import TrainingTraits
 
 SIZE = [32, 32]

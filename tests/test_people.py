@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.clothes import PARTS
-from data.people import PEOPLE_FOLDER, Identity, build_person, load_people, random_identity
-from data.raster import EMPTY_DEPTH, rasterize, resolve, vertex_normals
-from data.render import HIDDEN_SCORE, Camera, Figure, project_keypoints, render_people, render_person
-from data.skeleton import JOINT_INDEX, Pose, neutral_pose, pose_joints, rotations_from_angles
+from data.people.bodies import PEOPLE_FOLDER, Identity, build_person, load_people, random_identity
+from data.people.clothes import PARTS
+from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, vertex_normals
+from data.people.renderer import HIDDEN_SCORE, Camera, Figure, project_keypoints, render_people, render_person
+from data.people.skeleton import JOINT_INDEX, Pose, neutral_pose, pose_joints, rotations_from_angles
 
 SIZE = (96, 128)
 

@@ -9,12 +9,12 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
-from data.pose import Poses
-from models.pictures import as_mask
+from data.poses.poses import Poses
+from models.animators.registry import COMPONENTS, load_pipeline
+from models.attention.processors import reference_layers
+from models.images import as_mask
 from models.pipeline import AnimationPipeline, as_pictures
-from models.pipeline_folder import COMPONENTS, load_pipeline
-from models.reference_attention import reference_layers
-from models.reference_bank import REFERENCE, ReferenceImages, SomeImages
+from models.reference_images import REFERENCE, ReferenceImages, SomeImages
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.person import (
+from data.poses.person import (
     COCO_KEYPOINTS,
     COCO_MIRROR,
     Box,
@@ -19,7 +19,7 @@ from data.person import (
     keypoint_similarity,
     person_box,
 )
-from data.pose import PoseConfig, PoseEstimate, Poses, estimate_image, estimate_poses, open_estimator
+from data.poses.poses import PoseConfig, PoseEstimate, Poses, estimate_image, estimate_poses, open_estimator
 
 
 def random_poses(frames=4, persons=2, seed=0, size=(64, 48)) -> Poses:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.pose import Poses
-from data.pose_files import load_poses
+from data.poses.files import load_poses
+from data.poses.poses import Poses
 
 SIZE = (640, 480)
 # Where the COCO keypoints are in OpenPose's BODY_25 and in COCO-18, by the names that OpenPose gives them.

@@ -1,9 +1,9 @@
 import pytest
 
 from core.errors import UserError
-from data import pose_models
-from data.blazepose import BlazePose
-from data.pose_models import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, ModelFile, model_folder, model_path
+from data.poses import weights as pose_models
+from data.poses.blazepose import BlazePose
+from data.poses.weights import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, ModelFile, model_folder, model_path
 
 
 def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
@@ -16,9 +16,9 @@ def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
 
 def test_missing_and_damaged_models_say_how_to_fetch_them(tmp_path, monkeypatch):
     monkeypatch.setenv("TPC_ANIMATE_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"pose_detection.tflite is missing; run `python -m data.pose_models`$"):
+    with pytest.raises(UserError, match=r"pose_detection.tflite is missing; run `python -m data.poses.weights`$"):
         BlazePose()
-    with pytest.raises(UserError, match=r"heavy.tflite is missing; run `python -m data.pose_models heavy=true`$"):
+    with pytest.raises(UserError, match=r"heavy.tflite is missing; run `python -m data.poses.weights heavy=true`$"):
         model_path(HEAVY_LANDMARKS)
     model_folder().mkdir()
     (model_folder() / FULL_LANDMARKS.name).write_bytes(b"something else")

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from data.clip_folder import list_clips
-from data.framing import fit_matrix
-from data.pose_pictures import pose_pictures_of, read_pose_pictures
-from data.video_folder import VideoFolder
+from data.clips.pose_pictures import pose_pictures_of, read_pose_pictures
+from data.clips.videos import VideoFolder
+from data.preparation.clips import list_clips
+from data.transforms import fit_matrix
 from tests.filmed import figure_film, save_prepared_videos
 from training.config import DataConfig
 from training.data import make_dataset

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.fingerprint import Fingerprint
-from data.layouts import find_clips
-from data.manifest import Manifest, read_manifest, read_record, record_path, write_manifest
-from data.masks import read_union
-from data.person import Box
-from data.pose import PoseConfig, Poses
-from data.preparation import Progress, prepare_clips
-from data.provenance import PrepareConfig, hold_out
-from data.shards import Shard, process_shard
+from data.poses.person import Box
+from data.poses.poses import PoseConfig, Poses
+from data.preparation.fingerprint import Fingerprint
+from data.preparation.layouts import find_clips
+from data.preparation.manifest import Manifest, read_manifest, read_record, record_path, write_manifest
+from data.preparation.masks import read_union
+from data.preparation.prepare import Progress, prepare_clips
+from data.preparation.provenance import PrepareConfig, hold_out
+from data.preparation.shards import Shard, process_shard
 from tests.filmed import FRAME, FigureEstimator, Film, figure_film, save_frames, save_prepared_videos, save_video
 
 ROOT = Path(__file__).parent.parent

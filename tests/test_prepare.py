@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import prepare
 from core.errors import UserError
-from data.manifest import read_manifest
+from data.preparation.manifest import read_manifest
 from tests.filmed import damage, figure_film, save_prepared_videos
 from tests.training_runs import TINY_NETWORKS
 

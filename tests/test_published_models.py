@@ -14,7 +14,8 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 import infer
 from core.errors import UserError, run_command
-from data.video import read_video
+from data.video.reading import read_video
+from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
 from models.checkpoints.convert import convert
 from models.checkpoints.convert_animate_anyone import MUSEPOSE_LENGTH
@@ -33,7 +34,6 @@ from models.checkpoints.networks import (
 from models.checkpoints.sizes import MotionSizes, UNetSizes
 from models.checkpoints.sources import ConvertConfig, Sources
 from models.checkpoints.synthetic import synthetic_tensors
-from models.pipeline_folder import load_pipeline
 from tests.clips import save_rendered_pair
 from tests.published import (
     SIZES,

@@ -12,15 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from data.pose import Poses
-from models.animate_anyone import PoseFeatures
+from data.poses.poses import Poses
+from models.animators.animate_anyone.model import PoseFeatures
+from models.animators.magic_animate.networks import ControlCondition, control_residuals
+from models.attention.context import ReferenceContext, same_reference
+from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
-from models.latents import decode_pictures, encode_pictures
-from models.magic_animate_networks import ControlCondition, control_residuals
-from models.pictures import PictureSequence, as_pictures
-from models.reference_attention import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
-from models.reference_bank import ReferenceImages
-from models.reference_context import ReferenceContext, same_reference
+from models.images import PictureSequence, as_pictures
+from models.reference_images import ReferenceImages
+from models.vae import decode_pictures, encode_pictures
 from models.windows import context_windows
 from tests.plain import SHORTCUTS, plain_animation, plain_unet
 from tests.published import small_magic_pipeline

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from analysis.animation import SamplingConfig, animate
-from benchmarks.misalignment.clips import BenchmarkClips
+from evaluation.benchmark_clips import BenchmarkClips
+from inference.animate import SamplingConfig, animate
 from metrics.image import psnr
-from models.pipeline_folder import SMALL_ANIMATORS, load_pipeline
+from models.animators.registry import SMALL_ANIMATORS, load_pipeline
 from tpc import CalibrationConfig
 
 SIDE = 64

@@ -22,9 +22,9 @@ from benchmarks.speed.peers.table import Row, markdown
 from benchmarks.speed.peers.weights import peer_settings, training_batch, write_weights
 from benchmarks.speed.sizes import SIZES
 from core.errors import UserError
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.names import MOTION, module_names, published_names
-from models.checkpoints.strict import shapes_of
-from training.randomness import draw, sample_generators
+from training.noise import draw, sample_generators
 
 SMALL = replace(SIZES["tiny"], image_encoder=(32, 1, 4), frames=2, clip_frames=2)
 SETTINGS = peer_settings("animate_anyone", SMALL, "float32", "cpu", threads=1)

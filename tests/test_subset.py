@@ -19,7 +19,7 @@ from tpc.exhaustive import (
     silhouette_iou,
 )
 from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
+from tpc.silhouettes import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
 from tpc.subset import select_consensus, select_fixed
 
 

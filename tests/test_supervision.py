@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from core.errors import UserError
-from data.clip_cache import CachedClips
-from data.datasets import PeopleConfig
-from models.animate_anyone import AnimateAnyone
+from data.clips.clip_cache import CachedClips
+from data.clips.rendered import PeopleConfig
+from models.animators.animate_anyone.model import AnimateAnyone
 from models.unets import ReferenceNet
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
@@ -28,8 +28,8 @@ from training.config import (
 )
 from training.data import make_dataset
 from training.latent_cache import ensure_latents
+from training.noise import sample_generators
 from training.objective import batch_latents, diffusion_loss, person_weights
-from training.randomness import sample_generators
 from training.traits import TrainingTraits
 
 SIZE = [32, 32]

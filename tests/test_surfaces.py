@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.people import build_person, load_people, random_identity
-from data.render import Camera, Light, project_keypoints, render_person
-from data.render import Figure as Posed
-from data.surfaces import render_surface
+from data.people.bodies import build_person, load_people, random_identity
+from data.people.renderer import Camera, Light, project_keypoints, render_person
+from data.people.renderer import Figure as Posed
+from data.people.surfaces import render_surface
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
 from training.attention_loss import SAME_POINT, surface_points
 from training.config import AttentionLossConfig, AugmentationConfig, DataConfig, TrainConfig, check_train_config
 from training.data import make_dataset
-from training.randomness import sample_generators
+from training.noise import sample_generators
 
 SIZE = (96, 96)
 NOSE, EYES = 0, (1, 2)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from tpc_bodies import body, place, poses
 
+from models.attention.tokens import block_pitch
 from tpc import CalibrationConfig, calibrate
-from tpc.attention import (
+from tpc.attach import (
     Visibility,
     append_flags,
     dense_mask,
@@ -17,7 +18,6 @@ from tpc.attention import (
     pool_masks,
     visibility_flags,
 )
-from tpc.tokens import block_pitch
 
 PRESETS = ("paper", "release", "exclusive", "scene")
 # One row of tokens: person 0 | outline of person 0 | both persons | person 1 | background | stranger.

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from core.config import load_config
 from core.errors import UserError
-from models.pipeline_folder import load_pipeline, read_index
+from models.animators.registry import load_pipeline, read_index
 from training.build import check_precision, make_scheduler, schedule_differences, trained_window
 from training.checkpoint import checkpoints
 from training.config import DataConfig, NoiseConfig, TrainConfig, check_train_config
@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vae(folder) -> Path:
     run(
-        "train_vae.py",
+        "training/vae.py",
         f"output={folder / 'vae'}",
         "width=16",
         "blocks=[0,1,1]",

@@ -30,8 +30,8 @@ from tests.training_runs import (
     train,
 )
 from training.config import TrainConfig
+from training.distributed import check_launch, spread_batch
 from training.export import checkpoint_weights
-from training.processes import check_launch, spread_batch
 
 STEPS = 3
 CONFIGURATIONS = ROOT / "configs" / "accelerate"

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from omegaconf import OmegaConf
 
-import train_vae
+import training.vae
 from core.config import load_config
 from core.errors import UserError
 from models.checkpoints.autoencoder import load_autoencoder
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_decoder_moves_and_nothing_else(folder, tmp_path):
-    train_vae.main(
+    training.vae.main(
         [f"output={tmp_path}", f"init={folder}", *QUICK, "gradient_accumulation=2", "loss=squares", "crop=0.1"]
     )
     before, after = (AutoencoderKL.from_pretrained(path) for path in (folder, tmp_path / "vae"))
@@ -40,12 +40,12 @@ def test_the_decoder_moves_and_nothing_else(folder, tmp_path):
 
 def test_encoders_of_published_vaes_stay(folder, tmp_path):
     with pytest.raises(UserError, match="AutoencoderKL: only its decoder is trained, add freeze_encoder=true"):
-        train_vae.main([f"output={tmp_path}", f"init={folder}", *QUICK[:-1]])
+        training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK[:-1]])
     with pytest.raises(UserError, match="init=.* is not a VAE folder"):
-        train_vae.main([f"output={tmp_path}", f"init={tmp_path / 'none'}", *QUICK])
+        training.vae.main([f"output={tmp_path}", f"init={tmp_path / 'none'}", *QUICK])
     for wrong, named in (("loss=cubes", "loss=cubes is not one of edges, squares"), ("crop=1", "crop=1.0 must be")):
         with pytest.raises(UserError, match=named):
-            train_vae.main([f"output={tmp_path}", f"init={folder}", *QUICK, wrong])
+            training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK, wrong])
 
 
 def test_crops_keep_pictures_and_masks_together():
@@ -53,15 +53,15 @@ def test_crops_keep_pictures_and_masks_together():
     masks = (torch.rand(6, 1, 20, 16) > 0.5).float()
     images = masks.expand(-1, 3, -1, -1) * 2 - 1
     assert all(
-        torch.equal(*pair) for pair in zip(train_vae.random_crops(images, masks, 0.0), (images, masks), strict=True)
+        torch.equal(*pair) for pair in zip(training.vae.random_crops(images, masks, 0.0), (images, masks), strict=True)
     )
-    cropped, cropped_masks = train_vae.random_crops(images, masks, 0.5)
+    cropped, cropped_masks = training.vae.random_crops(images, masks, 0.5)
     assert cropped.shape == images.shape and cropped_masks.shape == masks.shape
     assert torch.allclose(cropped, cropped_masks.expand_as(cropped) * 2 - 1, atol=1e-5)
     assert not torch.allclose(cropped, images, atol=0.1)
     # The rest of a ramp is a ramp that rises less.
     ramp = torch.linspace(0, 1, 20)[None, None, :, None].expand(1, 4, 20, 16)
-    (part, _) = train_vae.random_crops(ramp[:, :3], ramp[:, 3:], 0.5)
+    (part, _) = training.vae.random_crops(ramp[:, :3], ramp[:, 3:], 0.5)
     assert 0.4 < (part[0, 0, -1, 0] - part[0, 0, 0, 0]).item() < 1
 
 
@@ -75,7 +75,7 @@ def test_squares_are_the_mean_squared_error():
     )
     images, masks = torch.rand(2, 3, 8, 8) * 2 - 1, torch.ones(2, 1, 8, 8)
     config = VAEConfig(output="x", loss="squares", latent_noise=0.0)
-    loss, error = train_vae.vae_loss(vae, images, masks, config)
+    loss, error = training.vae.vae_loss(vae, images, masks, config)
     expected = (vae.decode(vae.encode(images).latents).sample - images).square().mean()
     assert torch.allclose(loss, expected) and torch.allclose(error, expected)
     loss.backward()
@@ -105,9 +105,9 @@ def test_two_processes_do_what_one_does_with_their_batches_together(tmp_path):
         "optimizer.epsilon=1e-4",
     ]
     arguments = [*shared, f"output={tmp_path / 'two'}", "batch_size=1"]
-    for process in start_two(tmp_path / "two.log", *arguments, script="train_vae.py"):
+    for process in start_two(tmp_path / "two.log", *arguments, script="training/vae.py"):
         process.finish()
-    train_vae.main([*shared, f"output={tmp_path / 'one'}", "batch_size=2"])
+    training.vae.main([*shared, f"output={tmp_path / 'one'}", "batch_size=2"])
     start, one, two = (
         AutoencoderTiny.from_pretrained(path).state_dict()
         for path in (tmp_path / "start", tmp_path / "one" / "vae", tmp_path / "two" / "vae")

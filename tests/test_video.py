@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.errors import UserError
-from data.video import Video, VideoReader, fit_size, read_video, video_metadata, write_video
+from data.video.reading import Video, VideoReader, fit_size, read_video, video_metadata, write_video
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)

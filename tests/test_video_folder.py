@@ -10,16 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from core.errors import UserError
-from data.datasets import RenderedPeople
-from data.layouts import find_clips
-from data.manifest import write_manifest
-from data.people import load_people
-from data.pose import Poses
-from data.preparation import prepare_clips
-from data.provenance import PrepareConfig
-from data.scenes import CameraRanges
-from data.video import write_video
-from data.video_folder import VideoFolder
+from data.clips.rendered import RenderedPeople
+from data.clips.videos import VideoFolder
+from data.people.bodies import load_people
+from data.people.scenes import CameraRanges
+from data.poses.poses import Poses
+from data.preparation.layouts import find_clips
+from data.preparation.manifest import write_manifest
+from data.preparation.prepare import prepare_clips
+from data.preparation.provenance import PrepareConfig
+from data.video.reading import write_video
 from tests.filmed import (
     FRAME,
     FigureEstimator,

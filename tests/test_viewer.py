@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import viewer
-from analysis.animation import animate
-from analysis.attention_figures import layer_mean, overlay, pictures_seen
-from analysis.recorded_runs import affordable_steps, load_inputs, record_both, spread_steps
-from analysis.viewer.pictures import (
+import viewer.__main__
+from core.errors import UserError
+from evaluation.attention.figures import layer_mean, overlay, pictures_seen
+from evaluation.attention.recorded_runs import affordable_steps, load_inputs, record_both, spread_steps
+from inference.animate import animate
+from models.attention.run import AttentionConfig
+from tests.published import small_magic_pipeline
+from tests.viewed import SAMPLING, recorded_run, rendered_inputs
+from tpc import CalibrationConfig
+from viewer.images import (
     HEIGHT,
     Choice,
     beside,
@@ -25,11 +30,6 @@ from analysis.viewer.pictures import (
     side_view,
     where,
 )
-from core.errors import UserError
-from models.attention_run import AttentionConfig
-from tests.published import small_magic_pipeline
-from tests.viewed import SAMPLING, recorded_run, rendered_inputs
-from tpc import CalibrationConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,13 +182,13 @@ class TestCommand:
     )
     def test_bad_arguments(self, argument, named):
         with pytest.raises(UserError, match=named):
-            viewer.main([argument])
+            viewer.__main__.main([argument])
 
     def test_missing_gradio_is_one_line(self, tmp_path):
         block = "import importlib.util as u, sys; find = u.find_spec\n"
         block += "u.find_spec = lambda name, *a: None if name == 'gradio' else find(name, *a)\n"
         block += f"sys.path.insert(0, {str(ROOT)!r})\nimport viewer\nfrom core.errors import run_command\n"
-        block += "run_command(viewer.main)"
+        block += "run_command(viewer.__main__.main)"
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2
         assert (
@@ -199,4 +199,4 @@ class TestCommand:
         pytest.importorskip("gradio")
         small_magic_pipeline().save_pretrained(tmp_path / "magic")
         with pytest.raises(UserError, match="reads DensePose pictures"):
-            viewer.main([f"model={tmp_path / 'magic'}"])
+            viewer.__main__.main([f"model={tmp_path / 'magic'}"])

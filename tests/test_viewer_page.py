@@ -10,10 +10,14 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from analysis.attention_grids import short_layer  # noqa: E402
-from analysis.viewer.animate_tab import AnimateTab  # noqa: E402
-from analysis.viewer.attention_tab import AttentionTab, choice_of  # noqa: E402
-from analysis.viewer.controls import (  # noqa: E402
+from core.errors import UserError  # noqa: E402
+from data.poses.poses import PoseConfig  # noqa: E402
+from data.poses.weights import fetch_models  # noqa: E402
+from data.video.reading import read_video, video_metadata  # noqa: E402
+from evaluation.attention.grids import short_layer  # noqa: E402
+from viewer.animate_tab import AnimateTab  # noqa: E402
+from viewer.attention_tab import AttentionTab, choice_of  # noqa: E402
+from viewer.controls import (
     SAMPLE_CLIP,
     SAMPLE_PICTURES,
     Machine,
@@ -24,12 +28,8 @@ from analysis.viewer.controls import (  # noqa: E402
     required,
     without_folders,
 )
-from analysis.viewer.page import build_page, serve  # noqa: E402
-from analysis.viewer.pictures import HEIGHT  # noqa: E402
-from core.errors import UserError  # noqa: E402
-from data.pose import PoseConfig  # noqa: E402
-from data.pose_models import fetch_models  # noqa: E402
-from data.video import read_video, video_metadata  # noqa: E402
+from viewer.images import HEIGHT  # noqa: E402
+from viewer.page import build_page, serve  # noqa: E402
 
 PICTURE = SAMPLE_PICTURES["Rendered person"]
 SETTINGS = ("best", 3, 4, 2, 1.0, 0)

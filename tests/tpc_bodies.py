@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from data.pose import Poses
+from data.poses.poses import Poses
 from tpc import CalibrationConfig
-from tpc.skeleton import draw_silhouette
+from tpc.silhouettes import draw_silhouette
 
 EVERY_POINT = np.ones(17, bool)
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from analysis.animation import SamplingConfig
-from analysis.recorded_runs import RecordedRun, record_both
 from data.inputs import Driving, Reference, load_driving, load_reference
-from models.attention_run import AttentionConfig
+from evaluation.attention.recorded_runs import RecordedRun, record_both
+from inference.animate import SamplingConfig
+from models.attention.run import AttentionConfig
 from models.pipeline import AnimationPipeline
 from tests.clips import save_rendered_pair
 from tpc import CalibrationConfig

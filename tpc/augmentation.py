@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from tpc.attention import Visibility, gate_flags, visibility_flags
+from models.attention.tokens import TokenLevel, pool_masks, self_attention_level
+from tpc.attach import Visibility, gate_flags, visibility_flags
 from tpc.config import VISIBILITIES
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.propagation import group_of_frames
-from tpc.skeleton import LEFT_HIP, NOSE, RIGHT_HIP
+from tpc.silhouettes import LEFT_HIP, NOSE, RIGHT_HIP
 from tpc.subset import FIXED_RULES
 from tpc.tensors import FILLS, place, warp
-from tpc.tokens import TokenLevel, pool_masks, self_attention_level
 
 Batch = dict[str, Tensor]
 # The middle of the person stays this far inside the picture, as a part of its sides.

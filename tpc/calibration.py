@@ -7,21 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from data.framing import fit_matrix
-from data.pose import Poses
-from tpc.clip import (
-    PersonTrack,
-    Scene,
-    estimate_clip,
-    follow_person,
-    match_persons,
-    warp_clip,
-)
+from data.poses.poses import Poses
+from data.transforms import fit_matrix
 from tpc.config import CalibrationConfig, resolve
 from tpc.estimation import Estimate, ReferencePerson
+from tpc.frames import PersonTrack, Scene, estimate_clip, follow_person, match_persons, warp_clip
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
-from tpc.skeleton import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, visible
+from tpc.silhouettes import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, visible
 from tpc.warping import mask_picture, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]

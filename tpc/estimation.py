@@ -14,7 +14,7 @@ from tpc.exhaustive import (
     silhouette_iou,
 )
 from tpc.procrustes import AffineTransform, LinearTransform, SimilarityTransform, residual
-from tpc.skeleton import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
+from tpc.silhouettes import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
 from tpc.subset import FIXED_RULES, Selection, select_consensus, select_fixed
 
 # A torso turned by more than about 75 degrees from the camera is seen neither from the front nor from behind.

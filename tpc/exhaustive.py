@@ -10,7 +10,7 @@ import numpy as np
 
 from tpc import search
 from tpc.procrustes import apply_matrix
-from tpc.skeleton import Silhouette
+from tpc.silhouettes import Silhouette
 from tpc.subset import Selection
 
 # Silhouettes are compared by about this many samples of the reference's: on a person 300 pixels tall every 4th to

@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.files import complete_file
-from data.drawing import draw_pose
-from data.pose import Poses
+from data.poses.drawing import draw_pose
+from data.poses.poses import Poses
 from tpc.result import Calibration, PersonFrame
-from tpc.skeleton import MIRRORED, visible
+from tpc.silhouettes import MIRRORED, visible
 
 NUM_COLUMNS = 5  # driving frames that are shown
 GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.skeleton import FACE, NUM_KEYPOINTS, TORSO, TRUNK
+from tpc.silhouettes import FACE, NUM_KEYPOINTS, TORSO, TRUNK
 
 FIXED_RULES = {"all": tuple(range(NUM_KEYPOINTS)), "face": FACE, "torso": TORSO, "trunk": TRUNK}
 

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.attention_layers import token_levels
-from models.latents import VAE, vae_factor
-from models.reference_context import ReferenceContext
-from models.trainable import CalibratedPictures, TrainableAnimator
+from models.animators.trainable import CalibratedPictures, TrainableAnimator
+from models.attention.context import ReferenceContext
+from models.attention.layers import token_levels
+from models.vae import VAE, vae_factor
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
 

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from models.attention_measures import (
+from models.attention.measures import (
     LEAST_GIVEN,
     at_strongest,
     normalised,
@@ -28,9 +28,9 @@ from models.attention_measures import (
     token_numbers,
     token_places,
 )
-from models.attention_probe import AttentionProbe
+from models.attention.probe import AttentionProbe
 from training.config import AttentionLossConfig
-from training.randomness import Generators
+from training.noise import Generators
 
 NOSE = 0
 LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO numbers

@@ -10,11 +10,11 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import nn
 
 from core.errors import UserError
-from models.latents import VAE
+from models.animators.registry import PIPELINES, load_pipeline, pipeline_of, read_index
+from models.animators.trainable import TrainableAnimator
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import PIPELINES, load_pipeline, pipeline_of, read_index
-from models.trainable import TrainableAnimator
+from models.vae import VAE
 from training.config import NoiseConfig, TrainConfig
 from training.kinds import new_animator
 

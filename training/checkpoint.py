@@ -28,8 +28,8 @@ from torch import nn
 
 from core.errors import UserError
 from core.files import sync_entries, sync_folder
-from training.average import WeightAverage
-from training.processes import on_main, strategy
+from training.distributed import on_main, strategy
+from training.ema import WeightAverage
 
 PROGRESS = "progress.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -55,7 +55,7 @@ class Layout:
     """What a checkpoint must agree with to be loaded.
 
     Attributes:
-        strategy: see `training.processes.strategy`.
+        strategy: see `training.distributed.strategy`.
         processes: that wrote it.
         trained: digest of names and shapes of the trainable parameters.
     """

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from core.errors import UserError
-from data.datasets import PeopleConfig
+from data.clips.rendered import PeopleConfig
 from tpc.augmentation import (
     CalibratedTrainingConfig,
     CompositionConfig,
@@ -90,7 +90,7 @@ class NoiseConfig:
     noise_offset: standard deviation of a constant added to the noise of each (sample, channel).
     condition_dropout: share of samples trained without reference and with zero context, for guidance.
     timestep_shift: above 1 more of the drawn timesteps are noisy ones, where the reference is all that a network can
-        go by; 1: evenly, as published. See `training.randomness.shifted`.
+        go by; 1: evenly, as published. See `training.noise.shifted`.
     """
 
     num_train_timesteps: int = 1000

@@ -8,12 +8,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
-from data.clip_cache import CachedClips, ensure_cache
+from data.clips.clip_cache import CachedClips, ensure_cache
+from data.clips.feature_cache import FeatureCache
+from data.clips.rendered import RenderedPeople
+from data.clips.videos import VideoFolder
 from data.crops import CROPS
-from data.datasets import RenderedPeople
-from data.feature_cache import FeatureCache
-from data.surfaces import ensure_surfaces
-from data.video_folder import VideoFolder
+from data.people.surfaces import ensure_surfaces
 from training.config import DataConfig
 from training.interruption import ignore_stop_signals
 

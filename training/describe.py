@@ -10,7 +10,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from core.errors import UserError
-from models.animate_anyone import AnimateAnyone
+from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.registry import NETWORKS, read_index
+from models.animators.trainable import TrainableAnimator
 from models.checkpoints.sizes import (
     MotionSizes,
     UNetSizes,
@@ -18,9 +20,7 @@ from models.checkpoints.sizes import (
     make_pose_guider,
     make_reference_net,
 )
-from models.latents import VAE
-from models.pipeline_folder import NETWORKS, read_index
-from models.trainable import TrainableAnimator
+from models.vae import VAE
 from training.build import trainable_kind, vae_kind
 from training.config import TrainConfig
 from training.kinds import PUBLISHED, new_animator

@@ -21,10 +21,10 @@ from core.errors import UserError, run_command
 from core.files import complete_folder
 from models.lora import adapted_networks, merge, save_lora
 from models.pipeline import AnimationPipeline
-from training.average import FILE as AVERAGE
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
+from training.ema import FILE as AVERAGE
 
 DTYPES = ("float32", "float16")
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from core.errors import UserError
-from models.animate_anyone import AnimateAnyone
-from models.disco import DisCo
-from models.dream_pose import DreamPose
-from models.magic_animate import MagicAnimate
-from models.trainable import NetworkSizes, TrainableAnimator
+from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.disco.model import DisCo
+from models.animators.dream_pose.model import DreamPose
+from models.animators.magic_animate.model import MagicAnimate
+from models.animators.trainable import NetworkSizes, TrainableAnimator
 from training.config import ModelConfig
 
 # Sizes, channels of the latents, and side of the pictures in pixels -> networks.

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.files import complete_folder
-from data.datasets import clip_tensor
-from models.latents import VAE, picture_posterior
-from training.feature_making import network_digest
+from data.clips.rendered import clip_tensor
+from models.vae import VAE, picture_posterior
+from training.features import network_digest
 
 PICTURES = 32  # encoded at a time
 

@@ -6,8 +6,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from models.latents import VAE, vae_factor
-from models.trainable import TrainableAnimator
+from models.animators.trainable import TrainableAnimator
+from models.vae import VAE, vae_factor
 from training.activations import StepMemory, step_memory
 from training.build import set_trainable, shrink_frozen
 from training.config import TrainConfig

@@ -12,9 +12,10 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from core.errors import UserError
-from models.latents import VAE, encode_pictures, picture_posterior
-from models.reference_context import ReferenceContext
-from models.trainable import CalibratedPictures
+from models.animators.trainable import CalibratedPictures
+from models.attention.context import ReferenceContext
+from models.attention.tokens import TokenLevel
+from models.vae import VAE, encode_pictures, picture_posterior
 from tpc.augmentation import (
     CalibratedBatch,
     CalibratedTrainingConfig,
@@ -23,10 +24,9 @@ from tpc.augmentation import (
     compose_references,
     training_visibility,
 )
-from tpc.tokens import TokenLevel
 from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.config import AttentionLossConfig, NoiseConfig
-from training.randomness import Generators, draw
+from training.noise import Generators, draw
 from training.traits import TrainingTraits
 
 
@@ -208,7 +208,7 @@ def diffusion_loss(
             pictures, see `data.video_folder`.
         calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
         traits: of the model.
-        generators: one a sample, see `training.randomness`.
+        generators: one a sample, see `training.noise`.
         chunk: pictures that pass the VAE at a time.
         attention: attention supervision; None or a weight of 0: none.
     """

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from models.latents import VAE, vae_factor
-from models.trainable import TrainableAnimator
-from training.average import WeightAverage
+from models.animators.trainable import TrainableAnimator
+from models.vae import VAE, vae_factor
 from training.build import make_scheduler
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
 from training.config import OptimizerConfig, TrainConfig
 from training.data import make_dataset, make_loader
+from training.distributed import on_main, strategy
+from training.ema import WeightAverage
 from training.guard import StepGuard
 from training.latent_cache import ensure_latents, latents_folder
 from training.logs import StepLog
-from training.processes import on_main, strategy
-from training.randomness import Generators, sample_generators
+from training.noise import Generators, sample_generators
 from training.traits import TrainingTraits
 
 Batch = dict[str, Tensor]

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.errors import UserError
-from models.attention_layers import token_levels
-from models.trainable import TrainableAnimator
-from tpc.tokens import KeyLayout, TokenLevel
+from models.animators.trainable import TrainableAnimator
+from models.attention.layers import token_levels
+from models.attention.tokens import KeyLayout, TokenLevel
 
 
 @dataclass(frozen=True)
 class TrainingTraits:
-    """See `models.trainable.TrainableAnimator`, which has the attributes of the same names.
+    """See `models.animators.trainable.TrainableAnimator`, which has the attributes of the same names.
 
     Attributes:
         levels: of the layers in which frames see images.

@@ -1,4 +1,4 @@
-"""Configuration of `train_vae.py`."""
+"""Configuration of `training/vae.py`."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from training.config import DataConfig, OptimizerConfig
 
 @dataclass
 class VAEConfig:
-    """`train_vae.py`: a small convolutional autoencoder (diffusers' AutoencoderTiny) for rendered people, or the
+    """`training/vae.py`: a small convolutional autoencoder (diffusers' AutoencoderTiny) for rendered people, or the
     decoder of a published one (AutoencoderKL), fine-tuned to the pictures of a person as DreamPose does.
 
     init: VAE folder to go on from, for example the `vae` of a pipeline folder; null starts anew.

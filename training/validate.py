@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.pose import Poses
+from data.poses.poses import Poses
 from metrics.image import psnr, ssim
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.augmentation import CompositionConfig, compose_references
 from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset
+from training.noise import sample_generators
 from training.objective import sample
-from training.randomness import sample_generators
 
 FPS = 12.0  # of the clips shown; data sets do not say theirs
 

@@ -17,26 +17,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from analysis.animation import Animation, SamplingConfig, Stopwatch, animate
-from analysis.figures import labelled_row
 from benchmarks.accelerations.cost import Cost, costs_by_condition, count_operations
 from benchmarks.accelerations.report import kinds_table, summary_table, trade_offs
 from benchmarks.accelerations.settings import FAMILIES, Setting, settings_of
-from benchmarks.misalignment.clips import BenchmarkClips
-from benchmarks.misalignment.measures import MeasuresConfig, open_measures
-from benchmarks.misalignment.report import Values, read_values, table_numbers, trial_numbers
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file
 from core.processes import process_state
+from evaluation.benchmark_clips import BenchmarkClips
+from evaluation.benchmark_measures import MeasuresConfig, open_measures
+from evaluation.benchmark_report import Values, read_values, table_numbers, trial_numbers
 from evaluation.clips import EvaluationClip
-from evaluation.experiment import Condition, Trial, run_task
-from evaluation.instruments import Instruments
+from evaluation.metric_suite import Instruments
 from evaluation.plots import draw_scatter
 from evaluation.report import common_facts, heading, markdown, write_results
+from evaluation.trials import Condition, Trial, run_task
+from inference.animate import Animation, SamplingConfig, Stopwatch, animate
+from inference.comparison import labelled_row
 from models.acceleration import AccelerationConfig
+from models.animators.registry import SHIPPED_MODEL, choose_device
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
 
 LAST_FRAME = "last.png"

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.speed.measuring import counting
 from core.files import write_json
-from evaluation.experiment import Trial
+from evaluation.trials import Trial
 
 COST_FILE = "cost.json"
 

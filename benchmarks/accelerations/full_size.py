@@ -16,11 +16,11 @@ from benchmarks.inference_cost import SETTINGS, SIZES, Setting, count, seen
 from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
-from models.attention_layers import unet_layers
+from models.attention.context import ReferenceContext, fused_layers
+from models.attention.layers import unet_layers
 from models.broadcast import CROSS, SPATIAL, AttentionCache, BroadcastSchedule
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.merging import TokenMerging
-from models.reference_context import ReferenceContext, fused_layers
 from models.unets import DenoisingUNet
 
 MOTION_ATTENTION = re.compile(r"motion_modules.*\.attn[12]$")

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.accelerations.cost import Cost
 from benchmarks.accelerations.settings import FAMILIES, NONE, Setting
-from benchmarks.animators.report import kinds_mean
-from benchmarks.misalignment.report import Values
-from evaluation.experiment import PERSON_PSNR
+from evaluation.animators_report import kinds_mean
+from evaluation.benchmark_report import Values
 from evaluation.report import Cell, Table, measure_label, over_seeds
+from evaluation.trials import PERSON_PSNR
 
 FOREGROUND = "foreground_"
 

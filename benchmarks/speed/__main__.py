@@ -24,7 +24,7 @@ from benchmarks.speed.report import speed_tables
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
-from models.pipeline_folder import choose_device
+from models.animators.registry import choose_device
 
 
 def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from benchmarks.speed.without_models import (
     pixel_instruments,
 )
 from core.errors import UserError
-from models.pipeline_folder import SHIPPED_MODEL, choose_device
+from models.animators.registry import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
 
 PARTS = ("machine", "inference", "training", "calibration", "loading", "metrics", "growth", "processes")

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.drawing import draw_pose
-from data.motion import random_motion
-from data.people import build_person, load_people, random_identity
-from data.pose import Poses
-from data.render import Camera, Figure, render_people
+from data.people.bodies import build_person, load_people, random_identity
+from data.people.motion import random_motion
+from data.people.renderer import Camera, Figure, render_people
+from data.poses.drawing import draw_pose
+from data.poses.poses import Poses
 from tpc import Calibration, CalibrationConfig, calibrate
 
 FPS = 15.0

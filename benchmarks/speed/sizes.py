@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
+from models.animators.registry import load_pipeline
 from models.checkpoints.sizes import (
     MotionSizes,
     UNetSizes,
@@ -15,7 +16,6 @@ from models.checkpoints.sizes import (
     make_reference_net,
 )
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import load_pipeline
 from models.schedules import published_scheduler
 
 POSE_CHANNELS = (16, 32, 96, 256)

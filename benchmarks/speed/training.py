@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.measuring import Measured, counting, peak_memory, timed
-from models.latents import vae_factor
 from models.pipeline import AnimationPipeline
+from models.vae import vae_factor
 from training.build import make_scheduler, set_trainable
 from training.config import OptimizerConfig, TrainConfig
 from training.memory import enable_gradient_checkpointing
+from training.noise import sample_generators
 from training.objective import diffusion_loss
-from training.randomness import sample_generators
 from training.run import make_optimizer
 from training.traits import TrainingTraits
 

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.speed.measuring import Measured, peak_memory
 from benchmarks.speed.scene import make_scene
-from data.datasets import RenderedPeople
-from evaluation.instruments import Instruments
+from data.clips.rendered import RenderedPeople
 from evaluation.measure import FramePair, measure_clip
+from evaluation.metric_suite import Instruments
 from metrics.protocols import PROTOCOLS
 from tpc import CalibrationConfig
 

@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from models.checkpoints.loading import compare, load_strictly, shapes_of
 from models.checkpoints.recognised import Recognised, joined
 from models.checkpoints.sizes import Shapes, count
-from models.checkpoints.strict import compare, load_strictly, shapes_of
 
 # Attention of the middle blocks: name in files up to diffusers 0.14 -> name today.
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

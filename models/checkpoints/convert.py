@@ -5,13 +5,13 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.files import complete_folder
+from models.animators.registry import PIPELINES, read_index
 from models.checkpoints.convert_animate_anyone import animate_anyone, stable_diffusion
 from models.checkpoints.convert_disco import disco
 from models.checkpoints.convert_dream_pose import dream_pose
 from models.checkpoints.convert_magic_animate import magic_animate
 from models.checkpoints.sources import DTYPES, ConvertConfig, Sources
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import PIPELINES, read_index
 
 # Family -> what makes a pipeline of its files. A new family adds a line here, its files to `sources.ConvertConfig` and
 # `sources.PLACES`, and its schedule to `models.schedules`.

@@ -6,15 +6,15 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.checkpoints.disco import LATENT_SIDE, DiscoWeights, load_disco
+from models.animators.disco.checkpoint import LATENT_SIDE, DiscoWeights, load_disco
+from models.animators.disco.model import NULL_TOKENS
+from models.animators.disco.networks import EMBEDDING_WIDTHS, DiscoUNet, TokenProjection, new_control_net
+from models.animators.disco.pipeline import DiscoPipeline
+from models.checkpoints.loading import load_strictly, shapes_of
 from models.checkpoints.sizes import unet_arguments, unet_sizes
 from models.checkpoints.sources import WINDOWS, Sources
-from models.checkpoints.strict import load_strictly, shapes_of
-from models.disco import NULL_TOKENS
-from models.disco_networks import EMBEDDING_WIDTHS, DiscoUNet, TokenProjection, new_control_net
-from models.disco_pipeline import DiscoPipeline
-from models.latents import vae_factor
 from models.schedules import published_scheduler
+from models.vae import vae_factor
 
 
 def disco(sources: Sources) -> DiscoPipeline:

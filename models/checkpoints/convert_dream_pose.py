@@ -7,17 +7,17 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionModel
 
 from core.errors import UserError
+from models.animators.dream_pose.checkpoint import load_adapter, load_dream_pose_unet, widened
+from models.animators.dream_pose.model import DreamPosePipeline
+from models.animators.dream_pose.networks import ImageAdapter
 from models.checkpoints.autoencoder import load_autoencoder
-from models.checkpoints.dream_pose import load_adapter, load_dream_pose_unet, widened
 from models.checkpoints.files import read_tensors
 from models.checkpoints.folders import load_folder
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import unet_sizes
 from models.checkpoints.sources import Sources
-from models.checkpoints.strict import shapes_of
-from models.dream_pose import DreamPosePipeline
-from models.dream_pose_networks import ImageAdapter
-from models.latents import encode_pictures, vae_factor
 from models.schedules import published_scheduler
+from models.vae import encode_pictures, vae_factor
 
 # A folder of all of CLIP serves as well; this is what the picture's tokens do not need of it.
 OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")

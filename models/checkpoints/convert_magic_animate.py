@@ -4,11 +4,11 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
+from models.animators.magic_animate.model import MagicAnimatePipeline
+from models.animators.magic_animate.networks import PromptEmbedding
 from models.checkpoints.convert_animate_anyone import check_fit
 from models.checkpoints.networks import load_control_net, load_denoising_unet, load_reference_net
 from models.checkpoints.sources import WINDOWS, Sources
-from models.magic_animate import MagicAnimatePipeline
-from models.magic_animate_networks import PromptEmbedding
 from models.schedules import published_scheduler
 
 

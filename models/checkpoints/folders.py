@@ -9,7 +9,7 @@ from torch import nn
 
 from core.errors import UserError
 from models.checkpoints.files import check_readable, weights_file
-from models.checkpoints.strict import Mismatch, misshapen
+from models.checkpoints.loading import Mismatch, misshapen
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -10,11 +10,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
+from models.animators.disco.checkpoint import recognise_disco
+from models.animators.dream_pose.checkpoint import recognise_adapter, recognise_unet
 from models.checkpoints.autoencoder import recognise_autoencoder
-from models.checkpoints.disco import recognise_disco
-from models.checkpoints.dream_pose import recognise_adapter, recognise_unet
 from models.checkpoints.files import without_prefixes
 from models.checkpoints.folders import load_folder
+from models.checkpoints.loading import Mismatch, compare, shapes_of
 from models.checkpoints.manifests import (
     animated_unet_manifest,
     appearance_encoder_manifest,
@@ -28,7 +29,6 @@ from models.checkpoints.names import MOTION, is_position_table, module_names
 from models.checkpoints.networks import EMBEDDING, UNET_PREFIXES
 from models.checkpoints.recognised import Recognised, joined, unet_detail
 from models.checkpoints.sizes import MotionSizes, Shapes, UNetSizes, motion_sizes, pose_guider_channels, unet_sizes
-from models.checkpoints.strict import Mismatch, compare, shapes_of
 
 # What names in Stability's own single-file format begin with.
 SINGLE_FILE = "model.diffusion_model."

@@ -5,6 +5,7 @@ The names follow from the networks, so they are built (without memory) and not l
 
 import torch
 
+from models.checkpoints.loading import shapes_of
 from models.checkpoints.names import MOTION, published_names
 from models.checkpoints.networks import OUTPUT_LAYERS
 from models.checkpoints.sizes import (
@@ -16,7 +17,6 @@ from models.checkpoints.sizes import (
     make_pose_guider,
     make_reference_net,
 )
-from models.checkpoints.strict import shapes_of
 
 
 def unet_manifest(sizes: UNetSizes) -> Shapes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from models.checkpoints.files import without_prefixes
+from models.checkpoints.loading import load_strictly, shapes_of
 from models.checkpoints.names import MOTION, module_names, position_length, position_table
 from models.checkpoints.sizes import (
     MotionSizes,
@@ -24,7 +25,6 @@ from models.checkpoints.sizes import (
     pose_guider_channels,
     unet_sizes,
 )
-from models.checkpoints.strict import load_strictly, shapes_of
 from models.unets import DenoisingUNet, MotionModule, PoseGuider, ReferenceNet
 
 Tensors = Mapping[str, Tensor]

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from models.checkpoints.loading import Mismatch
 from models.checkpoints.sizes import UNetSizes
-from models.checkpoints.strict import Mismatch
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.attention.context import fused_layers, same_reference
 from models.checkpoints.fixture import Fixture
 from models.checkpoints.networks import load_denoising_unet, load_pose_guider, load_reference_net, with_motion
-from models.reference_context import fused_layers, same_reference
 
 FILES = frozenset({"denoising_unet", "motion_module", "reference_unet", "pose_guider"})
 

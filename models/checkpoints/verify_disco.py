@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from models.checkpoints.disco import load_disco
+from models.animators.disco.checkpoint import load_disco
+from models.animators.disco.model import SOURCE, DisCo
+from models.attention.context import ReferenceContext
 from models.checkpoints.fixture import Fixture
-from models.disco import SOURCE, DisCo
-from models.reference_context import ReferenceContext
 
 FILES = frozenset({"module"})
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.animators.dream_pose.checkpoint import load_adapter, load_dream_pose_unet
+from models.animators.dream_pose.networks import branch_weights
 from models.checkpoints.autoencoder import load_autoencoder
-from models.checkpoints.dream_pose import load_adapter, load_dream_pose_unet
 from models.checkpoints.fixture import Fixture
-from models.dream_pose_networks import branch_weights
 
 FILES = frozenset({"unet", "adapter", "vae"})
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from models.animators.magic_animate.networks import control_residuals
+from models.attention.context import fused_layers, same_reference
 from models.checkpoints.fixture import Fixture
 from models.checkpoints.networks import load_control_net, load_denoising_unet, load_reference_net
-from models.magic_animate_networks import control_residuals
-from models.reference_context import fused_layers, same_reference
 
 FILES = frozenset({"appearance_encoder", "densepose_controlnet", "temporal_attention"})
 

@@ -34,7 +34,7 @@ from benchmarks.speed.sizes import PIXELS, SpeedSizes, chosen_sizes
 from core.config import config_dict, load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
-from models.pipeline_folder import choose_device
+from models.animators.registry import choose_device
 
 INFERENCE = "inference"
 

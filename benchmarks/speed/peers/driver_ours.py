@@ -18,16 +18,16 @@ from benchmarks.speed.peers.driver_protocol import DTYPES, Driver, Job, StepTime
 from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
 from benchmarks.speed.sizes import use_channels_last
 from core.files import complete_folder
-from models.animator import Images
+from models.animators.base import Images
+from models.animators.registry import load_pipeline
 from models.checkpoints.convert import BUILDERS
 from models.checkpoints.sources import ConvertConfig, Sources
 from models.pipeline import AnimationPipeline
-from models.pipeline_folder import load_pipeline
 from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import NoiseConfig, TrainConfig
 from training.memory import enable_gradient_checkpointing
+from training.noise import sample_generators
 from training.objective import diffusion_loss
-from training.randomness import sample_generators
 from training.run import make_optimizer
 from training.traits import TrainingTraits
 
@@ -61,7 +61,7 @@ def placed(pipeline: AnimationPipeline, job: Job) -> AnimationPipeline:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture (1, 3, H, W) in [-1, 1] as `models.animator.Images`, as far as image encoders ask."""
+    """A picture (1, 3, H, W) in [-1, 1] as `models.animators.base.Images`, as far as image encoders ask."""
 
     pictures: torch.Tensor
 

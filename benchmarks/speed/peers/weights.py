@@ -25,7 +25,7 @@ from models.checkpoints.manifests import (
 )
 from models.checkpoints.sizes import MotionSizes, Shapes
 from models.checkpoints.synthetic import synthetic_tensors
-from training.randomness import draw, sample_generators
+from training.noise import draw, sample_generators
 
 SETTINGS, INPUTS = "settings.json", "inputs"
 STAGES = ("image", "motion")
@@ -173,7 +173,7 @@ def training_batch(sizes: SpeedSizes, stage: str, seed: int) -> dict[str, Tensor
 
     Returns:
         "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1], and
-        "timesteps", "noise", "posterior" as in `training.randomness.Draws`.
+        "timesteps", "noise", "posterior" as in `training.noise.Draws`.
     """
     clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
     rng = np.random.default_rng([seed, STAGES.index(stage)])

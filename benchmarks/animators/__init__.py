@@ -1,1 +1,0 @@
-"""Animators beside each other: original and misaligned clips, without and with TPC."""

@@ -1,0 +1,176 @@
+"""Clips kept on disk: rendered or decoded once, read at random ever after.
+
+A cache is a folder of memory-mapped arrays for n clips of m pictures (the reference first, then the frames):
+
+    pictures.npy   (n, m, H, W, 3) uint8      masks.npy  (n, m, H, W) uint8, 0 or 1
+    keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
+    latents-DIGEST/  latents of the pictures by one VAE: mean.npy and, where there is one, deviation.npy
+                     (n, m, c, h, w) float16
+    surfaces/        surface maps of rendered people, see `data.surfaces`: surfaces.npy (n, m, h, w, 3) float16
+
+It is reused only when `cache.json` says it was made from the same description; otherwise it is made anew.
+"""
+
+import json
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from core.files import complete_folder
+from data.poses.drawing import draw_pose
+
+INDEX = "cache.json"
+
+
+def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path, workers: int) -> Path:
+    """Make the cache of all clips of a data set in `folder`, unless it is there already.
+
+    Args:
+        clips: items as `data.datasets` makes them.
+        description: everything the items depend on, as JSON values.
+        workers: loader processes.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.is_file() and json.loads(index.read_text(encoding="utf-8")) == description:
+        return folder
+    first = clips[0]
+    pictures = 1 + first["frames"].shape[1]
+    height, width = first["frames"].shape[-2:]
+    shapes = {
+        "pictures": ((pictures, height, width, 3), np.uint8),
+        "masks": ((pictures, height, width), np.uint8),
+        "keypoints": ((pictures, 17, 3), np.float32),
+    }
+    with complete_folder(folder) as temporary:
+        arrays = {
+            name: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (len(clips), *shape))
+            for name, (shape, dtype) in shapes.items()
+        }
+        loader = DataLoader(clips, batch_size=None, num_workers=workers)
+        for number, item in enumerate(tqdm(loader, desc="caching clips", total=len(clips))):
+            for name, value in pack_clip(item).items():
+                arrays[name][number] = value
+        for array in arrays.values():
+            array.flush()
+        (temporary / INDEX).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """One item of a data set as the arrays of a cache, without the leading axis."""
+    frames = torch.cat([item["reference"][:, None], item["frames"]], dim=1)
+    masks = torch.cat([item["reference_mask"][:, None], item["masks"]], dim=1)
+    return {
+        "pictures": ((frames + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy(),
+        "masks": masks[0].byte().numpy(),
+        "keypoints": torch.cat([item["reference_keypoints"][None], item["keypoints"]]).numpy(),
+    }
+
+
+class CachedClips(Dataset):
+    """Clips of a cache, in an order and with references that are a function of (seed, i).
+
+    Args:
+        folder: the cache.
+        num_frames: frames of a clip. 1 pairs two different pictures of a cached clip at random; otherwise it must be
+            the number that was cached.
+        length: items; the cache is walked through again and again, each time in another order.
+        seed: of order and choice.
+        latents: folder of the pictures' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
+            and "reference_latents" (c, h, w).
+        surfaces: file of the pictures' surface maps; items then also have "surfaces" (3, F, h, w) and
+            "reference_surface" (3, h, w), see `data.surfaces`.
+
+    Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "pictures" (which of its pictures
+    are the reference and the frames), int64.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        num_frames: int,
+        length: int,
+        seed: int = 0,
+        latents: Path | None = None,
+        surfaces: Path | None = None,
+    ) -> None:
+        self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
+        self.pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
+        self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
+        self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
+        self.latents = {} if latents is None else _mapped_latents(latents)
+        self.surfaces = None if surfaces is None else np.load(surfaces, mmap_mode="r")
+        cached = self.pictures.shape[1] - 1
+        if num_frames not in (1, cached):
+            raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
+
+    def with_latents(self, folder: Path) -> "CachedClips":
+        """The same clips with the latents of their pictures."""
+        clips = copy(self)
+        clips.latents = _mapped_latents(folder)
+        return clips
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+        clip, chosen = self.choose(index)
+        height, width = self.pictures.shape[2:4]
+        pictures = torch.from_numpy(self.pictures[clip][chosen]).permute(3, 0, 1, 2).float() / 127.5 - 1
+        masks = torch.from_numpy(self.masks[clip][chosen]).float()
+        keypoints = self.keypoints[clip][chosen]
+        poses = [draw_pose(points[None, :, :2], points[None, :, 2], (width, height)) for points in keypoints[1:]]
+        return {
+            "reference": pictures[:, 0],
+            "frames": pictures[:, 1:],
+            "poses": torch.from_numpy(np.stack(poses)).permute(3, 0, 1, 2).float() / 255,
+            "reference_mask": masks[:1],
+            "masks": masks[None, 1:],
+            "reference_keypoints": torch.from_numpy(keypoints[0]),
+            "keypoints": torch.from_numpy(keypoints[1:]),
+            "clip": torch.tensor(clip),
+            "pictures": torch.from_numpy(chosen),
+            **self._latents(clip, chosen),
+            **self._surfaces(clip, chosen),
+        }
+
+    def _latents(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        if not self.latents:
+            return {}
+        mean = torch.from_numpy(self.latents["mean"][clip][chosen]).float()
+        deviation = torch.zeros_like(mean)
+        if "deviation" in self.latents:
+            deviation = torch.from_numpy(self.latents["deviation"][clip][chosen]).float()
+        return {
+            "latent_mean": mean[1:].transpose(0, 1),
+            "latent_deviation": deviation[1:].transpose(0, 1),
+            "reference_latents": mean[0],
+        }
+
+    def _surfaces(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        if self.surfaces is None:
+            return {}
+        maps = torch.from_numpy(self.surfaces[clip][chosen]).permute(3, 0, 1, 2).float()
+        return {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
+
+    def choose(self, index: int) -> tuple[int, np.ndarray]:
+        """The cached clip of item `index`, and which of its pictures are the reference and the frames."""
+        clips, pictures = self.pictures.shape[:2]
+        epoch, place = divmod(index, clips)
+        clip = int(np.random.default_rng([self.seed, epoch]).permutation(clips)[place])
+        if self.num_frames > 1:
+            return clip, np.arange(pictures)
+        return clip, np.random.default_rng([self.seed, epoch, place]).permutation(pictures)[:2]
+
+
+def _mapped_latents(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}

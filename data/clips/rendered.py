@@ -1,0 +1,201 @@
+"""Clips for training and measurement: what they consist of, and people rendered on the fly.
+
+Every item is a dictionary of float32 tensors, ready for `default_collate`, with F frames of H x W pixels:
+
+    reference            (3, H, W)      picture of the person in [-1, 1]
+    frames               (3, F, H, W)   the clip in [-1, 1]
+    poses                (3, F, H, W)   its pose pictures in [0, 1]
+    reference_mask       (1, H, W)      1 where the person is, 0 elsewhere
+    masks                (1, F, H, W)
+    reference_keypoints  (17, 3)        x, y in pixels and score, COCO order
+    keypoints            (F, 17, 3)
+
+Item i is a function of the data set's arguments and i alone, whichever worker process makes it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from core.errors import UserError
+from data.people.backgrounds import random_background
+from data.people.bodies import SPLITS, PeopleLibrary, build_person, load_people, random_identity
+from data.people.clothes import PLAIN
+from data.people.motion import random_motion
+from data.people.renderer import Rendered
+from data.people.scenes import CameraRanges, Scene, random_camera, random_light
+from data.people.skeleton import Pose
+from data.poses.drawing import draw_pose
+
+REFERENCE_SECONDS = 4.0  # the moments of a motion among which a clip and its reference are chosen
+OTHER_MOTION = 0.3  # share of references taken from another motion of the person
+SMALL_TEXTURE = 200  # persons up to this many pixels high get textures of 128 texels, taller ones of 256
+
+
+@dataclass
+class PeopleConfig:
+    """How rendered people are framed and dressed.
+
+    height: least and greatest height of a standing person as a share of the picture's.
+    close_ups: share of clips that show the upper half of the body.
+    tilted: share of clips whose camera is turned by up to 90 degrees either way, for reference and frames alike.
+    plain: share of fabrics without a pattern.
+    """
+
+    height: list[float] = field(default_factory=lambda: [0.55, 1.05])
+    close_ups: float = 0.12
+    tilted: float = 0.0
+    plain: float = PLAIN
+
+    def check(self, name: str) -> None:
+        """Refuse values that cannot work; `name` is the configuration's key.
+
+        Raises:
+            UserError: naming the value.
+        """
+        if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
+            raise UserError(f"{name}.height={self.height} must be the least and the greatest share of the picture")
+        for share in ("close_ups", "tilted", "plain"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise UserError(f"{name}.{share}={getattr(self, share)} must be a share between 0 and 1")
+
+    def cameras(self) -> CameraRanges:
+        """The framing part."""
+        return CameraRanges(height=(self.height[0], self.height[1]), close_ups=self.close_ups, tilted=self.tilted)
+
+
+class RenderedPeople(Dataset):
+    """Rendered people in motion; the reference is another moment under the same camera, as in filmed data sets.
+
+    Args:
+        size: (width, height) in pixels.
+        num_frames: frames of a clip; 1 for single pictures.
+        fps: frames per second of the motion before every `stride`-th frame is taken.
+        stride: step between the frames of a clip.
+        split: "train" or "heldout"; they share no body, no outfit and no clip.
+        seed: other seeds are other clips.
+        length: number of clips.
+        people: how they are framed and dressed.
+        cameras: how people are framed; as `people` says without it.
+        library: the bodies; the ones shipped with the project without it.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int] = (128, 128),
+        num_frames: int = 1,
+        fps: float = 24.0,
+        stride: int = 4,
+        split: str = "train",
+        seed: int = 0,
+        length: int = 100_000,
+        people: PeopleConfig | None = None,
+        cameras: CameraRanges | None = None,
+        library: PeopleLibrary | None = None,
+    ) -> None:
+        check_positive(num_frames=num_frames, stride=stride, length=length, size=min(size))
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+        self.size, self.num_frames, self.fps, self.stride = size, num_frames, fps, stride
+        self.split, self.seed, self.length = split, seed, length
+        people = people or PeopleConfig()
+        self.cameras, self.plain = cameras or people.cameras(), people.plain
+        self.library = library or load_people()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        scene = self.scene(index)
+        return clip_item(
+            _picture(scene.render(scene.reference_pose)), [_picture(scene.render(pose)) for pose in scene.poses]
+        )
+
+    def scene(self, index: int) -> Scene:
+        """What clip `index` shows, before it is rendered."""
+        check_index(index, self.length)
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        camera = random_camera(rng, self.cameras)
+        texture_size = 128 if camera.scale * self.size[1] <= SMALL_TEXTURE else 256
+        identity = random_identity(rng, self.library, self.split, self.plain)
+        person = build_person(identity, self.library, texture_size)
+        poses, reference_pose = self._poses(rng)
+        return Scene(person, reference_pose, poses, camera, random_light(rng), random_background(rng, self.size))
+
+    def _poses(self, rng: np.random.Generator) -> tuple[list[Pose], Pose]:
+        span = (self.num_frames - 1) * self.stride + 1
+        length = span + round(REFERENCE_SECONDS * self.fps)
+        motion = random_motion(rng, length, self.fps)
+        start = int(rng.integers(length - span + 1))
+        poses = [motion.pose(frame) for frame in range(start, start + span, self.stride)]
+        source = random_motion(rng, length, self.fps) if rng.random() < OTHER_MOTION else motion
+        return poses, source.pose(int(rng.integers(length)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a clip.
+
+    Attributes:
+        image: (h, w, 3) uint8 RGB; None where features take its place.
+        mask: (h, w) bool.
+        keypoints, scores: (persons, 17, 2) in pixels, and (persons, 17).
+    """
+
+    image: np.ndarray | None
+    mask: np.ndarray
+    keypoints: np.ndarray
+    scores: np.ndarray
+
+
+def clip_item(reference: Picture, frames: list[Picture]) -> dict[str, torch.Tensor]:
+    """The tensors of a clip, see the module; pictures that are None are left out."""
+    size = (reference.mask.shape[1], reference.mask.shape[0])
+    poses = [draw_pose(frame.keypoints, frame.scores, size) for frame in frames]
+    item = {} if reference.image is None else {"reference": clip_tensor([reference.image])[:, 0]}
+    if all(frame.image is not None for frame in frames):
+        item["frames"] = clip_tensor([frame.image for frame in frames])
+    return item | {
+        "poses": pixel_tensor(poses).div_(255),
+        "reference_mask": torch.from_numpy(reference.mask[None]).float(),
+        "masks": torch.from_numpy(np.stack([frame.mask for frame in frames])[None]).float(),
+        "reference_keypoints": keypoint_tensor(reference.keypoints[0], reference.scores[0]),
+        "keypoints": torch.stack([keypoint_tensor(frame.keypoints[0], frame.scores[0]) for frame in frames]),
+    }
+
+
+def clip_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """f pictures (h, w, 3) uint8 -> float32 (3, f, h, w) in [-1, 1]."""
+    return pixel_tensor(pictures).div_(127.5).sub_(1)
+
+
+def pixel_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """f pictures (h, w, 3) uint8 -> float32 (3, f, h, w), the same numbers; a copy of its own."""
+    # In one pass over all pictures: long clips of large ones spend most of a loader's time here.
+    stacked = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)
+    return stacked.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def keypoint_tensor(keypoints: np.ndarray, scores: np.ndarray) -> torch.Tensor:
+    """(17, 2) and (17,) -> float32 (17, 3)."""
+    return torch.from_numpy(np.concatenate([keypoints, scores[:, None]], 1).astype(np.float32))
+
+
+def _picture(rendered: Rendered) -> Picture:
+    return Picture(rendered.image, rendered.mask, rendered.keypoints[None], rendered.scores[None])
+
+
+def check_positive(**arguments: int) -> None:
+    """ValueError for an argument below 1."""
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_index(index: int, length: int) -> None:
+    """IndexError for an item that a data set of this length has not."""
+    # Not a ValueError: iteration over a map-style data set ends with an IndexError.
+    if not 0 <= index < length:
+        raise IndexError(f"index must be in [0, {length}), got {index}")

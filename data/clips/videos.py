@@ -1,0 +1,217 @@
+"""Clips of filmed people for training: a folder that `prepare.py` has prepared, or videos with pose files beside them.
+
+Items are those of `data.datasets`. With cached features (`data.feature_cache`) pictures that nothing else needs are
+not decoded: latents add `latent_mean` and `latent_deviation` (c, F, h, w) and `reference_latents` (c, h, w) and take
+`frames` away, embeddings add `reference_context` (1, channels), and both together take `reference` away.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from core.errors import UserError
+from data.clips.feature_cache import FeatureCache
+from data.clips.pose_pictures import pose_pictures_of, read_pose_pictures
+from data.clips.rendered import Picture, check_index, check_positive, clip_item
+from data.crops import CROPS
+from data.poses.poses import Poses
+from data.preparation.clips import UsableClip, read_frames, summarize, usable_clips
+from data.preparation.fingerprint import Fingerprint
+from data.preparation.manifest import Clip
+from data.preparation.masks import read_union
+from data.transforms import apply_fit
+
+logger = logging.getLogger(__name__)
+_SEEN = 0.3  # score above which pose pictures show a joint
+
+
+class VideoFolder(Dataset):
+    """Clips of a folder of filmed people. Item i is a function of the arguments, the files and i alone.
+
+    Without a manifest, `name.mp4` (any format that can be read) goes with `name.npz` (`data.poses.poses.Poses`, one pose per
+    frame) and, if there are masks, with the folder `name_masks`, see `data.masks`. With several persons in a video,
+    all are in the pictures and masks, and the keypoints are those of the first.
+
+    Clips and references are taken from frames in which somebody is seen. What is too short, has changed since it was
+    prepared, cannot be read, or shows people who do not fit into the crop is left out; `left_out` says why. A clip
+    that turns out to be damaged while training reads it is reported and left out from then on; `broken_clips` counts
+    them, in whichever process it was found.
+
+    Args:
+        root: the folder, or its manifest; videos may lie in folders below it.
+        size: (width, height) in pixels.
+        num_frames: frames of a clip; 1 for single pictures.
+        stride: step between the frames of a clip.
+        seed: other seeds are other clips.
+        length: number of items, a walk through all clips again and again, each time in another order; as many as there
+            are clips without it.
+        crop: "person", "pad" or "centre", see `data.crops`.
+        split: "train" leaves out what is marked as held out, "heldout" takes only that, if anything is; None: all.
+        latents, embeddings: features to read in place of pictures, see `data.feature_cache`.
+        pose_pictures: folder of the clips' pose pictures, see `data.pose_pictures`; None: figures are drawn.
+
+    Raises:
+        UserError: no such folder, or no clip of it can be used: the message counts the reasons.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: tuple[int, int] = (512, 512),
+        num_frames: int = 1,
+        stride: int = 1,
+        seed: int = 0,
+        length: int | None = None,
+        crop: str = "person",
+        split: str | None = None,
+        latents: FeatureCache | None = None,
+        embeddings: FeatureCache | None = None,
+        pose_pictures: str | Path | None = None,
+    ) -> None:
+        check_positive(num_frames=num_frames, stride=stride, length=1 if length is None else length, size=min(size))
+        if crop not in CROPS:
+            raise ValueError(f"crop must be one of {CROPS}, got {crop!r}")
+        self.root, self.size, self.num_frames, self.stride, self.seed = Path(root), size, num_frames, stride, seed
+        self.crop, self.latents, self.embeddings = crop, latents, embeddings
+        self.pose_pictures = None if pose_pictures is None else Path(pose_pictures)
+        clips, self.left_out = usable_clips(self.root, size, crop, split)
+        self.clips: list[UsableClip] = []
+        for usable in clips:
+            if usable.clip.frames < self.span:
+                self.left_out[usable.clip.name] = f"too short: below {self.span} frames"
+            elif self.pose_pictures is not None and pose_pictures_of(self.pose_pictures, usable.clip) is None:
+                self.left_out[usable.clip.name] = f"without pose pictures: none in {self.pose_pictures}"
+            else:
+                self.clips.append(usable)
+        if not self.clips:
+            raise self._nothing_usable(max((usable.clip.frames for usable in clips), default=0))
+        self.length = len(self.clips) if length is None else length
+        self._broken = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
+
+    @property
+    def span(self) -> int:
+        """Frames from the first to the last of an item's clip."""
+        return (self.num_frames - 1) * self.stride + 1
+
+    @property
+    def broken_clips(self) -> int:
+        """Clips that were found to be damaged while they were read, by this or any loader process."""
+        return int(self._broken.sum())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        check_index(index, self.length)
+        problem = None
+        for number in self._candidates(index):
+            if self._broken[number]:
+                continue
+            try:
+                return self._item(self.clips[number], np.random.default_rng([self.seed, index, number]))
+            except UserError as error:
+                problem = error
+                self._broken[number] = True
+                logger.warning(
+                    "clip %s is left out from now on (%d of %d are): %s",
+                    self.clips[number].clip.name,
+                    self.broken_clips,
+                    len(self.clips),
+                    error,
+                )
+        raise UserError(
+            f"root={self.root}: none of {len(self.clips)} clips can be read, the last because {problem}; "
+            f"`python prepare.py check dataset={self.root}` lists what to do"
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over what the items depend on in the files: videos, and how they are cut."""
+        digest = hashlib.sha256()
+        for usable in self.clips:
+            clip = usable.clip
+            video = clip.fingerprint or Fingerprint.of(clip.video)
+            digest.update(f"{clip.name} {video.sha256} {usable.matrix.tolist()}\n".encode())
+        return digest.hexdigest()
+
+    def left_out_summary(self) -> str | None:
+        """One line about the clips that are left out, or None without any."""
+        return summarize(self.left_out, len(self.clips) + len(self.left_out)) if self.left_out else None
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The clip whose turn it is, then the others in an order of their own, should it be broken."""
+        epoch, place = divmod(index, len(self.clips))
+        yield int(np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))[place])
+        yield from np.random.default_rng([self.seed, epoch, place]).permutation(len(self.clips)).tolist()
+
+    def _item(self, usable: UsableClip, rng: np.random.Generator) -> dict[str, Tensor]:
+        clip = usable.clip
+        poses = Poses.load(clip.poses)
+        if poses.frames != clip.frames or poses.size != clip.size:
+            raise UserError(f"{clip.poses} is not of its video any more; prepare it again")
+        chosen = self._choose(poses, rng)
+        poses = poses[chosen].mapped(usable.matrix, self.size).clipped()
+        masks = [read_union(clip.masks, frame, clip.size) for frame in chosen]
+        border = "zero" if self.crop == "pad" else "replicate"
+        masks = [apply_fit(mask, usable.matrix, self.size, border) > 127 for mask in masks]
+        wanted = (chosen if self.latents is None else chosen[:1]) if self._wants_pictures else []
+        images = [apply_fit(image, usable.matrix, self.size, border) for image in read_frames(clip, wanted)]
+        missing = [None] * (len(chosen) - len(images))
+        pictures = [
+            Picture(image, mask, keypoints, scores)
+            for image, mask, keypoints, scores in zip(
+                [*images, *missing], masks, poses.keypoints, poses.scores, strict=True
+            )
+        ]
+        item = clip_item(pictures[0], pictures[1:])
+        if self.pose_pictures is not None:
+            source = pose_pictures_of(self.pose_pictures, clip)
+            item["poses"] = read_pose_pictures(source, clip, chosen[1:], usable.matrix, self.size)
+        if self.latents is not None:
+            item |= latent_features(self.latents, clip, chosen)
+        if self.embeddings is not None:
+            item["reference_context"] = self.embeddings.read(clip.name, chosen[:1])["embedding"]
+        return item
+
+    def _choose(self, poses: Poses, rng: np.random.Generator) -> list[int]:
+        """A reference and the frames of a clip, at random among those in which somebody is seen."""
+        seen = poses.present(_SEEN).any(axis=1)
+        offsets = np.arange(0, self.span, self.stride)
+        starts = np.flatnonzero(seen[np.arange(poses.frames - self.span + 1)[:, None] + offsets].all(axis=1))
+        if not len(starts):
+            raise UserError(f"no {self.num_frames} frames at stride {self.stride} show somebody throughout")
+        frames = (starts[rng.integers(len(starts))] + offsets).tolist()
+        others = sorted(set(np.flatnonzero(seen).tolist()) - set(frames)) or frames
+        return [others[rng.integers(len(others))], *frames]
+
+    @property
+    def _wants_pictures(self) -> bool:
+        return self.latents is None or self.embeddings is None
+
+    def _nothing_usable(self, longest: int) -> UserError:
+        text = f"root={self.root} holds no clip that can be used: {summarize(self.left_out, len(self.left_out))}"
+        if any(reason.startswith("too short") for reason in self.left_out.values()):
+            text += (
+                f"; num_frames={self.num_frames} at stride={self.stride} needs {self.span} frames, "
+                f"the longest clip has {longest}"
+            )
+        if any("does not fit" in reason for reason in self.left_out.values()):
+            text += "; crop=pad shows them whole, or choose a size of the videos' shape"
+        return UserError(text)
+
+
+def latent_features(cache: FeatureCache, clip: Clip, chosen: list[int]) -> dict[str, Tensor]:
+    """Latents of the reference, the first of the chosen frames, and of the others."""
+    stored = cache.read(clip.name, chosen)
+    mean = stored["mean"].float()
+    deviation = stored["deviation"].float() if "deviation" in stored else torch.zeros_like(mean)
+    return {
+        "latent_mean": mean[1:].transpose(0, 1),
+        "latent_deviation": deviation[1:].transpose(0, 1),
+        "reference_latents": mean[0],
+    }

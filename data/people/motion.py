@@ -1,0 +1,186 @@
+"""Motion clips of our own making: joint-angle curves with random rates, phases and reach.
+
+A clip combines what the legs, the arms, the trunk and the facing do. Angles are those of
+`data.people.skeleton.rotations_from_angles`, in radians, kept inside the joints' limits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.people import actions
+from data.people.actions import SIDES, Score
+from data.people.skeleton import JOINT_INDEX, JOINTS, Pose, axis_rotation, rotations_from_angles
+
+# Lowest and highest bend, side and twist of each joint.
+JOINT_LIMITS = {
+    "pelvis": ((-0.3, 0.6), (-0.25, 0.25), (-0.5, 0.5)),
+    "spine": ((-0.3, 0.8), (-0.4, 0.4), (-0.35, 0.35)),
+    "chest": ((-0.2, 0.6), (-0.35, 0.35), (-0.35, 0.35)),
+    "neck": ((-0.3, 0.4), (-0.25, 0.25), (-0.5, 0.5)),
+    "head": ((-0.35, 0.4), (-0.25, 0.25), (-0.6, 0.6)),
+    "clavicle": ((-0.2, 0.2), (-0.1, 0.6), (-0.3, 0.3)),
+    "upper_arm": ((-0.8, 2.7), (0.04, 2.6), (-0.9, 1.7)),
+    "forearm": ((0.05, 2.3), (0.0, 0.0), (-1.0, 1.0)),
+    "hand": ((-0.6, 0.6), (-0.3, 0.3), (0.0, 0.0)),
+    "thigh": ((-0.6, 1.7), (0.0, 0.9), (-0.3, 0.6)),
+    "shin": ((0.0, 2.1), (0.0, 0.0), (0.0, 0.0)),
+    "foot": ((-0.7, 0.5), (-0.2, 0.2), (-0.2, 0.3)),
+}
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A clip of one moving person.
+
+    Attributes:
+        name: which kind of motion, a key of `MOTIONS`.
+        rotations: (f, 19, 3, 3) float32 joint rotations relative to the parent.
+        translations: (f, 3) float32, see `data.people.skeleton.Pose`.
+    """
+
+    name: str
+    rotations: np.ndarray
+    translations: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rotations)
+
+    def pose(self, frame: int) -> Pose:
+        """The pose of one frame."""
+        return Pose(self.rotations[frame], self.translations[frame])
+
+
+LegAction = TrunkAction = Callable[[Score], None]
+ArmAction = Callable[[Score, str], None]
+
+
+@dataclass(frozen=True)
+class MotionRecipe:
+    """What may be combined in a kind of motion; every entry of a tuple is equally likely.
+
+    The arm that leads takes one of `arms`; the other one does the same or takes one of `other_arms`.
+    """
+
+    legs: tuple[LegAction, ...]
+    arms: tuple[ArmAction, ...]
+    other_arms: tuple[ArmAction, ...] = (actions.hang, actions.on_hip, actions.free)
+    trunk: tuple[TrunkAction, ...] = (actions.upright,)
+    mirrored_arms: float = 0.4  # probability that both arms do the same
+    turns: bool = False
+    look: float = 0.5  # how far the head turns, radians
+    weight: float = 1.0  # how often, relative to the others
+
+
+MOTIONS = {
+    "walk": MotionRecipe((actions.walk,), (actions.swing,), mirrored_arms=1.0),
+    "march": MotionRecipe((actions.march,), (actions.swing, actions.punch, actions.raise_sideways), mirrored_arms=0.8),
+    "turn": MotionRecipe(
+        (actions.walk, actions.stand), (actions.hang, actions.swing, actions.raise_sideways), turns=True
+    ),
+    "bend": MotionRecipe(
+        (actions.stand,),
+        (actions.hang, actions.raise_forward, actions.free),
+        trunk=(actions.bend_forward, actions.bend_sideways),
+    ),
+    "stretch": MotionRecipe(
+        (actions.stand, actions.lunge),
+        (actions.overhead, actions.raise_sideways, actions.on_hip),
+        trunk=(actions.bend_sideways, actions.twist),
+    ),
+    "wave": MotionRecipe((actions.stand, actions.side_step), (actions.wave,), mirrored_arms=0.15),
+    "dance": MotionRecipe(
+        (actions.dance_legs,), (actions.free,), trunk=(actions.groove,), mirrored_arms=1.0, weight=3
+    ),
+    "squat": MotionRecipe((actions.squat,), (actions.raise_forward, actions.free, actions.on_hip), mirrored_arms=0.8),
+    "jump": MotionRecipe(
+        (actions.jump,), (actions.raise_sideways, actions.overhead, actions.swing), mirrored_arms=0.9
+    ),
+    "raise": MotionRecipe(
+        (actions.stand, actions.walk),
+        (actions.raise_sideways, actions.raise_forward, actions.overhead),
+        trunk=(actions.upright, actions.twist),
+        weight=2,
+    ),
+    "sit": MotionRecipe(
+        (actions.sit,), (actions.free, actions.hang, actions.wave), trunk=(actions.upright, actions.twist)
+    ),
+    "side_step": MotionRecipe(
+        (actions.side_step,),
+        (actions.hang, actions.swing, actions.raise_sideways, actions.punch),
+        trunk=(actions.upright, actions.groove),
+    ),
+    "look_around": MotionRecipe(
+        (actions.stand,), (actions.on_hip, actions.hang), trunk=(actions.upright, actions.twist), look=1.0, weight=0.5
+    ),
+    "leg_lift": MotionRecipe(
+        (actions.leg_lift, actions.lunge), (actions.raise_sideways, actions.on_hip, actions.free)
+    ),
+    "box": MotionRecipe(
+        (actions.stand, actions.dance_legs), (actions.punch,), trunk=(actions.twist, actions.groove), mirrored_arms=1.0
+    ),
+    "gesture": MotionRecipe(
+        (actions.stand,), (actions.free,), trunk=(actions.upright, actions.groove), mirrored_arms=1.0, weight=2
+    ),
+}
+
+
+def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: str | None = None) -> Motion:
+    """Draw a clip.
+
+    Args:
+        num_frames: length of the clip.
+        fps: frames per second; a cycle of movement takes one to two seconds.
+        name: a key of `MOTIONS`; any of them without it.
+    """
+    if name is not None and name not in MOTIONS:
+        raise ValueError(f"name must be one of {tuple(MOTIONS)}, got {name!r}")
+    weights = np.array([recipe.weight for recipe in MOTIONS.values()])
+    name = name or str(rng.choice(list(MOTIONS), p=weights / weights.sum()))
+    recipe = MOTIONS[name]
+    score = Score(rng, np.arange(num_frames) / fps)
+    _pick(rng, recipe.legs)(score)
+    _pick(rng, recipe.trunk)(score)
+    lead, arm = score.any_side(), _pick(rng, recipe.arms)
+    arm(score, lead)
+    (arm if rng.random() < recipe.mirrored_arms else _pick(rng, recipe.other_arms))(score, score.other(lead))
+    actions.look(score, recipe.look)
+    _shrug(score)
+    _face(score, recipe.turns)
+    rotations = rotations_from_angles(limited(score.angles))
+    facing = axis_rotation(2, score.facing)
+    rotations[:, 0] = facing @ rotations[:, 0]
+    translations = np.einsum("fab,fb->fa", facing, score.translation)
+    return Motion(name, rotations, translations.astype(np.float32))
+
+
+def limited(angles: np.ndarray) -> np.ndarray:
+    """Angles (f, 19, 3) clipped to `JOINT_LIMITS`."""
+    low, high = np.moveaxis(np.array([JOINT_LIMITS[_joint_kind(name)] for name in JOINTS]), -1, 0)
+    return np.clip(angles, low, high)
+
+
+def _joint_kind(name: str) -> str:
+    return name.split("_", 1)[1] if name.startswith(SIDES) else name
+
+
+def _pick(rng: np.random.Generator, choices: tuple) -> Callable:
+    return choices[rng.integers(len(choices))]
+
+
+def _shrug(score: Score) -> None:
+    """Let the shoulder girdle rise with a raised arm."""
+    for side in SIDES:
+        bend, out, _ = score.angles[:, JOINT_INDEX[f"{side}_upper_arm"]].T
+        score.add(f"{side}_clavicle", side=0.22 * np.maximum(np.hypot(bend, out) - 0.6, 0))
+
+
+def _face(score: Score, turns: bool) -> None:
+    """Where the person faces: mostly within 40 degrees of the camera, sometimes anywhere, or turning all round."""
+    rng = score.rng
+    anywhere = rng.random() < 0.1
+    score.facing += rng.uniform(-np.pi, np.pi) if anywhere else np.clip(rng.normal(0, 0.35), -0.7, 0.7)
+    score.facing += score.drift(-0.15, 0.15, 4.0)
+    if turns:
+        score.facing += rng.choice([-1, 1]) * 2 * np.pi * rng.uniform(0.2, 0.5) * score.times

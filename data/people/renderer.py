@@ -1,0 +1,246 @@
+"""Pictures of posed people with exact keypoints and masks.
+
+Conventions: pixels (x, y), y down, pixel centres at integers; COCO-17 keypoints, "left" is the person's left.
+
+Scores of the keypoints: 0 outside the picture; 1 in plain sight; hidden behind the person's own body or another
+person, 0.6 for the joints of trunk and limbs, which estimators still place, and 0 for the points of the face, which
+they do not.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.people.bodies import Person
+from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, skin_and_project
+from data.people.skeleton import Pose, axis_rotation, pose_joints
+
+HIDDEN_SCORE = 0.6
+FACE_POINTS = 5  # nose, eyes and ears come first in COCO order
+# How far in front of a keypoint a surface must be to hide it, metres: joints lie inside the body.
+# Ears may be under hair.
+FACE_TOLERANCE, EAR_TOLERANCE, LIMB_TOLERANCE, TRUNK_TOLERANCE = 0.06, 0.09, 0.13, 0.22
+SUPERSAMPLING_LIMIT = 640  # pictures with a longer side than this are drawn without supersampling
+VIEWING_DISTANCE = 2.6  # from the camera to the person, in body heights; gives a mild perspective
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where a person appears in the picture.
+
+    Attributes:
+        scale: the standing person's height as a share of the picture's height.
+        rotation: turn of the person in the picture plane in radians, clockwise as seen (y points down).
+        center: where the middle of the standing person is, as shares of the picture's width and height.
+        yaw: turn of the person about the vertical in radians, positive towards the person's left.
+        pitch: tilt of the view in radians, positive looks down on the person.
+    """
+
+    scale: float = 0.85
+    rotation: float = 0.0
+    center: tuple[float, float] = (0.5, 0.5)
+    yaw: float = 0.0
+    pitch: float = 0.0
+
+
+@dataclass(frozen=True)
+class Light:
+    """Direction towards the light (x right, y away from the camera, z up) and the share that falls everywhere."""
+
+    direction: tuple[float, float, float] = (0.45, -0.7, 0.55)
+    ambient: float = 0.45
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One person in a picture."""
+
+    person: Person
+    pose: Pose
+    camera: Camera = field(default_factory=Camera)
+    light: Light = field(default_factory=Light)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A picture of one person.
+
+    Attributes:
+        image: (h, w, 3) uint8 RGB.
+        mask: (h, w) bool, where the person is seen.
+        keypoints: (17, 2) float32 pixels.
+        scores: (17,) float32, see the module.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    keypoints: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class RenderedGroup:
+    """A picture of several people; as `Rendered`, with the persons first: (p, h, w), (p, 17, 2), (p, 17)."""
+
+    image: np.ndarray
+    masks: np.ndarray
+    keypoints: np.ndarray
+    scores: np.ndarray
+
+
+def camera_matrix(camera: Camera, size: tuple[int, int], height: float) -> np.ndarray:
+    """The similarity (2, 3) from metres (right, down) around the person's middle to pixels.
+
+    Args:
+        size: (width, height) of the picture.
+        height: of the person in metres.
+    """
+    scale = camera.scale * size[1] / height
+    cosine, sine = scale * math.cos(camera.rotation), scale * math.sin(camera.rotation)
+    x, y = camera.center[0] * size[0] - 0.5, camera.center[1] * size[1] - 0.5
+    return np.array([[cosine, -sine, x], [sine, cosine, y]])
+
+
+def project_keypoints(figure: Figure, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """COCO keypoints (17, 2) in pixels, in or outside the picture, and their depths (17,) in metres."""
+    return _project(figure, _view_transforms(figure), size)
+
+
+def _project(figure: Figure, transforms: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    body = figure.person.body
+    points = np.tensordot(body.keypoints, transforms, axes=((1, 2), (0, 2)))
+    depths = points[:, 1] + _distance(figure)
+    plane = np.stack([points[:, 0], -points[:, 2]], 1) * (_distance(figure) / depths)[:, None]
+    matrix = camera_matrix(figure.camera, size, body.height)
+    return plane @ matrix[:, :2].T + matrix[:, 2], depths
+
+
+def render_person(
+    person: Person,
+    pose: Pose,
+    camera: Camera,
+    size: tuple[int, int],
+    background: np.ndarray | None = None,
+    light: Light | None = None,
+) -> Rendered:
+    """Render one person.
+
+    Args:
+        size: (width, height) in pixels.
+        background: (h, w, 3) uint8 of that size; mid-grey without it.
+    """
+    group = render_people([Figure(person, pose, camera, light or Light())], size, background)
+    return Rendered(group.image, group.masks[0], group.keypoints[0], group.scores[0])
+
+
+def render_people(figures: list[Figure], size: tuple[int, int], background: np.ndarray | None = None) -> RenderedGroup:
+    """Render several persons, the first one farthest back.
+
+    Masks hold what is seen of each person: they do not overlap.
+    """
+    width, height = size
+    image = np.full((height, width, 3), 128, np.uint8) if background is None else background.copy()
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(f"background must be uint8 of shape {(height, width, 3)}, got {image.dtype} {image.shape}")
+    masks = np.zeros((len(figures), height, width), bool)
+    keypoints = np.zeros((len(figures), 17, 2), np.float32)
+    scores = np.zeros((len(figures), 17), np.float32)
+    for index, figure in enumerate(figures):
+        transforms = _view_transforms(figure)
+        depth = _draw(figure, transforms, image, masks[index])
+        keypoints[index], depths = _project(figure, transforms, size)
+        scores[index] = _visibility(keypoints[index], depths, depth, size)
+        masks[:index] &= ~masks[index]
+        for behind in range(index):
+            _hide(scores[behind], keypoints[behind], masks[index])
+    return RenderedGroup(image, masks, keypoints, scores)
+
+
+def project_vertices(
+    figure: Figure, size: tuple[int, int], factor: int, transforms: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices as the camera sees them: (v, 3) x, y in samples and depth in metres; and their brightness (v,).
+
+    Args:
+        size: (width, height) of the picture in pixels.
+        factor: samples per pixel and axis.
+        transforms: of `_view_transforms`, when they are known already.
+    """
+    person = figure.person
+    transforms = _view_transforms(figure) if transforms is None else transforms
+    matrix = camera_matrix(figure.camera, size, person.body.height) * factor
+    matrix[:, 2] += 0.5 * (factor - 1)
+    screen = np.empty((len(person.vertices), 3), np.float32)
+    shades = np.empty(len(person.vertices), np.float32)
+    light = np.array(figure.light.direction, np.float32)
+    skin_and_project(
+        person.vertices,
+        person.normals,
+        person.joint_indices,
+        person.joint_weights,
+        transforms.astype(np.float32),
+        np.float32(_distance(figure)),
+        matrix.astype(np.float32),
+        light / np.linalg.norm(light),
+        np.float32(figure.light.ambient),
+        screen,
+        shades,
+    )
+    return screen, shades
+
+
+def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw a person over `image` and into `mask`; return the depth buffer, which may be supersampled."""
+    person = figure.person
+    height, width = mask.shape
+    factor = 2 if max(height, width) <= SUPERSAMPLING_LIMIT else 1
+    screen, shades = project_vertices(figure, (width, height), factor, transforms)
+    color = np.empty((height * factor, width * factor, 3), np.float32)
+    depth = np.full((height * factor, width * factor), EMPTY_DEPTH, np.float32)
+    rasterize(
+        screen, shades, person.faces, person.corner_uv, person.parts, person.two_sided, person.texture, color, depth
+    )
+    resolve(color, depth, factor, image, mask)
+    return depth
+
+
+def _distance(figure: Figure) -> float:
+    return VIEWING_DISTANCE * figure.person.body.height
+
+
+def _view_transforms(figure: Figure) -> np.ndarray:
+    """Joint transforms (19, 3, 4) from rest to camera axes, around the middle of the standing person."""
+    body = figure.person.body
+    transforms = pose_joints(body.joints, body.neutral, figure.pose, body.height).astype(np.float64)
+    transforms[:, 2, 3] -= body.height / 2
+    return axis_rotation(0, figure.camera.pitch) @ axis_rotation(2, figure.camera.yaw) @ transforms
+
+
+def _visibility(keypoints: np.ndarray, depths: np.ndarray, buffer: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scores (17,) from the depth buffer at the keypoints."""
+    width, height = size
+    factor = buffer.shape[0] // height
+    nearest = np.rint(keypoints).astype(int)
+    inside = (nearest >= 0).all(1) & (nearest < (width, height)).all(1)
+    columns, rows = np.clip(nearest, 0, np.array(size) - 1).T * factor
+    hidden = buffer[rows, columns] < depths - _tolerances()
+    scores = np.where(hidden, _hidden_scores(), 1.0)
+    return np.where(inside, scores, 0.0)
+
+
+def _hide(scores: np.ndarray, keypoints: np.ndarray, mask: np.ndarray) -> None:
+    """Lower the scores of keypoints that a person in front covers."""
+    nearest = np.clip(np.rint(keypoints).astype(int), 0, np.array(mask.shape[::-1]) - 1)
+    covered = mask[nearest[:, 1], nearest[:, 0]]
+    scores[covered] = np.minimum(scores, _hidden_scores())[covered]
+
+
+def _tolerances() -> np.ndarray:
+    tolerances = np.full(17, LIMB_TOLERANCE)
+    tolerances[:3], tolerances[3:5], tolerances[[5, 6, 11, 12]] = FACE_TOLERANCE, EAR_TOLERANCE, TRUNK_TOLERANCE
+    return tolerances
+
+
+def _hidden_scores() -> np.ndarray:
+    return np.where(np.arange(17) < FACE_POINTS, 0.0, HIDDEN_SCORE)

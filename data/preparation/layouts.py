@@ -1,0 +1,261 @@
+"""Data sets of other projects, as lists of clips: what is a video, what belongs to it, which part is held out.
+
+| layout | what is there |
+|---|---|
+| moore | `*_meta.json`: a list of {"video_path", "kps_path"} |
+| musepose | the same in `meta/`, beside folders of videos and their `_dwpose` and `_dwpose_keypoints` folders |
+| tiktok | `00001/images/0001.png`, with `masks/` and, from DisCo, `openpose_json/` |
+| ted, ubc, splits | `train/*.mp4` and `test/*.mp4` (or `val`), at any depth |
+| stableanimator | `rec/00001/images/frame_0.png`, `vec/...`, with `video_rec_path.txt`, `video_vec_path.txt` |
+| frames | folders of pictures, one a clip |
+| videos | video files at any depth; `name.npz` or `name.json` are poses, `name_masks/` masks |
+
+Pose pictures and rendered pose videos are left alone: keypoints with confidences cannot be got back from them, so
+poses are estimated again. Pickled keypoints (MusePose's .npy) are not read: unpickling runs whatever they hold.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from data.video.images import list_images, natural_order
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+# Folders of what was made from videos, not of videos.
+_DERIVED = ("_dwpose", "_dwpose_without_face", "_dwpose_keypoints", "_densepose", "_openpose", "_masks", "_mask")
+_HELD_OUT = ("test", "val", "valid", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """A clip as another project keeps it.
+
+    Attributes:
+        name: unique within the data set; may contain "/".
+        video: a video file or a folder of frames. It need not exist: lists of other projects go out of date.
+        layout: where it was found, a key of `LAYOUTS`.
+        split: "train" or "heldout" where the data set says so.
+        poses: keypoints that `data.pose_files` reads, or None.
+        masks: a folder of person masks, one or more a frame, or None.
+    """
+
+    name: str
+    video: Path
+    layout: str
+    split: str | None = None
+    poses: Path | None = None
+    masks: Path | None = None
+
+
+def find_clips(source: str | Path, layout: str = "auto", argument: str = "source") -> list[SourceClip]:
+    """The clips of a data set, in natural order of their names.
+
+    Args:
+        source: a folder, or a list of clips (.json) for moore and musepose.
+        layout: a key of `LAYOUTS`; "auto" looks at what is there.
+        argument: what the path was given as, for error messages.
+
+    Raises:
+        UserError: no such folder, unknown layout, no clip.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{argument}={source} does not exist; give a folder of videos or of a known data set")
+    if layout != "auto" and layout not in LAYOUTS:
+        raise UserError(f"layout={layout} is not one of auto, {', '.join(LAYOUTS)}")
+    chosen = detect_layout(source, argument) if layout == "auto" else layout
+    clips = [replace(clip, layout=chosen) for clip in LAYOUTS[chosen](source)]
+    if not clips:
+        raise UserError(
+            f"{argument}={source} holds no clip of layout={chosen}; `docs/data.md` shows what each looks like"
+        )
+    return sorted(_with_unique_names(clips), key=_by_parts)
+
+
+def detect_layout(source: Path, argument: str = "source") -> str:
+    """The layout that a folder or file has.
+
+    Raises:
+        UserError: none that is known.
+    """
+    if source.is_file():
+        if source.suffix.lower() == ".json":
+            return "moore"
+        raise UserError(f"{argument}={source} is a file; give a folder, or a list of clips (*_meta.json)")
+    if any((source / part).is_dir() and _numbered_folders(source / part, "images") for part in ("rec", "vec")):
+        return "stableanimator"
+    if _meta_files(source / "meta"):
+        return "musepose"
+    if _meta_files(source):
+        return "moore"
+    if _numbered_folders(source, "images"):
+        return "tiktok"
+    first = next(_videos(source), None)
+    if first is not None:
+        splits = {path.name.lower() for path in source.iterdir() if path.is_dir()}
+        return "splits" if splits & {"train", *_HELD_OUT} else "videos"
+    if next(_frame_folders(source), None) is not None:
+        return "frames"
+    raise UserError(f"{argument}={source} holds neither videos nor folders of pictures; give layout= if it should")
+
+
+def _moore(source: Path) -> Iterator[SourceClip]:
+    files = [source] if source.is_file() else _meta_files(source) or _meta_files(source / "meta")
+    if not files:
+        raise UserError(f"source={source} holds no list of clips, *_meta.json")
+    for file in files:
+        for number, entry in enumerate(_entries(file)):
+            video = entry.get("video_path") if isinstance(entry, dict) else None
+            if not isinstance(video, str):
+                raise UserError(f"{file}: entry {number} has no 'video_path'")
+            path = _resolve(video, file)
+            yield SourceClip(f"{path.parent.name}/{path.stem}" if path.parent.name else path.stem, path, "moore")
+
+
+def _tiktok(source: Path) -> Iterator[SourceClip]:
+    for folder in _numbered_folders(source, "images"):
+        masks, poses = folder / "masks", folder / "openpose_json"
+        yield SourceClip(
+            folder.name,
+            folder / "images",
+            "tiktok",
+            poses=poses if poses.is_dir() else None,
+            masks=masks if masks.is_dir() and list_images(masks) else None,
+        )
+
+
+def _splits(source: Path) -> Iterator[SourceClip]:
+    for clip in _plain(source):
+        parts = {part.lower() for part in Path(clip.name).parts[:-1]}
+        split = "heldout" if parts & set(_HELD_OUT) else "train" if "train" in parts else None
+        yield replace(clip, split=split)
+
+
+def _stableanimator(source: Path) -> Iterator[SourceClip]:
+    for part in ("rec", "vec"):
+        if not (source / part).is_dir():
+            continue
+        listed = source / f"video_{part}_path.txt"
+        folders = _numbered_folders(source / part, "images")
+        if listed.is_file():
+            lines = listed.read_text(encoding="utf-8").splitlines()
+            folders = [_resolve(line.strip(), listed) for line in lines if line.strip()]
+        for folder in folders:
+            yield SourceClip(f"{part}/{folder.name}", folder / "images", "stableanimator")
+
+
+def _frames(source: Path) -> Iterator[SourceClip]:
+    for folder in _frame_folders(source):
+        name = folder.relative_to(source).as_posix()
+        masks = folder.with_name(f"{folder.name}_masks")
+        name = source.resolve().name if name == "." else name
+        yield SourceClip(name, folder, "frames", masks=masks if masks.is_dir() else None)
+
+
+def _plain(source: Path) -> Iterator[SourceClip]:
+    for video in _videos(source):
+        files = [video.with_suffix(suffix) for suffix in (".npz", ".json")]
+        masks = video.with_name(f"{video.stem}_masks")
+        yield SourceClip(
+            video.relative_to(source).with_suffix("").as_posix(),
+            video,
+            "videos",
+            poses=next((file for file in files if file.is_file()), None),
+            masks=masks if masks.is_dir() else None,
+        )
+
+
+LAYOUTS: dict[str, Callable[[Path], Iterator[SourceClip]]] = {
+    "moore": _moore,
+    "musepose": _moore,
+    "tiktok": _tiktok,
+    "ted": _splits,
+    "ubc": _splits,
+    "splits": _splits,
+    "stableanimator": _stableanimator,
+    "frames": _frames,
+    "videos": _plain,
+}
+
+
+def _by_parts(clip: SourceClip) -> list[list[int | str]]:
+    return [natural_order(Path(part)) for part in clip.name.split("/")]
+
+
+def _entries(file: Path) -> list[Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, list):
+        raise UserError(f"{file} is not a list of {{'video_path', 'kps_path'}}")
+    return content
+
+
+def _resolve(path: str, listed_in: Path) -> Path:
+    """A path of a list: as it stands, or below one of the folders above the list, where such lists are made."""
+    given = Path(path)
+    if given.is_absolute() or given.exists():
+        return given
+    found = (parent / given for parent in listed_in.resolve().parents if (parent / given).exists())
+    return next(found, listed_in.parent / given)
+
+
+def _meta_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*meta.json")) if folder.is_dir() else []
+
+
+def _numbered_folders(root: Path, inside: str) -> list[Path]:
+    """Folders directly below `root`, or one level further down, that have a folder `inside`."""
+    for pattern in (f"*/{inside}", f"*/*/{inside}"):
+        found = [path.parent for path in root.glob(pattern) if path.is_dir() and not path.parent.name.startswith(".")]
+        if found:
+            return sorted(found, key=natural_order)
+    return []
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders at any depth with their file names; hidden and derived ones are left out, links are followed once."""
+    visited: set[str] = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        inside[:] = sorted(name for name in inside if not name.startswith(".") and not name.endswith(_DERIVED))
+        if real in visited:
+            inside.clear()
+            continue
+        visited.add(real)
+        yield Path(folder), files
+
+
+def _videos(root: Path) -> Iterator[Path]:
+    for folder, files in _folders(root):
+        for name in sorted(files):
+            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
+                yield folder / name
+
+
+def _frame_folders(root: Path) -> Iterator[Path]:
+    return (folder for folder, _ in _folders(root) if list_images(folder))
+
+
+def _with_unique_names(clips: list[SourceClip]) -> list[SourceClip]:
+    """The clips with names of their own: those that share one get the video's suffix or a number behind it."""
+    taken: dict[str, int] = {}
+    for clip in clips:
+        taken[clip.name] = taken.get(clip.name, 0) + 1
+    used: set[str] = set()
+    result = []
+    for clip in clips:
+        name = clip.name
+        if taken[name] > 1 and clip.video.suffix:
+            name = f"{name}_{clip.video.suffix[1:]}"
+        number = 2
+        while name in used:
+            name, number = f"{clip.name}_{number}", number + 1
+        used.add(name)
+        result.append(replace(clip, name=name))
+    return result

@@ -1,0 +1,208 @@
+"""Pictures and charts that the notebooks show: rows through denoising, measures by step, by layer and by head.
+
+Charts are matplotlib figures of their own, drawn without pyplot, so nothing needs closing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from core.errors import UserError
+from data.poses.person import COCO_KEYPOINTS
+from data.poses.poses import Poses
+from evaluation.attention.figures import looks, looks_row, stacked
+from evaluation.attention.maps import BodyTruth, Pointing, body_truth, pck, pointing
+from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
+from evaluation.attention.shares import mean_over, shares
+
+PARTS = {
+    "head": ("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
+    "trunk": ("left_shoulder", "right_shoulder", "left_hip", "right_hip"),
+    "arms": ("left_elbow", "right_elbow", "left_wrist", "right_wrist"),
+    "legs": ("left_knee", "right_knee", "left_ankle", "right_ankle"),
+}
+
+
+def truths(run: RecordedRun, reference: Poses, reference_map: np.ndarray | None = None) -> dict[str, BodyTruth]:
+    """The true places of a run's recorded keypoints, for each of its sides; see `body_truth`."""
+    return {
+        name: body_truth(side.recorded, reference, side.calibration, reference_map) for name, side in run.sides.items()
+    }
+
+
+def seen_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
+    """Names of recorded keypoints that a frame and the reference show."""
+    names = run.plain.recorded.names
+    places = truths(run, reference)["without TPC"].places[0, run.plain.recorded.selection.place("frames", frame), :, 0]
+    in_frame = ~np.isnan(run.plain.recorded.points[frame]).any(axis=-1)
+    in_reference = ~places.isnan().any(-1).numpy()
+    return [name for name, seen in zip(names, in_frame & in_reference, strict=True) if seen]
+
+
+def denoising_rows(
+    run: RecordedRun, reference: Poses, keypoint: str, frame: int, steps: Sequence[int], height: int = 192
+) -> np.ndarray:
+    """A keypoint of one frame through denoising, a row for each side, as in Figure 2; (h, w, 3) uint8.
+
+    A circle marks the keypoint's true place, a cross the strongest attention; the picture shown is the one of
+    reference and calibrated image that gets most.
+
+    Raises:
+        UserError: the keypoint is not visible in the frame, or something was not recorded.
+    """
+    rows = []
+    found = truths(run, reference)
+    for name, side in run.sides.items():
+        number = side.recorded.query_number(side.recorded.layers[0], keypoint)
+        seen = looks(side.recorded, found[name], run.reference, side.calibration, keypoint, frame, steps)
+        point = side.recorded.points[frame, number]
+        rows.append(looks_row(seen, side.frames[frame], point, name, steps, height))
+    return stacked(rows)
+
+
+def pointings(run: RecordedRun, reference: Poses, radius: float = 0.15) -> dict[str, dict[str, Pointing]]:
+    """How every layer of both sides points: side -> layer -> `Pointing`, heads averaged."""
+    found = truths(run, reference)
+    return {
+        name: {layer: pointing(side.recorded, found[name], layer, radius) for layer in side.recorded.layers}
+        for name, side in run.sides.items()
+    }
+
+
+def over_layers(by_layer: Mapping[str, Pointing], measure: str, radius: float = 0.15) -> Tensor:
+    """(layers, s, f, p) of "accuracy", "entropy", "near", "strongest" or "centroid"; NaN where there is none."""
+    values = [
+        (found.accuracy(radius) if measure == "accuracy" else getattr(found, measure))[:, :, 0]
+        for found in by_layer.values()
+    ]
+    return torch.stack(values)
+
+
+def accuracy_by_part(by_layer: Mapping[str, Pointing], radius: float = 0.15) -> dict[str, float]:
+    """Pointing accuracy by part of the body, mean over layers, steps and frames; parts that are not seen are left out.
+
+    The first person of the recording counts.
+    """
+    accuracy = over_layers(by_layer, "accuracy", radius)
+    means = {part: accuracy[..., numbers].nanmean().item() for part, numbers in part_numbers().items()}
+    return {part: mean for part, mean in means.items() if not np.isnan(mean)}
+
+
+def layer_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> np.ndarray:
+    """(layers, s) pointing accuracy of a side's layers, heads averaged, over frames and keypoints."""
+    return (
+        over_layers(pointings(run, reference, radius)[known_side(run, side)], "accuracy", radius)
+        .nanmean((2, 3))
+        .numpy()
+    )
+
+
+def share_means(side: RecordedSide, mask: np.ndarray) -> dict[str, float]:
+    """How the attention of the recorded points is divided: what gets it -> mean share; they sum to 1.
+
+    Args:
+        mask: (H, W) bool, the persons in the model's reference picture.
+    """
+    layers = [shares(side.recorded, layer, mask) for layer in side.recorded.layers]
+    return {part: float(np.mean([mean_over(found[part]) for found in layers])) for part in layers[0]}
+
+
+def part_numbers() -> dict[str, list[int]]:
+    """Numbers of the keypoints of each part of the body."""
+    return {part: [COCO_KEYPOINTS.index(name) for name in names] for part, names in PARTS.items()}
+
+
+def known_side(run: RecordedRun, side: str) -> str:
+    """The side's name, or a UserError when the run does not have it."""
+    if side not in run.sides:
+        raise UserError(f"side={side} is not one of {', '.join(run.sides)}")
+    return side
+
+
+def short_layer(layer: str) -> str:
+    """A layer's name without the parts that all layers share: "up 0.1" for up_blocks.0.attentions.1...attn1."""
+    block, *rest = layer.split(".")
+    numbers = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
+    return f"{block.split('_')[0]} {'.'.join(numbers)}"
+
+
+def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> dict[str, np.ndarray]:
+    """Pointing accuracy of every head of every layer: part of the body -> (layers, heads), over steps and frames.
+
+    Needs heads apart. NaN where no keypoint of the part is visible in frames and reference.
+
+    Raises:
+        UserError: a side that the run does not have, or the mean over heads was recorded.
+    """
+    recorded = run.sides[known_side(run, side)].recorded
+    if "heads" in recorded.selection.mean:
+        raise UserError("mean: the mean over heads was recorded; heads apart are needed")
+    truth = truths(run, reference)[side]
+    found = {part: [] for part in PARTS}
+    for layer in recorded.layers:
+        accuracy = pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius)  # (s, f, a, p)
+        for part, numbers in part_numbers().items():
+            found[part].append(accuracy[..., numbers].nanmean((0, 1, 3)).numpy())
+    heads = max(len(row) for rows in found.values() for row in rows)
+    return {
+        part: np.stack([np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in rows])
+        for part, rows in found.items()
+    }
+
+
+def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int = 31) -> Figure:
+    """PCK curves: the share of each name's known distances within every radius up to `longest` body heights."""
+    radii = np.linspace(0, longest, count)
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name, values in distances.items():
+        axes.plot(radii, pck(values, radii), label=name)
+    axes.set(xlabel="radius (body heights)", ylabel="share within", ylim=(0, 1.02), xlim=(0, longest))
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label: str) -> Figure:
+    """One line (s,) a name over denoising steps, which count from 1."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name, line in values.items():
+        axes.plot(np.array(steps) + 1, line, marker="o", markersize=3, label=name)
+    axes.set(xlabel="denoising step", ylabel=label)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figure:
+    """Bars: a group for each inner name, a colour for each outer one; missing ones are left out."""
+    groups = list(dict.fromkeys(name for inner in values.values() for name in inner))
+    figure = Figure(figsize=(3 + 1.2 * len(groups), 2.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(values)
+    for number, (name, inner) in enumerate(values.items()):
+        places = [groups.index(group) + (number - (len(values) - 1) / 2) * width for group in inner]
+        axes.bar(places, list(inner.values()), width, label=name)
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
+    axes.set_ylabel(label)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def head_maps(values: Mapping[str, np.ndarray], rows: Sequence[str], label: str) -> Figure:
+    """A panel for each name with its (layers, heads) as colours and numbers; `rows` are the layers' names."""
+    figure = Figure(figsize=(1.6 + 2.1 * len(values), 1.3 + 0.32 * len(rows)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(values), sharey=True))
+    for axes, (name, grid) in zip(panels, values.items(), strict=True):
+        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                ink = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
+        axes.set(title=name, xlabel="head", xticks=range(grid.shape[1]))
+        axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(picture, ax=list(panels), label=label)
+    return figure

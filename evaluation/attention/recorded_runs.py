@@ -1,0 +1,150 @@
+"""A picture animated with a clip, without and with TPC, and what the frames of both results looked at.
+
+    reference, driving = load_inputs("photo.png", "dance.mp4", sampling)
+    run = record_both(pipeline, reference, driving, sampling, CalibrationConfig())
+    run.calibrated.recorded.query_map(layer, (64.0, 40.0), step=5, frame=0)
+
+Shapes use f = frames, p = points, H, W = the model's frame.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import UserError
+from data.inputs import Driving, Reference, load_driving, load_reference
+from data.poses.poses import PoseConfig, open_estimator
+from data.transforms import apply_fit
+from evaluation.attention.maps import body_points
+from inference.animate import Animation, SamplingConfig, Stopwatch, animate, framing
+from models.attention.record import RecordedAttention
+from models.attention.recording import AttentionRecording
+from models.attention.run import AttentionConfig
+from models.pipeline import AnimationPipeline
+from tpc import Calibration, CalibrationConfig
+
+
+@dataclass(frozen=True)
+class RecordedSide:
+    """One of the two results.
+
+    Attributes:
+        frames: (f, H, W, 3) uint8 RGB.
+        recorded: what their tokens looked at, heads averaged.
+        calibration: what TPC did; None: the result is without it.
+    """
+
+    frames: np.ndarray
+    recorded: RecordedAttention
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """Both results of the same picture, clip and noise.
+
+    Attributes:
+        reference: (H, W, 3) uint8 RGB, as the model gets it; poses: (f, H, W, 3), the pose pictures.
+        driving: (f, H, W, 3), the clip in the model's frame; the pose pictures where only poses were given.
+        keypoints: (f, p, 2) where the body is in the frames, see `evaluation.attention.maps.body_points`.
+        plain, calibrated: results without and with TPC.
+    """
+
+    reference: np.ndarray
+    poses: np.ndarray
+    driving: np.ndarray
+    keypoints: np.ndarray
+    plain: RecordedSide
+    calibrated: RecordedSide
+
+    @property
+    def sides(self) -> dict[str, RecordedSide]:
+        """Both results by what to call them."""
+        return {"without TPC": self.plain, "with TPC": self.calibrated}
+
+
+def load_inputs(
+    picture: str | Path, clip: str | Path, sampling: SamplingConfig, pose: PoseConfig | None = None
+) -> tuple[Reference, Driving]:
+    """Read a picture and a clip and estimate their poses and masks.
+
+    Raises:
+        UserError: unreadable files, or nobody in them.
+    """
+    pose = pose or PoseConfig()
+    estimator = cache(lambda: open_estimator(pose))
+    reference = load_reference(picture, None, None, estimator, pose.max_persons)
+    driving = load_driving(
+        clip, None, None, estimator, pose.max_persons, sampling.num_frames, sampling.stride, pose.smoothing
+    )
+    return reference, driving
+
+
+def record_both(
+    pipeline: AnimationPipeline,
+    reference: Reference,
+    driving: Driving,
+    sampling: SamplingConfig,
+    tpc: CalibrationConfig,
+    config: AttentionConfig | None = None,
+    keypoints_only: bool = False,
+    watch: Stopwatch | None = None,
+    show_progress: bool = False,
+) -> RecordedRun:
+    """Animate without and with TPC and record the attention of both.
+
+    Args:
+        config: what is recorded; None: every step and layer, heads averaged.
+        keypoints_only: record what the keypoints of the clip's persons look at, under their names, in place of every
+            query token.
+        watch: gets the seconds of every stage.
+
+    Raises:
+        UserError: a size that the model cannot do, or a recording above the configuration's limit.
+    """
+    config = config or AttentionConfig(mean=["heads"])
+    alone = replace(sampling, compare=False)
+    frame = framing(pipeline, reference, driving, sampling)
+    names, keypoints = body_points(driving.poses, frame.frame_map, frame.size)
+    asked = (keypoints, names) if keypoints_only else ()
+
+    def side(tpc: CalibrationConfig | None) -> tuple[Animation, RecordedSide]:
+        with AttentionRecording(config, *asked) as recording:
+            animation = animate(pipeline, reference, driving, alone, tpc, watch, show_progress, recording)
+        return animation, RecordedSide(animation.result, recording.result, animation.calibration)
+
+    animation, plain = side(None)
+    shown = animation.poses
+    if driving.frames is not None:
+        shown = np.stack([apply_fit(picture, frame.frame_map, frame.size) for picture in driving.frames])
+    return RecordedRun(animation.reference, animation.poses, shown, keypoints, plain, side(tpc)[1])
+
+
+def affordable_steps(
+    pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig, limit_bytes: int
+) -> list[int]:
+    """The most denoising steps, spread evenly to the last one, that `record_both` can keep of every query token.
+
+    Raises:
+        UserError: the limit is too low for one step.
+    """
+    size = framing(pipeline, reference, driving, sampling).size
+    run = pipeline.attention_run(driving.poses.frames, size, sampling.steps, acceleration=sampling.acceleration)
+    both = run, replace(run, images=1 + reference.poses.persons)
+    for count in range(sampling.steps, 0, -1):
+        steps = spread_steps(sampling.steps, count)
+        recording = AttentionRecording(AttentionConfig(steps=steps, mean=["heads"]))
+        needed = sum(recording.estimate(run).total_bytes for run in both)
+        if needed <= limit_bytes:
+            return steps
+    raise UserError(
+        f"recording one step of {driving.poses.frames} frames would take {needed / 2**20:.0f} MiB, "
+        f"the limit is {limit_bytes / 2**20:.0f}; use fewer frames"
+    )
+
+
+def spread_steps(steps: int, count: int) -> list[int]:
+    """`count` of a run's steps, evenly spread from the first to the last; a single one is the last."""
+    return [] if count < 1 else sorted({round(n) for n in np.linspace(steps - 1, 0, count)})

@@ -1,0 +1,179 @@
+"""`evaluate.py metrics`: generated clips on disk against the true ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from core.config import config_dict, save_config
+from core.errors import UserError
+from core.files import output_folder
+from core.processes import process_state
+from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
+from evaluation.jobs import RESULTS_FILE, claim_output, remove_parts, run_parts
+from evaluation.measure import FramePair, measure_clip
+from evaluation.metric_suite import REGIONS, Instruments, ProtocolConfig, open_instruments
+from evaluation.persons import person_values, seen_persons
+from evaluation.report import (
+    common_facts,
+    format_number,
+    heading,
+    measure_label,
+    over_seeds,
+    warning_lines,
+    write_results,
+)
+from evaluation.summary import Number, clip_means, summarise
+from metrics.protocols import Protocol, brought_to_form, generated_to_form
+from models.animators.registry import choose_device
+
+ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", "weights")
+
+
+@dataclass
+class CompareConfig(ProtocolConfig):
+    """Which folders are compared, and how; `ProtocolConfig` has everything about measures.
+
+    generated, truth: a video, a folder of frames, or a folder of clips, which are matched by name.
+    output: folder for the results; the same command again goes on where it was stopped.
+    masks: folder with the persons' masks of each clip, 255 = person: adds foreground and background.
+    persons: estimate poses in both, for the error of the pose and the colours of body parts.
+    keep_parts: keep the values and features of every clip, some kilobytes a frame, when the results are written.
+    device: "auto", "cpu", "cuda", ...
+    """
+
+    generated: str = MISSING
+    truth: str = MISSING
+    output: str = "outputs/metrics"
+    masks: str | None = None
+    persons: bool = False
+    keep_parts: bool = False
+    device: str = "auto"
+    pose: PoseConfig = field(default_factory=PoseConfig)
+
+
+def run(config: CompareConfig) -> None:
+    """Measure all clips and write results.json and table.md."""
+    pairs = {pair.name: pair for pair in pair_clips(config.generated, config.truth, config.masks)}
+    state = process_state(config.device)
+    device, _ = choose_device(config.device, "float32", state.local_process_index)
+    regions = REGIONS if config.masks is not None else REGIONS[:1]
+    instruments = open_instruments(config, regions, config.persons, device)
+    estimators = [open_estimator(config.pose) for _ in range(2)] if config.persons else None
+    output = output_folder(config.output)
+    inputs = {name: _stamps(pair) for name, pair in pairs.items()}
+    claim_output(output, _settings(config, instruments), state, inputs)
+    if (output / RESULTS_FILE).is_file():
+        if state.is_main_process:
+            print((output / "table.md").read_text(encoding="utf-8"), end="")
+        return
+
+    def measure(name: str, folder: Path) -> None:
+        measure_clip(frame_pairs(pairs[name], instruments.protocol, estimators), instruments, folder)
+
+    folders = run_parts(list(pairs), measure, output, state, "measuring", inputs)
+    if state.is_main_process:
+        numbers = summarise(folders, instruments)
+        table = _table(numbers, instruments, list(pairs.values()))
+        results = common_facts(config, instruments) | {
+            "counts": {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())},
+            "results": {name: number.plain() for name, number in numbers.items()},
+            "clips": {
+                name: {"frames": pairs[name].frames} | clip_means(folder)
+                for name, folder in zip(pairs, folders, strict=True)
+            },
+        }
+        save_config(config, output / "config.yaml")
+        write_results(output, results, {"table.md": table})
+        if not config.keep_parts:
+            remove_parts(output)
+        print(table, end="")
+    state.wait_for_everyone()
+
+
+def frame_pairs(
+    pair: ClipPair, protocol: Protocol, estimators: list[PoseEstimator] | None = None
+) -> Iterator[FramePair]:
+    """The frames of two clips in the protocol's form, one at a time.
+
+    Args:
+        estimators: for the generated and the true clip; adds the measures of the person.
+
+    Raises:
+        UserError: sizes that the protocol cannot bring together, with clip and frame.
+    """
+    formed = _formed_frames(pair, protocol)
+    if estimators is None:
+        yield from formed
+        return
+    # The estimators follow each person through the clip, so both streams advance side by side.
+    sides: list[list[np.ndarray]] = [[], []]
+    waiting: list[FramePair] = []
+
+    def stream(side: int) -> Iterator[np.ndarray]:
+        while sides[side] or (following := next(formed, None)) is not None:
+            if not sides[side]:
+                waiting.append(following)
+                sides[0].append(following.generated)
+                sides[1].append(following.truth)
+            yield sides[side].pop(0)
+
+    streams = [seen_persons(stream(side), estimator) for side, estimator in enumerate(estimators)]
+    for (generated, found), (truth, target) in zip(*streams, strict=True):
+        frame = waiting.pop(0)
+        yield FramePair(generated, truth, frame.mask, person_values(generated, found, truth, target))
+
+
+def _formed_frames(pair: ClipPair, protocol: Protocol) -> Iterator[FramePair]:
+    masks = pair.masks.frames() if pair.masks is not None else iter(lambda: None, 0)
+    first: np.ndarray | None = None
+    for number, (generated, truth, mask) in enumerate(
+        zip(pair.generated.frames(), pair.truth.frames(), masks, strict=False)
+    ):
+        first = truth if first is None else first
+        size = (truth.shape[1], truth.shape[0])
+        _check_size(pair.truth, number, truth, first)
+        if mask is not None:
+            _check_size(pair.masks, number, mask, truth)
+            mask = brought_to_form(mask, protocol, nearest=True)
+        try:
+            ours = generated_to_form(generated, size, protocol)
+        except ValueError as error:
+            raise UserError(f"clip {pair.name!r}, frame {number}: {pair.generated.place} {error}") from None
+        yield FramePair(ours, brought_to_form(truth, protocol), mask)
+
+
+def _check_size(clip: ClipFiles | MaskFiles, number: int, picture: np.ndarray, expected: np.ndarray) -> None:
+    if picture.shape[:2] != expected.shape[:2]:
+        raise UserError(
+            f"clip {clip.name!r}, frame {number}: {clip.argument} is {picture.shape[1]}x{picture.shape[0]} "
+            f"({clip.place}), the true frames are {expected.shape[1]}x{expected.shape[0]}"
+        )
+
+
+def _settings(config: CompareConfig, instruments: Instruments) -> dict[str, Any]:
+    """Everything but the files that decides the numbers."""
+    settings = {key: value for key, value in config_dict(config).items() if key not in ABOUT_FILES}
+    version = {"protocol version": instruments.protocol.version, "networks": instruments.networks()}
+    return {"task": "metrics", "masks": config.masks is not None} | settings | version
+
+
+def _stamps(pair: ClipPair) -> dict[str, Any]:
+    """What tells whether a clip's files have changed."""
+    sides = {"generated": pair.generated, "truth": pair.truth, "masks": pair.masks}
+    return {side: clip.stamps() for side, clip in sides.items() if clip is not None}
+
+
+def _table(numbers: dict[str, Number], instruments: Instruments, pairs: list[ClipPair]) -> str:
+    """The numbers with the protocol above and the warnings below."""
+    frames = sum(pair.frames for pair in pairs)
+    lines = ["| measure | value | samples |", "|---|---|---|"]
+    for name, number in numbers.items():
+        value = format_number(over_seeds([number.value]), plus_minus="")
+        lines.append(f"| {measure_label(name)} | {value} | {number.samples} |")
+    warnings = warning_lines((name, number.warning) for name, number in numbers.items())
+    return heading(instruments, f"{len(pairs)} clips, {frames} frames") + "\n".join(lines) + "\n" + warnings

@@ -1,0 +1,310 @@
+"""From a user's inputs to an animation with its comparison: what `infer.py` does for each pair."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from core.errors import UserError
+from core.files import complete_file, write_json
+from core.version import VERSION
+from data.inputs import Driving, Reference
+from data.poses.drawing import draw_pose
+from data.transforms import apply_fit, fit_matrix
+from data.video.reading import write_video
+from inference.comparison import comparison_frames, comparison_strip
+from models.acceleration import AccelerationConfig
+from models.attention.recording import AttentionRecording
+from models.pipeline import AnimationPipeline
+from tpc import Calibration, CalibrationConfig, calibrate
+from tpc.warping import mask_picture, warp_mask
+
+
+@dataclass
+class SamplingConfig:
+    """How a clip is sampled.
+
+    size: width and height of the result in pixels; null: the driving video's shape at the model's resolution.
+    num_frames: frames to animate, null: all; stride: use every stride-th frame of the driving video.
+    seed: of the initial noise.
+    steps: denoising steps; guidance_scale: 1 switches classifier-free guidance off and halves the time.
+    guidance_scales: one for each kind of guidance, where a model has several, in place of guidance_scale.
+    window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
+    shift_windows: move the windows at every step, so that no frame is always at a window's end.
+    compare: also sample without TPC, for the comparison.
+    acceleration: what is left out for speed, at a cost of quality; see `docs/speed.md`.
+    """
+
+    size: list[int] | None = None
+    num_frames: int | None = None
+    stride: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 2.0
+    guidance_scales: list[float] | None = None
+    window_size: int | None = None
+    window_overlap: int = 4
+    shift_windows: bool = False
+    compare: bool = True
+    acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name in ("steps", "stride", "num_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
+        if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
+            raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
+        self.acceleration.check()
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+
+
+@dataclass(frozen=True)
+class Animation:
+    """One animated clip; all pictures are uint8 RGB at the model's size.
+
+    Attributes:
+        reference: (H, W, 3), the reference as the model gets it.
+        poses: (f, H, W, 3).
+        plain: (f, H, W, 3), the result without TPC; None when it was not asked for.
+        calibrated: (f, H, W, 3), the result with TPC; None when it is off.
+        calibration: what TPC did, or None.
+        fps: frames per second.
+        attention_cache_bytes: the most that `acceleration.broadcast` held at a time.
+    """
+
+    reference: np.ndarray
+    poses: np.ndarray
+    plain: np.ndarray | None
+    calibrated: np.ndarray | None
+    calibration: Calibration | None
+    fps: float
+    attention_cache_bytes: int = 0
+
+    @property
+    def result(self) -> np.ndarray:
+        """The animation: with TPC when it is on."""
+        return self.plain if self.calibrated is None else self.calibrated
+
+    def columns(self) -> dict[str, Any]:
+        """What the comparison shows, in order."""
+        columns: dict[str, Any] = {"reference": [self.reference], "pose": self.poses}
+        if self.calibration is not None:
+            columns["calibrated reference"] = calibrated_pictures(self.calibration)
+        if self.plain is not None:
+            columns["without TPC"] = self.plain
+        if self.calibrated is not None:
+            columns["with TPC"] = self.calibrated
+        return columns
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How inputs are brought into the model's frame.
+
+    Attributes:
+        size: (width, height) of the model's frame in pixels.
+        frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame.
+    """
+
+    size: tuple[int, int]
+    frame_map: np.ndarray
+    reference_map: np.ndarray
+
+
+def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:
+    """The frame that `animate` uses.
+
+    Raises:
+        UserError: a size that the model cannot do.
+    """
+    size = model_size(pipeline, sampling, driving.size)
+    # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
+    reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
+    return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
+
+
+def animate(
+    pipeline: AnimationPipeline,
+    reference: Reference,
+    driving: Driving,
+    sampling: SamplingConfig,
+    tpc: CalibrationConfig | None,
+    watch: Stopwatch | None = None,
+    show_progress: bool = True,
+    attention: AttentionRecording | None = None,
+) -> Animation:
+    """Animate a reference with a driving clip.
+
+    Args:
+        reference: with poses when `tpc` is given.
+        tpc: None runs without calibration.
+        watch: gets the seconds of every stage.
+        show_progress: draw progress bars.
+        attention: records the run that `Animation.result` is of.
+
+    Raises:
+        UserError: a size that the model cannot do, or no pose pictures of the kind that it reads.
+    """
+    if driving.pictures is None and pipeline.pose_kind != "OpenPose":
+        raise UserError(f"the model reads {pipeline.pose_kind} pictures, which cannot be drawn from keypoints")
+    watch = watch or Stopwatch()
+    frame = framing(pipeline, reference, driving, sampling)
+    size = frame.size
+    picture = apply_fit(reference.image, frame.reference_map, size)
+    poses = pose_pictures(driving, frame.frame_map, size)
+
+    calibration = None
+    if tpc is not None:
+        with watch.stage("calibration"):
+            calibration = calibrate(
+                reference.image,
+                reference.poses,
+                driving.poses,
+                size,
+                tpc,
+                reference_masks=reference.masks,
+                driving_masks=driving.masks,
+                frame_map=frame.frame_map,
+                reference_map=frame.reference_map,
+                progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
+            )
+
+    mask = None
+    if reference.masks is not None:
+        mask = person_mask(reference.masks, frame.reference_map, size)
+    elif calibration is not None and calibration.persons:
+        mask = calibration.reference_masks.any(axis=0)
+
+    kept_bytes = []
+
+    def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
+        with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
+            result = pipeline(
+                picture,
+                poses,
+                calibration,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scales or sampling.guidance_scale,
+                window_size=sampling.window_size,
+                window_overlap=sampling.window_overlap,
+                shift_windows=sampling.shift_windows,
+                generator=torch.Generator().manual_seed(sampling.seed),
+                output_type="uint8",
+                callback_on_step_end=step_counter(progress),
+                attention=attention,
+                reference_mask=mask,
+                acceleration=sampling.acceleration,
+            )
+        kept_bytes.append(result.attention_cache_bytes)
+        return result.frames
+
+    plain = calibrated = None
+    if calibration is None or sampling.compare:
+        plain = sample("sampling without TPC", None, attention if calibration is None else None)
+    if calibration is not None:
+        calibrated = sample("sampling with TPC", calibration, attention)
+    return Animation(picture, poses, plain, calibrated, calibration, driving.fps, max(kept_bytes))
+
+
+def pose_pictures(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pose pictures in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
+    if driving.pictures is not None:
+        matrix = fit_matrix(driving.pictures.shape[2:0:-1], size, "cover")
+        return np.stack([apply_fit(picture, matrix, size) for picture in driving.pictures])
+    poses = driving.poses.mapped(frame_map, size)
+    return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
+
+
+def person_mask(masks: np.ndarray, reference_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where any of the reference's persons (persons, h, w) bool is in the model's frame, (H, W) bool."""
+    return warp_mask(mask_picture(masks.any(axis=0)), reference_map, size)
+
+
+def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
+    """A pipeline callback that moves a progress bar and changes nothing."""
+
+    def callback(pipeline: Any, step: int, timestep: int, tensors: dict) -> dict:
+        progress.update()
+        return tensors
+
+    return callback
+
+
+def model_size(pipeline: AnimationPipeline, sampling: SamplingConfig, driving: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the result."""
+    if sampling.size is None:
+        return pipeline.default_size(driving)
+    width, height = sampling.size
+    multiple = pipeline.size_multiple
+    if width % multiple or height % multiple:
+        raise UserError(f"size=[{width},{height}] must be multiples of {multiple}, the model's factor")
+    return width, height
+
+
+def calibrated_pictures(calibration: Calibration) -> np.ndarray:
+    """(f, H, W, 3): each frame's own calibrated picture, persons laid over each other; grey where there is none."""
+    width, height = calibration.size
+    pictures = np.full((calibration.frames, height, width, 3), 128, np.uint8)
+    for frame, members in enumerate(calibration.member):
+        drawn = False
+        for image in members[members >= 0]:
+            shown = calibration.masks[image] if drawn else np.ones((height, width), bool)
+            pictures[frame][shown] = calibration.images[image][shown]
+            drawn = True
+    return pictures
+
+
+def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
+    """What every video says about itself: that it is generated, by what and with which settings."""
+    return {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
+
+
+def write_animation(animation: Animation, output: Path, configuration: dict[str, Any], watch: Stopwatch) -> None:
+    """Write animation.mp4, comparison.mp4, comparison.png and result.json; the last one when all is there."""
+    settings = generated_by(configuration)
+    columns = animation.columns()
+    with watch.stage("writing"):
+        write_video(output / "animation.mp4", animation.result, animation.fps, settings)
+        write_video(output / "comparison.mp4", comparison_frames(columns), animation.fps, settings)
+        with complete_file(output / "comparison.png") as path:
+            Image.fromarray(comparison_strip(columns)).save(path)
+    calibration = animation.calibration
+    result = {
+        "generated": True,
+        "configuration": configuration,
+        "versions": {"tpc-animate": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "seed": configuration["seed"],
+        "frames": len(animation.poses),
+        "size": list(animation.poses.shape[2:0:-1]),
+        "fps": animation.fps,
+        "seconds": watch.seconds,
+        "attention_cache_bytes": animation.attention_cache_bytes,
+        "calibration": calibration.summary() if calibration is not None else None,
+    }
+    write_json(output / "result.json", result)

@@ -1,0 +1,322 @@
+"""DisCo (Wang et al., CVPR 2024): foreground as CLIP tokens, background and pose as ControlNets.
+
+Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
+size, H, W = picture size.
+
+The person is cut out of the reference, and all of CLIP's tokens of that cut-out are what cross-attention of the UNet
+and of both ControlNets sees. The reference without the person goes through the VAE to a ControlNet of its own; the
+residuals of both are added up. Guidance takes the person away, in all three networks, and keeps pose and background.
+TPC adds the tokens of calibrated cut-outs to the context of a frame; the background stays the reference's.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from models.animators.base import Condition, Images, PosePictures, guided
+from models.animators.disco.networks import (
+    BACKGROUND_PREFIX,
+    POSE_PREFIX,
+    DiscoControlNet,
+    DiscoUNet,
+    TokenProjection,
+    new_control_net,
+    recipe_parameters,
+    with_time,
+)
+from models.animators.small_networks import (
+    block_types,
+    check_pose_channels,
+    resolution_settings,
+    small_image_encoder,
+    unet_settings,
+)
+from models.animators.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
+from models.attention.context import ReferenceContext, same_reference, without_dropped
+from models.attention.layers import LayerShape, image_token_layers
+from models.attention.probe import Probe
+from models.attention.tokens import KeyLayout
+from models.broadcast import TEMPORAL
+from models.clip_pictures import clip_mask, clip_pixels
+from models.images import PictureSequence
+
+# What cross-attention sees in the unconditional half of guidance: CLIP's tokens of an empty cut-out, for models
+# trained with dropped references (`drop_ref`), or zeros, for the others.
+NULL_TOKENS = ("empty_picture", "zeros")
+SOURCE = "images"  # the name of the tokens, which all layers of all networks share
+
+
+@dataclass(frozen=True)
+class DiscoSubject:
+    """What follows from the reference alone.
+
+    Attributes:
+        null: tokens of the unconditional half of guidance, (1, tokens, channels).
+        background: latents of the reference without the person, (1, c, h, w).
+    """
+
+    null: Tensor
+    background: Tensor
+
+
+class DisCo(TrainableAnimator):
+    """The networks that are trained together; DeepSpeed and FSDP take one module."""
+
+    needs_mask = True
+    alters_reference = True
+    calibrated_latents = False
+    adapted_networks = ("unet", "pose_control_net", "background_control_net")
+
+    def __init__(
+        self,
+        unet: DiscoUNet,
+        pose_control_net: DiscoControlNet,
+        background_control_net: DiscoControlNet,
+        image_encoder: CLIPVisionModelWithProjection,
+        token_projection: TokenProjection,
+        null_tokens: str = "empty_picture",
+    ):
+        super().__init__()
+        if null_tokens not in NULL_TOKENS:
+            raise ValueError(f"null_tokens must be one of {', '.join(NULL_TOKENS)}, got {null_tokens!r}")
+        self.unet = unet
+        self.pose_control_net = pose_control_net
+        self.background_control_net = background_control_net
+        self.image_encoder = image_encoder
+        self.token_projection = token_projection
+        self.null_tokens = null_tokens
+
+    @property
+    def temporal(self) -> bool:
+        """Whether the frames of a clip see each other."""
+        return self.unet.config.temporal
+
+    # What follows is `models.animators.base.Animator`.
+
+    @property
+    def joint_frames(self) -> bool:
+        return self.temporal
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet.config.in_channels
+
+    @property
+    def latent_side(self) -> int:
+        return self.unet.config.sample_size
+
+    @property
+    def broadcast_kinds(self) -> tuple[str, ...]:
+        return (*super().broadcast_kinds, TEMPORAL) if self.temporal else super().broadcast_kinds
+
+    def encode_reference(self, reference: Images) -> DiscoSubject:
+        return DiscoSubject(
+            self.encode_nobody(), reference.encode(self.latent_pictures(reference.pictures, reference.masks))
+        )
+
+    def encode_images(self, images: Images, timestep: int, subject: DiscoSubject) -> dict[str, Tensor]:
+        return {SOURCE: self.encode_foreground(images.pictures, images.masks)}
+
+    def pose_condition(self, poses: PictureSequence, subject: DiscoSubject) -> PosePictures:
+        return PosePictures(poses)
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+        subject, poses = condition.subject, condition.pose
+        frames = sample[0].transpose(0, 1)
+        predict = partial(self.predict_frames, frames, timestep, subject.null, poses, subject.background)
+        seen = condition.seen
+        prediction = guided(lambda: predict(seen), lambda: predict(seen.blind()), scales[0])
+        return prediction.transpose(0, 1)[None]
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
+        keys = KeyLayout(self.patch_grid, whole=1)
+        return {
+            **image_token_layers(self.pose_control_net, latent_size, keys, POSE_PREFIX),
+            **image_token_layers(self.background_control_net, latent_size, keys, BACKGROUND_PREFIX),
+            **image_token_layers(self.unet, latent_size, keys),
+        }
+
+    # How it is computed.
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole picture comes before them."""
+        config = self.image_encoder.config
+        return (config.image_size // config.patch_size,) * 2
+
+    def encode_foreground(self, pictures: Tensor, masks: Tensor) -> Tensor:
+        """Tokens (i, 1 + patches, channels) of the persons in pictures (i, 3, H, W) in [-1, 1].
+
+        The masks (i, 1, H, W) are applied after CLIP's normalisation, so what they leave out has CLIP's mean colour.
+        """
+        side = self.image_encoder.config.image_size
+        return self.encode_tokens(clip_pixels(pictures, side) * clip_mask(masks, side))
+
+    def encode_tokens(self, pixels: Tensor) -> Tensor:
+        """CLIP's input (i, 3, side, side) -> tokens (i, 1 + patches, channels), the whole picture's first."""
+        hidden = self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state
+        # CLIP normalises the first token only, the one it was trained with.
+        hidden = self.image_encoder.vision_model.post_layernorm(hidden)
+        return self.token_projection(hidden.to(self.token_projection.dtype))
+
+    def encode_nobody(self) -> Tensor:
+        """The tokens of the unconditional half of guidance, (1, tokens, channels)."""
+        config = self.image_encoder.config
+        if self.null_tokens == "empty_picture":
+            side, device = config.image_size, self.image_encoder.device
+            return self.encode_tokens(torch.zeros(1, config.num_channels, side, side, device=device))
+        rows, columns = self.patch_grid
+        width = self.token_projection.config.out_channels
+        return torch.zeros(1, 1 + rows * columns, width, device=self.unet.device, dtype=self.dtype)
+
+    def predict_frames(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        poses: Tensor,
+        background: Tensor,
+        seen: ReferenceContext | None,
+    ) -> Tensor:
+        """Prediction without guidance for single pictures, or for one clip of the temporal variant.
+
+        Args:
+            latents: (f, c, h, w).
+            timestep: scalar or (f,).
+            context: tokens that every frame sees when `seen` is None, (1, tokens, channels).
+            poses: (f, 3, H, W) in [0, 1].
+            background: (1, c, h, w) or (f, c, h, w).
+
+        Returns:
+            (f, c, h, w).
+        """
+        residuals = self.control_residuals(latents, timestep, context, poses, background, seen)
+        return self.unet(
+            latents,
+            timestep,
+            context,
+            cross_attention_kwargs={"reference": seen},
+            down_block_additional_residuals=residuals[:-1],
+            mid_block_additional_residual=residuals[-1],
+            return_dict=False,
+        )[0]
+
+    def control_residuals(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        poses: Tensor,
+        background: Tensor,
+        seen: ReferenceContext | None,
+    ) -> list[Tensor]:
+        """The sum of both ControlNets, (f, c', h', w') each: of every skip connection, then of the middle block."""
+        summed: list[Tensor] = []
+        for network, picture in ((self.pose_control_net, poses), (self.background_control_net, background)):
+            down, mid = network(
+                latents,
+                timestep,
+                context,
+                controlnet_cond=picture,
+                cross_attention_kwargs={"reference": seen},
+                return_dict=False,
+            )
+            parts = [*down, mid]
+            summed = parts if not summed else [one + other for one, other in zip(summed, parts, strict=True)]
+        return summed
+
+    # The rest is `models.animators.trainable.TrainableAnimator`.
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        reference_latents: Tensor,
+        reference_image: Tensor,
+        poses: Tensor,
+        dropped: Tensor,
+        reference: ReferenceContext | None = None,
+        probe: Probe | None = None,
+        reference_mask: Tensor | None = None,
+        calibrated: CalibratedPictures | None = None,
+    ) -> Tensor:
+        """See `TrainableAnimator.forward`.
+
+        Args:
+            reference_latents: of the background.
+            dropped: samples that train the unconditional half of guidance, which sees nobody.
+        """
+        batch, _, num_frames = noisy_latents.shape[:3]
+        pictures, masks = reference_image, reference_mask
+        if calibrated is not None:
+            pictures, masks = torch.cat([pictures, calibrated.pictures]), torch.cat([masks, calibrated.masks])
+        null = self.encode_nobody()
+        tokens = torch.cat([self.encode_foreground(pictures, masks), null])
+        seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
+        seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
+        seen = without_dropped(seen, (dropped > 0).repeat_interleave(num_frames), len(tokens) - 1)
+        # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
+        parts = (noisy_latents.transpose(1, 2), poses.transpose(1, 2), reference_latents[:batch])
+        latents, poses, background = (part.to(self.dtype) for part in parts)
+        if self.temporal:
+            clips = [
+                self.predict_frames(latents[j], timestep[j], null, poses[j], background[[j]], seen.clip(j, num_frames))
+                for j in range(batch)
+            ]
+            return torch.stack(clips).transpose(1, 2)
+        timesteps, background = (part.repeat_interleave(num_frames, dim=0) for part in (timestep, background))
+        prediction = self.predict_frames(latents.flatten(0, 1), timesteps, null, poses.flatten(0, 1), background, seen)
+        return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
+
+    def latent_pictures(self, pictures: Tensor, masks: Tensor | None) -> Tensor:
+        """The background: the person's place has the middle of the range of values, grey."""
+        return pictures * (1 - masks.to(pictures.dtype))
+
+    @classmethod
+    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+        """Image model. ControlNets start as copies of the UNet's downward half, the projection as CLIP's own."""
+        attention, heads = resolution_settings(sizes)
+        unet = DiscoUNet(
+            attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
+            **block_types(attention),
+            **unet_settings(sizes, latent_channels, picture_size),
+        )
+        image_encoder = small_image_encoder(sizes)
+        projection = TokenProjection(sizes.image_encoder_width, sizes.context_dim)
+        projection.linear.load_state_dict(image_encoder.visual_projection.state_dict())
+        control_nets = (new_control_net(unet, latent, tuple(sizes.pose_channels)) for latent in (False, True))
+        return cls(unet, *control_nets, image_encoder, projection)
+
+    def check_size(self, factor: int, size: tuple[int, int]) -> None:
+        """Pose pictures must end as small as the latents, too."""
+        check_pose_channels(self.pose_control_net.config.conditioning_embedding_out_channels, factor)
+        super().check_size(factor, size)
+
+    def prepare_stage(self, stage: str) -> None:
+        """Clips are trained with the temporal variant, which an image model becomes here."""
+        if stage == "motion" and not self.temporal:
+            for name in self.adapted_networks:
+                setattr(self, name, with_time(getattr(self, name)))
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        """As published: everything, what attribute pre-training trains, what one person needs, or what is temporal."""
+        return ("full", "attributes", "person") if stage == "image" else ("full", "temporal")
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        names = {name for name, _ in self.named_parameters()} - self.unread_parameters()
+        return recipe_parameters(names, choice, image_encoder)
+
+    def unread_parameters(self) -> set[str]:
+        """CLIP's own projection, of its first token."""
+        return {"image_encoder.visual_projection.weight"}
+
+    def settings(self) -> dict[str, Any]:
+        return {"null_tokens": self.null_tokens}

@@ -1,0 +1,143 @@
+"""The UNet and the two ControlNets of DisCo, diffusers' own with CLIP tokens of the person in cross-attention.
+
+The image model treats frames as single pictures. The temporal variant (`temporal=True`) treats the batch as the frames
+of one clip; see `models.animators.disco.temporal`.
+
+Shapes use f = frames, c = channels, h, w = latent size, H, W = picture size.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from models.animators.disco.temporal import add_time, is_temporal
+from models.attention.processors import set_image_processors
+from models.unets import with_parameters
+
+# What the names of the ControlNets' layers begin with, so that one context serves all networks.
+POSE_PREFIX, BACKGROUND_PREFIX = "pose_control_net.", "background_control_net."
+# Widths of the pose pictures' embedding, for a VAE of factor 8.
+EMBEDDING_WIDTHS = (16, 32, 96, 256)
+
+
+class DiscoUNet(UNet2DConditionModel):
+    """Stable Diffusion's UNet. Configuration as its parent's, and:
+
+    temporal: whether the batch is a clip whose frames see each other.
+    """
+
+    @with_parameters(UNet2DConditionModel.__init__, temporal=False)
+    def __init__(self, *args, temporal: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(temporal=temporal)
+        if temporal:
+            add_time(self)
+        set_image_processors(self)
+
+
+class LatentEmbedding(nn.Module):
+    """Conditioning embedding of a ControlNet that reads latents instead of pictures: one convolution."""
+
+    def __init__(self, latent_channels: int, channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(f, c, h, w) -> (f, channels, h, w)."""
+        return self.conv_in(latents)
+
+
+class DiscoControlNet(ControlNetModel):
+    """ControlNet of the pose, or of the background. Configuration as its parent's, and:
+
+    temporal: whether the batch is a clip whose frames see each other.
+    latent_conditioning: whether the condition is latents, (f, c, h, w), as the background's is, instead of pictures,
+        (f, 3, H, W) in [0, 1], as the pose's.
+    """
+
+    @with_parameters(ControlNetModel.__init__, temporal=False, latent_conditioning=False)
+    def __init__(self, *args, temporal: bool = False, latent_conditioning: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(temporal=temporal, latent_conditioning=latent_conditioning)
+        if latent_conditioning:
+            self.controlnet_cond_embedding = LatentEmbedding(
+                self.config.conditioning_channels, self.config.block_out_channels[0]
+            )
+        if temporal:
+            add_time(self)
+        set_image_processors(self, prefix=BACKGROUND_PREFIX if latent_conditioning else POSE_PREFIX)
+
+
+class TokenProjection(ModelMixin, ConfigMixin):
+    """The trained projection of CLIP's tokens to the width of cross-attention; it starts as CLIP's own."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 1024, out_channels: int = 768):
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, tokens, in) -> (b, tokens, out)."""
+        return self.linear(tokens)
+
+
+def new_control_net(
+    unet: DiscoUNet, latent_conditioning: bool, embedding_widths: tuple[int, ...] = EMBEDDING_WIDTHS
+) -> DiscoControlNet:
+    """The ControlNet that training starts with: the UNet's downward half, and an output of zero.
+
+    Args:
+        embedding_widths: of the pose pictures' embedding; each after the first halves the pictures.
+    """
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    network = DiscoControlNet(
+        **{name: value for name, value in unet.config.items() if name in known},
+        conditioning_channels=unet.config.in_channels if latent_conditioning else 3,
+        conditioning_embedding_out_channels=embedding_widths,
+        latent_conditioning=latent_conditioning,
+        temporal=unet.config.temporal,
+    )
+    shared = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.")
+    started = {name: value for name, value in unet.state_dict().items() if name.startswith(shared)}
+    if latent_conditioning:
+        conv = unet.conv_in.state_dict()
+        started |= {f"controlnet_cond_embedding.conv_in.{name}": value for name, value in conv.items()}
+    return started_from(network, started)
+
+
+def with_time(network: DiscoUNet | DiscoControlNet) -> DiscoUNet | DiscoControlNet:
+    """The temporal network that training starts with: an image network's weights, new blocks that add zero."""
+    return started_from(type(network).from_config(network.config, temporal=True), network.state_dict())
+
+
+def started_from(network: ModelMixin, weights: Mapping[str, Tensor]) -> ModelMixin:
+    """A new network with copies of `weights` where it has their names, in their number format and on their device."""
+    like = next(iter(weights.values()))
+    own = {name: value.to(like.device, like.dtype) for name, value in network.state_dict().items()}
+    network.load_state_dict(own | {name: value.clone() for name, value in weights.items()}, assign=True)
+    return network
+
+
+def recipe_parameters(names: set[str], choice: str, image_encoder: bool) -> set[str]:
+    """Which of a model's parameters a published recipe trains.
+
+    Args:
+        names: parameters of `models.animators.disco.model.DisCo`.
+        choice: "full", "attributes" (pre-training on pictures of many people), "person" (one person) or "temporal".
+        image_encoder: whether "full" includes CLIP, which the published recipe leaves as it is.
+    """
+
+    def part(*prefixes: str) -> set[str]:
+        return {name for name in names if name.startswith(prefixes)}
+
+    unet, background = part("unet."), part(BACKGROUND_PREFIX)
+    if choice == "attributes":
+        return {name for name in unet if ".transformer_blocks." in name} | background | part("token_projection.")
+    if choice == "person":
+        return {name for name in unet if ".attn2." in name} | background
+    if choice == "temporal":
+        return {name for name in names if is_temporal(name)}
+    return names if image_encoder else names - part("image_encoder.")

@@ -1,0 +1,275 @@
+"""DreamPose (Karras et al., ICCV 2023): an image UNet that sees CLIP and VAE tokens of the reference and five poses.
+
+Shapes use b = batch, f = frames, i = reference images, n = context tokens, c = channels, h, w = latent size,
+H, W = picture size.
+
+Value ranges, the same in training and sampling: pictures are in [-1, 1] for the VAE, whose latents the adapter takes
+as the UNet does, scaled; CLIP has its own mean and deviation of the same pictures. Pose pictures are in [0, 1] and
+become `pose_range` of the UNet's configuration, [-1, 1] as published, where 0 says that there is no pose. The empty
+picture of the unconditional branch is what the published code feeds: zeros, grey to the VAE and black to CLIP.
+
+Frames are denoised each by itself, from the same noise. What makes them consecutive is that each is given the poses
+before and after its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+from models.animators.base import Condition, Images
+from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
+from models.animators.small_networks import block_types, image_encoder_config, resolution_settings, unet_settings
+from models.animators.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
+from models.attention.context import ReferenceContext, same_reference, without_dropped
+from models.attention.layers import LayerShape, image_token_layers
+from models.attention.probe import Probe
+from models.attention.tokens import KeyLayout
+from models.clip_pictures import clip_pixels
+from models.images import PictureSequence
+from models.pipeline import AnimationPipeline
+
+SOURCE = "images"  # name of the tokens that all layers share
+# Published scales of guidance: image, pose.
+IMAGE_SCALE, POSE_SCALE = 8.0, 3.0
+POSE_CHUNK = 8
+# Of new small networks: consecutive poses, and the channels of a figure.
+SMALL_POSES = 5
+FIGURE_CHANNELS = (0, 1, 2)
+# What condition dropout takes away, by number.
+DROP_IMAGE, DROP_POSE, DROP_BOTH = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class DreamPoseSubject:
+    """What follows from the reference alone.
+
+    Attributes:
+        null: context of the empty picture, (1, n, c).
+        latent_size: (h, w).
+    """
+
+    null: Tensor
+    latent_size: tuple[int, int]
+
+
+class DreamPose(TrainableAnimator):
+    """The networks that are trained together; DeepSpeed and FSDP take one module."""
+
+    shared_noise = True
+    joint_frames = False
+    guidance_names = ("image", "pose")
+    drop_kinds = 3
+    adapted_networks = ("denoising_unet",)
+
+    def __init__(self, denoising_unet: DreamPoseUNet, adapter: ImageAdapter, image_encoder: CLIPVisionModel):
+        super().__init__()
+        self.denoising_unet = denoising_unet
+        self.adapter = adapter
+        self.image_encoder = image_encoder
+
+    # What follows is `models.animators.base.Animator`.
+
+    @property
+    def pose_kind(self) -> str:
+        return self.denoising_unet.config.pose_kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoising_unet.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoising_unet.config.out_channels
+
+    @property
+    def latent_side(self) -> int:
+        """That of the adapter's latents, which are pooled 2 x 2; any other size is pooled to the same grid."""
+        rows, columns = self.adapter.config.latent_grid
+        return round((4 * rows * columns) ** 0.5)
+
+    def encode_reference(self, reference: Images) -> DreamPoseSubject:
+        return DreamPoseSubject(self.null_context(), tuple(reference.latents.shape[-2:]))
+
+    def encode_images(self, images: Images, timestep: int, subject: DreamPoseSubject) -> dict[str, Tensor]:
+        return {SOURCE: self.image_context(images.pictures, images.latents)}
+
+    def pose_condition(self, poses: PictureSequence, subject: DreamPoseSubject) -> "PoseNeighbours":
+        return PoseNeighbours(self.denoising_unet, poses, subject.latent_size)
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+        null, pose, absent = condition.subject.null, condition.pose, torch.zeros_like(condition.pose)
+        seen = condition.seen
+        predict = partial(self.denoising_unet, sample, timestep)
+        branches = (
+            lambda: predict(absent, null, seen.blind()),
+            lambda: predict(absent, null, seen.apart("image alone")),
+            lambda: predict(pose, null, seen),
+        )
+        weights = branch_weights(*scales)
+        return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
+        """Tokens are mixed over the picture by the adapter, so only whole images can be shown, hidden or looked at."""
+        keys = KeyLayout(None, whole=self.adapter.config.clip_tokens)
+        return image_token_layers(self.denoising_unet, latent_size, keys)
+
+    def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
+        """Scales of image and pose. A single number is the image's; the pose's goes with it, so that 1 switches
+        guidance off and 8 is the published pair (8, 3)."""
+        if not isinstance(scale, Sequence):
+            slope = (POSE_SCALE - 1) / (IMAGE_SCALE - 1)
+            scale = (scale, 1 + (scale - 1) * slope)
+        return super().guidance_scales(scale)
+
+    def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
+        """The reference under the noise of the first timestep, calibrated where that replaces it."""
+        return scheduler.add_noise(start().to(noise), noise, scheduler.timesteps[:1])
+
+    # How it is computed.
+
+    def image_context(self, pictures: Tensor, latents: Tensor) -> Tensor:
+        """Context tokens of pictures (i, 3, H, W) in [-1, 1] and their latents (i, c, h, w), (i, n, c)."""
+        side = self.image_encoder.config.image_size
+        return self.mixed(clip_pixels(central_square(pictures), side), latents)
+
+    def null_context(self) -> Tensor:
+        """Context tokens of the empty picture, (1, n, c)."""
+        side = self.image_encoder.config.image_size
+        black = -torch.ones(1, 3, 1, 1, device=self.image_encoder.device)
+        return self.mixed(clip_pixels(black, side), self.adapter.null_latents[None])
+
+    def mixed(self, pixels: Tensor, latents: Tensor) -> Tensor:
+        """Context tokens of CLIP's input (i, 3, side, side) and latents (i, c, h, w), (i, n, c)."""
+        tokens = self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state
+        return self.adapter(tokens.to(self.adapter.dtype), latents.to(self.adapter.dtype)).to(self.dtype)
+
+    # The rest is `models.animators.trainable.TrainableAnimator`.
+
+    @classmethod
+    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+        """Its pose pictures are figures of OpenPose; its context is as wide as the image encoder's tokens, whatever
+        `context_dim` says."""
+        attention, heads = resolution_settings(sizes)
+        settings = unet_settings(sizes, latent_channels, picture_size)
+        settings |= {
+            "in_channels": latent_channels + SMALL_POSES * len(FIGURE_CHANNELS),
+            "cross_attention_dim": sizes.image_encoder_width,
+        }
+        unet = DreamPoseUNet(
+            attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
+            poses=SMALL_POSES,
+            pose_channels=FIGURE_CHANNELS,
+            pose_kind="OpenPose",
+            **block_types(attention),
+            **settings,
+        )
+        config = image_encoder_config(sizes)
+        tokens = 1 + (config.image_size // config.patch_size) ** 2
+        grid = (max(settings["sample_size"] // 2, 1),) * 2
+        adapter = ImageAdapter(tokens, config.hidden_size, latent_channels, grid)
+        return cls(unet, adapter, CLIPVisionModel(config))
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        reference_latents: Tensor,
+        reference_image: Tensor,
+        poses: Tensor,
+        dropped: Tensor,
+        reference: ReferenceContext | None = None,
+        probe: Probe | None = None,
+        reference_mask: Tensor | None = None,
+        calibrated: CalibratedPictures | None = None,
+    ) -> Tensor:
+        batch, _, num_frames, *size = noisy_latents.shape
+        # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
+        noisy_latents, poses = noisy_latents.to(self.dtype), poses.to(self.dtype)
+        pictures = reference_image if calibrated is None else torch.cat([reference_image, calibrated.pictures])
+        null = self.null_context()
+        tokens = torch.cat([self.image_context(pictures, reference_latents), null])
+        seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
+        seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
+        no_image = (dropped == DROP_IMAGE) | (dropped == DROP_BOTH)
+        seen = without_dropped(seen, no_image.repeat_interleave(num_frames), len(tokens) - 1)
+        unet = self.denoising_unet
+        inputs = unet.pose_input(poses.transpose(1, 2).flatten(0, 1), size).unflatten(0, (batch, num_frames))
+        posed = (dropped == 0) | (dropped == DROP_IMAGE)
+        inputs = consecutive_poses(inputs, unet.config.poses) * posed[:, None, None, None, None]
+        return unet(noisy_latents, timestep, inputs, null, seen)
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        """UNet and adapter, as published, or the adapter alone."""
+        return ("full", "adapter")
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        parts = ("adapter.", "denoising_unet.") if choice == "full" else ("adapter.",)
+        parts = (*parts, "image_encoder.") if image_encoder else parts
+        return {name for name, _ in self.named_parameters() if name.startswith(parts)} - self.unread_parameters()
+
+    def unread_parameters(self) -> set[str]:
+        """CLIP's last norm, which its tokens do not pass."""
+        return {name for name, _ in self.named_parameters() if name.startswith("image_encoder.post_layernorm.")}
+
+
+class PoseNeighbours:
+    """Poses of a clip at the latents' size, the same at every step; see `models.animators.base.PoseCondition`."""
+
+    def __init__(self, unet: DreamPoseUNet, poses: PictureSequence, latent_size: tuple[int, int]):
+        self.number = unet.config.poses
+        chunks = [range(start, min(start + POSE_CHUNK, len(poses))) for start in range(0, len(poses), POSE_CHUNK)]
+        self.poses = torch.cat([unet.pose_input(poses[chunk], latent_size) for chunk in chunks])[None]
+
+    def at_step(self, sample: Tensor, timestep: Tensor) -> "PoseNeighbours":
+        return self
+
+    def window(self, frames: range) -> Tensor:
+        """The poses around each frame, (1, f, poses*p, h, w)."""
+        return consecutive_poses(self.poses, self.number, frames)
+
+
+def central_square(pictures: Tensor) -> Tensor:
+    """The largest square in the middle of pictures (i, 3, H, W), which is what the published code shows to CLIP."""
+    height, width = pictures.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pictures[..., top : top + side, left : left + side]
+
+
+class DreamPosePipeline(AnimationPipeline):
+    """`AnimationPipeline` of DreamPose. `guidance_scale` is the image's, or a pair (image, pose).
+
+    Args:
+        denoising_unet: its configuration says what pose pictures it takes.
+        adapter: makes the context of CLIP's tokens and the VAE's latents.
+        image_encoder: a CLIP vision model without projection.
+        window_size: frames denoised together, to save time; they do not see each other.
+    """
+
+    model_cpu_offload_seq = "image_encoder->adapter->denoising_unet->vae"
+    animator_kind = DreamPose
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        image_encoder: CLIPVisionModel,
+        adapter: ImageAdapter,
+        denoising_unet: DreamPoseUNet,
+        scheduler: DDIMScheduler,
+        window_size: int | None = None,
+    ):
+        DiffusionPipeline.__init__(self)
+        self.set_components(
+            window_size,
+            vae=vae,
+            image_encoder=image_encoder,
+            adapter=adapter,
+            denoising_unet=denoising_unet,
+            scheduler=scheduler,
+        )

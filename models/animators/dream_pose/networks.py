@@ -1,0 +1,187 @@
+"""DreamPose's networks: a UNet with poses among its input channels, and the adapter that makes its context.
+
+Shapes use b = batch, f = frames, i = pictures, n = CLIP tokens, c = channels, p = pose channels of one frame,
+h, w = latent size, H, W = picture size.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from models.attention.context import ReferenceContext
+from models.attention.processors import set_image_processors
+from models.unets import with_parameters
+
+
+class DreamPoseUNet(UNet2DConditionModel):
+    """Stable Diffusion's image UNet, whose input is the noisy latents followed by the poses around each frame.
+
+    Frames know of each other by these poses alone. Reference and calibrated images are tokens in its cross-attention.
+
+    Its configuration is that of `UNet2DConditionModel`, its `out_channels` being the latents', and:
+        poses: consecutive poses a frame is given, itself in the middle; odd.
+        pose_channels: channels of a pose picture that are used. DensePose pictures (part, U, V) give (1, 2).
+        pose_range: what 0 and 1 of these channels become. 0 of the input says "no pose" and is no pose's background.
+        pose_kind: what the pose pictures are.
+    """
+
+    @with_parameters(
+        UNet2DConditionModel.__init__,
+        poses=5,
+        pose_channels=(1, 2),
+        pose_range=(-1.0, 1.0),
+        pose_kind="DensePose",
+    )
+    def __init__(
+        self,
+        *args,
+        poses: int = 5,
+        pose_channels: tuple[int, ...] = (1, 2),
+        pose_range: tuple[float, float] = (-1.0, 1.0),
+        pose_kind: str = "DensePose",
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(
+            poses=poses, pose_channels=tuple(pose_channels), pose_range=tuple(pose_range), pose_kind=pose_kind
+        )
+        wanted = self.config.out_channels + poses * len(pose_channels)
+        if self.config.in_channels != wanted or poses % 2 != 1:
+            raise ValueError(
+                f"in_channels must be out_channels + poses * pose channels = {wanted} with an odd number of poses, "
+                f"got {self.config.in_channels} with {poses} poses"
+            )
+        set_image_processors(self)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        poses: Tensor,
+        context: Tensor,
+        seen: ReferenceContext | None = None,
+    ) -> Tensor:
+        """Predict the noise or velocity of clips, frame by frame.
+
+        Args:
+            sample: noisy latents, (b, c, f, h, w).
+            timestep: scalar or (b,).
+            poses: of `consecutive_poses`, (b, f, poses*p, h, w); zeros where there is none.
+            context: the adapter's tokens, (b or b*f, n, c'), seen where `seen` is None.
+            seen: the images that each frame sees instead.
+
+        Returns:
+            Prediction, (b, c, f, h, w).
+        """
+        batch, _, num_frames = sample.shape[:3]
+        frames = torch.cat([sample.transpose(1, 2), poses], dim=2).flatten(0, 1)  # (b*f, c + poses*p, h, w)
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch).repeat_interleave(num_frames)
+        prediction = super().forward(
+            frames, timesteps, context, cross_attention_kwargs={"reference": seen}, return_dict=False
+        )[0]
+        return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
+
+    def pose_input(self, pictures: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pose pictures (i, 3, H, W) in [0, 1] -> the channels used, (i, p, h, w) in `pose_range`; size: (h, w).
+
+        The nearest pixel is taken: between two parts of a body, or body and background, U and V have no mean.
+        """
+        low, high = self.config.pose_range
+        used = pictures[:, list(self.config.pose_channels)]
+        return F.interpolate(used, size, mode="nearest") * (high - low) + low
+
+
+def consecutive_poses(poses: Tensor, number: int, frames: range | None = None) -> Tensor:
+    """The poses around each frame side by side, earliest first; beyond the clip's ends its end poses stay.
+
+    Args:
+        poses: of whole clips, (b, f, p, h, w).
+        number: of poses for each frame, odd.
+        frames: k consecutive frames of the clip that are wanted; None: all.
+
+    Returns:
+        (b, k, number*p, h, w).
+    """
+    length = poses.shape[1]
+    frames = range(length) if frames is None else frames
+    wanted = torch.arange(frames.start, frames.stop, device=poses.device)
+    offsets = torch.arange(number, device=poses.device) - number // 2
+    index = (wanted[:, None] + offsets).clamp(0, length - 1)
+    return poses[:, index].flatten(2, 3)
+
+
+class ImageAdapter(ModelMixin, ConfigMixin):
+    """Mixes n CLIP tokens and l tokens made of the latents' channels into n tokens (Karras et al., ICCV 2023).
+
+    It starts as CLIP's tokens alone: the mixing is the identity on them and zero on the latents' tokens.
+
+    Attributes:
+        null_latents: latents of the empty picture, max-pooled, (l, rows, columns): what the unconditional branch of
+            guidance has, in training and sampling alike. A published file does not hold them.
+
+    Args:
+        clip_tokens: n; 50 of a ViT-B/32 at 224 pixels.
+        channels: of a token.
+        latent_channels: l.
+        latent_grid: (rows, columns) that latents of any size are max-pooled to. The published adapter has 40 x 32,
+            half the latents of its 640 x 512 pictures.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        clip_tokens: int = 50,
+        channels: int = 768,
+        latent_channels: int = 4,
+        latent_grid: tuple[int, int] = (40, 32),
+    ):
+        super().__init__()
+        rows, columns = latent_grid
+        # Names of the published file.
+        self.vae2clip = nn.Linear(rows * columns, channels)
+        self.linear1 = nn.Linear(clip_tokens + latent_channels, clip_tokens)
+        with torch.no_grad():
+            self.linear1.weight.copy_(torch.eye(clip_tokens, clip_tokens + latent_channels))
+            self.linear1.bias.zero_()
+        self.register_buffer("null_latents", torch.zeros(latent_channels, rows, columns))
+
+    def forward(self, clip_tokens: Tensor, latents: Tensor) -> Tensor:
+        """Context tokens of pictures.
+
+        Args:
+            clip_tokens: CLIP's last hidden states, (i, n, channels).
+            latents: of the same pictures in [-1, 1], scaled as the denoising UNet has them, (i, l, h, w).
+
+        Returns:
+            (i, n, channels).
+        """
+        pooled = self.pooled(latents).flatten(2)  # (i, l, rows*columns)
+        tokens = torch.cat([clip_tokens, self.vae2clip(pooled)], dim=1)  # (i, n + l, channels)
+        return self.linear1(tokens.transpose(1, 2)).transpose(1, 2)
+
+    def pooled(self, latents: Tensor) -> Tensor:
+        """(i, l, h, w) -> (i, l, rows, columns); a 2 x 2 maximum where that gives the grid, as published."""
+        grid = tuple(self.config.latent_grid)
+        if tuple(side // 2 for side in latents.shape[-2:]) == grid:
+            return F.max_pool2d(latents, 2)
+        return F.adaptive_max_pool2d(latents, grid)
+
+
+def portrait_grid(cells: int) -> tuple[int, int]:
+    """(rows, columns) with this many cells and the ratio nearest to 5 : 4, that of the published pictures.
+
+    A file tells how many cells an adapter has, not how they lie.
+    """
+    pairs = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
+    return min(pairs, key=lambda pair: max(pair[0] / pair[1] / 1.25, 1.25 * pair[1] / pair[0]))
+
+
+def branch_weights(image: float, pose: float) -> tuple[float, float, float]:
+    """Weights of the predictions with nothing, with the image, and with image and pose, which sum to 1.
+
+    They are the published guidance null + image (e_image - null) + pose (e_image_pose - e_image),
+    sorted by prediction: one whose weight is 0 need not be made.
+    """
+    return 1 - image, image - pose, pose

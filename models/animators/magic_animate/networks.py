@@ -1,0 +1,93 @@
+"""What MagicAnimate has beside its UNets: the ControlNet of the poses, frame by frame, and the embedded empty prompt.
+
+Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = picture size.
+"""
+
+import torch
+from diffusers import ConfigMixin, ControlNetModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from models.images import PictureSequence
+
+CONTROL_CHUNK = 8
+
+
+class PromptEmbedding(ModelMixin, ConfigMixin):
+    """A text encoder's tokens of one fixed prompt, kept as a tensor (1, tokens, channels)."""
+
+    @register_to_config
+    def __init__(self, tokens: int = 77, channels: int = 768):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(1, tokens, channels))
+
+    def forward(self) -> Tensor:
+        return self.embedding
+
+
+class ControlCondition:
+    """DensePose pictures of a clip; see `models.animators.base.PoseCondition`."""
+
+    def __init__(self, control_net: ControlNetModel, poses: PictureSequence, context: Tensor):
+        self.control_net = control_net
+        self.poses = poses
+        self.context = context
+
+    def at_step(self, sample: Tensor, timestep: Tensor) -> "ControlResiduals":
+        return ControlResiduals(self, sample, timestep)
+
+
+class ControlResiduals:
+    """What the ControlNet says of a clip at one step, each frame once although windows overlap.
+
+    Only the frames of the latest window are kept. See `models.animators.base.StepCondition`.
+    """
+
+    def __init__(self, condition: ControlCondition, sample: Tensor, timestep: Tensor):
+        self.condition = condition
+        self.sample, self.timestep = sample, timestep
+        self.kept = range(0)
+        self.residuals: list[Tensor] = []
+
+    def window(self, frames: range) -> list[Tensor]:
+        """(f, c, h', w') each: one for every skip connection, then that of the middle block."""
+        parts, known = [], frames.start
+        if self.kept.start <= frames.start < self.kept.stop:
+            shared = slice(frames.start - self.kept.start, frames.stop - self.kept.start)
+            parts, known = [[part[shared] for part in self.residuals]], self.kept.stop
+        for start in range(known, frames.stop, CONTROL_CHUNK):
+            parts.append(self._compute(range(start, min(start + CONTROL_CHUNK, frames.stop))))
+        self.kept, self.residuals = frames, [torch.cat(chunks) for chunks in zip(*parts, strict=True)]
+        return self.residuals
+
+    def _compute(self, frames: range) -> list[Tensor]:
+        condition, latents = self.condition, self.sample[:, :, frames.start : frames.stop]
+        return control_residuals(
+            condition.control_net, latents, self.timestep, condition.context, condition.poses[frames]
+        )
+
+
+def control_residuals(
+    control_net: ControlNetModel, latents: Tensor, timestep: Tensor | int, context: Tensor, poses: Tensor
+) -> list[Tensor]:
+    """What the ControlNet adds to the denoising UNet, frame by frame.
+
+    Args:
+        latents: noisy latents, (b, c, f, h, w).
+        timestep: scalar or (b,).
+        context: text tokens, (b, tokens, channels).
+        poses: pose pictures, (b*f, 3, H, W) in [0, 1].
+
+    Returns:
+        (b*f, c, h', w') each: one for every skip connection, then that of the middle block.
+    """
+    num_frames = latents.shape[2]
+    timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents)).repeat_interleave(num_frames)
+    down, mid = control_net(
+        latents.transpose(1, 2).flatten(0, 1),
+        timesteps,
+        context.repeat_interleave(num_frames, dim=0),
+        controlnet_cond=poses,
+        return_dict=False,
+    )
+    return [*down, mid]

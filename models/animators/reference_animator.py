@@ -1,0 +1,149 @@
+"""What animators with a ReferenceNet have in common: two UNets, of which one reads the tokens that the other writes.
+
+Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.animators.base import Images
+from models.animators.small_networks import block_types, resolution_settings, unet_settings
+from models.animators.trainable import NetworkSizes, TrainableAnimator
+from models.attention.context import ReferenceContext, fused_layers, hide_reference, same_reference
+from models.attention.layers import LayerShape, unet_layers
+from models.attention.probe import Probe
+from models.attention.processors import reference_layers
+from models.unets import DenoisingUNet, ReferenceNet
+
+
+class ReferenceAnimator(TrainableAnimator):
+    """Frames see the reference's tokens beside their own in self-attention.
+
+    Its subject is the context of cross-attention, (1, tokens, channels).
+
+    Attributes:
+        fusion_blocks: "full" or "midup", the layers in which frames see the reference.
+        frozen_parts: children that are trained on demand only, as published ones came from elsewhere.
+    """
+
+    reference_net: ReferenceNet
+    denoising_unet: DenoisingUNet
+    fusion_blocks = "full"
+    frozen_parts: tuple[str, ...] = ()
+
+    # What follows is of `models.animators.base.Animator`.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoising_unet.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoising_unet.config.in_channels
+
+    @property
+    def latent_side(self) -> int:
+        return self.denoising_unet.config.sample_size
+
+    @property
+    def longest_window(self) -> int:
+        """The length of the motion modules' position tables."""
+        return self.denoising_unet.config.motion_max_seq_length
+
+    def encode_images(self, images: Images, timestep: int, subject: Tensor) -> dict[str, Tensor]:
+        latents = images.latents
+        return self.write_tokens(latents, timestep, subject.expand(len(latents), -1, -1))
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
+        names = fused_layers(dict.fromkeys(reference_layers(self.denoising_unet)), self.fusion_blocks)
+        return unet_layers(self.denoising_unet, latent_size, names)
+
+    # How training goes.
+
+    def write_tokens(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
+        """Latents (i, c, h, w) of images and their contexts (i, tokens, channels) -> layer -> what frames see."""
+        return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
+
+    def seen_in_training(
+        self,
+        tokens: dict[str, Tensor],
+        noisy_latents: Tensor,
+        dropped: Tensor,
+        reference: ReferenceContext | None,
+        probe: Probe | None,
+    ) -> ReferenceContext:
+        """What the frames of a training batch see; the other arguments are those of `forward`.
+
+        Args:
+            tokens: what the reference net wrote.
+        """
+        num_frames = noisy_latents.shape[2]
+        seen = same_reference(tokens, num_frames) if reference is None else reference
+        seen = replace(seen, tokens=tokens, projected=None, probe=probe)
+        return hide_reference(seen, dropped.bool().repeat_interleave(num_frames))
+
+    # The rest is of `models.animators.trainable.TrainableAnimator`.
+
+    def prepare_stage(self, stage: str) -> None:
+        if stage == "image":
+            self.denoising_unet.use_motion_on_single_frames(False)
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        """As published: everything but the motion modules, then these."""
+        return ("full",) if stage == "image" else ("motion", "full")
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        """Everything, or the motion modules, which take no part where clips have one frame.
+
+        Args:
+            image_encoder: whether `frozen_parts` are trained.
+        """
+        names = {name for name, _ in self.named_parameters()} - self.unread_parameters()
+        motion = {name for name in names if "motion_modules" in name}
+        if choice == "motion":
+            return motion
+        frozen = () if image_encoder else tuple(f"{part}." for part in self.frozen_parts)
+        return {name for name in names if not name.startswith(frozen)} - (motion if stage == "image" else set())
+
+    def unread_parameters(self) -> set[str]:
+        """What follows the reference net's last written layer."""
+        return {f"reference_net.{name}" for name in self.reference_net.unread_parameters()}
+
+    def twin_of(self, name: str) -> str:
+        """The reference net starts as the denoising UNet."""
+        return name.replace("reference_net.", "denoising_unet.", 1)
+
+
+def small_unets(
+    sizes: NetworkSizes, latent_channels: int, picture_size: int, settings: Mapping[str, Any]
+) -> tuple[ReferenceNet, DenoisingUNet]:
+    """New networks; motion modules end in zeros, so they start as no change.
+
+    Args:
+        settings: further ones of the denoising UNet.
+    """
+    attention, heads = resolution_settings(sizes)
+    shared = unet_settings(sizes, latent_channels, picture_size)
+    reference_net = ReferenceNet(
+        attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
+        **block_types(attention),
+        **shared,
+    )
+    denoising_unet = DenoisingUNet(
+        num_attention_heads=heads,
+        motion_num_attention_heads=heads,
+        motion_max_seq_length=sizes.motion_max_seq_length,
+        **settings,
+        **block_types(attention, "Motion"),
+        **shared,
+    )
+    # Both UNets of a published model start as the same image model, so that what one writes means something to the
+    # other's attention; so do these.
+    own = reference_net.state_dict().keys()
+    same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
+    reference_net.load_state_dict(same, strict=False)
+    return reference_net, denoising_unet

@@ -1,0 +1,103 @@
+"""Sizes of new small networks, checked, and as diffusers' and transformers' classes take them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from core.errors import UserError
+from models.animators.trainable import NetworkSizes
+
+
+def resolution_settings(sizes: NetworkSizes) -> tuple[list[str], tuple[int, ...]]:
+    """Where each resolution of new UNets has attention, and its heads; finest first.
+
+    Raises:
+        UserError: not one entry a resolution, or unknown ones.
+    """
+    widths, heads = list(sizes.block_out_channels), list(sizes.attention_heads)
+    attention = list(sizes.attention or ["both"] * len(widths))
+    if len(attention) != len(widths) or attention[-1] != "both" or not {"none", "up", "both"} >= set(attention):
+        raise UserError(
+            f"model.attention={attention} needs one of none, up, both for each of model.block_out_channels={widths}, "
+            "and both for the last"
+        )
+    if len(heads) == 1:
+        heads *= len(widths)
+    if len(heads) != len(widths) or any(h < 1 or width % h for h, width in zip(heads, widths, strict=True)):
+        raise UserError(
+            f"model.attention_heads={heads} needs one number, or one for each of model.block_out_channels={widths} "
+            "that divides it"
+        )
+    return attention, tuple(heads)
+
+
+def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple[str, ...]]:
+    """`down_block_types` and `up_block_types` of a diffusers UNet.
+
+    Args:
+        attention: "none", "up" or "both" for each resolution, finest first.
+        suffix: of the block classes, "2D" or "Motion".
+    """
+    return {
+        "down_block_types": tuple(f"{'CrossAttn' * (where == 'both')}DownBlock{suffix}" for where in attention),
+        "up_block_types": tuple(f"{'CrossAttn' * (where != 'none')}UpBlock{suffix}" for where in reversed(attention)),
+    }
+
+
+def unet_settings(sizes: NetworkSizes, latent_channels: int, picture_size: int) -> dict[str, Any]:
+    """What the UNets of one model have in common, beside blocks and heads.
+
+    Args:
+        picture_size: side of the pictures in pixels, of which pose pictures are made as many times smaller as latents.
+
+    Raises:
+        UserError: too few pose channels.
+    """
+    if len(sizes.pose_channels) < 2:
+        raise UserError(f"model.pose_channels={list(sizes.pose_channels)} needs at least two entries")
+    return {
+        "sample_size": picture_size // 2 ** (len(sizes.pose_channels) - 1),
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
+        "block_out_channels": tuple(sizes.block_out_channels),
+        "layers_per_block": sizes.layers_per_block,
+        "cross_attention_dim": sizes.context_dim,
+        "norm_num_groups": sizes.norm_num_groups,
+    }
+
+
+def check_pose_channels(channels: Sequence[int], factor: int) -> None:
+    """Refuse an embedding of pose pictures that does not end at the latents' size.
+
+    Args:
+        channels: of the embedding; each after the first halves the pictures.
+        factor: pixels of a picture's side per latent.
+
+    Raises:
+        UserError: naming both factors.
+    """
+    smaller = 2 ** (len(channels) - 1)
+    if smaller != factor:
+        raise UserError(
+            f"model.pose_channels={list(channels)} make pose pictures {smaller} times smaller, but the VAE makes "
+            f"pictures {factor} times smaller; each entry after the first halves them"
+        )
+
+
+def image_encoder_config(sizes: NetworkSizes) -> CLIPVisionConfig:
+    """A small image encoder whose embedding is as wide as cross-attention's context."""
+    return CLIPVisionConfig(
+        hidden_size=sizes.image_encoder_width,
+        intermediate_size=2 * sizes.image_encoder_width,
+        num_hidden_layers=sizes.image_encoder_layers,
+        num_attention_heads=4,
+        image_size=sizes.image_encoder_size,
+        patch_size=sizes.image_encoder_patch,
+        projection_dim=sizes.context_dim,
+    )
+
+
+def small_image_encoder(sizes: NetworkSizes) -> CLIPVisionModelWithProjection:
+    """`image_encoder_config`'s network with random weights."""
+    return CLIPVisionModelWithProjection(image_encoder_config(sizes))

@@ -1,0 +1,263 @@
+"""Attention to reference images. In reference attention the ReferenceNet writes the tokens that enter its
+self-attention layers, and the denoising UNet reads them as extra keys and values. Other models see images as tokens of
+an image encoder in their cross-attention.
+
+Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
+k = reference images that a frame sees, g = flag channels, c = channels.
+
+What a UNet may look at travels as an argument (`cross_attention_kwargs`), never as state on a module.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from models.attention.context import ReferenceContext, TokenRecord
+from models.broadcast import CROSS, SPATIAL
+from tpc.attach import append_bias, masked_attention
+
+
+def attention_output(
+    reference: ReferenceContext | None, kind: str, attn: nn.Module, compute: Callable[[], Tensor]
+) -> Tensor:
+    """Output of an attention layer: computed, or that of another step where this step re-uses it.
+
+    Args:
+        kind: of `models.broadcast.KINDS`.
+    """
+    if reference is None or reference.reuse is None:
+        return compute()
+    return reference.reuse.output(kind, attn, compute)
+
+
+class PlainProcessor(AttnProcessor2_0):
+    """Attention without reference images: of a layer to itself, or to context tokens.
+
+    Context of fewer rows than there are frames is shared by the frames of a clip, and projected once a clip.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        written_tokens: TokenRecord | None = None,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        kind = SPATIAL if encoder_hidden_states is None else CROSS
+        return attention_output(
+            reference, kind, attn, lambda: self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+        )
+
+    def attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Attention of frames (b*f, n, c) to themselves, or to context tokens, (b*f, n, c) or (b*f, 1, c)."""
+        if encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, attention_mask=attention_mask)
+        frames = len(hidden_states) // len(encoder_hidden_states)
+        value = attn.to_v(encoder_hidden_states).repeat_interleave(frames, dim=0)  # (b*f, tokens, c)
+        # One token gets all the attention, whatever the queries. Where these are trained nevertheless they keep their
+        # gradient of zero, because DDP waits for every trainable parameter's.
+        trained = torch.is_grad_enabled() and attn.to_q.weight.requires_grad
+        if encoder_hidden_states.shape[1] == 1 and not trained:
+            return (
+                attn.to_out[1](attn.to_out[0](value)) / attn.rescale_output_factor
+            )  # (b*f, 1, c), the same for every query
+        key = attn.to_k(encoder_hidden_states).repeat_interleave(frames, dim=0)
+        query, key, value = (split_heads(part, attn.heads) for part in (attn.to_q(hidden_states), key, value))
+        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+
+class ReferenceWriteProcessor(AttnProcessor2_0):
+    """Self-attention that first stores its input, (i, r, c), in `written_tokens`.
+
+    `is_last` says that nothing reads what comes after: the attention itself is left out.
+    """
+
+    def __init__(self, layer: str, is_last: bool = False):
+        super().__init__()
+        self.layer = layer
+        self.is_last = is_last
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        written_tokens: TokenRecord,
+    ) -> Tensor:
+        written_tokens.tokens[self.layer] = hidden_states
+        if self.is_last:
+            return hidden_states
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+class ReferenceReadProcessor(AttnProcessor2_0):
+    """Self-attention whose keys and values are the frame's own tokens followed by those of its reference images.
+
+    The reference tokens pass through the layer's own `to_k` and `to_v`, once an image and not once a frame.
+    """
+
+    def __init__(self, layer: str):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if reference is None or not reference.names(self.layer):
+            attend = partial(super().__call__, attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            attend = partial(self.look, attn, hidden_states, reference)
+        return attention_output(reference, SPATIAL, attn, attend)
+
+    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
+        """Attention of frames (b*f, n, c) to themselves and to the images that they see, (b*f, n, c)."""
+        own = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        images = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
+        if reference.dropped is not None:
+            images = own_in_place(own, images, reference.dropped)
+        key, value = (torch.cat(parts, dim=1) for parts in zip(own, images, strict=True))
+        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+
+
+class ImageTokenProcessor(PlainProcessor):
+    """Cross-attention whose keys and values are the tokens of the images that a frame sees.
+
+    Without a `ReferenceContext` it is plain cross-attention to the context tokens that the network is given.
+
+    Args:
+        layer: its name, unlike that of any other layer of the model.
+        source: under which its tokens are in `ReferenceContext.tokens`.
+    """
+
+    def __init__(self, layer: str, source: str = "images"):
+        super().__init__()
+        self.layer, self.source = layer, source
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        reference: ReferenceContext | None = None,
+    ) -> Tensor:
+        if reference is None or not reference.names(self.source):
+            attend = partial(self.attend, attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            attend = partial(self.look, attn, hidden_states, reference)
+        return attention_output(reference, CROSS, attn, attend)
+
+    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
+        """Attention of frames (b*f, n, c) to the images that they see, (b*f, n, c)."""
+        key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
+        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+
+
+def image_keys(
+    attn: Attention, reference: ReferenceContext, layer: str, source: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (b*f, k*r, c) of the images that frames see, projected once an image and not once a frame."""
+    projected = {} if reference.projected is None else reference.projected
+    if layer not in projected:
+        tokens = reference.tokens[source].to(dtype)
+        projected[layer] = attn.to_k(tokens), attn.to_v(tokens)
+    key, value = (part[reference.index].flatten(1, 2) for part in projected[layer])
+    return key, value
+
+
+def own_in_place(own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of images (b*f, k*n, c), those of dropped frames (b*f,) bool replaced by the frames' own
+    (b*f, n, c): attention to the same tokens several times is attention to them once."""
+    times = images[0].shape[1] // own[0].shape[1]
+    key, value = (
+        torch.where(dropped[:, None, None], mine.repeat(1, times, 1), theirs)
+        for mine, theirs in zip(own, images, strict=True)
+    )
+    return key, value
+
+
+def look_at_images(
+    attn: Attention, layer: str, query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
+) -> Tensor:
+    """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output
+    projection."""
+    query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))
+    flags, merged = reference.flags(query.shape[2]), (reference.merged or {}).get(query.shape[2])
+    if merged is not None:
+        counts = merged.repeat(reference.index.shape[1])
+        query, key = append_bias(query, key, F.pad(counts, (key.shape[2] - len(counts), 0)), attn.scale)
+        if flags is None:  # masked attention takes queries and keys that are wider than values
+            flags = tuple(query.new_zeros(len(part), part.shape[2], 0) for part in (query, key))
+    if flags is None:
+        out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+    else:
+        out = masked_attention(query, key, value, *flags, scale=attn.scale)
+    if reference.probe is not None:
+        reference.probe.look(layer, query, key, reference.probe_flags(query.shape[2], key.shape[2]), attn.scale)
+    out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
+    return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(b, n, heads*d) -> (b, heads, n, d)"""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], AttnProcessor2_0]) -> None:
+    """Give every spatial self-attention layer `make_processor(layer)`; motion modules keep their own."""
+    processors = unet.attn_processors
+    for key in processors:
+        if "motion_modules" not in key:
+            layer = key.removesuffix(".processor")
+            processors[key] = make_processor(layer) if layer.endswith("attn1") else PlainProcessor()
+    unet.set_attn_processor(processors)
+
+
+def set_image_processors(network: nn.Module, prefix: str = "", source: str = "images") -> None:
+    """Let the spatial cross-attention of a UNet or ControlNet see image tokens.
+
+    Args:
+        prefix: put before the names of its layers; must differ between the networks of a model.
+        source: under which the tokens are in `ReferenceContext.tokens`.
+    """
+    processors = network.attn_processors
+    for key in processors:
+        layer = key.removesuffix(".processor")
+        if layer.endswith("attn2") and "motion_modules" not in layer:
+            processors[key] = ImageTokenProcessor(f"{prefix}{layer}", source)
+        elif layer.endswith("attn1") and "motion_modules" not in layer:
+            processors[key] = PlainProcessor()
+    network.set_attn_processor(processors)
+
+
+def image_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that see image tokens, in module order."""
+    return [p.layer for p in network.attn_processors.values() if isinstance(p, ImageTokenProcessor)]
+
+
+def reference_layers(unet: nn.Module) -> list[str]:
+    """Names of the layers that read the reference, in module order."""
+    return [p.layer for p in unet.attn_processors.values() if isinstance(p, ReferenceReadProcessor)]

@@ -1,0 +1,214 @@
+"""Making and checking cached features: VAE latents and image embeddings of every frame of a prepared data set."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from core.errors import UserError
+from core.files import remove_partial
+from data.clips.feature_cache import FeatureCache, FeatureInputs
+from data.clips.feature_config import FeatureConfig
+from data.clips.rendered import clip_tensor
+from data.preparation.clips import UsableClip, usable_clips
+from data.preparation.manifest import Clip, has_manifest
+from data.preparation.shards import Shard
+from data.transforms import apply_fit
+from data.video.reading import VideoReader
+from models.animators.animate_anyone.model import image_context
+from models.animators.registry import choose_device, load_component, read_index
+from models.animators.trainable import TrainableAnimator
+from models.vae import VAE, picture_posterior, vae_factor
+from training.build import load_vae
+from training.config import TrainConfig
+
+# What of a VAE the latents do not depend on.
+_DECODER = ("decoder.", "post_quant_conv.")
+_SETTINGS = ("_class_name", "scaling_factor", "image_size", "patch_size", "hidden_act")
+Features = dict[str, Tensor]
+
+
+@dataclass
+class FeaturesMade:
+    """What a run did, counted in clips; `again` counts by reason those whose features had been made before."""
+
+    folder: Path
+    current: int = 0
+    made: int = 0
+    again: Counter = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMade:
+    """Compute the features of the clips of a prepared data set that have none, or none that are valid any more.
+
+    Args:
+        kind: "latents" or "embeddings".
+
+    Raises:
+        UserError: settings, data set or model that cannot work, no space to write to.
+    """
+    config.check()
+    dataset, size = Path(config.dataset), (config.size[0], config.size[1])
+    if not has_manifest(dataset):
+        raise UserError(f"dataset={dataset} is not prepared; run `python prepare.py source=... output=...` first")
+    network = load_network(kind, config)
+    if kind == "latents" and (size[0] % vae_factor(network) or size[1] % vae_factor(network)):
+        raise UserError(f"size={config.size} must be multiples of {vae_factor(network)}, the VAE's factor")
+    digest = network_digest(network)
+    network.to(choose_device(config.device, "float32", shard.row)[0])
+    root = dataset if dataset.is_dir() else dataset.parent
+    cache = FeatureCache(config.output or root / kind, kind)
+    clips, left_out = usable_clips(dataset, size, config.crop)
+    if not clips:
+        raise UserError(f"dataset={dataset} has no clip that can be used: {next(iter(left_out.values()))}")
+    made = FeaturesMade(cache.folder, left_out=dict(left_out))
+    encode = _encoder(kind, network, getattr(torch, config.dtype))
+    for usable in tqdm(shard.part(clips), desc=f"making {kind}", unit="clip", position=shard.row):
+        clip = usable.clip
+        inputs = FeatureInputs.of(digest, clip, size, usable.matrix, config.crop)
+        problem = cache.problem(clip.name, inputs, clip.frames)
+        if problem is None:
+            made.current += 1
+            continue
+        try:
+            features = clip_features(usable, size, config.crop, config.batch_size, encode)
+        except UserError as error:
+            made.left_out[clip.name] = str(error)
+            continue
+        try:
+            remove_partial(cache.path(clip.name))
+            cache.write(clip.name, features, inputs)
+        except OSError as error:
+            raise UserError(f"{cache.folder} cannot be written ({error.strerror}); the same command goes on") from None
+        made.made += 1
+        if problem != "missing":
+            made.again[problem] += 1
+    return made
+
+
+@torch.inference_mode()
+def clip_features(
+    usable: UsableClip, size: tuple[int, int], crop: str, batch_size: int, encode: Callable[[Tensor], Features]
+) -> Features:
+    """Features of all frames of a clip, cut to the model's frame as training cuts them.
+
+    Args:
+        encode: pictures (n, 3, H, W) in [-1, 1] -> features with n rows each, on the CPU.
+
+    Raises:
+        UserError: the video is damaged.
+    """
+    parts = [encode(clip_tensor(pictures).transpose(0, 1)) for pictures in _batches(usable, size, crop, batch_size)]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rows = len(next(iter(found.values())))
+    if rows != usable.clip.frames:
+        raise UserError(f"{usable.clip.video} has {rows} frames, its poses {usable.clip.frames}; prepare it again")
+    return found
+
+
+def check_features(config: TrainConfig, vae: VAE, model: TrainableAnimator) -> None:
+    """Refuse cached features that are not what this run would compute itself.
+
+    Raises:
+        UserError: features of another network, size, crop or video, or of too few clips; settings that change what is
+            cached from step to step.
+    """
+    data = config.data
+    given = {"latents": data.latents, "embeddings": data.embeddings}
+    if not any(given.values()):
+        return
+    if data.source != "videos" or not has_manifest(data.root):
+        raise UserError(f"data.latents= and data.embeddings= need a prepared data set; data.root={data.root} is none")
+    if data.cache is not None:
+        raise UserError("data.cache= keeps pictures, data.latents= and data.embeddings= what is made of them: use one")
+    augmented = config.augmentation.composition.probability > 0 or config.augmentation.calibrated.probability > 0
+    if data.embeddings and augmented:
+        raise UserError(
+            "data.embeddings= cannot be used with augmentation.composition or augmentation.calibrated, which change "
+            "the reference or need its pixels at every step; leave it out (data.latents= may stay)"
+        )
+    if data.latents and model.alters_reference:
+        raise UserError(f"data.latents= cannot be used: {type(model).__name__} takes latents of altered references")
+    networks: dict[str, nn.Module] = {"latents": vae}
+    if data.embeddings:
+        if not model.takes_embeddings:
+            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's picture")
+        networks["embeddings"] = model.image_encoder
+        if any(parameter.requires_grad for parameter in model.image_encoder.parameters()):
+            raise UserError(
+                "data.embeddings= holds a frozen encoder's output; model.train_image_encoder must be false"
+            )
+    size = (data.size[0], data.size[1])
+    clips, _ = usable_clips(Path(data.root), size, data.crop, data.split)
+    for kind, folder in given.items():
+        if folder:
+            digest = network_digest(networks[kind])
+            FeatureCache(folder, kind).require(_expected(clips, digest, size, data.crop), f"data.{kind}")
+
+
+def load_network(kind: str, config: FeatureConfig) -> nn.Module:
+    """The VAE or the image encoder, float32, frozen."""
+    if kind == "latents" and config.vae is not None:
+        if not (Path(config.vae) / "config.json").is_file():
+            raise UserError(f"vae={config.vae} is not a VAE folder (no config.json)")
+        return load_vae(config.vae).requires_grad_(False).eval()
+    if config.model is None:
+        raise UserError("model= (a pipeline folder) is required" + (" or vae=, a VAE folder" * (kind == "latents")))
+    folder, name = Path(config.model), {"latents": "vae", "embeddings": "image_encoder"}[kind]
+    network = load_component(folder, name, read_index(folder).get(name), torch.float32)
+    return network.requires_grad_(False).eval()
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 over the weights as float32 and the settings that features depend on; a VAE's decoder does not count."""
+    digest = hashlib.sha256()
+    settings = {name: getattr(network.config, name, None) for name in _SETTINGS}
+    digest.update(json.dumps({**settings, "class": type(network).__name__}, sort_keys=True).encode())
+    for name, value in sorted(network.state_dict().items()):
+        if not name.startswith(_DECODER):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder(kind: str, network: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Features]:
+    device = next(network.parameters()).device
+
+    def latents(pictures: Tensor) -> Features:
+        mean, deviation = picture_posterior(network, pictures.to(device))
+        found = {"mean": mean.to("cpu", dtype)}
+        return found | ({"deviation": deviation.to("cpu", dtype)} if deviation.any() else {})
+
+    def embeddings(pictures: Tensor) -> Features:
+        return {"embedding": image_context(network, pictures.to(device))[:, 0].to("cpu", dtype)}
+
+    return latents if kind == "latents" else embeddings
+
+
+def _batches(usable: UsableClip, size: tuple[int, int], crop: str, batch_size: int) -> Iterator[list[np.ndarray]]:
+    clip, waiting = usable.clip, []
+    border = "zero" if crop == "pad" else "replicate"
+    with VideoReader(clip.video, clip.fps if clip.video.is_dir() else None) as reader:
+        for frame in reader:
+            waiting.append(apply_fit(frame, usable.matrix, size, border))
+            if len(waiting) == batch_size:
+                yield waiting
+                waiting = []
+    if waiting:
+        yield waiting
+
+
+def _expected(
+    clips: list[UsableClip], digest: str, size: tuple[int, int], crop: str
+) -> Iterator[tuple[str, FeatureInputs, int]]:
+    for usable in clips:
+        clip: Clip = usable.clip
+        yield clip.name, FeatureInputs.of(digest, clip, size, usable.matrix, crop), clip.frames

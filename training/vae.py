@@ -1,0 +1,227 @@
+"""Train a small VAE for the tiny model, or fine-tune the decoder of a published one to the pictures of a person.
+
+    python -m training.vae --config configs/vae_tiny.yaml output=runs/vae [key=value ...]
+    python -m training.vae --config configs/vae_dreampose.yaml output=runs/vae init=weights/dreampose/vae data.root=videos
+
+Writes `output/vae/` (a diffusers folder; the `scaling_factor` of a new one makes latents of unit variance),
+`output/logs/` (TensorBoard) and `output/reconstructions.png` (held-out people: picture above, reconstruction below).
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from core.config import load_config, save_config
+from core.errors import UserError, run_command
+from core.files import complete_file, complete_folder, output_folder
+from models.checkpoints.folders import load_folder
+from models.vae import VAE, decode_pictures, encode_pictures
+from training.build import vae_kind
+from training.data import make_dataset, make_loader
+from training.distributed import end_together, make_accelerator
+from training.vae_config import VAEConfig
+
+LOSSES = ("edges", "squares")
+
+
+def build_vae(config: VAEConfig) -> VAE:
+    """A new autoencoder, or the one in the folder `init`."""
+    if config.init:
+        kind, _ = vae_kind(config.init, "init")
+        if kind is AutoencoderKL and not config.freeze_encoder:
+            raise UserError(
+                f"init={config.init} is an AutoencoderKL: only its decoder is trained, add freeze_encoder=true"
+            )
+        return load_folder(kind, config.init, f"init={config.init}").train()
+    widths = (config.width,) * len(config.blocks)
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=tuple(config.blocks),
+        num_decoder_blocks=tuple(reversed(config.blocks)),
+        latent_channels=config.latent_channels,
+    )
+
+
+def pictures(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """All pictures of a batch and their person masks: (n, 3, H, W) in [-1, 1] and (n, 1, H, W)."""
+    frames = batch["frames"].transpose(1, 2).flatten(0, 1)
+    masks = batch["masks"].transpose(1, 2).flatten(0, 1)
+    return torch.cat([batch["reference"], frames]), torch.cat([batch["reference_mask"], masks])
+
+
+def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Pictures and masks of which up to `part` of each side is cut off, the rest resized to their size."""
+    if part == 0:
+        return images, masks
+    height, width = images.shape[-2:]
+    cropped = []
+    for both in torch.cat([images, masks.to(images)], dim=1):
+        # One factor for both sides keeps the proportions.
+        kept = 1 - part * torch.rand(()).item()
+        size = round(height * kept), round(width * kept)
+        top, left = (
+            int(torch.randint(whole - rest + 1, ())) for whole, rest in zip((height, width), size, strict=True)
+        )
+        window = both[None, :, top : top + size[0], left : left + size[1]]
+        cropped.append(F.interpolate(window, (height, width), mode="bilinear", antialias=True))
+    return torch.cat(cropped).split([3, 1], dim=1)
+
+
+def latents_of(vae: VAE, images: Tensor) -> Tensor:
+    """Latents as the decoder takes them, unscaled; drawn from the posterior where there is one."""
+    encoded = vae.encode(images)
+    return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
+
+
+def vae_loss(vae: VAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
+    """The loss and the mean squared error of the reconstructions.
+
+    "edges" is the weighted absolute and squared error plus edges and the latents' size.
+    """
+    latents = latents_of(vae, images)
+    noisy = latents + config.latent_noise * torch.randn_like(latents)
+    error = vae.decode(noisy).sample.float() - images
+    if config.loss == "squares":
+        loss = error.square().mean()
+        return loss, loss.detach()
+    weight = 1 + (config.person_weight - 1) * masks
+    weight = weight / weight.mean()
+    # Differences of neighbouring pixels keep edges and cloth patterns sharp where the plain error would blur them.
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = (weight * (error.abs() + error.square())).mean() + 0.5 * edges
+    return loss + config.latent_weight * latents.float().square().mean(), error.detach().square().mean()
+
+
+class VAELoss(nn.Module):
+    """`vae_loss` as a module's forward, which DDP needs to average gradients."""
+
+    def __init__(self, vae: VAE, config: VAEConfig):
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        return vae_loss(self.vae, images, masks, self.config)
+
+
+@torch.no_grad()
+def latent_scale(vae: VAE, images: Tensor) -> float:
+    """1 / standard deviation of the latents of these pictures."""
+    return 1 / latents_of(vae, images.to(vae.device)).float().std().item()
+
+
+@torch.no_grad()
+def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
+    """Write pictures above their reconstructions; returns the mean PSNR of picture and person in dB over [0, 1]."""
+    latents = encode_pictures(vae, images.to(vae.device), chunk=1)
+    decoded = decode_pictures(vae, latents, chunk=1).clamp(-1, 1)
+    error = (decoded - images).square() / 4
+    whole = -10 * error.mean(dim=(1, 2, 3)).log10()
+    person = -10 * ((error * masks).sum(dim=(1, 2, 3)) / (3 * masks.sum(dim=(1, 2, 3))).clamp(min=1)).log10()
+    rows = [torch.cat(list(part), dim=2) for part in (images, decoded)]
+    sheet = ((torch.cat(rows, dim=1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    with complete_file(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(sheet)).save(temporary)
+    return whole.mean().item(), person.mean().item()
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(VAEConfig, arguments, file_option="--config")
+    if config.data.latents or config.data.embeddings:
+        raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
+    if config.loss not in LOSSES:
+        raise UserError(f"loss={config.loss} is not one of {', '.join(LOSSES)}")
+    if not 0 <= config.crop < 1:
+        raise UserError(f"crop={config.crop} must be at least 0 and below 1, a part of the picture's sides")
+    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
+        raise UserError(
+            "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
+        )
+    output = output_folder(config.output)
+    accelerator = make_accelerator(config, output)
+    accelerator.init_trackers("logs")
+    set_seed(config.seed)
+    if accelerator.is_main_process:
+        save_config(config, output / "config.yaml")
+
+    vae = build_vae(config)
+    if config.channels_last:
+        vae.to(memory_format=torch.channels_last)
+    if config.freeze_encoder:
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    # The scheduler steps once a process and step under accelerate, hence the factor.
+    processes = accelerator.num_processes
+    schedule = get_scheduler(
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps * processes,
+        num_training_steps=config.max_steps * processes,
+    )
+    batches = config.max_steps * config.gradient_accumulation
+    dataset = make_dataset(config.data, batches * config.batch_size * processes)
+    loader = make_loader(dataset, config.batch_size, config.data.workers)
+    model, optimizer, loader, schedule = accelerator.prepare(VAELoss(vae, config), optimizer, loader, schedule)
+    # Crops and noise of every process are its own; the weights above are the same on all.
+    set_seed(config.seed, device_specific=True)
+
+    progress = tqdm(total=config.max_steps, disable=not accelerator.is_main_process)
+    errors, step = [], 0
+    for batch in loader:
+        images, masks = random_crops(*pictures(batch), config.crop)
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                loss, mse = model(images, masks)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        errors.append(mse.item())
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        progress.update()
+        if step % config.log_steps == 0:
+            psnr = -10 * np.log10(np.mean(errors) / 4)
+            errors.clear()
+            progress.set_postfix(psnr=f"{psnr:.2f}")
+            accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": schedule.get_last_lr()[0]}, step=step)
+
+    if accelerator.is_main_process:
+        vae = vae.float().eval()
+        heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
+        images, masks = pictures(default_collate([heldout[i] for i in range(8)]))
+        if not config.freeze_encoder:
+            vae.register_to_config(scaling_factor=latent_scale(vae, images))
+        psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
+        accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
+        with complete_folder(output / "vae") as folder:
+            vae.save_pretrained(folder)
+        print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
+    end_together(accelerator)
+
+
+if __name__ == "__main__":
+    run_command(main)

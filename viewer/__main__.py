@@ -1,0 +1,74 @@
+"""Look into reference attention in a browser: click a point of a frame and see where it looks, without and with TPC.
+
+    pip install -r requirements-viewer.txt
+    python -m viewer [model=path/to/pipeline] [port=7860] [server_name=127.0.0.1] [key=value ...]
+
+The second tab animates a picture with a clip. See docs/viewer.md.
+"""
+
+import importlib.util
+import os
+import signal
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.config import load_config
+from core.errors import UserError, run_command
+from data.poses.poses import PoseConfig
+from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
+
+
+@dataclass
+class ViewerConfig:
+    """What is served, and where.
+
+    model: saved pipeline folder; null is the shipped small model.
+    lora: folder of low-rank adapters; lora_scale: their weight.
+    port: of the page; server_name: address to listen at, 0.0.0.0 for other machines, who then all can use it.
+    memory_mib: of recorded attention for each of the last few open pages; longer runs keep fewer denoising steps.
+    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
+    """
+
+    model: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    port: int = 7860
+    server_name: str = "127.0.0.1"
+    memory_mib: int = 1024
+    device: str = "auto"
+    dtype: str = "auto"
+    pose: PoseConfig = field(default_factory=PoseConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if not 1 <= self.port <= 65535:
+            raise UserError(f"port={self.port} must be 1 to 65535")
+        if self.memory_mib < 1:
+            raise UserError(f"memory_mib={self.memory_mib} must be at least 1")
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(ViewerConfig, arguments)
+    config.check()
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`")
+    device, dtype = choose_device(config.device, config.dtype)
+    pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
+    if pipeline.pose_kind != "OpenPose":
+        raise UserError(f"model={config.model} reads {pipeline.pose_kind} pictures, the viewer draws OpenPose figures")
+    pipeline.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory(prefix="tpc-animate-viewer-") as folder:
+        # gradio reads these when it is imported: nothing is reported, and uploads go when the server does.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from viewer.controls import Machine
+        from viewer.page import build_page, serve
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C, without leaving the folder
+        machine = Machine(pipeline, config.pose, config.memory_mib * 2**20, Path(folder))
+        serve(build_page(machine), config.server_name, config.port, Path(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,185 @@
+"""Parts that both tabs of the page have: inputs, settings, and errors as one line."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+
+from core.errors import UserError
+from data.inputs import SAMPLES, Driving, Reference
+from data.poses.poses import PoseConfig
+from data.video.images import read_image
+from data.video.reading import VideoReader
+from evaluation.attention.recorded_runs import load_inputs
+from inference.animate import SamplingConfig, Stopwatch
+from models.pipeline import AnimationPipeline
+from tpc import CalibrationConfig
+from tpc.config import PRESETS
+
+SAMPLE_PICTURES = {"Rendered person": SAMPLES / "rendered.png", "Photograph": SAMPLES / "photo.jpg"}
+SAMPLE_CLIP = SAMPLES / "dance.mp4"
+ONE_AT_A_TIME = "sampling"  # the pipeline's scheduler belongs to one run at a time
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every session of the page uses and none changes.
+
+    Attributes:
+        pipeline: used by one run at a time.
+        pose: how poses are estimated.
+        limit_bytes: of one session's recorded attention.
+        folder: for videos; removed with the server.
+    """
+
+    pipeline: AnimationPipeline
+    pose: PoseConfig
+    limit_bytes: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Components that hold the paths of the chosen picture and clip."""
+
+    picture: gr.State
+    clip: gr.State
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Components with the choices of a run."""
+
+    preset: gr.Dropdown
+    frames: gr.Slider
+    stride: gr.Slider
+    steps: gr.Slider
+    guidance: gr.Slider
+    seed: gr.Number
+
+    def components(self) -> list[gr.components.Component]:
+        """In the order of `chosen`."""
+        return [self.preset, self.frames, self.stride, self.steps, self.guidance, self.seed]
+
+
+class ReportingStopwatch(Stopwatch):
+    """A stopwatch that says which stage begins."""
+
+    def __init__(self, report: Callable[[str], None]):
+        super().__init__()
+        self.report = report
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.report(name)
+        with super().stage(name):
+            yield
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Show what a user can put right as one line in the page, with files by their names only."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(without_folders(" ".join(str(error).split())), print_exception=False) from None
+
+
+def without_folders(message: str) -> str:
+    """A message whose `argument=path` names the file alone: a page's user does not know the server's folders."""
+    return re.sub(r"=\S*[/\\](?=[^/\\\s])", "=", message)
+
+
+def chosen(
+    preset: str, frames: int, stride: int, steps: int, guidance: float, seed: float | None
+) -> tuple[SamplingConfig, CalibrationConfig]:
+    """The values of `Settings` as configurations.
+
+    Raises:
+        UserError: values that cannot work.
+    """
+    if seed is None or seed != int(seed) or not 0 <= seed < 2**63:
+        raise UserError("seed must be a whole number from 0")
+    sampling = SamplingConfig(
+        num_frames=int(frames), stride=int(stride), steps=int(steps), guidance_scale=float(guidance), seed=int(seed)
+    )
+    sampling.check()
+    return sampling, CalibrationConfig(preset=preset)
+
+
+def read_inputs(
+    machine: Machine, picture: str | None, clip: str | None, sampling: SamplingConfig
+) -> tuple[Reference, Driving]:
+    """The chosen picture and clip with their poses.
+
+    Raises:
+        UserError: none was chosen, it cannot be read, or nobody is in it.
+    """
+    return load_inputs(required(picture, "reference"), required(clip, "driving"), sampling, machine.pose)
+
+
+def choose_inputs(tab: str) -> Inputs:
+    """Draw the choice of a picture and a clip, with the samples at hand; bad files are refused as they come in."""
+    picture = SAMPLE_PICTURES["Rendered person"]
+    picture_path, clip_path = gr.State(str(picture)), gr.State(str(SAMPLE_CLIP))
+    shown = gr.Image(
+        read_image(picture),
+        label="Reference picture",
+        height=200,
+        interactive=False,
+        buttons=[],
+        format="png",
+        elem_id=f"{tab}-reference",
+    )
+    upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id=f"{tab}-picture")
+    with gr.Row():
+        for name, path in SAMPLE_PICTURES.items():
+            sample = gr.Button(name, size="sm", min_width=80)
+            sample.click(lambda path=path: (str(path), read_image(path)), None, [picture_path, shown], queue=False)
+    clip = gr.Video(str(SAMPLE_CLIP), label="Driving clip", height=200, interactive=False, buttons=[])
+    with gr.Row():
+        film = gr.UploadButton("Upload a clip", file_types=["video", ".gif"], size="sm", elem_id=f"{tab}-clip")
+        again = gr.Button("Sample clip", size="sm", min_width=80)
+    # Hidden progress: an error would lie over the picture that is still the chosen one.
+    upload.upload(accept_picture, upload, [picture_path, shown], show_progress="hidden")
+    film.upload(accept_clip, film, [clip_path, clip], show_progress="hidden")
+    again.click(lambda: (str(SAMPLE_CLIP), str(SAMPLE_CLIP)), None, [clip_path, clip], queue=False)
+    return Inputs(picture_path, clip_path)
+
+
+def accept_picture(path: str | None) -> tuple[str, np.ndarray]:
+    """An uploaded picture's path and pixels, or one line about what is wrong with it."""
+    with one_line_errors():
+        return required(path, "reference"), read_image(path, "reference")
+
+
+def accept_clip(path: str | None) -> tuple[str, str]:
+    """An uploaded clip's path, twice, or one line about what is wrong with it."""
+    with one_line_errors():
+        with VideoReader(required(path, "driving"), argument="driving") as reader:
+            reader.get([0])
+        return path, path
+
+
+def required(path: str | None, argument: str) -> str:
+    """The path, or a UserError when none was given."""
+    if not path:
+        what = "picture" if argument == "reference" else "clip"
+        raise UserError(f"{argument}: no {what} was given; upload one or take a sample")
+    return path
+
+
+def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> Settings:
+    """Draw the choices of a run with their defaults."""
+    preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset")
+    with gr.Row():
+        count = gr.Slider(1, most_frames, frames, step=1, label="Frames")
+        every = gr.Slider(1, 8, stride, step=1, label="Stride")
+    with gr.Row():
+        denoising = gr.Slider(1, 50, steps, step=1, label="Steps")
+        guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance")
+    return Settings(preset, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0))

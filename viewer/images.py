@@ -1,0 +1,151 @@
+"""What the attention tab shows: a result with the chosen point, and where it looks, as pictures and words.
+
+Pictures are enlarged to a fixed height, so that a small model's frames can be clicked; places are (x, y) pixels, pixel
+centres at integers.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from core.errors import UserError
+from evaluation.attention.figures import TRUE_PLACE, layer_mean, mark, overlay, pictures_seen
+from evaluation.attention.grids import short_layer
+from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
+from inference.comparison import MARGIN
+
+HEIGHT = 384
+PAPER = 246
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is looked at.
+
+    Attributes:
+        frame: number of the frame, 0 first.
+        step: denoising step, 0 first; None: the mean over the recorded steps.
+        layer: name; None: the mean over layers.
+        point: (x, y) in pixels of the model's frame; None: no point is chosen yet.
+    """
+
+    frame: int = 0
+    step: int | None = None
+    layer: str | None = None
+    point: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class SideView:
+    """One result, enlarged, (h, w, 3) uint8 RGB each.
+
+    Attributes:
+        result: the frame with the chosen point.
+        reference: the reference under the attention to it.
+        calibrated: the calibrated images, side by side, under theirs; None without TPC.
+        caption: how attention is divided.
+    """
+
+    result: np.ndarray
+    reference: np.ndarray
+    calibrated: np.ndarray | None
+    caption: str
+
+
+def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
+    """A result and where its chosen point looks; plain pictures as long as no point is chosen.
+
+    One colour scale holds for the reference and the calibrated images of a side. With the mean over steps, calibrated
+    images are those of the last recorded step.
+
+    Raises:
+        UserError: a frame, step or layer that was not recorded.
+    """
+    if choice.frame not in side.recorded.selection.frames:
+        raise UserError(f"frame={choice.frame + 1} was not recorded")
+    step = side.recorded.selection.steps[-1] if choice.step is None else choice.step
+    seen = pictures_seen(run.reference, side.calibration, step, choice.frame)
+    result = enlarged(side.frames[choice.frame])
+    if choice.point is None:
+        shown, caption = [enlarged(picture) for picture in seen], "Click a point of a frame to see where it looks."
+    else:
+        layers = None if choice.layer is None else [choice.layer]
+        maps = layer_mean(side.recorded, choice.point, choice.step, choice.frame, layers=layers)
+        shown = [overlay(enlarged(picture), density, maps.max()) for picture, density in zip(seen, maps, strict=True)]
+        result = mark(result, np.array(choice.point), scale_of(side.frames), TRUE_PLACE, cross=False)
+        caption = division(maps)
+    calibrated = beside(shown[1:]) if side.calibration is not None else None
+    return SideView(result, shown[0], calibrated, caption)
+
+
+def division(maps: np.ndarray) -> str:
+    """How one point's attention is divided, in percent, of maps (k, h, w) over the pictures."""
+    given = maps.sum(axis=(1, 2))
+    parts = [f"itself (its own frame) {1 - given.sum():.0%}", f"reference {given[0]:.0%}"]
+    several = len(given) > 2
+    for person, share in enumerate(given[1:]):
+        parts.append(f"calibrated image{f' of person {person + 1}' if several else ''} {share:.0%}")
+    return "Looks at " + ", ".join(parts) + "."
+
+
+def where(run: RecordedRun, choice: Choice) -> str:
+    """The chosen step, layer and point in words."""
+    recorded = run.calibrated.recorded
+    step = "mean over steps"
+    if choice.step is not None:
+        number = recorded.selection.place("steps", choice.step)
+        step = f"step {choice.step + 1} (t = {recorded.timesteps[number]})"
+    layer = "mean over layers"
+    if choice.layer is not None:
+        rows, columns = recorded.grid(choice.layer)
+        layer = f"layer {short_layer(choice.layer)}, {columns} x {rows} tokens"
+    point = "" if choice.point is None else f", point ({choice.point[0]:.0f}, {choice.point[1]:.0f})"
+    return f"Frame {choice.frame + 1}{point}: {step}, {layer}."
+
+
+def first_point(run: RecordedRun) -> tuple[float, float]:
+    """A point of the first frame to begin with: its first visible keypoint, else the middle."""
+    visible = run.keypoints[0][~np.isnan(run.keypoints[0]).any(axis=-1)]
+    height, width = run.reference.shape[:2]
+    return (width / 2, height / 2) if not len(visible) else (float(visible[0, 0]), float(visible[0, 1]))
+
+
+def point_of_click(run: RecordedRun, index: tuple[float, float]) -> tuple[float, float]:
+    """The place in the model's frame of a click at (x, y) in an enlarged picture."""
+    scale = scale_of(run.driving)
+    height, width = run.reference.shape[:2]
+    x, y = ((float(place) + 0.5) / scale - 0.5 for place in index)
+    return min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A picture (h, w, 3) uint8 at the height of the page's pictures."""
+    width = max(1, round(picture.shape[1] * HEIGHT / picture.shape[0]))
+    return cv2.resize(picture, (width, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+
+def scale_of(frames: np.ndarray) -> float:
+    """How much `enlarged` enlarges frames (f, H, W, 3)."""
+    return HEIGHT / frames.shape[1]
+
+
+def beside(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures of one height side by side, with white between them."""
+    last = len(pictures) - 1
+    return np.concatenate(
+        [
+            np.pad(picture, ((0, 0), (0, MARGIN * (number < last)), (0, 0)), constant_values=255)
+            for number, picture in enumerate(pictures)
+        ],
+        axis=1,
+    )
+
+
+def notice(text: str) -> np.ndarray:
+    """A light picture (HEIGHT, HEIGHT, 3) with a line of text, where there is nothing to show yet."""
+    picture = np.full((HEIGHT, HEIGHT, 3), PAPER, np.uint8)
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
+    place = (HEIGHT - width) // 2, (HEIGHT + height) // 2
+    cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (110, 110, 110), 1, cv2.LINE_AA)
+    return picture
