@@ -10,7 +10,7 @@
     python evaluate.py animators                            small animators without and with TPC on these clips
 
 `python evaluate.py TASK --help` lists a task's arguments. Every task writes to `output`: results.json (numbers,
-configuration, protocol, seeds, counts), config.yaml, table.md, pictures. The same command again goes on where it was
+configuration, protocol, seeds, counts), config.yaml, table.md, images. The same command again goes on where it was
 stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
 """
 

@@ -1,4 +1,4 @@
-"""Animate a picture with a driving video, with and without test-time Procrustes calibration.
+"""Animate an image with a driving video, with and without test-time Procrustes calibration.
 
     python infer.py                                                          the shipped samples, see `make demo`
     python infer.py reference=photo.png driving=dance.mp4 output=outputs/run1 [key=value ...]
@@ -39,8 +39,8 @@ class TPCOptions(CalibrationConfig):
 class InferConfig(SamplingConfig):
     """What to animate, and how; `SamplingConfig` has everything about sampling.
 
-    reference, driving: picture and video; both absent: the shipped samples.
-    pose_pictures: video or folder of pose pictures as the model takes them, one for each frame of the driving video:
+    reference, driving: image and video; both absent: the shipped samples.
+    pose_images: video or folder of pose images as the model takes them, one for each frame of the driving video:
         DensePose for MagicAnimate, which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
     output: folder for the results.
     pairs: file with one JSON object a line that overrides reference, driving, output and the pose and mask inputs.
@@ -59,7 +59,7 @@ class InferConfig(SamplingConfig):
     lora_scale: float = 1.0
     reference_poses: str | None = None
     driving_poses: str | None = None
-    pose_pictures: str | None = None
+    pose_images: str | None = None
     reference_mask: str | None = None
     driving_masks: str | None = None
     device: str = "auto"
@@ -74,7 +74,7 @@ PAIR_KEYS = (
     "output",
     "reference_poses",
     "driving_poses",
-    "pose_pictures",
+    "pose_images",
     "reference_mask",
     "driving_masks",
 )
@@ -116,7 +116,7 @@ def jobs_of(config: InferConfig) -> list[InferConfig]:
     """Everything to animate."""
     if config.pairs is not None:
         return listed_jobs(config)
-    if not any((config.reference, config.driving, config.driving_poses, config.pose_pictures)):
+    if not any((config.reference, config.driving, config.driving_poses, config.pose_images)):
         return sample_jobs(config)
     if config.reference is None:
         raise UserError("reference= is required beside driving=")
@@ -127,18 +127,18 @@ def check_inputs(job: InferConfig) -> None:
     """What can be known before the model is loaded."""
     existing_file(job.reference, "reference")
     if job.driving is None and job.driving_poses is None:
-        if job.pose_pictures is None:
+        if job.pose_images is None:
             raise UserError("driving= is required beside reference=")
         if job.tpc.enabled:
-            raise UserError("TPC needs driving= or driving_poses= beside pose_pictures=; tpc.enabled=false does not")
+            raise UserError("TPC needs driving= or driving_poses= beside pose_images=; tpc.enabled=false does not")
     output_folder(job.output)
 
 
-def check_pose_pictures(job: InferConfig, pipeline: AnimationPipeline) -> None:
+def check_pose_images(job: InferConfig, pipeline: AnimationPipeline) -> None:
     """Refuse to give a model drawn figures that it cannot read."""
-    if job.pose_pictures is None and pipeline.pose_kind != "OpenPose":
-        kind = f"model={job.model} reads {pipeline.pose_kind} pictures"
-        raise UserError(f"pose_pictures= is required, a video or a folder of pictures: {kind}")
+    if job.pose_images is None and pipeline.pose_kind != "OpenPose":
+        kind = f"model={job.model} reads {pipeline.pose_kind} images"
+        raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
 
 
 def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
@@ -165,7 +165,7 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
             job.num_frames,
             job.stride,
             job.pose.smoothing,
-            pictures=job.pose_pictures,
+            images=job.pose_images,
             poses_wanted=job.tpc.enabled,
         )
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> None:
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for job in jobs:
-        check_pose_pictures(job, pipeline)
+        check_pose_images(job, pipeline)
     with state.split_between_processes(jobs) as mine:
         for job in mine:
             if config.pairs is not None and (Path(job.output) / "result.json").is_file():

@@ -26,7 +26,7 @@ from core.locks import locked_folder
 from core.version import VERSION
 from data.video.reading import write_video
 from inference.comparison import comparison_frames, comparison_strip
-from models.vae import vae_factor
+from models.vae import vae_scale_factor
 from training.build import (
     check_precision,
     make_networks,
@@ -102,7 +102,7 @@ def move(run: Run) -> None:
 
 
 def validate(run: Run) -> None:
-    """Sample held-out clips with the averaged weights, with and without TPC; write pictures and clips, and log them.
+    """Sample held-out clips with the averaged weights, with and without TPC; write images and clips, and log them.
 
     Where parameters are spread over processes, all take part.
     """
@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> None:
     # Model: a frozen VAE, and one module of which each stage trains its part. New networks are the same on every rank.
     set_seed(config.seed)
     vae, model = make_networks(config)
-    model.check_size(vae_factor(vae), tuple(config.data.size))
+    model.check_size(vae_scale_factor(vae), tuple(config.data.size))
     check_pose_kind(config.data, model.pose_kind)
     set_trainable(model, config)
     check_features(config, vae, model)

@@ -56,17 +56,17 @@ def opened(config: RecordingConfig) -> AnimationPipeline:
 
 
 def side_of(pipeline: AnimationPipeline) -> int:
-    """Pixels of the side of the model's pictures."""
+    """Pixels of the side of the model's images."""
     return pipeline.denoising_unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def animate_noise(pipeline: AnimationPipeline, config: RecordingConfig, recording: AttentionRecording | None) -> None:
-    """One run with pictures of noise, without decoding."""
+    """One run with images of noise, without decoding."""
     side, rng = side_of(pipeline), np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (1 + config.frames, side, side, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (1 + config.frames, side, side, 3), dtype=np.uint8)
     pipeline(
-        pictures[0],
-        pictures[1:],
+        images[0],
+        images[1:],
         num_inference_steps=config.steps,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),

@@ -35,7 +35,7 @@ ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))
 
 @dataclass
 class BenchmarkConfig:
-    """pairs: pictures to compare; clips: of 30 frames; noise: pixels of standard deviation, on all keypoints."""
+    """pairs: images to compare; clips: of 30 frames; noise: pixels of standard deviation, on all keypoints."""
 
     pairs: int = 300
     clips: int = 12

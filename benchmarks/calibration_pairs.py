@@ -1,4 +1,4 @@
-"""Rendered pictures of one person under two cameras, with the exact map between them."""
+"""Rendered images of one person under two cameras, with the exact map between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from data.people.motion import random_motion
 from data.people.renderer import Camera, Rendered, camera_matrix, render_person
 
 SIZE = (512, 512)
-HEIGHT = 0.6  # of the standing person, as a share of the picture's; the geometric mean over the two pictures
+HEIGHT = 0.6  # of the standing person, as a share of the image's; the geometric mean over the two images
 MOTION_FRAMES, FPS = 30, 15.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A reference and two driving pictures: the reference's body pose, and another one.
+    """A reference and two driving images: the reference's body pose, and another one.
 
     `truth` (3, 3) maps reference pixels to driving pixels: the change of the camera.
     """

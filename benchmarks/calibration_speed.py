@@ -105,7 +105,7 @@ def clip_times(config: BenchmarkConfig) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         painted = time.process_time() - start - estimated
         print(
-            f"clip of {frames} frames, {rule}: {estimated:.2f} s, its first {config.frames} calibrated pictures "
+            f"clip of {frames} frames, {rule}: {estimated:.2f} s, its first {config.frames} calibrated images "
             f"{painted:.2f} s; memory + {grown:.0f} MiB"
         )
 

@@ -24,9 +24,9 @@ from core.files import write_json
 from core.processes import process_state
 from evaluation.jobs import run_parts
 from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from evaluation.summary import summarise
-from metrics.features import FeatureExtractor, picture_tensor
+from metrics.features import FeatureExtractor, image_tensor
 from metrics.protocols import PROTOCOLS
 
 DIMENSIONS = {"fid": 2048, "fid_vid": 2048, "fvd": 400}
@@ -43,11 +43,11 @@ class MemoryConfig:
 
 
 def projection(dimension: int, windows: bool) -> FeatureExtractor:
-    """A random linear map of small pictures, of frames or of the mean of a window."""
+    """A random linear map of small images, of frames or of the mean of a window."""
     matrix = torch.randn(3 * 16 * 16, dimension, generator=torch.Generator().manual_seed(dimension)) / 28
 
     def prepare(frames: np.ndarray) -> Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(picture_tensor(frames), 16).flatten(1) / 255
+        return torch.nn.functional.adaptive_avg_pool2d(image_tensor(frames), 16).flatten(1) / 255
 
     def extract(rows: Tensor) -> Tensor:
         return (rows.mean(dim=1) if windows else rows) @ matrix
@@ -73,17 +73,17 @@ def main(arguments: list[str]) -> None:
     protocol = PROTOCOLS["native"]
     measures = ("mae", "psnr", "ssim", *DIMENSIONS)
     extractors = {name: projection(dimension, name != "fid") for name, dimension in DIMENSIONS.items()}
-    instruments = Instruments(protocol, measures, ("",), extractors=extractors, batch_size=16)
+    metric_suite = MetricSuite(protocol, measures, ("",), extractors=extractors, batch_size=16)
     each = config.frames // config.clips
     before, started = peak_mebibytes(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
 
         def work(name: str, part: Path) -> None:
-            measure_clip(noise_pairs(each, config.side, int(name)), instruments, part)
+            measure_clip(noise_pairs(each, config.side, int(name)), metric_suite, part)
 
         folders = run_parts([str(k) for k in range(config.clips)], work, Path(folder), process_state("cpu"), "clips")
         measuring = peak_mebibytes()
-        numbers = summarise(folders, instruments)
+        numbers = summarise(folders, metric_suite)
         stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
     results = {
         "frames": each * config.clips,

@@ -1,7 +1,7 @@
-"""Which part of a filmed picture becomes the model's frame, so that nobody is cut by accident.
+"""Which part of a filmed image becomes the model's frame, so that nobody is cut by accident.
 
 Convention as in `data.framing`: matrices are 3 x 3 and map (x, y, 1) of the source to the target, in pixels with y
-down and pixel centres at integers. Boxes are in the same coordinates: a picture reaches from -0.5 to size - 0.5.
+down and pixel centres at integers. Boxes are in the same coordinates: an image reaches from -0.5 to size - 0.5.
 """
 
 import numpy as np
@@ -9,15 +9,15 @@ import numpy as np
 from data.poses.person import Box, person_box
 from data.poses.poses import Poses
 
-# person: as large as the picture allows, moved until everybody is inside; pad: the same, made smaller with black
-# borders where they would not fit; centre: the middle of the picture, whomever it cuts.
+# person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
+# borders where they would not fit; centre: the middle of the image, whomever it cuts.
 CROPS = ("person", "pad", "centre")
 _TOLERANCE = 0.5  # source pixels that a box may be larger than the window
 _MARGIN = 0.1  # of a skeleton's longer side: keypoints end at the eyes, wrists and ankles
 
 
 def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | None, mode: str) -> np.ndarray | None:
-    """Similarity without rotation from a picture to the model's frame.
+    """Similarity without rotation from an image to the model's frame.
 
     Args:
         source, target: (width, height) in pixels.
@@ -38,7 +38,7 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
     starts = []
     for side, length, (low, high) in zip(source, target, ends, strict=True):
         window = length / scale
-        start = (side - window) / 2  # in units of pixels from the picture's edge
+        start = (side - window) / 2  # in units of pixels from the image's edge
         if box is not None and window <= side:
             if high - low > window + _TOLERANCE:
                 return None
@@ -49,7 +49,7 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
 
 
 def skeleton_box(poses: Poses, margin: float = _MARGIN) -> Box | None:
-    """Box around the visible keypoints of all persons and frames of a clip, cut to the picture.
+    """Box around the visible keypoints of all persons and frames of a clip, cut to the image.
 
     Args:
         margin: part of each skeleton's longer side that is added around it, for the top of the head and the feet.
@@ -70,7 +70,7 @@ def mask_box(mask: np.ndarray) -> Box | None:
 
 
 def joint_box(boxes: list[Box], size: tuple[int, int]) -> Box | None:
-    """Smallest box around boxes, cut to a picture of (width, height); None without boxes."""
+    """Smallest box around boxes, cut to an image of (width, height); None without boxes."""
     if not boxes:
         return None
     low = np.clip(np.min([box[:2] for box in boxes], axis=0), -0.5, np.array(size) - 0.5)

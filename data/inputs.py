@@ -1,4 +1,4 @@
-"""What a user gives to animate: a reference picture and a driving video, with poses and masks given or estimated."""
+"""What a user gives to animate: a reference image and a driving video, with poses and masks given or estimated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.ma
 
 @dataclass(frozen=True)
 class Reference:
-    """The picture whose person is animated.
+    """The image whose person is animated.
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
@@ -35,26 +35,26 @@ class Driving:
 
     Attributes:
         frames: (f, h, w, 3) uint8 RGB, or None when only poses were given.
-        poses: f frames; None when there are pose pictures and no poses were given or wanted.
+        poses: f frames; None when there are pose images and no poses were given or wanted.
         masks: (f, persons, h, w) bool, or None.
-        pictures: pose pictures as the model takes them (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn.
-        picture_fps: frames per second of the pose pictures.
+        images: pose images as the model takes them (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn.
+        image_fps: frames per second of the pose images.
     """
 
     frames: np.ndarray | None
     poses: Poses | None
     masks: np.ndarray | None
-    pictures: np.ndarray | None = None
-    picture_fps: float = 0.0
+    images: np.ndarray | None = None
+    image_fps: float = 0.0
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the driving clip."""
-        return self.pictures.shape[2:0:-1] if self.poses is None else self.poses.size
+        return self.images.shape[2:0:-1] if self.poses is None else self.poses.size
 
     @property
     def fps(self) -> float:
-        return self.picture_fps if self.poses is None else self.poses.fps
+        return self.image_fps if self.poses is None else self.poses.fps
 
 
 def load_reference(
@@ -64,16 +64,16 @@ def load_reference(
     estimator: Callable[[], PoseEstimator] | None,
     max_persons: int = 1,
 ) -> Reference:
-    """Read the reference picture; estimate its poses and masks unless they are given.
+    """Read the reference image; estimate its poses and masks unless they are given.
 
     Args:
-        path: picture.
+        path: image.
         poses: pose file, or None to estimate.
-        mask: 8-bit picture, 255 = person; a folder with p0.png, p1.png for several persons; or None.
+        mask: 8-bit image, 255 = person; a folder with p0.png, p1.png for several persons; or None.
         estimator: makes the pose estimator, called only when it is needed; None leaves `poses` None without a file.
 
     Raises:
-        UserError: unreadable files, sizes that disagree, a picture without a person.
+        UserError: unreadable files, sizes that disagree, an image without a person.
     """
     image = read_image(path, argument="reference")
     size = image.shape[1::-1]
@@ -85,7 +85,7 @@ def load_reference(
     else:
         estimated = fitting_poses(load_poses(poses, size=size, argument="reference_poses"), size, "reference_poses")
         if estimated.frames != 1:
-            raise UserError(f"reference_poses={poses} has {estimated.frames} frames; a picture has one")
+            raise UserError(f"reference_poses={poses} has {estimated.frames} frames; an image has one")
         masks = None
     if mask is not None:
         masks = read_reference_masks(Path(mask), estimated.persons, size)
@@ -101,7 +101,7 @@ def load_driving(
     max_frames: int | None = None,
     stride: int = 1,
     smoothing: float = 0.0,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     poses_wanted: bool = True,
 ) -> Driving:
     """Read the driving video; estimate its poses and masks unless they are given.
@@ -112,13 +112,13 @@ def load_driving(
         masks: folder with 000000.png (one person) or 000000_p0.png; or None.
         max_frames: frames to use, counted after `stride`.
         stride: use every stride-th frame.
-        pictures: video or folder of pose pictures, one for each frame of the video and of its shape; or None.
-        poses_wanted: False leaves out what is not needed beside `pictures`: the video, its poses and masks.
+        images: video or folder of pose images, one for each frame of the video and of its shape; or None.
+        poses_wanted: False leaves out what is not needed beside `images`: the video, its poses and masks.
 
     Raises:
         UserError: unreadable files, counts or sizes that disagree, a video without a person.
     """
-    shown = None if pictures is None else strided_video(pictures, "pose_pictures", max_frames, stride)
+    shown = None if images is None else strided_video(images, "pose_images", max_frames, stride)
     if shown is not None and not poses_wanted:
         return Driving(None, None, None, shown.frames, shown.fps)
     if path is None and poses is None:
@@ -139,7 +139,7 @@ def load_driving(
     if not (used.scores > 0).any():
         raise UserError(f"driving_poses={poses}: no keypoint of any frame has a score above 0")
     if shown is not None:
-        used = matching_pictures(used, shown, pictures)
+        used = matching_images(used, shown, images)
     person_masks = None if found.masks is None else found.masks[: used.frames]
     if masks is not None:
         person_masks = read_driving_masks(Path(masks), used.frames, used.persons, used.size, stride)
@@ -148,7 +148,7 @@ def load_driving(
 
 
 def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
-    """Every stride-th frame of a video or folder of pictures, at most `max_frames` of them."""
+    """Every stride-th frame of a video or folder of images, at most `max_frames` of them."""
     needed = None if max_frames is None else (max_frames - 1) * stride + 1
     video = read_video(path, max_frames=needed, argument=argument)
     return video if stride == 1 else Video(video.frames[::stride], video.fps / stride)
@@ -166,21 +166,21 @@ def given_poses(path: str | Path, video: Video | None, max_frames: int | None, s
     return used if video is None else fitting_poses(used[: len(video.frames)], video.size, "driving_poses")
 
 
-def matching_pictures(poses: Poses, pictures: Video, path: str | Path) -> Poses:
-    """The poses that pose pictures go with; the last few may lack a picture, as tools often lose a frame.
+def matching_images(poses: Poses, images: Video, path: str | Path) -> Poses:
+    """The poses that pose images go with; the last few may lack an image, as tools often lose a frame.
 
     Raises:
         UserError: other numbers or another shape.
     """
-    frames = len(pictures.frames)
+    frames = len(images.frames)
     if abs(poses.frames - frames) > max(2, poses.frames // 50):
-        raise UserError(f"pose_pictures={path} has {frames} frames, the driving clip has {poses.frames}")
-    require_shape(pictures.size, poses.size, f"pose_pictures={path}")
+        raise UserError(f"pose_images={path} has {frames} frames, the driving clip has {poses.frames}")
+    require_shape(images.size, poses.size, f"pose_images={path}")
     return poses[: min(frames, poses.frames)]
 
 
 def fitting_poses(poses: Poses, size: tuple[int, int], argument: str) -> Poses:
-    """Poses in a picture's pixels: resized when they are of the picture at another resolution.
+    """Poses in an image's pixels: resized when they are of the image at another resolution.
 
     Raises:
         UserError: the aspect ratios differ by more than rounding.
@@ -194,7 +194,7 @@ def fitting_poses(poses: Poses, size: tuple[int, int], argument: str) -> Poses:
 def require_shape(given: tuple[int, int], size: tuple[int, int], what: str) -> None:
     """UserError when the aspect ratios of two (width, height) differ by more than rounding."""
     if abs(given[0] / given[1] * size[1] / size[0] - 1) > 0.02:
-        raise UserError(f"{what} are for {given[0]}x{given[1]}, the picture is {size[0]}x{size[1]}")
+        raise UserError(f"{what} are for {given[0]}x{given[1]}, the image is {size[0]}x{size[1]}")
 
 
 def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int]) -> np.ndarray:
@@ -203,7 +203,7 @@ def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int])
         persons = len(list_images(path)) if path.is_dir() else 1
     files = [path / f"p{person}.png" for person in range(persons)] if path.is_dir() else [path]
     if len(files) != persons:
-        raise UserError(f"reference_mask={path} is one picture for {persons} persons; give a folder with p0.png, ...")
+        raise UserError(f"reference_mask={path} is one image for {persons} persons; give a folder with p0.png, ...")
     return np.stack([read_mask(file, size, "reference_mask") for file in files])
 
 
@@ -212,7 +212,7 @@ def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int,
     if not folder.is_dir():
         raise UserError(f"driving_masks={folder} is not a folder")
     if not list_images(folder):
-        raise UserError(f"driving_masks={folder} holds no pictures")
+        raise UserError(f"driving_masks={folder} holds no images")
     masks = np.zeros((frames, persons, size[1], size[0]), bool)
     for frame in range(frames):
         for person in range(persons):
@@ -224,8 +224,8 @@ def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int,
 
 
 def read_mask(path: Path, size: tuple[int, int], argument: str) -> np.ndarray:
-    """(h, w) bool from an 8-bit picture, 255 = person; half and more counts as person."""
+    """(h, w) bool from an 8-bit image, 255 = person; half and more counts as person."""
     mask = read_image(path, argument=argument)[..., 0]
     if mask.shape[::-1] != tuple(size):
-        raise UserError(f"{argument}={path} is {mask.shape[1]}x{mask.shape[0]}, the picture is {size[0]}x{size[1]}")
+        raise UserError(f"{argument}={path} is {mask.shape[1]}x{mask.shape[0]}, the image is {size[0]}x{size[1]}")
     return mask >= 128

@@ -1,4 +1,4 @@
-"""From a picture's own pixels to the model's frame and back.
+"""From an image's own pixels to the model's frame and back.
 
 Convention: matrices are 3 x 3 and map (x, y, 1) of the source to the target, both in pixels with y down and pixel
 centres at integers. Aspect ratio is always kept.
@@ -16,7 +16,7 @@ def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, 
     Args:
         source: width and height of the driving video in pixels.
         area: pixels of the result, such as 128 * 128.
-        multiple: what the model's pictures must divide by.
+        multiple: what the model's images must divide by.
     """
     width, height = source
     scale = (area / (width * height)) ** 0.5
@@ -25,7 +25,7 @@ def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, 
 
 
 def fit_matrix(source: tuple[int, int], target: tuple[int, int], mode: str = "cover") -> np.ndarray:
-    """Similarity without rotation that centres a picture in a frame.
+    """Similarity without rotation that centres an image in a frame.
 
     Args:
         source, target: width and height in pixels.
@@ -38,19 +38,19 @@ def fit_matrix(source: tuple[int, int], target: tuple[int, int], mode: str = "co
         raise ValueError(f"mode must be one of {FIT_MODES}, got {mode!r}")
     scales = (target[0] / source[0], target[1] / source[1])
     scale = max(scales) if mode == "cover" else min(scales)
-    # Pixel centres at integers: the picture spans [-0.5, size - 0.5].
+    # Pixel centres at integers: the image spans [-0.5, size - 0.5].
     shift = [(t - 1) / 2 - scale * (s - 1) / 2 for s, t in zip(source, target, strict=True)]
     return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]], dtype=np.float64)
 
 
 def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: str = "replicate") -> np.ndarray:
-    """Resample a picture or mask by a matrix of `fit_matrix`, averaging over source pixels when it shrinks.
+    """Resample an image or mask by a matrix of `fit_matrix`, averaging over source pixels when it shrinks.
 
     Args:
         image: (h, w) or (h, w, 3) uint8.
         matrix: (3, 3), image pixels -> result pixels.
         size: width and height of the result.
-        border: "replicate" the outermost pixels, or "zero", where the picture does not reach.
+        border: "replicate" the outermost pixels, or "zero", where the image does not reach.
 
     Returns:
         (height, width) or (height, width, 3) uint8.

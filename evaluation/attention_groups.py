@@ -27,7 +27,7 @@ class Group:
     """A row of the table: the trials of one subset under one condition, by clip and seed.
 
     Attributes:
-        example: the clip that pictures show: of misaligned clips the one whose reference is turned most, of aligned
+        example: the clip that images show: of misaligned clips the one whose reference is turned most, of aligned
             ones that whose is turned least.
     """
 

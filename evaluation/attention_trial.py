@@ -93,8 +93,8 @@ def attention_sampler(
 
     Args:
         radius, radii: of accuracy and of the PCK curve, body heights.
-        keypoints: for the picture; the first that is visible in frame and reference is shown.
-        columns: steps in the picture.
+        keypoints: for the image; the first that is visible in frame and reference is shown.
+        columns: steps in the image.
     """
 
     def sampler(
@@ -116,7 +116,7 @@ def attention_sampler(
         truth = body_truth(recorded, clip.reference.poses, animation.calibration, frame.reference_map)
         mask = reference_person(clip.reference, frame)
         measure_attention(recorded, truth, mask, radius, radii).write(folder / ATTENTION_FILE)
-        row = _looks_picture(recorded, truth, animation, keypoints, columns)
+        row = _looks_image(recorded, truth, animation, keypoints, columns)
         if row is not None:
             with complete_file(folder / LOOKS_FILE) as path:
                 Image.fromarray(row).save(path)
@@ -126,7 +126,7 @@ def attention_sampler(
 
 
 def reference_person(reference: Reference, frame: Framing) -> np.ndarray:
-    """(H, W) bool: the persons in the model's reference picture."""
+    """(H, W) bool: the persons in the model's reference image."""
     mask = reference.masks.any(axis=0).astype(np.uint8) * 255
     return apply_fit(mask, frame.reference_map, frame.size, border="zero") >= 128
 
@@ -137,7 +137,7 @@ def measure_attention(
     """Every measure of every layer.
 
     Args:
-        mask: (H, W) bool, the persons in the model's reference picture.
+        mask: (H, W) bool, the persons in the model's reference image.
     """
     steps: dict[str, list[list[float]]] = {name: [] for name in MEASURES}
     curves: dict[str, list[np.ndarray]] = {name: [] for name in BY_DISTANCE}
@@ -173,7 +173,7 @@ def measure_attention(
     )
 
 
-def _looks_picture(
+def _looks_image(
     recorded: RecordedAttention, truth: BodyTruth, animation: Animation, keypoints: Sequence[str], columns: int
 ) -> np.ndarray | None:
     """A row of Figure 2 from the middle frame; None when no keypoint is visible there and in the reference."""

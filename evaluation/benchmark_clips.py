@@ -81,6 +81,6 @@ class BenchmarkClips:
         return [asdict(self._found[name][1])]
 
 
-def _poses(pictures: Sequence[RenderedGroup], size: tuple[int, int]) -> Poses:
-    keypoints, scores = (np.stack([getattr(p, part) for p in pictures]) for part in ("keypoints", "scores"))
+def _poses(images: Sequence[RenderedGroup], size: tuple[int, int]) -> Poses:
+    keypoints, scores = (np.stack([getattr(p, part) for p in images]) for part in ("keypoints", "scores"))
     return Poses(keypoints, scores, size, RENDERED_FPS)

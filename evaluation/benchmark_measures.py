@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from evaluation.metric_suite import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig, open_instruments
 from evaluation.trials import TrialsConfig
 
 LPIPS = "st_lpips_alex"
@@ -22,7 +22,7 @@ class MeasuresConfig(TrialsConfig):
     weights: str | None = None
 
 
-def open_measures(config: MeasuresConfig, device: str) -> Instruments:
+def open_measures(config: MeasuresConfig, device: str) -> MetricSuite:
     """PSNR and SSIM of person and background, and what else is asked for."""
     measures = ["psnr", "ssim"]
     measures += [name for name, chosen in (("flicker", config.flicker), (LPIPS, config.lpips)) if chosen]

@@ -29,8 +29,8 @@ class ClipsConfig:
         videos with pose files beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is
         one of its own frames.
     clips: number of clips, 0 = all of a folder; frames, stride: of every clip, 0 frames = all of a video.
-    source: pixels of the side of rendered pictures; clip_seed: other seeds are other rendered clips.
-    reference_frame: of a video, the picture that is animated.
+    source: pixels of the side of rendered images; clip_seed: other seeds are other rendered clips.
+    reference_frame: of a video, the image that is animated.
     people: how rendered people look; the clothes that the shipped model knows, whole persons, cameras held upright.
     """
 
@@ -124,7 +124,7 @@ def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Gener
 
     Args:
         deviation: standard deviation of the errors along x and along y, in parts of the person's standing height in
-            that picture; every keypoint of every picture has an error of its own.
+            that image; every keypoint of every image has an error of its own.
     """
     reference, driving = (
         replace(given, poses=_noisy(given.poses, deviation, rng)) for given in (clip.reference, clip.driving)

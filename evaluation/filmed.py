@@ -75,13 +75,13 @@ class FilmedClips:
             if len(reader) != poses.frames:
                 raise UserError(f"dataset: {video} has {len(reader)} frames, {files.poses} has {poses.frames}")
             numbers = [self._config.reference_frame, *np.arange(len(reader))[self._chosen(poses)].tolist()]
-            pictures = reader.get(numbers)
+            images = reader.get(numbers)
         reference, driving = (fitting_poses(part, size, "dataset") for part in self.poses(name))
         masks = _drawn(reference, driving) if files.masks is None else _read(files.masks, numbers, size)
         return EvaluationClip(
             name,
-            Reference(pictures[0], reference, masks[0]),
-            Driving(pictures[1:], driving, masks[1:]),
+            Reference(images[0], reference, masks[0]),
+            Driving(images[1:], driving, masks[1:]),
         )
 
     def stamps(self, name: str) -> list:

@@ -18,78 +18,78 @@ MASKS_SUFFIX = "_masks"
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """One clip: a video file, or pictures in order.
+    """One clip: a video file, or images in order.
 
     Attributes:
         name: what it is matched by.
         argument: what the folder was given as, for error messages.
         video: or None.
-        pictures: when there is no video.
+        images: when there is no video.
     """
 
     name: str
     argument: str
     video: Path | None = None
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
 
     @property
     def place(self) -> Path:
-        """The video, or the folder of the pictures."""
-        return self.video if self.video is not None else self.pictures[0].parent
+        """The video, or the folder of the images."""
+        return self.video if self.video is not None else self.images[0].parent
 
     def count(self) -> int:
         """Number of frames."""
         if self.video is None:
-            return len(self.pictures)
+            return len(self.images)
         with VideoReader(self.video, argument=self.argument) as reader:
             return len(reader)
 
     def frames(self) -> Iterator[np.ndarray]:
         """The frames (h, w, 3) uint8 RGB, one at a time."""
         if self.video is None:
-            for picture in self.pictures:
-                yield read_image(picture, argument=self.argument)
+            for image in self.images:
+                yield read_image(image, argument=self.argument)
             return
         with VideoReader(self.video, argument=self.argument) as reader:
             yield from reader
 
     def stamps(self) -> list[list]:
         """Name, size in bytes and time of change of every file, to notice that a clip is another one."""
-        return _stamps([self.video] if self.video is not None else self.pictures)
+        return _stamps([self.video] if self.video is not None else self.images)
 
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """The masks of a clip: for every frame one picture, or one for each person (000000_p0.png, 000000_p1.png).
+    """The masks of a clip: for every frame one image, or one for each person (000000_p0.png, 000000_p1.png).
 
     Attributes:
-        pictures: 8 bit, 255 = person.
+        images: 8 bit, 255 = person.
     """
 
     name: str
-    pictures: tuple[tuple[Path, ...], ...]
+    images: tuple[tuple[Path, ...], ...]
     argument: str = "masks"
 
     @property
     def place(self) -> Path:
-        """The folder of the pictures."""
-        return self.pictures[0][0].parent
+        """The folder of the images."""
+        return self.images[0][0].parent
 
     def count(self) -> int:
         """Number of frames."""
-        return len(self.pictures)
+        return len(self.images)
 
     def frames(self) -> Iterator[np.ndarray]:
         """Masks (h, w) bool, the union of the persons, one at a time."""
-        for persons in self.pictures:
-            masks = [read_image(picture, argument=self.argument)[..., 0] >= 128 for picture in persons]
+        for persons in self.images:
+            masks = [read_image(image, argument=self.argument)[..., 0] >= 128 for image in persons]
             if any(mask.shape != masks[0].shape for mask in masks):
                 raise UserError(f"{self.argument}: {persons[0]} and {persons[-1]} are of different sizes")
             yield np.logical_or.reduce(masks)
 
     def stamps(self) -> list[list]:
         """Name, size in bytes and time of change of every file."""
-        return _stamps([picture for persons in self.pictures for picture in persons])
+        return _stamps([image for persons in self.images for image in persons])
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class ClipPair:
 def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
     """The clips of a file or folder by name, in natural order.
 
-    A video is one clip. A folder holds either clips (videos, folders of pictures, folders of `infer.py` results), or
-    pictures: those whose names agree up to the last number are one clip, such as `dance_0001.png` of `dance`.
+    A video is one clip. A folder holds either clips (videos, folders of images, folders of `infer.py` results), or
+    images: those whose names agree up to the last number are one clip, such as `dance_0001.png` of `dance`.
 
     Raises:
         UserError: nothing there, or nothing that is a clip.
@@ -131,11 +131,11 @@ def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
         if clip.name in clips:
             raise UserError(f"{argument}={path} holds the clip {clip.name!r} twice: {clips[clip.name].place}, {entry}")
         clips[clip.name] = clip
-    return clips or _numbered_pictures(path, argument)
+    return clips or _numbered_images(path, argument)
 
 
 def find_masks(path: str | Path) -> dict[str, MaskFiles]:
-    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or pictures of one clip.
+    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or images of one clip.
 
     Raises:
         UserError: nothing there, or nothing that is a mask.
@@ -145,16 +145,16 @@ def find_masks(path: str | Path) -> dict[str, MaskFiles]:
         raise UserError(f"masks={path} is not a folder")
     folders = [entry for entry in sorted(path.iterdir(), key=natural_order) if entry.is_dir()]
     found = {entry.name.removesuffix(MASKS_SUFFIX): list_images(entry) for entry in [*folders, path]}
-    masks = {name: MaskFiles(name, _by_frame(pictures)) for name, pictures in found.items() if pictures}
+    masks = {name: MaskFiles(name, _by_frame(images)) for name, images in found.items() if images}
     if not masks:
-        raise UserError(f"masks={path} holds no pictures and no folders of pictures")
+        raise UserError(f"masks={path} holds no images and no folders of images")
     return masks
 
 
-def _by_frame(pictures: list[Path]) -> tuple[tuple[Path, ...], ...]:
+def _by_frame(images: list[Path]) -> tuple[tuple[Path, ...], ...]:
     frames: dict[str, list[Path]] = {}
-    for picture in pictures:
-        frames.setdefault(re.sub(r"_p\d+$", "", picture.stem), []).append(picture)
+    for image in images:
+        frames.setdefault(re.sub(r"_p\d+$", "", image.stem), []).append(image)
     return tuple(tuple(persons) for persons in frames.values())
 
 
@@ -191,8 +191,8 @@ def _pair(name: str, ours: ClipFiles, theirs: ClipFiles, masks: ClipFiles | None
                 f"clip {name!r}: {other.argument} has {other.count()} frames ({other.place}), truth has {count} "
                 f"({theirs.place})"
             )
-    if ours.pictures and theirs.pictures:
-        for a, b in zip(ours.pictures, theirs.pictures, strict=True):
+    if ours.images and theirs.images:
+        for a, b in zip(ours.images, theirs.images, strict=True):
             if a.stem != b.stem:
                 raise UserError(f"clip {name!r}: generated has a frame {a.name} where truth has {b.name}")
     return ClipPair(name, ours, theirs, masks, count)
@@ -210,14 +210,14 @@ def _clip_of(entry: Path, argument: str) -> ClipFiles | None:
         return ClipFiles(entry.stem, argument, video=entry) if entry.suffix.lower() in VIDEO_SUFFIXES else None
     if (entry / RESULT_NAME).is_file():
         return ClipFiles(entry.name, argument, video=entry / RESULT_NAME)
-    pictures = tuple(list_images(entry))
-    return ClipFiles(entry.name, argument, pictures=pictures) if pictures else None
+    images = tuple(list_images(entry))
+    return ClipFiles(entry.name, argument, images=images) if images else None
 
 
-def _numbered_pictures(folder: Path, argument: str) -> dict[str, ClipFiles]:
+def _numbered_images(folder: Path, argument: str) -> dict[str, ClipFiles]:
     groups: dict[str, list[Path]] = {}
-    for picture in list_images(folder):
-        groups.setdefault(re.sub(r"[-_. ]*\d*$", "", picture.stem) or folder.name, []).append(picture)
+    for image in list_images(folder):
+        groups.setdefault(re.sub(r"[-_. ]*\d*$", "", image.stem) or folder.name, []).append(image)
     if not groups:
-        raise UserError(f"{argument}={folder} holds no videos, no folders of frames and no pictures")
-    return {name: ClipFiles(name, argument, pictures=tuple(pictures)) for name, pictures in groups.items()}
+        raise UserError(f"{argument}={folder} holds no videos, no folders of frames and no images")
+    return {name: ClipFiles(name, argument, images=tuple(images)) for name, images in groups.items()}

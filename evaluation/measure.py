@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from core.files import write_json
-from evaluation.metric_suite import Instruments
-from metrics.features import FeatureExtractor, picture_tensor
+from evaluation.metric_suite import MetricSuite
+from metrics.features import FeatureExtractor, image_tensor
 from metrics.image import flicker
 from metrics.protocols import pixel_measure
 from metrics.video import WindowBuffer
@@ -50,7 +50,7 @@ def feature_file(folder: Path, measure: str, region: str, side: str) -> Path:
 
 
 @torch.no_grad()
-def measure_clip(pairs: Iterable[FramePair], instruments: Instruments, folder: Path) -> None:
+def measure_clip(pairs: Iterable[FramePair], metric_suite: MetricSuite, folder: Path) -> None:
     """Measure the frames of a clip in order and write the results to `folder`.
 
     `values.json` has the number of frames and, for every measure taken frame by frame, its values; NaN is null.
@@ -60,17 +60,17 @@ def measure_clip(pairs: Iterable[FramePair], instruments: Instruments, folder: P
     frames, before = 0, None
     with ExitStack() as stack:
         writers = [
-            _FeatureWriter(stack, folder, measure, region, instruments)
-            for measure in instruments.extractors
-            for region in instruments.regions
+            _FeatureWriter(stack, folder, measure, region, metric_suite)
+            for measure in metric_suite.extractors
+            for region in metric_suite.regions
         ]
-        for batch in batches(pairs, instruments.batch_size):
+        for batch in batches(pairs, metric_suite.batch_size):
             frames += len(batch)
-            taken = _frame_values(batch, instruments) | _change_values(before, batch, instruments)
+            taken = _frame_values(batch, metric_suite) | _change_values(before, batch, metric_suite)
             before = batch[-1]
             for name, measured in taken.items():
                 values.setdefault(name, []).extend(None if np.isnan(value) else value for value in measured)
-            for region in instruments.regions if writers else ():
+            for region in metric_suite.regions if writers else ():
                 for side in SIDES:
                     _write_features(batch, side, [writer for writer in writers if writer.region == region])
     write_json(folder / VALUES_FILE, {"frames": frames, "values": values})
@@ -92,25 +92,25 @@ def region_frames(batch: list[FramePair], side: str, region: str) -> np.ndarray:
     return frames
 
 
-def _frame_values(batch: list[FramePair], instruments: Instruments) -> dict[str, list[float]]:
+def _frame_values(batch: list[FramePair], metric_suite: MetricSuite) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
-    for region in instruments.regions:
-        for measure in instruments.of_kind("pixels"):
+    for region in metric_suite.regions:
+        for measure in metric_suite.of_kind("pixels"):
             values[measured_name(measure, region)] = [
-                pixel_measure(measure, instruments.protocol, pair.generated, pair.truth, _chosen(pair, region))
+                pixel_measure(measure, metric_suite.protocol, pair.generated, pair.truth, _chosen(pair, region))
                 for pair in batch
             ]
-        if instruments.distances:
-            first, second = (_distance_input(batch, side, region, instruments) for side in SIDES)
-        for measure, distance in instruments.distances.items():
+        if metric_suite.distances:
+            first, second = (_distance_input(batch, side, region, metric_suite) for side in SIDES)
+        for measure, distance in metric_suite.distances.items():
             values[measured_name(measure, region)] = distance.distance(first, second).tolist()
-    for measure in instruments.of_kind("person"):
+    for measure in metric_suite.of_kind("person"):
         values[measure] = [pair.person[measure] for pair in batch]
     return values
 
 
 def _change_values(
-    before: FramePair | None, batch: list[FramePair], instruments: Instruments
+    before: FramePair | None, batch: list[FramePair], metric_suite: MetricSuite
 ) -> dict[str, list[float]]:
     """Measures of kind "changes" of each frame of a batch since the one before; None, before the first, has none.
 
@@ -118,8 +118,8 @@ def _change_values(
     """
     pairs = list(pairwise(batch if before is None else [before, *batch]))
     values: dict[str, list[float]] = {}
-    for region in instruments.regions:
-        for measure in instruments.of_kind("changes"):
+    for region in metric_suite.regions:
+        for measure in metric_suite.of_kind("changes"):
             values[measured_name(measure, region)] = [
                 flicker((first.generated, then.generated), (first.truth, then.truth), _moving(first, then, region))
                 for first, then in pairs
@@ -138,10 +138,10 @@ def _chosen(pair: FramePair, region: str) -> np.ndarray | None:
     return {"": None, "foreground": pair.mask, "background": None if pair.mask is None else ~pair.mask}[region]
 
 
-def _distance_input(batch: list[FramePair], side: str, region: str, instruments: Instruments) -> Tensor:
-    low, high = instruments.protocol.lpips_range
-    pictures = picture_tensor(region_frames(batch, side, region), instruments.device)
-    return pictures / 255 * (high - low) + low
+def _distance_input(batch: list[FramePair], side: str, region: str, metric_suite: MetricSuite) -> Tensor:
+    low, high = metric_suite.protocol.lpips_range
+    images = image_tensor(region_frames(batch, side, region), metric_suite.device)
+    return images / 255 * (high - low) + low
 
 
 def _write_features(batch: list[FramePair], side: str, writers: list["_FeatureWriter"]) -> None:
@@ -158,11 +158,11 @@ def _write_features(batch: list[FramePair], side: str, writers: list["_FeatureWr
 class _FeatureWriter:
     """Takes the prepared frames of a clip in batches and appends their features to two files, generated and true."""
 
-    def __init__(self, stack: ExitStack, folder: Path, measure: str, region: str, instruments: Instruments):
+    def __init__(self, stack: ExitStack, folder: Path, measure: str, region: str, metric_suite: MetricSuite):
         self.region = region
-        self.extractor: FeatureExtractor = instruments.extractors[measure]
-        self._at_once = max(1, instruments.batch_size // 4)  # windows; each is many frames to the network
-        protocol, windowed = instruments.protocol, measure in instruments.of_kind("windows")
+        self.extractor: FeatureExtractor = metric_suite.extractors[measure]
+        self._at_once = max(1, metric_suite.batch_size // 4)  # windows; each is many frames to the network
+        protocol, windowed = metric_suite.protocol, measure in metric_suite.of_kind("windows")
         self._files = {
             side: stack.enter_context(feature_file(folder, measure, region, side).open("wb")) for side in SIDES
         }

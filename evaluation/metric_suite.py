@@ -1,4 +1,4 @@
-"""What a protocol measures with: which measures, which networks, which regions of the picture."""
+"""What a protocol measures with: which measures, which networks, which regions of the image."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,11 +9,11 @@ import torch
 
 from core.errors import UserError
 from metrics import features, weights
-from metrics.features import FeatureExtractor, PictureDistance
+from metrics.features import FeatureExtractor, ImageDistance
 from metrics.protocols import MEASURES, PROTOCOLS, STAND_INS, Protocol
 
 FEATURES = ("published", "stand-in", "none")
-REGIONS = ("", "foreground", "background")  # the whole picture, the person, everything else
+REGIONS = ("", "foreground", "background")  # the whole image, the person, everything else
 PERSON_MEASURES = ("keypoint_error", "part_colour")
 
 
@@ -38,7 +38,7 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True)
-class Instruments:
+class MetricSuite:
     """A protocol with the networks of its measures at hand.
 
     Attributes:
@@ -53,7 +53,7 @@ class Instruments:
     protocol: Protocol
     measures: tuple[str, ...]
     regions: tuple[str, ...]
-    distances: dict[str, PictureDistance] = field(default_factory=dict)
+    distances: dict[str, ImageDistance] = field(default_factory=dict)
     extractors: dict[str, FeatureExtractor] = field(default_factory=dict)
     batch_size: int = 8
     device: torch.device | str = "cpu"
@@ -121,7 +121,7 @@ def open_instruments(
     regions: tuple[str, ...] = ("",),
     persons: bool = False,
     device: torch.device | str = "cpu",
-) -> Instruments:
+) -> MetricSuite:
     """Check a configuration and load the networks of its measures.
 
     Raises:
@@ -142,6 +142,6 @@ def open_instruments(
         "vgg_frechet_video": lambda: features.vgg_clip_features(vgg()),
     }
     made = {name: makers[name]() for name in measures if name in makers}
-    distances = {name: value for name, value in made.items() if isinstance(value, PictureDistance)}
+    distances = {name: value for name, value in made.items() if isinstance(value, ImageDistance)}
     extractors = {name: value for name, value in made.items() if isinstance(value, FeatureExtractor)}
-    return Instruments(protocol, measures, regions, distances, extractors, config.batch_size, device)
+    return MetricSuite(protocol, measures, regions, distances, extractors, config.batch_size, device)

@@ -8,7 +8,7 @@ that draws them has changed, for then numbers no longer compare.
 
 Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
 
-    aligned             the reference is the clip's first picture
+    aligned             the reference is the clip's first image
     scale               the person of the reference is smaller or larger throughout
     rotation            the person of the reference is turned throughout, by 45 degrees up to upside down
     temporal_scale      the person comes nearer or goes away while the clip lasts
@@ -47,8 +47,8 @@ class Framing:
 
     Attributes:
         scale: factor on the person's size.
-        rotation_deg: turn added in the picture plane, clockwise as seen.
-        shift: added to the person's place, as shares of the picture's width and height.
+        rotation_deg: turn added in the image plane, clockwise as seen.
+        shift: added to the person's place, as shares of the image's width and height.
     """
 
     scale: float = 1.0
@@ -133,7 +133,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DrawnClip:
-    """The pictures of a clip: the reference, and the frames."""
+    """The images of a clip: the reference, and the frames."""
 
     reference: RenderedGroup
     frames: tuple[RenderedGroup, ...]
@@ -141,9 +141,9 @@ class DrawnClip:
     def digest(self) -> str:
         """Sixteen characters that stay as long as people look and move the same, up to rounding."""
         seen = hashlib.sha256()
-        for picture in (self.reference, *self.frames):
-            seen.update((np.round(picture.keypoints) + 0.0).astype(np.int32).tobytes())
-            seen.update(np.round(picture.image.mean(axis=(0, 1)) / 2).astype(np.int32).tobytes())
+        for image in (self.reference, *self.frames):
+            seen.update((np.round(image.keypoints) + 0.0).astype(np.int32).tobytes())
+            seen.update(np.round(image.image.mean(axis=(0, 1)) / 2).astype(np.int32).tobytes())
         return seen.hexdigest()[:16]
 
 
@@ -169,16 +169,16 @@ def draw(manifest: Manifest, clip: ClipSpec) -> DrawnClip:
     scenes = [people.scene(person.scene) for person in clip.persons]
     background = scenes[0].background
 
-    def picture(framings: Sequence[Framing], frame: int) -> RenderedGroup:
+    def image(framings: Sequence[Framing], frame: int) -> RenderedGroup:
         figures = [f.figure(scene, scene.poses[frame]) for f, scene in zip(framings, scenes, strict=True)]
         return render_people(figures, manifest.size, background)
 
     last = max(manifest.frames - 1, 1)
     frames = tuple(
-        picture([person.start.towards(person.end, frame / last) for person in clip.persons], frame)
+        image([person.start.towards(person.end, frame / last) for person in clip.persons], frame)
         for frame in range(manifest.frames)
     )
-    return DrawnClip(picture([person.reference for person in clip.persons], 0), frames)
+    return DrawnClip(image([person.reference for person in clip.persons], 0), frames)
 
 
 def read_manifest(kind: str, folder: Path = FOLDER) -> Manifest:

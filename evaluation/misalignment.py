@@ -82,7 +82,7 @@ class ClipSplit:
 
 
 def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misalignment:
-    """Compare a reference, one frame, with a clip; person 0 of both, in pictures that are brought to one size."""
+    """Compare a reference, one frame, with a clip; person 0 of both, in images that are brought to one size."""
     if reference.size != driving.size:
         reference = reference.resized(driving.size)
     points = reference.keypoints[0, 0].astype(np.float64)

@@ -48,11 +48,11 @@ def seen_persons(frames: Iterable[np.ndarray], estimator: PoseEstimator) -> Iter
 
 
 def person_values(generated: np.ndarray, found: SeenPerson, truth: np.ndarray, target: SeenPerson) -> dict[str, float]:
-    """Pose and identity measures of one frame: pictures (h, w, 3) uint8 and their persons."""
+    """Pose and identity measures of one frame: images (h, w, 3) uint8 and their persons."""
     height = target.height
     error = keypoint_error(found.keypoints, found.scores, target.keypoints, target.scores, height, THRESHOLD)
     colours = [
-        part_colours(picture, person.keypoints, person.scores, person.height, THRESHOLD)
-        for picture, person in ((generated, found), (truth, target))
+        part_colours(image, person.keypoints, person.scores, person.height, THRESHOLD)
+        for image, person in ((generated, found), (truth, target))
     ]
     return {"keypoint_error": error, "part_colour": part_colour_difference(*colours)}

@@ -14,7 +14,7 @@ from core.config import config_dict, save_config
 from core.files import complete_file, write_json
 from core.version import VERSION
 from evaluation.jobs import RESULTS_FILE
-from evaluation.metric_suite import REGIONS, Instruments
+from evaluation.metric_suite import REGIONS, MetricSuite
 from evaluation.summary import Number
 from metrics.protocols import MEASURES
 
@@ -159,26 +159,26 @@ def _escape(text: str) -> str:
     return text
 
 
-def common_facts(configuration: Any, instruments: Instruments | None = None) -> dict[str, Any]:
+def common_facts(configuration: Any, metric_suite: MetricSuite | None = None) -> dict[str, Any]:
     """What every result file begins with: configuration, versions, and the protocol with its networks."""
     facts: dict[str, Any] = {
         "configuration": config_dict(configuration),
         "versions": {"tpc-animate": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     }
-    if instruments is not None:
-        facts["protocol"] = instruments.protocol.plain() | {"measures": list(instruments.measures)}
+    if metric_suite is not None:
+        facts["protocol"] = metric_suite.protocol.plain() | {"measures": list(metric_suite.measures)}
         facts["definitions"] = {
             name: {"unit": MEASURES[name].unit, "better": MEASURES[name].better, "is": MEASURES[name].definition}
-            for name in instruments.measures
+            for name in metric_suite.measures
         }
-        facts["networks"] = instruments.networks()
+        facts["networks"] = metric_suite.networks()
     return facts
 
 
-def heading(instruments: Instruments, *facts: str) -> str:
+def heading(metric_suite: MetricSuite, *facts: str) -> str:
     """The protocol, further facts and the networks as a list, for above a table."""
-    lines = [*instruments.protocol.lines(), *facts]
-    for name, network in instruments.networks().items():
+    lines = [*metric_suite.protocol.lines(), *facts]
+    for name, network in metric_suite.networks().items():
         dimension = f" ({network['dimension']} dimensions)" if "dimension" in network else ""
         lines.append(f"{name}: {network['network']}{dimension}; weights sha256 {network['sha256'][:12]}")
     return "".join(f"* {line}\n" for line in lines) + "\n"
@@ -204,7 +204,7 @@ def write_results(output: Path, results: dict[str, Any], tables: dict[str, str])
 
 def write_table(
     config: Any,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     table: Table,
     results: dict[str, Any],
     warnings: Iterable[tuple[str, str | None]],
@@ -217,7 +217,7 @@ def write_table(
         warnings: of numbers, by name.
     """
     save_config(config, output / "config.yaml")
-    text = heading(instruments, table.caption) + markdown(table) + warning_lines(warnings)
-    results = common_facts(config, instruments) | results
+    text = heading(metric_suite, table.caption) + markdown(table) + warning_lines(warnings)
+    results = common_facts(config, metric_suite) | results
     write_results(output, results, {"table.md": text, "table.tex": latex(table)})
     print(text, end="")

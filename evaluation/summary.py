@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.measure import SIDES, measured_name, read_features, read_values
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from metrics.frechet import Moments, frechet_distance
 from metrics.protocols import MEASURES
 
@@ -32,25 +32,25 @@ class Number:
         return asdict(self)
 
 
-def summarise(folders: Sequence[Path], instruments: Instruments) -> dict[str, Number]:
+def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, Number]:
     """Every measure over all clips, by name. Frames count alike, whichever clip they are of."""
     means = _frame_means(folders)
     numbers: dict[str, Number] = {}
-    for name, region, measure in measured_names(instruments):
-        if measure in instruments.extractors:
-            numbers[name] = _distance(folders, measure, region, instruments)
+    for name, region, measure in measured_names(metric_suite):
+        if measure in metric_suite.extractors:
+            numbers[name] = _distance(folders, measure, region, metric_suite)
         elif name in means:
             numbers[name] = means[name]
     return numbers
 
 
-def measured_names(instruments: Instruments) -> list[tuple[str, str, str]]:
+def measured_names(metric_suite: MetricSuite) -> list[tuple[str, str, str]]:
     """Name, region and measure of everything that is measured, in the order of tables; persons have no regions."""
-    persons = instruments.of_kind("person")
+    persons = metric_suite.of_kind("person")
     names = [
         (measured_name(measure, region), region, measure)
-        for region in instruments.regions
-        for measure in instruments.measures
+        for region in metric_suite.regions
+        for measure in metric_suite.measures
         if measure not in persons
     ]
     return names + [(measure, "", measure) for measure in persons]
@@ -79,8 +79,8 @@ def _frame_means(folders: Sequence[Path]) -> dict[str, Number]:
     return numbers
 
 
-def _distance(folders: Sequence[Path], measure: str, region: str, instruments: Instruments) -> Number:
-    extractor = instruments.extractors[measure]
+def _distance(folders: Sequence[Path], measure: str, region: str, metric_suite: MetricSuite) -> Number:
+    extractor = metric_suite.extractors[measure]
     moments = [Moments(extractor.dimension) for _ in SIDES]
     for side, total in zip(SIDES, moments, strict=True):
         for folder in folders:
@@ -88,7 +88,7 @@ def _distance(folders: Sequence[Path], measure: str, region: str, instruments: I
                 total.update(block)
     kind = MEASURES[measure].kind
     if min(total.count for total in moments) < 2:
-        window = f" of {instruments.protocol.window} frames" if kind == "windows" else ""
+        window = f" of {metric_suite.protocol.window} frames" if kind == "windows" else ""
         return Number(None, moments[1].count, f"{moments[1].count} {kind}{window}; a covariance needs two")
     distance = frechet_distance(*moments)
     return Number(distance.value, distance.samples[1], distance.warning)

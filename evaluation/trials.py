@@ -18,7 +18,7 @@ from data.transforms import fit_matrix
 from evaluation.clips import EvaluationClip, with_pose_noise
 from evaluation.jobs import claim_output, remove_parts, run_parts
 from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from evaluation.persons import SeenPerson, person_values, seen_persons
 from evaluation.summary import Number, summarise
 from inference.animate import Animation, SamplingConfig, animate
@@ -122,7 +122,7 @@ def run_trials(
     clip_of: Callable[[str], EvaluationClip],
     config: TrialsConfig,
     sampling: SamplingConfig,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     output: Path,
     state: PartialState,
     stamps: Callable[[str], Any] | None = None,
@@ -160,8 +160,8 @@ def run_trials(
         animation = sampler(pipeline(trial.condition.model), shown, settings, trial, folder)
         if animation.calibration is not None:
             write_json(folder / "calibration.json", animation.calibration.summary())
-        pairs = frame_pairs_of(animation.result, subject, instruments.protocol, estimator)
-        measure_clip(pairs, instruments, folder)
+        pairs = frame_pairs_of(animation.result, subject, metric_suite.protocol, estimator)
+        measure_clip(pairs, metric_suite, folder)
 
     inputs = None if stamps is None else {trial.name: stamps(trial.clip) for trial in trials}
     folders = run_parts(list(by_name), work, output, state, "animating", inputs)
@@ -174,7 +174,7 @@ def run_task(
     conditions: Sequence[Condition],
     names: Sequence[str],
     clip_of: Callable[[str], EvaluationClip],
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     state: PartialState,
     write: Callable[[dict[Trial, Path], Path], None],
     stamps: Callable[[str], Any] | None = None,
@@ -197,7 +197,7 @@ def run_task(
     trials = [*all_trials(names, conditions, config.seeds), *further]
     output = output_folder(config.output)
     claim_output(output, trials_identity(task, config, conditions), state)
-    folders = run_trials(trials, clip_of, config, config.sampling, instruments, output, state, stamps, sampler)
+    folders = run_trials(trials, clip_of, config, config.sampling, metric_suite, output, state, stamps, sampler)
     if state.is_main_process:
         write(folders, output)
         if not config.keep_parts:
@@ -225,11 +225,11 @@ def _weights_digest(folder: Path) -> str:
 
 
 def numbers_by_seed(
-    folders: dict[Trial, Path], instruments: Instruments, seeds: Sequence[int], chosen: Callable[[Trial], bool]
+    folders: dict[Trial, Path], metric_suite: MetricSuite, seeds: Sequence[int], chosen: Callable[[Trial], bool]
 ) -> list[dict[str, Number]]:
     """For every seed all measures over the chosen trials, pooled over clips."""
     return [
-        summarise([folder for trial, folder in folders.items() if trial.seed == seed and chosen(trial)], instruments)
+        summarise([folder for trial, folder in folders.items() if trial.seed == seed and chosen(trial)], metric_suite)
         for seed in seeds
     ]
 

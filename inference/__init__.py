@@ -1,1 +1,1 @@
-"""Pictures and measures of what the models do."""
+"""Images and measures of what the models do."""

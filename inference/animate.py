@@ -25,7 +25,7 @@ from models.acceleration import AccelerationConfig
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
-from tpc.warping import mask_picture, warp_mask
+from tpc.warping import mask_pyramid, warp_mask
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Animation:
-    """One animated clip; all pictures are uint8 RGB at the model's size.
+    """One animated clip; all images are uint8 RGB at the model's size.
 
     Attributes:
         reference: (H, W, 3), the reference as the model gets it.
@@ -115,7 +115,7 @@ class Animation:
         """What the comparison shows, in order."""
         columns: dict[str, Any] = {"reference": [self.reference], "pose": self.poses}
         if self.calibration is not None:
-            columns["calibrated reference"] = calibrated_pictures(self.calibration)
+            columns["calibrated reference"] = calibrated_images(self.calibration)
         if self.plain is not None:
             columns["without TPC"] = self.plain
         if self.calibrated is not None:
@@ -169,15 +169,15 @@ def animate(
         attention: records the run that `Animation.result` is of.
 
     Raises:
-        UserError: a size that the model cannot do, or no pose pictures of the kind that it reads.
+        UserError: a size that the model cannot do, or no pose images of the kind that it reads.
     """
-    if driving.pictures is None and pipeline.pose_kind != "OpenPose":
-        raise UserError(f"the model reads {pipeline.pose_kind} pictures, which cannot be drawn from keypoints")
+    if driving.images is None and pipeline.pose_kind != "OpenPose":
+        raise UserError(f"the model reads {pipeline.pose_kind} images, which cannot be drawn from keypoints")
     watch = watch or Stopwatch()
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
-    picture = apply_fit(reference.image, frame.reference_map, size)
-    poses = pose_pictures(driving, frame.frame_map, size)
+    image = apply_fit(reference.image, frame.reference_map, size)
+    poses = pose_images(driving, frame.frame_map, size)
 
     calibration = None
     if tpc is not None:
@@ -206,7 +206,7 @@ def animate(
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
             result = pipeline(
-                picture,
+                image,
                 poses,
                 calibration,
                 num_inference_steps=sampling.steps,
@@ -229,21 +229,21 @@ def animate(
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(picture, poses, plain, calibrated, calibration, driving.fps, max(kept_bytes))
+    return Animation(image, poses, plain, calibrated, calibration, driving.fps, max(kept_bytes))
 
 
-def pose_pictures(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pose pictures in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
-    if driving.pictures is not None:
-        matrix = fit_matrix(driving.pictures.shape[2:0:-1], size, "cover")
-        return np.stack([apply_fit(picture, matrix, size) for picture in driving.pictures])
+def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pose images in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
+    if driving.images is not None:
+        matrix = fit_matrix(driving.images.shape[2:0:-1], size, "cover")
+        return np.stack([apply_fit(image, matrix, size) for image in driving.images])
     poses = driving.poses.mapped(frame_map, size)
     return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
 
 
 def person_mask(masks: np.ndarray, reference_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Where any of the reference's persons (persons, h, w) bool is in the model's frame, (H, W) bool."""
-    return warp_mask(mask_picture(masks.any(axis=0)), reference_map, size)
+    return warp_mask(mask_pyramid(masks.any(axis=0)), reference_map, size)
 
 
 def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
@@ -267,17 +267,17 @@ def model_size(pipeline: AnimationPipeline, sampling: SamplingConfig, driving: t
     return width, height
 
 
-def calibrated_pictures(calibration: Calibration) -> np.ndarray:
-    """(f, H, W, 3): each frame's own calibrated picture, persons laid over each other; grey where there is none."""
+def calibrated_images(calibration: Calibration) -> np.ndarray:
+    """(f, H, W, 3): each frame's own calibrated image, persons laid over each other; grey where there is none."""
     width, height = calibration.size
-    pictures = np.full((calibration.frames, height, width, 3), 128, np.uint8)
+    images = np.full((calibration.frames, height, width, 3), 128, np.uint8)
     for frame, members in enumerate(calibration.member):
         drawn = False
         for image in members[members >= 0]:
             shown = calibration.masks[image] if drawn else np.ones((height, width), bool)
-            pictures[frame][shown] = calibration.images[image][shown]
+            images[frame][shown] = calibration.images[image][shown]
             drawn = True
-    return pictures
+    return images
 
 
 def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Comparison pictures and videos: labelled columns of frames."""
+"""Comparison images and videos: labelled columns of frames."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,24 +11,22 @@ BACKGROUND = 255
 CELL_HEIGHT = 256
 
 
-def labelled_row(
-    pictures: Sequence[np.ndarray], labels: Sequence[str] | None, height: int = CELL_HEIGHT
-) -> np.ndarray:
-    """Pictures side by side, scaled to one height, with a label above each.
+def labelled_row(images: Sequence[np.ndarray], labels: Sequence[str] | None, height: int = CELL_HEIGHT) -> np.ndarray:
+    """Images side by side, scaled to one height, with a label above each.
 
     Args:
-        pictures: (h, w, 3) uint8, of any size.
+        images: (h, w, 3) uint8, of any size.
         labels: one each, or None for a row without labels.
-        height: of every picture in the row, in pixels.
+        height: of every image in the row, in pixels.
 
     Returns:
         (h, w, 3) uint8.
     """
     cells = []
-    for number, picture in enumerate(pictures):
-        width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-        shrinks = picture.shape[0] > height
-        cell = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    for number, image in enumerate(images):
+        width = max(1, round(image.shape[1] * height / image.shape[0]))
+        shrinks = image.shape[0] > height
+        cell = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         if labels is not None:
             cell = np.concatenate([_label(labels[number], width), cell])
         cells.append(np.pad(cell, ((0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND))
@@ -41,13 +39,13 @@ def comparison_strip(columns: dict[str, Sequence[np.ndarray]], rows: int = 4) ->
     chosen = np.unique(np.linspace(0, length - 1, min(rows, length)).round().astype(int))
     sheet = []
     for place, frame in enumerate(chosen):
-        pictures = [frames[min(frame, len(frames) - 1)] for frames in columns.values()]
-        sheet.append(labelled_row(pictures, list(columns) if place == 0 else None))
+        images = [frames[min(frame, len(frames) - 1)] for frames in columns.values()]
+        sheet.append(labelled_row(images, list(columns) if place == 0 else None))
     return np.concatenate(sheet)
 
 
 def comparison_frames(columns: dict[str, Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
-    """The frames of a comparison video, one labelled row each; sequences of one picture stand still."""
+    """The frames of a comparison video, one labelled row each; sequences of one image stand still."""
     length = max(len(frames) for frames in columns.values())
     for frame in range(length):
         yield labelled_row([frames[min(frame, len(frames) - 1)] for frames in columns.values()], list(columns))

@@ -1,4 +1,4 @@
-"""Measures of generated pictures and videos, and the named protocols that say how they are taken.
+"""Measures of generated images and videos, and the named protocols that say how they are taken.
 
-Nothing here reads files of frames or knows of models of ours: pictures, masks and keypoints come as arrays.
+Nothing here reads files of frames or knows of models of ours: images, masks and keypoints come as arrays.
 """

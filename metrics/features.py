@@ -1,4 +1,4 @@
-"""Feature extractors of the Frechet distances and of LPIPS: how each network wants its pictures, and what it gives.
+"""Feature extractors of the Frechet distances and of LPIPS: how each network wants its images, and what it gives.
 
 An extractor works in two stages, so that overlapping windows share the first: `prepare` takes single frames, `extract`
 what was prepared, stacked for a batch of frames or of windows.
@@ -64,8 +64,8 @@ class FeatureExtractor:
 
 
 @dataclass(frozen=True)
-class PictureDistance:
-    """A learned distance of two pictures.
+class ImageDistance:
+    """A learned distance of two images.
 
     Attributes:
         network: what it is, for reports.
@@ -78,7 +78,7 @@ class PictureDistance:
     distance: Callable[[Tensor, Tensor], Tensor]
 
 
-def picture_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+def image_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """Frames (n, h, w, 3) uint8 -> (n, 3, h, w) float32, 0 to 255."""
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float()
 
@@ -88,8 +88,8 @@ def resize_bicubic(frames: np.ndarray, side: int) -> np.ndarray:
     resized = np.empty((len(frames), side, side, 3), np.float32)
     for number, frame in enumerate(frames):
         for channel in range(3):
-            picture = Image.fromarray(frame[..., channel].astype(np.float32))
-            resized[number, ..., channel] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+            image = Image.fromarray(frame[..., channel].astype(np.float32))
+            resized[number, ..., channel] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
     return resized
 
 
@@ -106,14 +106,14 @@ def inception_features(folder: Path, device: torch.device | str = "cpu") -> Feat
             "Inception-v3 (TorchScript, own resizing), 2048 pooled features",
             InceptionV3.dimension,
             weights.digest(path),
-            lambda frames: picture_tensor(frames, device),
-            lambda pictures: _run_torchscript(program, pictures),
+            lambda frames: image_tensor(frames, device),
+            lambda images: _run_torchscript(program, images),
         )
     network = weights.load_network(InceptionV3(), path).to(device)
 
     def prepare(frames: np.ndarray) -> Tensor:
-        pictures = picture_tensor(frames, device) / 255
-        return F.interpolate(pictures, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        images = image_tensor(frames, device) / 255
+        return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
 
     return FeatureExtractor(
         "Inception-v3 of 2015-12-05, 2048 pooled features; bilinear to 299 x 299",
@@ -179,11 +179,11 @@ def vgg_features(device: torch.device | str = "cpu") -> FeatureExtractor:
     network, sha256 = _shift_tolerant("vgg", device)
 
     def prepare(frames: np.ndarray) -> Tensor:
-        layer = network.features(picture_tensor(frames, device) / 127.5 - 1)[-1]
+        layer = network.features(image_tensor(frames, device) / 127.5 - 1)[-1]
         return F.normalize(layer, dim=1).mean(dim=(2, 3))
 
     return FeatureExtractor(
-        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the picture", 512, sha256, prepare, _identity
+        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the image", 512, sha256, prepare, _identity
     )
 
 
@@ -202,7 +202,7 @@ def vgg_clip_features(frame: FeatureExtractor) -> FeatureExtractor:
     )
 
 
-def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> PictureDistance:
+def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> ImageDistance:
     """LPIPS with torchvision's convolutions and the heads of lpips 0.1.4.
 
     Args:
@@ -215,14 +215,14 @@ def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> Picture
     _load_stack(stack, weights.read_state(path), _CONVOLUTIONS[net], path)
     network = PerceptualDistance(stack, _heads(weights.read_state(heads_path))).eval().to(device)
     name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
-    return PictureDistance(f"LPIPS 0.1, {name}", weights.digest(path), network.requires_grad_(False))
+    return ImageDistance(f"LPIPS 0.1, {name}", weights.digest(path), network.requires_grad_(False))
 
 
-def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> PictureDistance:
+def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> ImageDistance:
     """ST-LPIPS, whose networks come with a package. Not LPIPS: its values have a scale of their own."""
     network, sha256 = _shift_tolerant(net, device)
     name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
-    return PictureDistance(f"ST-LPIPS 0.0, {name}", sha256, network)
+    return ImageDistance(f"ST-LPIPS 0.0, {name}", sha256, network)
 
 
 def _shift_tolerant(net: str, device: torch.device | str) -> tuple[PerceptualDistance, str]:
@@ -249,8 +249,8 @@ def _heads(state: dict[str, Tensor]) -> list[Tensor]:
     return [state[f"lin{number}.model.1.weight"] for number in range(5)]
 
 
-def _run_torchscript(program: nn.Module, pictures: Tensor) -> Tensor:
+def _run_torchscript(program: nn.Module, images: Tensor) -> Tensor:
     """Call a published TorchScript network, whose flags differ from file to file, for its features alone."""
     wanted = {"return_features": True, "rescale": False, "resize": False}
     known = {argument.name for argument in program.forward.schema.arguments}
-    return program(pictures, **{name: value for name, value in wanted.items() if name in known})
+    return program(images, **{name: value for name, value in wanted.items() if name in known})

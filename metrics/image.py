@@ -1,6 +1,6 @@
-"""Measures of a generated picture against the true one, pixel by pixel.
+"""Measures of a generated image against the true one, pixel by pixel.
 
-Pictures are uint8 RGB arrays (..., h, w, 3) of one shape; masks (..., h, w) bool choose the pixels that count, all
+Images are uint8 RGB arrays (..., h, w, 3) of one shape; masks (..., h, w) bool choose the pixels that count, all
 without one. A measure over no pixel at all is NaN.
 """
 
@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
 
-IDENTICAL_PSNR = 100.0  # dB given to identical pictures, whose PSNR is infinite, as the published code does
+IDENTICAL_PSNR = 100.0  # dB given to identical images, whose PSNR is infinite, as the published code does
 SSIM_VARIANTS = ("grey-uniform", "rgb-gaussian")
 _SSIM_SETTINGS = {
     "grey-uniform": {"win_size": 7},
@@ -49,14 +49,14 @@ def historical_l1(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | N
     """The L1 of DisCo's code: the mean absolute difference divided by height times width.
 
     The same quality gives a quarter of the number at twice the resolution, so values are comparable only between
-    pictures of one size. Published tables give it in units of 1e-4, at 256 x 256.
+    images of one size. Published tables give it in units of 1e-4, at 256 x 256.
     """
     height, width = truth.shape[-3:-1]
     return mean_absolute_error(generated, truth, mask) / (height * width)
 
 
 def psnr(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean squared difference); identical pictures give 100."""
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean squared difference); identical images give 100."""
     _check(generated, truth, mask)
     return _decibel(_mean((generated.astype(np.float64) - truth.astype(np.float64)) ** 2, mask))
 
@@ -65,7 +65,7 @@ def overflowing_psnr(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray 
     """The "PSNR" that much of the published literature prints: squared differences computed in eight bits.
 
     Difference and square wrap around modulo 256, so the mean is at most 255 and the value never below
-    10 log10(255) = 24.07 dB; for unrelated pictures it levels off at about 27.9 dB.
+    10 log10(255) = 24.07 dB; for unrelated images it levels off at about 27.9 dB.
     """
     _check(generated, truth, mask)
     with np.errstate(over="ignore"):
@@ -76,25 +76,25 @@ def overflowing_psnr(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray 
 def ssim(
     generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, variant: str = "rgb-gaussian"
 ) -> float:
-    """Structural similarity of two pictures (h, w, 3), by scikit-image.
+    """Structural similarity of two images (h, w, 3), by scikit-image.
 
     Args:
         mask: (h, w) bool; the mean is taken over the similarity at these pixels. Each pixel's value comes from a
             window around it, so pixels near the mask's edge see a little of what lies beyond.
-        variant: "grey-uniform", a 7 x 7 uniform window on the grey picture (DisCo); "rgb-gaussian", a Gaussian
-            window of 1.5 pixels on each channel (Wang et al. 2004). Pixels whose window leaves the picture do not
+        variant: "grey-uniform", a 7 x 7 uniform window on the grey image (DisCo); "rgb-gaussian", a Gaussian
+            window of 1.5 pixels on each channel (Wang et al. 2004). Pixels whose window leaves the image do not
             count.
     """
     _check(generated, truth, mask)
     if variant not in SSIM_VARIANTS:
         raise ValueError(f"variant must be one of {SSIM_VARIANTS}, got {variant!r}")
     if generated.ndim != 3:
-        raise ValueError(f"ssim takes single pictures (h, w, 3), got {generated.shape}")
+        raise ValueError(f"ssim takes single images (h, w, 3), got {generated.shape}")
     settings = _SSIM_SETTINGS[variant]
     if min(truth.shape[:2]) < settings["win_size"]:
-        raise ValueError(f"pictures must be at least {settings['win_size']} pixels wide, got {truth.shape[:2]}")
+        raise ValueError(f"images must be at least {settings['win_size']} pixels wide, got {truth.shape[:2]}")
     if variant == "grey-uniform":
-        generated, truth = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (generated, truth))
+        generated, truth = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (generated, truth))
     similarity = structural_similarity(generated, truth, data_range=255, full=True, **settings)[1]
     edge = (settings["win_size"] - 1) // 2
     inside = (slice(edge, -edge),) * 2
@@ -112,9 +112,9 @@ def _decibel(squared: float) -> float:
 
 
 def _check(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None) -> None:
-    for name, picture in (("generated", generated), ("truth", truth)):
-        if picture.dtype != np.uint8 or picture.ndim < 3 or picture.shape[-1] != 3:
-            raise ValueError(f"{name} must be (..., h, w, 3) uint8, got {picture.shape} {picture.dtype}")
+    for name, image in (("generated", generated), ("truth", truth)):
+        if image.dtype != np.uint8 or image.ndim < 3 or image.shape[-1] != 3:
+            raise ValueError(f"{name} must be (..., h, w, 3) uint8, got {image.shape} {image.dtype}")
     if generated.shape != truth.shape:
         raise ValueError(f"generated and truth must have one shape, got {generated.shape} and {truth.shape}")
     if mask is not None and (mask.shape != truth.shape[:-1] or mask.dtype != bool):

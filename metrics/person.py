@@ -39,7 +39,7 @@ def keypoint_error(
     for one height: a person who cannot be found is no success.
 
     Args:
-        keypoints, scores: of the generated picture; scores all 0 when nobody was found.
+        keypoints, scores: of the generated image; scores all 0 when nobody was found.
         target, target_scores: where they should be, in the same pixels.
         height: of the person in the target, in the same pixels.
         threshold: a keypoint is visible when its score is above it.
@@ -58,7 +58,7 @@ def keypoint_error(
 def part_colours(
     image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, height: float, threshold: float = 0.3
 ) -> dict[str, np.ndarray]:
-    """Median colour (3,), CIE L*a*b*, of every body part whose keypoints are visible in a picture (h, w, 3) uint8."""
+    """Median colour (3,), CIE L*a*b*, of every body part whose keypoints are visible in an image (h, w, 3) uint8."""
     lab = rgb2lab(image)
     colours = {}
     for name, (start, end, width) in PARTS.items():
@@ -75,7 +75,7 @@ def part_colours(
 def part_colour_difference(generated: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> float:
     """Identity without a network: mean CIEDE2000 difference of the body parts' colours, over parts seen in both.
 
-    Each picture's parts lie where its own keypoints say, so a person in the wrong place keeps their colours. About 1
+    Each image's parts lie where its own keypoints say, so a person in the wrong place keeps their colours. About 1
     is the least difference that is seen; NaN when no part is visible in both.
     """
     shared = [name for name in truth if name in generated]

@@ -1,7 +1,7 @@
 """Named, versioned protocols: everything that decides what a number means, in one value that is printed with it.
 
     disco-2023    what DisCo's published evaluation computed in 2023, errors included
-    disco-fixed   the same pictures and windows with the errors put right
+    disco-fixed   the same images and windows with the errors put right
     native        the generated resolution, standard forms of all measures
 
 A change that alters any number gets a new version.
@@ -34,7 +34,7 @@ class Measure:
         label: in tables, such as "PSNR".
         unit: such as "dB"; "" for none.
         better: "higher" or "lower".
-        kind: "pixels", "changes" from frame to frame, "distance" of pictures, "frames" or "windows" compared by a
+        kind: "pixels", "changes" from frame to frame, "distance" of images, "frames" or "windows" compared by a
             Frechet distance, "person".
         definition: one sentence.
     """
@@ -120,16 +120,16 @@ STAND_INS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures are brought to one form and what is measured on them.
+    """How images are brought to one form and what is measured on them.
 
     Attributes:
         name, version: together they name one way of computing.
         crop: "centre square" cuts the largest square out of the middle, "none" nothing.
         size: (width, height) that both are resized to after the crop, None leaves the resolution.
-        resize: of the true pictures, and of generated ones of the same size: PIL bilinear, antialiased. Generated
-            square pictures of another size go through OpenCV's bilinear resize, as in DisCo's code.
+        resize: of the true images, and of generated ones of the same size: PIL bilinear, antialiased. Generated
+            square images of another size go through OpenCV's bilinear resize, as in DisCo's code.
         ssim: variant of `metrics.image.ssim`.
-        lpips_range: values that pictures have when LPIPS gets them; (-1, 1) is right.
+        lpips_range: values that images have when LPIPS gets them; (-1, 1) is right.
         window, stride: frames of a window, and between the starts of windows; only whole windows count.
         measures: names of `MEASURES`.
         regions: what foreground and background mean for measures that are not taken pixel by pixel.
@@ -145,7 +145,7 @@ class Protocol:
     window: int
     stride: int
     measures: tuple[str, ...]
-    regions: str = "pixels outside the region are painted grey (128) in both pictures; pixel measures leave them out"
+    regions: str = "pixels outside the region are painted grey (128) in both images; pixel measures leave them out"
 
     def plain(self) -> dict[str, Any]:
         """Only dicts, lists and scalars, as in JSON."""
@@ -209,31 +209,31 @@ PROTOCOLS = {
 }
 
 
-def brought_to_form(picture: np.ndarray, protocol: Protocol, nearest: bool = False) -> np.ndarray:
-    """A picture (h, w, 3) uint8, or a mask (h, w) bool with `nearest`, cropped and resized as the protocol says."""
+def brought_to_form(image: np.ndarray, protocol: Protocol, nearest: bool = False) -> np.ndarray:
+    """An image (h, w, 3) uint8, or a mask (h, w) bool with `nearest`, cropped and resized as the protocol says."""
     if protocol.crop == "centre square":
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         side = min(height, width)
         # Rounded as torchvision's CenterCrop rounds.
         top, left = round((height - side) / 2), round((width - side) / 2)
-        picture = picture[top : top + side, left : left + side]
-    if protocol.size is None or picture.shape[1::-1] == protocol.size:
-        return picture
+        image = image[top : top + side, left : left + side]
+    if protocol.size is None or image.shape[1::-1] == protocol.size:
+        return image
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(picture).resize(protocol.size, method))
+    return np.asarray(Image.fromarray(image).resize(protocol.size, method))
 
 
-def generated_to_form(picture: np.ndarray, true_size: tuple[int, int], protocol: Protocol) -> np.ndarray:
-    """A generated picture (h, w, 3) uint8 brought to the form of the true one, whose original size is `true_size`.
+def generated_to_form(image: np.ndarray, true_size: tuple[int, int], protocol: Protocol) -> np.ndarray:
+    """A generated image (h, w, 3) uint8 brought to the form of the true one, whose original size is `true_size`.
 
     Raises:
         ValueError: a size that the protocol cannot bring to that form.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if (width, height) == true_size:
-        return brought_to_form(picture, protocol)
+        return brought_to_form(image, protocol)
     if protocol.size is not None and width == height:
-        return cv2.resize(picture, protocol.size, interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, protocol.size, interpolation=cv2.INTER_LINEAR)
     wanted = f"{true_size[0]}x{true_size[1]}" + (", or square" if protocol.size is not None else "")
     raise ValueError(f"is {width}x{height}; protocol {protocol.name} needs {wanted}")
 
@@ -241,7 +241,7 @@ def generated_to_form(picture: np.ndarray, true_size: tuple[int, int], protocol:
 def pixel_measure(
     name: str, protocol: Protocol, generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
 ) -> float:
-    """One measure of kind "pixels" of two pictures in the protocol's form."""
+    """One measure of kind "pixels" of two images in the protocol's form."""
     if name == "ssim":
         return ssim(generated, truth, mask, protocol.ssim)
     measure = {

@@ -1,6 +1,6 @@
 """Ways of sampling with less work and a somewhat other result, all of them off by default; see `docs/speed.md`.
 
-frames = pipeline(picture, poses, calibration, acceleration=AccelerationConfig(broadcast=2, solver="dpm++")).frames
+frames = pipeline(image, poses, calibration, acceleration=AccelerationConfig(broadcast=2, solver="dpm++")).frames
 """
 
 from collections.abc import Mapping

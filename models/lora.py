@@ -51,7 +51,7 @@ def add_lora(model: TrainableAnimator, rank: int, alpha: float, motion: bool) ->
         motion: those of layers that see several frames, too.
     """
     model.requires_grad_(False)
-    unread = model.unread_parameters()
+    unread = model.unused_parameters()
     for name in model.adapted_networks:
         own = {parameter.removeprefix(f"{name}.") for parameter in unread if parameter.startswith(f"{name}.")}
         network = getattr(model, name)

@@ -57,9 +57,9 @@ class TokenMerging:
 
     def tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (i, h*w, c) averaged over blocks, (i, r, c)."""
-        pictures = tokens.transpose(1, 2).unflatten(2, grid)  # (i, c, h, w)
+        images = tokens.transpose(1, 2).unflatten(2, grid)  # (i, c, h, w)
         # Blocks that stick out of the grid are averaged over what lies inside.
-        return F.avg_pool2d(pictures, self.factor, ceil_mode=True).flatten(2).transpose(1, 2)
+        return F.avg_pool2d(images, self.factor, ceil_mode=True).flatten(2).transpose(1, 2)
 
     def log_counts(self, grid: tuple[int, int]) -> Tensor:
         """Logarithm of the tokens in each merged token, (r,) float32."""

@@ -1,6 +1,6 @@
-"""`AnimationPipeline`: a reference picture and pose pictures in, an animation out, with calibration as an argument.
+"""`AnimationPipeline`: a reference image and pose images in, an animation out, with calibration as an argument.
 
-Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
+Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = image size.
 """
 
 import inspect
@@ -25,11 +25,11 @@ from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionRun
-from models.images import PictureSequence, as_mask, as_pictures, picture_tensor, resize_pictures
+from models.images import ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.pipeline_settings import RunSettings, check_callback
 from models.reference_images import ReferenceImages
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
-from models.vae import decode_pictures, decoded_chunks, vae_factor
+from models.vae import decoded_chunks, vae_decode, vae_scale_factor
 from models.windows import context_windows, step_shift, window_weights
 from tpc import Calibration
 
@@ -89,7 +89,7 @@ class AnimationPipeline(DiffusionPipeline):
         """Register the components and derive what every animator's pipeline has; for constructors."""
         self.register_modules(**components)
         self.register_to_config(window_size=window_size)
-        self.vae_scale_factor = vae_factor(self.vae)
+        self.vae_scale_factor = vae_scale_factor(self.vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def animator(self) -> Animator:
@@ -101,7 +101,7 @@ class AnimationPipeline(DiffusionPipeline):
 
     @property
     def pose_kind(self) -> str:
-        """What its pose pictures are; figures of OpenPose can be drawn from keypoints."""
+        """What its pose images are; figures of OpenPose can be drawn from keypoints."""
         return self.animator().pose_kind
 
     @property
@@ -159,7 +159,7 @@ class AnimationPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: Tensor, chunk_size: int) -> Tensor:
         """Latents (1, c, f, h, w) -> frames (f, 3, H, W) in [-1, 1] on the CPU, a few frames at a time."""
-        return decode_pictures(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size)
+        return vae_decode(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size)
 
     def decode_bytes(self, latents: Tensor, chunk_size: int) -> np.ndarray:
         """Latents (1, c, f, h, w) -> frames (f, H, W, 3) uint8, a quarter of the memory of `decode_latents`."""
@@ -167,8 +167,8 @@ class AnimationPipeline(DiffusionPipeline):
         frames = np.empty((num_frames, height * self.vae_scale_factor, width * self.vae_scale_factor, 3), np.uint8)
         done = 0
         for chunk in decoded_chunks(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size):
-            pictures = self.video_processor.postprocess(chunk, "np")
-            frames[done : done + len(chunk)] = (pictures * 255).round()
+            images = self.video_processor.postprocess(chunk, "np")
+            frames[done : done + len(chunk)] = (images * 255).round()
             done += len(chunk)
         return frames
 
@@ -199,11 +199,11 @@ class AnimationPipeline(DiffusionPipeline):
         """Animate the person of `reference` with `poses`.
 
         Args:
-            reference: a picture: PIL image, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
-            poses: pose pictures of f frames: list of PIL images, array (f, H, W, 3), or tensor (f, 3, H, W), in [0, 1]
+            reference: an image: PIL image, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
+            poses: pose images of f frames: list of PIL images, array (f, H, W, 3), or tensor (f, 3, H, W), in [0, 1]
                 or uint8; see `data.poses.drawing.draw_pose`.
             calibration: result of `tpc.calibrate` for these frames at this size; None runs without TPC.
-            width, height: of the result in pixels; default: those of the first pose picture.
+            width, height: of the result in pixels; default: those of the first pose image.
             num_inference_steps: denoising steps.
             guidance_scale: 1 switches classifier-free guidance off; its unconditional half sees neither reference
                 nor calibrated images, and keeps the pose. Models with several scales take one number for all, or a
@@ -233,7 +233,7 @@ class AnimationPipeline(DiffusionPipeline):
             ValueError: for inputs that disagree in size or number, named.
             UserError: the model needs a mask and there is none; or it cannot do what `acceleration` asks for.
         """
-        poses = picture_tensor(poses, "poses")
+        poses = image_tensor(poses, "poses")
         if width is None or height is None:
             height, width = poses.shape[-2:]
         num_frames, size, animator = len(poses), (width, height), self.animator()
@@ -257,7 +257,7 @@ class AnimationPipeline(DiffusionPipeline):
         if attention is not None:
             attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration, acceleration))
 
-        reference = resize_pictures(as_pictures(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
+        reference = resize_images(as_images(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
         if animator.needs_mask and reference_mask is None and (calibration is None or not calibration.persons):
             raise UserError(
                 f"{type(animator).__name__} takes person and background of the reference apart: give reference_mask="
@@ -266,7 +266,7 @@ class AnimationPipeline(DiffusionPipeline):
         images = ReferenceImages(
             animator, self.vae, reference, calibration, num_inference_steps, mask, merging=acceleration.merging()
         )
-        condition = animator.pose_condition(PictureSequence(poses, size, device, dtype), images.subject)
+        condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), images.conditioning)
 
         scheduler.set_timesteps(num_inference_steps, device=device)
         noise = self.initial_noise(animator, num_frames, size, generator, latents)
@@ -285,14 +285,14 @@ class AnimationPipeline(DiffusionPipeline):
                 weights = window_weights(windows, num_frames)
                 for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
                     part = slice(window.start, window.stop)
-                    seen = images.seen_by(images.bank(source, source_timestep, window), window, source)
+                    seen = images.context_of(images.bank(source, source_timestep, window), window, source)
                     seen = replace(seen, reuse=cache.window(step, number))
                     if attention is not None:
                         seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
                     part_prediction = animator.predict(
                         sample[:, :, part],
                         timestep,
-                        Condition(images.subject, at_step.window(window), seen),
+                        Condition(images.conditioning, at_step.window(window), seen),
                         step_scales,
                     )
                     prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]

@@ -58,7 +58,7 @@ class RunSettings:
         """Raise ValueError naming the argument, what was got, and what is allowed.
 
         Args:
-            factor: pixels of a picture's side per latent.
+            factor: pixels of an image's side per latent.
         """
         width, height = self.size
         multiple = factor * animator.latent_multiple
@@ -81,7 +81,7 @@ class RunSettings:
             if calibration.frames != self.num_frames:
                 raise ValueError(f"calibration has {calibration.frames} frames, poses have {self.num_frames}")
             if tuple(calibration.size) != (width, height):
-                raise ValueError(f"calibration is for {calibration.size}, pictures are {width}x{height}")
+                raise ValueError(f"calibration is for {calibration.size}, images are {width}x{height}")
 
 
 def check_callback(names: Sequence[str], known: Sequence[str]) -> None:

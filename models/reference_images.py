@@ -1,6 +1,6 @@
 """Reference and calibrated images of one run, encoded when some frame needs them and not more often than that.
 
-Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
+Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = image size.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.tokens import TokenLevel
 from models.merging import TokenMerging
-from models.vae import VAE, encode_pictures, vae_factor
+from models.vae import VAE, vae_encode, vae_scale_factor
 from tpc.attach import Visibility, frame_visibility, gate_flags
 from tpc.calibration import Calibration
 
@@ -56,8 +56,8 @@ class SomeImages:
         return len(self.numbers)
 
     @property
-    def pictures(self) -> Tensor:
-        return torch.cat([self.run.picture(number) for number in self.numbers])
+    def pixels(self) -> Tensor:
+        return torch.cat([self.run.image(number) for number in self.numbers])
 
     @property
     def masks(self) -> Tensor | None:
@@ -69,8 +69,8 @@ class SomeImages:
     def latents(self) -> Tensor:
         return self.run.latents_of(self.numbers)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return encode_pictures(self.run.vae, pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        return vae_encode(self.run.vae, images)
 
 
 class ReferenceImages:
@@ -84,7 +84,7 @@ class ReferenceImages:
         merging: of the images' tokens in layers of reference attention; None: all tokens are seen.
 
     Attributes:
-        subject: what the animator's `encode_reference` made of the reference.
+        conditioning: what the animator's `encode_reference` made of the reference.
         kind: of the attention that sees the images, one of `models.broadcast.KINDS`.
     """
 
@@ -107,7 +107,7 @@ class ReferenceImages:
             self.mask = torch.from_numpy(calibration.reference_masks.any(axis=0))[None, None].to(reference)
         self.max_images = max_images
         self.drawn = [] if calibration is None else [int(image) for image in calibration.used(steps)]
-        factor = vae_factor(vae)
+        factor = vae_scale_factor(vae)
         layers = animator.attention_layers(tuple(side // factor for side in reference.shape[-2:]))
         self.kind = next(iter(layers.values())).kind
         self.merging = merging
@@ -120,19 +120,19 @@ class ReferenceImages:
         self._latents: dict[int, Tensor] = {}
         self._current: tuple[tuple[list[int], int], ReferenceBank] | None = None
         self._members: tuple[int, np.ndarray] | None = None
-        self.subject = animator.encode_reference(SomeImages(self, [REFERENCE]))
+        self.conditioning = animator.encode_reference(SomeImages(self, [REFERENCE]))
 
     @property
     def replaces(self) -> bool:
         """Whether a calibrated image takes the reference's place in its frames, instead of keeping it company."""
         return self.calibration is not None and self.calibration.config.attach == "replace"
 
-    def picture(self, number: int) -> Tensor:
+    def image(self, number: int) -> Tensor:
         """(1, 3, H, W) in [-1, 1]."""
         if number == REFERENCE:
             return self.reference
-        picture = torch.from_numpy(self.calibration.images[number])[None].permute(0, 3, 1, 2)
-        return picture.to(self.reference) / 127.5 - 1
+        image = torch.from_numpy(self.calibration.images[number])[None].permute(0, 3, 1, 2)
+        return image.to(self.reference) / 127.5 - 1
 
     def person_mask(self, number: int) -> Tensor:
         """(1, 1, H, W), 1 where the person is."""
@@ -144,15 +144,15 @@ class ReferenceImages:
         """Latents (i, c, h, w), each image once through the VAE in the whole run."""
         # The reference goes by itself, so that its latents do not depend on which images it comes with.
         if REFERENCE in numbers and REFERENCE not in self._latents:
-            self._latents[REFERENCE] = encode_pictures(self.vae, self.reference)
+            self._latents[REFERENCE] = vae_encode(self.vae, self.reference)
         missing = [number for number in numbers if number not in self._latents]
         if missing:
-            encoded = encode_pictures(self.vae, torch.cat([self.picture(number) for number in missing]))
+            encoded = vae_encode(self.vae, torch.cat([self.image(number) for number in missing]))
             self._latents |= {number: latent[None] for number, latent in zip(missing, encoded, strict=True)}
         return torch.cat([self._latents[number] for number in numbers])
 
     def start_latents(self) -> Tensor:
-        """Latents (1, c, f, h, w) of the picture that each frame of a calibrated clip takes as its reference, or
+        """Latents (1, c, f, h, w) of the image that each frame of a calibrated clip takes as its reference, or
         (1, c, 1, h, w) where all take the reference."""
         numbers = [REFERENCE]
         if self.replaces:
@@ -196,14 +196,14 @@ class ReferenceImages:
         everything = [REFERENCE, *images]
         for start in range(0, len(everything), ENCODE_CHUNK):
             part = SomeImages(self, everything[start : start + ENCODE_CHUNK])
-            for layer, tokens in self.animator.encode_images(part, timestep, self.subject).items():
+            for layer, tokens in self.animator.encode_images(part, timestep, self.conditioning).items():
                 if layer in self.merged_grids:
                     tokens = self.merging.tokens(tokens, self.merged_grids[layer])
                 written.setdefault(layer, []).append(tokens)
         tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
         return ReferenceBank(tokens, {image: place for place, image in enumerate(images, start=1)})
 
-    def seen_by(self, bank: ReferenceBank, frames: range, step: int) -> ReferenceContext:
+    def context_of(self, bank: ReferenceBank, frames: range, step: int) -> ReferenceContext:
         """What the frames of one window may attend to at one denoising step.
 
         Args:

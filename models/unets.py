@@ -56,12 +56,12 @@ class ReferenceNet(UNet2DConditionModel):
             raise RuntimeError(f"{len(record.tokens)} of {self.num_written} layers wrote: something copied the record")
         return record.tokens
 
-    def freeze_unread_parameters(self) -> None:
+    def freeze_unused_parameters(self) -> None:
         """Freeze what comes after the last write: it takes part in no loss, and DDP would wait for its gradient."""
-        for name in self.unread_parameters():
+        for name in self.unused_parameters():
             self.get_parameter(name).requires_grad_(False)
 
-    def unread_parameters(self) -> list[str]:
+    def unused_parameters(self) -> list[str]:
         """Names of the parameters after the last write, which no result depends on."""
         last = self.up_blocks[-1].attentions[-1]
         block = last.transformer_blocks[-1]
@@ -312,9 +312,9 @@ def one_token_parameters(unet: nn.Module) -> list[str]:
 
 
 class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):
-    """Encodes pose pictures into features of the denoising UNet's first resolution, frame by frame.
+    """Encodes pose images into features of the denoising UNet's first resolution, frame by frame.
 
-    Each entry of `block_out_channels` after the first halves the picture, so four of them fit a VAE of factor 8.
+    Each entry of `block_out_channels` after the first halves the image, so four of them fit a VAE of factor 8.
     """
 
     @register_to_config
@@ -327,6 +327,6 @@ class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):
         super().__init__(conditioning_embedding_channels, conditioning_channels, block_out_channels)
 
     def forward(self, pose: Tensor) -> Tensor:
-        """Pose pictures (b, 3, f, H, W) in [0, 1] -> (b, c, f, h, w)."""
+        """Pose images (b, 3, f, H, W) in [0, 1] -> (b, c, f, h, w)."""
         features = super().forward(pose.transpose(1, 2).flatten(0, 1))
         return features.unflatten(0, (len(pose), -1)).transpose(1, 2)

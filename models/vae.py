@@ -1,4 +1,4 @@
-"""Pictures to latents and back, for both of diffusers' image autoencoders."""
+"""Images to latents and back, for both of diffusers' image autoencoders."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,15 @@ from torch import Tensor
 VAE = AutoencoderKL | AutoencoderTiny
 
 
-def encode_pictures(vae: VAE, pictures: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
-    """Pictures (n, 3, H, W) in [-1, 1] -> latents (n, c, h, w), scaled to about unit variance.
+def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
+    """Images (n, 3, H, W) in [-1, 1] -> latents (n, c, h, w), scaled to about unit variance.
 
     Args:
-        chunk: pictures at a time; None: all at once.
+        chunk: images at a time; None: all at once.
         sample: draw from the posterior of an AutoencoderKL instead of taking its mean.
     """
     parts = []
-    for part in pictures.split(chunk or len(pictures)):
+    for part in images.split(chunk or len(images)):
         encoded = vae.encode(part)
         if isinstance(vae, AutoencoderTiny):
             parts.append(encoded.latents)
@@ -26,14 +26,14 @@ def encode_pictures(vae: VAE, pictures: Tensor, chunk: int | None = None, sample
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-def picture_posterior(vae: VAE, pictures: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (n, c, h, w) each.
+def vae_posterior(vae: VAE, images: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (n, c, h, w) each.
 
     Args:
-        chunk: pictures at a time; None: all at once.
+        chunk: images at a time; None: all at once.
     """
     means, deviations = [], []
-    for part in pictures.split(chunk or len(pictures)):
+    for part in images.split(chunk or len(images)):
         encoded = vae.encode(part)
         if isinstance(vae, AutoencoderTiny):
             means.append(encoded.latents)
@@ -44,17 +44,17 @@ def picture_posterior(vae: VAE, pictures: Tensor, chunk: int | None = None) -> t
     return torch.cat(means) * vae.config.scaling_factor, torch.cat(deviations) * vae.config.scaling_factor
 
 
-def decode_pictures(vae: VAE, latents: Tensor, chunk: int | None = None) -> Tensor:
-    """Scaled latents (n, c, h, w) -> pictures (n, 3, H, W) in about [-1, 1], float32 on the CPU."""
+def vae_decode(vae: VAE, latents: Tensor, chunk: int | None = None) -> Tensor:
+    """Scaled latents (n, c, h, w) -> images (n, 3, H, W) in about [-1, 1], float32 on the CPU."""
     return torch.cat(list(decoded_chunks(vae, latents, chunk)))
 
 
 def decoded_chunks(vae: VAE, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
-    """The pictures of `decode_pictures`, at most `chunk` at a time."""
+    """The images of `vae_decode`, at most `chunk` at a time."""
     for part in latents.split(chunk or len(latents)):
         yield vae.decode(part / vae.config.scaling_factor).sample.float().cpu()
 
 
-def vae_factor(vae: VAE) -> int:
-    """Pixels of a picture's side per latent."""
+def vae_scale_factor(vae: VAE) -> int:
+    """Pixels of an image's side per latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -14,11 +14,11 @@ def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int 
     """Write reference.png, driving.mp4, exact poses (.npz) and masks of a held-out person."""
     item = RenderedPeople(size=(size, size), num_frames=frames, stride=3, split="heldout", seed=seed, length=1)[0]
 
-    def pictures(tensor):
+    def images(tensor):
         return ((tensor.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
 
-    Image.fromarray(pictures(item["reference"])).save(folder / "reference.png")
-    write_video(folder / "driving.mp4", pictures(item["frames"]), 8.0)
+    Image.fromarray(images(item["reference"])).save(folder / "reference.png")
+    write_video(folder / "driving.mp4", images(item["frames"]), 8.0)
     for name, points in (("reference", item["reference_keypoints"][None]), ("driving", item["keypoints"])):
         points = points.numpy()[:, None]
         Poses(points[..., :2], points[..., 2], (size, size), 8.0).save(folder / f"{name}.npz")

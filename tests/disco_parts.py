@@ -67,7 +67,7 @@ def attribute_tensors() -> dict[str, Tensor]:
     return {name.replace("controlnet.nets.1.", "controlnet."): tensor for name, tensor in tensors.items()}
 
 
-def small_disco_pipeline(temporal: bool = False, null_tokens: str = "empty_picture") -> DiscoPipeline:
+def small_disco_pipeline(temporal: bool = False, null_tokens: str = "empty_image") -> DiscoPipeline:
     """Random weights everywhere, factor 4."""
     weights = load_disco(disco_tensors(temporal), "small")
     pipeline = DiscoPipeline(
@@ -90,6 +90,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def frame_inputs(frames: int = FRAMES) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, pose pictures and background latents of some frames."""
+    """Noisy latents, pose images and background latents of some frames."""
     poses = torch.rand(frames, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
     return randn(frames, 4, *LATENTS), poses, randn(1, 4, *LATENTS, seed=2)

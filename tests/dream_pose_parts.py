@@ -66,7 +66,7 @@ def write_weights(folder: Path) -> None:
 
 
 def small_pipeline() -> DreamPosePipeline:
-    """DreamPose from small published files; pictures are twice the size of latents."""
+    """DreamPose from small published files; images are twice the size of latents."""
     vae = load_autoencoder(published("vae"), "vae")
     adapter = load_adapter(published("adapter"), "adapter")
     adapter.null_latents.data = null_latents(vae, adapter)

@@ -37,12 +37,12 @@ class Film:
 
 @cache
 def rendered_film(number: int = 0, frames: int = 6, size: tuple[int, int] = FRAME) -> Film:
-    """A rendered person who is wholly inside the picture."""
+    """A rendered person who is wholly inside the image."""
     cameras = CameraRanges(height=(0.5, 0.6), close_ups=0.0)
     item = RenderedPeople(size=size, num_frames=frames, stride=2, length=9, cameras=cameras)[number]
-    pictures = ((item["frames"].permute(1, 2, 3, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
+    images = ((item["frames"].permute(1, 2, 3, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
     keypoints = item["keypoints"].numpy()[:, None]
-    return Film(pictures, item["masks"][0].numpy() > 0, Poses(keypoints[..., :2], keypoints[..., 2], size, 25.0))
+    return Film(images, item["masks"][0].numpy() > 0, Poses(keypoints[..., :2], keypoints[..., 2], size, 25.0))
 
 
 def figure_film(
@@ -50,15 +50,15 @@ def figure_film(
 ) -> Film:
     """A bright figure that moves to the right by a pixel a frame; `box` is x, y, width, height in the first frame."""
     left, top, width, height = box
-    pictures = np.full((frames, size[1], size[0], 3), 20, np.uint8)
-    masks = np.zeros(pictures.shape[:3], bool)
+    images = np.full((frames, size[1], size[0], 3), 20, np.uint8)
+    masks = np.zeros(images.shape[:3], bool)
     for number in range(frames):
         masks[number, top : top + height, left + number : left + number + width] = True
-        pictures[number][masks[number]] = 230
+        images[number][masks[number]] = 230
     keypoints = _PLACES * [width - 1, height - 1] + [left, top]
     moved = keypoints + np.arange(frames)[:, None, None] * [1, 0]
     poses = Poses(moved[:, None], np.ones((frames, 1, 17)), size, 25.0)
-    return Film(pictures, masks, poses)
+    return Film(images, masks, poses)
 
 
 class FigureEstimator:
@@ -89,12 +89,12 @@ def save_video(path: Path, film: Film, fps: float = 25.0) -> Path:
     return path
 
 
-def save_frames(folder: Path, pictures: np.ndarray, pattern: str = "{:04d}.png", start: int = 1) -> Path:
-    """Write pictures or masks as numbered files."""
+def save_frames(folder: Path, images: np.ndarray, pattern: str = "{:04d}.png", start: int = 1) -> Path:
+    """Write images or masks as numbered files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        picture = picture.astype(np.uint8) * 255 if picture.dtype == bool else picture
-        Image.fromarray(picture).save(folder / pattern.format(start + number))
+    for number, image in enumerate(images):
+        image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+        Image.fromarray(image).save(folder / pattern.format(start + number))
     return folder
 
 
@@ -108,7 +108,7 @@ def save_prepared_videos(root: Path, films: dict[str, Film]) -> Path:
 
 
 def damage(video: Path, part: float = 1.0) -> None:
-    """Overwrite the last part of an .mp4 file's coded pictures with zeros; its header stays whole."""
+    """Overwrite the last part of an .mp4 file's coded images with zeros; its header stays whole."""
     content = video.read_bytes()
     start, end = content.find(b"mdat") + 44, content.find(b"moov") - 4
     start = end - round(part * (end - start))

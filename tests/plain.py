@@ -19,10 +19,10 @@ from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.processors import PlainProcessor, ReferenceReadProcessor
-from models.images import PictureSequence, as_pictures
+from models.images import ImageSequence, as_images
 from models.pipeline import AnimationPipeline
 from models.reference_images import ReferenceImages
-from models.vae import encode_pictures
+from models.vae import vae_encode
 from models.windows import context_windows, window_weights
 from tpc import Calibration
 from tpc.attach import frame_visibility
@@ -96,12 +96,12 @@ def plain_animation(
 ) -> Tensor:
     """Latents after the denoising loop, with these shortcuts and no others."""
     animator, dtype = pipeline.animator(), pipeline.denoising_unet.dtype
-    picture = as_pictures(reference, "reference").to(dtype) * 2 - 1
-    sequence = PictureSequence(
+    image = as_images(reference, "reference").to(dtype) * 2 - 1
+    sequence = ImageSequence(
         torch.from_numpy(poses).permute(0, 3, 1, 2), poses.shape[2:0:-1], torch.device("cpu"), dtype
     )
-    images = ReferenceImages(animator, pipeline.vae, picture, calibration, steps)
-    context = images.subject
+    images = ReferenceImages(animator, pipeline.vae, image, calibration, steps)
+    context = images.conditioning
     condition = animator.pose_condition(sequence, context)
     grids = [level.queries for level in token_levels(animator.attention_layers(tuple(latents.shape[-2:])))]
     animator.denoising_unet = plain_unet(pipeline.denoising_unet, shortcuts)
@@ -113,10 +113,10 @@ def plain_animation(
         for window, weight in zip(windows, window_weights(windows, num_frames), strict=True):
             sample = latents[:, :, window.start : window.stop]
             if "images" in shortcuts:
-                seen = images.seen_by(images.bank(step, int(timestep), window), window, step)
+                seen = images.context_of(images.bank(step, int(timestep), window), window, step)
                 seen = seen if "run" in shortcuts else replace(seen, projected=None)
             else:
-                seen = plain_images(animator, pipeline.vae, picture, context, calibration, step, timestep, window)
+                seen = plain_images(animator, pipeline.vae, image, context, calibration, step, timestep, window)
                 seen = flagged(seen, calibration, step, window, size, grids)
             pose = (
                 at_step.window(window)
@@ -131,21 +131,21 @@ def plain_animation(
 
 @dataclass(frozen=True)
 class OneImage:
-    """A picture (1, 3, H, W) that is encoded whenever it is asked for; `models.animators.base.Images`."""
+    """An image (1, 3, H, W) that is encoded whenever it is asked for; `models.animators.base.Images`."""
 
     vae: nn.Module
-    pictures: Tensor
+    pixels: Tensor
     masks: Tensor | None = None
 
     @property
     def latents(self) -> Tensor:
-        return self.encode(self.pictures)
+        return self.encode(self.pixels)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.pixels)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return encode_pictures(self.vae, pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        return vae_encode(self.vae, images)
 
 
 def plain_images(
@@ -160,11 +160,11 @@ def plain_images(
 ) -> ReferenceContext:
     """The images of a window: the reference, and one for every frame and person, however often it occurs."""
     members = members_of(calibration, step, window)
-    pictures = [reference]
+    seen = [reference]
     for image in members.ravel():
-        pictures.append(reference if image < 0 else picture_of(calibration, image).to(reference))
+        seen.append(reference if image < 0 else image_of(calibration, image).to(reference))
     at = timestep if animator.reference_follows_timestep else 0
-    written = [animator.encode_images(OneImage(vae, picture), at, context) for picture in pictures]
+    written = [animator.encode_images(OneImage(vae, one), at, context) for one in seen]
     index = 1 + torch.arange(members.size).reshape(members.shape)
     index = torch.cat([torch.zeros(len(window), 1, dtype=torch.long), index], dim=1)
     return ReferenceContext({layer: torch.cat([tokens[layer] for tokens in written]) for layer in written[0]}, index)
@@ -177,7 +177,7 @@ def members_of(calibration: Calibration | None, step: int, window: range) -> np.
     return calibration.index(step)[window.start : window.stop]
 
 
-def picture_of(calibration: Calibration, image: int) -> Tensor:
+def image_of(calibration: Calibration, image: int) -> Tensor:
     """(1, 3, h, w) in [-1, 1], float64."""
     return torch.from_numpy(calibration.images[int(image)]).permute(2, 0, 1)[None].double() / 127.5 - 1
 

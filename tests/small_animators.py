@@ -45,7 +45,7 @@ def small_pipeline(kind: str, temporal: bool = False) -> AnimationPipeline:
 
 
 @cache
-def pictures() -> dict[str, np.ndarray]:
+def images() -> dict[str, np.ndarray]:
     """Arguments of a pipeline: reference, poses, mask of the reference."""
     draw = np.random.default_rng(0)
     mask = np.zeros(SIZE[::-1], bool)
@@ -59,11 +59,11 @@ def pictures() -> dict[str, np.ndarray]:
 
 @cache
 def calibrated(attach: str) -> Calibration:
-    """For `pictures`; nobody is calibrated in the first frame."""
+    """For `images`; nobody is calibrated in the first frame."""
     return calibration(attach)
 
 
 def sample(pipeline: AnimationPipeline, **arguments) -> Tensor:
     """Latents of two guided steps, if nothing else is asked for."""
     arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent", **arguments}
-    return pipeline(**pictures(), generator=torch.Generator().manual_seed(0), **arguments).frames
+    return pipeline(**images(), generator=torch.Generator().manual_seed(0), **arguments).frames

@@ -1,4 +1,4 @@
-"""Comparison pictures and training curves."""
+"""Comparison images and training curves."""
 
 import numpy as np
 import pytest
@@ -10,16 +10,16 @@ from inference.comparison import LABEL_HEIGHT, MARGIN, comparison_frames, compar
 from training import curves
 
 
-def test_rows_scale_pictures_to_one_height_and_keep_their_shape():
-    pictures = [np.full((10, 20, 3), 7, np.uint8), np.full((40, 40, 3), 9, np.uint8)]
-    row = labelled_row(pictures, ["a", "b"], height=30)
+def test_rows_scale_images_to_one_height_and_keep_their_shape():
+    images = [np.full((10, 20, 3), 7, np.uint8), np.full((40, 40, 3), 9, np.uint8)]
+    row = labelled_row(images, ["a", "b"], height=30)
     assert row.shape == (30 + LABEL_HEIGHT + MARGIN, 60 + 30 + 2 * MARGIN, 3)
     assert (row[LABEL_HEIGHT : LABEL_HEIGHT + 30, :60] == 7).all()
     assert (row[LABEL_HEIGHT : LABEL_HEIGHT + 30, 60 + MARGIN : 90 + MARGIN] == 9).all()
     assert (row[:LABEL_HEIGHT, :60] < 128).any(), "the label is drawn"
 
 
-def test_strip_shows_first_and_last_frame_and_still_pictures_repeat():
+def test_strip_shows_first_and_last_frame_and_still_images_repeat():
     clip = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)]
     strip = comparison_strip({"still": clip[:1], "clip": clip}, rows=2)
     middle = strip[LABEL_HEIGHT + 128 :: 256 + MARGIN][:, [128, 128 + 256 + MARGIN], 0]

@@ -62,12 +62,12 @@ def inputs() -> dict[str, np.ndarray]:
 
 def calibration(attach: str):
     matrix = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     driving = standing_poses(FRAMES, offset=2)
     driving.scores[0] = 0  # nobody is seen in the first frame
     config = CalibrationConfig(max_gap=0, propagation="off", attach=attach)
     maps = {"frame_map": matrix, "reference_map": matrix}
-    return calibrate(picture, standing_poses(1), driving, SIZE, config, **maps)
+    return calibrate(image, standing_poses(1), driving, SIZE, config, **maps)
 
 
 def run(pipeline, inputs, **arguments) -> torch.Tensor:
@@ -122,4 +122,4 @@ def test_every_model_trains_with_calibrated_images(model, vae, stage):
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and result.loss.isfinite()
     assert not [name for name, parameter in trained.items() if parameter.grad is None]
-    assert not trained.keys() & model.unread_parameters()
+    assert not trained.keys() & model.unused_parameters()

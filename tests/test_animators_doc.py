@@ -70,7 +70,7 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
+def images() -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     return (
         generator.integers(0, 256, (24, 32, 3), dtype=np.uint8),
@@ -80,17 +80,17 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 def calibration(**config):
     matrix = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     driving = standing_poses(FRAMES, offset=2)
     driving.scores[0] = 0  # nobody is seen in the first frame
     settings = {"max_gap": 0, "propagation": "off", **config}
     maps = {"frame_map": matrix, "reference_map": matrix}
-    return calibrate(picture, standing_poses(1), driving, SIZE, CalibrationConfig(**settings), **maps)
+    return calibrate(image, standing_poses(1), driving, SIZE, CalibrationConfig(**settings), **maps)
 
 
-def run(pipeline, pictures, calibrated=None, **arguments) -> torch.Tensor:
+def run(pipeline, images, calibrated=None, **arguments) -> torch.Tensor:
     arguments = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent", **arguments}
-    return pipeline(*pictures, calibrated, generator=torch.Generator().manual_seed(0), **arguments).frames
+    return pipeline(*images, calibrated, generator=torch.Generator().manual_seed(0), **arguments).frames
 
 
 def test_it_is_short_and_an_animator():
@@ -99,36 +99,36 @@ def test_it_is_short_and_an_animator():
     assert issubclass(defined["TokenAnimator"], Animator)
 
 
-def test_it_animates_without_tpc(pipeline, pictures):
-    reference, poses = pictures
-    base = run(pipeline, pictures)
+def test_it_animates_without_tpc(pipeline, images):
+    reference, poses = images
+    base = run(pipeline, images)
     assert base.shape == (1, 4, FRAMES, 6, 8) and base.isfinite().all()
     for changed in ((255 - reference, poses), (reference, 255 - poses)):
         assert not torch.allclose(base, run(pipeline, changed), atol=1e-4)
-    assert not torch.allclose(base, run(pipeline, pictures, guidance_scale=1), atol=1e-4)
+    assert not torch.allclose(base, run(pipeline, images, guidance_scale=1), atol=1e-4)
 
 
-def test_frames_are_independent(pipeline, pictures):
+def test_frames_are_independent(pipeline, images):
     """Chunks of any size give what one batch gives."""
-    assert torch.allclose(run(pipeline, pictures, window_size=3), run(pipeline, pictures, window_size=10), atol=1e-4)
+    assert torch.allclose(run(pipeline, images, window_size=3), run(pipeline, images, window_size=10), atol=1e-4)
 
 
 @pytest.mark.parametrize("attach", ["add", "replace"])
 @pytest.mark.parametrize("preset", ["best", "paper"])
-def test_it_animates_with_tpc(pipeline, pictures, attach, preset):
+def test_it_animates_with_tpc(pipeline, images, attach, preset):
     made = calibration(preset=preset, attach=attach)
     assert (made.member[0] < 0).all() and (made.member[1:] >= 0).all()
-    base, result = run(pipeline, pictures), run(pipeline, pictures, made)
+    base, result = run(pipeline, images), run(pipeline, images, made)
     assert torch.allclose(base[:, :, 0], result[:, :, 0], atol=1e-5), "an uncalibrated frame is as without TPC"
     assert all(not torch.allclose(base[:, :, f], result[:, :, f], atol=1e-4) for f in range(1, FRAMES))
 
 
 @pytest.mark.parametrize("attach", ["add", "replace"])
-def test_its_attention_is_recorded(pipeline, pictures, attach):
+def test_its_attention_is_recorded(pipeline, images, attach):
     made = calibration(attach=attach)
-    expected = run(pipeline, pictures, made)
+    expected = run(pipeline, images, made)
     with AttentionRecording(AttentionConfig(steps=[1])) as recording:
-        assert torch.equal(expected, run(pipeline, pictures, made, attention=recording))
+        assert torch.equal(expected, run(pipeline, images, made, attention=recording))
     recorded = recording.result
     names = ("calibrated 0",) if attach == "replace" else ("reference", "calibrated 0")
     assert recorded.images == names and CONTROL_LAYER in recorded.layers

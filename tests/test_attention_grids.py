@@ -60,12 +60,12 @@ def test_keypoints_seen_in_both(run, reference):
 
 def test_rows_through_denoising(run, reference):
     keypoint = seen_in_both(run, reference, frame=1)[0]
-    picture = denoising_rows(run, reference, keypoint, 1, [0, 2], height=64)
+    image = denoising_rows(run, reference, keypoint, 1, [0, 2], height=64)
     other = denoising_rows(run, reference, keypoint, 1, [0, 1], height=64)
-    assert picture.dtype == np.uint8 and picture.shape[0] > 2 * 64 and picture.shape[1] >= 3 * 64
-    half = picture.shape[0] // 2
-    assert (picture[:half] != picture[half : 2 * half]).any(), "the sides differ"
-    assert picture.shape == other.shape and (picture != other).any(), "steps differ"
+    assert image.dtype == np.uint8 and image.shape[0] > 2 * 64 and image.shape[1] >= 3 * 64
+    half = image.shape[0] // 2
+    assert (image[:half] != image[half : 2 * half]).any(), "the sides differ"
+    assert image.shape == other.shape and (image != other).any(), "steps differ"
     with pytest.raises(UserError, match="elbow_3"):
         denoising_rows(run, reference, "elbow_3", 1, [0])
 

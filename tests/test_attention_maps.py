@@ -1,4 +1,4 @@
-"""Measures of recorded attention against closed forms, true places against what calibration does, and pictures."""
+"""Measures of recorded attention against closed forms, true places against what calibration does, and images."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
-from evaluation.attention.figures import layer_mean, looks, looks_row, mark, overlay, pictures_seen, stacked
+from evaluation.attention.figures import images_seen, layer_mean, looks, looks_row, mark, overlay, stacked
 from evaluation.attention.maps import BodyTruth, Pointing, body_points, body_truth, chance, pck, pointing, pointing_of
 from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
 from models.attention import measures
@@ -25,7 +25,7 @@ Y = np.array([8, 6, 6, 7, 7, 16, 16, 26, 26, 34, 34, 34, 34, 46, 46, 58, 58], np
 
 
 def standing(*persons: list[tuple[float, float, float]], size=SIZE) -> Poses:
-    """Frame by frame (x, y, scale) of every standing person, about the middle of the picture."""
+    """Frame by frame (x, y, scale) of every standing person, about the middle of the image."""
     clips = [[np.stack([X * s + 64 + x, (Y - 64) * s + 64 + y], -1) for x, y, s in person] for person in persons]
     keypoints = np.stack(clips, axis=1)
     return Poses(keypoints, np.ones(keypoints.shape[:3]), size, 8.0)
@@ -47,7 +47,7 @@ def recorded_from(
 def spike(grid, place, share=0.5) -> np.ndarray:
     """(r,) all attention at the token that holds a place in pixels."""
     values = np.zeros(grid[0] * grid[1], np.float32)
-    values[int(measures.token_numbers(torch.tensor(place), SIZE, grid))] = share
+    values[int(measures.token_indices(torch.tensor(place), SIZE, grid))] = share
     return values
 
 
@@ -58,22 +58,22 @@ class TestGeometry:
         size, grid = (3 * rows, 5 * columns), (rows, columns)
         generator = torch.Generator().manual_seed(seed)
         points = torch.rand(20, 2, generator=generator) * torch.tensor([size[1], size[0]]) - 0.5
-        places = measures.token_places(points, size, grid)
-        assert torch.allclose(measures.pixel_places(places, size, grid), points, atol=1e-3)
-        numbers = measures.token_numbers(points, size, grid)
+        places = measures.token_coords(points, size, grid)
+        assert torch.allclose(measures.pixel_coords(places, size, grid), points, atol=1e-3)
+        numbers = measures.token_indices(points, size, grid)
         centres = measures.token_centres(grid, places)[numbers]
         assert ((places - centres).abs() <= 0.5 + 1e-4).all(), "the token holds the place"
-        assert (measures.token_gaps(places, grid).gather(-1, numbers[:, None]) < 1e-4).all()
+        assert (measures.edge_distances(places, grid).gather(-1, numbers[:, None]) < 1e-4).all()
 
     def test_known_places(self):
         # Pixel 0's centre is half a pixel from the left edge; a token of 8 pixels is centred between pixels 3 and 4.
         points = torch.tensor([[3.5, 3.5], [-0.5, 127.5], [8.0, 7.0]])
-        places = measures.token_places(points, SIZE, (16, 16))
+        places = measures.token_coords(points, SIZE, (16, 16))
         assert places.tolist() == [[0, 0], [-0.5, 15.5], [0.5625, 0.4375]]
-        assert measures.token_numbers(points, SIZE, (16, 16)).tolist() == [0, 240, 1]
+        assert measures.token_indices(points, SIZE, (16, 16)).tolist() == [0, 240, 1]
         outside = torch.tensor([[-50.0, 400.0]])
-        assert measures.token_numbers(outside, SIZE, (16, 16)).tolist() == [240]
-        assert measures.token_gaps(torch.tensor([3.0, 0.0]), (1, 5)).tolist() == [2.5, 1.5, 0.5, 0, 0.5]
+        assert measures.token_indices(outside, SIZE, (16, 16)).tolist() == [240]
+        assert measures.edge_distances(torch.tensor([3.0, 0.0]), (1, 5)).tolist() == [2.5, 1.5, 0.5, 0, 0.5]
 
     def test_measures_of_known_distributions(self):
         grid = (4, 4)
@@ -84,8 +84,8 @@ class TestGeometry:
         assert measures.centroid(all_alike, grid).tolist() == [1.5, 1.5]
         assert measures.spread(one, grid) == 0 and measures.spread(all_alike, grid) == pytest.approx(np.sqrt(2.5))
         distances = measures.token_distances(torch.tensor([2.0, 1.0]), grid)
-        assert measures.at_strongest(one, distances) == 0 and measures.part_near(one, distances, 0.5) == 1
-        assert measures.part_within(all_alike, distances, 1.0) == pytest.approx(5 / 16)
+        assert measures.value_at_argmax(one, distances) == 0 and measures.gaussian_mass(one, distances, 0.5) == 1
+        assert measures.mass_within(all_alike, distances, 1.0) == pytest.approx(5 / 16)
 
     def test_differentiable(self):
         maps = torch.rand(2, 3, 64, dtype=torch.float64, requires_grad=True)
@@ -94,8 +94,8 @@ class TestGeometry:
         def compute(maps: torch.Tensor) -> list[torch.Tensor]:
             parts = measures.normalised(maps)
             return [
-                measures.part_near(parts, distances, 2.0),
-                measures.part_within(parts, distances, 2.0),
+                measures.gaussian_mass(parts, distances, 2.0),
+                measures.mass_within(parts, distances, 2.0),
                 measures.centroid(parts, (8, 8)),
                 measures.spread(parts, (8, 8)),
                 measures.entropy(parts),
@@ -133,7 +133,7 @@ class TestPointing:
         assert found.strongest.ravel().tolist() == pytest.approx([0.57, 0])
 
     def test_nothing_to_say(self):
-        """A query that does not see the pictures, and a point that the reference does not show."""
+        """A query that does not see the images, and a point that the reference does not show."""
         nothing, something = np.zeros(256, np.float32), spike((16, 16), (60.0, 40.0))
         found = self.pointing(nothing, something, self.truth())
         assert found.strongest.isnan().ravel().tolist() == [True, False]
@@ -141,8 +141,8 @@ class TestPointing:
         assert all(getattr(unseen, name).isnan().all() for name in ("strongest", "offset", "entropy", "near"))
         assert unseen.accuracy(0.1).isnan().all() and np.isnan(pck(unseen.strongest, [0.1])).all()
 
-    def test_several_pictures(self):
-        """The strongest token of all pictures counts, in its picture; other persons' pictures are misses."""
+    def test_several_images(self):
+        """The strongest token of all images counts, in its image; other persons' images are misses."""
         truth = self.truth(images=3)
         maps = torch.zeros(2, 1, 1, 1, 3, 256)
         maps[0, ..., 0, :] = 0.1 / 256
@@ -186,11 +186,11 @@ class TestTruth:
         """The reference person is half as large; a bright spot at the right hip is where the truth says."""
         driving = standing([(0, 0, 1.0), (5, -3, 0.9), (10, 2, 0.8), (12, 2, 0.8), (14, 3, 0.75)])
         reference = standing([(-20, 10, 0.5)])
-        picture = np.zeros((128, 128, 3), np.uint8)
+        dot = np.zeros((128, 128, 3), np.uint8)
         column, row = reference.keypoints[0, 0, 12].astype(int)
-        picture[row - 2 : row + 3, column - 2 : column + 3] = 255
+        dot[row - 2 : row + 3, column - 2 : column + 3] = 255
         config = CalibrationConfig(propagation=propagation, keypoints="all", smoothing=0.0)
-        calibration = calibrate(picture, reference, driving, SIZE, config)
+        calibration = calibrate(dot, reference, driving, SIZE, config)
         recorded = self.recorded(driving)
         truth = body_truth(recorded, reference, calibration)
         drawn = set()
@@ -222,7 +222,7 @@ class TestTruth:
         names, points = body_points(driving, np.eye(3), SIZE)
         assert names[0] == "nose" and names[17] == "nose 1" and len(names) == 34
         assert not np.isnan(points[0]).any() and not np.isnan(points[1, :17]).any()
-        assert np.isnan(points[1, 17:]).all(), "outside the picture"
+        assert np.isnan(points[1, 17:]).all(), "outside the image"
         recorded = self.recorded(driving, images=1)
         swapped = body_truth(recorded, driving[0], persons=[1, 0]).places[0, 0, :, 0]
         assert swapped[:17].numpy() == pytest.approx(driving.keypoints[0, 1], abs=1e-4)
@@ -269,7 +269,7 @@ class TestShares:
         assert mean_over(values, torch.tensor([0, 0, 0, 1.0])) is None
 
 
-class TestPictures:
+class TestImages:
     def recorded(self) -> RecordedAttention:
         """Two layers that look at pixel (100, 20), in three steps."""
         maps = {
@@ -292,10 +292,10 @@ class TestPictures:
 
     def test_overlay(self):
         """Grey where nothing is, coloured where attention is; nothing moves."""
-        picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         density = np.zeros((8, 8))
         density[2, 5] = 1
-        shown = overlay(picture, density).astype(int)
+        shown = overlay(image, density).astype(int)
         colour = np.ptp(shown, axis=-1)
         assert colour[:8].max() == 0 and colour[40:].max() == 0 and colour[16:24, 40:48].min() > 50
         marked = mark(np.zeros((96, 96, 3), np.uint8), np.array([10.0, 20.0]), 2.0, (255, 0, 0), cross=False)
@@ -316,7 +316,7 @@ class TestPictures:
         with pytest.raises(UserError, match="step=5 was not recorded"):
             looks(recorded, truth, reference, None, "nose", 0, [5])
 
-    def test_which_picture_is_shown(self):
+    def test_which_image_is_shown(self):
         """The one that gets most, or the one that is asked for."""
         poses = standing([(0, 0, 1.0)])
         calibration = calibrate(
@@ -332,20 +332,20 @@ class TestPictures:
         (asked,) = looks(recorded, truth, grey, calibration, "nose", 0, [0], image=1)
         assert (most.name, asked.name) == ("reference", "calibrated")
         assert (most.share, asked.share) == (pytest.approx(0.4, abs=1e-3), pytest.approx(0.2, abs=1e-3))
-        assert most.picture is grey and np.array_equal(asked.picture, calibration.images[0])
+        assert most.image is grey and np.array_equal(asked.image, calibration.images[0])
         assert asked.truth == pytest.approx(truth.places[0, 0, 0, 1].numpy()) and not np.allclose(
             asked.truth, most.truth
         )
 
-    def test_pictures_that_a_frame_sees(self):
+    def test_images_that_a_frame_sees(self):
         poses = standing([(0, 0, 0.8)] * 3)
         scores = np.ones((3, 1, 17))
         scores[1] = 0
         driving = Poses(poses.keypoints, scores, SIZE, 8.0)
-        picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
         config = CalibrationConfig(propagation="off", max_gap=0)
-        calibration = calibrate(picture, standing([(0, 0, 0.5)]), driving, SIZE, config)
-        seen = pictures_seen(picture, calibration, 0, 0)
-        assert seen[0] is picture and np.array_equal(seen[1], calibration.images[int(calibration.member[0, 0])])
-        assert (pictures_seen(picture, calibration, 0, 1)[1] == 128).all()
-        assert len(pictures_seen(picture, None, 0, 1)) == 1
+        calibration = calibrate(image, standing([(0, 0, 0.5)]), driving, SIZE, config)
+        seen = images_seen(image, calibration, 0, 0)
+        assert seen[0] is image and np.array_equal(seen[1], calibration.images[int(calibration.member[0, 0])])
+        assert (images_seen(image, calibration, 0, 1)[1] == 128).all()
+        assert len(images_seen(image, None, 0, 1)) == 1

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.poses.poses import Poses
-from models.attention.measures import token_numbers
+from models.attention.measures import token_indices
 from models.attention.processors import reference_layers
 from models.attention.record import RecordedAttention
 from models.attention.recording import AttentionRecording
@@ -26,7 +26,7 @@ LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
+def images() -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0).integers(0, 256, (1 + FRAMES, 24, 32, 3), dtype=np.uint8)
     return draw[0], draw[1:]
 
@@ -46,33 +46,33 @@ def calibration():
         people = [[np.stack([x + 18 - s, y], -1), np.stack([x + 46 + s, y], -1)] for s in shifts]
         return Poses(np.array(people), np.ones((len(people), 2, 17)), (64, 64), 25.0)
 
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     frame_map = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
     maps = {"frame_map": frame_map, "reference_map": frame_map}
-    return calibrate(picture, poses([0]), poses(range(FRAMES)), SIZE, CalibrationConfig(preset="release"), **maps)
+    return calibrate(image, poses([0]), poses(range(FRAMES)), SIZE, CalibrationConfig(preset="release"), **maps)
 
 
-def run(pipeline, pictures, **arguments) -> torch.Tensor:
+def run(pipeline, images, **arguments) -> torch.Tensor:
     arguments = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0, **arguments}
-    return pipeline(*pictures, generator=torch.Generator().manual_seed(0), **arguments).frames
+    return pipeline(*images, generator=torch.Generator().manual_seed(0), **arguments).frames
 
 
-def record(pipeline, pictures, config=None, points=None, names=None, **arguments) -> RecordedAttention:
+def record(pipeline, images, config=None, points=None, names=None, **arguments) -> RecordedAttention:
     with AttentionRecording(config, points, names) as recording:
-        run(pipeline, pictures, attention=recording, **arguments)
+        run(pipeline, images, attention=recording, **arguments)
     return recording.result
 
 
 @pytest.mark.parametrize("animator", ["animate_anyone", "magic_animate"])
 @pytest.mark.parametrize("windows", [{}, {"window_size": 3, "window_overlap": 1, "shift_windows": True}])
-def test_the_run_stays_as_it_was(tiny_pipeline, magic, pictures, calibration, animator, windows):
+def test_the_run_stays_as_it_was(tiny_pipeline, magic, images, calibration, animator, windows):
     pipeline = tiny_pipeline if animator == "animate_anyone" else magic
     processors = pipeline.denoising_unet.attn_processors
     state = {name: set(vars(module)) for name, module in pipeline.denoising_unet.named_modules()}
     for seen in (None, calibration):
-        base = run(pipeline, pictures, calibration=seen, **windows)
+        base = run(pipeline, images, calibration=seen, **windows)
         with AttentionRecording() as recording:
-            assert torch.equal(base, run(pipeline, pictures, calibration=seen, attention=recording, **windows))
+            assert torch.equal(base, run(pipeline, images, calibration=seen, attention=recording, **windows))
         recorded = recording.result
         assert recorded.images == ("reference", "calibrated 0", "calibrated 1")[: 1 if seen is None else 3]
         assert set(recorded.layers) == set(pipeline.animator().attention_layers(LATENTS))
@@ -85,7 +85,7 @@ def test_the_run_stays_as_it_was(tiny_pipeline, magic, pictures, calibration, an
     assert state == {name: set(vars(module)) for name, module in pipeline.denoising_unet.named_modules()}
 
 
-def test_it_is_the_plain_softmax(tiny_pipeline, pictures):
+def test_it_is_the_plain_softmax(tiny_pipeline, images):
     """Computed apart, from what the layer's own projections gave, in double precision."""
     unet, outputs = tiny_pipeline.denoising_unet, {"to_q": [], "to_k": []}
     attention = unet.get_submodule(LAYER)
@@ -93,7 +93,7 @@ def test_it_is_the_plain_softmax(tiny_pipeline, pictures):
         getattr(attention, name).register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
         for name, kept in outputs.items()
     ]
-    recorded = record(tiny_pipeline, pictures, num_inference_steps=1, guidance_scale=1.0)
+    recorded = record(tiny_pipeline, images, num_inference_steps=1, guidance_scale=1.0)
     for hook in hooks:
         hook.remove()
     (query,), (reference, own) = outputs["to_q"], sorted(outputs["to_k"], key=len)
@@ -109,8 +109,8 @@ def test_it_is_the_plain_softmax(tiny_pipeline, pictures):
     assert expected[..., tokens:].sum(-1).std() > 1e-4, "a case that tells maps apart"
 
 
-def test_masked_tokens_get_exactly_nothing(tiny_pipeline, pictures, calibration):
-    recorded = record(tiny_pipeline, pictures, calibration=calibration)
+def test_masked_tokens_get_exactly_nothing(tiny_pipeline, images, calibration):
+    recorded = record(tiny_pipeline, images, calibration=calibration)
     grids = tiny_pipeline.denoising_unet.attention_grids(*LATENTS)
     counts = np.zeros(2)
     for place, step in enumerate(recorded.selection.steps):
@@ -135,19 +135,19 @@ def test_mixed_precision_does_not_round_the_maps():
 
 
 class TestChoices:
-    def test_layers_steps_frames_and_heads(self, tiny_pipeline, pictures):
-        whole = record(tiny_pipeline, pictures, num_inference_steps=3)
+    def test_layers_steps_frames_and_heads(self, tiny_pipeline, images):
+        whole = record(tiny_pipeline, images, num_inference_steps=3)
         config = AttentionConfig(layers=[LAYER], steps=[2, 0], frames=[1, 4], heads=[1])
-        part = record(tiny_pipeline, pictures, config, num_inference_steps=3)
+        part = record(tiny_pipeline, images, config, num_inference_steps=3)
         assert part.layers == (LAYER,) and part.timesteps == (whole.timesteps[0], whole.timesteps[2])
         assert np.array_equal(part.maps[LAYER], whole.maps[LAYER][[0, 2]][:, [1, 4]][:, :, [1]])
 
-    def test_points(self, tiny_pipeline, pictures):
+    def test_points(self, tiny_pipeline, images):
         points = np.random.default_rng(0).uniform(0, 23, (FRAMES, 3, 2))
         points[2, 1] = np.nan
-        whole, some = record(tiny_pipeline, pictures), record(tiny_pipeline, pictures, None, points, ["a", "b", "c"])
+        whole, some = record(tiny_pipeline, images), record(tiny_pipeline, images, None, points, ["a", "b", "c"])
         for layer in whole.layers:
-            numbers = token_numbers(torch.tensor(points).nan_to_num(), (24, 32), whole.grid(layer)).numpy()
+            numbers = token_indices(torch.tensor(points).nan_to_num(), (24, 32), whole.grid(layer)).numpy()
             for frame in range(FRAMES):
                 expected = whole.maps[layer][:, frame][:, :, numbers[frame]].copy()
                 if frame == 2:
@@ -160,21 +160,21 @@ class TestChoices:
             1, abs=1e-5
         )
 
-    def test_running_means(self, tiny_pipeline, pictures):
+    def test_running_means(self, tiny_pipeline, images):
         points = np.random.default_rng(0).uniform(0, 23, (FRAMES, 3, 2))
         points[2, 1] = np.nan
-        whole = record(tiny_pipeline, pictures, None, points)
+        whole = record(tiny_pipeline, images, None, points)
         for axes in (["heads"], ["steps"], ["frames", "heads"], ["steps", "frames", "heads"]):
-            mean = record(tiny_pipeline, pictures, AttentionConfig(mean=axes), points)
+            mean = record(tiny_pipeline, images, AttentionConfig(mean=axes), points)
             where = tuple({"steps": 0, "frames": 1, "heads": 2}[axis] for axis in axes)
             for layer in whole.layers:
                 expected = np.ma.masked_invalid(whole.maps[layer]).mean(axis=where, keepdims=True).filled(np.nan)
                 assert np.allclose(mean.maps[layer], expected, atol=1e-6, equal_nan=True)
 
-    def test_on_disk(self, tiny_pipeline, pictures, tmp_path):
+    def test_on_disk(self, tiny_pipeline, images, tmp_path):
         points = np.random.default_rng(0).uniform(0, 23, (FRAMES, 2, 2))
-        memory = record(tiny_pipeline, pictures, None, points, ["a", "b"])
-        disk = record(tiny_pipeline, pictures, AttentionConfig(folder=tmp_path / "r"), points, ["a", "b"])
+        memory = record(tiny_pipeline, images, None, points, ["a", "b"])
+        disk = record(tiny_pipeline, images, AttentionConfig(folder=tmp_path / "r"), points, ["a", "b"])
         memory.save(tmp_path / "s")
         for other in (disk, RecordedAttention.load(tmp_path / "r"), RecordedAttention.load(tmp_path / "s")):
             assert isinstance(other.maps[LAYER], np.memmap)
@@ -214,11 +214,11 @@ class TestWindows:
         expected = part / 2 + (1 - part) / 3
         assert self.passes(AttentionConfig(windows="mean")).maps["a"].ravel() == pytest.approx(expected)
 
-    def test_in_a_run(self, tiny_pipeline, pictures):
+    def test_in_a_run(self, tiny_pipeline, images):
         """A frame of one window alone is the same in both; one that windows share is not."""
         parts = {"window_size": 3, "window_overlap": 1}
         nearest, mean = (
-            record(tiny_pipeline, pictures, AttentionConfig(windows=w), **parts) for w in ("nearest", "mean")
+            record(tiny_pipeline, images, AttentionConfig(windows=w), **parts) for w in ("nearest", "mean")
         )
         apart = np.abs(nearest.maps[LAYER] - mean.maps[LAYER]).max(axis=(0, 2, 3, 4, 5))
         assert (apart[[0, 1, 3, 4]] < 1e-6).all() and apart[2] > 1e-6
@@ -242,10 +242,10 @@ class Largest(TorchDispatchMode):
 
 class TestMemory:
     @pytest.mark.parametrize("config", [AttentionConfig(), AttentionConfig(mean=["heads", "frames"], frames=[1, 3])])
-    def test_the_estimate_is_what_is_stored(self, tiny_pipeline, pictures, calibration, config, tmp_path):
+    def test_the_estimate_is_what_is_stored(self, tiny_pipeline, images, calibration, config, tmp_path):
         recording = AttentionRecording(config)
         needed = recording.estimate(tiny_pipeline.attention_run(FRAMES, SIZE, 2, calibration))
-        recorded = record(tiny_pipeline, pictures, config, calibration=calibration)
+        recorded = record(tiny_pipeline, images, config, calibration=calibration)
         assert recorded.nbytes < needed.stored_bytes < 1.1 * recorded.nbytes + 4096
         assert needed.memory_bytes == needed.total_bytes == needed.stored_bytes + needed.working_bytes
         on_disk = AttentionRecording(AttentionConfig(folder=tmp_path / "r"))
@@ -269,39 +269,39 @@ class TestMemory:
             1 / 3, rel=1e-4
         )
 
-    def test_a_limit_refuses_before_the_run(self, tiny_pipeline, pictures, tmp_path):
+    def test_a_limit_refuses_before_the_run(self, tiny_pipeline, images, tmp_path):
         with pytest.raises(UserError, match=r"would take .* MiB, limit_bytes allows 1.0; record fewer"):
-            record(tiny_pipeline, pictures, AttentionConfig(limit_bytes=2**20, folder=tmp_path / "r"))
+            record(tiny_pipeline, images, AttentionConfig(limit_bytes=2**20, folder=tmp_path / "r"))
         assert not list(tmp_path.iterdir())
 
 
 class TestLifetime:
-    def test_nothing_stays_behind(self, tiny_pipeline, pictures):
+    def test_nothing_stays_behind(self, tiny_pipeline, images):
         recording = AttentionRecording()
         with recording:
-            run(tiny_pipeline, pictures, attention=recording)
+            run(tiny_pipeline, images, attention=recording)
         gone = weakref.ref(recording)
         del recording
         gc.collect()
         assert gone() is None
 
-    def test_a_run_that_fails_leaves_nothing(self, tiny_pipeline, pictures, tmp_path):
+    def test_a_run_that_fails_leaves_nothing(self, tiny_pipeline, images, tmp_path):
         def stop(*_):
             raise RuntimeError("stopped")
 
         recording = AttentionRecording(AttentionConfig(folder=tmp_path / "r"))
         with pytest.raises(RuntimeError, match="stopped"), recording:
-            run(tiny_pipeline, pictures, attention=recording, callback_on_step_end=stop)
+            run(tiny_pipeline, images, attention=recording, callback_on_step_end=stop)
         assert not list(tmp_path.iterdir())
         with pytest.raises(ValueError, match="no result"):
             _ = recording.result
 
-    def test_one_run_and_inside_the_block(self, tiny_pipeline, pictures, tmp_path):
+    def test_one_run_and_inside_the_block(self, tiny_pipeline, images, tmp_path):
         with pytest.raises(ValueError, match="not open"):
-            run(tiny_pipeline, pictures, attention=AttentionRecording())
+            run(tiny_pipeline, images, attention=AttentionRecording())
         with pytest.raises(ValueError, match="one run"), AttentionRecording() as recording:
             for _ in range(2):
-                run(tiny_pipeline, pictures, attention=recording)
+                run(tiny_pipeline, images, attention=recording)
         with (
             pytest.raises(ValueError, match="no run was recorded"),
             AttentionRecording(AttentionConfig(folder=tmp_path / "r")),
@@ -321,17 +321,17 @@ class TestBadInput:
             (AttentionConfig(heads=[7]), "heads: 7 is out of range; there are heads 0 to 1 of"),
         ],
     )
-    def test_choices_that_are_not_there(self, tiny_pipeline, pictures, config, message):
+    def test_choices_that_are_not_there(self, tiny_pipeline, images, config, message):
         with pytest.raises(UserError, match=message):
-            record(tiny_pipeline, pictures, config)
+            record(tiny_pipeline, images, config)
 
-    def test_a_layer_that_is_blind_to_the_reference(self, magic, pictures):
+    def test_a_layer_that_is_blind_to_the_reference(self, magic, images):
         """MagicAnimate's downward blocks do not see it."""
         layer = next(name for name in reference_layers(magic.denoising_unet) if name.startswith("down_blocks"))
         with pytest.raises(UserError, match="does not read the reference"):
-            record(magic, pictures, AttentionConfig(layers=[layer]))
+            record(magic, images, AttentionConfig(layers=[layer]))
 
-    def test_words_and_points(self, tiny_pipeline, pictures, tmp_path):
+    def test_words_and_points(self, tiny_pipeline, images, tmp_path):
         with pytest.raises(UserError, match="mean=layers is not one of steps, frames, heads"):
             AttentionRecording(AttentionConfig(mean=["layers"]))
         with pytest.raises(UserError, match="windows=all"):
@@ -339,19 +339,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"shape \(frames, points, 2\)"):
             AttentionRecording(points=np.zeros((3, 2)))
         with pytest.raises(UserError, match="points are of 3 frames, the run has 5"):
-            record(tiny_pipeline, pictures, points=np.zeros((3, 1, 2)))
+            record(tiny_pipeline, images, points=np.zeros((3, 1, 2)))
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("")
         with pytest.raises(UserError, match="does not hold recorded attention; give a new folder"):
-            record(tiny_pipeline, pictures, AttentionConfig(folder=tmp_path / "mine"))
+            record(tiny_pipeline, images, AttentionConfig(folder=tmp_path / "mine"))
         with pytest.raises(UserError, match="does not hold recorded attention"):
             RecordedAttention.load(tmp_path / "mine")
 
-    def test_questions_that_were_not_recorded(self, tiny_pipeline, pictures):
+    def test_questions_that_were_not_recorded(self, tiny_pipeline, images):
         points = np.full((FRAMES, 2, 2), 5.0)
         points[1:, 1] = np.nan
         config = AttentionConfig(steps=[1], mean=["heads"])
-        some = record(tiny_pipeline, pictures, config, points, ["nose", "hip"])
+        some = record(tiny_pipeline, images, config, points, ["nose", "hip"])
         for arguments, message in [
             ({"point": "nose", "step": 0}, "step=0 was not recorded; there are 1"),
             ({"point": "nose", "head": 0}, "only the mean over heads"),
@@ -363,7 +363,7 @@ class TestBadInput:
         ]:
             with pytest.raises(UserError, match=message):
                 some.query_map(**{"layer": LAYER, **arguments})
-        whole = record(tiny_pipeline, pictures, config)
-        with pytest.raises(UserError, match="outside the picture of 32x24"):
+        whole = record(tiny_pipeline, images, config)
+        with pytest.raises(UserError, match="outside the image of 32x24"):
             whole.query_map(LAYER, (32, 3))
         assert whole.query_number(LAYER, (31.4, 23.4)) == whole.maps[LAYER].shape[3] - 1

@@ -54,7 +54,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("fill", ["scene", "edge", "black"])
-def test_picture_mask_and_keypoints_move_together(batch, fill):
+def test_image_mask_and_keypoints_move_together(batch, fill):
     config = CompositionConfig(probability=1.0, min_scale=0.8, max_scale=1.3, max_translation=0.1, fill=fill)
     moved = compose_references(batch, config, generator=generator())
     matrices = composition_matrices(batch["reference_mask"], config, generator=generator())
@@ -66,7 +66,7 @@ def test_picture_mask_and_keypoints_move_together(batch, fill):
         assert (after[inside, 2] == 1).all()
         torso = expected[[5, 6, 11, 12]].mean(0).round().int()
         assert moved["reference_mask"][i, 0, torso[1], torso[0]] == 1
-        # The colour at the torso says where it was in the picture before.
+        # The colour at the torso says where it was in the image before.
         colour = (moved["reference"][i, :2, torso[1], torso[0]] + 1) / 2 * SIDE
         origin = apply_matrix(torch.linalg.inv(matrices[i]), torso.double())
         assert (colour - origin).abs().max() < 1.5
@@ -114,7 +114,7 @@ def test_a_reference_without_a_person_moves_about_its_middle(batch):
 
 
 def test_calibrated_references_lie_on_the_frames(batch):
-    config = CalibratedTrainingConfig(probability=1.0, keypoints="all", noise=0.0, pictures=2)
+    config = CalibratedTrainingConfig(probability=1.0, keypoints="all", noise=0.0, images=2)
     found = calibrate_batch(batch, config, generator())
     assert found.images.shape == (6, 2, 3, SIDE, SIDE) and found.index.tolist() == [[0, 0, 1, 1]] * 6
     assert found.present.all()
@@ -126,11 +126,11 @@ def test_calibrated_references_lie_on_the_frames(batch):
     assert before["relative_angle_deg"].shape == (6, 4) and before["box_iou"].min() >= 0
 
 
-def test_pictures_belong_to_their_groups(batch):
-    config = CalibratedTrainingConfig(probability=1.0, keypoints="all", noise=0.0, pictures=4)
+def test_images_belong_to_their_groups(batch):
+    config = CalibratedTrainingConfig(probability=1.0, keypoints="all", noise=0.0, images=4)
     found = calibrate_batch(batch, config, generator())
     assert found.index.tolist() == [[0, 1, 2, 3]] * 6
-    many = calibrate_batch(batch, CalibratedTrainingConfig(probability=1.0, pictures=99), generator())
+    many = calibrate_batch(batch, CalibratedTrainingConfig(probability=1.0, images=99), generator())
     assert many.images.shape[1] == 4
     drawn = {
         calibrate_batch(batch, CalibratedTrainingConfig(probability=1.0, noise=0.0, keypoints="all"), generator(s))
@@ -202,7 +202,7 @@ def test_values_out_of_range_are_named(batch):
     for config, text in (
         (CalibratedTrainingConfig(keypoints="feet"), "calibrated_training.keypoints"),
         (CalibratedTrainingConfig(visibility="all"), "calibrated_training.visibility"),
-        (CalibratedTrainingConfig(pictures=0), "calibrated_training.pictures"),
+        (CalibratedTrainingConfig(images=0), "calibrated_training.images"),
     ):
         with pytest.raises(UserError, match=text):
             calibrate_batch(batch, config)

@@ -53,24 +53,24 @@ def upright(blazepose, photo):
 
 def shrunk_into(photo: np.ndarray, side: int, canvas: tuple[int, int], corner: tuple[int, int]) -> np.ndarray:
     """The photograph at `side` pixels on grey, its top left corner at `corner`."""
-    picture = np.full((canvas[1], canvas[0], 3), 128, np.uint8)
+    image = np.full((canvas[1], canvas[0], 3), 128, np.uint8)
     x, y = corner
-    picture[y : y + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
-    return picture
+    image[y : y + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
+    return image
 
 
 def test_keypoints_are_where_the_eye_sees_them(upright):
     for index, place in SEEN_BY_EYE.items():
         assert np.linalg.norm(upright.keypoints[index] - place) < 20, index
         assert upright.scores[index] > 0.8
-    # Her left is on the right of the picture.
+    # Her left is on the right of the image.
     assert (upright.keypoints[[1, 3, 5, 7, 11], 0] > upright.keypoints[[2, 4, 6, 8, 12], 0]).all()
     assert upright.confidence > 0.5
 
 
-def test_keypoints_that_the_picture_does_not_show_have_no_score(upright):
+def test_keypoints_that_the_image_does_not_show_have_no_score(upright):
     outside = (upright.keypoints < -0.5).any(axis=-1) | (upright.keypoints > 511.5).any(axis=-1)
-    assert outside[[15, 16]].all()  # the ankles are below the picture
+    assert outside[[15, 16]].all()  # the ankles are below the image
     assert not upright.scores[outside].any()
     assert upright.scores.min() >= 0 and upright.scores.max() <= 1
 
@@ -83,7 +83,7 @@ def test_the_mask_covers_the_person_and_not_the_background(upright):
 
 
 @pytest.mark.parametrize("degrees", [40, 90, 155, 180, 270])
-def test_a_turned_picture_gives_turned_keypoints(blazepose, photo, upright, degrees):
+def test_a_turned_image_gives_turned_keypoints(blazepose, photo, upright, degrees):
     turned, matrix = turn_image(photo, math.radians(degrees))
     (person,) = blazepose.image(turned)
     sure = (upright.scores > 0.8) & (person.scores > 0.8)
@@ -97,33 +97,33 @@ def test_a_turned_picture_gives_turned_keypoints(blazepose, photo, upright, degr
 
 @pytest.mark.parametrize("side, corner", [(420, (500, 20)), (200, (40, 250)), (200, (700, 30))])
 def test_small_persons_are_found_anywhere(blazepose, photo, upright, side, corner):
-    picture = shrunk_into(photo, side, (1000, 500), corner)
-    (person,) = blazepose.image(picture)
+    image = shrunk_into(photo, side, (1000, 500), corner)
+    (person,) = blazepose.image(image)
     head = [0, 1, 2, 3, 4]
     expected = (upright.keypoints[head] + 0.5) * side / 512 - 0.5 + corner
     assert np.linalg.norm(person.keypoints[head] - expected, axis=-1).max() < 0.04 * side
 
 
 def test_two_persons_one_of_them_upside_down(blazepose, photo):
-    picture = np.concatenate([photo, photo[::-1, ::-1]], axis=1)
-    persons = blazepose.image(picture, max_persons=3)
+    image = np.concatenate([photo, photo[::-1, ::-1]], axis=1)
+    persons = blazepose.image(image, max_persons=3)
     assert len(persons) == 2
     left, right = sorted(persons, key=lambda person: person.keypoints[0, 0])
     assert np.linalg.norm(left.keypoints[0] - SEEN_BY_EYE[0]) < 20
     assert np.linalg.norm(right.keypoints[0] - (1023 - SEEN_BY_EYE[0][0], 511 - SEEN_BY_EYE[0][1])) < 20
     assert not (left.mask & right.mask).any()
-    assert len(blazepose.image(picture, max_persons=1)) == 1
+    assert len(blazepose.image(image, max_persons=1)) == 1
 
 
 def test_nobody_is_found_where_nobody_is(blazepose):
-    for picture in (skimage.data.coffee(), np.zeros((90, 40, 3), np.uint8)):
-        assert blazepose.image(picture) == []
+    for image in (skimage.data.coffee(), np.zeros((90, 40, 3), np.uint8)):
+        assert blazepose.image(image) == []
     assert estimate_image(np.full((64, 64, 3), 200, np.uint8), blazepose).poses.persons == 0
 
 
-def test_grey_tiny_and_extreme_pictures_are_survived(blazepose, photo):
-    for picture in (photo[:1, :1], photo[:3], np.ascontiguousarray(photo[::64, ::64])):
-        assert isinstance(blazepose.image(picture), list)
+def test_grey_tiny_and_extreme_images_are_survived(blazepose, photo):
+    for image in (photo[:1, :1], photo[:3], np.ascontiguousarray(photo[::64, ::64])):
+        assert isinstance(blazepose.image(image), list)
     grey = np.repeat(photo.mean(axis=-1).astype(np.uint8)[..., None], 3, axis=-1)
     assert len(blazepose.image(grey)) == 1
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from models.acceleration import AccelerationConfig
 from models.broadcast import BroadcastSchedule
-from tests.small_animators import FRAMES, LATENTS, calibrated, pictures, sample, small_pipeline
+from tests.small_animators import FRAMES, LATENTS, calibrated, images, sample, small_pipeline
 from training.kinds import KINDS
 
 STEPS = 5
@@ -130,7 +130,7 @@ def test_memory_is_what_is_kept(windows):
         "none": {},
     }.items():
         config = AccelerationConfig(**setting)
-        runs[name] = pipeline(**pictures(), acceleration=config, window_overlap=1, **arguments).attention_cache_bytes
+        runs[name] = pipeline(**images(), acceleration=config, window_overlap=1, **arguments).attention_cache_bytes
     assert runs == {"both": 2 * 4 * frames * (spatial + cross), "spatial": 2 * 4 * frames * spatial, "none": 0}
 
 

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from tpc_bodies import SIZE, TORSO, body, picture, place, poses, reference, silhouette
+from tpc_bodies import SIZE, TORSO, body, image, place, poses, reference, silhouette
 
 from core.errors import UserError
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
@@ -31,7 +31,7 @@ def test_recovers_a_moving_camera(preset, transform):
     points = reference()
     driving, truth = walk(points)
     config = CalibrationConfig(preset=preset, transform=transform, smoothing=0.0)
-    found = calibrate(picture(), poses(points[None, None]), poses(driving[:, None]), SIZE, config)
+    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, config)
     assert (found.status == "calibrated").all()
     for matrix, goal in zip(found.matrices[:, 0], truth, strict=True):
         assert np.abs(apply_matrix(matrix, points) - apply_matrix(goal, points)).max() < 0.05
@@ -48,7 +48,7 @@ def test_smoothing_reduces_noise_and_leaves_steady_motion_alone():
     for sigma in (0.0, 2.0):
         for name, keypoints in (("clean", driving), ("noisy", noisy)):
             config = CalibrationConfig(keypoints="torso", smoothing=sigma)
-            found = calibrate(picture(), poses(points[None, None]), poses(keypoints[:, None]), SIZE, config)
+            found = calibrate(image(), poses(points[None, None]), poses(keypoints[:, None]), SIZE, config)
             offset = [
                 apply_matrix(m, points) - apply_matrix(t, points)
                 for m, t in zip(found.matrices[:, 0], truth, strict=True)
@@ -65,7 +65,7 @@ def test_short_gaps_are_interpolated_and_long_ones_stay_uncalibrated():
     scores[5:8], scores[12:25], scores[29] = 0, 0, 0
     driving[12:25] = 0
     config = CalibrationConfig(keypoints="all", smoothing=0.0, max_gap=3)
-    found = calibrate(picture(), poses(points[None, None]), poses(driving[:, None], scores=scores), SIZE, config)
+    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None], scores=scores), SIZE, config)
     expected = np.full(30, "calibrated", object)
     expected[5:8], expected[12:25], expected[29] = "interpolated", "uncalibrated", "uncalibrated"
     np.testing.assert_array_equal(found.status[:, 0], expected)
@@ -115,9 +115,9 @@ def test_smoothing_stays_inside_unbroken_runs():
 def test_back_view(choice):
     points = reference()
     behind = place(body(np.random.default_rng(0)), 80, 0.0)
-    behind = (behind * [-1, 1] + [128, 0])[MIRRORED][MIRRORED]  # mirrored picture: left and right are exchanged
+    behind = (behind * [-1, 1] + [128, 0])[MIRRORED][MIRRORED]  # mirrored image: left and right are exchanged
     config = CalibrationConfig(keypoints="trunk", back_view=choice)
-    found = calibrate(picture(), poses(points[None, None]), poses(behind[None, None]), SIZE, config).records[0][0]
+    found = calibrate(image(), poses(points[None, None]), poses(behind[None, None]), SIZE, config).records[0][0]
     if choice == "reject":
         assert found.status == "uncalibrated" and "from behind" in found.reason
     elif choice == "swap":
@@ -142,7 +142,7 @@ def test_hopeless_frames_are_explained(change, reason):
     keypoints, scores = np.tile(points, (3, 1, 1, 1)), np.ones((3, 1, 17))
     change(keypoints[1:2], scores[1:2])
     config = CalibrationConfig(max_gap=0)
-    found = calibrate(picture(), poses(points[None, None]), poses(keypoints, scores=scores), SIZE, config)
+    found = calibrate(image(), poses(points[None, None]), poses(keypoints, scores=scores), SIZE, config)
     assert found.status[:, 0].tolist() == ["calibrated", "uncalibrated", "calibrated"]
     assert reason in found.reason[1, 0]
 
@@ -155,7 +155,7 @@ def test_collinear_coincident_and_mirrored_references_do_not_crash(mirror):
             for rule in ("exhaustive", "consensus", "all", "face"):
                 config = CalibrationConfig(keypoints=rule, transform=transform, min_iou=0.0)
                 driving = poses((reference() * ([-1, 1] if mirror else [1, 1]) + [128 * mirror, 0])[None, None])
-                found = calibrate(picture(), poses(points[None, None]), driving, SIZE, config)
+                found = calibrate(image(), poses(points[None, None]), driving, SIZE, config)
                 assert np.isfinite(found.matrices).all()
                 assert found.status[0, 0] == "calibrated" or found.reason[0, 0]
 
@@ -168,7 +168,7 @@ def test_bounds_and_the_confidence_gate():
         ({"keypoints": "all", "max_rotation": 45.0}, "rotation"),
         ({"keypoints": "all", "transform": "linear", "min_iou": 1.0}, "IoU"),
     ):
-        found = calibrate(picture(), poses(points[None, None]), driving, SIZE, CalibrationConfig(**options))
+        found = calibrate(image(), poses(points[None, None]), driving, SIZE, CalibrationConfig(**options))
         assert found.status[0, 0] == "uncalibrated" and reason in found.reason[0, 0]
 
 
@@ -176,7 +176,7 @@ def test_empty_masks_and_masks_as_a_sequence():
     points = reference()
     driving, _ = walk(points, 4)
     mask, masks = silhouette(points)[None], [silhouette(k)[None] for k in driving]
-    call = (picture(), poses(points[None, None]), poses(driving[:, None]), SIZE)
+    call = (image(), poses(points[None, None]), poses(driving[:, None]), SIZE)
     listed = calibrate(*call, reference_masks=mask, driving_masks=masks)
     stacked = calibrate(*call, reference_masks=mask, driving_masks=np.stack(masks))
     np.testing.assert_array_equal(listed.matrices, stacked.matrices)
@@ -190,30 +190,30 @@ def test_empty_masks_and_masks_as_a_sequence():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 300), (300, 5000)])
-def test_pictures_of_any_size(size):
+def test_images_of_any_size(size):
     points = place(body(np.random.default_rng(0)), min(size) * 0.8, 0, (size[0] / 2, size[1] / 2))
-    image = picture(0, size)
-    found = calibrate(image, poses(points[None, None], size), poses(reference()[None, None]), (64, 48), TORSO)
+    other = image(0, size)
+    found = calibrate(other, poses(points[None, None], size), poses(reference()[None, None]), (64, 48), TORSO)
     assert found.images[:].shape == (len(found.images), 48, 64, 3)
     assert found.status[0, 0] == ("uncalibrated" if size == (1, 1) else "calibrated")
-    back = calibrate(picture(), poses(reference()[None, None]), poses(points[None, None], size), (64, 48), TORSO)
+    back = calibrate(image(), poses(reference()[None, None]), poses(points[None, None], size), (64, 48), TORSO)
     assert back.target_masks[0].shape == (1, 48, 64)
 
 
 def test_one_frame_and_two_thousand_frames():
     points = reference()
     config = CalibrationConfig(keypoints="trunk")
-    one = calibrate(picture(), poses(points[None, None]), poses(points[None, None]), SIZE, config)
+    one = calibrate(image(), poses(points[None, None]), poses(points[None, None]), SIZE, config)
     assert one.status.tolist() == [["calibrated"]] and one.index(0).tolist() == [[0]]
     driving, _ = walk(points, 2000)
-    many = calibrate(picture(), poses(points[None, None]), poses(driving[:, None]), SIZE, config)
+    many = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, config)
     assert (many.status == "calibrated").all() and many.index(7).shape == (2000, 1)
     assert many.masks.nbytes + many.target_masks.nbytes < 2 * 2000 * 128 * 128 / 8 / 4
 
 
-def test_a_still_clip_has_one_picture():
+def test_a_still_clip_has_one_image():
     points = reference()
-    found = calibrate(picture(), poses(points[None, None]), poses(np.tile(points, (9, 1, 1, 1))), SIZE)
+    found = calibrate(image(), poses(points[None, None]), poses(np.tile(points, (9, 1, 1, 1))), SIZE)
     assert len(found.images) == 1 and (found.member == 0).all() and found.used(3).tolist() == [0]
 
 
@@ -250,7 +250,7 @@ def test_fills(fill):
     assert np.abs(shown[0, 0].astype(int) - corner).max() <= 2
     assert (shown[mask] > 200).mean() > 0.85
     if fill == "reference":
-        return  # the whole picture is carried along, and black beyond it
+        return  # the whole image is carried along, and black beyond it
     away = ~mask & ~np.pad(mask, 4)[8:, 4:-4] & (np.indices(mask.shape).sum(0) < 60)
     assert np.abs(shown[away].astype(int) - corner).max() <= 3
 
@@ -265,7 +265,7 @@ def test_visibility_that_needs_another_fill_is_refused():
 def test_index_used_and_presets():
     points = reference()
     driving, _ = walk(points, 12)
-    call = (picture(), poses(points[None, None]), poses(driving[:, None]), SIZE)
+    call = (image(), poses(points[None, None]), poses(driving[:, None]), SIZE)
     found = calibrate(*call, CalibrationConfig(keypoints="trunk", propagation="iterative"))
     draws = np.stack([found.index(step) for step in range(8)])
     np.testing.assert_array_equal(found.used(8), np.unique(draws))
@@ -286,7 +286,7 @@ def test_save_and_load(tmp_path):
     scores = np.ones((6, 1, 17))
     scores[3] = 0
     config = CalibrationConfig(keypoints="trunk", max_gap=0)
-    found = calibrate(picture(), poses(points[None, None]), poses(driving[:, None], scores=scores), (90, 70), config)
+    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None], scores=scores), (90, 70), config)
     found.save(tmp_path / "saved")
     loaded = Calibration.load(tmp_path / "saved")
     assert loaded.report() == found.report() and loaded.records == found.records
@@ -316,7 +316,7 @@ def test_save_and_load(tmp_path):
 def test_report_says_what_happened():
     points = reference()
     driving, _ = walk(points, 5)
-    report = calibrate(picture(), poses(points[None, None]), poses(driving[:, None]), SIZE, TORSO).report()
+    report = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, TORSO).report()
     assert report["driving"] == {"size": [128, 128], "frames": 5, "fps": 25.0}
     assert report["reference"] == {"size": [128, 128], "persons": 1} and report["config"]["keypoints"] == "trunk"
     first = report["frames"][0]["persons"][0]
@@ -365,7 +365,7 @@ def test_presets_are_complete_and_choices_are_checked():
 def test_shapes_that_do_not_belong_together(change, match):
     points = reference()
     arguments = {
-        "reference": picture(),
+        "reference": image(),
         "reference_poses": poses(points[None, None]),
         "driving_poses": poses(points[None, None]),
         "size": SIZE,
@@ -376,6 +376,6 @@ def test_shapes_that_do_not_belong_together(change, match):
 
 def test_nobody_anywhere():
     nobody = poses(np.zeros((1, 0, 17, 2)))
-    found = calibrate(picture(), nobody, poses(np.zeros((3, 0, 17, 2))), SIZE)
+    found = calibrate(image(), nobody, poses(np.zeros((3, 0, 17, 2))), SIZE)
     assert found.member.shape == (3, 0) and len(found.images) == 0 and found.used(5).size == 0
     assert found.report()["summary"]["calibrated"] == 0

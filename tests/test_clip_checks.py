@@ -114,8 +114,8 @@ def write_variable(path: Path) -> None:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 96, "yuv420p"
         tick = 0
-        for number, picture in enumerate(figure_film(12).frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number, image in enumerate(figure_film(12).frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.time_base, frame.pts = Fraction(1, 25), tick
             tick += 4 if number % 2 else 1
             container.mux(stream.encode(frame))

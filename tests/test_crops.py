@@ -41,7 +41,7 @@ def test_the_box_is_inside_the_frame_or_there_is_no_crop(source, target, part, m
 
 @settings(deadline=None, max_examples=100)
 @given(source=sizes, target=sizes, part=parts)
-def test_without_black_borders_the_frame_lies_inside_the_picture(source, target, part):
+def test_without_black_borders_the_frame_lies_inside_the_image(source, target, part):
     matrix = crop_matrix(source, target, box_in(source, part), "person")
     if matrix is not None:
         corners = map_points(np.array([(-0.5, -0.5), np.array(target) - 0.5]), np.linalg.inv(matrix))
@@ -90,6 +90,6 @@ def test_boxes_of_masks_and_skeletons():
     keypoints[1, 0, 5], scores[1, 0, 5] = (0, 90), 0.1  # too unsure to count
     poses = Poses(keypoints, scores, (100, 100), 25.0)
     assert skeleton_box(poses, margin=0.0) == Box(10, 5, 99.5, 30)
-    assert skeleton_box(poses).top == -0.5  # a tenth of 188 pixels above row 5, cut to the picture
+    assert skeleton_box(poses).top == -0.5  # a tenth of 188 pixels above row 5, cut to the image
     assert skeleton_box(Poses(keypoints, 0 * scores, (100, 100), 25.0)) is None
     assert joint_box([], (4, 4)) is None

@@ -70,7 +70,7 @@ def test_references_show_another_pose(library):
     assert np.median(moved) > 0.3
 
 
-def test_pose_pictures_are_drawn_from_the_keypoints(library):
+def test_pose_images_are_drawn_from_the_keypoints(library):
     item = rendered(library)[0]
     for frame in range(2):
         keypoints = item["keypoints"][frame].numpy()

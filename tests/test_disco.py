@@ -49,20 +49,20 @@ def model(pipeline) -> DisCo:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
-    """Reference (24, 32, 3) and pose pictures (3, 24, 32, 3)."""
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Reference (24, 32, 3) and pose images (3, 24, 32, 3)."""
     draw = np.random.default_rng(0).integers(0, 256, (1 + FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
     return draw[0], draw[1:]
 
 
 @pytest.fixture(scope="module")
 def calibration():
-    """Of one person, at the pictures' size."""
+    """Of one person, at the images' size."""
     keypoints = np.random.default_rng(1).uniform((24, 16), (38, 34), (FRAMES, 1, 17, 2)).astype(np.float32)
     driving = Poses(keypoints, np.ones((FRAMES, 1, 17), np.float32), (64, 48), 25.0)
     reference = Poses(keypoints[:1] * 0.7 + 5, np.ones((1, 1, 17), np.float32), (64, 48), 25.0)
-    picture = np.random.default_rng(2).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    return calibrate(picture, reference, driving, (WIDTH, HEIGHT), CalibrationConfig(groups=2))
+    image = np.random.default_rng(2).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    return calibrate(image, reference, driving, (WIDTH, HEIGHT), CalibrationConfig(groups=2))
 
 
 def run(pipeline, reference, poses, **arguments) -> torch.Tensor:
@@ -71,7 +71,7 @@ def run(pipeline, reference, poses, **arguments) -> torch.Tensor:
 
 
 def test_first_token_is_the_image_embedding_of_the_encoder_itself(model):
-    """With CLIP's own projection, as training starts, the token of the whole picture is CLIP's image embedding."""
+    """With CLIP's own projection, as training starts, the token of the whole image is CLIP's image embedding."""
     started = deepcopy(model)
     started.token_projection.linear.load_state_dict(model.image_encoder.visual_projection.state_dict())
     pixels = randn(2, 3, SIDE, SIDE)
@@ -83,31 +83,31 @@ def test_first_token_is_the_image_embedding_of_the_encoder_itself(model):
 
 @torch.no_grad()
 def test_tokens_show_the_person_and_nothing_else(model):
-    picture, mask = randn(1, 3, SIDE, SIDE).clamp(-1, 1), torch.zeros(1, 1, SIDE, SIDE)
+    image, mask = randn(1, 3, SIDE, SIDE).clamp(-1, 1), torch.zeros(1, 1, SIDE, SIDE)
     mask[..., 8:24, 8:24] = 1
-    tokens = model.encode_foreground(picture, mask)
-    outside, inside = picture.clone(), picture.clone()
+    tokens = model.encode_foreground(image, mask)
+    outside, inside = image.clone(), image.clone()
     outside[..., 20:, 28:], inside[..., 12, 12] = 1, 1
     assert torch.equal(model.encode_foreground(outside, mask), tokens)
     assert not torch.allclose(model.encode_foreground(inside, mask), tokens, atol=1e-4)
     mean_colour = torch.zeros(1, 3, SIDE, SIDE)
-    assert torch.equal(model.encode_foreground(picture, 0 * mask), model.encode_tokens(mean_colour))
+    assert torch.equal(model.encode_foreground(image, 0 * mask), model.encode_tokens(mean_colour))
 
 
 def test_background_is_grey_where_the_person_is(model):
-    picture, mask = randn(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    image, mask = randn(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     mask[..., :4, :] = 1
-    background = model.latent_pictures(picture, mask)
-    assert not background[..., :4, :].any() and torch.equal(background[..., 4:, :], picture[..., 4:, :])
+    background = model.vae_images(image, mask)
+    assert not background[..., :4, :].any() and torch.equal(background[..., 4:, :], image[..., 4:, :])
 
 
 @torch.no_grad()
-def test_null_tokens_are_those_of_an_empty_picture_or_zeros(pipeline, model):
-    null = model.encode_nobody()
+def test_null_tokens_are_those_of_an_empty_image_or_zeros(pipeline, model):
+    null = model.encode_null()
     assert torch.equal(null, model.encode_tokens(torch.zeros(1, 3, SIDE, SIDE)))
-    zeros = DisCo(*(getattr(model, name) for name, _ in model.named_children()), null_tokens="zeros").encode_nobody()
+    zeros = DisCo(*(getattr(model, name) for name, _ in model.named_children()), null_tokens="zeros").encode_null()
     assert zeros.shape == null.shape and not zeros.any()
-    with pytest.raises(ValueError, match="null_tokens must be one of empty_picture, zeros, got 'none'"):
+    with pytest.raises(ValueError, match="null_tokens must be one of empty_image, zeros, got 'none'"):
         DisCo(*(getattr(model, name) for name, _ in model.named_children()), null_tokens="none")
 
 
@@ -117,8 +117,8 @@ def test_residuals_of_both_control_nets_are_added(model):
     context = randn(1, TOKENS, 16)
     summed = model.control_residuals(latents, 5, context, poses, background, None)
     parts = []
-    for network, picture in ((model.pose_control_net, poses), (model.background_control_net, background)):
-        down, mid = network(latents, 5, context.expand(FRAMES, -1, -1), picture, return_dict=False)
+    for network, image in ((model.pose_control_net, poses), (model.background_control_net, background)):
+        down, mid = network(latents, 5, context.expand(FRAMES, -1, -1), image, return_dict=False)
         parts.append([*down, mid])
     assert len(summed) == len(parts[0]) == 5
     for total, pose, behind in zip(summed, *parts, strict=True):
@@ -159,8 +159,8 @@ def test_new_control_nets_start_with_the_unets_weights_and_no_effect(model):
 # Guidance and calibration in the pipeline.
 
 
-def test_reference_poses_and_mask_matter(pipeline, pictures):
-    reference, poses = pictures
+def test_reference_poses_and_mask_matter(pipeline, images):
+    reference, poses = images
     base = run(pipeline, reference, poses)
     assert base.shape == (1, 4, FRAMES, *LATENTS) and base.isfinite().all()
     assert torch.equal(base, run(pipeline, reference, poses))
@@ -169,9 +169,9 @@ def test_reference_poses_and_mask_matter(pipeline, pictures):
         assert not torch.allclose(base, other, atol=1e-3)
 
 
-def test_unconditional_half_sees_pose_and_background_but_nobody(pipeline, pictures):
+def test_unconditional_half_sees_pose_and_background_but_nobody(pipeline, images):
     """A scale of almost zero leaves the unconditional half: the person's own pixels have no effect there."""
-    reference, poses = pictures
+    reference, poses = images
     person, behind = reference.copy(), reference.copy()
     person[MASK], behind[~MASK] = 0, 0
     base = run(pipeline, reference, poses, guidance_scale=1e-12)
@@ -183,29 +183,29 @@ def test_unconditional_half_sees_pose_and_background_but_nobody(pipeline, pictur
     )
 
 
-def test_frames_of_the_image_model_do_not_depend_on_windows(pipeline, pictures):
-    reference, poses = pictures
+def test_frames_of_the_image_model_do_not_depend_on_windows(pipeline, images):
+    reference, poses = images
     assert torch.allclose(
         run(pipeline, reference, poses), run(pipeline, reference, poses, window_size=2, window_overlap=1), atol=1e-4
     )
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "temporal_pipeline"])
-def test_calibrated_tokens_change_their_frames(kind, pictures, calibration, request):
+def test_calibrated_tokens_change_their_frames(kind, images, calibration, request):
     pipeline = request.getfixturevalue(kind)
     arguments = {"reference_mask": None, "guidance_scale": 2.0, "num_inference_steps": 1}
     masks = calibration.reference_masks.any(0)
-    plain = run(pipeline, *pictures, **{**arguments, "reference_mask": masks})
-    added = run(pipeline, *pictures, calibration=calibration, **arguments)
+    plain = run(pipeline, *images, **{**arguments, "reference_mask": masks})
+    added = run(pipeline, *images, calibration=calibration, **arguments)
     swapped = replace(calibration, config=replace(calibration.config, attach="replace"))
-    replaced = run(pipeline, *pictures, calibration=swapped, **arguments)
+    replaced = run(pipeline, *images, calibration=swapped, **arguments)
     for one, other in ((plain, added), (plain, replaced), (added, replaced)):
         assert one.isfinite().all() and not torch.allclose(one, other, atol=1e-4)
     nobody = replace(calibration, member=np.full_like(calibration.member, -1))
-    hidden = run(pipeline, *pictures, calibration=nobody, **arguments)
+    hidden = run(pipeline, *images, calibration=nobody, **arguments)
     assert torch.allclose(hidden, plain, atol=1e-5)
     one_frame = replace(calibration, member=np.where(np.arange(FRAMES)[:, None] == 1, calibration.member, -1))
-    partly = run(pipeline, *pictures, calibration=one_frame, **arguments)
+    partly = run(pipeline, *images, calibration=one_frame, **arguments)
     if kind == "pipeline":
         assert torch.allclose(partly[:, :, [0, 2]], plain[:, :, [0, 2]], atol=1e-5)
     assert not torch.allclose(partly[:, :, 1], plain[:, :, 1], atol=1e-4)
@@ -213,7 +213,7 @@ def test_calibrated_tokens_change_their_frames(kind, pictures, calibration, requ
 
 def test_masks_hide_patches_of_clips_grid(model, calibration):
     """A pixel of the person makes a patch the person's, on 4 x 4 patches of 6 x 8 pixels whatever the latents' grid;
-    the token of the whole picture goes with its image."""
+    the token of the whole image goes with its image."""
     levels = token_levels(model.attention_layers(LATENTS))
     assert {level.keys.grid for level in levels} == {(4, 4)} and len({level.queries for level in levels}) == 2
     members = calibration.index(0)
@@ -233,29 +233,29 @@ def test_masks_hide_patches_of_clips_grid(model, calibration):
             assert visible[frame, ~person, :TOKENS].all()
 
 
-def test_calibration_leaves_the_unconditional_half_alone(pipeline, pictures, calibration):
+def test_calibration_leaves_the_unconditional_half_alone(pipeline, images, calibration):
     masks = calibration.reference_masks.any(0)
-    kept = run(pipeline, *pictures, calibration=calibration, guidance_scale=1e-12, reference_mask=None)
-    assert torch.allclose(kept, run(pipeline, *pictures, guidance_scale=1e-12, reference_mask=masks), atol=1e-4)
+    kept = run(pipeline, *images, calibration=calibration, guidance_scale=1e-12, reference_mask=None)
+    assert torch.allclose(kept, run(pipeline, *images, guidance_scale=1e-12, reference_mask=masks), atol=1e-4)
 
 
-def test_a_picture_without_mask_is_refused(pipeline, pictures):
+def test_a_image_without_mask_is_refused(pipeline, images):
     with pytest.raises(UserError, match="give reference_mask="):
-        run(pipeline, *pictures, reference_mask=None)
+        run(pipeline, *images, reference_mask=None)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "temporal_pipeline"])
-def test_save_and_load_give_the_same_frames(kind, pictures, tmp_path, request):
+def test_save_and_load_give_the_same_frames(kind, images, tmp_path, request):
     pipeline = request.getfixturevalue(kind)
     pipeline.save_pretrained(tmp_path / "p")
     loaded = load_pipeline(tmp_path / "p")
     loaded.set_progress_bar_config(disable=True)
-    assert type(loaded) is type(pipeline) and loaded.config.null_tokens == "empty_picture"
-    assert torch.equal(run(pipeline, *pictures, num_inference_steps=1), run(loaded, *pictures, num_inference_steps=1))
+    assert type(loaded) is type(pipeline) and loaded.config.null_tokens == "empty_image"
+    assert torch.equal(run(pipeline, *images, num_inference_steps=1), run(loaded, *images, num_inference_steps=1))
 
 
 @pytest.mark.parametrize("mode", ["leaf_level", "block_level", "model"])
-def test_offloading_of_diffusers_changes_nothing(pipeline, pictures, calibration, mode):
+def test_offloading_of_diffusers_changes_nothing(pipeline, images, calibration, mode):
     """From CPU to CPU, with calibration."""
     saver = deepcopy(pipeline)
     if mode == "model":
@@ -264,13 +264,13 @@ def test_offloading_of_diffusers_changes_nothing(pipeline, pictures, calibration
         blocks = 1 if mode == "block_level" else None
         saver.enable_group_offload(torch.device("cpu"), offload_type=mode, num_blocks_per_group=blocks)
     arguments = {"calibration": calibration, "reference_mask": None, "num_inference_steps": 1}
-    expected = run(pipeline, *pictures, **arguments)
-    assert torch.allclose(run(saver, *pictures, **arguments), expected, atol=1e-5)
+    expected = run(pipeline, *images, **arguments)
+    assert torch.allclose(run(saver, *images, **arguments), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_animates(pipeline, pictures, calibration, dtype):
+def test_half_precision_animates(pipeline, images, calibration, dtype):
     arguments = {"calibration": calibration, "reference_mask": None, "num_inference_steps": 1, "guidance_scale": 1.5}
-    expected = run(pipeline, *pictures, **arguments)
-    half = run(deepcopy(pipeline).to(dtype), *pictures, **arguments)
+    expected = run(pipeline, *images, **arguments)
+    half = run(deepcopy(pipeline).to(dtype), *images, **arguments)
     assert half.dtype == torch.float32 and torch.allclose(half, expected, atol=0.1, rtol=0.05)

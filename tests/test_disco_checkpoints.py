@@ -66,15 +66,15 @@ def test_full_size_counts(model, tensors, elements):
 
 
 def test_full_size_operations():
-    """Of a picture of 256 x 256 in the published networks, 10^12 operations."""
+    """Of an image of 256 x 256 in the published networks, 10^12 operations."""
     with torch.device("meta"):
         networks = make_networks({UNET: {"conv_in.weight": (320, 4, 3, 3)}, POSE: {}, BACKGROUND: {}, CLIP: {}})
         latents, context, timestep = torch.empty(1, 4, 32, 32), torch.empty(1, 257, 768), torch.empty(1)
-        pictures = {POSE: torch.empty(1, 3, 256, 256), BACKGROUND: latents}
+        images = {POSE: torch.empty(1, 3, 256, 256), BACKGROUND: latents}
     counted = {}
     for prefix in (UNET, POSE, BACKGROUND):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            condition = (pictures[prefix],) if prefix in pictures else ()
+            condition = (images[prefix],) if prefix in images else ()
             networks[prefix](latents, timestep, context, *condition)
         counted[prefix] = counter.get_total_flops() / 1e12
     assert counted[UNET] == pytest.approx(0.189, abs=5e-4) and counted[POSE] == pytest.approx(0.067, abs=5e-4)
@@ -205,14 +205,14 @@ def test_base_weights_become_a_pipeline_to_train(tmp_path, capsys):
     for network in (pipeline.pose_control_net, pipeline.background_control_net):
         assert torch.equal(network.mid_block.resnets[0].conv1.weight, unet["mid_block.resnets.0.conv1.weight"])
         assert not network.controlnet_mid_block.weight.any()
-    picture, poses = torch.rand(3, 16, 16), torch.rand(2, 3, 16, 16)
+    image, poses = torch.rand(3, 16, 16), torch.rand(2, 3, 16, 16)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 1, "output_type": "latent", "reference_mask": torch.ones(16, 16, dtype=bool)}
-    assert pipeline(picture, poses, **arguments).frames.isfinite().all()
+    assert pipeline(image, poses, **arguments).frames.isfinite().all()
 
 
 def test_unknown_null_tokens_are_named(tmp_path):
-    with pytest.raises(UserError, match="null_tokens=nothing is not one of empty_picture, zeros"):
+    with pytest.raises(UserError, match="null_tokens=nothing is not one of empty_image, zeros"):
         main(["convert", "family=disco", "checkpoint=x", f"output={tmp_path / 'p'}", "null_tokens=nothing"])
 
 

@@ -7,7 +7,7 @@ import torch
 
 from core.errors import UserError
 from models.animators.disco.model import DisCo
-from models.animators.trainable import CalibratedPictures
+from models.animators.trainable import CalibratedImages
 from models.attention.context import ReferenceContext
 from tests.disco_parts import HEIGHT, LATENTS, WIDTH, randn, small_disco_pipeline
 from tests.networks import TINY
@@ -58,7 +58,7 @@ def test_training_predicts_what_inference_does(model):
     both = batch() | {"dropped": torch.tensor([0, 1])}
     predicted = model(**both)
     tokens = model.encode_foreground(both["reference_image"], both["reference_mask"])
-    for j, context in enumerate((tokens[[0]], model.encode_nobody())):
+    for j, context in enumerate((tokens[[0]], model.encode_null())):
         latents, poses = both["noisy_latents"][j].transpose(0, 1), both["poses"][j].transpose(0, 1)
         expected = model.predict_frames(
             latents, both["timestep"][j], context, poses, both["reference_latents"][[j]], None
@@ -67,9 +67,9 @@ def test_training_predicts_what_inference_does(model):
 
 
 @torch.no_grad()
-def test_training_with_calibrated_pictures_shows_them_where_the_index_says(model):
+def test_training_with_calibrated_images_shows_them_where_the_index_says(model):
     both = batch()
-    calibrated = CalibratedPictures(randn(2, 3, HEIGHT, WIDTH, seed=8).clamp(-1, 1), both["reference_mask"])
+    calibrated = CalibratedImages(randn(2, 3, HEIGHT, WIDTH, seed=8).clamp(-1, 1), both["reference_mask"])
     index = torch.tensor([[0, 0], [0, 2], [1, 1], [1, 1]])  # only the second frame of the first clip sees one
     seen = ReferenceContext({}, index)
     plain, shown = model(**both), model(**both, reference=seen, calibrated=calibrated)
@@ -123,5 +123,5 @@ def test_new_small_networks_predict_and_start_without_effect_of_conditions():
         assert not torch.allclose(predicted, model(**both | {"reference_image": -both["reference_image"]}), atol=1e-5)
     assert torch.equal(model.token_projection.linear.weight, model.image_encoder.visual_projection.weight)
     model.check_size(4, (32, 24))
-    with pytest.raises(UserError, match=r"pose_channels=\[8, 8, 8\] make pose pictures 4 times smaller"):
+    with pytest.raises(UserError, match=r"pose_channels=\[8, 8, 8\] make pose images 4 times smaller"):
         model.check_size(8, (32, 24))

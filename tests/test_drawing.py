@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data.poses.drawing import body_joints, draw_overlay, draw_pose
 
-# A standing figure in a picture of 512 pixels, COCO order; the person's left is on the right of the picture.
+# A standing figure in an image of 512 pixels, COCO order; the person's left is on the right of the image.
 FIGURE = np.array(
     [[256, 80], [266, 70], [246, 70], [280, 78], [232, 78], [310, 140], [202, 140], [350, 210], [160, 210]]
     + [[330, 290], [150, 290], [290, 290], [222, 290], [300, 380], [215, 380], [305, 470], [210, 470]],
@@ -32,30 +32,30 @@ def test_neck_is_the_mean_of_the_shoulders_and_sides_are_kept():
 
 
 def test_joints_and_limbs_have_the_openpose_colours():
-    picture = draw_pose(figure_at(512), np.ones((1, 17)), (512, 512))
+    image = draw_pose(figure_at(512), np.ones((1, 17)), (512, 512))
     # right shoulder is joint 2, left wrist joint 7, left ankle joint 13, left ear joint 17
     for keypoint, step in ((6, 2), (9, 7), (15, 13), (3, 17)):
         x, y = FIGURE[keypoint].round().astype(int)
-        np.testing.assert_allclose(picture[y, x], hue_colour(step), atol=2)
+        np.testing.assert_allclose(image[y, x], hue_colour(step), atol=2)
     # neck to right shoulder is limb 0, left hip to left knee limb 10, neck to nose limb 12; limbs are darker
     for (a, b), step in ((((256, 140), FIGURE[6]), 0), ((FIGURE[11], FIGURE[13]), 10), (((256, 140), FIGURE[0]), 12)):
         x, y = np.round((np.array(a) + b) / 2).astype(int)
-        np.testing.assert_allclose(picture[y, x], hue_colour(step, 0.6), atol=2)
+        np.testing.assert_allclose(image[y, x], hue_colour(step, 0.6), atol=2)
 
 
 def test_limbs_are_eight_pixels_wide_at_512():
-    picture = draw_pose(figure_at(512), np.ones((1, 17)), (512, 512))
-    column = picture[120:160, 229].astype(float).max(axis=-1)  # across the limb from the neck to the right shoulder
+    image = draw_pose(figure_at(512), np.ones((1, 17)), (512, 512))
+    column = image[120:160, 229].astype(float).max(axis=-1)  # across the limb from the neck to the right shoulder
     assert column.sum() / (0.6 * 255) == pytest.approx(8, abs=0.7)
 
 
 @pytest.mark.parametrize("side", [64, 128, 256])
-def test_small_pictures_are_what_large_ones_average_to(side):
+def test_small_images_are_what_large_ones_average_to(side):
     large = draw_pose(figure_at(2048), np.ones((1, 17)), (2048, 2048))
     expected = cv2.resize(large, (side, side), interpolation=cv2.INTER_AREA).astype(float)
-    picture = draw_pose(figure_at(side), np.ones((1, 17)), (side, side)).astype(float)
-    assert np.sqrt(np.mean((picture - expected) ** 2)) < 2.5
-    assert picture.sum() == pytest.approx(expected.sum(), rel=0.15)
+    image = draw_pose(figure_at(side), np.ones((1, 17)), (side, side)).astype(float)
+    assert np.sqrt(np.mean((image - expected) ** 2)) < 2.5
+    assert image.sum() == pytest.approx(expected.sum(), rel=0.15)
 
 
 def test_sub_pixel_motion_shows():
@@ -68,23 +68,23 @@ def test_only_visible_keypoints_are_drawn():
     scores = np.zeros((1, 17))
     assert not draw_pose(figure_at(128), scores, (128, 96)).any()
     scores[0, 9] = 0.31  # one wrist alone: a joint, no limb
-    picture = draw_pose(figure_at(128), scores, (128, 128))
-    rows, columns = np.nonzero(picture.any(axis=-1))
+    image = draw_pose(figure_at(128), scores, (128, 128))
+    rows, columns = np.nonzero(image.any(axis=-1))
     np.testing.assert_allclose([columns.mean(), rows.mean()], figure_at(128)[0, 9], atol=0.3)
     assert not draw_pose(figure_at(128), scores, (128, 128), threshold=0.31).any()
 
 
-def test_no_persons_give_a_black_picture_of_the_size():
-    picture = draw_pose(np.zeros((0, 17, 2)), np.zeros((0, 17)), (40, 30))
-    assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8 and not picture.any()
+def test_no_persons_give_a_black_image_of_the_size():
+    image = draw_pose(np.zeros((0, 17, 2)), np.zeros((0, 17)), (40, 30))
+    assert image.shape == (30, 40, 3) and image.dtype == np.uint8 and not image.any()
 
 
 def test_several_persons_are_drawn_together():
     both = np.concatenate([figure_at(256) - (60, 0), figure_at(256) + (60, 0)])
-    picture = draw_pose(both, np.ones((2, 17)), (256, 256))
+    image = draw_pose(both, np.ones((2, 17)), (256, 256))
     halves = [draw_pose(both[k : k + 1], np.ones((1, 17)), (256, 256)) for k in (0, 1)]
-    np.testing.assert_array_equal(picture[:, :128], halves[0][:, :128])
-    np.testing.assert_array_equal(picture[:, 128:], halves[1][:, 128:])
+    np.testing.assert_array_equal(image[:, :128], halves[0][:, :128])
+    np.testing.assert_array_equal(image[:, 128:], halves[1][:, 128:])
 
 
 @settings(max_examples=20, deadline=None)

@@ -64,12 +64,12 @@ def test_a_window_sees_the_poses_beyond_its_own_ends(frames, reach, start, stop)
     assert torch.equal(whole[0, :, reach, 0, 0], torch.arange(frames).float())
 
 
-def test_pose_pictures_keep_their_values(pipeline):
-    """Nearest pixel, U and V of (part, U, V), [0, 1] -> [-1, 1]: no value is there that the picture does not have."""
+def test_pose_images_keep_their_values(pipeline):
+    """Nearest pixel, U and V of (part, U, V), [0, 1] -> [-1, 1]: no value is there that the image does not have."""
     unet = pipeline.denoising_unet
-    picture = torch.zeros(1, 3, 4, 4)
-    picture[0, :, :, 1:] = torch.tensor([0.9, 0.25, 1.0])[:, None, None]
-    found = unet.pose_input(picture, (2, 2))
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, :, :, 1:] = torch.tensor([0.9, 0.25, 1.0])[:, None, None]
+    found = unet.pose_input(image, (2, 2))
     assert found.tolist() == [[[[-1.0, -0.5], [-1.0, -0.5]], [[-1.0, 1.0], [-1.0, 1.0]]]]
 
 
@@ -122,9 +122,9 @@ def test_grid_of_a_files_cells(cells, grid):
 
 
 def test_clip_sees_the_middle_square():
-    picture = torch.arange(5.0)[None, None, :, None].expand(1, 3, 5, 3)
-    assert central_square(picture)[0, 0, :, 0].tolist() == [1, 2, 3]
-    assert central_square(picture.transpose(2, 3))[0, 0, 0].tolist() == [1, 2, 3]
+    image = torch.arange(5.0)[None, None, :, None].expand(1, 3, 5, 3)
+    assert central_square(image)[0, 0, :, 0].tolist() == [1, 2, 3]
+    assert central_square(image.transpose(2, 3))[0, 0, 0].tolist() == [1, 2, 3]
 
 
 # Guidance
@@ -147,9 +147,9 @@ def guided_and_parts(pipeline, scales):
     animator = pipeline.animator()
     images, pose = torch.randn(1, TOKENS, WIDTH), torch.randn(1, FRAMES, 10, *LATENTS)
     parts = branches(pipeline, noise(), pose, images)
-    subject = type("Subject", (), {"null": animator.null_context()})
+    conditioning = type("Conditioning", (), {"null": animator.null_context()})
     seen = same_reference({SOURCE: images}, FRAMES)
-    return animator.predict(noise(), torch.tensor(401), Condition(subject, pose, seen), scales), parts
+    return animator.predict(noise(), torch.tensor(401), Condition(conditioning, pose, seen), scales), parts
 
 
 def test_guidance_of_three_branches(pipeline):
@@ -191,9 +191,9 @@ def test_frames_are_asked_once_what_they_look_at(pipeline):
 
     animator, asked = pipeline.animator(), Asked()
     seen = replace(same_reference({SOURCE: torch.randn(1, TOKENS, WIDTH)}, FRAMES), probe=asked)
-    subject = type("Subject", (), {"null": animator.null_context()})
+    conditioning = type("Conditioning", (), {"null": animator.null_context()})
     pose = torch.randn(1, FRAMES, 10, *LATENTS)
-    animator.predict(noise(), torch.tensor(401), Condition(subject, pose, seen), (8.0, 3.0))
+    animator.predict(noise(), torch.tensor(401), Condition(conditioning, pose, seen), (8.0, 3.0))
     assert asked.layers == list(animator.attention_layers(LATENTS))
 
 
@@ -264,7 +264,7 @@ def test_what_is_trained_gets_gradients(pipeline, choice):
 def test_small_networks_go_together():
     """New ones take figures, of which all three channels count, and start from CLIP's tokens alone."""
     sizes = replace(TINY, image_encoder_width=12, attention=["up", "both"])
-    animator = DreamPose.small(sizes, latent_channels=4, picture_size=32)
+    animator = DreamPose.small(sizes, latent_channels=4, image_size=32)
     unet = animator.denoising_unet.config
     assert (unet.in_channels, unet.out_channels, unet.cross_attention_dim) == (4 + 5 * 3, 4, 12)
     assert unet.pose_kind == "OpenPose" and animator.latent_side == 8

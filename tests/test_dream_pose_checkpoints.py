@@ -26,7 +26,7 @@ from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import UNetSizes, unet_arguments
 from models.checkpoints.sources import ConvertConfig
 from models.checkpoints.verify import read_fixture, verify
-from models.vae import encode_pictures
+from models.vae import vae_encode
 from tests.dream_pose_parts import GRID, SIZES, TOKENS, WIDTH, published, small_image_encoder, write_weights
 from tests.published import fixtures_folder
 
@@ -143,7 +143,7 @@ def test_files_become_a_pipeline(weights, tmp_path, capsys):
     for file, network in (("unet", pipeline.denoising_unet), ("adapter", pipeline.adapter)):
         state = network.state_dict()
         assert all(torch.equal(state[name], value) for name, value in published(file).items())
-    grey = encode_pictures(pipeline.vae, torch.zeros(1, 3, 4 * GRID[0], 4 * GRID[1]))
+    grey = vae_encode(pipeline.vae, torch.zeros(1, 3, 4 * GRID[0], 4 * GRID[1]))
     assert torch.allclose(pipeline.adapter.null_latents, torch.nn.functional.max_pool2d(grey, 2)[0], atol=1e-6)
 
 

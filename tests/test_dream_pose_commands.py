@@ -1,4 +1,4 @@
-"""DreamPose through the commands: animation with given and drawn pose pictures, evaluation, training."""
+"""DreamPose through the commands: animation with given and drawn pose images, evaluation, training."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ QUICK = ["steps=2", "num_frames=3", "size=[32,32]"]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A rendered pair, and coloured pictures in place of DensePose."""
+    """A rendered pair, and coloured images in place of DensePose."""
     folder = tmp_path_factory.mktemp("inputs")
     save_rendered_pair(folder)
     (folder / "densepose").mkdir()
@@ -49,7 +49,7 @@ def figures(tmp_path_factory) -> str:
     """A new small model, which reads figures that are drawn."""
     folder = tmp_path_factory.mktemp("figures")
     torch.manual_seed(0)
-    networks = DreamPose.small(TINY, latent_channels=4, picture_size=32)
+    networks = DreamPose.small(TINY, latent_channels=4, image_size=32)
     vae = load_vae(make_vae(folder / "vae_alone"))
     parts = {name: module.eval() for name, module in networks.named_children()}
     DreamPosePipeline(vae=vae, scheduler=published_scheduler("dreampose"), **parts).save_pretrained(folder / "model")
@@ -60,8 +60,8 @@ def result(output: Path) -> np.ndarray:
     return read_video(output / "animation.mp4").frames
 
 
-def test_animation_with_given_pose_pictures(inputs, published, tmp_path):
-    poses = f"pose_pictures={inputs / 'densepose'}"
+def test_animation_with_given_pose_images(inputs, published, tmp_path):
+    poses = f"pose_images={inputs / 'densepose'}"
     for attach in ("add", "replace"):
         infer.main([*given(inputs), poses, published, f"output={tmp_path / attach}", f"tpc.attach={attach}", *QUICK])
         assert result(tmp_path / attach).shape == (3, 32, 32, 3)
@@ -71,7 +71,7 @@ def test_animation_with_given_pose_pictures(inputs, published, tmp_path):
 
 
 def test_figures_are_not_drawn_for_a_model_of_coordinates(inputs, published, tmp_path):
-    with pytest.raises(UserError, match="pose_pictures= is required.*reads DensePose pictures"):
+    with pytest.raises(UserError, match="pose_images= is required.*reads DensePose images"):
         infer.main([*given(inputs), published, f"output={tmp_path}", *QUICK])
 
 
@@ -86,7 +86,7 @@ def test_evaluation_sweeps(figures, published, tmp_path):
     quick = ["sampling.steps=1", "sampling.size=[32,32]", "source=48", "frames=2", "seeds=[0]", "clips=1"]
     evaluate.main(["sweep", figures, f"output={tmp_path / 'sweep'}", "angles=2", "scales=[1.0]", *quick])
     assert (tmp_path / "sweep" / "results.json").is_file()
-    with pytest.raises(UserError, match="the model reads DensePose pictures, which cannot be drawn from keypoints"):
+    with pytest.raises(UserError, match="the model reads DensePose images, which cannot be drawn from keypoints"):
         evaluate.main(["sweep", published, f"output={tmp_path / 'no'}", "angles=2", "scales=[1.0]", *quick])
 
 
@@ -112,7 +112,7 @@ def test_training_makes_a_pipeline(inputs, tmp_path):
 
 def test_training_refuses_what_the_model_cannot_use(published, tmp_path):
     init = [f"model.init={published.removeprefix('model=')}", f"output={tmp_path}", "stage=image", "data.size=[32,32]"]
-    with pytest.raises(UserError, match="reads DensePose pictures; give data.pose_pictures="):
+    with pytest.raises(UserError, match="reads DensePose images; give data.pose_images="):
         train.main(init)
     with pytest.raises(UserError, match="trainable=motion is not one of full, adapter, lora, which DreamPose has"):
-        train.main([*init, "stage=motion", "data.num_frames=2", "trainable=motion", "data.pose_pictures=x"])
+        train.main([*init, "stage=motion", "data.num_frames=2", "trainable=motion", "data.pose_images=x"])

@@ -55,7 +55,7 @@ def maximum_over(axis: int, source: str, output: str) -> bytes:
     return node("ReduceMax", [source], output, keepdims=1) + entry(5, axes)
 
 
-def picture_value(name: str, shape: tuple[int, ...]) -> bytes:
+def image_value(name: str, shape: tuple[int, ...]) -> bytes:
     dims = b"".join(entry(1, entry(1, n)) for n in shape)
     return entry(1, name) + entry(2, entry(1, entry(1, FLOAT) + entry(2, dims)))
 
@@ -63,8 +63,8 @@ def picture_value(name: str, shape: tuple[int, ...]) -> bytes:
 def write_onnx(path, size, nodes: list[bytes], constants: dict[str, np.ndarray], outputs: dict[str, tuple[int, ...]]):
     graph = b"".join(entry(1, n) for n in nodes) + entry(2, "graph")
     graph += b"".join(entry(5, tensor(name, values)) for name, values in constants.items())
-    graph += entry(11, picture_value("input", (1, 3, size[1], size[0])))
-    graph += b"".join(entry(12, picture_value(name, shape)) for name, shape in outputs.items())
+    graph += entry(11, image_value("input", (1, 3, size[1], size[0])))
+    graph += b"".join(entry(12, image_value(name, shape)) for name, shape in outputs.items())
     path.write_bytes(entry(1, 8) + entry(7, graph) + entry(8, entry(1, "") + entry(2, 13)))
 
 
@@ -127,7 +127,7 @@ def weights(tmp_path_factory):
 CROP_SCALE = 1.25 * 128 / POSE_SIZE[0]  # pixels of a square image of 128 pixels in one of the pose network's input
 
 
-def picture_with_red_dot(x: int, y: int, size: tuple[int, int] = (128, 128)) -> np.ndarray:
+def image_with_red_dot(x: int, y: int, size: tuple[int, int] = (128, 128)) -> np.ndarray:
     rows, columns = np.mgrid[: size[1], : size[0]]
     image = np.zeros((size[1], size[0], 3), np.uint8)
     image[..., 0] = 255 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 50)
@@ -136,7 +136,7 @@ def picture_with_red_dot(x: int, y: int, size: tuple[int, int] = (128, 128)) -> 
 
 def test_keypoints_land_on_what_the_network_saw(weights):
     estimator = open_estimator(PoseConfig(backend="dwpose", weights=weights))
-    estimate = estimate_image(picture_with_red_dot(70, 40), estimator)
+    estimate = estimate_image(image_with_red_dot(70, 40), estimator)
     assert estimate.masks is None and estimate.poses.keypoints.shape == (1, 1, 17, 2)
     np.testing.assert_allclose(estimate.poses.keypoints[0, 0], (70, 40) + CROP_SCALE * OFFSETS[:17], atol=2.5)
     assert estimate.poses.scores.max() <= 1
@@ -145,7 +145,7 @@ def test_keypoints_land_on_what_the_network_saw(weights):
 def test_persons_upside_down_are_found_and_mapped_back(weights):
     estimator = open_estimator(PoseConfig(backend="dwpose", weights=weights))
     for x, y in ((50, 90), (75, 85)):
-        (person,) = estimator.image(picture_with_red_dot(x, y))
+        (person,) = estimator.image(image_with_red_dot(x, y))
         np.testing.assert_allclose(person.keypoints.mean(axis=0), (x, y), atol=4)  # a pixel of the turned crop
         # Turned and scaled as a whole, not mirrored: a similarity explains where the keypoints are.
         found, offsets = (person.keypoints - person.keypoints.mean(axis=0)) @ (1, 1j), OFFSETS[:17] @ (1, 1j)
@@ -154,24 +154,24 @@ def test_persons_upside_down_are_found_and_mapped_back(weights):
 
 def test_video_keeps_the_slot(weights):
     estimator = open_estimator(PoseConfig(backend="dwpose", weights=weights))
-    frames = [picture_with_red_dot(40 + 4 * k, 30) for k in range(5)]
+    frames = [image_with_red_dot(40 + 4 * k, 30) for k in range(5)]
     poses = estimate_poses(frames, 25, estimator, max_persons=2).poses
     assert (poses.frames, poses.persons) == (5, 1)
     dots = np.array([(40 + 4 * k, 30) for k in range(5)])
     np.testing.assert_allclose(poses.keypoints[:, 0], dots[:, None] + CROP_SCALE * OFFSETS[:17], atol=2.5)
 
 
-def test_nobody_is_found_in_a_black_picture(weights):
+def test_nobody_is_found_in_a_black_image(weights):
     assert open_estimator(PoseConfig(backend="dwpose", weights=weights)).image(np.zeros((60, 90, 3), np.uint8)) == []
 
 
 def test_letterbox_keeps_the_aspect_and_turns_to_bgr():
     image = np.zeros((50, 200, 3), np.uint8)
     image[..., 0] = 250
-    picture, scale = letterbox(image, (64, 64))
-    assert picture.shape == (3, 64, 64) and picture.dtype == np.float32 and scale == pytest.approx(0.32)
-    np.testing.assert_array_equal(picture[:, :16], np.broadcast_to([[[0]], [[0]], [[250]]], (3, 16, 64)))
-    assert (picture[:, 16:] == 114).all()
+    boxed, scale = letterbox(image, (64, 64))
+    assert boxed.shape == (3, 64, 64) and boxed.dtype == np.float32 and scale == pytest.approx(0.32)
+    np.testing.assert_array_equal(boxed[:, :16], np.broadcast_to([[[0]], [[0]], [[250]]], (3, 16, 64)))
+    assert (boxed[:, 16:] == 114).all()
 
 
 def test_boxes_are_decoded_in_closed_form_and_suppressed():

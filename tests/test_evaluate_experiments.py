@@ -113,9 +113,9 @@ def test_pose_noise_is_in_parts_of_the_height_and_leaves_the_rest():
     scores = person.scores.copy()
     scores[:, :, 3] = 0
     poses = replace(person, scores=scores)
-    picture = np.zeros((1, 100, 100, 3), np.uint8)
+    image = np.zeros((1, 100, 100, 3), np.uint8)
     mask = np.zeros((1, 1, 100, 100), np.uint8)
-    clip = EvaluationClip("a", Reference(picture[0], posed([(0, 1)]), mask[0]), Driving(picture, poses, mask))
+    clip = EvaluationClip("a", Reference(image[0], posed([(0, 1)]), mask[0]), Driving(image, poses, mask))
     noisy = with_pose_noise(clip, 0.02, np.random.default_rng(3))
     again = with_pose_noise(clip, 0.02, np.random.default_rng(3))
     np.testing.assert_array_equal(noisy.driving.poses.keypoints, again.driving.poses.keypoints)

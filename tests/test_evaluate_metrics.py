@@ -27,8 +27,8 @@ def save_frames(folder: Path, frames: np.ndarray) -> None:
         Image.fromarray(frame).save(folder / f"{number:04d}.png")
 
 
-def pictures(seed: int, count: int, size: tuple[int, int] = (24, 32)) -> np.ndarray:
-    """Smooth pictures (n, h, w, 3) that change from frame to frame."""
+def images(seed: int, count: int, size: tuple[int, int] = (24, 32)) -> np.ndarray:
+    """Smooth images (n, h, w, 3) that change from frame to frame."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(20, 230, (count, 4, 4, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(p).resize(size[::-1], Image.Resampling.BICUBIC)) for p in coarse])
@@ -41,7 +41,7 @@ def clips(tmp_path_factory) -> Path:
     mask = np.zeros((24, 32, 3), np.uint8)
     mask[:12] = 255
     for number, count in enumerate((5, 3)):
-        truth = pictures(number, count).clip(0, 250)
+        truth = images(number, count).clip(0, 250)
         generated = truth + (mask // 255 * 5)
         save_frames(root / "truth" / f"clip{number}", truth)
         save_frames(root / "generated" / f"clip{number}", generated)
@@ -96,7 +96,7 @@ def test_the_historical_protocol_prints_its_errors_under_their_own_names(clips, 
 def test_windows_are_counted_exactly_and_few_of_them_are_a_warning(tmp_path):
     packaged()
     for number, count in enumerate((15, 16, 17, 40)):
-        frames = pictures(number, count)
+        frames = images(number, count)
         save_frames(tmp_path / "truth" / f"clip{number}", frames)
         save_frames(tmp_path / "generated" / f"clip{number}", 255 - frames)
     arguments = ["features=stand-in", "measures=[vgg_frechet,vgg_frechet_video]", "batch_size=7"]
@@ -165,7 +165,7 @@ def test_help_lists_the_arguments(task, capsys):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_flicker_of_clips_however_their_frames_are_batched(tmp_path, batch_size):
     """Brighter by 20 grey levels in the upper half of every second frame."""
-    truth, mask = pictures(3, 5).clip(0, 230), np.zeros((24, 32, 3), np.uint8)
+    truth, mask = images(3, 5).clip(0, 230), np.zeros((24, 32, 3), np.uint8)
     mask[:12] = 255
     generated = truth.copy()
     generated[1::2, :12] += 20
@@ -198,26 +198,26 @@ class TestResuming:
         evaluate.main(command)
         assert capsys.readouterr().out == first
 
-    def test_other_settings_or_other_pictures_are_refused(self, clips, tmp_path):
+    def test_other_settings_or_other_images_are_refused(self, clips, tmp_path):
         shutil.copytree(clips, tmp_path / "c")
         evaluate.main(given(tmp_path / "c", tmp_path / "o", "features=none"))
         with pytest.raises(UserError, match="begun with other protocol"):
             evaluate.main(given(tmp_path / "c", tmp_path / "o", "features=none", "protocol=disco-fixed"))
-        save_frames(tmp_path / "new", pictures(9, 1))
+        save_frames(tmp_path / "new", images(9, 1))
         shutil.copy(tmp_path / "new" / "0000.png", tmp_path / "c" / "generated" / "clip0" / "0000.png")
         with pytest.raises(UserError, match="begun with other clip0"):
             evaluate.main(given(tmp_path / "c", tmp_path / "o", "features=none"))
 
 
 class TestClips:
-    def test_videos_folders_results_and_numbered_pictures(self, tmp_path):
-        write_video(tmp_path / "mixed" / "a.mp4", pictures(0, 4), 8)
-        save_frames(tmp_path / "mixed" / "b", pictures(1, 3))
-        write_video(tmp_path / "mixed" / "c" / "animation.mp4", pictures(2, 5), 8)
-        write_video(tmp_path / "mixed" / "c" / "comparison.mp4", pictures(2, 5), 8)
+    def test_videos_folders_results_and_numbered_images(self, tmp_path):
+        write_video(tmp_path / "mixed" / "a.mp4", images(0, 4), 8)
+        save_frames(tmp_path / "mixed" / "b", images(1, 3))
+        write_video(tmp_path / "mixed" / "c" / "animation.mp4", images(2, 5), 8)
+        write_video(tmp_path / "mixed" / "c" / "comparison.mp4", images(2, 5), 8)
         found = find_clips(tmp_path / "mixed", "generated")
         assert {name: clip.count() for name, clip in found.items()} == {"a": 4, "b": 3, "c": 5}
-        save_frames(tmp_path / "flat", pictures(0, 4))
+        save_frames(tmp_path / "flat", images(0, 4))
         for number in range(4):
             name = f"dance_{number // 2}_{number:03d}.png"
             (tmp_path / "flat" / f"{number:04d}.png").rename(tmp_path / "flat" / name)
@@ -225,8 +225,8 @@ class TestClips:
         assert {name: clip.count() for name, clip in found.items()} == {"dance_0": 2, "dance_1": 2}
 
     def test_one_clip_each_is_a_pair_whatever_the_names(self, tmp_path):
-        write_video(tmp_path / "run1" / "animation.mp4", pictures(0, 3), 8)
-        save_frames(tmp_path / "other", pictures(0, 3))
+        write_video(tmp_path / "run1" / "animation.mp4", images(0, 3), 8)
+        save_frames(tmp_path / "other", images(0, 3))
         paths = [f"generated={tmp_path / 'run1'}", f"truth={tmp_path / 'other'}", f"output={tmp_path / 'o'}"]
         evaluate.main(["metrics", *paths, "features=none"])
         assert results_of(tmp_path / "o")["counts"] == {"clips": 1, "frames": 3}
@@ -248,7 +248,7 @@ class TestBadInput:
         shutil.rmtree(copy / "generated" / "clip0")
         self.fails(copy, r"generated=.* lacks 1 clips that truth=.* has: clip0")
         shutil.rmtree(copy / "truth" / "clip0")
-        save_frames(copy / "generated" / "clip7", pictures(0, 2))
+        save_frames(copy / "generated" / "clip7", images(0, 2))
         self.fails(copy, r"truth=.* lacks 1 clips that generated=.* has: clip7")
 
     def test_other_numbers_of_frames(self, copy):
@@ -260,15 +260,15 @@ class TestBadInput:
         self.fails(copy, "clip 'clip0': generated has a frame .*.png where truth has .*.png")
 
     def test_other_sizes(self, copy):
-        Image.fromarray(pictures(0, 1, (30, 32))[0]).save(copy / "generated" / "clip1" / "0001.png")
+        Image.fromarray(images(0, 1, (30, 32))[0]).save(copy / "generated" / "clip1" / "0001.png")
         self.fails(copy, "clip 'clip1', frame 1: .*is 32x30; protocol native needs 32x24")
-        Image.fromarray(pictures(0, 1, (30, 32))[0]).save(copy / "truth" / "clip1" / "0001.png")
+        Image.fromarray(images(0, 1, (30, 32))[0]).save(copy / "truth" / "clip1" / "0001.png")
         self.fails(copy, "clip 'clip1', frame 1: truth is 32x30")
 
     def test_masks_that_do_not_fit(self, copy):
         shutil.rmtree(copy / "masks" / "clip1")
         self.fails(copy, "masks=.* lacks 1 clips that generated=.* has: clip1", f"masks={copy / 'masks'}")
-        save_frames(copy / "masks" / "clip1", pictures(0, 2))
+        save_frames(copy / "masks" / "clip1", images(0, 2))
         self.fails(copy, "clip 'clip1': masks has 2 frames", f"masks={copy / 'masks'}")
 
     def test_arguments(self, copy):

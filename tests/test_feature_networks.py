@@ -55,15 +55,15 @@ def test_networks_of_windows_are_the_published_ones(network, inputs, known):
 
 @torch.no_grad()
 def test_inception_from_its_file_is_the_published_one(tmp_path):
-    """As pytorch-fid: pictures in [0, 1], resized bilinearly. Its file lacks the counters of batch norm."""
+    """As pytorch-fid: images in [0, 1], resized bilinearly. Its file lacks the counters of batch norm."""
     state = seeded(InceptionV3()).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / weights.INCEPTION.names[0])
     extractor = features.inception_features(tmp_path)
-    pictures = drawn(2, 3, 128, 128, normal=False)
-    prepared = torch.nn.functional.interpolate(pictures, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+    images = drawn(2, 3, 128, 128, normal=False)
+    prepared = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
     assert extractor.extract(prepared)[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
-    frames = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    frames = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert torch.allclose(extractor.prepare(frames), prepared, atol=0.005)
     assert extractor.dimension == 2048 and len(extractor.sha256) == 64
 

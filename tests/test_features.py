@@ -17,7 +17,7 @@ from data.preparation.manifest import read_manifest, write_manifest
 from data.preparation.prepare import prepare_clips
 from data.preparation.provenance import PrepareConfig
 from data.preparation.shards import Shard
-from models.vae import encode_pictures, vae_factor
+from models.vae import vae_encode, vae_scale_factor
 from tests.filmed import FigureEstimator, damage, figure_film, rendered_film, save_prepared_videos
 from tests.networks import TINY
 from training.build import make_networks, make_scheduler
@@ -139,7 +139,7 @@ def test_rows_are_the_frames_of_the_clip(dataset, model, tiny_pipeline):
     name = VideoFolder(dataset, (32, 32), crop="pad").clips[0].clip.name
     stored = [cache.read(name, list(range(6))), cache.read("sub/b" if name == "a" else "a", list(range(6)))]
     with torch.no_grad():
-        expected = encode_pictures(tiny_pipeline.vae, frames.transpose(0, 1))
+        expected = vae_encode(tiny_pipeline.vae, frames.transpose(0, 1))
     differences = [float((one["mean"] - expected).abs().max()) for one in stored]
     assert min(differences) < 1e-5 < max(differences)
     some = cache.read("a", [4, 0])
@@ -228,7 +228,7 @@ def test_wrong_settings_are_user_errors(dataset, model, tmp_path, tiny_pipeline)
         ({"dtype": "int8"}, "dtype=int8"),
         ({"crop": "all"}, "crop=all"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"size": [33, 32]}, f"multiples of {vae_factor(tiny_pipeline.vae)}"),
+        ({"size": [33, 32]}, f"multiples of {vae_scale_factor(tiny_pipeline.vae)}"),
         ({"model": None}, "model= .*is required or vae="),
         ({"vae": str(tmp_path)}, "vae=.*is not a VAE folder"),
         ({"dataset": str(tmp_path / "videos")}, "is not prepared"),
@@ -237,7 +237,7 @@ def test_wrong_settings_are_user_errors(dataset, model, tmp_path, tiny_pipeline)
             given = {"dataset": str(dataset), "model": str(model), "size": SIZE}
             make_features("latents", FeatureConfig(**given | settings), ALONE)
     with pytest.raises(ValueError, match="kind"):
-        FeatureCache(tmp_path, "pictures")
+        FeatureCache(tmp_path, "images")
     with pytest.raises(UserError, match="cannot be read as latents"):
         FeatureCache(tmp_path, "latents").read("a", [0])
 
@@ -247,7 +247,7 @@ def test_a_vae_is_not_trained_on_the_latents_of_another():
         training.vae.main(["output=x", "data.latents=y"])
 
 
-def test_the_cache_of_pictures_follows_the_videos(tmp_path):
+def test_the_cache_of_images_follows_the_videos(tmp_path):
     """`data.cache` keeps decoded clips; it is made anew when a video or the crop changes."""
     root = save_prepared_videos(tmp_path / "videos", {"a": figure_film()})
     config = DataConfig(source="videos", root=str(root), size=[32, 48], num_frames=2, workers=0)

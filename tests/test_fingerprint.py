@@ -34,7 +34,7 @@ def test_folders_of_openpose_files_count_too(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["content", "name", "more", "fewer"])
-def test_folders_of_frames_are_their_pictures_and_names(tmp_path, change):
+def test_folders_of_frames_are_their_images_and_names(tmp_path, change):
     frames = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
     folder = save_frames(tmp_path / "frames", frames)
     stored = Fingerprint.of(folder)

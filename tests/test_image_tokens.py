@@ -222,5 +222,5 @@ def test_attention_to_mixed_tokens_points_nowhere():
     run = AttentionRun({"layer": LayerShape((2, 2), 1, 4, KeyLayout(None, whole=5))}, (8, 8), 1, 1)
     with AttentionRecording(AttentionConfig()) as recording:
         recording.begin(run)
-    with pytest.raises(UserError, match="layer sees tokens that mix the whole picture"):
+    with pytest.raises(UserError, match="layer sees tokens that mix the whole image"):
         require_reference(recording.result)

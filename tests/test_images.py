@@ -10,12 +10,12 @@ WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)
 
 
-def picture_with_a_mark() -> np.ndarray:
+def image_with_a_mark() -> np.ndarray:
     """Grey with a red patch at the bottom left, so that no rotation or mirror image of it is itself."""
-    picture = np.full((HEIGHT, WIDTH, 3), 60, np.uint8)
-    picture[30:40, :20] = RED
-    picture[8:24, 7:14] = 220
-    return picture
+    image = np.full((HEIGHT, WIDTH, 3), 60, np.uint8)
+    image[30:40, :20] = RED
+    image[8:24, 7:14] = 220
+    return image
 
 
 def test_images_are_listed_in_natural_order(tmp_path):
@@ -27,7 +27,7 @@ def test_images_are_listed_in_natural_order(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_camera_orientation_is_applied(tmp_path, orientation):
-    upright = picture_with_a_mark()
+    upright = image_with_a_mark()
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -45,15 +45,15 @@ def test_camera_orientation_is_applied(tmp_path, orientation):
 
 
 def test_images_of_all_kinds_become_rgb(tmp_path):
-    rgb = picture_with_a_mark()
-    picture = Image.fromarray(rgb)
+    rgb = image_with_a_mark()
+    image = Image.fromarray(rgb)
     path = tmp_path / "image.png"
-    picture.convert("L").save(path)
+    image.convert("L").save(path)
     grey = read_image(path)
     assert grey.shape == rgb.shape and (grey[..., 0] == grey[..., 2]).all() and grey[35, 8, 0] == 87
     Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(path)
     np.testing.assert_array_equal(read_image(path)[..., 1], np.arange(256).reshape(16, 16))
-    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path)
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(path)
     np.testing.assert_allclose(read_image(path), rgb, atol=3)
     alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
     alpha[:, 40:], alpha[:, 50:] = 128, 0
@@ -62,9 +62,9 @@ def test_images_of_all_kinds_become_rgb(tmp_path):
     np.testing.assert_array_equal(shown[:, :40], rgb[:, :40])
     np.testing.assert_allclose(shown[:, 45], (rgb[:, 45] + 255.0) / 2, atol=1)
     np.testing.assert_array_equal(shown[:, 50:], 255)
-    picture.convert("CMYK").save(tmp_path / "image.jpg", quality=98)
+    image.convert("CMYK").save(tmp_path / "image.jpg", quality=98)
     np.testing.assert_allclose(read_image(tmp_path / "image.jpg")[35, 8], RED, atol=12)
-    picture.convert("1").save(path)
+    image.convert("1").save(path)
     assert set(np.unique(read_image(path))) == {0, 255}
 
 
@@ -73,7 +73,7 @@ def test_every_bad_image_is_one_clear_line(tmp_path):
         read_image(tmp_path / "missing.png", argument="reference")
     with pytest.raises(UserError, match="is a folder; give a file"):
         read_image(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match="is not an image"):
         read_image(tmp_path / "text.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "cut.png")
@@ -84,6 +84,6 @@ def test_every_bad_image_is_one_clear_line(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="floating-point"):
         read_image(tmp_path / "float.tif")
-    write_video(tmp_path / "clip.mp4", [picture_with_a_mark()] * 2, 25)
+    write_video(tmp_path / "clip.mp4", [image_with_a_mark()] * 2, 25)
     with pytest.raises(UserError, match="is not an image"):
         read_image(tmp_path / "clip.mp4")

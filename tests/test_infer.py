@@ -83,7 +83,7 @@ def test_calibration_is_that_of_the_calibration_command(result, inputs, tmp_path
         assert np.allclose(matrices[0], matrices[1], atol=2.0)
 
 
-def test_same_seed_same_pictures_and_without_tpc_no_calibration(result, model, inputs, tmp_path):
+def test_same_seed_same_images_and_without_tpc_no_calibration(result, model, inputs, tmp_path):
     output = tmp_path / "plain"
     infer.main([*given(inputs), model, f"output={output}", "tpc.enabled=false", *QUICK])
     assert not (output / "calibration").exists()
@@ -108,22 +108,22 @@ def magic_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def densepose(inputs, tmp_path_factory) -> Path:
-    """Pictures of parts in flat colours, as DensePose draws them: a folder of 6 and a video."""
+    """Images of parts in flat colours, as DensePose draws them: a folder of 6 and a video."""
     folder = tmp_path_factory.mktemp("densepose")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     frames = read_video(inputs / "driving.mp4").frames // 64 * 64
     for number, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / "pictures" / f"{number:04d}.png")
+        Image.fromarray(frame).save(folder / "images" / f"{number:04d}.png")
     write_video(folder / "video.mp4", frames, 8.0)
     return folder
 
 
-def test_densepose_pictures_drive_magic_animate(magic_model, inputs, densepose, tmp_path):
+def test_densepose_images_drive_magic_animate(magic_model, inputs, densepose, tmp_path):
     """A video alone without TPC; a folder, with the driving clip's poses, with TPC."""
     reference = f"reference={inputs / 'reference.png'}"
     plain = [
         reference,
-        f"pose_pictures={densepose / 'video.mp4'}",
+        f"pose_images={densepose / 'video.mp4'}",
         "tpc.enabled=false",
         f"output={tmp_path / 'plain'}",
     ]
@@ -133,16 +133,16 @@ def test_densepose_pictures_drive_magic_animate(magic_model, inputs, densepose, 
     first = Image.fromarray(read_video(densepose / "video.mp4").frames[0]).resize((256, 256))
     assert np.abs(shown.mean((0, 1)) - np.asarray(first).mean((0, 1))).max() < 12
 
-    pictures = f"pose_pictures={densepose / 'pictures'}"
-    infer.main([*given(inputs), pictures, magic_model, f"output={tmp_path / 'tpc'}", "compare=false", *QUICK])
+    images = f"pose_images={densepose / 'images'}"
+    infer.main([*given(inputs), images, magic_model, f"output={tmp_path / 'tpc'}", "compare=false", *QUICK])
     written = json.loads((tmp_path / "tpc" / "result.json").read_text())
     assert written["calibration"]["calibrated"] == 3 and written["frames"] == 3
 
 
-def test_pose_pictures_take_the_place_of_drawn_figures(model, inputs, densepose, tmp_path):
+def test_pose_images_take_the_place_of_drawn_figures(model, inputs, densepose, tmp_path):
     common = [*given(inputs), model, "tpc.enabled=false", "steps=1", "num_frames=2", "size=[32,32]"]
     infer.main([*common, f"output={tmp_path / 'drawn'}"])
-    infer.main([*common, f"pose_pictures={densepose / 'pictures'}", f"output={tmp_path / 'given'}"])
+    infer.main([*common, f"pose_images={densepose / 'images'}", f"output={tmp_path / 'given'}"])
     drawn, given_ = (read_video(tmp_path / name / "animation.mp4").frames for name in ("drawn", "given"))
     assert drawn.shape == given_.shape and not np.array_equal(drawn, given_)
 
@@ -230,7 +230,7 @@ class TestBadInput:
             (key,) = change
             self.fails([f"{k}={v}" for k, v in {**base, **change}.items()], f"{key}=", tmp_path / "o")
 
-    def test_nobody_in_the_picture_or_the_video(self, model, inputs, tmp_path):
+    def test_nobody_in_the_image_or_the_video(self, model, inputs, tmp_path):
         Image.fromarray(np.full((96, 96, 3), 90, np.uint8)).save(tmp_path / "grey.png")
         write_video(tmp_path / "grey.mp4", [np.full((96, 96, 3), 90, np.uint8)] * 4, 8)
         arguments = dict(argument.split("=", 1) for argument in [*given(inputs), model, *QUICK])
@@ -253,12 +253,12 @@ class TestBadInput:
         self.fails([given(inputs)[1], model], "reference= is required", tmp_path / "o")
 
     def test_models_that_no_figure_can_be_drawn_for(self, magic_model, inputs, densepose, tmp_path):
-        self.fails([*given(inputs), magic_model, *QUICK], "pose_pictures= is required.*DensePose", tmp_path / "o")
-        pictures = [given(inputs)[0], f"pose_pictures={densepose / 'video.mp4'}"]
-        self.fails([*pictures, magic_model], "TPC needs driving= or driving_poses=", tmp_path / "o")
-        self.fails([pictures[1], magic_model], "reference= is required", tmp_path / "o")
+        self.fails([*given(inputs), magic_model, *QUICK], "pose_images= is required.*DensePose", tmp_path / "o")
+        images = [given(inputs)[0], f"pose_images={densepose / 'video.mp4'}"]
+        self.fails([*images, magic_model], "TPC needs driving= or driving_poses=", tmp_path / "o")
+        self.fails([images[1], magic_model], "reference= is required", tmp_path / "o")
         self.fails(
-            [pictures[0], "pose_pictures=nowhere", "tpc.enabled=false", magic_model], "pose_pictures=nowhere", tmp_path
+            [images[0], "pose_images=nowhere", "tpc.enabled=false", magic_model], "pose_images=nowhere", tmp_path
         )
 
     def test_lists_with_mistakes(self, model, tmp_path):

@@ -1,4 +1,4 @@
-"""Driving clips from files: which frames, which poses, which pose pictures, and errors that name their argument."""
+"""Driving clips from files: which frames, which poses, which pose images, and errors that name their argument."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def no_estimator() -> PoseEstimator:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """clip.mp4 and clip.npz of six frames at 12 frames a second, and pose pictures whose red is the frame's number."""
+    """clip.mp4 and clip.npz of six frames at 12 frames a second, and pose images whose red is the frame's number."""
     folder = tmp_path_factory.mktemp("driving")
     write_video(folder / "clip.mp4", [np.full((SIZE[1], SIZE[0], 3), 40 * n, np.uint8) for n in range(FRAMES)], 12.0)
     save_poses(folder / "clip.npz", FRAMES, SIZE)
-    save_pictures(folder / "pictures", FRAMES, SIZE)
+    save_images(folder / "images", FRAMES, SIZE)
     return folder
 
 
@@ -33,14 +33,14 @@ def save_poses(path: Path, frames: int, size: tuple[int, int]) -> None:
     Poses(keypoints, np.ones((frames, 1, 17), np.float32), size, 12.0).save(path)
 
 
-def save_pictures(folder: Path, frames: int, size: tuple[int, int]) -> None:
+def save_images(folder: Path, frames: int, size: tuple[int, int]) -> None:
     folder.mkdir()
     for number in range(frames):
         Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number:03d}.png")
 
 
 @pytest.mark.parametrize(("max_frames", "stride", "numbers"), [(None, 1, range(6)), (2, 2, (0, 2)), (None, 4, (0, 4))])
-def test_frames_poses_and_pictures_stay_together(folder, max_frames, stride, numbers):
+def test_frames_poses_and_images_stay_together(folder, max_frames, stride, numbers):
     driving = load_driving(
         folder / "clip.mp4",
         folder / "clip.npz",
@@ -48,39 +48,37 @@ def test_frames_poses_and_pictures_stay_together(folder, max_frames, stride, num
         no_estimator,
         max_frames=max_frames,
         stride=stride,
-        pictures=folder / "pictures",
+        images=folder / "images",
     )
     assert driving.poses.keypoints[:, 0, 0, 0].tolist() == list(numbers)
-    assert driving.pictures[:, 0, 0, 0].tolist() == list(numbers)
+    assert driving.images[:, 0, 0, 0].tolist() == list(numbers)
     assert np.allclose(driving.frames[:, 0, 0, 0], 40 * np.array(numbers), atol=3)
     assert driving.fps == 12.0 / stride and driving.size == SIZE
 
 
-def test_pictures_alone_are_enough_where_no_poses_are_wanted(folder, tmp_path):
+def test_images_alone_are_enough_where_no_poses_are_wanted(folder, tmp_path):
     write_video(tmp_path / "dense.mp4", [np.zeros((32, 48, 3), np.uint8)] * 5, 10.0)
-    driving = load_driving(
-        None, None, None, no_estimator, pictures=tmp_path / "dense.mp4", poses_wanted=False, stride=2
-    )
+    driving = load_driving(None, None, None, no_estimator, images=tmp_path / "dense.mp4", poses_wanted=False, stride=2)
     assert driving.poses is None and driving.frames is None
-    assert driving.pictures.shape == (3, 32, 48, 3) and driving.size == SIZE and driving.fps == pytest.approx(5.0)
+    assert driving.images.shape == (3, 32, 48, 3) and driving.size == SIZE and driving.fps == pytest.approx(5.0)
     with pytest.raises(UserError, match="driving= or driving_poses= is required"):
-        load_driving(None, None, None, no_estimator, pictures=tmp_path / "dense.mp4")
+        load_driving(None, None, None, no_estimator, images=tmp_path / "dense.mp4")
 
 
-def test_a_lost_last_picture_shortens_the_clip(folder, tmp_path):
-    save_pictures(tmp_path / "five", 5, (96, 64))
-    driving = load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, pictures=tmp_path / "five")
-    assert len(driving.frames) == driving.poses.frames == len(driving.pictures) == 5
+def test_a_lost_last_image_shortens_the_clip(folder, tmp_path):
+    save_images(tmp_path / "five", 5, (96, 64))
+    driving = load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, images=tmp_path / "five")
+    assert len(driving.frames) == driving.poses.frames == len(driving.images) == 5
 
 
 @pytest.mark.parametrize(
     ("frames", "size", "named"),
-    [(2, SIZE, "pose_pictures=.* has 2 frames, the driving clip has 6"), (6, (32, 32), "pose_pictures=.* 32x32")],
+    [(2, SIZE, "pose_images=.* has 2 frames, the driving clip has 6"), (6, (32, 32), "pose_images=.* 32x32")],
 )
-def test_pictures_of_another_clip_are_refused(folder, tmp_path, frames, size, named):
-    save_pictures(tmp_path / "other", frames, size)
+def test_images_of_another_clip_are_refused(folder, tmp_path, frames, size, named):
+    save_images(tmp_path / "other", frames, size)
     with pytest.raises(UserError, match=named):
-        load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, pictures=tmp_path / "other")
+        load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, images=tmp_path / "other")
 
 
 def test_errors_name_the_argument(folder, tmp_path):
@@ -97,5 +95,5 @@ def test_errors_name_the_argument(folder, tmp_path):
     save_poses(tmp_path / "square.npz", 6, (32, 32))
     with pytest.raises(UserError, match="driving_poses are for 32x32"):
         load_driving(folder / "clip.mp4", tmp_path / "square.npz", None, no_estimator)
-    with pytest.raises(UserError, match="pose_pictures=.*none does not exist"):
-        load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, pictures=tmp_path / "none")
+    with pytest.raises(UserError, match="pose_images=.*none does not exist"):
+        load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, images=tmp_path / "none")

@@ -104,7 +104,7 @@ def test_clips_that_would_share_a_name_get_names_of_their_own(tmp_path):
     assert len(found(tmp_path / "list_meta.json")) == 2
 
 
-def test_folders_of_pictures_are_clips(tmp_path):
+def test_folders_of_images_are_clips(tmp_path):
     for name in ("000", "001"):
         save_frames(tmp_path / name, FILM.frames)
     save_frames(tmp_path / "001_masks", FILM.masks)
@@ -122,7 +122,7 @@ def test_links_that_lead_in_circles_end(tmp_path):
 def test_what_cannot_be_a_data_set_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="source=.*does not exist"):
         find_clips(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="neither videos nor folders of pictures"):
+    with pytest.raises(UserError, match="neither videos nor folders of images"):
         find_clips(tmp_path)
     films(tmp_path, "a")
     with pytest.raises(UserError, match="layout=tiktak is not one of auto, moore"):

@@ -57,8 +57,8 @@ def test_only_layers_that_a_result_depends_on_are_adapted(tiny_pipeline):
     assert still and not any("motion_modules" in layer for layer in still)
     one_token = [layer for layer in layers if ".attn2.to_q" in layer or ".attn2.to_k" in layer]
     assert all("motion_modules" in layer for layer in one_token)
-    unread = {name.removesuffix(".weight") for name in reference.unread_parameters()}
-    assert not unread & set(adaptable_layers(reference, reference.unread_parameters()))
+    unread = {name.removesuffix(".weight") for name in reference.unused_parameters()}
+    assert not unread & set(adaptable_layers(reference, reference.unused_parameters()))
     adapted = plain_copy(tiny_pipeline)
     add_lora(adapted.animator(), rank=2, alpha=2.0, motion=True)
     names = {name.split(".lora_")[0] for name, _ in adapted.reference_net.named_parameters() if "lora_" in name}

@@ -12,7 +12,7 @@ from models.animators.magic_animate.networks import control_residuals
 from models.animators.registry import load_pipeline
 from models.attention.context import fused_layers, same_reference
 from models.attention.processors import reference_layers
-from models.images import as_pictures
+from models.images import as_images
 from models.reference_images import ReferenceImages
 from models.unets import DenoisingUNet
 from tests.published import published_tensors, small_magic_pipeline
@@ -27,8 +27,8 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
-    """Reference (24, 32, 3) and DensePose pictures (5, 24, 32, 3)."""
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Reference (24, 32, 3) and DensePose images (5, 24, 32, 3)."""
     draw = np.random.default_rng(0).integers(0, 256, (1 + FRAMES, 24, 32, 3), dtype=np.uint8)
     return draw[0], draw[1:]
 
@@ -42,8 +42,8 @@ def noise(seed: int = 0, clips: int = 1) -> torch.Tensor:
     return torch.randn(clips, 4, FRAMES, *LATENTS, generator=torch.Generator().manual_seed(seed))
 
 
-def test_reference_and_poses_matter(pipeline, pictures):
-    reference, poses = pictures
+def test_reference_and_poses_matter(pipeline, images):
+    reference, poses = images
     base = run(pipeline, reference, poses)
     assert base.shape == (1, 4, FRAMES, *LATENTS) and base.isfinite().all()
     assert not torch.allclose(base, run(pipeline, 255 - reference, poses), atol=1e-3)
@@ -51,25 +51,25 @@ def test_reference_and_poses_matter(pipeline, pictures):
     assert torch.equal(base, run(pipeline, reference, poses))
 
 
-def test_only_the_reference_tells_the_halves_of_guidance_apart(pipeline, pictures):
+def test_only_the_reference_tells_the_halves_of_guidance_apart(pipeline, images):
     """The empty prompt and the pose are in both halves; a scale of almost zero leaves the unconditional one."""
-    reference, poses = pictures
+    reference, poses = images
     unconditional = run(pipeline, reference, poses, guidance_scale=1e-12)
     assert torch.allclose(unconditional, run(pipeline, 255 - reference, poses, guidance_scale=1e-12), atol=1e-4)
     assert not torch.allclose(unconditional, run(pipeline, reference, 255 - poses, guidance_scale=1e-12), atol=1e-3)
-    picture = as_pictures(reference, "reference")
-    subject = ReferenceImages(pipeline.animator(), pipeline.vae, picture, None, 1).subject
-    assert subject.shape == (1, 7, 16) and torch.equal(subject, pipeline.prompt())
+    image = as_images(reference, "reference")
+    conditioning = ReferenceImages(pipeline.animator(), pipeline.vae, image, None, 1).conditioning
+    assert conditioning.shape == (1, 7, 16) and torch.equal(conditioning, pipeline.prompt())
 
 
-def test_reference_is_encoded_at_every_timestep(pipeline, pictures):
-    animator, reference = pipeline.animator(), as_pictures(pictures[0], "reference") * 2 - 1
+def test_reference_is_encoded_at_every_timestep(pipeline, images):
+    animator, reference = pipeline.animator(), as_images(images[0], "reference") * 2 - 1
     assert isinstance(animator, MagicAnimate)
-    images = ReferenceImages(animator, pipeline.vae, reference, None, 2)
+    run = ReferenceImages(animator, pipeline.vae, reference, None, 2)
     with torch.no_grad():
-        first = images.bank(0, 961, range(0, 3))
-        assert images.bank(0, 961, range(2, 5)) is first
-        second = images.bank(1, 461, range(0, 3))
+        first = run.bank(0, 961, range(0, 3))
+        assert run.bank(0, 961, range(2, 5)) is first
+        second = run.bank(1, 461, range(0, 3))
     assert second is not first
     assert all(not torch.allclose(first.tokens[layer], second.tokens[layer], atol=1e-3) for layer in first.tokens)
 
@@ -92,14 +92,14 @@ def test_frames_see_middle_and_upward_blocks(pipeline):
         fused_layers(tokens, "up")
 
 
-def test_norms_tie_the_frames_of_a_clip_and_nothing_else(pipeline, pictures):
+def test_norms_tie_the_frames_of_a_clip_and_nothing_else(pipeline, images):
     """A frame's prediction depends on the others even without motion modules; clips of a batch do not mix."""
     unet, context = deepcopy(pipeline.denoising_unet), torch.randn(2, 7, 16)
     for name, parameter in unet.named_parameters():
         if "motion_modules" in name and "proj_out" in name:
             parameter.data.zero_()
     tokens = pipeline.reference_net(torch.randn(2, 4, *LATENTS), 3, context)
-    poses = as_pictures(pictures[1], "poses").repeat(2, 1, 1, 1)
+    poses = as_images(images[1], "poses").repeat(2, 1, 1, 1)
     clips, timesteps = noise(clips=2), torch.tensor([3, 700])
     with torch.no_grad():
         residuals = control_residuals(pipeline.control_net, clips, timesteps, context, poses)
@@ -123,9 +123,9 @@ def test_unknown_norm_scope_is_named(pipeline):
         DenoisingUNet.from_config(pipeline.denoising_unet.config, norm_scope="batch")
 
 
-def test_long_clips_take_the_trained_window(pipeline, pictures):
+def test_long_clips_take_the_trained_window(pipeline, images):
     """20 frames are more than the 16 that the model was trained on, and fewer than the 24 its tables hold."""
-    reference, poses = pictures
+    reference, poses = images
     clip = np.resize(poses, (20, *poses.shape[1:]))
     windowed = run(pipeline, reference, clip, num_inference_steps=1)
     assert torch.equal(windowed, run(pipeline, reference, clip, num_inference_steps=1, window_size=16))
@@ -138,31 +138,31 @@ def test_long_clips_take_the_trained_window(pipeline, pictures):
         run(pipeline, reference, clip, window_size=25)
 
 
-def test_calibration_attaches_as_to_any_animator(pipeline, pictures):
+def test_calibration_attaches_as_to_any_animator(pipeline, images):
     keypoints = np.random.default_rng(1).uniform(12, 52, (FRAMES, 1, 17, 2)).astype(np.float32)
     driving = Poses(keypoints, np.ones((FRAMES, 1, 17), np.float32), (64, 64), 25.0)
     reference = Poses(keypoints[:1] * 0.7 + 5, np.ones((1, 1, 17), np.float32), (64, 64), 25.0)
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    calibration = calibrate(picture, reference, driving, (32, 24), CalibrationConfig(groups=2))
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    calibration = calibrate(image, reference, driving, (32, 24), CalibrationConfig(groups=2))
     assert len(calibration.used(2))
-    plain = run(pipeline, *pictures)
-    calibrated = run(pipeline, *pictures, calibration=calibration)
+    plain = run(pipeline, *images)
+    calibrated = run(pipeline, *images, calibration=calibration)
     assert calibrated.isfinite().all() and not torch.allclose(plain, calibrated, atol=1e-3)
-    kept = run(pipeline, *pictures, calibration=calibration, guidance_scale=1e-12)
-    assert torch.allclose(kept, run(pipeline, *pictures, guidance_scale=1e-12), atol=1e-4)
+    kept = run(pipeline, *images, calibration=calibration, guidance_scale=1e-12)
+    assert torch.allclose(kept, run(pipeline, *images, guidance_scale=1e-12), atol=1e-4)
 
 
-def test_save_and_load_give_the_same_frames(pipeline, pictures, tmp_path):
+def test_save_and_load_give_the_same_frames(pipeline, images, tmp_path):
     pipeline.save_pretrained(tmp_path / "p")
     loaded = load_pipeline(tmp_path / "p")
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipeline)
     assert loaded.config.window_size == 16 and loaded.config.fusion_blocks == "midup"
-    assert torch.equal(run(pipeline, *pictures), run(loaded, *pictures))
+    assert torch.equal(run(pipeline, *images), run(loaded, *images))
 
 
 def test_appearance_encoder_has_what_is_read_and_zeros_elsewhere(pipeline):
     published = published_tensors("appearance_encoder")
     network = pipeline.reference_net
-    assert set(network.state_dict()) - set(published) == set(network.unread_parameters())
-    assert all(not network.get_parameter(name).any() for name in network.unread_parameters())
+    assert set(network.state_dict()) - set(published) == set(network.unused_parameters())
+    assert all(not network.get_parameter(name).any() for name in network.unused_parameters())

@@ -79,7 +79,7 @@ def test_new_networks_start_without_effect_of_poses_and_read_figures():
         posed, unposed = (model(**arguments | {"poses": p}) for p in (arguments["poses"], 0 * arguments["poses"]))
     assert posed.shape == arguments["noisy_latents"].shape and torch.equal(posed, unposed)
     model.check_size(4, (SIZE, SIZE))
-    with pytest.raises(UserError, match=r"pose_channels=\[8, 8, 8\] make pose pictures 4 times smaller"):
+    with pytest.raises(UserError, match=r"pose_channels=\[8, 8, 8\] make pose images 4 times smaller"):
         model.check_size(8, (SIZE, SIZE))
 
 

@@ -12,10 +12,10 @@ from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
 from models.attention.probe import AttentionProbe
 from models.attention.processors import ReferenceReadProcessor
-from models.images import as_pictures
+from models.images import as_images
 from models.merging import TokenMerging
 from models.reference_images import ReferenceImages
-from tests.small_animators import FRAMES, LATENTS, calibrated, pictures, small_pipeline
+from tests.small_animators import FRAMES, LATENTS, calibrated, images, small_pipeline
 from tpc.attach import dense_mask, frame_visibility
 
 CHANNELS, HEADS, GRID = 32, 2, (3, 6)
@@ -109,13 +109,13 @@ def test_half_precision_counts_alike():
 def test_masks_are_those_of_a_coarser_grid():
     """A merged token belongs to a person when any of its tokens does, in the reference and in calibrated images."""
     pipeline, made = small_pipeline("animate_anyone"), calibrated("add")
-    picture = as_pictures(pictures()["reference"], "reference") * 2 - 1
+    reference = as_images(images()["reference"], "reference") * 2 - 1
     seen, levels = [], []
     with torch.no_grad():
         for merging in (None, TokenMerging(2)):
-            images = ReferenceImages(pipeline.animator(), pipeline.vae, picture, made, 1, merging=merging)
-            seen.append(images.seen_by(images.bank(0, 0, range(FRAMES)), range(FRAMES), 0))
-            levels.append(images.levels)
+            run = ReferenceImages(pipeline.animator(), pipeline.vae, reference, made, 1, merging=merging)
+            seen.append(run.context_of(run.bank(0, 0, range(FRAMES)), range(FRAMES), 0))
+            levels.append(run.levels)
     fine, merged = seen
     count, few = LATENTS[0] * LATENTS[1], 3 * 4
     assert list(merged.merged) == [count] and fine.merged is None
@@ -126,9 +126,9 @@ def test_masks_are_those_of_a_coarser_grid():
         flags = frame_visibility(made, range(FRAMES), made.index(0), None, known, preset="release")
         visible.append(dense_mask(flags, count)[..., count:])
     blocks = visible[0].unflatten(2, (2, 3, 2, 4, 2)).movedim(4, 5).flatten(-2)  # (f, n, 2, 3, 4, tokens)
-    images = visible[1].unflatten(2, (2, 3, 4))
+    keys = visible[1].unflatten(2, (2, 3, 4))
     # Calibrated tokens are shown where the person is, to the person; reference tokens to others where nobody is.
-    person = images[:, :, 1].flatten(2).any(2)
-    assert person.any() and not images[:, :, 0][~person].all()
-    assert torch.equal(images[:, :, 1][person], blocks[:, :, 1].any(-1)[person])
-    assert torch.equal(images[:, :, 0][~person], blocks[:, :, 0].all(-1)[~person])
+    person = keys[:, :, 1].flatten(2).any(2)
+    assert person.any() and not keys[:, :, 0][~person].all()
+    assert torch.equal(keys[:, :, 1][person], blocks[:, :, 1].any(-1)[person])
+    assert torch.equal(keys[:, :, 0][~person], blocks[:, :, 0].all(-1)[~person])

@@ -41,7 +41,7 @@ class TestPixels:
         assert psnr(truth, truth) == 100
 
     def test_overflow_has_a_floor_and_a_plateau(self):
-        """Squares modulo 256 are at most 255: no value below 24.07 dB; unrelated pictures give about 27.9."""
+        """Squares modulo 256 are at most 255: no value below 24.07 dB; unrelated images give about 27.9."""
         assert 10 * np.log10(255) == pytest.approx(24.07, abs=0.005)
         truth = np.zeros((64, 64, 3), np.uint8)
         lowest = min(overflowing_psnr(truth + np.uint8(d), truth) for d in range(1, 256) if d * d % 256)
@@ -78,7 +78,7 @@ class TestPixels:
     def test_ssim_is_scikit_images(self):
         truth = noise()
         generated = (truth // 2 + noise(seed=1) // 2).astype(np.uint8)
-        grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (generated, truth)]
+        grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (generated, truth)]
         assert ssim(generated, truth, variant="grey-uniform") == pytest.approx(structural_similarity(*grey))
         expected = structural_similarity(
             generated,
@@ -242,12 +242,12 @@ class TestPerson:
             np.float64,
         )
         scores = np.ones(17)
-        picture = np.full((96, 96, 3), 200, np.uint8)
-        picture[14:42, 18:48] = [180, 30, 40]
-        moved = np.roll(picture, (10, 20), axis=(0, 1))
-        dressed = picture.copy()
+        image = np.full((96, 96, 3), 200, np.uint8)
+        image[14:42, 18:48] = [180, 30, 40]
+        moved = np.roll(image, (10, 20), axis=(0, 1))
+        dressed = image.copy()
         dressed[14:42, 18:48] = [30, 60, 180]
-        here = part_colours(picture, keypoints, scores, 70)
+        here = part_colours(image, keypoints, scores, 70)
         assert "chest" in here and len(here) == 11
         there = part_colours(moved, keypoints + [20, 10], scores, 70)
         other = part_colours(dressed, keypoints, scores, 70)
@@ -265,13 +265,13 @@ class TestProtocols:
         assert not any(MEASURES[stand_in].label == MEASURES[name].label for name, stand_in in STAND_INS.items())
 
     def test_centre_square_then_resize(self):
-        picture = np.zeros((40, 20, 3), np.uint8)
-        picture[10:30] = 255
-        formed = brought_to_form(picture, PROTOCOLS["disco-fixed"])
+        image = np.zeros((40, 20, 3), np.uint8)
+        image[10:30] = 255
+        formed = brought_to_form(image, PROTOCOLS["disco-fixed"])
         assert formed.shape == (256, 256, 3) and (formed == 255).all()
-        assert brought_to_form(picture, PROTOCOLS["native"]) is picture
+        assert brought_to_form(image, PROTOCOLS["native"]) is image
 
-    def test_generated_pictures_of_other_sizes(self):
+    def test_generated_images_of_other_sizes(self):
         protocol = PROTOCOLS["disco-2023"]
         assert generated_to_form(np.zeros((128, 128, 3), np.uint8), (54, 96), protocol).shape == (256, 256, 3)
         with pytest.raises(ValueError, match="is 30x20; protocol disco-2023 needs 54x96, or square"):

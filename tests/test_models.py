@@ -210,7 +210,7 @@ def test_a_batch_of_two_is_two_batches_of_one(model, inputs):
     assert torch.allclose(both, torch.cat(alone), atol=1e-5)
 
 
-def test_image_context_is_one_token_of_the_whole_picture(model):
+def test_image_context_is_one_token_of_the_whole_image(model):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, 40, 24, generator=generator) * 2 - 1
     context = image_context(model.image_encoder, image)

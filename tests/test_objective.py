@@ -208,10 +208,10 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
     with torch.no_grad():
         trained = animator(noisy, timesteps, latents, images, poses, dropped)
         for number, scale in enumerate([0.0, 1.0]):  # guidance of 0 leaves the unconditional half alone
-            shown = SimpleNamespace(pictures=images[[number]], latents=latents[[number]])
-            subject = animator.encode_reference(shown)
-            seen = same_reference(animator.encode_images(shown, 0, subject), frames)
-            condition = Condition(subject, animator.pose_guider(poses[[number]]), seen)
+            shown = SimpleNamespace(pixels=images[[number]], latents=latents[[number]])
+            conditioning = animator.encode_reference(shown)
+            seen = same_reference(animator.encode_images(shown, 0, conditioning), frames)
+            condition = Condition(conditioning, animator.pose_guider(poses[[number]]), seen)
             sampled = animator.predict(noisy[[number]], timesteps[number], condition, (scale,))
             assert torch.allclose(trained[[number]], sampled, atol=2e-5)
         # And the two differ, so that this test can fail.
@@ -277,7 +277,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass_in_motion_modules(vae):
 def test_what_is_frozen_as_unread_has_no_influence(vae):
     """Frozen parameters of the image stage have zero gradients, and changing them changes no prediction."""
     model, batch = networks("image"), batch_of(1)
-    unread = [model.reference_net.get_parameter(name) for name in model.reference_net.unread_parameters()]
+    unread = [model.reference_net.get_parameter(name) for name in model.reference_net.unused_parameters()]
     for unet in (model.denoising_unet, model.reference_net):
         unread += [unet.get_parameter(name) for name in one_token_parameters(unet)]
     assert unread and not any(parameter.requires_grad for parameter in unread)

@@ -104,7 +104,7 @@ def test_unknown_names_are_errors(library):
 
 
 def test_left_and_right_differ(library):
-    """The mirrored picture of a person facing the camera is clearly another picture, for whoever it is."""
+    """The mirrored image of a person facing the camera is clearly another image, for whoever it is."""
     rng = np.random.default_rng(11)
     for _ in range(40):
         person = build_person(random_identity(rng, library), library, 64)
@@ -174,7 +174,7 @@ def test_camera_moves_keypoints_by_a_similarity(people, scale, rotation, x, y):
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_keypoints_scale_with_the_picture_from_edge_to_edge(people, factor):
+def test_keypoints_scale_with_the_image_from_edge_to_edge(people, factor):
     small, _ = project_keypoints(Figure(people[0], neutral_pose()), SIZE)
     large, _ = project_keypoints(Figure(people[0], neutral_pose()), (SIZE[0] * factor, SIZE[1] * factor))
     np.testing.assert_allclose((small + 0.5) * factor - 0.5, large, atol=1e-9 * 500)
@@ -198,7 +198,7 @@ def test_wrist_behind_the_body_is_hidden(people):
     assert back.scores[10] == np.float32(HIDDEN_SCORE)
 
 
-# Pictures and masks
+# Images and masks
 
 
 def test_mask_is_as_high_as_the_camera_says(people):
@@ -218,10 +218,10 @@ def test_mask_bounds_the_visible_keypoints(people):
         assert (visible >= (xs.min() - 1, ys.min() - 1)).all() and (visible <= (xs.max() + 1, ys.max() + 1)).all()
 
 
-def test_quarter_turn_turns_picture_and_mask(people):
+def test_quarter_turn_turns_image_and_mask(people):
     camera = {"scale": 0.8, "center": (0.45, 0.55)}
     upright = render_person(people[2], neutral_pose(), Camera(**camera), (128, 128))
-    # Turning by 90 degrees clockwise takes (x, y) to (1 - y, x), as shares of the picture.
+    # Turning by 90 degrees clockwise takes (x, y) to (1 - y, x), as shares of the image.
     turned = render_person(people[2], neutral_pose(), Camera(0.8, math.pi / 2, (0.45, 0.45)), (128, 128))
     expected = np.rot90(upright.mask, -1)
     assert (turned.mask & expected).sum() / (turned.mask | expected).sum() > 0.99

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from tpc_bodies import SIZE, TORSO, bodies, body, picture, place, poses, reference
+from tpc_bodies import SIZE, TORSO, bodies, body, image, place, poses, reference
 
 from tpc import CalibrationConfig, calibrate
 from tpc.matching import assign_persons
@@ -18,7 +18,7 @@ def test_three_persons_in_every_permutation(order):
     driving = np.stack([people * 0.9 + [3 * f, 2] for f in range(frames)])
     shuffled = driving[:, list(order)]
     found = calibrate(
-        picture(0, (220, 128)), poses(people[None], (220, 128)), poses(shuffled, (220, 128)), (220, 128), TORSO
+        image(0, (220, 128)), poses(people[None], (220, 128)), poses(shuffled, (220, 128)), (220, 128), TORSO
     )
     slots = np.array([[record.slot for record in row] for row in found.records])
     np.testing.assert_array_equal(slots, np.tile(np.argsort(order), (frames, 1)))
@@ -65,7 +65,7 @@ def test_a_person_who_leaves_and_returns_is_the_same_person():
 def test_more_persons_in_the_clip_than_in_the_reference():
     small, large = place(body(np.random.default_rng(1)), 30, 0, (30, 64)), reference()
     driving = np.tile(np.stack([small, large]), (5, 1, 1, 1))
-    found = calibrate(picture(), poses(large[None, None]), poses(driving), SIZE, TORSO)
+    found = calibrate(image(), poses(large[None, None]), poses(driving), SIZE, TORSO)
     assert found.persons == 1 and {row[0].slot for row in found.records} == {1}
     # The other one is known to be somebody whom the reference does not show.
     other = found.other_masks[0]
@@ -80,7 +80,7 @@ def place_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_fewer_persons_in_the_clip_than_in_the_reference():
     people = np.stack(bodies(2))
     found = calibrate(
-        picture(0, (220, 128)),
+        image(0, (220, 128)),
         poses(people[None], (220, 128)),
         poses(np.tile(people[1:], (4, 1, 1, 1)), (220, 128)),
         (220, 128),
@@ -93,5 +93,5 @@ def test_given_slots_are_taken_as_they_are():
     people = np.stack(bodies(2))
     config = CalibrationConfig(keypoints="trunk", match="given")
     driving = poses(np.tile(people[::-1], (3, 1, 1, 1)), (220, 128))
-    found = calibrate(picture(0, (220, 128)), poses(people[None], (220, 128)), driving, (220, 128), config)
+    found = calibrate(image(0, (220, 128)), poses(people[None], (220, 128)), driving, (220, 128), config)
     assert [[r.slot for r in row] for row in found.records] == [[0, 1]] * 3

@@ -13,7 +13,7 @@ from data.poses.poses import Poses
 from models.animators.registry import COMPONENTS, load_pipeline
 from models.attention.processors import reference_layers
 from models.images import as_mask
-from models.pipeline import AnimationPipeline, as_pictures
+from models.pipeline import AnimationPipeline, as_images
 from models.reference_images import REFERENCE, ReferenceImages, SomeImages
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
@@ -48,13 +48,13 @@ def standing_poses(num_frames: int, size=(64, 64), offset=0.0) -> Poses:
 
 @pytest.fixture
 def calibration():
-    """Calibrated images of a noise picture for five frames of 32 x 24."""
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    """Calibrated images of a noise image for five frames of 32 x 24."""
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     frame_map = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
 
     def make(**config):
         return calibrate(
-            picture,
+            image,
             standing_poses(1),
             standing_poses(5, offset=2),
             SIZE,
@@ -206,8 +206,8 @@ def test_calibration_changes_the_result(tiny_pipeline, reference, poses, calibra
 
 
 def reference_images(pipeline, reference, calibration, steps, **arguments) -> ReferenceImages:
-    picture = as_pictures(reference, "reference") * 2 - 1
-    return ReferenceImages(pipeline.animator(), pipeline.vae, picture, calibration, steps, **arguments)
+    image = as_images(reference, "reference") * 2 - 1
+    return ReferenceImages(pipeline.animator(), pipeline.vae, image, calibration, steps, **arguments)
 
 
 def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibration):
@@ -216,8 +216,8 @@ def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibra
     bank = images.bank(0, 999, range(0, 4))
     for step in range(3):
         assert images.bank(step, 0, range(3, 5)) is bank
-        first = images.seen_by(bank, range(0, 4), step)
-        second = images.seen_by(bank, range(3, 5), step)
+        first = images.context_of(bank, range(0, 4), step)
+        second = images.context_of(bank, range(3, 5), step)
         assert torch.equal(first.index[3], second.index[0])
         for n in first.query_flags:
             assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
@@ -238,7 +238,7 @@ def test_replacing_shows_the_calibrated_image_in_place_of_the_reference(tiny_pip
     made = calibration(attach="replace", propagation="off")
     images = reference_images(tiny_pipeline, reference, made, 2)
     bank = images.bank(0, 999, range(0, 5))
-    seen = images.seen_by(bank, range(0, 5), 0)
+    seen = images.context_of(bank, range(0, 5), 0)
     assert seen.query_flags is None and seen.key_flags is None
     assert seen.index[:, 0].tolist() == [bank.slots[int(member)] for member in made.member[:, 0]]
     latents = images.start_latents()
@@ -257,7 +257,7 @@ def test_masks_of_images_are_the_given_one_and_those_of_the_calibration(tiny_pip
     given[..., 3:9, 4:7] = 1
     for mask, expected in ((given, given[0, 0]), (None, torch.from_numpy(made.reference_masks.any(0)).float())):
         images = SomeImages(reference_images(tiny_pipeline, reference, made, 2, mask=mask), [REFERENCE, 0])
-        assert len(images) == 2 and images.pictures.shape == (2, 3, 24, 32)
+        assert len(images) == 2 and images.pixels.shape == (2, 3, 24, 32)
         assert torch.equal(images.masks[0, 0], expected)
         assert torch.equal(images.masks[1, 0], torch.from_numpy(made.masks[0]).float())
     assert SomeImages(reference_images(tiny_pipeline, reference, None, 2), [REFERENCE]).masks is None

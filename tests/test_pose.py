@@ -233,7 +233,7 @@ def test_slots_follow_persons_and_new_ones_take_free_slots():
 
 
 class MovingDots:
-    """A pose estimator for pictures in which every person is a column of one grey value on black."""
+    """A pose estimator for images in which every person is a column of one grey value on black."""
 
     def image(self, image, max_persons=1):
         return [p for p in next(self.video([image], max_persons)) if p is not None]

@@ -100,7 +100,7 @@ def test_every_source_animates(weights, inputs, tmp_path, source):
     arguments = [f"reference={inputs / 'reference.png'}", f"reference_poses={inputs / 'reference.npz'}"]
     arguments += [f"driving_poses={inputs / 'driving.npz'}", f"model={tmp_path / 'model'}"]
     if family == "magic_animate":
-        arguments.append(f"pose_pictures={inputs / 'driving.mp4'}")
+        arguments.append(f"pose_images={inputs / 'driving.mp4'}")
     infer.main([*arguments, f"output={tmp_path / 'out'}", "steps=1", "num_frames=2", "size=[32,32]"])
     assert read_video(tmp_path / "out" / "animation.mp4").frames.shape == (2, 32, 32, 3)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["calibration"]["calibrated"] == 2

@@ -18,9 +18,9 @@ from models.animators.magic_animate.networks import ControlCondition, control_re
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
-from models.images import PictureSequence, as_pictures
+from models.images import ImageSequence, as_images
 from models.reference_images import ReferenceImages
-from models.vae import decode_pictures, encode_pictures
+from models.vae import vae_decode, vae_encode
 from models.windows import context_windows
 from tests.plain import SHORTCUTS, plain_animation, plain_unet
 from tests.published import small_magic_pipeline
@@ -42,7 +42,7 @@ def pipeline(request, tiny_pipeline, magic_pipeline):
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
+def images() -> tuple[np.ndarray, np.ndarray]:
     """Reference (24, 32, 3) and poses (5, 24, 32, 3)."""
     draw = np.random.default_rng(0).integers(0, 256, (1 + FRAMES, 24, 32, 3), dtype=np.uint8)
     return draw[0], draw[1:]
@@ -65,20 +65,20 @@ def people(num_frames: int, persons: int, offset: float) -> Poses:
 def calibration_of(persons: int) -> Calibration | None:
     if not persons:
         return None
-    picture = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     matrix = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
     driving, config = people(FRAMES, persons, 2), CalibrationConfig(groups=2)
     maps = {"frame_map": matrix, "reference_map": matrix}
-    return calibrate(picture, people(1, persons, 0), driving, SIZE, config, **maps)
+    return calibrate(image, people(1, persons, 0), driving, SIZE, config, **maps)
 
 
 def noise(dtype=torch.float32) -> Tensor:
     return torch.randn(1, 4, FRAMES, *LATENTS, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def run(pipeline, pictures, persons, window=3, dtype=torch.float32, output_type="latent") -> Tensor:
+def run(pipeline, images, persons, window=3, dtype=torch.float32, output_type="latent") -> Tensor:
     return pipeline(
-        *pictures,
+        *images,
         calibration_of(persons),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
@@ -90,14 +90,14 @@ def run(pipeline, pictures, persons, window=3, dtype=torch.float32, output_type=
 
 
 @pytest.fixture(scope="module")
-def plain(pipeline, pictures):
+def plain(pipeline, images):
     """(persons, window) -> latents of the denoising loop without any shortcut."""
 
     @cache
     def compute(persons: int, window: int, dtype=torch.float32) -> Tensor:
         model = pipeline if dtype == torch.float32 else deepcopy(pipeline).to(dtype)
         return plain_animation(
-            model, *pictures, calibration_of(persons), noise(dtype), window, 1, STEPS, GUIDANCE, frozenset()
+            model, *images, calibration_of(persons), noise(dtype), window, 1, STEPS, GUIDANCE, frozenset()
         )
 
     return compute
@@ -105,30 +105,28 @@ def plain(pipeline, pictures):
 
 @pytest.mark.parametrize(("persons", "window"), [(0, 3), (2, 3)])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_each_shortcut_alone(pipeline, plain, pictures, shortcut, persons, window):
+def test_each_shortcut_alone(pipeline, plain, images, shortcut, persons, window):
     """Within 1e-5 of the latents' size, in single precision."""
     calibration = calibration_of(persons)
-    with_it = plain_animation(
-        pipeline, *pictures, calibration, noise(), window, 1, STEPS, GUIDANCE, SHORTCUTS[shortcut]
-    )
+    with_it = plain_animation(pipeline, *images, calibration, noise(), window, 1, STEPS, GUIDANCE, SHORTCUTS[shortcut])
     expected = plain(persons, window)
     assert (with_it - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("persons", "window"), SETTINGS)
-def test_all_shortcuts_together(pipeline, plain, pictures, persons, window):
+def test_all_shortcuts_together(pipeline, plain, images, persons, window):
     expected = plain(persons, window)
-    result = run(pipeline, pictures, persons, window)
+    result = run(pipeline, images, persons, window)
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
     if persons:
         assert calibration_of(persons).used(STEPS).size > 1
-        assert (result - run(pipeline, pictures, 0, window)).abs().max() > 1e-3
+        assert (result - run(pipeline, images, 0, window)).abs().max() > 1e-3
 
 
-def test_all_shortcuts_together_in_double_precision(pipeline, plain, pictures):
+def test_all_shortcuts_together_in_double_precision(pipeline, plain, images):
     """Where rounding hides nothing but that of the flags' softmax."""
     expected = plain(2, 3, torch.float64)
-    result = run(deepcopy(pipeline).to(torch.float64), pictures, 2, 3, torch.float64)
+    result = run(deepcopy(pipeline).to(torch.float64), images, 2, 3, torch.float64)
     assert (result - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
@@ -171,7 +169,7 @@ def test_nothing_after_the_last_write_matters(pipeline):
     latents, context = torch.randn(2, 4, *LATENTS), torch.randn(2, 1, complete.config.cross_attention_dim)
     with torch.no_grad():
         short, full = pipeline.reference_net(latents, 5, context), complete(latents, 5, context)
-        for name in complete.unread_parameters():
+        for name in complete.unused_parameters():
             complete.get_parameter(name).mul_(3)
         changed = complete(latents, 5, context)
     assert short.keys() == full.keys() == changed.keys()
@@ -180,19 +178,19 @@ def test_nothing_after_the_last_write_matters(pipeline):
 
 
 @pytest.mark.parametrize("max_images", [1, 4, 100])
-def test_few_kept_images_give_the_same_tokens(pipeline, pictures, max_images):
+def test_few_kept_images_give_the_same_tokens(pipeline, images, max_images):
     """Too many images for one bank: those of one step, or of one window."""
     pipeline = deepcopy(pipeline).to(torch.float64)  # images in other company are rounded otherwise
-    calibration, reference = calibration_of(2), as_pictures(pictures[0], "reference").double() * 2 - 1
+    calibration, reference = calibration_of(2), as_images(images[0], "reference").double() * 2 - 1
     animator = pipeline.animator()
     seen = {}
     with torch.no_grad():
         for limit in (max_images, 1000):
-            images = ReferenceImages(animator, pipeline.vae, reference, calibration, STEPS, max_images=limit)
+            run = ReferenceImages(animator, pipeline.vae, reference, calibration, STEPS, max_images=limit)
             for step, timestep in enumerate((900, 100)):
                 for window in (range(0, 3), range(2, 5)):
-                    bank = images.bank(step, timestep, window)
-                    got = images.seen_by(bank, window, step)
+                    bank = run.bank(step, timestep, window)
+                    got = run.context_of(bank, window, step)
                     seen[limit, step, window] = {n: value[got.index] for n, value in got.tokens.items()}
                     assert len(bank.slots) <= max(limit, 6)
     for (limit, step, window), tokens in seen.items():
@@ -200,10 +198,8 @@ def test_few_kept_images_give_the_same_tokens(pipeline, pictures, max_images):
             assert torch.allclose(value, seen[1000, step, window][layer], atol=1e-9), (limit, layer)
 
 
-def test_long_clips_compute_pose_features_by_window(tiny_pipeline, pictures):
-    poses = PictureSequence(
-        torch.from_numpy(pictures[1]).permute(0, 3, 1, 2), SIZE, torch.device("cpu"), torch.float32
-    )
+def test_long_clips_compute_pose_features_by_window(tiny_pipeline, images):
+    poses = ImageSequence(torch.from_numpy(images[1]).permute(0, 3, 1, 2), SIZE, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         kept = PoseFeatures(tiny_pipeline.pose_guider, poses)
         computed = PoseFeatures(tiny_pipeline.pose_guider, poses, kept_frames=2)
@@ -212,11 +208,9 @@ def test_long_clips_compute_pose_features_by_window(tiny_pipeline, pictures):
         assert torch.allclose(kept.window(window), computed.window(window), atol=1e-5)
 
 
-def test_overlapping_windows_share_control_residuals(magic_pipeline, pictures):
+def test_overlapping_windows_share_control_residuals(magic_pipeline, images):
     """Each frame passes the ControlNet once a step, whatever the windows."""
-    poses = PictureSequence(
-        torch.from_numpy(pictures[1]).permute(0, 3, 1, 2), SIZE, torch.device("cpu"), torch.float32
-    )
+    poses = ImageSequence(torch.from_numpy(images[1]).permute(0, 3, 1, 2), SIZE, torch.device("cpu"), torch.float32)
     context, timestep = torch.randn(1, 7, 16), torch.tensor(40)
     counts = []
 
@@ -237,40 +231,40 @@ def test_overlapping_windows_share_control_residuals(magic_pipeline, pictures):
 
 
 def test_chunks_of_the_vae_change_nothing(pipeline):
-    """Pictures and latents pass the VAE a few at a time."""
+    """Images and latents pass the VAE a few at a time."""
     draw = torch.Generator().manual_seed(0)
-    latents, pictures = torch.randn(5, 4, *LATENTS, generator=draw), torch.rand(5, 3, 24, 32, generator=draw) * 2 - 1
+    latents, images = torch.randn(5, 4, *LATENTS, generator=draw), torch.rand(5, 3, 24, 32, generator=draw) * 2 - 1
     with torch.no_grad():
-        whole = decode_pictures(pipeline.vae, latents), encode_pictures(pipeline.vae, pictures)
+        whole = vae_decode(pipeline.vae, latents), vae_encode(pipeline.vae, images)
         for chunk in (1, 2, 5):
-            parts = decode_pictures(pipeline.vae, latents, chunk), encode_pictures(pipeline.vae, pictures, chunk)
+            parts = vae_decode(pipeline.vae, latents, chunk), vae_encode(pipeline.vae, images, chunk)
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parts, whole, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["leaf_level", "block_level", "model"])
-def test_offloading_of_diffusers_changes_nothing(pipeline, pictures, mode):
-    """From CPU to CPU, pictures and all, with calibration and windows."""
+def test_offloading_of_diffusers_changes_nothing(pipeline, images, mode):
+    """From CPU to CPU, images and all, with calibration and windows."""
     saver = deepcopy(pipeline)
     if mode == "model":
         saver.enable_model_cpu_offload(device="cpu")
     else:
         blocks = 1 if mode == "block_level" else None
         saver.enable_group_offload(torch.device("cpu"), offload_type=mode, num_blocks_per_group=blocks)
-    expected = run(pipeline, pictures, 2, output_type="pt")
-    assert torch.allclose(run(saver, pictures, 2, output_type="pt"), expected, atol=1e-5)
+    expected = run(pipeline, images, 2, output_type="pt")
+    assert torch.allclose(run(saver, images, 2, output_type="pt"), expected, atol=1e-5)
 
 
-def test_tiles_of_the_vae(pipeline, pictures):
-    """The pictures are those of diffusers' own tiled decoding, which differ a little where tiles meet."""
+def test_tiles_of_the_vae(pipeline, images):
+    """The images are those of diffusers' own tiled decoding, which differ a little where tiles meet."""
     saver = deepcopy(pipeline)
     saver.vae.enable_tiling()
     saver.vae.tile_sample_min_size, saver.vae.tile_latent_min_size = 16, 4
-    latents, pictures_ = (run(saver, pictures, 1, output_type=kind) for kind in ("latent", "pt"))
+    latents, images_ = (run(saver, images, 1, output_type=kind) for kind in ("latent", "pt"))
     with torch.no_grad():
         frames = latents[0].transpose(0, 1) / saver.vae.config.scaling_factor
         expected = saver.vae.tiled_decode(frames).sample
-    assert torch.allclose(pictures_, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
-    assert not torch.allclose(pictures_, run(pipeline, pictures, 1, output_type="pt"), atol=1e-3)
+    assert torch.allclose(images_, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert not torch.allclose(images_, run(pipeline, images, 1, output_type="pt"), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

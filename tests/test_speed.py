@@ -75,7 +75,7 @@ def test_scene_has_every_person_in_every_frame():
     assert scene.reference_masks.any(axis=(1, 2)).all() and scene.masks.any(axis=(2, 3)).all()
     calibration = scene.calibration(CalibrationConfig(keypoints="trunk"))
     assert calibration.persons == 2 and (calibration.member >= 0).all()
-    assert scene.pictures.shape == (3, 64, 64, 3) and scene.pictures.any()
+    assert scene.images.shape == (3, 64, 64, 3) and scene.images.any()
 
 
 @pytest.mark.parametrize("stage", ["image", "motion"])

@@ -158,7 +158,7 @@ def test_arguments_that_cannot_work(argument, message, tmp_path):
         comparison.main(["peer=magic_animate", f"checkout={tmp_path}", "python=python", argument])
 
 
-def test_other_pictures_than_those_of_a_size():
+def test_other_images_than_those_of_a_size():
     sizes = comparison.sizes_of(comparison.CompareConfig(size="half", side=512))
     assert (sizes.side, sizes.frames, sizes.unet) == (512, SIZES["half"].frames, SIZES["half"].unet)
     assert comparison.sizes_of(comparison.CompareConfig(frames=3)) == replace(SIZES["tiny"], frames=3)

@@ -93,7 +93,7 @@ def test_points_are_means_of_keypoints_and_cover_limbs_and_trunk():
     assert len(torch.unique(weights, dim=0)) == len(weights)
 
 
-def test_points_need_their_keypoints_in_both_pictures(batch):
+def test_points_need_their_keypoints_in_both_images(batch):
     seen = body_points(batch, 0.3)
     hidden = {name: value.clone() for name, value in batch.items()}
     hidden["reference_keypoints"][:, 9, 2] = 0.1
@@ -278,7 +278,7 @@ def test_both_unets_start_as_the_same_image_model():
 
 
 @pytest.mark.parametrize("kind", ["tiny", "kl"])
-def test_cached_latents_are_those_of_the_pictures(tmp_path, vae, kind):
+def test_cached_latents_are_those_of_the_images(tmp_path, vae, kind):
     if kind == "kl":
         torch.manual_seed(0)
         vae = AutoencoderKL(

@@ -64,7 +64,7 @@ def test_points_lie_on_the_person_at_rest(scenes):
         assert distances.max() < 0.08, "metres from a triangle's corner"
 
 
-def test_same_point_has_the_same_colour_in_two_pictures(scenes):
+def test_same_point_has_the_same_colour_in_two_images(scenes):
     """Colours come from textures, of which the maps know nothing, and light that falls everywhere leaves them so."""
     light, same, other = Light(ambient=1.0), [], []
     for scene in scenes:
@@ -90,7 +90,7 @@ def test_map_moves_with_the_camera(x, y, scenes):
     still = replace(scene.camera, scale=0.5, center=(0.5, 0.5))
     moved = replace(still, center=(0.5 + x / SIZE[0], 0.5 + y / SIZE[1]))
     before, after = (render_surface(scene.person, scene.poses[0], c, SIZE) for c in (still, moved))
-    # Perspective is of the person, not of the picture, so a shift by whole places changes nothing else.
+    # Perspective is of the person, not of the image, so a shift by whole places changes nothing else.
     rows, columns = slice(10, 86), slice(10, 86)
     shifted = after[10 + y : 86 + y, 10 + x : 86 + x]
     agree = np.isclose(before[rows, columns], shifted, atol=0.02, equal_nan=True).all(-1)
@@ -111,7 +111,7 @@ def test_keypoints_of_the_face_are_found_through_the_surface(person):
     assert np.linalg.norm(np.array(found) - there[NOSE]) < 2
 
 
-def test_pictures_that_are_alike_match_place_by_place(scenes):
+def test_images_that_are_alike_match_place_by_place(scenes):
     maps = [render_surface(s.person, s.poses[0], s.camera, (32, 32)) for s in scenes[:3]]
     points = surface_points(surface_batch(maps, maps), 40, sample_generators(0, range(3)))
     assert points.body == 40
@@ -150,7 +150,7 @@ def test_points_of_a_sample_do_not_depend_on_its_batch(scenes):
     assert torch.equal(both.targets[1:], second.targets)
 
 
-def test_cache_keeps_the_maps_of_its_pictures(tmp_path):
+def test_cache_keeps_the_maps_of_its_images(tmp_path):
     config = DataConfig(size=[32, 32], stride=4, workers=0, cache=str(tmp_path / "c"), cache_clips=3, cache_frames=2)
     plain = make_dataset(config, 6)
     assert "surfaces" not in plain[0]

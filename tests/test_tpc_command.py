@@ -27,7 +27,7 @@ def save_mask(path: Path, mask: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two persons in a picture and in a clip, as files."""
+    """Two persons in an image and in a clip, as files."""
     folder = tmp_path_factory.mktemp("inputs")
     rng = np.random.default_rng(0)
     people = np.stack([place(body(rng), 50, 0.4, (25, 42)), place(body(rng), 45, -0.3, (68, 40))])
@@ -140,7 +140,7 @@ def test_an_output_folder_keeps_other_files(files, tmp_path):
         ({"reference_poses": "{files}/reference.png"}, "reference_poses=.*as poses"),
         ({"driving_poses": "{files}/reference_mask.png"}, "as poses"),
         ({"reference": "{files}/one.npz"}, "reference="),
-        ({"reference_mask": "{files}/wrong.png"}, "is 10x12, the picture is 96x80"),
+        ({"reference_mask": "{files}/wrong.png"}, "is 10x12, the image is 96x80"),
         ({"reference_mask": "{files}/one.npz"}, "reference_mask="),
         ({"driving_masks": "{files}/reference_masks"}, "000000"),
         ({"driving_masks": "{files}/reference.png"}, "is not a folder"),

@@ -262,8 +262,8 @@ def test_data_go_on_where_they_stopped():
     assert len(whole) == 3 and len(rest) == 1 and torch.equal(whole[2], rest[0])
 
 
-def test_velocity_target_is_minus_the_picture_at_the_end():
-    """With zero terminal SNR the last step's velocity is -x: the model must paint the picture from noise alone."""
+def test_velocity_target_is_minus_the_image_at_the_end():
+    """With zero terminal SNR the last step's velocity is -x: the model must paint the image from noise alone."""
     scheduler = make_scheduler(NoiseConfig())
     latents, noise = torch.randn(1, 4, 1, 2, 2), torch.randn(1, 4, 1, 2, 2)
     assert torch.allclose(prediction_target(scheduler, latents, noise, torch.tensor([999])), -latents, atol=1e-5)

@@ -58,7 +58,7 @@ def stages(folder) -> dict[str, list[str]]:
     """Arguments of either stage: three steps of four clips; the first two are saved before the end."""
     shared = [*ARGUMENTS, f"model.vae={make_vae(folder / 'vae')}", f"max_steps={STEPS}", "checkpoint_steps=2"]
     return {
-        "image": [*shared, "stage=image", f"data.cache={folder / 'pictures'}"],
+        "image": [*shared, "stage=image", f"data.cache={folder / 'images'}"],
         "motion": [*shared, "stage=motion", "data.num_frames=3", f"data.cache={folder / 'clips'}"],
     }
 

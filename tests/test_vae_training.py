@@ -48,7 +48,7 @@ def test_encoders_of_published_vaes_stay(folder, tmp_path):
             training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK, wrong])
 
 
-def test_crops_keep_pictures_and_masks_together():
+def test_crops_keep_images_and_masks_together():
     torch.manual_seed(0)
     masks = (torch.rand(6, 1, 20, 16) > 0.5).float()
     images = masks.expand(-1, 3, -1, -1) * 2 - 1
@@ -86,7 +86,7 @@ def test_the_shipped_recipe_is_the_published_one():
     config = load_config(VAEConfig, ["output=x"], files=[ROOT / "configs" / "vae_dreampose.yaml"])
     assert config.freeze_encoder and config.loss == "squares" and config.crop == 0.1
     assert config.optimizer == OptimizerConfig(learning_rate=5e-5)
-    assert 2 * config.batch_size * config.gradient_accumulation == 16  # two pictures a clip
+    assert 2 * config.batch_size * config.gradient_accumulation == 16  # two images a clip
     known = OmegaConf.to_container(OmegaConf.structured(VAEConfig)).keys()
     assert OmegaConf.load(ROOT / "configs" / "vae_dreampose.yaml").keys() == known
 

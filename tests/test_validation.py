@@ -47,17 +47,17 @@ def test_clips_are_the_same_every_time_and_held_out(tiny_pipeline, clips):
     assert all(np.array_equal(again.columns[name], clips[0].columns[name]) for name in COLUMNS[:4])
 
 
-def picture(value: int) -> np.ndarray:
+def image(value: int) -> np.ndarray:
     return np.full((2, 16, 16, 3), value, np.uint8)
 
 
 def test_metrics_are_those_of_the_result_against_the_truth():
-    """10 grey levels off everywhere: 28.13 dB; off by 20 in the person only, a quarter of the picture: 22.11 there."""
+    """10 grey levels off everywhere: 28.13 dB; off by 20 in the person only, a quarter of the image: 22.11 there."""
     masks = np.zeros((2, 16, 16), bool)
     masks[:, :8, :8] = True
-    wrong = picture(100)
+    wrong = image(100)
     wrong[masks] = 120
-    columns = {"truth": picture(100), "without TPC": picture(110), "with TPC": wrong}
+    columns = {"truth": image(100), "without TPC": image(110), "with TPC": wrong}
     values = ValidationClip(columns, masks, misaligned=False).metrics()
     decibel = {grey: 20 * math.log10(255 / grey) for grey in (10, 20)}
     assert values["psnr/without_tpc"] == pytest.approx(decibel[10])
@@ -65,7 +65,7 @@ def test_metrics_are_those_of_the_result_against_the_truth():
     assert values["person_psnr/with_tpc"] == pytest.approx(decibel[20])
     assert values["psnr/with_tpc"] == pytest.approx(decibel[20] + 10 * math.log10(4))
     assert values["person_ssim/with_tpc"] < values["ssim/with_tpc"] < 1
-    same = ValidationClip({**columns, "with TPC": picture(100)}, masks, misaligned=True)
+    same = ValidationClip({**columns, "with TPC": image(100)}, masks, misaligned=True)
     assert same.metrics()["ssim/with_tpc"] == pytest.approx(1)
     both = mean_metrics([ValidationClip(columns, masks, misaligned=False), same])
     assert both["aligned/psnr/without_tpc"] == both["misaligned/psnr/without_tpc"] == pytest.approx(decibel[10])

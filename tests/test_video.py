@@ -323,7 +323,7 @@ def test_every_bad_video_is_one_clear_line(tmp_path):
         VideoReader(tmp_path / "folder", fps=0)
 
 
-def test_a_video_without_pictures_is_refused(tmp_path):
+def test_a_video_without_images_is_refused(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         for _ in range(10):

@@ -90,7 +90,7 @@ def matching_frames(dataset: VideoFolder, poses: Poses, scale: float, shift: flo
     return found
 
 
-def test_keypoints_pictures_and_masks_are_cropped_alike(folder):
+def test_keypoints_images_and_masks_are_cropped_alike(folder):
     """96 x 64 to 64 x 64: the crop takes columns 16 to 79, without scaling, so all numbers are known."""
     source = np.load(folder / "frames.npy")
     dataset = VideoFolder(folder, crop="centre", size=(64, 64), num_frames=2, stride=3, length=12)
@@ -98,8 +98,8 @@ def test_keypoints_pictures_and_masks_are_cropped_alike(folder):
     assert len(items) >= 2
     for item, (reference, first, second) in items:
         assert second == first + 3 and reference not in (first, second)
-        for picture, number in ((item["reference"], reference), (item["frames"][:, 1], second)):
-            difference = (picture.permute(1, 2, 0).numpy() + 1) * 127.5 - source[number][:, 16:80]
+        for image, number in ((item["reference"], reference), (item["frames"][:, 1], second)):
+            difference = (image.permute(1, 2, 0).numpy() + 1) * 127.5 - source[number][:, 16:80]
             assert np.abs(difference).mean() < 8  # the video is compressed
         person = np.linalg.norm(source[second][:, 16:80].astype(float), axis=-1)[item["masks"][0, 1].numpy() > 0]
         assert len(person) > 50

@@ -1,4 +1,4 @@
-"""What the viewer shows, without its page: both results recorded, memory kept within bounds, clicks and pictures."""
+"""What the viewer shows, without its page: both results recorded, memory kept within bounds, clicks and images."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 import viewer.__main__
 from core.errors import UserError
-from evaluation.attention.figures import layer_mean, overlay, pictures_seen
+from evaluation.attention.figures import images_seen, layer_mean, overlay
 from evaluation.attention.recorded_runs import affordable_steps, load_inputs, record_both, spread_steps
 from inference.animate import animate
 from models.attention.run import AttentionConfig
@@ -90,12 +90,12 @@ class TestRecordedRuns:
         assert spread_steps(8, 1) == [7] and spread_steps(8, 2) == [0, 7] and spread_steps(9, 3) == [0, 4, 8]
 
     def test_bad_inputs_are_named(self, tmp_path):
-        (tmp_path / "text.png").write_text("no picture")
+        (tmp_path / "text.png").write_text("no image")
         with pytest.raises(UserError, match="reference=.*text.png"):
             load_inputs(tmp_path / "text.png", tmp_path / "none.mp4", SAMPLING)
 
 
-class TestPictures:
+class TestImages:
     def test_a_click_is_the_pixel_under_it(self, run):
         scale = scale_of(run.driving)
         assert scale == HEIGHT / 32
@@ -122,7 +122,7 @@ class TestPictures:
         view = side_view(run, run.calibrated, choice)
         weaker = int(maps.max(axis=(1, 2)).argmin())
         last = run.calibrated.recorded.selection.steps[-1]
-        seen = pictures_seen(run.reference, run.calibrated.calibration, last, 0)[weaker]
+        seen = images_seen(run.reference, run.calibrated.calibration, last, 0)[weaker]
         shown = (view.reference, view.calibrated)[weaker]
         assert (shown == overlay(enlarged(seen), maps[weaker], maps.max())).all()
         assert (shown != overlay(enlarged(seen), maps[weaker])).any(), "not stretched to the strongest colour"
@@ -136,7 +136,7 @@ class TestPictures:
         ]
         assert len({view.tobytes() for view in views}) == len(views)
 
-    def test_without_a_point_pictures_are_plain(self, run):
+    def test_without_a_point_images_are_plain(self, run):
         view = side_view(run, run.calibrated, Choice())
         assert (view.reference == enlarged(run.reference)).all()
         assert (view.result == enlarged(run.calibrated.frames[0])).all()
@@ -166,7 +166,7 @@ class TestPictures:
         hidden = replace(run, keypoints=np.full_like(run.keypoints, np.nan))
         assert first_point(hidden) == (16, 16)
 
-    def test_pictures_beside_each_other(self):
+    def test_images_beside_each_other(self):
         one, two = np.zeros((HEIGHT, 10, 3), np.uint8), np.full((HEIGHT, 20, 3), 255, np.uint8)
         joined = beside([one, two])
         assert joined.shape[0] == HEIGHT and joined.shape[1] > 30
@@ -195,8 +195,8 @@ class TestCommand:
             done.stderr == "error: the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`\n"
         )
 
-    def test_a_model_that_needs_other_pose_pictures(self, tmp_path):
+    def test_a_model_that_needs_other_pose_images(self, tmp_path):
         pytest.importorskip("gradio")
         small_magic_pipeline().save_pretrained(tmp_path / "magic")
-        with pytest.raises(UserError, match="reads DensePose pictures"):
+        with pytest.raises(UserError, match="reads DensePose images"):
             viewer.__main__.main([f"model={tmp_path / 'magic'}"])

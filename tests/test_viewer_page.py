@@ -17,12 +17,12 @@ from data.video.reading import read_video, video_metadata  # noqa: E402
 from evaluation.attention.grids import short_layer  # noqa: E402
 from viewer.animate_tab import AnimateTab  # noqa: E402
 from viewer.attention_tab import AttentionTab, choice_of  # noqa: E402
-from viewer.controls import (
+from viewer.controls import (  # noqa: E402
     SAMPLE_CLIP,
-    SAMPLE_PICTURES,
+    SAMPLE_IMAGES,
     Machine,
     accept_clip,
-    accept_picture,
+    accept_image,
     chosen,
     one_line_errors,
     required,
@@ -31,7 +31,7 @@ from viewer.controls import (
 from viewer.images import HEIGHT  # noqa: E402
 from viewer.page import build_page, serve  # noqa: E402
 
-PICTURE = SAMPLE_PICTURES["Rendered person"]
+IMAGE = SAMPLE_IMAGES["Rendered person"]
 SETTINGS = ("best", 3, 4, 2, 1.0, 0)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -54,15 +54,15 @@ def tab(machine):
 @pytest.fixture(scope="module")
 def ran(tab):
     """What a press of Run sets: run, point, sliders and their means, then everything that is shown."""
-    return tab.animate(str(PICTURE), str(SAMPLE_CLIP), *SETTINGS)
+    return tab.animate(str(IMAGE), str(SAMPLE_CLIP), *SETTINGS)
 
 
 class TestInputs:
     def test_bad_files_are_one_line_without_folders(self, tmp_path):
-        picture, clip = tmp_path / "photo.png", tmp_path / "clip.mp4"
-        picture.write_text("this is no picture")
+        image, clip = tmp_path / "photo.png", tmp_path / "clip.mp4"
+        image.write_text("this is no image")
         clip.write_bytes(b"\0" * 4096)
-        for accept, path in ((accept_picture, picture), (accept_clip, clip)):
+        for accept, path in ((accept_image, image), (accept_clip, clip)):
             with pytest.raises(gr.Error) as caught:
                 accept(str(path))
             assert path.name in caught.value.message and str(tmp_path) not in caught.value.message
@@ -70,12 +70,12 @@ class TestInputs:
             assert caught.value.__suppress_context__, "no traceback of ours"
 
     def test_good_files_pass(self):
-        path, pixels = accept_picture(str(PICTURE))
-        assert path == str(PICTURE) and pixels.ndim == 3
+        path, pixels = accept_image(str(IMAGE))
+        assert path == str(IMAGE) and pixels.ndim == 3
         assert accept_clip(str(SAMPLE_CLIP)) == (str(SAMPLE_CLIP), str(SAMPLE_CLIP))
 
     def test_nothing_given(self):
-        with pytest.raises(UserError, match="reference: no picture was given"):
+        with pytest.raises(UserError, match="reference: no image was given"):
             required(None, "reference")
         with pytest.raises(UserError, match="driving: no clip was given"):
             required("", "driving")
@@ -110,9 +110,9 @@ class TestAttention:
         assert all_steps and all_layers, "as it is shown"
         assert (frame.maximum, step.maximum) == (3, 2) and layer.maximum == len(run.plain.recorded.layers)
         assert any(np.allclose(point, place) for place in run.keypoints[0])
-        where, *pictures, plain, calibrated = shown
-        assert where.startswith("Frame 1, point") and len(pictures) == 6
-        assert all(picture.dtype == np.uint8 and picture.shape[0] == HEIGHT for picture in pictures)
+        where, *images, plain, calibrated = shown
+        assert where.startswith("Frame 1, point") and len(images) == 6
+        assert all(image.dtype == np.uint8 and image.shape[0] == HEIGHT for image in images)
         assert "calibrated" in calibrated and "calibrated" not in plain
 
     def test_click_and_choices_need_no_new_run(self, tab, ran):
@@ -150,8 +150,8 @@ class TestAttention:
         kept = [value for value in vars(tab).values() if value is ran[0]]
         assert not kept and tab.run.value is None and tab.point.value is None
 
-    def test_bad_picture_of_a_run(self, tab, tmp_path):
-        (tmp_path / "photo.png").write_text("no picture")
+    def test_bad_image_of_a_run(self, tab, tmp_path):
+        (tmp_path / "photo.png").write_text("no image")
         with pytest.raises(gr.Error, match="photo.png"):
             tab.animate(str(tmp_path / "photo.png"), str(SAMPLE_CLIP), *SETTINGS)
 
@@ -159,7 +159,7 @@ class TestAttention:
 def test_animate_writes_what_infer_writes(machine):
     with gr.Blocks(analytics_enabled=False):
         tab = AnimateTab(machine)
-    plain, calibrated, report, strip, comparison = tab.animate(str(PICTURE), str(SAMPLE_CLIP), *SETTINGS)
+    plain, calibrated, report, strip, comparison = tab.animate(str(IMAGE), str(SAMPLE_CLIP), *SETTINGS)
     for path in (plain, calibrated, comparison):
         assert len(read_video(path).frames) == 3
         metadata = video_metadata(path)
@@ -196,14 +196,14 @@ def browser_page(address: str):
 
 
 def pixels(page, name: str) -> str:
-    """Address of the picture a component shows; it changes with its pixels."""
+    """Address of the image a component shows; it changes with its pixels."""
     return page.locator(f"#{name} img").get_attribute("src")
 
 
 @pytest.mark.slow
 def test_in_a_browser(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(machine.folder))
-    (tmp_path / "broken.png").write_text("this is no picture")
+    (tmp_path / "broken.png").write_text("this is no image")
     server = build_page(machine)
     address = serve(server, "127.0.0.1", 0, machine.folder, wait=False)
     try:
@@ -215,7 +215,7 @@ def test_in_a_browser(machine, tmp_path, monkeypatch):
             page.get_by_text("press Run first").first.wait_for()
 
             with page.expect_file_chooser() as chooser:
-                page.locator("#attention-picture").click()
+                page.locator("#attention-image").click()
             chooser.value.set_files(tmp_path / "broken.png")
             page.get_by_text("broken.png").first.wait_for()
             assert "Traceback" not in page.content()

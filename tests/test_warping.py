@@ -1,11 +1,11 @@
-"""Pictures and masks through affine maps: exact places, no aliasing, any size."""
+"""Images and masks through affine maps: exact places, no aliasing, any size."""
 
 import cv2
 import numpy as np
 import pytest
 
 from tpc.storage import LazyImages, PackedMasks
-from tpc.warping import Picture, mask_picture, place_person, quad_mask, remove_persons, warp_mask
+from tpc.warping import ImagePyramid, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
 
 def similarity(scale: float, angle: float, x: float, y: float) -> np.ndarray:
@@ -21,8 +21,8 @@ def ramp(width: int, height: int) -> np.ndarray:
 
 def test_identity_and_whole_pixel_shifts_are_exact():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    np.testing.assert_array_equal(Picture(image).warp(np.eye(3), (60, 40)), image)
-    shifted = Picture(image).warp(similarity(1, 0, 7, -5), (60, 40))
+    np.testing.assert_array_equal(ImagePyramid(image).warp(np.eye(3), (60, 40)), image)
+    shifted = ImagePyramid(image).warp(similarity(1, 0, 7, -5), (60, 40))
     np.testing.assert_array_equal(shifted[:-5, 7:], image[5:, :-7])
 
 
@@ -31,7 +31,7 @@ def test_identity_and_whole_pixel_shifts_are_exact():
 def test_every_pixel_comes_from_where_the_matrix_says(scale, angle):
     image = ramp(120, 100)
     matrix = similarity(scale, angle, 60, 50) @ similarity(1, 0, -60, -50)
-    warped = Picture(image).warp(matrix, (120, 100)).astype(float)
+    warped = ImagePyramid(image).warp(matrix, (120, 100)).astype(float)
     x, y = np.meshgrid(np.arange(120), np.arange(100))
     back = np.linalg.inv(matrix)
     origin = [back[i, 0] * x + back[i, 1] * y + back[i, 2] for i in (0, 1)]
@@ -48,24 +48,24 @@ def test_every_pixel_comes_from_where_the_matrix_says(scale, angle):
 def test_shrinking_averages_instead_of_aliasing(scale):
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     image = np.repeat(board[..., None], 3, -1)
-    warped = Picture(image).warp(similarity(scale, 0.4, 0, 0), (40, 40))
+    warped = ImagePyramid(image).warp(similarity(scale, 0.4, 0, 0), (40, 40))
     quad = (
         cv2.erode(quad_mask(similarity(scale, 0.4, 0, 0), (256, 256), (40, 40)).astype(np.uint8), np.ones((5, 5))) > 0
     )
     assert np.abs(warped[quad].astype(int) - 127).max() < 20
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    assert Picture(noise).warp(similarity(scale, 0.4, 0, 0), (40, 40))[quad].std() < 1.3 * scale * noise.std()
+    assert ImagePyramid(noise).warp(similarity(scale, 0.4, 0, 0), (40, 40))[quad].std() < 1.3 * scale * noise.std()
 
 
-def test_a_large_picture_is_warped_as_its_exact_reduction_is():
+def test_a_large_image_is_warped_as_its_exact_reduction_is():
     rng = np.random.default_rng(0)
     small = cv2.GaussianBlur(rng.integers(0, 256, (60, 80, 3), np.uint8), (0, 0), 2)
     large = small.repeat(8, 0).repeat(8, 1)
-    # Pixel i of the small picture is the mean of 8i ... 8i + 7, whose middle is 8i + 3.5.
+    # Pixel i of the small image is the mean of 8i ... 8i + 7, whose middle is 8i + 3.5.
     matrix = similarity(0.9, 0.3, 5, 3)
     to_small = np.array([[1 / 8, 0, -3.5 / 8], [0, 1 / 8, -3.5 / 8], [0, 0, 1]])
-    direct = Picture(small).warp(matrix, (80, 60)).astype(int)
-    reduced = Picture(large).warp(matrix @ to_small, (80, 60)).astype(int)
+    direct = ImagePyramid(small).warp(matrix, (80, 60)).astype(int)
+    reduced = ImagePyramid(large).warp(matrix @ to_small, (80, 60)).astype(int)
     assert np.abs(direct - reduced).max() <= 1
 
 
@@ -73,10 +73,10 @@ def test_a_large_picture_is_warped_as_its_exact_reduction_is():
 def test_any_size_and_aspect(shape):
     image = np.full((*shape, 3), 77, np.uint8)
     for scale in (0.01, 1.0, 30.0):
-        warped = Picture(image).warp(similarity(scale, 1.0, 3, 4), (32, 20))
+        warped = ImagePyramid(image).warp(similarity(scale, 1.0, 3, 4), (32, 20))
         assert warped.shape == (20, 32, 3) and (warped == 77).all()
     if max(shape) <= 32766:
-        mask = mask_picture(np.ones(shape, bool))
+        mask = mask_pyramid(np.ones(shape, bool))
         assert warp_mask(mask, similarity(1, 0, 0, 0), (32, 20)).sum() == min(shape[0], 20) * min(shape[1], 32)
 
 
@@ -85,14 +85,14 @@ def test_any_size_and_aspect(shape):
 )
 def test_a_hopeless_matrix_gives_black_not_a_crash(matrix):
     image = np.full((10, 10, 3), 200, np.uint8)
-    assert Picture(image).warp(matrix, (8, 8)).shape == (8, 8, 3)
+    assert ImagePyramid(image).warp(matrix, (8, 8)).shape == (8, 8, 3)
 
 
 def test_quad_is_the_region_of_the_source_pixels():
     quad = quad_mask(similarity(2, 0, 10.5, 20.5), (5, 4), (40, 40))
     rows, columns = np.nonzero(quad)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 27, 10, 19)
-    mask = warp_mask(mask_picture(np.ones((4, 5), bool)), similarity(2, 0, 10.5, 20.5), (40, 40))
+    mask = warp_mask(mask_pyramid(np.ones((4, 5), bool)), similarity(2, 0, 10.5, 20.5), (40, 40))
     np.testing.assert_array_equal(mask, quad)
 
 
@@ -100,7 +100,7 @@ def test_quad_is_the_region_of_the_source_pixels():
 def test_mask_area_scales(scale):
     disc = np.hypot(*(np.indices((200, 200)) - 100)) < 60
     matrix = similarity(scale, 1.1, 200, 200) @ similarity(1, 0, -100, -100)
-    warped = warp_mask(mask_picture(disc), matrix, (400, 400))
+    warped = warp_mask(mask_pyramid(disc), matrix, (400, 400))
     assert warped.sum() == pytest.approx(disc.sum() * scale**2, rel=0.03)
 
 
@@ -110,12 +110,12 @@ def test_person_is_placed_and_the_rest_is_background():
     mask[20:60, 30:70] = True
     background = np.full((50, 60, 3), 9, np.uint8)
     matrix = similarity(0.5, 0, 3, 2)
-    result = place_person(Picture(image), mask_picture(mask), matrix, background)
-    placed = warp_mask(mask_picture(mask), matrix, (60, 50))
+    result = place_person(ImagePyramid(image), mask_pyramid(mask), matrix, background)
+    placed = warp_mask(mask_pyramid(mask), matrix, (60, 50))
     far = cv2.dilate(placed.astype(np.uint8), np.ones((3, 3))) == 0
     assert (result[far] == 9).all() and (background == 9).all()
     inner = cv2.erode(placed.astype(np.uint8), np.ones((3, 3))) > 0
-    np.testing.assert_allclose(result[inner], Picture(image).warp(matrix, (60, 50))[inner], atol=1)
+    np.testing.assert_allclose(result[inner], ImagePyramid(image).warp(matrix, (60, 50))[inner], atol=1)
 
 
 def test_removed_persons_leave_their_surroundings():
@@ -132,9 +132,9 @@ def test_removed_persons_leave_their_surroundings():
 
 def test_wrong_images_are_refused():
     with pytest.raises(ValueError, match="uint8"):
-        Picture(np.zeros((4, 4, 3)))
+        ImagePyramid(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match="uint8"):
-        Picture(np.zeros((0, 4, 3), np.uint8))
+        ImagePyramid(np.zeros((0, 4, 3), np.uint8))
 
 
 def test_stacks_are_indexed_like_arrays():

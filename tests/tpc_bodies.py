@@ -61,7 +61,7 @@ def poses(keypoints: np.ndarray, size: tuple[int, int] = (128, 128), scores: np.
     return Poses(keypoints, np.asarray(scores, np.float32), size, 25.0)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+def image(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
 
 

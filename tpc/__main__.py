@@ -1,11 +1,11 @@
-"""Calibrate a reference picture to a driving clip, without any diffusion model.
+"""Calibrate a reference image to a driving clip, without any diffusion model.
 
     python -m tpc reference=photo.png driving=dance.mp4 output=outputs/calibrated [key=value ...]
 
 Poses and masks are estimated unless they are given (`reference_poses=`, `driving_poses=`, `reference_mask=`,
 `driving_masks=`); with given driving poses `driving=` may be left out. Writes to `output`:
 
-    calibration.json    transforms, keypoints, reasons, frame by frame      calibrated.mp4    the calibrated pictures
+    calibration.json    transforms, keypoints, reasons, frame by frame      calibrated.mp4    the calibrated images
     calibrated/         000000_p0.png and 000000_p0_mask.png                report.png        everything at a glance
     calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the configuration
 """
@@ -37,11 +37,11 @@ from tpc.result import Calibration
 class CommandConfig:
     """What to calibrate to what.
 
-    reference, driving: picture and video; output: folder for the results.
+    reference, driving: image and video; output: folder for the results.
     reference_poses, driving_poses: pose files, instead of estimating.
-    reference_mask: 8-bit picture, 255 = person, or a folder with p0.png, p1.png, ...
+    reference_mask: 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
     driving_masks: folder with 000000.png, or 000000_p0.png for several persons.
-    max_side: pixels of the longer side of the calibrated pictures; 0 = those of the driving video.
+    max_side: pixels of the longer side of the calibrated images; 0 = those of the driving video.
     max_frames: frames to use; stride: use every stride-th.
     """
 
@@ -101,7 +101,7 @@ def check(config: CommandConfig) -> None:
 
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
-    """Pictures, poses and masks; the estimator is opened when one of the two needs it."""
+    """Images, poses and masks; the estimator is opened when one of the two needs it."""
     opened: list[PoseEstimator] = []
 
     def estimator() -> PoseEstimator:
@@ -125,7 +125,7 @@ def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
 
 
 def frame_size(driving_size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(width, height) of the calibrated pictures: the driving frame's, or resized to a longer side of `max_side`."""
+    """(width, height) of the calibrated images: the driving frame's, or resized to a longer side of `max_side`."""
     if max_side == 0:
         return driving_size
     scale = max_side / max(driving_size)
@@ -138,13 +138,13 @@ def write_results(
     """Write everything into `folder`."""
     calibration.write(folder)
     save_config(config, folder / "config.yaml")
-    metadata = {"description": "calibrated reference pictures, not generated", "config": config_dict(config)}
+    metadata = {"description": "calibrated reference images, not generated", "config": config_dict(config)}
     write_video(folder / "calibrated.mp4", calibrated_frames(calibration), calibration.fps, metadata)
     write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
 
 
 def calibrated_frames(calibration: Calibration) -> Iterator[np.ndarray]:
-    """For every frame the calibrated pictures of its persons side by side; grey where a person is uncalibrated."""
+    """For every frame the calibrated images of its persons side by side; grey where a person is uncalibrated."""
     grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
     for row in calibration.member:
         yield np.hstack([calibration.images[m] if m >= 0 else grey for m in row])

@@ -27,10 +27,10 @@ background has to come from somewhere. `scene` keeps the reference's person from
 smaller or elsewhere; calibrated images of `fill=scene` have that place painted over. Nobody sees the calibrated tokens
 of somebody else. In a frame where nobody is calibrated every token sees all of the reference, as without TPC.
 
-Other models attend to other tokens, which `KeyLayout` describes. A token of the whole picture, such as CLIP's class
+Other models attend to other tokens, which `KeyLayout` describes. A token of the whole image, such as CLIP's class
 token, has no place that a mask could cover: the reference's is never hidden, a calibrated image's is hidden from
 whoever is not its person (in `paper` from other persons) and in frames where the image is absent. Where all tokens are
-of the whole picture there is nothing to mask, and images are only present or absent, frame by frame.
+of the whole image there is nothing to mask, and images are only present or absent, frame by frame.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def frame_visibility(
 
     Args:
         frame_indices: (b,) numbers of the frames in the clip, such as those of a context window.
-        member_index: (b, persons) the calibrated pictures these frames use, `calibration.index(step)[frame_indices]`;
+        member_index: (b, persons) the calibrated images these frames use, `calibration.index(step)[frame_indices]`;
             -1 = uncalibrated.
         latent_size: (h, w) of the latents; None where `grids` says everything.
         grids: number of levels of reference attention, each half the one before, rounded up; or the (h, w) of every
@@ -286,7 +286,7 @@ def _shares(masks: np.ndarray, grids: list[tuple[int, int]]) -> list[torch.Tenso
 def _calibrated_shares(
     calibration: Calibration, member_index: np.ndarray, grids: list[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    """For every grid (b, persons, h w); 0 where uncalibrated. A picture that frames share is pooled once."""
+    """For every grid (b, persons, h w); 0 where uncalibrated. An image that frames share is pooled once."""
     distinct, inverse = np.unique(member_index, return_inverse=True)
     shares = _shares(calibration.masks[distinct[distinct >= 0]], grids)
     missing = len(distinct) and distinct[0] < 0

@@ -31,7 +31,7 @@ from tpc.subset import FIXED_RULES
 from tpc.tensors import FILLS, place, warp
 
 Batch = dict[str, Tensor]
-# The middle of the person stays this far inside the picture, as a part of its sides.
+# The middle of the person stays this far inside the image, as a part of its sides.
 MARGIN = 0.2
 
 
@@ -43,9 +43,9 @@ class CompositionConfig:
     min_scale: float = 0.4  # factor on the person's size, drawn evenly in its logarithm
     max_scale: float = 1.6
     max_rotation: float = 180.0  # degrees, either way
-    max_translation: float = 0.2  # parts of the picture's sides, either way
+    max_translation: float = 0.2  # parts of the image's sides, either way
     ramp_steps: int = 0  # training steps over which the ranges grow from nothing to these
-    fill: str = "scene"  # scene: only the person moves; edge, black: the picture does, and what is beyond it
+    fill: str = "scene"  # scene: only the person moves; edge, black: the image does, and what is beyond it
 
 
 @dataclass
@@ -55,8 +55,8 @@ class CalibratedTrainingConfig:
     probability: float = 0.0  # that a sample is calibrated; 0 = off
     keypoints: str = "trunk"  # all, trunk, torso, face
     score_threshold: float = 0.3  # a keypoint counts above it
-    noise: float = 0.01  # standard deviation of the keypoints, parts of the picture's height, as estimators have
-    pictures: int = 1  # calibrated pictures a clip; its frames share them in consecutive groups
+    noise: float = 0.01  # standard deviation of the keypoints, parts of the image's height, as estimators have
+    images: int = 1  # calibrated images a clip; its frames share them in consecutive groups
     visibility: str = "scene"  # paper, release, exclusive, scene
     mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
 
@@ -68,7 +68,7 @@ class CalibratedBatch:
     Attributes:
         images: (b, m, 3, h, w) in [-1, 1].
         masks: (b, m, 1, h, w) float, 1 = the calibrated person.
-        index: (b, f) which of the m pictures each frame uses.
+        index: (b, f) which of the m images each frame uses.
         present: (b, f) bool, False where the sample was not drawn or could not be calibrated.
     """
 
@@ -132,13 +132,13 @@ def calibrate_batch(
 ) -> CalibratedBatch:
     """Calibrate the references of some samples to frames of their clips, as inference calibrates.
 
-    The frames of a clip are divided into groups; the frames of a group share the picture of one of them, drawn at
+    The frames of a clip are divided into groups; the frames of a group share the image of one of them, drawn at
     random, as in iterative propagation.
     """
     check_calibrated_training(config)
     reference, keypoints = batch["reference"], batch["keypoints"]
     (b, frames), size = keypoints.shape[:2], _size(reference)
-    groups = torch.from_numpy(group_of_frames(frames, max(1, min(config.pictures, frames))))
+    groups = torch.from_numpy(group_of_frames(frames, max(1, min(config.images, frames))))
     m = int(groups[-1]) + 1
     lottery = torch.rand((b, frames), generator=generator)
     chosen = torch.stack([(lottery - 2.0 * (groups != g)).argmax(1) for g in range(m)], 1).to(keypoints.device)
@@ -177,7 +177,7 @@ def training_visibility(
 ) -> Visibility:
     """Flags as inference gives them, for b f frames in the order of `frames.transpose(1, 2).flatten(0, 1)`.
 
-    The keys are [own | the sample's reference | the calibrated picture of the frame].
+    The keys are [own | the sample's reference | the calibrated image of the frame].
 
     Args:
         grids: (h, w) of every level of reference attention, or levels of any attention.
@@ -247,7 +247,7 @@ def check_composition(config: CompositionConfig) -> None:
 def check_calibrated_training(config: CalibratedTrainingConfig) -> None:
     """UserError when a value is out of range."""
     _check("calibrated_training.probability", config.probability, 0, 1)
-    _check("calibrated_training.pictures", config.pictures, 1, 10**6)
+    _check("calibrated_training.images", config.images, 1, 10**6)
     for name, value, allowed in (
         ("keypoints", config.keypoints, tuple(FIXED_RULES)),
         ("visibility", config.visibility, VISIBILITIES),
@@ -261,8 +261,8 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{name} must be in {low:g} to {high:g}; got {value!r}")
 
 
-def _size(pictures: Tensor) -> tuple[int, int]:
-    return pictures.shape[-1], pictures.shape[-2]
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-1], images.shape[-2]
 
 
 def _expand(flags: Tensor, like: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def _expand(flags: Tensor, like: Tensor) -> Tensor:
 
 
 def _middles(mask: Tensor) -> Tensor:
-    """(b, 2) centres of masks (b, 1, h, w); the middle of the picture for an empty one."""
+    """(b, 2) centres of masks (b, 1, h, w); the middle of the image for an empty one."""
     weight = mask[:, 0].double()
     height, width = weight.shape[1:]
     total = weight.sum((1, 2))

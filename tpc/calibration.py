@@ -1,4 +1,4 @@
-"""Test-time Procrustes calibration of a reference picture to a driving clip."""
+"""Test-time Procrustes calibration of a reference image to a driving clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpc.frames import PersonTrack, Scene, estimate_clip, follow_person, match_p
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
 from tpc.silhouettes import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, visible
-from tpc.warping import mask_picture, warp_mask
+from tpc.warping import mask_pyramid, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -33,13 +33,13 @@ def calibrate(
     reference_map: np.ndarray | SimilarityTransform | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Carry the persons of a reference picture to where they are in every frame of a driving clip.
+    """Carry the persons of a reference image to where they are in every frame of a driving clip.
 
-    Convention: pixels (x, y), y down, pixel centres at integers. Calibrated pictures are resampled once, straight from
+    Convention: pixels (x, y), y down, pixel centres at integers. Calibrated images are resampled once, straight from
     the original reference to the model's frame.
 
     Args:
-        reference: (h, w, 3) uint8 RGB, the original picture.
+        reference: (h, w, 3) uint8 RGB, the original image.
         reference_poses: its persons, one frame.
         driving_poses: persons of the clip, in original driving pixels.
         size: (width, height) of the model's frame.
@@ -48,7 +48,7 @@ def calibrate(
         driving_masks: for every frame (persons, H, W) bool in the order of `driving_poses`, an array or any sequence
             of which one frame is read at a time; None, or an empty mask = drawn.
         frame_map: (3, 3) similarity from original driving pixels to the model's frame; None = fitted in, centred.
-        reference_map: (3, 3) similarity from the original reference to the model's reference picture, which has the
+        reference_map: (3, 3) similarity from the original reference to the model's reference image, which has the
             same `size`; None = fitted in, centred.
         progress: wraps the loop over frames, such as `tqdm`.
 
@@ -96,7 +96,7 @@ def calibrate(
         records=tuple(records),
         target_masks=estimates.target_masks,
         other_masks=estimates.other_masks,
-        reference_masks=_in_model_picture(masks, scene),
+        reference_masks=_in_model_image(masks, scene),
         seconds=time.perf_counter() - start,
     )
 
@@ -123,9 +123,9 @@ def _reference_persons(
     return persons, masks
 
 
-def _in_model_picture(masks: np.ndarray, scene: Scene) -> np.ndarray:
+def _in_model_image(masks: np.ndarray, scene: Scene) -> np.ndarray:
     shape = (0, scene.size[1], scene.size[0])
-    warped = [warp_mask(mask_picture(mask), scene.reference_map, scene.size) for mask in masks]
+    warped = [warp_mask(mask_pyramid(mask), scene.reference_map, scene.size) for mask in masks]
     return np.stack(warped) if warped else np.zeros(shape, bool)
 
 

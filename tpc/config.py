@@ -25,7 +25,7 @@ class CalibrationConfig:
     preset: str = "best"  # best: our default; paper: the published method; release: what the authors' code does
 
     # Step 1: the transform of every frame.
-    transform: str | None = None  # procrustes (similarity), affine, linear (scale and turn about the picture's centre)
+    transform: str | None = None  # procrustes (similarity), affine, linear (scale and turn about the image's centre)
     keypoints: str | None = None  # exhaustive (silhouette IoU over all subsets), consensus, all, trunk, torso, face
     min_keypoints: int | None = None  # points: smallest subset that may serve
     score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
@@ -44,7 +44,7 @@ class CalibrationConfig:
     match: str | None = None  # persons: track them and assign them, or take slot j of both pose files as given
 
     # What is painted around the calibrated person before it is encoded.
-    fill: str | None = None  # scene (reference picture without its person), reference (warped along), black, mean
+    fill: str | None = None  # scene (reference image without its person), reference (warped along), black, mean
 
     # Step 2: iterative propagation.
     propagation: str | None = None  # iterative (one random member a group and step), hold (first member), off
@@ -108,7 +108,7 @@ def paper() -> CalibrationConfig:
 def release() -> CalibrationConfig:
     """What the authors' code does: five points of the face, every fourth frame held, exclusive masks.
 
-    Its errors are left out: a face of three points is fitted like any other, and the picture keeps its aspect ratio.
+    Its errors are left out: a face of three points is fitted like any other, and the image keeps its aspect ratio.
     """
     return replace(
         paper(),

@@ -24,7 +24,7 @@ REASONS = {
     5: "one side mirrors the other, so that no rotation fits",
     6: "fewer than three points are visible in both; an affine map needs three",
     7: "the points of the source lie on one line; an affine map needs three that do not",
-    8: "the points of the target lie on one line; the affine map would flatten the picture",
+    8: "the points of the target lie on one line; the affine map would flatten the image",
 }
 
 

@@ -31,7 +31,7 @@ SAME_IOU = 1e-9  # what rounding may change
 # Every subset is scored by all samples where that is quick: few samples to look up in all, or a silhouette of few.
 MAX_OUTRIGHT = 8_000_000
 MAX_OUTRIGHT_SAMPLES = 300
-# Points within this part of the picture's coordinates of each other coincide.
+# Points within this part of the image's coordinates of each other coincide.
 RELATIVE_DISTANCE = 1e-6
 
 
@@ -301,7 +301,7 @@ class _Scene:
 
 
 def _on_person(points: np.ndarray, silhouette: Silhouette) -> np.ndarray:
-    """Whether points (n, 2) of the driving picture lie on its person, (n,) bool."""
+    """Whether points (n, 2) of the driving image lie on its person, (n,) bool."""
     position = np.floor((points - silhouette.origin) / silhouette.cell + 0.5)
     rows, columns = silhouette.mask.shape
     hit = (position >= 0).all(-1) & (position < (columns, rows)).all(-1)

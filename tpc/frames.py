@@ -17,15 +17,15 @@ from tpc.procrustes import apply_matrix
 from tpc.silhouettes import draw_silhouette, silhouette_from_mask, visible
 from tpc.storage import LazyImages, PackedMasks
 from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
-from tpc.warping import Picture, mask_picture, place_person, quad_mask, remove_persons, warp_mask
+from tpc.warping import ImagePyramid, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
-# Calibrated pictures whose corners differ by less, in pixels of the model's frame, are one picture.
+# Calibrated images whose corners differ by less, in pixels of the model's frame, are one image.
 SAME_PIXELS = 1 / 64
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Sizes (width, height) and (3, 3) maps between the original pictures and the model's frame."""
+    """Sizes (width, height) and (3, 3) maps between the original images and the model's frame."""
 
     size: tuple[int, int]
     reference_size: tuple[int, int]
@@ -144,7 +144,7 @@ def _model_mask(keypoints: np.ndarray, seen: np.ndarray, mask: np.ndarray | None
         return draw_silhouette(apply_matrix(scene.frame_map, keypoints), seen, scene.size)
     if mask.shape == scene.size[::-1] and np.allclose(scene.frame_map, np.eye(3)):
         return mask
-    return warp_mask(mask_picture(mask), scene.frame_map, scene.size)
+    return warp_mask(mask_pyramid(mask), scene.frame_map, scene.size)
 
 
 def follow_person(person: ReferencePerson, estimates: list[Estimate], config: CalibrationConfig) -> PersonTrack:
@@ -171,7 +171,7 @@ def warp_clip(
     scene: Scene,
     config: CalibrationConfig,
 ) -> WarpedClip:
-    """Find the distinct calibrated pictures, warp their masks now and the pictures when they are asked for.
+    """Find the distinct calibrated images, warp their masks now and the images when they are asked for.
 
     Fills the target masks of interpolated frames in which the person was not seen with the calibrated person's.
     """
@@ -180,7 +180,7 @@ def warp_clip(
     known: dict[tuple, int] = {}
     sources: list[tuple[int, np.ndarray]] = []
     warped = PackedMasks.zeros((int(sum(track.available.sum() for track in tracks)),), scene.size)
-    coverage = [mask_picture(mask) for mask in masks]
+    coverage = [mask_pyramid(mask) for mask in masks]
     for p, track in enumerate(tracks):
         for f in np.flatnonzero(track.available):
             matrix = scene.frame_map @ track.matrices[f]
@@ -195,7 +195,7 @@ def warp_clip(
                 iou[f, p] = np.count_nonzero(mask & target) / np.count_nonzero(mask | target)
             elif track.interpolated[f]:
                 targets[f, p] = mask
-    painter = _Painter(Picture(np.ascontiguousarray(reference)), coverage, masks, scene, config.fill)
+    painter = _Painter(ImagePyramid(np.ascontiguousarray(reference)), coverage, masks, scene, config.fill)
     images = LazyImages(len(sources), scene.size, lambda i: painter.paint(*sources[i]))
     return WarpedClip(images, warped.first(len(sources)), member, iou)
 
@@ -206,35 +206,33 @@ def _corner_key(matrix: np.ndarray, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 class _Painter:
-    """Paints calibrated pictures."""
+    """Paints calibrated images."""
 
-    def __init__(self, picture: Picture, coverage: list[Picture], masks: np.ndarray, scene: Scene, fill: str):
-        self.picture, self.coverage, self.scene, self.fill = picture, coverage, scene, fill
+    def __init__(self, image: ImagePyramid, coverage: list[ImagePyramid], masks: np.ndarray, scene: Scene, fill: str):
+        self.image, self.coverage, self.scene, self.fill = image, coverage, scene, fill
         self.background = self._background(masks)
 
     def paint(self, person: int, matrix: np.ndarray) -> np.ndarray:
-        """(h, w, 3) the picture of one person after `matrix`, original reference pixels to the model's frame."""
+        """(h, w, 3) the image of one person after `matrix`, original reference pixels to the model's frame."""
         if self.fill == "reference":
-            warped = self.picture.warp(matrix, self.scene.size)
-            return np.where(quad_mask(matrix, self.picture.size, self.scene.size)[..., None], warped, np.uint8(0))
-        return place_person(self.picture, self.coverage[person], matrix, self.background)
+            warped = self.image.warp(matrix, self.scene.size)
+            return np.where(quad_mask(matrix, self.image.size, self.scene.size)[..., None], warped, np.uint8(0))
+        return place_person(self.image, self.coverage[person], matrix, self.background)
 
     def _background(self, masks: np.ndarray) -> np.ndarray:
         width, height = self.scene.size
         background = np.zeros((height, width, 3), np.uint8)
-        everybody = np.logical_or.reduce(masks, axis=0) if len(masks) else np.zeros(self.picture.size[::-1], bool)
+        everybody = np.logical_or.reduce(masks, axis=0) if len(masks) else np.zeros(self.image.size[::-1], bool)
         if self.fill == "mean":
-            pixels = self.picture.levels[0][~everybody]
+            pixels = self.image.levels[0][~everybody]
             background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
         if self.fill == "scene":
-            # A little wider than the mask, whose edge pixels still show the person, and wherever the picture does not
+            # A little wider than the mask, whose edge pixels still show the person, and wherever the image does not
             # reach: its outermost pixels, often a frame or a line, would be drawn out into bars.
             to_model, size = self.scene.reference_map, self.scene.size
-            unknown = (mask_picture(everybody).warp(to_model, size) > 0) | ~quad_mask(
-                to_model, self.picture.size, size
-            )
+            unknown = (mask_pyramid(everybody).warp(to_model, size) > 0) | ~quad_mask(to_model, self.image.size, size)
             grown = _grow(unknown, max(2, max(size) // 128))
-            background = remove_persons(self.picture.warp(to_model, size), grown)
+            background = remove_persons(self.image.warp(to_model, size), grown)
         return background
 
 

@@ -183,7 +183,7 @@ def _layout_cost(goals: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _place(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(3,) x and y in parts of the picture's width, log of the person's size in the same unit."""
+    """(3,) x and y in parts of the image's width, log of the person's size in the same unit."""
     middle = _middle(keypoints, seen) / size[0]
     return np.array([*middle, np.log(max(_extent(keypoints, seen), 1.0) / size[0])])
 

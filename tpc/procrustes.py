@@ -183,7 +183,7 @@ class LinearTransform(SimilarityTransform):
 
     The angle is that of the Procrustes solution; the scale is the ratio of the diagonals of the two person boxes, the
     source's box taken after the turn. `source_origin` goes to `target_origin`, both the coordinate origin unless
-    given; with the centres of the two pictures the picture is turned and resized about its centre.
+    given; with the centres of the two images the image is turned and resized about its centre.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Iterative propagation: which frame's calibrated picture each frame attends to, at every denoising step.
+"""Iterative propagation: which frame's calibrated image each frame attends to, at every denoising step.
 
 The frames are divided into consecutive groups. At each step one member of a group is drawn uniformly at random and
 serves all
@@ -32,7 +32,7 @@ class Schedule:
     Nothing else enters: every context window, rank and resumed run draws the same.
 
     Attributes:
-        available: (frames, persons) bool, frames that have a calibrated picture of the person.
+        available: (frames, persons) bool, frames that have a calibrated image of the person.
         groups: number of groups M, 0 = groups of four frames.
         mode: "iterative", "hold" (the first available member for all steps) or "off" (each frame its own).
         seed: any integer.
@@ -44,9 +44,9 @@ class Schedule:
     seed: int
 
     def source_frame(self, step: int) -> np.ndarray:
-        """(frames, persons) int: the frame whose calibrated picture each frame uses at `step`; -1 = none.
+        """(frames, persons) int: the frame whose calibrated image each frame uses at `step`; -1 = none.
 
-        Only frames with a picture of their own take part: the others stay uncalibrated whatever their group draws.
+        Only frames with an image of their own take part: the others stay uncalibrated whatever their group draws.
         """
         frames, persons = self.available.shape
         if self.mode == "off":

@@ -28,10 +28,10 @@ def write_report(
     driving_poses: Poses,
     driving_frames: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Draw keypoints, common set, chosen subset, calibrated pictures, and everything over time.
+    """Draw keypoints, common set, chosen subset, calibrated images, and everything over time.
 
     Args:
-        reference: (h, w, 3) uint8, the original picture.
+        reference: (h, w, 3) uint8, the original image.
         driving_frames: original driving frames, (H, W, 3) uint8 each; None = their skeletons on black.
     """
     shown = _frames_to_show(calibration)
@@ -40,12 +40,12 @@ def write_report(
     grid = figure.add_gridspec(6, len(shown) + 1, height_ratios=[2.6, 2.6, 2.6, 1.3, 1.3, 1.3])
     figure.suptitle(_headline(calibration), fontsize=13)
     _show(
-        figure.add_subplot(grid[0, 0]), _reference_picture(calibration, reference, reference_poses, shown), "reference"
+        figure.add_subplot(grid[0, 0]), _reference_image(calibration, reference, reference_poses, shown), "reference"
     )
     _legend(figure.add_subplot(grid[1:3, 0]), calibration)
     for column, frame in enumerate(shown, start=1):
-        driving = _driving_picture(calibration, frame, driving_poses, driving_frames)
-        calibrated = _calibrated_picture(calibration, frame)
+        driving = _driving_image(calibration, frame, driving_poses, driving_frames)
+        calibrated = _calibrated_image(calibration, frame)
         _show(figure.add_subplot(grid[0, column]), driving, f"frame {frame}")
         _show(figure.add_subplot(grid[1, column]), calibrated, "calibrated", calibration.records[frame])
         _show(figure.add_subplot(grid[2, column]), _overlay(calibration, frame, driving_frames), "laid over the frame")
@@ -79,7 +79,7 @@ def _headline(calibration: Calibration) -> str:
 
 def _legend(axes, calibration: Calibration) -> None:
     axes.axis("off")
-    lines = [(GREY, "keypoint seen"), (AMBER, "seen in both pictures"), (GREEN, "used in the transform")]
+    lines = [(GREY, "keypoint seen"), (AMBER, "seen in both images"), (GREEN, "used in the transform")]
     for row, (colour, text) in enumerate(lines):
         axes.plot(0.05, 0.97 - 0.06 * row, "o", color=_unit(colour), markersize=9)
         axes.text(0.14, 0.97 - 0.06 * row, text, va="center", fontsize=10)
@@ -116,7 +116,7 @@ def _show(axes, image: np.ndarray, title: str, records: Sequence[PersonFrame] = 
         axes.set_xlabel(", ".join(texts), fontsize=9)
 
 
-def _reference_picture(
+def _reference_image(
     calibration: Calibration, reference: np.ndarray, poses: Poses, shown: Sequence[int]
 ) -> np.ndarray:
     image = reference.copy()
@@ -133,7 +133,7 @@ def _reference_picture(
     return image
 
 
-def _driving_picture(
+def _driving_image(
     calibration: Calibration, frame: int, poses: Poses, frames: Sequence[np.ndarray] | None
 ) -> np.ndarray:
     if frames is None:
@@ -158,8 +158,8 @@ def _draw_points(image: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, use
         cv2.circle(image, centre, radius, colour, -1, cv2.LINE_AA)
 
 
-def _calibrated_picture(calibration: Calibration, frame: int) -> np.ndarray:
-    """The calibrated pictures of all persons over each other; grey where there is none."""
+def _calibrated_image(calibration: Calibration, frame: int) -> np.ndarray:
+    """The calibrated images of all persons over each other; grey where there is none."""
     result = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
     members = [m for m in calibration.member[frame] if m >= 0]
     for order, member in enumerate(members):

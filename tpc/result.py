@@ -1,4 +1,4 @@
-"""What a calibration is: calibrated pictures, their masks, and which frame uses which at every denoising step."""
+"""What a calibration is: calibrated images, their masks, and which frame uses which at every denoising step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tpc.storage import LazyImages, PackedMasks
 
 STATUSES = ("calibrated", "interpolated", "uncalibrated")
 NOTABLE_SCALE_RATIO = 1.2
-REPORT_FILE, ARRAYS_FILE, PICTURES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
+REPORT_FILE, ARRAYS_FILE, IMAGES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
 PACKED = ("masks", "target_masks", "other_masks")  # attributes that are stored compressed
 
 
@@ -40,7 +40,7 @@ class PersonFrame:
         box_iou: of the boxes of their keypoints, before calibration, in the model's frame.
         torso_scale: the scale that shoulders and hips alone would give.
         slot: which person of the driving poses this is, None when absent.
-        common: numbers of the keypoints that are visible in both pictures.
+        common: numbers of the keypoints that are visible in both images.
         mirrored: left and right keypoints of the reference were exchanged, one of the two being seen from behind.
     """
 
@@ -69,22 +69,22 @@ class PersonFrame:
 class Calibration:
     """A reference calibrated to a driving clip; made by `tpc.calibrate`, a plain value without hidden state.
 
-    Sizes are (width, height); "the model's frame" is the picture the animator works on, of `size`.
+    Sizes are (width, height); "the model's frame" is the image the animator works on, of `size`.
 
     Attributes:
         config: resolved, see `CalibrationConfig`.
         size: of the model's frame.
-        reference_size, driving_size: of the original pictures.
+        reference_size, driving_size: of the original images.
         frame_map: (3, 3) original driving pixels to the model's frame.
         fps: frames per second of the driving clip.
-        images: (n, h, w, 3) uint8, the distinct calibrated pictures; indexed like an array, made on demand.
+        images: (n, h, w, 3) uint8, the distinct calibrated images; indexed like an array, made on demand.
         masks: (n, h, w) bool, the calibrated person in each; indexed like an array.
-        member: (frames, persons) int, the calibrated picture made from each frame, -1 = uncalibrated.
+        member: (frames, persons) int, the calibrated image made from each frame, -1 = uncalibrated.
         matrices: (frames, persons, 3, 3) original reference to original driving pixels, identity where uncalibrated.
         records: for every frame and person, what `calibration.json` says.
         target_masks: (frames, persons, h, w) bool, where each person of the reference is in the driving frames.
         other_masks: (frames, h, w) bool, persons of the driving clip whom nobody in the reference corresponds to.
-        reference_masks: (persons, h, w) bool, the persons in the model's reference picture.
+        reference_masks: (persons, h, w) bool, the persons in the model's reference image.
         seconds: what making it took.
     """
 
@@ -123,7 +123,7 @@ class Calibration:
         return self._gather("reason")
 
     def index(self, step: int) -> np.ndarray:
-        """(frames, persons) int: the picture of `images` each frame attends to at a denoising step, -1 = none.
+        """(frames, persons) int: the image of `images` each frame attends to at a denoising step, -1 = none.
 
         A pure function of (seed, step, group, person): the same in every context window, on every rank and after a
         resume.
@@ -133,7 +133,7 @@ class Calibration:
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
 
     def used(self, num_steps: int) -> np.ndarray:
-        """(k,) int, ascending: the pictures that steps 0 ... num_steps - 1 draw. Only these need encoding."""
+        """(k,) int, ascending: the images that steps 0 ... num_steps - 1 draw. Only these need encoding."""
         drawn = [self.index(step) for step in range(num_steps)]
         drawn = np.unique(np.concatenate([d.reshape(-1) for d in drawn])) if drawn else np.zeros(0, int)
         return drawn[drawn >= 0]
@@ -183,7 +183,7 @@ class Calibration:
         return notes
 
     def save(self, folder: str | Path) -> None:
-        """Write `calibration.json`, `calibration.npz` and `calibrated/` with a picture and a mask a frame and person.
+        """Write `calibration.json`, `calibration.npz` and `calibrated/` with an image and a mask a frame and person.
 
         An earlier calibration in the folder is replaced; a folder with anything else in it is refused.
         """
@@ -197,13 +197,13 @@ class Calibration:
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into an existing folder."""
-        pictures = folder / PICTURES_FOLDER
-        pictures.mkdir(exist_ok=True)
+        images = folder / IMAGES_FOLDER
+        images.mkdir(exist_ok=True)
         for number in range(len(self.images)):
             image, mask = _encoded(self.images[number][..., ::-1]), _encoded(self.masks[number].astype(np.uint8) * 255)
             for frame, person in zip(*np.nonzero(self.member == number), strict=True):
-                (pictures / f"{picture_name(frame, person)}.png").write_bytes(image)
-                (pictures / f"{picture_name(frame, person)}_mask.png").write_bytes(mask)
+                (images / f"{image_name(frame, person)}.png").write_bytes(image)
+                (images / f"{image_name(frame, person)}_mask.png").write_bytes(mask)
         arrays = {"member": self.member, "matrices": self.matrices, "frame_map": self.frame_map}
         for name in PACKED:
             arrays[name], arrays[f"{name}_lengths"] = getattr(self, name).to_arrays()
@@ -213,7 +213,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str | Path) -> Calibration:
-        """Read what `save` wrote; the pictures are read when they are used. UserError when it is something else."""
+        """Read what `save` wrote; the images are read when they are used. UserError when it is something else."""
         folder = Path(folder)
         try:
             report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -235,7 +235,7 @@ class Calibration:
                 driving_size=tuple(report["driving"]["size"]),
                 frame_map=arrays["frame_map"],
                 fps=report["driving"]["fps"],
-                images=_stored_images(folder / PICTURES_FOLDER, member, len(packed["masks"]), size),
+                images=_stored_images(folder / IMAGES_FOLDER, member, len(packed["masks"]), size),
                 **packed,
                 member=member,
                 matrices=arrays["matrices"],
@@ -251,8 +251,8 @@ class Calibration:
         return np.array(values, dtype=object).reshape(self.member.shape)
 
 
-def picture_name(frame: int, person: int) -> str:
-    """File name without suffix of a calibrated picture: 000000_p0."""
+def image_name(frame: int, person: int) -> str:
+    """File name without suffix of a calibrated image: 000000_p0."""
     return f"{frame:06d}_p{person}"
 
 
@@ -263,12 +263,12 @@ def _encoded(image: np.ndarray) -> bytes:
 def _stored_images(folder: Path, member: np.ndarray, count: int, size: tuple[int, int]) -> LazyImages:
     paths = {}
     for frame, person in zip(*np.nonzero(member >= 0), strict=True):
-        paths.setdefault(int(member[frame, person]), folder / f"{picture_name(frame, person)}.png")
+        paths.setdefault(int(member[frame, person]), folder / f"{image_name(frame, person)}.png")
 
     def read(number: int) -> np.ndarray:
         image = cv2.imread(str(paths[number]), cv2.IMREAD_COLOR)
         if image is None:
-            raise UserError(f"{paths[number]} is missing or not a picture")
+            raise UserError(f"{paths[number]} is missing or not an image")
         return image[..., ::-1].copy()
 
     return LazyImages(count, size, read)

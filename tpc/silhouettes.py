@@ -71,7 +71,7 @@ def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
     unknown.
 
     It is the shoulder (or hip) width, signed by left and right, over the torso's length, times what that ratio is
-    for a person seen squarely; it does not depend on the person's place, scale or rotation in the picture.
+    for a person seen squarely; it does not depend on the person's place, scale or rotation in the image.
     """
     if not (seen[list(TORSO)]).all():
         return 0.0
@@ -97,9 +97,9 @@ class Silhouette:
 
     Attributes:
         mask: (rows, columns) bool.
-        origin: (x, y) picture pixels of the bitmap's first sample.
-        cell: picture pixels between samples.
-        area: the person's area in picture pixels.
+        origin: (x, y) image pixels of the bitmap's first sample.
+        cell: image pixels between samples.
+        area: the person's area in image pixels.
     """
 
     mask: np.ndarray
@@ -108,7 +108,7 @@ class Silhouette:
     area: float
 
     def points(self) -> np.ndarray:
-        """(n, 2) picture coordinates of the samples inside the outline."""
+        """(n, 2) image coordinates of the samples inside the outline."""
         rows, columns = np.nonzero(self.mask)
         return np.stack([columns, rows], -1) * self.cell + self.origin
 

@@ -1,4 +1,4 @@
-"""Pictures and masks of a clip that are indexed like arrays and cost little while nobody looks at them."""
+"""Images and masks of a clip that are indexed like arrays and cost little while nobody looks at them."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ import numpy as np
 
 
 class LazyImages:
-    """A stack (n, h, w, 3) uint8 whose pictures are made when they are asked for.
+    """A stack (n, h, w, 3) uint8 whose images are made when they are asked for.
 
-    `images[3]` is one picture, `images[[3, 5]]` and `images[2:9]` are stacks, `np.asarray(images)` is all of them.
+    `images[3]` is one image, `images[[3, 5]]` and `images[2:9]` are stacks, `np.asarray(images)` is all of them.
     """
 
     dtype = np.dtype(np.uint8)
@@ -28,8 +28,8 @@ class LazyImages:
         chosen = np.arange(len(self))[index]
         if chosen.ndim == 0:
             return self._make(int(chosen))
-        pictures = [self._make(int(i)) for i in chosen.reshape(-1)]
-        return np.stack(pictures).reshape(*chosen.shape, *self.shape[1:]) if pictures else self._empty(chosen.shape)
+        images = [self._make(int(i)) for i in chosen.reshape(-1)]
+        return np.stack(images).reshape(*chosen.shape, *self.shape[1:]) if images else self._empty(chosen.shape)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)

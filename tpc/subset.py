@@ -1,4 +1,4 @@
-"""Which of the keypoints visible in both pictures serve in the transform: fixed sets, and the largest that agrees.
+"""Which of the keypoints visible in both images serve in the transform: fixed sets, and the largest that agrees.
 
 The exhaustive search over all subsets is in `tpc.exhaustive`.
 """

@@ -1,7 +1,7 @@
 """A person's transforms over time: gaps bridged, noise filtered.
 
 A similarity is described by log scale, angle, and where it puts the middle of the reference person: interpolating
-the translation of the picture's corner instead would swing the person around it. An affine map is described by its
+the translation of the image's corner instead would swing the person around it. An affine map is described by its
 four coefficients and the same point.
 """
 

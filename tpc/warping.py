@@ -1,9 +1,9 @@
-"""Pictures and masks through an affine map, in one resampling.
+"""Images and masks through an affine map, in one resampling.
 
 Convention:
     matrix      (3, 3) affine, from source pixels to destination pixels, (x, y), pixel centres at integers
     quad        the source is the square region [-0.5, width - 0.5] x [-0.5, height - 0.5] and nothing beyond
-    filters     bicubic for pictures, linear for masks; before shrinking, what the new pixels cannot show is removed
+    filters     bicubic for images, linear for masks; before shrinking, what the new pixels cannot show is removed
 """
 
 import math
@@ -16,8 +16,8 @@ MAX_COORDINATE = 1e8  # pixels: a map that sends a corner further off shows noth
 MIN_AREA = 1e-12  # of a source pixel in the frame
 
 
-class Picture:
-    """A picture (h, w, 3) or (h, w) uint8 that can be warped at any scale without aliasing.
+class ImagePyramid:
+    """An image (h, w, 3) or (h, w) uint8 that can be warped at any scale without aliasing.
 
     Beyond it lie its edge pixels ("edge": for colours, sampled bicubically) or zeros ("zero": for masks, linearly).
     Shrinking averages blocks of 2x2 pixels as often as the scale halves, then blurs for the rest. Both are kept, and
@@ -41,7 +41,7 @@ class Picture:
         return self.levels[0].shape[1], self.levels[0].shape[0]
 
     def warp(self, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Resample into a frame of (width, height); zeros when the matrix sends the picture nowhere."""
+        """Resample into a frame of (width, height); zeros when the matrix sends the image nowhere."""
         matrix = np.asarray(matrix, np.float64)
         corners = matrix[:2] @ np.array([[0, self.size[0], 0], [0, 0, self.size[1]], [1, 1, 1.0]])
         if not np.abs(corners).max() <= MAX_COORDINATE or abs(np.linalg.det(matrix[:2, :2])) < MIN_AREA:
@@ -84,7 +84,7 @@ class Picture:
 
 
 def quad_mask(matrix: np.ndarray, source_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """(h, w) bool: the destination pixels whose centres lie on the warped source picture."""
+    """(h, w) bool: the destination pixels whose centres lie on the warped source image."""
     inverse = np.linalg.inv(matrix)
     x, y = np.arange(size[0])[None, :], np.arange(size[1])[:, None]
     inside = np.ones((size[1], size[0]), bool)
@@ -94,17 +94,17 @@ def quad_mask(matrix: np.ndarray, source_size: tuple[int, int], size: tuple[int,
     return inside
 
 
-def mask_picture(mask: np.ndarray) -> Picture:
-    """A mask (h, w) bool as a picture of coverage, 0 to 255."""
-    return Picture(mask.astype(np.uint8) * np.uint8(255), "zero")
+def mask_pyramid(mask: np.ndarray) -> ImagePyramid:
+    """A mask (h, w) bool as an image of coverage, 0 to 255."""
+    return ImagePyramid(mask.astype(np.uint8) * np.uint8(255), "zero")
 
 
-def warp_mask(mask: Picture, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def warp_mask(mask: ImagePyramid, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool: the destination pixels of which the mask covers at least half."""
     return mask.warp(matrix, size) >= 128
 
 
-def place_person(picture: Picture, mask: Picture, matrix: np.ndarray, background: np.ndarray) -> np.ndarray:
+def place_person(image: ImagePyramid, mask: ImagePyramid, matrix: np.ndarray, background: np.ndarray) -> np.ndarray:
     """The warped person over a background (h, w, 3) uint8, blended where a pixel is covered in part."""
     size = (background.shape[1], background.shape[0])
     alpha = mask.warp(matrix, size)
@@ -115,7 +115,7 @@ def place_person(picture: Picture, mask: Picture, matrix: np.ndarray, background
     # Only the box of the person is resampled.
     top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
     to_box = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ matrix
-    person = picture.warp(to_box, (int(right - left), int(bottom - top)))
+    person = image.warp(to_box, (int(right - left), int(bottom - top)))
     share = alpha[top:bottom, left:right, None].astype(np.float32) / 255
     blended = share * person + (1 - share) * result[top:bottom, left:right]
     result[top:bottom, left:right] = np.round(blended).astype(np.uint8)
@@ -125,8 +125,8 @@ def place_person(picture: Picture, mask: Picture, matrix: np.ndarray, background
 def remove_persons(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Fill the pixels of a mask (h, w) bool smoothly from those around it: (h, w, 3) uint8.
 
-    Known pixels are averaged into ever coarser pictures, and the holes of each are filled from the next coarser one
-    ("push-pull"). A picture that is all mask becomes grey.
+    Known pixels are averaged into ever coarser images, and the holes of each are filled from the next coarser one
+    ("push-pull"). An image that is all mask becomes grey.
     """
     known = (~mask).astype(np.float32)
     if not known.any():

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.animators.trainable import CalibratedPictures, TrainableAnimator
+from models.animators.trainable import CalibratedImages, TrainableAnimator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
-from models.vae import VAE, vae_factor
+from models.vae import VAE, vae_scale_factor
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
 
@@ -102,7 +102,7 @@ def step_memory(vae: VAE, model: TrainableAnimator, config: TrainConfig) -> Step
         vae, model: on the meta device, with what is trained chosen; they are changed.
     """
     width, height = config.data.size
-    batch, frames, factor = config.batch_size, config.data.num_frames, vae_factor(vae)
+    batch, frames, factor = config.batch_size, config.data.num_frames, vae_scale_factor(vae)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (vae, model):
             network.to_empty(device="cpu")
@@ -126,9 +126,9 @@ def step_inputs(model: TrainableAnimator, config: TrainConfig, latent: tuple[int
     batch, frames = config.batch_size, config.data.num_frames
     channels = model.latent_channels
     calibrated = config.augmentation.calibrated
-    pictures = min(calibrated.pictures, frames) if calibrated.probability > 0 else 0
+    images = min(calibrated.images, frames) if calibrated.probability > 0 else 0
     seen = found = None
-    if pictures:
+    if images:
         levels = token_levels(model.attention_layers(latent))
         keys = {level.tokens: level.tokens * level.keys.own + 2 * level.keys.tokens for level in levels}
         seen = ReferenceContext(
@@ -137,9 +137,9 @@ def step_inputs(model: TrainableAnimator, config: TrainConfig, latent: tuple[int
             query_flags={n: torch.empty(batch * frames, n, FLAGS) for n in keys},
             key_flags={n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},
         )
-        shown = batch * pictures
-        found = CalibratedPictures(torch.empty(shown, 3, height, width), torch.empty(shown, 1, height, width))
-    encoded = pictures if model.calibrated_latents else 0
+        shown = batch * images
+        found = CalibratedImages(torch.empty(shown, 3, height, width), torch.empty(shown, 1, height, width))
+    encoded = images if model.calibrated_latents else 0
     return {
         "noisy_latents": torch.empty(batch, channels, frames, *latent),
         "timestep": torch.zeros(batch, dtype=torch.long),

@@ -1,13 +1,13 @@
 """Attention supervision: a point in a frame should look at the same point of the reference.
 
-Keypoints say where a point of the body lies in both pictures, and so what reference attention ought to point at. The
+Keypoints say where a point of the body lies in both images, and so what reference attention ought to point at. The
 reconstruction error says the same, but only in the end; with it alone a new network spends most of its training on
 finding out. Learning attention from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR
 2025); here they are those of the skeleton or, for rendered people, of the surface, and those of the background where
 the camera stands still.
 
 Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
-h, w = a level's grid, H, W = picture size.
+h, w = a level's grid, H, W = image size.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from models.attention.measures import (
-    LEAST_GIVEN,
-    at_strongest,
+    EPS,
+    gaussian_mass,
     normalised,
-    part_near,
-    pixel_places,
+    pixel_coords,
     token_centres,
+    token_coords,
     token_distances,
-    token_numbers,
-    token_places,
+    token_indices,
+    value_at_argmax,
 )
 from models.attention.probe import AttentionProbe
 from training.config import AttentionLossConfig
@@ -49,7 +49,7 @@ class MatchingPoints:
     Attributes:
         targets: (b*f, p, 2) in the frames.
         sources: (b*f, p, 2) in the references.
-        valid: (b*f, p) bool, seen in both pictures.
+        valid: (b*f, p) bool, seen in both images.
         size: (H, W).
         body: how many of them, the first ones, are of the person.
     """
@@ -121,7 +121,7 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Generators)
     distance = torch.cdist(points.nan_to_num(), references.nan_to_num(nan=FAR))  # (b*f, p, h*w)
     nearest, match = distance.min(dim=-1)
     size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
-    pixels = pixel_places(token_centres((height, width), frames), size, (height, width))  # (h*w, 2)
+    pixels = pixel_coords(token_centres((height, width), frames), size, (height, width))  # (h*w, 2)
     valid = shown.gather(1, chosen) & (nearest < SAME_POINT)
     return MatchingPoints(pixels[chosen], pixels[match], valid, size, chosen.shape[1])
 
@@ -133,7 +133,7 @@ def with_background(
 
     Args:
         batch: "masks" (b, 1, f, H, W) and "reference_mask" (b, 1, H, W), 1 where the person is.
-        per_side: the picture is divided into per_side x per_side cells, with one random point in each.
+        per_side: the image is divided into per_side x per_side cells, with one random point in each.
         generators: one a sample.
     """
     frames = points.targets.shape[0] // len(generators)
@@ -155,13 +155,13 @@ def with_background(
 
 def covered_places(masks: Tensor, places: Tensor) -> Tensor:
     """Whether masks (n, H, W) cover places (n, p, 2) in pixels, (n, p) bool."""
-    numbers = token_numbers(places, masks.shape[1:], masks.shape[1:])
+    numbers = token_indices(places, masks.shape[1:], masks.shape[1:])
     return masks.flatten(1).gather(1, numbers) > 0.5
 
 
 def point_probe(points: MatchingPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
     """A probe of the tokens that contain the frames' points, at every level."""
-    return AttentionProbe({h * w: token_numbers(points.targets, points.size, (h, w)) for h, w in grids})
+    return AttentionProbe({h * w: token_indices(points.targets, points.size, (h, w)) for h, w in grids})
 
 
 def attention_loss(
@@ -183,13 +183,13 @@ def attention_loss(
         grid = next(grid for grid in grids if grid[0] * grid[1] == probe.tokens[layer])
         n = grid[0] * grid[1]
         reference = probabilities[..., n : 2 * n]  # (b*f, heads, p, r)
-        counts = points.valid & (reference.sum(-1).mean(dim=1) > LEAST_GIVEN)  # (b*f, p)
+        counts = points.valid & (reference.sum(-1).mean(dim=1) > EPS)  # (b*f, p)
         pointing = normalised(reference).mean(dim=1)  # (b*f, p, r)
-        distance = token_distances(token_places(points.sources, points.size, grid), grid)
-        near = part_near(pointing, distance, config.radius)
+        distance = token_distances(token_coords(points.sources, points.size, grid), grid)
+        near = gaussian_mass(pointing, distance, config.radius)
         total = counts.sum().clamp(min=1)
         losses.append(-(near.clamp(min=1e-6).log() * counts).sum() / total)
         body = slice(points.body)
-        right = (at_strongest(pointing[:, body], distance[:, body]) <= NEAR) & counts[:, body]
+        right = (value_at_argmax(pointing[:, body], distance[:, body]) <= NEAR) & counts[:, body]
         accuracies.append(right.sum() / counts[:, body].sum())
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()

@@ -60,10 +60,10 @@ def start_from(model: TrainableAnimator, folder: str) -> None:
     started = open_animator("model.start", folder)[1]
     known = started.state_dict()
     # What a smaller network had no use for, it takes from its twin, as if both had started from the same model.
-    read = known.keys() - started.unread_parameters()
+    read = known.keys() - started.unused_parameters()
     same, own = {}, model.state_dict()
     for name, value in own.items():
-        source = name if name in read else model.twin_of(name)
+        source = name if name in read else model.initialized_from(name)
         if source in known and known[source].shape == value.shape:
             same[name] = known[source]
     shared, all_of_it = (sum(value.numel() for value in values) for values in (same.values(), own.values()))

@@ -23,20 +23,20 @@ class DataConfig:
     source: "rendered" draws people on the fly; "videos" reads `root`, a folder of videos with pose files.
     root: the folder, for source=videos.
     split: identities of rendered people, "train" or "heldout"; of videos, what their manifest marks so, where it does.
-    size: width and height of the pictures in pixels; multiples of the VAE's factor times the UNet's.
+    size: width and height of the images in pixels; multiples of the VAE's factor times the UNet's.
     num_frames: frames a clip; 1 for the image stage.
     stride: a clip takes every stride-th frame.
     seed: clip number i is a function of (seed, i) alone.
-    pose_pictures: folder of the videos' pose pictures under their names, such as DensePose, for models that read
+    pose_images: folder of the videos' pose images under their names, such as DensePose, for models that read
         these; null: OpenPose figures are drawn.
-    crop: of videos: "person", as large as the picture allows with everybody inside over the whole clip, clips whose
+    crop: of videos: "person", as large as the image allows with everybody inside over the whole clip, clips whose
         people do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it
         cuts.
     latents, embeddings: folders of `prepare.py latents` and `prepare.py embeddings`, read in place of encoding.
     workers: loader processes a training process; 0 loads in the training process itself.
     cache: folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
-        num_frames=1 a cached clip has `cache_frames` frames, two pictures of which are paired at random each time.
-    cache_latents: keep the VAE's latents of the cached pictures, too, so that training need not encode them.
+        num_frames=1 a cached clip has `cache_frames` frames, two images of which are paired at random each time.
+    cache_latents: keep the VAE's latents of the cached images, too, so that training need not encode them.
     cache_surfaces: keep surface maps of cached rendered people, too, for attention.surface.
     """
 
@@ -46,7 +46,7 @@ class DataConfig:
     size: list[int] = field(default_factory=lambda: [128, 128])
     num_frames: int = 1
     stride: int = 1
-    pose_pictures: str | None = None
+    pose_images: str | None = None
     crop: str = "person"
     latents: str | None = None
     embeddings: str | None = None
@@ -114,7 +114,7 @@ class AttentionLossConfig:
     weight: of the loss beside the diffusion objective's; 0: none.
     radius: deviation of the Gaussian around the right place, in tokens.
     score_threshold: least score of keypoints.
-    background: cells a side of the picture in each of which a point of the background is supervised too, for clips and
+    background: cells a side of the image in each of which a point of the background is supervised too, for clips and
         references that share a camera which stands still; 0: the body alone.
     surface: random points a frame on the person's surface, which take the place of those of the keypoints; needs
         data.cache_surfaces. Keypoints lie inside the body, and where it turns they say only about what is seen.
@@ -235,7 +235,7 @@ class TrainConfig:
     mixed_precision: "bf16", "no" or "fp16"; null leaves it to the accelerate configuration.
     frozen_dtype: "bfloat16" keeps the frozen convolutions and linear layers in half the memory; the exported ones are
         those of `model.init`, unrounded. "float32" otherwise.
-    vae_chunk: pictures that pass the VAE at a time, which bounds the memory of encoding.
+    vae_chunk: images that pass the VAE at a time, which bounds the memory of encoding.
     gradient_checkpointing: recompute UNet blocks, motion modules included, in the backward pass.
     channels_last: memory format of convolutions; several times faster in bf16 on CPUs.
     export_dtype: number format of the weights in `output/pipeline`: "float32", or "float16", half the size.

@@ -20,7 +20,7 @@ from core.files import complete_file
 
 @dataclass
 class CurvesConfig:
-    """runs: output folders of training runs; output: picture; scalar: what is plotted; smoothing: points averaged."""
+    """runs: output folders of training runs; output: image; scalar: what is plotted; smoothing: points averaged."""
 
     runs: list[str] = field(default_factory=list)
     output: str = "curve.png"

@@ -29,9 +29,9 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
     if len(config.size) != 2 or min(config.size) < 8:
         raise UserError(f"data.size={config.size} must be a width and a height of at least 8 pixels")
     config.people.check("data.people")
-    if config.pose_pictures is not None and (config.source == "rendered" or config.cache is not None):
+    if config.pose_images is not None and (config.source == "rendered" or config.cache is not None):
         raise UserError(
-            f"data.pose_pictures={config.pose_pictures} needs data.source=videos, and no data.cache, which keeps "
+            f"data.pose_images={config.pose_images} needs data.source=videos, and no data.cache, which keeps "
             "keypoints alone"
         )
     if config.crop not in CROPS:
@@ -63,7 +63,7 @@ def clips(config: DataConfig, length: int) -> Dataset:
         split=config.split,
         latents=FeatureCache(config.latents, "latents") if config.latents else None,
         embeddings=FeatureCache(config.embeddings, "embeddings") if config.embeddings else None,
-        pose_pictures=config.pose_pictures,
+        pose_images=config.pose_images,
         **shared,
     )
     left_out = dataset.left_out_summary()
@@ -73,13 +73,13 @@ def clips(config: DataConfig, length: int) -> Dataset:
 
 
 def check_pose_kind(config: DataConfig, kind: str) -> None:
-    """Refuse to train a model on drawn figures that reads other pose pictures.
+    """Refuse to train a model on drawn figures that reads other pose images.
 
     Args:
-        kind: what the model's pose pictures are.
+        kind: what the model's pose images are.
     """
-    if kind != "OpenPose" and config.pose_pictures is None:
-        raise UserError(f"the model reads {kind} pictures; give data.pose_pictures=, a folder of the videos' own")
+    if kind != "OpenPose" and config.pose_images is None:
+        raise UserError(f"the model reads {kind} images; give data.pose_images=, a folder of the videos' own")
 
 
 def broken_clips(dataset: Dataset) -> int:

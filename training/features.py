@@ -25,7 +25,7 @@ from data.video.reading import VideoReader
 from models.animators.animate_anyone.model import image_context
 from models.animators.registry import choose_device, load_component, read_index
 from models.animators.trainable import TrainableAnimator
-from models.vae import VAE, picture_posterior, vae_factor
+from models.vae import VAE, vae_posterior, vae_scale_factor
 from training.build import load_vae
 from training.config import TrainConfig
 
@@ -60,8 +60,8 @@ def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMad
     if not has_manifest(dataset):
         raise UserError(f"dataset={dataset} is not prepared; run `python prepare.py source=... output=...` first")
     network = load_network(kind, config)
-    if kind == "latents" and (size[0] % vae_factor(network) or size[1] % vae_factor(network)):
-        raise UserError(f"size={config.size} must be multiples of {vae_factor(network)}, the VAE's factor")
+    if kind == "latents" and (size[0] % vae_scale_factor(network) or size[1] % vae_scale_factor(network)):
+        raise UserError(f"size={config.size} must be multiples of {vae_scale_factor(network)}, the VAE's factor")
     digest = network_digest(network)
     network.to(choose_device(config.device, "float32", shard.row)[0])
     root = dataset if dataset.is_dir() else dataset.parent
@@ -101,12 +101,12 @@ def clip_features(
     """Features of all frames of a clip, cut to the model's frame as training cuts them.
 
     Args:
-        encode: pictures (n, 3, H, W) in [-1, 1] -> features with n rows each, on the CPU.
+        encode: images (n, 3, H, W) in [-1, 1] -> features with n rows each, on the CPU.
 
     Raises:
         UserError: the video is damaged.
     """
-    parts = [encode(clip_tensor(pictures).transpose(0, 1)) for pictures in _batches(usable, size, crop, batch_size)]
+    parts = [encode(clip_tensor(images).transpose(0, 1)) for images in _batches(usable, size, crop, batch_size)]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     rows = len(next(iter(found.values())))
     if rows != usable.clip.frames:
@@ -128,7 +128,7 @@ def check_features(config: TrainConfig, vae: VAE, model: TrainableAnimator) -> N
     if data.source != "videos" or not has_manifest(data.root):
         raise UserError(f"data.latents= and data.embeddings= need a prepared data set; data.root={data.root} is none")
     if data.cache is not None:
-        raise UserError("data.cache= keeps pictures, data.latents= and data.embeddings= what is made of them: use one")
+        raise UserError("data.cache= keeps images, data.latents= and data.embeddings= what is made of them: use one")
     augmented = config.augmentation.composition.probability > 0 or config.augmentation.calibrated.probability > 0
     if data.embeddings and augmented:
         raise UserError(
@@ -140,7 +140,7 @@ def check_features(config: TrainConfig, vae: VAE, model: TrainableAnimator) -> N
     networks: dict[str, nn.Module] = {"latents": vae}
     if data.embeddings:
         if not model.takes_embeddings:
-            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's picture")
+            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's image")
         networks["embeddings"] = model.image_encoder
         if any(parameter.requires_grad for parameter in model.image_encoder.parameters()):
             raise UserError(
@@ -182,13 +182,13 @@ def network_digest(network: nn.Module) -> str:
 def _encoder(kind: str, network: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Features]:
     device = next(network.parameters()).device
 
-    def latents(pictures: Tensor) -> Features:
-        mean, deviation = picture_posterior(network, pictures.to(device))
+    def latents(images: Tensor) -> Features:
+        mean, deviation = vae_posterior(network, images.to(device))
         found = {"mean": mean.to("cpu", dtype)}
         return found | ({"deviation": deviation.to("cpu", dtype)} if deviation.any() else {})
 
-    def embeddings(pictures: Tensor) -> Features:
-        return {"embedding": image_context(network, pictures.to(device))[:, 0].to("cpu", dtype)}
+    def embeddings(images: Tensor) -> Features:
+        return {"embedding": image_context(network, images.to(device))[:, 0].to("cpu", dtype)}
 
     return latents if kind == "latents" else embeddings
 

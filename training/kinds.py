@@ -10,7 +10,7 @@ from models.animators.magic_animate.model import MagicAnimate
 from models.animators.trainable import NetworkSizes, TrainableAnimator
 from training.config import ModelConfig
 
-# Sizes, channels of the latents, and side of the pictures in pixels -> networks.
+# Sizes, channels of the latents, and side of the images in pixels -> networks.
 Maker = Callable[[NetworkSizes, int, int], TrainableAnimator]
 PUBLISHED = "animate_anyone"  # whose published sizes a dry run knows without any folder
 KINDS: dict[str, Maker] = {
@@ -21,7 +21,7 @@ KINDS: dict[str, Maker] = {
 }
 
 
-def new_animator(config: ModelConfig, latent_channels: int, picture_size: int) -> TrainableAnimator:
+def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> TrainableAnimator:
     """Randomly initialised networks of `model.kind`.
 
     Raises:
@@ -29,4 +29,4 @@ def new_animator(config: ModelConfig, latent_channels: int, picture_size: int) -
     """
     if config.kind not in KINDS:
         raise UserError(f"model.kind={config.kind} is not one of {', '.join(KINDS)}")
-    return KINDS[config.kind](config, latent_channels, picture_size)
+    return KINDS[config.kind](config, latent_channels, image_size)

@@ -1,4 +1,4 @@
-"""Latents of the pictures of a clip cache, so that training does not encode them again and again."""
+"""Latents of the images of a clip cache, so that training does not encode them again and again."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from core.files import complete_folder
 from data.clips.rendered import clip_tensor
-from models.vae import VAE, picture_posterior
+from models.vae import VAE, vae_posterior
 from training.features import network_digest
 
-PICTURES = 32  # encoded at a time
+IMAGES = 32  # encoded at a time
 
 
 def latents_folder(cache: Path, vae: VAE) -> Path:
@@ -22,28 +22,28 @@ def latents_folder(cache: Path, vae: VAE) -> Path:
 
 
 @torch.no_grad()
-def ensure_latents(cache: Path, vae: VAE, chunk: int = PICTURES) -> Path:
-    """Encode all pictures of a cache, unless it has been done; the folder of the latents.
+def ensure_latents(cache: Path, vae: VAE, chunk: int = IMAGES) -> Path:
+    """Encode all images of a cache, unless it has been done; the folder of the latents.
 
     Args:
         cache: folder of a `data.clip_cache`.
-        chunk: pictures at a time.
+        chunk: images at a time.
     """
     folder = latents_folder(cache, vae)
     if folder.is_dir():
         return folder
-    pictures = np.load(cache / "pictures.npy", mmap_mode="r")
-    flat = pictures.reshape(-1, *pictures.shape[2:])
+    cached = np.load(cache / "pictures.npy", mmap_mode="r")
+    flat = cached.reshape(-1, *cached.shape[2:])
     device = next(vae.parameters()).device
     # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
     autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cpu" else nullcontext()
     with complete_folder(folder) as temporary, autocast:
         arrays: dict[str, np.ndarray] = {}
-        for start in tqdm(range(0, len(flat), chunk), desc="encoding cached pictures"):
+        for start in tqdm(range(0, len(flat), chunk), desc="encoding cached images"):
             images = clip_tensor(flat[start : start + chunk]).transpose(0, 1).to(device)
-            for name, part in zip(("mean", "deviation"), picture_posterior(vae, images), strict=True):
+            for name, part in zip(("mean", "deviation"), vae_posterior(vae, images), strict=True):
                 if name not in arrays:
-                    shape = (*pictures.shape[:2], *part.shape[1:])
+                    shape = (*cached.shape[:2], *part.shape[1:])
                     arrays[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float16, shape)
                 arrays[name].reshape(len(flat), *part.shape[1:])[start : start + chunk] = _stored(part)
         for array in arrays.values():

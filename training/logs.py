@@ -132,15 +132,15 @@ def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None
 
 
 def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
-    """A clip of (h, w, 3) uint8 frames as a moving picture; TensorBoard plays GIFs.
+    """A clip of (h, w, 3) uint8 frames as a moving image; TensorBoard plays GIFs.
 
     The writer's own `add_video` needs a package that nothing else here does.
     """
     height, width = frames[0].shape[:2]
-    pictures = [Image.fromarray(frame) for frame in frames]
+    images = [Image.fromarray(frame) for frame in frames]
     encoded = BytesIO()
-    pictures[0].save(
-        encoded, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, optimize=False
+    images[0].save(
+        encoded, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, optimize=False
     )
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -7,7 +7,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from models.animators.trainable import TrainableAnimator
-from models.vae import VAE, vae_factor
+from models.vae import VAE, vae_scale_factor
 from training.activations import StepMemory, step_memory
 from training.build import set_trainable, shrink_frozen
 from training.config import TrainConfig
@@ -137,7 +137,7 @@ def estimate(config: TrainConfig) -> tuple[VAE, TrainableAnimator, StepMemory]:
     """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
     vae, model = describe_networks(config)
     vae.requires_grad_(False)
-    model.check_size(vae_factor(vae), tuple(config.data.size))
+    model.check_size(vae_scale_factor(vae), tuple(config.data.size))
     with torch.device("meta"):
         set_trainable(model, config)
     if config.frozen_dtype == "bfloat16":

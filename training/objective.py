@@ -1,6 +1,6 @@
 """The diffusion objective: noise, target, loss weight.
 
-Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = picture size.
+Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from core.errors import UserError
-from models.animators.trainable import CalibratedPictures
+from models.animators.trainable import CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.tokens import TokenLevel
-from models.vae import VAE, encode_pictures, picture_posterior
+from models.vae import VAE, vae_encode, vae_posterior
 from tpc.augmentation import (
     CalibratedBatch,
     CalibratedTrainingConfig,
@@ -52,9 +52,9 @@ def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[T
     """Clips (b, 3, f, H, W) in [-1, 1] -> mean and deviation of their scaled latents, (b, c, f, h, w) each.
 
     Args:
-        chunk: pictures that pass the VAE at a time; its activations are the peak of a step's memory otherwise.
+        chunk: images that pass the VAE at a time; its activations are the peak of a step's memory otherwise.
     """
-    parts = picture_posterior(vae, frames.transpose(1, 2).flatten(0, 1), chunk)
+    parts = vae_posterior(vae, frames.transpose(1, 2).flatten(0, 1), chunk)
     mean, deviation = (part.float().unflatten(0, (len(frames), -1)).transpose(1, 2) for part in parts)
     return mean, deviation
 
@@ -62,7 +62,7 @@ def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[T
 @torch.no_grad()
 def encode_reference(vae: VAE, images: Tensor, chunk: int | None = None) -> Tensor:
     """References (b, 3, H, W) in [-1, 1] -> scaled latents (b, c, h, w): the posterior's mean, as in inference."""
-    return encode_pictures(vae, images, chunk).float()
+    return vae_encode(vae, images, chunk).float()
 
 
 def batch_latents(
@@ -78,8 +78,8 @@ def batch_latents(
         mean, deviation = encode_frames(vae, batch["frames"], chunk)
     if "reference_latents" in batch and not traits.alters_reference:
         return mean, deviation, batch["reference_latents"]
-    pictures = traits.latent_pictures(batch["reference"], batch.get("reference_mask"))
-    return mean, deviation, encode_reference(vae, pictures, chunk)
+    images = traits.vae_images(batch["reference"], batch.get("reference_mask"))
+    return mean, deviation, encode_reference(vae, images, chunk)
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tenso
 
 
 def check_schedule(config: NoiseConfig) -> None:
-    """Refuse what cannot be trained: at zero terminal SNR the noise alone says nothing about the picture.
+    """Refuse what cannot be trained: at zero terminal SNR the noise alone says nothing about the image.
 
     Raises:
         UserError: naming the setting.
@@ -166,7 +166,7 @@ def calibrated_reference(
     levels: list[TokenLevel],
     config: CalibratedTrainingConfig,
     generators: Generators,
-) -> tuple[CalibratedPictures, ReferenceContext]:
+) -> tuple[CalibratedImages, ReferenceContext]:
     """Calibrated images beside the references, as inference with TPC has them.
 
     Args:
@@ -179,11 +179,11 @@ def calibrated_reference(
     """
     calibrated = calibrate_samples(batch, config, generators)
     flags = training_visibility(batch, calibrated, levels, config)
-    batch_size, pictures = calibrated.images.shape[:2]
+    batch_size, images = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]
-    found = CalibratedPictures(calibrated.images.flatten(0, 1), calibrated.masks.flatten(0, 1))
-    clip = torch.arange(batch_size, device=found.pictures.device)[:, None].expand(-1, frames)
-    index = torch.stack([clip, batch_size + clip * pictures + calibrated.index], dim=-1).flatten(0, 1)
+    found = CalibratedImages(calibrated.images.flatten(0, 1), calibrated.masks.flatten(0, 1))
+    clip = torch.arange(batch_size, device=found.pixels.device)[:, None].expand(-1, frames)
+    index = torch.stack([clip, batch_size + clip * images + calibrated.index], dim=-1).flatten(0, 1)
     return found, ReferenceContext({}, index, flags.query, flags.key)
 
 
@@ -205,11 +205,11 @@ def diffusion_loss(
         model: a `TrainableAnimator`, possibly wrapped for distributed training.
         batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
             for calibrated training masks and keypoints too, see `data.datasets`; cached features in place of
-            pictures, see `data.video_folder`.
+            images, see `data.video_folder`.
         calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
         traits: of the model.
         generators: one a sample, see `training.noise`.
-        chunk: pictures that pass the VAE at a time.
+        chunk: images that pass the VAE at a time.
         attention: attention supervision; None or a weight of 0: none.
     """
     mean, deviation, reference_latents = batch_latents(vae, batch, traits, chunk)
@@ -228,8 +228,8 @@ def diffusion_loss(
     if calibrated.probability > 0:
         found, seen = calibrated_reference(batch, traits.levels, calibrated, generators)
         if traits.calibrated_latents:
-            pictures = traits.latent_pictures(found.pictures, found.masks)
-            reference_latents = torch.cat([reference_latents, encode_reference(vae, pictures, chunk)])
+            images = traits.vae_images(found.pixels, found.masks)
+            reference_latents = torch.cat([reference_latents, encode_reference(vae, images, chunk)])
     points = probe = None
     if attention is not None and attention.weight > 0:
         if attention.surface:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from core.errors import UserError
 from models.animators.trainable import TrainableAnimator
-from models.vae import VAE, vae_factor
+from models.vae import VAE, vae_scale_factor
 from training.build import make_scheduler
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
 from training.config import OptimizerConfig, TrainConfig
@@ -79,7 +79,7 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
     Args:
         vae, model: on the CPU; the model's trainable parameters are those that require gradients.
     """
-    factor = vae_factor(vae)
+    factor = vae_scale_factor(vae)
     traits = TrainingTraits.of(model, (config.data.size[1] // factor, config.data.size[0] // factor))
     if config.attention.weight > 0:
         traits.check_supervised()

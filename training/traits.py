@@ -24,7 +24,7 @@ class TrainingTraits:
     needs_mask: bool
     alters_reference: bool
     calibrated_latents: bool
-    latent_pictures: Callable[[Tensor, Tensor | None], Tensor]
+    vae_images: Callable[[Tensor, Tensor | None], Tensor]
 
     @classmethod
     def of(cls, animator: TrainableAnimator, latent_size: tuple[int, int]) -> "TrainingTraits":
@@ -35,7 +35,7 @@ class TrainingTraits:
             animator.needs_mask,
             animator.alters_reference,
             animator.calibrated_latents,
-            animator.latent_pictures,
+            animator.vae_images,
         )
 
     @property

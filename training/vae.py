@@ -1,10 +1,10 @@
-"""Train a small VAE for the tiny model, or fine-tune the decoder of a published one to the pictures of a person.
+"""Train a small VAE for the tiny model, or fine-tune the decoder of a published one to the images of a person.
 
     python -m training.vae --config configs/vae_tiny.yaml output=runs/vae [key=value ...]
-    python -m training.vae --config configs/vae_dreampose.yaml output=runs/vae init=weights/dreampose/vae data.root=videos
+    python -m training.vae --config configs/vae_dreampose.yaml output=runs/vae init=weights/vae data.root=videos
 
 Writes `output/vae/` (a diffusers folder; the `scaling_factor` of a new one makes latents of unit variance),
-`output/logs/` (TensorBoard) and `output/reconstructions.png` (held-out people: picture above, reconstruction below).
+`output/logs/` (TensorBoard) and `output/reconstructions.png` (held-out people: image above, reconstruction below).
 """
 
 import os
@@ -26,7 +26,7 @@ from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
 from models.checkpoints.folders import load_folder
-from models.vae import VAE, decode_pictures, encode_pictures
+from models.vae import VAE, vae_decode, vae_encode
 from training.build import vae_kind
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
@@ -54,15 +54,15 @@ def build_vae(config: VAEConfig) -> VAE:
     )
 
 
-def pictures(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All pictures of a batch and their person masks: (n, 3, H, W) in [-1, 1] and (n, 1, H, W)."""
+def images_and_masks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """All images of a batch and their person masks: (n, 3, H, W) in [-1, 1] and (n, 1, H, W)."""
     frames = batch["frames"].transpose(1, 2).flatten(0, 1)
     masks = batch["masks"].transpose(1, 2).flatten(0, 1)
     return torch.cat([batch["reference"], frames]), torch.cat([batch["reference_mask"], masks])
 
 
 def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Pictures and masks of which up to `part` of each side is cut off, the rest resized to their size."""
+    """Images and masks of which up to `part` of each side is cut off, the rest resized to their size."""
     if part == 0:
         return images, masks
     height, width = images.shape[-2:]
@@ -117,15 +117,15 @@ class VAELoss(nn.Module):
 
 @torch.no_grad()
 def latent_scale(vae: VAE, images: Tensor) -> float:
-    """1 / standard deviation of the latents of these pictures."""
+    """1 / standard deviation of the latents of these images."""
     return 1 / latents_of(vae, images.to(vae.device)).float().std().item()
 
 
 @torch.no_grad()
 def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
-    """Write pictures above their reconstructions; returns the mean PSNR of picture and person in dB over [0, 1]."""
-    latents = encode_pictures(vae, images.to(vae.device), chunk=1)
-    decoded = decode_pictures(vae, latents, chunk=1).clamp(-1, 1)
+    """Write images above their reconstructions; returns the mean PSNR of image and person in dB over [0, 1]."""
+    latents = vae_encode(vae, images.to(vae.device), chunk=1)
+    decoded = vae_decode(vae, latents, chunk=1).clamp(-1, 1)
     error = (decoded - images).square() / 4
     whole = -10 * error.mean(dim=(1, 2, 3)).log10()
     person = -10 * ((error * masks).sum(dim=(1, 2, 3)) / (3 * masks.sum(dim=(1, 2, 3))).clamp(min=1)).log10()
@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> None:
     if config.loss not in LOSSES:
         raise UserError(f"loss={config.loss} is not one of {', '.join(LOSSES)}")
     if not 0 <= config.crop < 1:
-        raise UserError(f"crop={config.crop} must be at least 0 and below 1, a part of the picture's sides")
+        raise UserError(f"crop={config.crop} must be at least 0 and below 1, a part of the image's sides")
     if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
         raise UserError(
             "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
     progress = tqdm(total=config.max_steps, disable=not accelerator.is_main_process)
     errors, step = [], 0
     for batch in loader:
-        images, masks = random_crops(*pictures(batch), config.crop)
+        images, masks = random_crops(*images_and_masks(batch), config.crop)
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 loss, mse = model(images, masks)
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         vae = vae.float().eval()
         heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
-        images, masks = pictures(default_collate([heldout[i] for i in range(8)]))
+        images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
         if not config.freeze_encoder:
             vae.register_to_config(scaling_factor=latent_scale(vae, images))
         psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")

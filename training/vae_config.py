@@ -10,13 +10,13 @@ from training.config import DataConfig, OptimizerConfig
 @dataclass
 class VAEConfig:
     """`training/vae.py`: a small convolutional autoencoder (diffusers' AutoencoderTiny) for rendered people, or the
-    decoder of a published one (AutoencoderKL), fine-tuned to the pictures of a person as DreamPose does.
+    decoder of a published one (AutoencoderKL), fine-tuned to the images of a person as DreamPose does.
 
     init: VAE folder to go on from, for example the `vae` of a pipeline folder; null starts anew.
     freeze_encoder: train the decoder alone, so that models trained on the latents stay valid; AutoencoderKL needs it.
     loss: "edges", absolute and squared error, the person weighted, and edges; "squares", the mean squared error.
-    crop: random crops take away up to this part of a picture's sides.
-    blocks: residual blocks at each resolution, finest first; each entry after the first halves the picture.
+    crop: random crops take away up to this part of an image's sides.
+    blocks: residual blocks at each resolution, finest first; each entry after the first halves the image.
     latent_noise: standard deviation of noise added to latents in training, so that the decoder bears small errors.
     latent_weight: weight of the latents' mean square, which keeps them near zero.
     person_weight: how much more a person's pixels count than the background's.

@@ -146,7 +146,7 @@ def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
     size = (item["frames"].shape[-1], item["frames"].shape[-2])
     reference, driving = item["reference_keypoints"][None, None].numpy(), item["keypoints"][:, None].numpy()
     masks = item["reference_mask"], item["masks"].transpose(0, 1)
-    # Videos without mask files have masks of the whole picture, which say nothing about the person.
+    # Videos without mask files have masks of the whole image, which say nothing about the person.
     ours, theirs = ((mask > 0.5).numpy() if not (mask > 0.5).all() else None for mask in masks)
     return calibrate(
         as_bytes(item["reference"][None] / 2 + 0.5)[0],
@@ -169,6 +169,6 @@ def mean_metrics(clips: list[ValidationClip]) -> dict[str, float]:
     return {name: float(np.mean(each)) for name, each in values.items()}
 
 
-def as_bytes(pictures: Tensor) -> np.ndarray:
+def as_bytes(images: Tensor) -> np.ndarray:
     """(f, 3, H, W) in [0, 1] -> (f, H, W, 3) uint8."""
-    return pictures.permute(0, 2, 3, 1).clamp(0, 1).mul(255).round().byte().numpy()
+    return images.permute(0, 2, 3, 1).clamp(0, 1).mul(255).round().byte().numpy()

@@ -3,7 +3,7 @@
     pip install -r requirements-viewer.txt
     python -m viewer [model=path/to/pipeline] [port=7860] [server_name=127.0.0.1] [key=value ...]
 
-The second tab animates a picture with a clip. See docs/viewer.md.
+The second tab animates an image with a clip. See docs/viewer.md.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     device, dtype = choose_device(config.device, config.dtype)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     if pipeline.pose_kind != "OpenPose":
-        raise UserError(f"model={config.model} reads {pipeline.pose_kind} pictures, the viewer draws OpenPose figures")
+        raise UserError(f"model={config.model} reads {pipeline.pose_kind} images, the viewer draws OpenPose figures")
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory(prefix="tpc-animate-viewer-") as folder:
         # gradio reads these when it is imported: nothing is reported, and uploads go when the server does.

@@ -1,4 +1,4 @@
-"""The tab that animates a picture with a clip, without and with TPC, as `infer.py` does."""
+"""The tab that animates an image with a clip, without and with TPC, as `infer.py` does."""
 
 import tempfile
 from pathlib import Path
@@ -28,7 +28,7 @@ class AnimateTab:
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        gr.Markdown("A picture and a clip in, animations out. Do not animate people without their consent.")
+        gr.Markdown("An image and a clip in, animations out. Do not animate people without their consent.")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 inputs = choose_inputs("animate")
@@ -47,14 +47,14 @@ class AnimateTab:
                 comparison = video_player("video-comparison", None, None)
         start.click(
             self.animate,
-            [inputs.picture, inputs.clip, *settings.components()],
+            [inputs.image, inputs.clip, *settings.components()],
             [*videos, report, strip, comparison],
             concurrency_id=ONE_AT_A_TIME,
         )
 
     def animate(
         self,
-        picture: str | None,
+        image: str | None,
         clip: str | None,
         preset: str,
         frames: int,
@@ -69,7 +69,7 @@ class AnimateTab:
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
             with watch.stage(STAGES[0]):
-                reference, driving = read_inputs(self.machine, picture, clip, sampling)
+                reference, driving = read_inputs(self.machine, image, clip, sampling)
             animation = animate(self.machine.pipeline, reference, driving, sampling, tpc, watch, show_progress=False)
             folder = Path(tempfile.mkdtemp(dir=self.machine.folder))
             configuration = config_dict(sampling) | {"tpc": config_dict(tpc)}
@@ -82,7 +82,7 @@ class AnimateTab:
 
 
 def video_player(name: str, label: str | None, height: int | None) -> gr.Video:
-    """A player that repeats a video of a run; without a label nothing lies over the picture."""
+    """A player that repeats a video of a run; without a label nothing lies over the image."""
     return gr.Video(
         label=label,
         show_label=label is not None,

@@ -27,7 +27,7 @@ EXPLANATION = (
     "and, with TPC, in the calibrated image. Red is the most, grey nothing; heads are averaged."
 )
 STAGES = ("reading and poses", "sampling without TPC", "calibration", "sampling with TPC")
-IN_ORDER = "looking"  # events of one name wait for each other, so the page ends with the last one's pictures
+IN_ORDER = "looking"  # events of one name wait for each other, so the page ends with the last one's images
 NO_RUN = "There is no animation yet; press Run first."
 
 
@@ -50,14 +50,14 @@ class AttentionTab:
                 start = gr.Button("Run", variant="primary", elem_id="attention-run")
             with gr.Column(scale=4):
                 self._draw_choices()
-                self._draw_pictures()
+                self._draw_images()
         choices = [self.frame, self.step, self.all_steps, self.layer, self.all_layers]
         start.click(
             self.animate,
-            [self.inputs.picture, self.inputs.clip, *self.settings.components()],
+            [self.inputs.image, self.inputs.clip, *self.settings.components()],
             [self.run, self.point, *choices, *self.shown],
             concurrency_id=ONE_AT_A_TIME,
-            show_progress_on=[self.pictures["plain"], self.pictures["calibrated"]],
+            show_progress_on=[self.images["plain"], self.images["calibrated"]],
         )
         state = [self.run, self.point, *choices]
         for choice in choices:
@@ -70,7 +70,7 @@ class AttentionTab:
                 concurrency_id=IN_ORDER,
             )
         for name in ("plain", "calibrated", "driving"):
-            self.pictures[name].select(
+            self.images[name].select(
                 self.click,
                 [self.run, *choices],
                 [self.point, *self.shown],
@@ -89,7 +89,7 @@ class AttentionTab:
                 self.all_layers = gr.Checkbox(True, label="Mean over layers", elem_id="all-layers", container=False)
         self.place = gr.Markdown(NO_RUN, elem_id="where")
 
-    def _draw_pictures(self) -> None:
+    def _draw_images(self) -> None:
         first = notice("Press Run, then click here.")
         names = {
             "plain": "Result without TPC (click)",
@@ -99,7 +99,7 @@ class AttentionTab:
             "calibrated reference": "It looks at the reference",
             "calibrated image": "and at the calibrated image",
         }
-        self.pictures, self.captions = {}, {}
+        self.images, self.captions = {}, {}
         for row in (
             ("plain", "plain reference", "driving"),
             ("calibrated", "calibrated reference", "calibrated image"),
@@ -109,8 +109,8 @@ class AttentionTab:
                     with gr.Column(min_width=160):
                         gr.Markdown(f"**{names[name]}**")
                         empty = first if name in ("plain", "calibrated", "driving") else notice("")
-                        # A label of the component's own would lie over the corner of the picture.
-                        self.pictures[name] = gr.Image(
+                        # A label of the component's own would lie over the corner of the image.
+                        self.images[name] = gr.Image(
                             empty,
                             show_label=False,
                             interactive=False,
@@ -123,11 +123,11 @@ class AttentionTab:
     @property
     def shown(self) -> list[gr.components.Component]:
         """Components in the order of `_shown_values`."""
-        return [self.place, *self.pictures.values(), *self.captions.values()]
+        return [self.place, *self.images.values(), *self.captions.values()]
 
     def animate(
         self,
-        picture: str | None,
+        image: str | None,
         clip: str | None,
         preset: str,
         frames: int,
@@ -143,7 +143,7 @@ class AttentionTab:
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
             with watch.stage(STAGES[0]):
-                reference, driving = read_inputs(machine, picture, clip, sampling)
+                reference, driving = read_inputs(machine, image, clip, sampling)
             kept = affordable_steps(machine.pipeline, reference, driving, sampling, machine.limit_bytes)
             config = AttentionConfig(steps=kept, mean=["heads"], limit_bytes=machine.limit_bytes)
             run = record_both(machine.pipeline, reference, driving, sampling, tpc, config, watch=watch)
@@ -164,12 +164,12 @@ class AttentionTab:
         ]
 
     def show(self, run: RecordedRun | None, point: tuple[float, float] | None, *choices: Any) -> list[Any]:
-        """New values of the pictures for other choices."""
+        """New values of the images for other choices."""
         with one_line_errors():
             return self._shown_values(run, choice_of(run, point, *choices))
 
     def click(self, event: gr.SelectData, run: RecordedRun | None, *choices: Any) -> list[Any]:
-        """The clicked point and new values of the pictures."""
+        """The clicked point and new values of the images."""
         with one_line_errors():
             choice = choice_of(run, None, *choices)
             point = point_of_click(run, event.index)
@@ -178,9 +178,9 @@ class AttentionTab:
     def _shown_values(self, run: RecordedRun, choice: Choice) -> list[Any]:
         plain, calibrated = (side_view(run, side, choice) for side in run.sides.values())
         driving = enlarged(run.driving[choice.frame])
-        pictures: list[np.ndarray] = [plain.result, plain.reference, driving]
-        pictures += [calibrated.result, calibrated.reference, calibrated.calibrated]
-        return [where(run, choice), *pictures, plain.caption, calibrated.caption]
+        images: list[np.ndarray] = [plain.result, plain.reference, driving]
+        images += [calibrated.result, calibrated.reference, calibrated.calibrated]
+        return [where(run, choice), *images, plain.caption, calibrated.caption]
 
 
 def slider_of(count: int) -> gr.Slider:

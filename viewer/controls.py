@@ -20,7 +20,7 @@ from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
 from tpc.config import PRESETS
 
-SAMPLE_PICTURES = {"Rendered person": SAMPLES / "rendered.png", "Photograph": SAMPLES / "photo.jpg"}
+SAMPLE_IMAGES = {"Rendered person": SAMPLES / "rendered.png", "Photograph": SAMPLES / "photo.jpg"}
 SAMPLE_CLIP = SAMPLES / "dance.mp4"
 ONE_AT_A_TIME = "sampling"  # the pipeline's scheduler belongs to one run at a time
 
@@ -44,9 +44,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Components that hold the paths of the chosen picture and clip."""
+    """Components that hold the paths of the chosen image and clip."""
 
-    picture: gr.State
+    image: gr.State
     clip: gr.State
 
 
@@ -112,47 +112,47 @@ def chosen(
 
 
 def read_inputs(
-    machine: Machine, picture: str | None, clip: str | None, sampling: SamplingConfig
+    machine: Machine, image: str | None, clip: str | None, sampling: SamplingConfig
 ) -> tuple[Reference, Driving]:
-    """The chosen picture and clip with their poses.
+    """The chosen image and clip with their poses.
 
     Raises:
         UserError: none was chosen, it cannot be read, or nobody is in it.
     """
-    return load_inputs(required(picture, "reference"), required(clip, "driving"), sampling, machine.pose)
+    return load_inputs(required(image, "reference"), required(clip, "driving"), sampling, machine.pose)
 
 
 def choose_inputs(tab: str) -> Inputs:
-    """Draw the choice of a picture and a clip, with the samples at hand; bad files are refused as they come in."""
-    picture = SAMPLE_PICTURES["Rendered person"]
-    picture_path, clip_path = gr.State(str(picture)), gr.State(str(SAMPLE_CLIP))
+    """Draw the choice of an image and a clip, with the samples at hand; bad files are refused as they come in."""
+    image = SAMPLE_IMAGES["Rendered person"]
+    image_path, clip_path = gr.State(str(image)), gr.State(str(SAMPLE_CLIP))
     shown = gr.Image(
-        read_image(picture),
-        label="Reference picture",
+        read_image(image),
+        label="Reference image",
         height=200,
         interactive=False,
         buttons=[],
         format="png",
         elem_id=f"{tab}-reference",
     )
-    upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id=f"{tab}-picture")
+    upload = gr.UploadButton("Upload an image", file_types=["image"], size="sm", elem_id=f"{tab}-image")
     with gr.Row():
-        for name, path in SAMPLE_PICTURES.items():
+        for name, path in SAMPLE_IMAGES.items():
             sample = gr.Button(name, size="sm", min_width=80)
-            sample.click(lambda path=path: (str(path), read_image(path)), None, [picture_path, shown], queue=False)
+            sample.click(lambda path=path: (str(path), read_image(path)), None, [image_path, shown], queue=False)
     clip = gr.Video(str(SAMPLE_CLIP), label="Driving clip", height=200, interactive=False, buttons=[])
     with gr.Row():
         film = gr.UploadButton("Upload a clip", file_types=["video", ".gif"], size="sm", elem_id=f"{tab}-clip")
         again = gr.Button("Sample clip", size="sm", min_width=80)
-    # Hidden progress: an error would lie over the picture that is still the chosen one.
-    upload.upload(accept_picture, upload, [picture_path, shown], show_progress="hidden")
+    # Hidden progress: an error would lie over the image that is still the chosen one.
+    upload.upload(accept_image, upload, [image_path, shown], show_progress="hidden")
     film.upload(accept_clip, film, [clip_path, clip], show_progress="hidden")
     again.click(lambda: (str(SAMPLE_CLIP), str(SAMPLE_CLIP)), None, [clip_path, clip], queue=False)
-    return Inputs(picture_path, clip_path)
+    return Inputs(image_path, clip_path)
 
 
-def accept_picture(path: str | None) -> tuple[str, np.ndarray]:
-    """An uploaded picture's path and pixels, or one line about what is wrong with it."""
+def accept_image(path: str | None) -> tuple[str, np.ndarray]:
+    """An uploaded image's path and pixels, or one line about what is wrong with it."""
     with one_line_errors():
         return required(path, "reference"), read_image(path, "reference")
 
@@ -168,7 +168,7 @@ def accept_clip(path: str | None) -> tuple[str, str]:
 def required(path: str | None, argument: str) -> str:
     """The path, or a UserError when none was given."""
     if not path:
-        what = "picture" if argument == "reference" else "clip"
+        what = "image" if argument == "reference" else "clip"
         raise UserError(f"{argument}: no {what} was given; upload one or take a sample")
     return path
 

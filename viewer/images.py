@@ -1,6 +1,6 @@
-"""What the attention tab shows: a result with the chosen point, and where it looks, as pictures and words.
+"""What the attention tab shows: a result with the chosen point, and where it looks, as images and words.
 
-Pictures are enlarged to a fixed height, so that a small model's frames can be clicked; places are (x, y) pixels, pixel
+Images are enlarged to a fixed height, so that a small model's frames can be clicked; places are (x, y) pixels, pixel
 centres at integers.
 """
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from core.errors import UserError
-from evaluation.attention.figures import TRUE_PLACE, layer_mean, mark, overlay, pictures_seen
+from evaluation.attention.figures import TRUE_PLACE, images_seen, layer_mean, mark, overlay
 from evaluation.attention.grids import short_layer
 from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
 from inference.comparison import MARGIN
@@ -54,7 +54,7 @@ class SideView:
 
 
 def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
-    """A result and where its chosen point looks; plain pictures as long as no point is chosen.
+    """A result and where its chosen point looks; plain images as long as no point is chosen.
 
     One colour scale holds for the reference and the calibrated images of a side. With the mean over steps, calibrated
     images are those of the last recorded step.
@@ -65,14 +65,14 @@ def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
     if choice.frame not in side.recorded.selection.frames:
         raise UserError(f"frame={choice.frame + 1} was not recorded")
     step = side.recorded.selection.steps[-1] if choice.step is None else choice.step
-    seen = pictures_seen(run.reference, side.calibration, step, choice.frame)
+    seen = images_seen(run.reference, side.calibration, step, choice.frame)
     result = enlarged(side.frames[choice.frame])
     if choice.point is None:
-        shown, caption = [enlarged(picture) for picture in seen], "Click a point of a frame to see where it looks."
+        shown, caption = [enlarged(image) for image in seen], "Click a point of a frame to see where it looks."
     else:
         layers = None if choice.layer is None else [choice.layer]
         maps = layer_mean(side.recorded, choice.point, choice.step, choice.frame, layers=layers)
-        shown = [overlay(enlarged(picture), density, maps.max()) for picture, density in zip(seen, maps, strict=True)]
+        shown = [overlay(enlarged(image), density, maps.max()) for image, density in zip(seen, maps, strict=True)]
         result = mark(result, np.array(choice.point), scale_of(side.frames), TRUE_PLACE, cross=False)
         caption = division(maps)
     calibrated = beside(shown[1:]) if side.calibration is not None else None
@@ -80,7 +80,7 @@ def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
 
 
 def division(maps: np.ndarray) -> str:
-    """How one point's attention is divided, in percent, of maps (k, h, w) over the pictures."""
+    """How one point's attention is divided, in percent, of maps (k, h, w) over the images."""
     given = maps.sum(axis=(1, 2))
     parts = [f"itself (its own frame) {1 - given.sum():.0%}", f"reference {given[0]:.0%}"]
     several = len(given) > 2
@@ -112,17 +112,17 @@ def first_point(run: RecordedRun) -> tuple[float, float]:
 
 
 def point_of_click(run: RecordedRun, index: tuple[float, float]) -> tuple[float, float]:
-    """The place in the model's frame of a click at (x, y) in an enlarged picture."""
+    """The place in the model's frame of a click at (x, y) in an enlarged image."""
     scale = scale_of(run.driving)
     height, width = run.reference.shape[:2]
     x, y = ((float(place) + 0.5) / scale - 0.5 for place in index)
     return min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
 
 
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A picture (h, w, 3) uint8 at the height of the page's pictures."""
-    width = max(1, round(picture.shape[1] * HEIGHT / picture.shape[0]))
-    return cv2.resize(picture, (width, HEIGHT), interpolation=cv2.INTER_CUBIC)
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) uint8 at the height of the page's images."""
+    width = max(1, round(image.shape[1] * HEIGHT / image.shape[0]))
+    return cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_CUBIC)
 
 
 def scale_of(frames: np.ndarray) -> float:
@@ -130,22 +130,22 @@ def scale_of(frames: np.ndarray) -> float:
     return HEIGHT / frames.shape[1]
 
 
-def beside(pictures: list[np.ndarray]) -> np.ndarray:
-    """Pictures of one height side by side, with white between them."""
-    last = len(pictures) - 1
+def beside(images: list[np.ndarray]) -> np.ndarray:
+    """Images of one height side by side, with white between them."""
+    last = len(images) - 1
     return np.concatenate(
         [
-            np.pad(picture, ((0, 0), (0, MARGIN * (number < last)), (0, 0)), constant_values=255)
-            for number, picture in enumerate(pictures)
+            np.pad(image, ((0, 0), (0, MARGIN * (number < last)), (0, 0)), constant_values=255)
+            for number, image in enumerate(images)
         ],
         axis=1,
     )
 
 
 def notice(text: str) -> np.ndarray:
-    """A light picture (HEIGHT, HEIGHT, 3) with a line of text, where there is nothing to show yet."""
-    picture = np.full((HEIGHT, HEIGHT, 3), PAPER, np.uint8)
+    """A light image (HEIGHT, HEIGHT, 3) with a line of text, where there is nothing to show yet."""
+    image = np.full((HEIGHT, HEIGHT, 3), PAPER, np.uint8)
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
     place = (HEIGHT - width) // 2, (HEIGHT + height) // 2
-    cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (110, 110, 110), 1, cv2.LINE_AA)
-    return picture
+    cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (110, 110, 110), 1, cv2.LINE_AA)
+    return image

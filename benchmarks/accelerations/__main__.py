@@ -28,7 +28,7 @@ from evaluation.benchmark_clips import BenchmarkClips
 from evaluation.benchmark_measures import MeasuresConfig, open_measures
 from evaluation.benchmark_report import Values, read_values, table_numbers, trial_numbers
 from evaluation.clips import EvaluationClip
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from evaluation.plots import draw_scatter
 from evaluation.report import common_facts, heading, markdown, write_results
 from evaluation.trials import Condition, Trial, run_task
@@ -101,13 +101,13 @@ def main(arguments: list[str]) -> None:
     clips = BenchmarkClips(config.kinds, config.clips)
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
-    instruments = open_measures(config, device)
+    metric_suite = open_measures(config, device)
     counted = clips.names[0], next(iter(config.seeds), 0)
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
         values, costs = read_values(folders, kinds, clips.fitting, config.seeds), costs_by_condition(folders)
-        _write(config, instruments, values, settings, costs, output)
+        _write(config, metric_suite, values, settings, costs, output)
         _draw_strips(clips, [names[0] for names in kinds.values()], settings, folders, config.seeds[0], output)
 
     run_task(
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> None:
         conditions,
         clips.names,
         clips.clip,
-        instruments,
+        metric_suite,
         state,
         write,
         clips.stamps,
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
 
 def _write(
     config: AccelerationsConfig,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     values: Values,
     settings: list[Setting],
     costs: dict[str, Cost],
@@ -138,8 +138,8 @@ def _write(
         f"{len(config.seeds)} seeds; the first row is absolute, the others are changes against it"
     )
     tables = summary_table(values, settings, costs, caption), kinds_table(values, settings)
-    text = heading(instruments, caption) + "\n".join(map(markdown, tables))
-    results = common_facts(config, instruments) | {
+    text = heading(metric_suite, caption) + "\n".join(map(markdown, tables))
+    results = common_facts(config, metric_suite) | {
         "counts": {kind: len(names) for kind, names in values.kinds.items()} | {"seeds": len(config.seeds)},
         "settings": {setting.label: asdict(setting) for setting in settings},
         "results": table_numbers(tables[0]),
@@ -173,7 +173,7 @@ def _draw_strips(
         cells = list(({"reference": clip.reference.image, "truth": truth[-1]} | shown).items())
         for start in range(0, len(cells), STRIP_COLUMNS):
             part = cells[start : start + STRIP_COLUMNS]
-            rows.append(labelled_row([picture for _, picture in part], [label for label, _ in part], CELL))
+            rows.append(labelled_row([image for _, image in part], [label for label, _ in part], CELL))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     with complete_file(output / "strips.png") as path:

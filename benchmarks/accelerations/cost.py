@@ -16,7 +16,7 @@ COST_FILE = "cost.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run of the pipeline, from pictures to frames, or of several.
+    """Of one run of the pipeline, from images to frames, or of several.
 
     Attributes:
         seconds: of sampling, with the VAE.

@@ -85,7 +85,7 @@ def step_cost(setting: Setting, sizes: UNetSizes = SIZES) -> StepCost:
 
         def halves(context: ReferenceContext) -> float:
             """Both halves of guidance."""
-            parts = context, context.blind()
+            parts = context, context.unconditional()
             return sum(count(lambda part=part: unet(clip, 0, words, reference=part)) for part in parts)
 
         whole, unguided = halves(images), count(lambda: unet(clip, 0, words, reference=images))

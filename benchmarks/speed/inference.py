@@ -15,7 +15,7 @@ from tpc import Calibration, CalibrationConfig
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run: frames, denoised in one window where `window` is 0; side of the pictures in pixels; denoising steps, at
+    """A run: frames, denoised in one window where `window` is 0; side of the images in pixels; denoising steps, at
     least 2; guidance_scale, 1 for none."""
 
     frames: int
@@ -55,7 +55,7 @@ def run_once(
     """One whole run."""
     pipeline(
         scene.reference,
-        scene.pictures,
+        scene.images,
         calibration,
         num_inference_steps=size.steps,
         guidance_scale=size.guidance_scale,

@@ -48,7 +48,7 @@ def _row(name: str, numbers: Numbers, rate: float | None, baseline: float | None
             row["of matrix products"] = f"{numbers['gflop'] / numbers['seconds'] / rate:.0%}"
     for fact, form in (
         ("frames_per_second", "{:.1f}"),
-        ("pictures_per_second", "{:.0f}"),
+        ("images_per_second", "{:.0f}"),
         ("busy", "{:.1%}"),
         ("clips_per_minute", "{:.2f}"),
         ("clips_per_minute_with_start", "{:.2f}"),

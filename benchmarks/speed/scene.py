@@ -12,17 +12,17 @@ from data.poses.poses import Poses
 from tpc import Calibration, CalibrationConfig, calibrate
 
 FPS = 15.0
-HEIGHT = 0.7  # of a standing person, as a share of the picture's
+HEIGHT = 0.7  # of a standing person, as a share of the image's
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A reference picture and a driving clip of the same persons.
+    """A reference image and a driving clip of the same persons.
 
     Attributes:
         reference: (H, W, 3) uint8 RGB; reference_masks: (p, H, W) bool; reference_poses: of one frame.
         poses: of f frames; masks: (f, p, H, W) bool.
-        pictures: (f, H, W, 3) uint8, the drawn poses.
+        images: (f, H, W, 3) uint8, the drawn poses.
     """
 
     reference: np.ndarray
@@ -30,7 +30,7 @@ class Scene:
     reference_masks: np.ndarray
     poses: Poses
     masks: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
 
     def calibration(self, config: CalibrationConfig) -> Calibration:
         """What TPC hands to the pipeline."""
@@ -46,7 +46,7 @@ class Scene:
 
 
 def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
-    """`persons` in square pictures of `side` pixels."""
+    """`persons` in square images of `side` pixels."""
     rng, library, size = np.random.default_rng(seed), load_people(), (side, side)
     people = [build_person(random_identity(rng, library, "heldout"), library) for _ in range(persons)]
     motions = [random_motion(rng, frames, FPS) for _ in people]
@@ -66,9 +66,9 @@ def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
     shares = np.arange(frames) / max(frames - 1, 1)
     clip = [drawn(frame, 1.0 - 0.4 * share, 0.6 * share) for frame, share in enumerate(shares)]
 
-    def poses(pictures: list) -> Poses:
-        keypoints = np.stack([picture.keypoints for picture in pictures])
-        return Poses(keypoints, np.stack([picture.scores for picture in pictures]), size, FPS)
+    def poses(images: list) -> Poses:
+        keypoints = np.stack([image.keypoints for image in images])
+        return Poses(keypoints, np.stack([image.scores for image in images]), size, FPS)
 
     driving = poses(clip)
     return Scene(
@@ -76,6 +76,6 @@ def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
         poses([reference]),
         reference.masks,
         driving,
-        np.stack([picture.masks for picture in clip]),
+        np.stack([image.masks for image in clip]),
         np.stack([draw_pose(k, s, size) for k, s in zip(driving.keypoints, driving.scores, strict=True)]),
     )

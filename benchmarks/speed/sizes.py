@@ -19,7 +19,7 @@ from models.pipeline import AnimationPipeline
 from models.schedules import published_scheduler
 
 POSE_CHANNELS = (16, 32, 96, 256)
-PIXELS = 8  # of a picture's side per latent
+PIXELS = 8  # of an image's side per latent
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SpeedSizes:
         unet: both UNets; motion modules are those of AnimateDiff v2 at any width.
         vae: widths of the AutoencoderKL's levels.
         image_encoder: width, layers and heads of a CLIP vision encoder with patches of 14 pixels.
-        image_size: side of the image encoder's pictures in pixels.
-        side: of the pictures in pixels; frames: of a clip that is denoised in one window; steps: of a run.
+        image_size: side of the image encoder's images in pixels.
+        side: of the images in pixels; frames: of a clip that is denoised in one window; steps: of a run.
         batch: clips a training step in stage=image; clip_frames: of the clip of stage=motion.
     """
 
@@ -112,7 +112,7 @@ def make_vae(sizes: SpeedSizes) -> AutoencoderKL:
 
 
 def make_image_encoder(sizes: SpeedSizes, image_size: int) -> CLIPVisionModelWithProjection:
-    """The image encoder with random weights, for pictures of `image_size` pixels a side."""
+    """The image encoder with random weights, for images of `image_size` pixels a side."""
     width, layers, heads = sizes.image_encoder
     settings = CLIPVisionConfig(
         hidden_size=width,

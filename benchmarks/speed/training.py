@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.speed.measuring import Measured, counting, peak_memory, timed
 from models.pipeline import AnimationPipeline
-from models.vae import vae_factor
+from models.vae import vae_scale_factor
 from training.build import make_scheduler, set_trainable
 from training.config import OptimizerConfig, TrainConfig
 from training.memory import enable_gradient_checkpointing
@@ -27,7 +27,7 @@ class StepSize:
     Attributes:
         stage: "image" or "motion".
         batch: clips; frames: of each.
-        side: of the pictures in pixels.
+        side: of the images in pixels.
         mixed: whether autocast computes in bfloat16; weights and moments are float32.
         gradient_checkpointing: compute UNet blocks twice and keep less of them.
         channels_last: memory format of convolutions.
@@ -43,11 +43,11 @@ class StepSize:
 
 
 def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
-    """Pictures of noise, which cost as much as any others."""
+    """Images of noise, which cost as much as any others."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.rand(size.batch, 3, 1 + size.frames, size.side, size.side, generator=generator)
+    images = torch.rand(size.batch, 3, 1 + size.frames, size.side, size.side, generator=generator)
     poses = torch.rand(size.batch, 3, size.frames, size.side, size.side, generator=generator)
-    batch = {"reference": pictures[:, :, 0] * 2 - 1, "frames": pictures[:, :, 1:] * 2 - 1, "poses": poses}
+    batch = {"reference": images[:, :, 0] * 2 - 1, "frames": images[:, :, 1:] * 2 - 1, "poses": poses}
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -67,7 +67,7 @@ def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) 
     if size.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.train()
-    side = size.side // vae_factor(vae)
+    side = size.side // vae_scale_factor(vae)
     traits, scheduler = TrainingTraits.of(model, (side, side)), make_scheduler(config.noise)
     optimizer = make_optimizer(parameters, config.optimizer)
     batch, generators = noise_batch(size, device), sample_generators(0, range(size.batch))

@@ -12,7 +12,7 @@ from benchmarks.speed.measuring import Measured, peak_memory
 from benchmarks.speed.scene import make_scene
 from data.clips.rendered import RenderedPeople
 from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from metrics.protocols import PROTOCOLS
 from tpc import CalibrationConfig
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def measure_calibration(frames: int, side: int, repeats: int) -> dict[str, Measured]:
-    """Calibration of a clip with poses and masks given, pictures painted, by preset and number of persons."""
+    """Calibration of a clip with poses and masks given, images painted, by preset and number of persons."""
     found = {}
     for persons in (1, 2):
         scene = make_scene(persons, frames, side)
@@ -44,7 +44,7 @@ def measure_calibration(frames: int, side: int, repeats: int) -> dict[str, Measu
 
 
 def measure_rendering(side: int, clips: int) -> Measured:
-    """Training clips of two pictures (reference and frame), with poses and masks, drawn by this process alone."""
+    """Training clips of two images (reference and frame), with poses and masks, drawn by this process alone."""
     dataset = RenderedPeople(size=(side, side), num_frames=1, stride=1, seed=0, split="train", length=clips + 1)
     dataset[clips]
     measured = Measured()
@@ -52,21 +52,21 @@ def measure_rendering(side: int, clips: int) -> Measured:
         started = time.perf_counter()
         dataset[clip]
         measured.seconds.append(time.perf_counter() - started)
-    measured.facts["pictures_per_second"] = 2 / measured.typical
+    measured.facts["images_per_second"] = 2 / measured.typical
     return measured
 
 
-def measure_metrics(instruments: Instruments, frames: int, side: int) -> dict[str, Measured]:
+def measure_metrics(metric_suite: MetricSuite, frames: int, side: int) -> dict[str, Measured]:
     """Each measure alone on a clip of noise, its files written."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
     noisy = truth ^ rng.integers(0, 64, truth.shape, dtype=np.uint8)
     found = {}
-    for name in instruments.measures:
-        alone = replace(instruments, measures=(name,), regions=("",))
+    for name in metric_suite.measures:
+        alone = replace(metric_suite, measures=(name,), regions=("",))
         measured = Measured()
         for _ in range(2):  # networks are slower the first time
-            with TemporaryDirectory() as folder, peak_memory(torch.device(instruments.device)) as peak:
+            with TemporaryDirectory() as folder, peak_memory(torch.device(metric_suite.device)) as peak:
                 started = time.perf_counter()
                 measure_clip((FramePair(*pair) for pair in zip(noisy, truth, strict=True)), alone, Path(folder))
                 measured.seconds = [time.perf_counter() - started]
@@ -76,6 +76,6 @@ def measure_metrics(instruments: Instruments, frames: int, side: int) -> dict[st
     return found
 
 
-def pixel_instruments() -> Instruments:
+def pixel_instruments() -> MetricSuite:
     """Measures without networks."""
-    return Instruments(PROTOCOLS["native"], ("mae", "psnr", "ssim"), ("",))
+    return MetricSuite(PROTOCOLS["native"], ("mae", "psnr", "ssim"), ("",))

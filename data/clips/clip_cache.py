@@ -1,10 +1,10 @@
 """Clips kept on disk: rendered or decoded once, read at random ever after.
 
-A cache is a folder of memory-mapped arrays for n clips of m pictures (the reference first, then the frames):
+A cache is a folder of memory-mapped arrays for n clips of m images (the reference first, then the frames):
 
-    pictures.npy   (n, m, H, W, 3) uint8      masks.npy  (n, m, H, W) uint8, 0 or 1
+    pictures.npy (n, m, H, W, 3) uint8      masks.npy  (n, m, H, W) uint8, 0 or 1
     keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
-    latents-DIGEST/  latents of the pictures by one VAE: mean.npy and, where there is one, deviation.npy
+    latents-DIGEST/  latents of the images by one VAE: mean.npy and, where there is one, deviation.npy
                      (n, m, c, h, w) float16
     surfaces/        surface maps of rendered people, see `data.surfaces`: surfaces.npy (n, m, h, w, 3) float16
 
@@ -41,12 +41,12 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")) == description:
         return folder
     first = clips[0]
-    pictures = 1 + first["frames"].shape[1]
+    images = 1 + first["frames"].shape[1]
     height, width = first["frames"].shape[-2:]
     shapes = {
-        "pictures": ((pictures, height, width, 3), np.uint8),
-        "masks": ((pictures, height, width), np.uint8),
-        "keypoints": ((pictures, 17, 3), np.float32),
+        "pictures": ((images, height, width, 3), np.uint8),
+        "masks": ((images, height, width), np.uint8),
+        "keypoints": ((images, 17, 3), np.float32),
     }
     with complete_folder(folder) as temporary:
         arrays = {
@@ -79,16 +79,16 @@ class CachedClips(Dataset):
 
     Args:
         folder: the cache.
-        num_frames: frames of a clip. 1 pairs two different pictures of a cached clip at random; otherwise it must be
+        num_frames: frames of a clip. 1 pairs two different images of a cached clip at random; otherwise it must be
             the number that was cached.
         length: items; the cache is walked through again and again, each time in another order.
         seed: of order and choice.
-        latents: folder of the pictures' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
+        latents: folder of the images' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
             and "reference_latents" (c, h, w).
-        surfaces: file of the pictures' surface maps; items then also have "surfaces" (3, F, h, w) and
+        surfaces: file of the images' surface maps; items then also have "surfaces" (3, F, h, w) and
             "reference_surface" (3, h, w), see `data.surfaces`.
 
-    Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "pictures" (which of its pictures
+    Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "images" (which of its images
     are the reference and the frames), int64.
     """
 
@@ -102,17 +102,17 @@ class CachedClips(Dataset):
         surfaces: Path | None = None,
     ) -> None:
         self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
-        self.pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
+        self.images = np.load(self.folder / "pictures.npy", mmap_mode="r")
         self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
         self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
         self.latents = {} if latents is None else _mapped_latents(latents)
         self.surfaces = None if surfaces is None else np.load(surfaces, mmap_mode="r")
-        cached = self.pictures.shape[1] - 1
+        cached = self.images.shape[1] - 1
         if num_frames not in (1, cached):
             raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
 
     def with_latents(self, folder: Path) -> "CachedClips":
-        """The same clips with the latents of their pictures."""
+        """The same clips with the latents of their images."""
         clips = copy(self)
         clips.latents = _mapped_latents(folder)
         return clips
@@ -124,21 +124,21 @@ class CachedClips(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"index must be in [0, {self.length}), got {index}")
         clip, chosen = self.choose(index)
-        height, width = self.pictures.shape[2:4]
-        pictures = torch.from_numpy(self.pictures[clip][chosen]).permute(3, 0, 1, 2).float() / 127.5 - 1
+        height, width = self.images.shape[2:4]
+        images = torch.from_numpy(self.images[clip][chosen]).permute(3, 0, 1, 2).float() / 127.5 - 1
         masks = torch.from_numpy(self.masks[clip][chosen]).float()
         keypoints = self.keypoints[clip][chosen]
         poses = [draw_pose(points[None, :, :2], points[None, :, 2], (width, height)) for points in keypoints[1:]]
         return {
-            "reference": pictures[:, 0],
-            "frames": pictures[:, 1:],
+            "reference": images[:, 0],
+            "frames": images[:, 1:],
             "poses": torch.from_numpy(np.stack(poses)).permute(3, 0, 1, 2).float() / 255,
             "reference_mask": masks[:1],
             "masks": masks[None, 1:],
             "reference_keypoints": torch.from_numpy(keypoints[0]),
             "keypoints": torch.from_numpy(keypoints[1:]),
             "clip": torch.tensor(clip),
-            "pictures": torch.from_numpy(chosen),
+            "images": torch.from_numpy(chosen),
             **self._latents(clip, chosen),
             **self._surfaces(clip, chosen),
         }
@@ -163,13 +163,13 @@ class CachedClips(Dataset):
         return {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
-        """The cached clip of item `index`, and which of its pictures are the reference and the frames."""
-        clips, pictures = self.pictures.shape[:2]
+        """The cached clip of item `index`, and which of its images are the reference and the frames."""
+        clips, images = self.images.shape[:2]
         epoch, place = divmod(index, clips)
         clip = int(np.random.default_rng([self.seed, epoch]).permutation(clips)[place])
         if self.num_frames > 1:
-            return clip, np.arange(pictures)
-        return clip, np.random.default_rng([self.seed, epoch, place]).permutation(pictures)[:2]
+            return clip, np.arange(images)
+        return clip, np.random.default_rng([self.seed, epoch, place]).permutation(images)[:2]
 
 
 def _mapped_latents(folder: Path) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ class FeatureInputs:
 
         Args:
             matrix: (3, 3), from the clip's pixels to the model's frame.
-            crop: mode of cropping; it decides what lies beyond the picture's edge.
+            crop: mode of cropping; it decides what lies beyond the image's edge.
         """
         numbers = " ".join(f"{value:.6f}" for value in (matrix[0, 0], *matrix[:2, 2]))
         border = "black" if crop == "pad" else "none"

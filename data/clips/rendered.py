@@ -2,9 +2,9 @@
 
 Every item is a dictionary of float32 tensors, ready for `default_collate`, with F frames of H x W pixels:
 
-    reference            (3, H, W)      picture of the person in [-1, 1]
+    reference            (3, H, W)      image of the person in [-1, 1]
     frames               (3, F, H, W)   the clip in [-1, 1]
-    poses                (3, F, H, W)   its pose pictures in [0, 1]
+    poses                (3, F, H, W)   its pose images in [0, 1]
     reference_mask       (1, H, W)      1 where the person is, 0 elsewhere
     masks                (1, F, H, W)
     reference_keypoints  (17, 3)        x, y in pixels and score, COCO order
@@ -38,7 +38,7 @@ SMALL_TEXTURE = 200  # persons up to this many pixels high get textures of 128 t
 class PeopleConfig:
     """How rendered people are framed and dressed.
 
-    height: least and greatest height of a standing person as a share of the picture's.
+    height: least and greatest height of a standing person as a share of the image's.
     close_ups: share of clips that show the upper half of the body.
     tilted: share of clips whose camera is turned by up to 90 degrees either way, for reference and frames alike.
     plain: share of fabrics without a pattern.
@@ -56,7 +56,7 @@ class PeopleConfig:
             UserError: naming the value.
         """
         if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
-            raise UserError(f"{name}.height={self.height} must be the least and the greatest share of the picture")
+            raise UserError(f"{name}.height={self.height} must be the least and the greatest share of the image")
         for share in ("close_ups", "tilted", "plain"):
             if not 0 <= getattr(self, share) <= 1:
                 raise UserError(f"{name}.{share}={getattr(self, share)} must be a share between 0 and 1")
@@ -71,7 +71,7 @@ class RenderedPeople(Dataset):
 
     Args:
         size: (width, height) in pixels.
-        num_frames: frames of a clip; 1 for single pictures.
+        num_frames: frames of a clip; 1 for single images.
         fps: frames per second of the motion before every `stride`-th frame is taken.
         stride: step between the frames of a clip.
         split: "train" or "heldout"; they share no body, no outfit and no clip.
@@ -110,7 +110,7 @@ class RenderedPeople(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scene = self.scene(index)
         return clip_item(
-            _picture(scene.render(scene.reference_pose)), [_picture(scene.render(pose)) for pose in scene.poses]
+            _image(scene.render(scene.reference_pose)), [_image(scene.render(pose)) for pose in scene.poses]
         )
 
     def scene(self, index: int) -> Scene:
@@ -135,8 +135,8 @@ class RenderedPeople(Dataset):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a clip.
+class LabelledImage:
+    """One image of a clip.
 
     Attributes:
         image: (h, w, 3) uint8 RGB; None where features take its place.
@@ -150,8 +150,8 @@ class Picture:
     scores: np.ndarray
 
 
-def clip_item(reference: Picture, frames: list[Picture]) -> dict[str, torch.Tensor]:
-    """The tensors of a clip, see the module; pictures that are None are left out."""
+def clip_item(reference: LabelledImage, frames: list[LabelledImage]) -> dict[str, torch.Tensor]:
+    """The tensors of a clip, see the module; images that are None are left out."""
     size = (reference.mask.shape[1], reference.mask.shape[0])
     poses = [draw_pose(frame.keypoints, frame.scores, size) for frame in frames]
     item = {} if reference.image is None else {"reference": clip_tensor([reference.image])[:, 0]}
@@ -166,15 +166,15 @@ def clip_item(reference: Picture, frames: list[Picture]) -> dict[str, torch.Tens
     }
 
 
-def clip_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """f pictures (h, w, 3) uint8 -> float32 (3, f, h, w) in [-1, 1]."""
-    return pixel_tensor(pictures).div_(127.5).sub_(1)
+def clip_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """f images (h, w, 3) uint8 -> float32 (3, f, h, w) in [-1, 1]."""
+    return pixel_tensor(images).div_(127.5).sub_(1)
 
 
-def pixel_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """f pictures (h, w, 3) uint8 -> float32 (3, f, h, w), the same numbers; a copy of its own."""
-    # In one pass over all pictures: long clips of large ones spend most of a loader's time here.
-    stacked = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)
+def pixel_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """f images (h, w, 3) uint8 -> float32 (3, f, h, w), the same numbers; a copy of its own."""
+    # In one pass over all images: long clips of large ones spend most of a loader's time here.
+    stacked = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)
     return stacked.to(torch.float32, memory_format=torch.contiguous_format)
 
 
@@ -183,8 +183,8 @@ def keypoint_tensor(keypoints: np.ndarray, scores: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([keypoints, scores[:, None]], 1).astype(np.float32))
 
 
-def _picture(rendered: Rendered) -> Picture:
-    return Picture(rendered.image, rendered.mask, rendered.keypoints[None], rendered.scores[None])
+def _image(rendered: Rendered) -> LabelledImage:
+    return LabelledImage(rendered.image, rendered.mask, rendered.keypoints[None], rendered.scores[None])
 
 
 def check_positive(**arguments: int) -> None:

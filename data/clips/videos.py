@@ -1,6 +1,6 @@
 """Clips of filmed people for training: a folder that `prepare.py` has prepared, or videos with pose files beside them.
 
-Items are those of `data.datasets`. With cached features (`data.feature_cache`) pictures that nothing else needs are
+Items are those of `data.datasets`. With cached features (`data.feature_cache`) images that nothing else needs are
 not decoded: latents add `latent_mean` and `latent_deviation` (c, F, h, w) and `reference_latents` (c, h, w) and take
 `frames` away, embeddings add `reference_context` (1, channels), and both together take `reference` away.
 """
@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from core.errors import UserError
 from data.clips.feature_cache import FeatureCache
-from data.clips.pose_pictures import pose_pictures_of, read_pose_pictures
-from data.clips.rendered import Picture, check_index, check_positive, clip_item
+from data.clips.pose_images import pose_images_of, read_pose_images
+from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item
 from data.crops import CROPS
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, summarize, usable_clips
@@ -28,15 +28,16 @@ from data.preparation.masks import read_union
 from data.transforms import apply_fit
 
 logger = logging.getLogger(__name__)
-_SEEN = 0.3  # score above which pose pictures show a joint
+_SEEN = 0.3  # score above which pose images show a joint
 
 
 class VideoFolder(Dataset):
     """Clips of a folder of filmed people. Item i is a function of the arguments, the files and i alone.
 
-    Without a manifest, `name.mp4` (any format that can be read) goes with `name.npz` (`data.poses.poses.Poses`, one pose per
-    frame) and, if there are masks, with the folder `name_masks`, see `data.masks`. With several persons in a video,
-    all are in the pictures and masks, and the keypoints are those of the first.
+    Without a manifest, `name.mp4` (any format that can be read) goes with `name.npz` (`data.poses.poses.Poses`, one
+    pose a frame) and, if there are masks, with the folder `name_masks`, see
+    `data.preparation.masks`. With several persons in a video, all are in the images and masks, and the keypoints are
+    those of the first.
 
     Clips and references are taken from frames in which somebody is seen. What is too short, has changed since it was
     prepared, cannot be read, or shows people who do not fit into the crop is left out; `left_out` says why. A clip
@@ -46,15 +47,15 @@ class VideoFolder(Dataset):
     Args:
         root: the folder, or its manifest; videos may lie in folders below it.
         size: (width, height) in pixels.
-        num_frames: frames of a clip; 1 for single pictures.
+        num_frames: frames of a clip; 1 for single images.
         stride: step between the frames of a clip.
         seed: other seeds are other clips.
         length: number of items, a walk through all clips again and again, each time in another order; as many as there
             are clips without it.
         crop: "person", "pad" or "centre", see `data.crops`.
         split: "train" leaves out what is marked as held out, "heldout" takes only that, if anything is; None: all.
-        latents, embeddings: features to read in place of pictures, see `data.feature_cache`.
-        pose_pictures: folder of the clips' pose pictures, see `data.pose_pictures`; None: figures are drawn.
+        latents, embeddings: features to read in place of images, see `data.feature_cache`.
+        pose_images: folder of the clips' pose images, see `data.pose_images`; None: figures are drawn.
 
     Raises:
         UserError: no such folder, or no clip of it can be used: the message counts the reasons.
@@ -72,21 +73,21 @@ class VideoFolder(Dataset):
         split: str | None = None,
         latents: FeatureCache | None = None,
         embeddings: FeatureCache | None = None,
-        pose_pictures: str | Path | None = None,
+        pose_images: str | Path | None = None,
     ) -> None:
         check_positive(num_frames=num_frames, stride=stride, length=1 if length is None else length, size=min(size))
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {CROPS}, got {crop!r}")
         self.root, self.size, self.num_frames, self.stride, self.seed = Path(root), size, num_frames, stride, seed
         self.crop, self.latents, self.embeddings = crop, latents, embeddings
-        self.pose_pictures = None if pose_pictures is None else Path(pose_pictures)
+        self.pose_images = None if pose_images is None else Path(pose_images)
         clips, self.left_out = usable_clips(self.root, size, crop, split)
         self.clips: list[UsableClip] = []
         for usable in clips:
             if usable.clip.frames < self.span:
                 self.left_out[usable.clip.name] = f"too short: below {self.span} frames"
-            elif self.pose_pictures is not None and pose_pictures_of(self.pose_pictures, usable.clip) is None:
-                self.left_out[usable.clip.name] = f"without pose pictures: none in {self.pose_pictures}"
+            elif self.pose_images is not None and pose_images_of(self.pose_images, usable.clip) is None:
+                self.left_out[usable.clip.name] = f"without pose images: none in {self.pose_images}"
             else:
                 self.clips.append(usable)
         if not self.clips:
@@ -159,19 +160,19 @@ class VideoFolder(Dataset):
         masks = [read_union(clip.masks, frame, clip.size) for frame in chosen]
         border = "zero" if self.crop == "pad" else "replicate"
         masks = [apply_fit(mask, usable.matrix, self.size, border) > 127 for mask in masks]
-        wanted = (chosen if self.latents is None else chosen[:1]) if self._wants_pictures else []
+        wanted = (chosen if self.latents is None else chosen[:1]) if self._wants_images else []
         images = [apply_fit(image, usable.matrix, self.size, border) for image in read_frames(clip, wanted)]
         missing = [None] * (len(chosen) - len(images))
-        pictures = [
-            Picture(image, mask, keypoints, scores)
+        labelled = [
+            LabelledImage(image, mask, keypoints, scores)
             for image, mask, keypoints, scores in zip(
                 [*images, *missing], masks, poses.keypoints, poses.scores, strict=True
             )
         ]
-        item = clip_item(pictures[0], pictures[1:])
-        if self.pose_pictures is not None:
-            source = pose_pictures_of(self.pose_pictures, clip)
-            item["poses"] = read_pose_pictures(source, clip, chosen[1:], usable.matrix, self.size)
+        item = clip_item(labelled[0], labelled[1:])
+        if self.pose_images is not None:
+            source = pose_images_of(self.pose_images, clip)
+            item["poses"] = read_pose_images(source, clip, chosen[1:], usable.matrix, self.size)
         if self.latents is not None:
             item |= latent_features(self.latents, clip, chosen)
         if self.embeddings is not None:
@@ -190,7 +191,7 @@ class VideoFolder(Dataset):
         return [others[rng.integers(len(others))], *frames]
 
     @property
-    def _wants_pictures(self) -> bool:
+    def _wants_images(self) -> bool:
         return self.latents is None or self.embeddings is None
 
     def _nothing_usable(self, longest: int) -> UserError:

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-_CANVAS = 192  # longer side of the picture in which shapes are drawn before they are enlarged or reduced
+_CANVAS = 192  # longer side of the image in which shapes are drawn before they are enlarged or reduced
 
 
 def random_background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -62,7 +62,7 @@ def _studio(rng: np.random.Generator, canvas: np.ndarray) -> None:
 
 
 def _room(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """A wall and a floor, a skirting board, windows or pictures, furniture standing on the floor."""
+    """A wall and a floor, a skirting board, windows or images, furniture standing on the floor."""
     height, width = canvas.shape[:2]
     horizon = int(height * rng.uniform(0.55, 0.85))
     floor = _color(rng)
@@ -102,7 +102,7 @@ def _wallpaper(rng: np.random.Generator, wall: np.ndarray) -> None:
 
 
 def _framed_rectangle(rng: np.random.Generator, canvas: np.ndarray, top: int, bottom: int) -> None:
-    """A window, picture or door: a rectangle with a frame, sometimes with a cross in it."""
+    """A window, image or door: a rectangle with a frame, sometimes with a cross in it."""
     width = canvas.shape[1]
     left, upper = int(rng.uniform(-0.1, 0.85) * width), int(rng.uniform(top, max(top + 1, bottom)))
     right = left + int(rng.uniform(0.1, 0.4) * width)

@@ -146,7 +146,7 @@ def rasterize(screen, shades, faces, corner_uv, parts, two_sided, texture, color
 
 @numba.njit(cache=True, nogil=True)
 def resolve(color, depth, factor, image, mask):
-    """Average `factor` x `factor` samples over the picture below.
+    """Average `factor` x `factor` samples over the image below.
 
     Args:
         color, depth: (h * factor, w * factor, 3) and (h * factor, w * factor) from `rasterize`.

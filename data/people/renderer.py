@@ -1,8 +1,8 @@
-"""Pictures of posed people with exact keypoints and masks.
+"""Images of posed people with exact keypoints and masks.
 
 Conventions: pixels (x, y), y down, pixel centres at integers; COCO-17 keypoints, "left" is the person's left.
 
-Scores of the keypoints: 0 outside the picture; 1 in plain sight; hidden behind the person's own body or another
+Scores of the keypoints: 0 outside the image; 1 in plain sight; hidden behind the person's own body or another
 person, 0.6 for the joints of trunk and limbs, which estimators still place, and 0 for the points of the face, which
 they do not.
 """
@@ -21,18 +21,18 @@ FACE_POINTS = 5  # nose, eyes and ears come first in COCO order
 # How far in front of a keypoint a surface must be to hide it, metres: joints lie inside the body.
 # Ears may be under hair.
 FACE_TOLERANCE, EAR_TOLERANCE, LIMB_TOLERANCE, TRUNK_TOLERANCE = 0.06, 0.09, 0.13, 0.22
-SUPERSAMPLING_LIMIT = 640  # pictures with a longer side than this are drawn without supersampling
+SUPERSAMPLING_LIMIT = 640  # images with a longer side than this are drawn without supersampling
 VIEWING_DISTANCE = 2.6  # from the camera to the person, in body heights; gives a mild perspective
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a person appears in the picture.
+    """Where a person appears in the image.
 
     Attributes:
-        scale: the standing person's height as a share of the picture's height.
-        rotation: turn of the person in the picture plane in radians, clockwise as seen (y points down).
-        center: where the middle of the standing person is, as shares of the picture's width and height.
+        scale: the standing person's height as a share of the image's height.
+        rotation: turn of the person in the image plane in radians, clockwise as seen (y points down).
+        center: where the middle of the standing person is, as shares of the image's width and height.
         yaw: turn of the person about the vertical in radians, positive towards the person's left.
         pitch: tilt of the view in radians, positive looks down on the person.
     """
@@ -54,7 +54,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Figure:
-    """One person in a picture."""
+    """One person in an image."""
 
     person: Person
     pose: Pose
@@ -64,7 +64,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A picture of one person.
+    """An image of one person.
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
@@ -81,7 +81,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class RenderedGroup:
-    """A picture of several people; as `Rendered`, with the persons first: (p, h, w), (p, 17, 2), (p, 17)."""
+    """An image of several people; as `Rendered`, with the persons first: (p, h, w), (p, 17, 2), (p, 17)."""
 
     image: np.ndarray
     masks: np.ndarray
@@ -93,7 +93,7 @@ def camera_matrix(camera: Camera, size: tuple[int, int], height: float) -> np.nd
     """The similarity (2, 3) from metres (right, down) around the person's middle to pixels.
 
     Args:
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
         height: of the person in metres.
     """
     scale = camera.scale * size[1] / height
@@ -103,7 +103,7 @@ def camera_matrix(camera: Camera, size: tuple[int, int], height: float) -> np.nd
 
 
 def project_keypoints(figure: Figure, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """COCO keypoints (17, 2) in pixels, in or outside the picture, and their depths (17,) in metres."""
+    """COCO keypoints (17, 2) in pixels, in or outside the image, and their depths (17,) in metres."""
     return _project(figure, _view_transforms(figure), size)
 
 
@@ -163,7 +163,7 @@ def project_vertices(
     """The vertices as the camera sees them: (v, 3) x, y in samples and depth in metres; and their brightness (v,).
 
     Args:
-        size: (width, height) of the picture in pixels.
+        size: (width, height) of the image in pixels.
         factor: samples per pixel and axis.
         transforms: of `_view_transforms`, when they are known already.
     """

@@ -14,11 +14,11 @@ class CameraRanges:
     """How people are framed; one camera holds for a clip and its reference.
 
     Attributes:
-        height: the standing person's height as a share of the picture's.
-        rotation: largest turn in the picture plane, either way, radians.
+        height: the standing person's height as a share of the image's.
+        rotation: largest turn in the image plane, either way, radians.
         tilted: share of clips that are turned by up to `tilt`, as by a camera that is not held upright.
         tilt: largest turn of tilted clips, either way, radians.
-        shift: largest distance of the person from the middle, as a share of the picture's width.
+        shift: largest distance of the person from the middle, as a share of the image's width.
         pitch: largest tilt of the view, either way, radians.
         close_ups: share of clips that show the upper half of the body, as talking people are filmed.
         close_up_height: as `height`, for close-ups.
@@ -40,8 +40,8 @@ class Scene:
 
     Attributes:
         person: who.
-        reference_pose, poses: what they do in the reference picture and in the frames.
-        camera, light, background: the same for all pictures; (h, w, 3) uint8.
+        reference_pose, poses: what they do in the reference image and in the frames.
+        camera, light, background: the same for all images; (h, w, 3) uint8.
     """
 
     person: Person
@@ -104,8 +104,8 @@ def misaligned_reference(
 
     Args:
         scale: factor on the person's size.
-        rotation: turn added in the picture plane, radians, clockwise as seen.
-        shift: added to the person's place, as shares of the picture's width and height.
+        rotation: turn added in the image plane, radians, clockwise as seen.
+        shift: added to the person's place, as shares of the image's width and height.
         background: (h, w, 3) uint8, of any size, which the reference then has; the scene's own without it.
     """
     camera = reframed(scene.camera, scale, rotation, shift)

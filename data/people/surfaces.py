@@ -1,6 +1,6 @@
-"""Surface maps: which point of the body, or of what it wears, every pixel of a rendered picture shows.
+"""Surface maps: which point of the body, or of what it wears, every pixel of a rendered image shows.
 
-A point of the surface is named by where it lies on the person at rest, in metres, so two pictures of one person say
+A point of the surface is named by where it lies on the person at rest, in metres, so two images of one person say
 exactly which of their pixels show the same point; keypoints say that of seventeen.
 """
 
@@ -18,14 +18,14 @@ from data.people.renderer import Camera, Figure, project_vertices
 from data.people.skeleton import Pose
 
 FOLDER = "surfaces"  # beside the arrays of a clip cache
-SHARE = 2  # pixels of a picture's side per place of its map
+SHARE = 2  # pixels of an image's side per place of its map
 
 
 def render_surface(person: Person, pose: Pose, camera: Camera, size: tuple[int, int]) -> np.ndarray:
     """Surface map of one person, (h, w, 3) float32: the point at rest in metres; NaN off the person.
 
     Args:
-        camera: of the picture; it counts in shares of the picture, so a map of any size belongs to it.
+        camera: of the image; it counts in shares of the image, so a map of any size belongs to it.
         size: (width, height) of the map.
     """
     width, height = size

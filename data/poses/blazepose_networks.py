@@ -73,8 +73,8 @@ class Landmarks:
 
     Attributes:
         points: (33, 2) pixels of the image, centres at integers.
-        visibility: (33,) in [0, 1]: in the picture and not hidden.
-        presence: (33,) in [0, 1]: in the picture.
+        visibility: (33,) in [0, 1]: in the image and not hidden.
+        presence: (33,) in [0, 1]: in the image.
         sharpness: (33,) in [0, 1]: highest value of the landmark's heatmap near it. Where the network is at a loss
             this stays low (0.2 to 0.5) although visibility and presence are near 1; a sure landmark has 0.6 to 1.
         person: probability that the region shows a person.
@@ -98,7 +98,7 @@ class Landmarks:
 
 
 class DetectorNet:
-    """Finds persons who are upright in a picture, or in a picture turned by a given angle."""
+    """Finds persons who are upright in an image, or in an image turned by a given angle."""
 
     def __init__(self, path: Path, threads: int):
         self._net = _Net(path, threads)

@@ -1,6 +1,6 @@
 """Where in an image to look for persons: BlazePose's detector over rotations and tiles.
 
-The detector is trained on upright people who fill a good part of the picture. Turning the picture finds those who lie,
+The detector is trained on upright people who fill a good part of the image. Turning the image finds those who lie,
 bend or stand on their heads; tiles find small ones. What many rotations agree on is seldom wrong.
 """
 
@@ -26,7 +26,7 @@ class SearchPlan:
         least_confidence: of a person who is accepted: the detector's evidence times the landmarks' confidence. Twelve
             rotations that must agree leave few false alarms, so they may ask for less than a single one.
         tile_rotations: the same for overlapping tiles of half the size, which are searched when too few persons are
-            found in the whole picture; none where that is not worth the time.
+            found in the whole image; none where that is not worth the time.
     """
 
     rotations: tuple[float, ...]

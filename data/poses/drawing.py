@@ -1,4 +1,4 @@
-"""Pose pictures: the OpenPose body-18 figure that pose-driven animators take as input, and overlays for reports."""
+"""Pose images: the OpenPose body-18 figure that pose-driven animators take as input, and overlays for reports."""
 
 import colorsys
 
@@ -19,36 +19,36 @@ _COLOURS = [tuple(int(255 * value) for value in colorsys.hsv_to_rgb(step / 18, 1
 _LIMB_BRIGHTNESS = 0.6
 _LIMB_COLOURS = [tuple(int(value * _LIMB_BRIGHTNESS) for value in colour) for colour in _COLOURS]
 
-_HALF_WIDTH_AT_512 = 4.0  # pixels: half the limb's width and the joint's radius in a picture whose short side is 512
+_HALF_WIDTH_AT_512 = 4.0  # pixels: half the limb's width and the joint's radius in an image whose short side is 512
 _SHIFT = 4  # fractional bits of the coordinates given to OpenCV
 _EDGE = 0.5  # pixels by which OpenCV's anti-aliased edge lies outside the outline it is given
 _CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 24, endpoint=False)) for f in (np.cos, np.sin)])
 
 
 def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], threshold: float = 0.3) -> np.ndarray:
-    """OpenPose body-18 picture of all persons, on black.
+    """OpenPose body-18 image of all persons, on black.
 
     The neck is the mean of the shoulders. Limbs are filled ellipses at 0.6 of the colour's brightness, joints filled
-    circles at full brightness; both have half-width 4 in a picture whose short side is 512 pixels, in proportion
+    circles at full brightness; both have half-width 4 in an image whose short side is 512 pixels, in proportion
     otherwise. Edges are anti-aliased, coordinates sub-pixel.
 
     Args:
-        keypoints: (persons, 17, 2) COCO keypoints in pixels of this picture.
+        keypoints: (persons, 17, 2) COCO keypoints in pixels of this image.
         scores: (persons, 17); keypoints at or below `threshold` are not drawn.
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
 
     Returns:
         (height, width, 3) uint8 RGB.
     """
     width, height = size
     factor = max(1, min(4, 512 // min(size)))  # limbs of a pixel or two are drawn larger and averaged
-    picture = np.zeros((height * factor, width * factor, 3), np.uint8)
+    image = np.zeros((height * factor, width * factor, 3), np.uint8)
     joints, visible = body_joints(keypoints, scores, threshold)
     joints = (joints + 0.5) * factor - 0.5
     half_width = _HALF_WIDTH_AT_512 * min(size) / 512 * factor
-    _draw_limbs(picture, joints, visible, half_width, _LIMB_COLOURS)
-    _draw_joints(picture, joints, visible, half_width)
-    return picture if factor == 1 else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    _draw_limbs(image, joints, visible, half_width, _LIMB_COLOURS)
+    _draw_joints(image, joints, visible, half_width)
+    return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def draw_overlay(
@@ -90,7 +90,7 @@ def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> 
 
 
 def _draw_limbs(
-    picture: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float, colours: list[tuple[int, ...]]
+    image: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float, colours: list[tuple[int, ...]]
 ) -> None:
     half_width = max(half_width - _EDGE, 0.0)
     start, end = joints[:, _LIMBS[:, 0]], joints[:, _LIMBS[:, 1]]  # (persons, limbs, 2)
@@ -102,14 +102,14 @@ def _draw_limbs(
     outline = _fixed_point((start + along)[..., None, :] + outline)
     # Limb by limb, then person by person: where two persons cross, their arms lie over both trunks or under both.
     for limb, person in np.argwhere(drawn.T):
-        cv2.fillConvexPoly(picture, outline[person, limb], colours[limb], cv2.LINE_AA, _SHIFT)
+        cv2.fillConvexPoly(image, outline[person, limb], colours[limb], cv2.LINE_AA, _SHIFT)
 
 
-def _draw_joints(picture: np.ndarray, joints: np.ndarray, visible: np.ndarray, radius: float) -> None:
+def _draw_joints(image: np.ndarray, joints: np.ndarray, visible: np.ndarray, radius: float) -> None:
     centres = _fixed_point(joints).tolist()
     fixed_radius = max(1, round((radius - _EDGE) * 2**_SHIFT))
     for joint, person in np.argwhere(visible.T):
-        cv2.circle(picture, centres[person][joint], fixed_radius, _COLOURS[joint], cv2.FILLED, cv2.LINE_AA, _SHIFT)
+        cv2.circle(image, centres[person][joint], fixed_radius, _COLOURS[joint], cv2.FILLED, cv2.LINE_AA, _SHIFT)
 
 
 def _fixed_point(points: np.ndarray) -> np.ndarray:

@@ -114,8 +114,8 @@ class DWPose:
         return [self._keypoints(image, found) for found in self._boxes(image)]
 
     def _boxes(self, image: np.ndarray) -> list[BoxScore]:
-        picture, scale = letterbox(image, self._detector.size)
-        (output,) = self._detector(picture[None])
+        boxed, scale = letterbox(image, self._detector.size)
+        (output,) = self._detector(boxed[None])
         return decode_boxes(output[0], self._detector.size, scale)
 
     def _keypoints(self, image: np.ndarray, found: BoxScore) -> PersonEstimate:
@@ -141,9 +141,9 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
     scale = min(size[0] / image.shape[1], size[1] / image.shape[0])
     shown = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    picture = np.full((size[1], size[0], 3), _LETTERBOX_GREY, np.uint8)
-    picture[: shown[1], : shown[0]] = cv2.resize(image, shown, interpolation=interpolation)
-    return np.ascontiguousarray(picture[..., ::-1].transpose(2, 0, 1), dtype=np.float32), scale
+    boxed = np.full((size[1], size[0], 3), _LETTERBOX_GREY, np.uint8)
+    boxed[: shown[1], : shown[0]] = cv2.resize(image, shown, interpolation=interpolation)
+    return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1), dtype=np.float32), scale
 
 
 def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
@@ -224,7 +224,7 @@ def turn_image(image: np.ndarray, rotation: float) -> tuple[np.ndarray, np.ndarr
 
 
 class _OnnxNet:
-    """An ONNX network with one picture as input; `size` is its (width, height)."""
+    """An ONNX network with one image as input; `size` is its (width, height)."""
 
     def __init__(self, path: str | Path, role: str, outputs: int, threads: int):
         try:

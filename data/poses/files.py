@@ -45,7 +45,7 @@ class _BadFile(Exception):
 
 @dataclass
 class _Frames:
-    """Persons per frame as (17, 3) arrays of x, y, score; the size of the picture where the file states one.
+    """Persons per frame as (17, 3) arrays of x, y, score; the size of the image where the file states one.
 
     `relative`: x and y are parts of the width and height, not pixels.
     """
@@ -67,12 +67,12 @@ def load_poses(
     first.
 
     Args:
-        size: (width, height) of the picture, for formats that do not state it.
+        size: (width, height) of the image, for formats that do not state it.
         fps: frames per second, for formats that do not state it; 25 when not given.
         argument: what the path was given as, for error messages.
 
     Raises:
-        UserError: missing or unreadable file, unknown format, unknown picture size.
+        UserError: missing or unreadable file, unknown format, unknown image size.
     """
     path = Path(path)
     if not path.exists():
@@ -88,7 +88,7 @@ def load_poses(
             raise _BadFile("give .npz, .json or a folder of OpenPose .json files")
         size = read.size or size
         if size is None:
-            raise _BadFile("the file does not state the size of the picture, and none was given")
+            raise _BadFile("the file does not state the size of the image, and none was given")
         return _poses(read, size, fps or _DEFAULT_FPS)
     except (_BadFile, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         reason = str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
@@ -114,7 +114,7 @@ def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argum
     if scores is None and keypoints.shape[3] == 2:
         raise _BadFile("it has no array 'scores'")
     if size is None:
-        raise _BadFile("it has no array 'size', and no size of the picture was given")
+        raise _BadFile("it has no array 'size', and no size of the image was given")
     scores = keypoints[..., 2] if scores is None else np.asarray(scores, np.float32)
     order = _COCO_ORDERS[keypoints.shape[2]]
     scores = np.clip(np.nan_to_num(scores[:, :, order]), 0, 1)

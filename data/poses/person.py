@@ -28,7 +28,7 @@ COCO_KEYPOINTS = (
     "right_ankle",
 )
 
-# Index that exchanges left and right: keypoints[COCO_MIRROR] are the keypoints of the mirrored picture, x reflected.
+# Index that exchanges left and right: keypoints[COCO_MIRROR] are the keypoints of the mirrored image, x reflected.
 COCO_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 # Standard deviations of human annotators per keypoint relative to the object's scale (COCO keypoint evaluation).
@@ -94,7 +94,7 @@ def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3
 
 
 def scores_inside(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scores (...,) with 0 for keypoints (..., 2) outside a picture of (width, height)."""
+    """Scores (...,) with 0 for keypoints (..., 2) outside an image of (width, height)."""
     inside = ((keypoints >= -0.5) & (keypoints <= np.asarray(size) - 0.5)).all(axis=-1)
     return np.where(inside, scores, 0).astype(np.float32)
 

@@ -97,12 +97,12 @@ class Poses:
         return (self.scores > threshold).any(axis=-1)
 
     def mapped(self, matrix: np.ndarray, size: tuple[int, int]) -> Poses:
-        """The poses after an affine map of the picture.
+        """The poses after an affine map of the image.
 
         Args:
-            matrix: (2, 3) or (3, 3), from pixels of this picture to pixels of the new one, (x, y), centres at
+            matrix: (2, 3) or (3, 3), from pixels of this image to pixels of the new one, (x, y), centres at
                 integers.
-            size: (width, height) of the new picture. Keypoints that fall outside of it stay as they are; see
+            size: (width, height) of the new image. Keypoints that fall outside of it stay as they are; see
                 `clipped`.
         """
         matrix = np.asarray(matrix, np.float64)[:2]
@@ -111,12 +111,12 @@ class Poses:
         return Poses(keypoints, self.scores, size, self.fps)
 
     def resized(self, size: tuple[int, int]) -> Poses:
-        """The poses after the picture was resized to (width, height); edges map to edges."""
+        """The poses after the image was resized to (width, height); edges map to edges."""
         scale = np.asarray(size, np.float64) / np.asarray(self.size)
         return self.mapped(np.column_stack([np.diag(scale), (scale - 1) / 2]), size)
 
     def clipped(self) -> Poses:
-        """The poses with score 0 for every keypoint outside the picture."""
+        """The poses with score 0 for every keypoint outside the image."""
         return Poses(self.keypoints, scores_inside(self.keypoints, self.scores, self.size), self.size, self.fps)
 
     def smoothed(self, frames: float) -> Poses:
@@ -161,7 +161,7 @@ class PoseConfig:
     """How poses are estimated.
 
     Attributes:
-        backend: "blazepose" (its files are fetched by `python -m data.poses.weights`) or "dwpose" (your own ONNX files).
+        backend: "blazepose" (files: `python -m data.poses.weights`) or "dwpose" (your own ONNX files).
         weights: for dwpose "detector.onnx,pose.onnx".
         heavy: for blazepose the heavy landmark network, about three times slower and less noisy.
         max_persons: how many persons to look for.
@@ -192,7 +192,7 @@ class PoseEstimate:
     def require_person(self, argument: str) -> PoseEstimate:
         """This estimate, or a `UserError` that names the argument when it holds nobody."""
         if self.poses.persons == 0:
-            raise UserError(f"{argument}: no person was found; give a picture that shows one clearly, or a pose file")
+            raise UserError(f"{argument}: no person was found; give an image that shows one clearly, or a pose file")
         return self
 
 

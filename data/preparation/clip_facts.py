@@ -15,7 +15,7 @@ class CheckConfig:
     dataset: prepared folder, or a folder of videos or of a known layout.
     output: folder for report.json and report.md; without it a prepared data set's own, and none for others.
     layout, frame_fps: as for preparation, where there is no manifest.
-    size, crop: the model's frame, to find people who would be cut and pictures that would be enlarged.
+    size, crop: the model's frame, to find people who would be cut and images that would be enlarged.
     num_frames, stride: a clip of training, to find videos that are too short for it.
     decode: read every frame, which finds all damage; false looks at headers alone.
     workers: processes that read clips.

@@ -1,4 +1,4 @@
-"""What a file or a folder of pictures held when something was made from it, to tell later whether it has changed."""
+"""What a file or a folder of images held when something was made from it, to tell later whether it has changed."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whether the pictures of a folder are in the order of time, by the numbers in their names."""
+"""Whether the images of a folder are in the order of time, by the numbers in their names."""
 
 import re
 from pathlib import Path

@@ -7,10 +7,10 @@
 | tiktok | `00001/images/0001.png`, with `masks/` and, from DisCo, `openpose_json/` |
 | ted, ubc, splits | `train/*.mp4` and `test/*.mp4` (or `val`), at any depth |
 | stableanimator | `rec/00001/images/frame_0.png`, `vec/...`, with `video_rec_path.txt`, `video_vec_path.txt` |
-| frames | folders of pictures, one a clip |
+| frames | folders of images, one a clip |
 | videos | video files at any depth; `name.npz` or `name.json` are poses, `name_masks/` masks |
 
-Pose pictures and rendered pose videos are left alone: keypoints with confidences cannot be got back from them, so
+Pose images and rendered pose videos are left alone: keypoints with confidences cannot be got back from them, so
 poses are estimated again. Pickled keypoints (MusePose's .npy) are not read: unpickling runs whatever they hold.
 """
 
@@ -100,7 +100,7 @@ def detect_layout(source: Path, argument: str = "source") -> str:
         return "splits" if splits & {"train", *_HELD_OUT} else "videos"
     if next(_frame_folders(source), None) is not None:
         return "frames"
-    raise UserError(f"{argument}={source} holds neither videos nor folders of pictures; give layout= if it should")
+    raise UserError(f"{argument}={source} holds neither videos nor folders of images; give layout= if it should")
 
 
 def _moore(source: Path) -> Iterator[SourceClip]:

@@ -1,6 +1,6 @@
 """Person masks of a clip on disk: `000000.png` for one person, `000000_p0.png`, `000000_p1.png` for several.
 
-8-bit pictures of the video's size, 255 = person, numbered as the video's frames.
+8-bit images of the video's size, 255 = person, numbered as the video's frames.
 """
 
 from pathlib import Path

@@ -36,7 +36,7 @@ class StreamFacts:
         decoder: a decoder to use in place of FFmpeg's own, or None.
         stored_size: (width, height) of the decoded frames.
         shown_size: (width, height) with the pixel aspect ratio and the rotation applied.
-        quarter_turns: counter-clockwise turns by 90 degrees from the decoded to the shown picture.
+        quarter_turns: counter-clockwise turns by 90 degrees from the decoded to the shown image.
         ticks: (frames,) presentation time stamps in order, or None when the file gives none.
         times: (declared,) seconds at which each frame begins, the first at 0.
         count: number of frames in the file.
@@ -61,7 +61,7 @@ class StreamFacts:
 
 
 class VideoFile:
-    """The stored frames of a video file as RGB pictures.
+    """The stored frames of a video file as RGB images.
 
     The rotation and the pixel aspect ratio that the file states are applied; an alpha plane is laid over white.
 
@@ -101,12 +101,12 @@ class VideoFile:
 
     def frames(self) -> Iterator[np.ndarray]:
         """All frames in order."""
-        expected, picture = 0, None
+        expected, image = 0, None
         for number, frame in self._decode_from(0):
-            previous, picture = picture, self._picture(frame)
-            for _ in range(expected, number):  # a packet without a picture leaves the one before it on display
-                yield picture if previous is None else previous
-            yield picture
+            previous, image = image, self._image(frame)
+            for _ in range(expected, number):  # a packet without an image leaves the one before it on display
+                yield image if previous is None else previous
+            yield image
             expected = number + 1
         if expected < self._facts.declared:
             raise self._stopped(expected)
@@ -143,7 +143,7 @@ class VideoFile:
         while waiting:
             for number, frame in self._decode_from(waiting[0]):
                 while waiting and waiting[0] <= number:
-                    found[waiting.pop(0)] = self._picture(frame)
+                    found[waiting.pop(0)] = self._image(frame)
                 if not waiting or waiting[0] > number + _SEEK_COST:
                     break
             else:
@@ -174,16 +174,16 @@ class VideoFile:
                 if number >= 0:  # frames that an edit list hides come before the first
                     yield number, frame
 
-    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+    def _image(self, frame: av.VideoFrame) -> np.ndarray:
         turned = self._facts.quarter_turns % 2
         width, height = self._facts.shown_size[::-1] if turned else self._facts.shown_size
         if any(component.is_alpha for component in frame.format.components):
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
-            picture = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+            image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         else:
-            picture = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(picture, self._facts.quarter_turns))
+            image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(np.rot90(image, self._facts.quarter_turns))
 
     def _stopped(self, number: int, reason: str = "the file is damaged or cut short") -> UserError:
         total = self._facts.declared

@@ -1,4 +1,4 @@
-"""Pictures from files as RGB arrays: still images, folders of numbered frames, animated images."""
+"""Images from files as RGB arrays: still images, folders of numbered frames, animated images."""
 
 import re
 import struct

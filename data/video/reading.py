@@ -55,7 +55,7 @@ class Video:
 class VideoReader:
     """Frames of a video at a constant rate, read when they are asked for.
 
-    Frame k is the picture that is on display at the time k / fps, so a video of variable rate keeps its duration: its
+    Frame k is the image that is on display at the time k / fps, so a video of variable rate keeps its duration: its
     frames are repeated or left out as needed. Iterating decodes in order; `get` reads any frames. Rotation and
     pixel aspect ratio stated by the file are applied, transparent parts are laid over white, odd sizes are kept.
 
@@ -232,5 +232,5 @@ def _video_frame(frame: np.ndarray, shape: tuple[int, ...]) -> av.VideoFrame:
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.shape != shape:
         raise ValueError(f"frames must be (h, w, 3) uint8 of one size {shape}, got {frame.dtype} {frame.shape}")
     padded = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
-    return picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range=1)
+    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+    return image.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range=1)

@@ -1,6 +1,6 @@
-"""Pictures of recorded attention: maps over the pictures they are of, and rows through denoising (Figure 2).
+"""Images of recorded attention: maps over the images they are of, and rows through denoising (Figure 2).
 
-Shapes use k = pictures that may be looked at, h, w = a layer's grid, H, W = picture size. Places are (x, y) pixels.
+Shapes use k = images that may be looked at, h, w = a layer's grid, H, W = image size. Places are (x, y) pixels.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from tpc import Calibration
 COLOURS = "turbo"
 GREY = 128
 TRUE_PLACE, STRONGEST = (255, 255, 255), (255, 0, 160)
-CELL = 192  # pixels of a picture's height
+CELL = 192  # pixels of an image's height
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Look:
     """Where one point looks at one step.
 
     Attributes:
-        picture: (H, W, 3) uint8, the reference or a calibrated image.
+        image: (H, W, 3) uint8, the reference or a calibrated image.
         density: (H, W), attention over it.
         truth: (2,) where the point is in it, or NaN.
-        name: of the picture.
-        share: part of all attention that the picture gets.
+        name: of the image.
+        share: part of all attention that the image gets.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     density: np.ndarray
     truth: np.ndarray
     name: str
@@ -49,7 +49,7 @@ def layer_mean(
     head: int | None = None,
     layers: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(k, H, W) attention of one query over all pictures, the mean over layers, upsampled to the pictures' size.
+    """(k, H, W) attention of one query over all images, the mean over layers, upsampled to the images' size.
 
     Its sum is what the query does not give to its own frame. Arguments as in `RecordedAttention.query_map`.
     """
@@ -66,49 +66,47 @@ def layer_mean(
 
 
 def upsampled(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at a picture's size (width, height), linearly between the tokens' centres."""
+    """A map (h, w) at an image's size (width, height), linearly between the tokens' centres."""
     return cv2.resize(np.ascontiguousarray(attention, np.float32), size, interpolation=cv2.INTER_LINEAR)
 
 
-def overlay(picture: np.ndarray, density: np.ndarray, peak: float | None = None, strength: float = 0.8) -> np.ndarray:
-    """A picture (H, W, 3) uint8 under the colours of a map.
+def overlay(image: np.ndarray, density: np.ndarray, peak: float | None = None, strength: float = 0.8) -> np.ndarray:
+    """An image (H, W, 3) uint8 under the colours of a map.
 
     Args:
         density: (h, w) of any size.
         peak: attention that gets the strongest colour; None: the largest there is.
-        strength: opacity of the strongest colour; where there is no attention, the picture shows in grey.
+        strength: opacity of the strongest colour; where there is no attention, the image shows in grey.
     """
-    density = upsampled(density, picture.shape[1::-1])
+    density = upsampled(density, image.shape[1::-1])
     peak = float(density.max()) if peak is None else peak
     weight = np.clip(density / max(peak, 1e-12), 0, 1)
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.float32)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.float32)
     colour = colormaps[COLOURS](weight)[..., :3] * 255
     alpha = (strength * np.sqrt(weight))[..., None]
     return (grey * (1 - alpha) + colour * alpha).round().astype(np.uint8)
 
 
-def mark(
-    picture: np.ndarray, place: np.ndarray, scale: float, colour: tuple[int, int, int], cross: bool
-) -> np.ndarray:
-    """A picture with a circle or a cross at a place of the picture before it was enlarged by `scale`; none for NaN."""
+def mark(image: np.ndarray, place: np.ndarray, scale: float, colour: tuple[int, int, int], cross: bool) -> np.ndarray:
+    """An image with a circle or a cross at a place of the image before it was enlarged by `scale`; none for NaN."""
     if np.isnan(place).any():
-        return picture
-    picture = picture.copy()
+        return image
+    image = image.copy()
     centre = tuple(int(round(v)) for v in (np.asarray(place) + 0.5) * scale - 0.5)
-    size = max(4, picture.shape[0] // 24)
+    size = max(4, image.shape[0] // 24)
     for ink, thickness in (((0, 0, 0), 4), (colour, 2)):
         if cross:
-            cv2.drawMarker(picture, centre, ink, cv2.MARKER_TILTED_CROSS, 2 * size, thickness, cv2.LINE_AA)
+            cv2.drawMarker(image, centre, ink, cv2.MARKER_TILTED_CROSS, 2 * size, thickness, cv2.LINE_AA)
         else:
-            cv2.circle(picture, centre, size, ink, thickness, cv2.LINE_AA)
-    return picture
+            cv2.circle(image, centre, size, ink, thickness, cv2.LINE_AA)
+    return image
 
 
 def marked_overlay(look: Look, height: int = CELL) -> np.ndarray:
-    """A look as a picture: a circle where the point truly is, a cross where most attention falls."""
-    scale = height / look.picture.shape[0]
-    size = (max(1, round(look.picture.shape[1] * scale)), height)
-    shown = overlay(cv2.resize(look.picture, size, interpolation=cv2.INTER_CUBIC), look.density)
+    """A look as an image: a circle where the point truly is, a cross where most attention falls."""
+    scale = height / look.image.shape[0]
+    size = (max(1, round(look.image.shape[1] * scale)), height)
+    shown = overlay(cv2.resize(look.image, size, interpolation=cv2.INTER_CUBIC), look.density)
     row, column = np.unravel_index(int(look.density.argmax()), look.density.shape)
     shown = mark(shown, np.array([column, row], np.float64), scale, STRONGEST, cross=True)
     return mark(shown, look.truth, scale, TRUE_PLACE, cross=False)
@@ -130,13 +128,13 @@ def looks(
     Args:
         reference: (H, W, 3) uint8, as the model gets it.
         calibration: what the run was given.
-        image: number of the picture that is shown, 0 the reference; None: the one that gets most at each step.
+        image: number of the image that is shown, 0 the reference; None: the one that gets most at each step.
 
     Raises:
         UserError: a point that is not visible, or a step or frame that was not recorded.
     """
     if recorded.selection.mean and set(recorded.selection.mean) != {"heads"}:
-        raise UserError("mean: pictures through denoising need steps and frames apart")
+        raise UserError("mean: images through denoising need steps and frames apart")
     number = recorded.query_number(recorded.layers[0], point)
     found = []
     for step in steps:
@@ -144,18 +142,18 @@ def looks(
         given = density.sum((1, 2))
         seen = int(given.argmax()) if image is None else image
         place = recorded.selection.place("steps", step), recorded.selection.place("frames", frame), number, seen
-        shown = pictures_seen(reference, calibration, step, frame)[seen]
+        shown = images_seen(reference, calibration, step, frame)[seen]
         name = "reference" if seen == 0 else "calibrated"
         found.append(Look(shown, density[seen], truth.places[place].numpy(), name, float(given[seen])))
     return found
 
 
-def pictures_seen(reference: np.ndarray, calibration: Calibration | None, step: int, frame: int) -> list[np.ndarray]:
-    """The k pictures that a frame could look at in a step, (H, W, 3) uint8; grey for an uncalibrated person."""
-    pictures = [reference]
+def images_seen(reference: np.ndarray, calibration: Calibration | None, step: int, frame: int) -> list[np.ndarray]:
+    """The k images that a frame could look at in a step, (H, W, 3) uint8; grey for an uncalibrated person."""
+    images = [reference]
     for image in () if calibration is None else calibration.index(step)[frame]:
-        pictures.append(np.full_like(reference, GREY) if image < 0 else calibration.images[int(image)])
-    return pictures
+        images.append(np.full_like(reference, GREY) if image < 0 else calibration.images[int(image)])
+    return images
 
 
 def looks_row(

@@ -1,4 +1,4 @@
-"""Pictures and charts that the notebooks show: rows through denoising, measures by step, by layer and by head.
+"""Images and charts that the notebooks show: rows through denoising, measures by step, by layer and by head.
 
 Charts are matplotlib figures of their own, drawn without pyplot, so nothing needs closing.
 """
@@ -47,7 +47,7 @@ def denoising_rows(
 ) -> np.ndarray:
     """A keypoint of one frame through denoising, a row for each side, as in Figure 2; (h, w, 3) uint8.
 
-    A circle marks the keypoint's true place, a cross the strongest attention; the picture shown is the one of
+    A circle marks the keypoint's true place, a cross the strongest attention; the image shown is the one of
     reference and calibrated image that gets most.
 
     Raises:
@@ -104,7 +104,7 @@ def share_means(side: RecordedSide, mask: np.ndarray) -> dict[str, float]:
     """How the attention of the recorded points is divided: what gets it -> mean share; they sum to 1.
 
     Args:
-        mask: (H, W) bool, the persons in the model's reference picture.
+        mask: (H, W) bool, the persons in the model's reference image.
     """
     layers = [shares(side.recorded, layer, mask) for layer in side.recorded.layers]
     return {part: float(np.mean([mean_over(found[part]) for found in layers])) for part in layers[0]}
@@ -197,12 +197,12 @@ def head_maps(values: Mapping[str, np.ndarray], rows: Sequence[str], label: str)
     figure = Figure(figsize=(1.6 + 2.1 * len(values), 1.3 + 0.32 * len(rows)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(values), sharey=True))
     for axes, (name, grid) in zip(panels, values.items(), strict=True):
-        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 ink = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
         axes.set(title=name, xlabel="head", xticks=range(grid.shape[1]))
         axes.set_yticks(range(len(rows)), rows)
-    figure.colorbar(picture, ax=list(panels), label=label)
+    figure.colorbar(image, ax=list(panels), label=label)
     return figure

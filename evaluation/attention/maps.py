@@ -2,16 +2,16 @@
 
     names, points = body_points(driving.poses, frame_map, size)
     with AttentionRecording(AttentionConfig(mean=["heads"]), points, names) as recording:
-        pipeline(picture, poses, calibration, attention=recording)
+        pipeline(image, poses, calibration, attention=recording)
     truth = body_truth(recording.result, reference.poses, calibration)
     pointing(recording.result, truth, layer).accuracy(radius=0.15)
 
 A point is a keypoint of a person in a driving frame; its true place is the same keypoint in the reference, and in a
 calibrated image the place to which the calibration's transform moves that. Distances are in body heights of the person
-as the picture shows them, so pictures of small and of large persons compare.
+as the image shows them, so images of small and of large persons compare.
 
-Shapes use s = steps, f = frames, a = heads, p = points, k = pictures that may be looked at (the reference, then a
-calibrated image a person), h, w = a layer's grid, r = h*w tokens of a picture.
+Shapes use s = steps, f = frames, a = heads, p = points, k = images that may be looked at (the reference, then a
+calibrated image a person), h, w = a layer's grid, r = h*w tokens of an image.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
 from models.attention.measures import (
-    LEAST_GIVEN,
-    at_strongest,
+    EPS,
     centroid,
+    edge_distances,
     entropy,
+    mass_within,
     normalised,
-    part_within,
-    token_gaps,
-    token_places,
+    token_coords,
+    value_at_argmax,
 )
 from models.attention.record import RecordedAttention
 from tpc import Calibration
@@ -45,13 +45,13 @@ JOINTS = len(COCO_KEYPOINTS)
 
 @dataclass(frozen=True)
 class BodyTruth:
-    """Where the points of a recording are in the pictures they may look at.
+    """Where the points of a recording are in the images they may look at.
 
     Attributes:
-        places: (s, f, p, k, 2) in pixels of the model's frame, (x, y); NaN where the picture does not show the point,
+        places: (s, f, p, k, 2) in pixels of the model's frame, (x, y); NaN where the image does not show the point,
             or is not of its person.
-        heights: (s, f, p, k) body height of the point's person in the picture, pixels; NaN where it is not of them.
-        size: (width, height) of the pictures.
+        heights: (s, f, p, k) body height of the point's person in the image, pixels; NaN where it is not of them.
+        size: (width, height) of the images.
     """
 
     places: Tensor
@@ -64,11 +64,11 @@ class Pointing:
     """How attention points in one layer; NaN where a point is not visible in the frame or in the reference.
 
     Attributes:
-        strongest: (s, f, a, p) distance of the strongest token of all pictures from the true place in its picture, in
+        strongest: (s, f, a, p) distance of the strongest token of all images from the true place in its image, in
             body heights; 0 when the token holds it.
-        offset: (s, f, a, p, 2) from the true place to the centroid, in the picture that gets most, body heights.
-        entropy: (s, f, a, p) of attention over all pictures, nats.
-        near: (s, f, a, p) part of attention to pictures that falls on tokens within the `radius` that was asked for.
+        offset: (s, f, a, p, 2) from the true place to the centroid, in the image that gets most, body heights.
+        entropy: (s, f, a, p) of attention over all images, nats.
+        near: (s, f, a, p) part of attention to images that falls on tokens within the `radius` that was asked for.
     """
 
     strongest: Tensor
@@ -120,7 +120,7 @@ def require_reference(recorded: RecordedAttention) -> None:
     for name, shape in recorded.selection.layers.items():
         if shape.layout.grid is None:
             raise UserError(
-                f"{name} sees tokens that mix the whole picture, so its attention points nowhere in it; what each "
+                f"{name} sees tokens that mix the whole image, so its attention points nowhere in it; what each "
                 "image gets in all is in the recording's maps"
             )
 
@@ -224,16 +224,16 @@ def pointing(
 def pointing_of(maps: Tensor, truth: BodyTruth, grid: tuple[int, int], radius: float = 0.15) -> Pointing:
     """How attention maps (s, f, a, p, k, r) point; everything but `strongest` is differentiable in them.
 
-    All pictures are one field of view: with exclusive masks a point on a calibrated person does not see the reference.
+    All images are one field of view: with exclusive masks a point on a calibrated person does not see the reference.
     """
     width, height = truth.size
-    places = token_places(truth.places.to(maps), (height, width), grid)[:, :, None]  # (s, f, 1, p, k, 2)
+    places = token_coords(truth.places.to(maps), (height, width), grid)[:, :, None]  # (s, f, 1, p, k, 2)
     # Pixels are square, tokens of rounded grids nearly so.
     unit = (truth.heights.to(maps) * (grid[0] * grid[1] / (height * width)) ** 0.5)[:, :, None]
-    gaps = (token_gaps(places, grid) / unit[..., None]).nan_to_num(nan=torch.inf).flatten(-2)
+    gaps = (edge_distances(places, grid) / unit[..., None]).nan_to_num(nan=torch.inf).flatten(-2)
     given = maps.sum(-1)  # (s, f, a, p, k)
     total = given.sum(-1)
-    known = (total > LEAST_GIVEN) & ~places[..., 0, 0].isnan()
+    known = (total > EPS) & ~places[..., 0, 0].isnan()
     everywhere = normalised(maps, dim=(-2, -1)).flatten(-2)
     gaps = gaps.expand_as(everywhere)
     best = given.argmax(-1)[..., None, None]
@@ -242,10 +242,10 @@ def pointing_of(maps: Tensor, truth: BodyTruth, grid: tuple[int, int], radius: f
     scale = unit.expand_as(given).gather(-1, best[..., 0])
     offset = (centroid(normalised(chosen), grid) - expected) / scale
     return Pointing(
-        _where(known, at_strongest(everywhere.nan_to_num(), gaps)),
+        _where(known, value_at_argmax(everywhere.nan_to_num(), gaps)),
         _where(known[..., None], offset),
         _where(known, entropy(everywhere)),
-        _where(known, part_within(everywhere, gaps, radius)),
+        _where(known, mass_within(everywhere, gaps, radius)),
     )
 
 
@@ -256,10 +256,10 @@ def chance(recorded: RecordedAttention, truth: BodyTruth, layer: str, person: np
         person: (r,) part of every reference token that the person covers, see `tpc.attach.pool_masks`.
     """
     grid, (width, height) = recorded.grid(layer), truth.size
-    places = token_places(truth.places[..., 0, :], (height, width), grid)
+    places = token_coords(truth.places[..., 0, :], (height, width), grid)
     unit = truth.heights[..., 0] * (grid[0] * grid[1] / (height * width)) ** 0.5
-    gaps = token_gaps(places, grid) / unit[..., None]
-    found = part_within(normalised(torch.as_tensor(person).to(gaps)), gaps, radius)
+    gaps = edge_distances(places, grid) / unit[..., None]
+    found = mass_within(normalised(torch.as_tensor(person).to(gaps)), gaps, radius)
     return _where(~places[..., 0].isnan(), found)
 
 

@@ -1,4 +1,4 @@
-"""A picture animated with a clip, without and with TPC, and what the frames of both results looked at.
+"""An image animated with a clip, without and with TPC, and what the frames of both results looked at.
 
     reference, driving = load_inputs("photo.png", "dance.mp4", sampling)
     run = record_both(pipeline, reference, driving, sampling, CalibrationConfig())
@@ -43,11 +43,11 @@ class RecordedSide:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Both results of the same picture, clip and noise.
+    """Both results of the same image, clip and noise.
 
     Attributes:
-        reference: (H, W, 3) uint8 RGB, as the model gets it; poses: (f, H, W, 3), the pose pictures.
-        driving: (f, H, W, 3), the clip in the model's frame; the pose pictures where only poses were given.
+        reference: (H, W, 3) uint8 RGB, as the model gets it; poses: (f, H, W, 3), the pose images.
+        driving: (f, H, W, 3), the clip in the model's frame; the pose images where only poses were given.
         keypoints: (f, p, 2) where the body is in the frames, see `evaluation.attention.maps.body_points`.
         plain, calibrated: results without and with TPC.
     """
@@ -66,16 +66,16 @@ class RecordedRun:
 
 
 def load_inputs(
-    picture: str | Path, clip: str | Path, sampling: SamplingConfig, pose: PoseConfig | None = None
+    image: str | Path, clip: str | Path, sampling: SamplingConfig, pose: PoseConfig | None = None
 ) -> tuple[Reference, Driving]:
-    """Read a picture and a clip and estimate their poses and masks.
+    """Read an image and a clip and estimate their poses and masks.
 
     Raises:
         UserError: unreadable files, or nobody in them.
     """
     pose = pose or PoseConfig()
     estimator = cache(lambda: open_estimator(pose))
-    reference = load_reference(picture, None, None, estimator, pose.max_persons)
+    reference = load_reference(image, None, None, estimator, pose.max_persons)
     driving = load_driving(
         clip, None, None, estimator, pose.max_persons, sampling.num_frames, sampling.stride, pose.smoothing
     )
@@ -118,7 +118,7 @@ def record_both(
     animation, plain = side(None)
     shown = animation.poses
     if driving.frames is not None:
-        shown = np.stack([apply_fit(picture, frame.frame_map, frame.size) for picture in driving.frames])
+        shown = np.stack([apply_fit(image, frame.frame_map, frame.size) for image in driving.frames])
     return RecordedRun(animation.reference, animation.poses, shown, keypoints, plain, side(tpc)[1])
 
 

@@ -1,6 +1,6 @@
 """How attention is divided: the frame itself, the reference's person and background, each person's calibrated image.
 
-Shapes use s = steps, f = frames, a = heads, p = queries, k = pictures, r = tokens of a picture.
+Shapes use s = steps, f = frames, a = heads, p = queries, k = images, r = tokens of an image.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def shares(
     """Attention of every query by what gets it, (s, f, a, p) each; they sum to 1.
 
     Args:
-        reference_mask: (H, W) bool, the persons in the model's reference picture.
+        reference_mask: (H, W) bool, the persons in the model's reference image.
 
     Returns:
         By name: `SELF` (and class tokens, see `RecordedAttention.own`), `PERSON`, `BACKGROUND`, and "calibrated 0" ...
@@ -31,10 +31,10 @@ def shares(
     maps = layer_maps(recorded, layer, mean_heads)
     own = torch.from_numpy(np.asarray(recorded.own[layer]))
     found = {SELF: own.mean(dim=2, keepdim=True) if mean_heads else own}
-    return found | picture_shares(maps, token_coverage(reference_mask, recorded.grid(layer)))
+    return found | image_shares(maps, token_coverage(reference_mask, recorded.grid(layer)))
 
 
-def picture_shares(maps: Tensor, person: Tensor) -> dict[str, Tensor]:
+def image_shares(maps: Tensor, person: Tensor) -> dict[str, Tensor]:
     """`shares` without the frame itself, of maps (..., k, r); differentiable.
 
     Args:

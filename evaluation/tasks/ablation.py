@@ -8,7 +8,7 @@ from core.errors import UserError
 from core.processes import process_state
 from evaluation.clips import ClipsConfig
 from evaluation.filmed import open_clips
-from evaluation.metric_suite import Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_instruments
 from evaluation.report import (
     Table,
     measure_label,
@@ -34,7 +34,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
 
     output: folder for the results; model: pipeline folder.
     transforms: procrustes, affine, linear.
-    propagations: "off" (each frame its own picture), "hold" (the group's first), or the number of groups M of
+    propagations: "off" (each frame its own image), "hold" (the group's first), or the number of groups M of
         iterative propagation, 0 = groups of four frames.
     subsets: rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face.
     attachments: add calibrated images to the reference, or replace it by them.
@@ -61,17 +61,19 @@ def run(config: AblationConfig) -> None:
     clips = open_clips(config)
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
-    instruments = open_instruments(config, ABLATION_REGIONS, config.persons, device)
+    metric_suite = open_instruments(config, ABLATION_REGIONS, config.persons, device)
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         numbers = {
-            label: numbers_by_seed(folders, instruments, config.seeds, lambda trial, c=condition: trial.condition == c)
+            label: numbers_by_seed(
+                folders, metric_suite, config.seeds, lambda trial, c=condition: trial.condition == c
+            )
             for label, condition in conditions.items()
         }
-        _write(config, instruments, numbers, len(clips.names), output)
+        _write(config, metric_suite, numbers, len(clips.names), output)
 
     chosen = list(conditions.values())
-    run_task("ablation", config, chosen, clips.names, clips.clip, instruments, state, write, clips.stamps)
+    run_task("ablation", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
 
 
 def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
@@ -109,12 +111,12 @@ def _propagation_label(propagation: str) -> str:
 
 def _write(
     config: AblationConfig,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     numbers: dict[str, list[dict[str, Number]]],
     clips: int,
     output: Path,
 ) -> None:
-    measured = measured_names(instruments)
+    measured = measured_names(metric_suite)
     names = [name for name, _, _ in measured]
     cells = [[over_seeds([by_seed[name].value for by_seed in runs]) for name in names] for runs in numbers.values()]
     cells = with_best(cells, [MEASURES[measure].better for _, _, measure in measured])
@@ -130,4 +132,4 @@ def _write(
         "results": {label: measure_numbers(runs, config.seeds) for label, runs in numbers.items()},
     }
     warnings = ((name, number.warning) for runs in numbers.values() for run in runs for name, number in run.items())
-    write_table(config, instruments, table, results, warnings, output)
+    write_table(config, metric_suite, table, results, warnings, output)

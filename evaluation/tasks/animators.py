@@ -5,9 +5,9 @@
         [key=value ...]
     accelerate launch evaluate.py animators ...                    # clips divided among processes
 
-Every clip of the frozen manifests (see `evaluate.py misalignment`) is animated by every model without TPC and with each
-attachment, from the same noise. "original" are the clips whose reference is aligned, "misaligned" the mean over the
-other kinds. Writes results.json, table.md, table.tex and strips.png. A run that was stopped goes on with the same
+Every clip of the frozen manifests (see `evaluate.py misalignment`) is animated by every model without TPC and with
+each attachment, from the same noise. "original" are the clips whose reference is aligned, "misaligned" the mean over
+the other kinds. Writes results.json, table.md, table.tex and strips.png. A run that was stopped goes on with the same
 command; more seeds or clips can be added.
 """
 
@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from core.config import load_config, save_config
-from core.errors import UserError, run_command
+from core.config import save_config
+from core.errors import UserError
 from core.files import complete_file
 from core.processes import process_state
 from evaluation.animators_report import COLUMNS, animators_table, kinds_table, subsets_of
 from evaluation.benchmark_clips import BenchmarkClips
 from evaluation.benchmark_measures import MeasuresConfig, open_measures
 from evaluation.benchmark_report import Values, read_values, table_numbers, trial_numbers
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import KINDS
 from evaluation.report import common_facts, heading, latex, markdown, write_results
 from evaluation.trials import Condition, Trial, run_task
@@ -107,21 +107,21 @@ def run(config: AnimatorsConfig) -> None:
     clips = BenchmarkClips(config.kinds, config.clips)
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
-    instruments = open_measures(config, device)
+    metric_suite = open_measures(config, device)
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
         values = read_values(folders, kinds, clips.fitting, config.seeds)
-        _write(config, instruments, values, {label: c.name for label, c in conditions.items()}, output)
+        _write(config, metric_suite, values, {label: c.name for label, c in conditions.items()}, output)
         if config.strips:
             _draw_strips(config, clips, [names[0] for names in kinds.values()], conditions, output)
 
     chosen = list(conditions.values())
-    run_task("animators", config, chosen, clips.names, clips.clip, instruments, state, write, clips.stamps)
+    run_task("animators", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
 
 
 def _write(
-    config: AnimatorsConfig, instruments: Instruments, values: Values, conditions: dict[str, str], output: Path
+    config: AnimatorsConfig, metric_suite: MetricSuite, values: Values, conditions: dict[str, str], output: Path
 ) -> None:
     each = len(next(iter(values.kinds.values())))
     counts = {subset: each * len(kinds) for subset, kinds in subsets_of(config.kinds).items()}
@@ -129,8 +129,8 @@ def _write(
     caption = f"{counted} clips; mean and deviation over {len(config.seeds)} seeds"
     table = animators_table(values, conditions, caption)
     by_kind = {measure: kinds_table(values, conditions, measure) for measure in COLUMNS}
-    text = heading(instruments, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
-    results = common_facts(config, instruments) | {
+    text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
+    results = common_facts(config, metric_suite) | {
         "counts": counts | {"seeds": len(config.seeds)},
         "results": table_numbers(table),
         "kinds": {measure: table_numbers(table) for measure, table in by_kind.items()},

@@ -26,7 +26,7 @@ from evaluation.attention_trial import (
 )
 from evaluation.clips import ClipsConfig, ClipSet
 from evaluation.filmed import open_clips
-from evaluation.metric_suite import Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_instruments
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.plots import Curve, Panel, draw_panels, draw_scatter
 from evaluation.report import Cell, Table, over_seeds, write_table
@@ -44,10 +44,10 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
 
     output: folder for the results; model: pipeline folder.
     layers: that are measured, null: all that read the reference.
-    radius: within which attention counts as right, in body heights of the person in the picture looked at.
+    radius: within which attention counts as right, in body heights of the person in the image looked at.
     radii: of the PCK curve.
-    keypoints: for the picture of Figure 2: the first of them that is visible.
-    columns: denoising steps in that picture.
+    keypoints: for the image of Figure 2: the first of them that is visible.
+    columns: denoising steps in that image.
     thresholds: what makes a clip misaligned.
     """
 
@@ -87,13 +87,13 @@ def run(config: AttentionTaskConfig) -> None:
     state = process_state(config.device)
     # The person's PSNR is what pointing is compared with.
     measured = ProtocolConfig(protocol="native", features="none", measures=["psnr"])
-    instruments = open_instruments(measured, ("foreground", "background"))
+    metric_suite = open_instruments(measured, ("foreground", "background"))
     sampler = attention_sampler(config.layers, config.radius, config.radii, config.keypoints, config.columns)
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         groups = _groups(config, clips, folders)
         _draw(config, groups, folders, output)
-        _write(config, instruments, groups, output)
+        _write(config, metric_suite, groups, output)
 
     run_task(
         "attention",
@@ -101,7 +101,7 @@ def run(config: AttentionTaskConfig) -> None:
         conditions,
         clips.names,
         clips.clip,
-        instruments,
+        metric_suite,
         state,
         write,
         clips.stamps,
@@ -203,7 +203,7 @@ def _looks(groups: list[Group], folders: dict[Trial, Path]) -> list[np.ndarray]:
     return rows
 
 
-def _write(config: AttentionTaskConfig, instruments: Instruments, groups: list[Group], output: Path) -> None:
+def _write(config: AttentionTaskConfig, metric_suite: MetricSuite, groups: list[Group], output: Path) -> None:
     rows, numbers = [], {}
     for group in groups:
         runs = {name: group.by_seed(config.seeds, lambda o, name=name: o.attention.mean(name)) for name in MEASURES}
@@ -228,7 +228,7 @@ def _write(config: AttentionTaskConfig, instruments: Instruments, groups: list[G
     }
     with complete_file(output / "trials.csv") as path:
         path.write_text(_trials_csv(groups), encoding="utf-8")
-    write_table(config, instruments, table, results, _warnings(found), output)
+    write_table(config, metric_suite, table, results, _warnings(found), output)
 
 
 def _plain(cell: Cell, runs: list[Any], seeds: list[int]) -> dict[str, Any]:

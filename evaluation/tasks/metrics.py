@@ -16,7 +16,7 @@ from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
 from evaluation.jobs import RESULTS_FILE, claim_output, remove_parts, run_parts
 from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import REGIONS, Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_instruments
 from evaluation.persons import person_values, seen_persons
 from evaluation.report import (
     common_facts,
@@ -62,24 +62,24 @@ def run(config: CompareConfig) -> None:
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
     regions = REGIONS if config.masks is not None else REGIONS[:1]
-    instruments = open_instruments(config, regions, config.persons, device)
+    metric_suite = open_instruments(config, regions, config.persons, device)
     estimators = [open_estimator(config.pose) for _ in range(2)] if config.persons else None
     output = output_folder(config.output)
     inputs = {name: _stamps(pair) for name, pair in pairs.items()}
-    claim_output(output, _settings(config, instruments), state, inputs)
+    claim_output(output, _settings(config, metric_suite), state, inputs)
     if (output / RESULTS_FILE).is_file():
         if state.is_main_process:
             print((output / "table.md").read_text(encoding="utf-8"), end="")
         return
 
     def measure(name: str, folder: Path) -> None:
-        measure_clip(frame_pairs(pairs[name], instruments.protocol, estimators), instruments, folder)
+        measure_clip(frame_pairs(pairs[name], metric_suite.protocol, estimators), metric_suite, folder)
 
     folders = run_parts(list(pairs), measure, output, state, "measuring", inputs)
     if state.is_main_process:
-        numbers = summarise(folders, instruments)
-        table = _table(numbers, instruments, list(pairs.values()))
-        results = common_facts(config, instruments) | {
+        numbers = summarise(folders, metric_suite)
+        table = _table(numbers, metric_suite, list(pairs.values()))
+        results = common_facts(config, metric_suite) | {
             "counts": {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())},
             "results": {name: number.plain() for name, number in numbers.items()},
             "clips": {
@@ -147,18 +147,18 @@ def _formed_frames(pair: ClipPair, protocol: Protocol) -> Iterator[FramePair]:
         yield FramePair(ours, brought_to_form(truth, protocol), mask)
 
 
-def _check_size(clip: ClipFiles | MaskFiles, number: int, picture: np.ndarray, expected: np.ndarray) -> None:
-    if picture.shape[:2] != expected.shape[:2]:
+def _check_size(clip: ClipFiles | MaskFiles, number: int, image: np.ndarray, expected: np.ndarray) -> None:
+    if image.shape[:2] != expected.shape[:2]:
         raise UserError(
-            f"clip {clip.name!r}, frame {number}: {clip.argument} is {picture.shape[1]}x{picture.shape[0]} "
+            f"clip {clip.name!r}, frame {number}: {clip.argument} is {image.shape[1]}x{image.shape[0]} "
             f"({clip.place}), the true frames are {expected.shape[1]}x{expected.shape[0]}"
         )
 
 
-def _settings(config: CompareConfig, instruments: Instruments) -> dict[str, Any]:
+def _settings(config: CompareConfig, metric_suite: MetricSuite) -> dict[str, Any]:
     """Everything but the files that decides the numbers."""
     settings = {key: value for key, value in config_dict(config).items() if key not in ABOUT_FILES}
-    version = {"protocol version": instruments.protocol.version, "networks": instruments.networks()}
+    version = {"protocol version": metric_suite.protocol.version, "networks": metric_suite.networks()}
     return {"task": "metrics", "masks": config.masks is not None} | settings | version
 
 
@@ -168,7 +168,7 @@ def _stamps(pair: ClipPair) -> dict[str, Any]:
     return {side: clip.stamps() for side, clip in sides.items() if clip is not None}
 
 
-def _table(numbers: dict[str, Number], instruments: Instruments, pairs: list[ClipPair]) -> str:
+def _table(numbers: dict[str, Number], metric_suite: MetricSuite, pairs: list[ClipPair]) -> str:
     """The numbers with the protocol above and the warnings below."""
     frames = sum(pair.frames for pair in pairs)
     lines = ["| measure | value | samples |", "|---|---|---|"]
@@ -176,4 +176,4 @@ def _table(numbers: dict[str, Number], instruments: Instruments, pairs: list[Cli
         value = format_number(over_seeds([number.value]), plus_minus="")
         lines.append(f"| {measure_label(name)} | {value} | {number.samples} |")
     warnings = warning_lines((name, number.warning) for name, number in numbers.items())
-    return heading(instruments, f"{len(pairs)} clips, {frames} frames") + "\n".join(lines) + "\n" + warnings
+    return heading(metric_suite, f"{len(pairs)} clips, {frames} frames") + "\n".join(lines) + "\n" + warnings

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from core.config import load_config, save_config
-from core.errors import UserError, run_command
+from core.errors import UserError
 from core.files import complete_file
 from core.processes import process_state
 from evaluation.benchmark_clips import BenchmarkClips
@@ -32,7 +32,7 @@ from evaluation.benchmark_report import (
     table_numbers,
     trial_numbers,
 )
-from evaluation.metric_suite import Instruments
+from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import KINDS
 from evaluation.plots import draw_bars
 from evaluation.report import common_facts, heading, markdown, write_results
@@ -53,7 +53,7 @@ class BenchmarkConfig(MeasuresConfig):
     presets: of TPC, in the order of the tables.
     variants: of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; what is not
         said is as in `tpc`.
-    strips: clips of each kind that strips.png shows; 0: no picture.
+    strips: clips of each kind that strips.png shows; 0: no image.
     """
 
     output: str = "outputs/misalignment"
@@ -107,31 +107,31 @@ def run(config: BenchmarkConfig) -> None:
     conditions = conditions_of(config)
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
-    instruments = open_measures(config, device)
+    metric_suite = open_measures(config, device)
     counterparts = [name for clip in clips.names for name in clips.fitting[clip] if name != clip]
     further = all_trials(counterparts, [conditions[WITHOUT]], config.seeds) if counterparts else []
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
         values = read_values(folders, kinds, clips.fitting, config.seeds)
-        _write(config, instruments, values, {label: c.name for label, c in conditions.items()}, output)
+        _write(config, metric_suite, values, {label: c.name for label, c in conditions.items()}, output)
         if config.strips:
             _draw_strips(config, clips, kinds, output)
 
     every = list(conditions.values())
-    run_task("misalignment", config, every, clips.names, clips.clip, instruments, state, write, clips.stamps, further)
+    run_task("misalignment", config, every, clips.names, clips.clip, metric_suite, state, write, clips.stamps, further)
 
 
 def _write(
-    config: BenchmarkConfig, instruments: Instruments, values: Values, conditions: dict[str, str], output: Path
+    config: BenchmarkConfig, metric_suite: MetricSuite, values: Values, conditions: dict[str, str], output: Path
 ) -> None:
     count = len(next(iter(values.kinds.values())))
     caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
     first = next(iter(values.by_trial.values()))
     tables = [recovered_table(values, conditions, PERSON_PSNR)]
     tables += [measure_table(values, conditions, name, caption) for name in first]
-    text = heading(instruments, caption) + "\n".join(markdown(table) for table in tables)
-    results = common_facts(config, instruments) | {
+    text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
+    results = common_facts(config, metric_suite) | {
         "counts": {kind: len(names) for kind, names in values.kinds.items()} | {"seeds": len(config.seeds)},
         "tables": {table.corner + " / " + table.caption: table_numbers(table) for table in tables},
         "trials": trial_numbers(values),
@@ -157,7 +157,7 @@ def _draw_strips(config: BenchmarkConfig, clips: BenchmarkClips, kinds: dict[str
             animation = animate(pipeline, clip.reference, clip.driving, settings, tpc, show_progress=False)
             columns = animation.columns()
             columns["truth"], _ = clip.truth(animation.result.shape[2:0:-1])
-            pictures = [frames[-1] for frames in columns.values()]
-            rows.append(labelled_row(pictures, list(columns) if not rows else None, 192))
+            images = [frames[-1] for frames in columns.values()]
+            rows.append(labelled_row(images, list(columns) if not rows else None, 192))
     with complete_file(output / "strips.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path)

@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.processes import process_state
 from data.people.scenes import Scene, misaligned_reference
 from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
-from evaluation.metric_suite import PERSON_MEASURES, Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig, open_instruments
 from evaluation.misalignment import misalignment
 from evaluation.plots import Curve, Panel, draw_panels
 from evaluation.report import Cell, Table, common_facts, heading, markdown, over_seeds, write_results
@@ -52,7 +52,7 @@ class Variation:
 
     Attributes:
         kind: "angle" or "scale", which of the two is swept.
-        angle_deg: turn of the reference in the picture, clockwise, degrees.
+        angle_deg: turn of the reference in the image, clockwise, degrees.
         scale: factor on the person's size.
     """
 
@@ -83,7 +83,7 @@ def run(config: SweepConfig) -> None:
     people = rendered_people(config)
     conditions = [Condition("without", config.model, None), Condition("with", config.model, config.tpc)]
     state = process_state(config.device)
-    instruments = _instruments(config)
+    metric_suite = _instruments(config)
 
     def clip_of(name: str) -> EvaluationClip:
         return variations[name].clip(at_first_frame(people.scene(variations[name].number)))
@@ -92,12 +92,12 @@ def run(config: SweepConfig) -> None:
         psnr = {trial: clip_means(folder)[PERSON_PSNR] for trial, folder in folders.items()}
         box_iou = {name: _box_iou(clip_of(name)) for name in variations}
         curves = _curves(config, variations, box_iou, psnr)
-        _write(config, instruments, curves, variations, box_iou, psnr, output)
+        _write(config, metric_suite, curves, variations, box_iou, psnr, output)
 
-    run_task("sweep", config, conditions, list(variations), clip_of, instruments, state, write)
+    run_task("sweep", config, conditions, list(variations), clip_of, metric_suite, state, write)
 
 
-def _instruments(config: SweepConfig) -> Instruments:
+def _instruments(config: SweepConfig) -> MetricSuite:
     measures = ["psnr", "ssim", *(PERSON_MEASURES if config.persons else ())]
     measured = ProtocolConfig(protocol="native", features="none", measures=measures)
     return open_instruments(measured, ("foreground", "background"), config.persons)
@@ -193,7 +193,7 @@ def _curve(
 
 def _write(
     config: SweepConfig,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     curves: dict[str, dict[str, Curve]],
     variations: dict[str, Variation],
     box_iou: dict[str, float],
@@ -223,7 +223,7 @@ def _write(
     }
     panels = [Panel(list(lines.values()), **about[kind]) for kind, lines in curves.items()]
     draw_panels(output / "sweep.png", panels)
-    results = common_facts(config, instruments) | {
+    results = common_facts(config, metric_suite) | {
         "counts": {"clips": config.clips, "frames": config.frames, "seeds": len(config.seeds), "trials": len(psnr)},
         "curves": {
             kind: {
@@ -251,7 +251,7 @@ def _write(
     }
     tables = [_table(kind, lines) for kind, lines in curves.items()]
     caption = f"{config.clips} clips of {config.frames} frames, mean and deviation over {len(config.seeds)} seeds"
-    text = heading(instruments, caption) + "\n".join(markdown(table) for table in tables)
+    text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
     save_config(config, output / "config.yaml")
     write_results(output, results, {"table.md": text})
     print(text, end="")

@@ -7,7 +7,7 @@ from core.errors import UserError
 from core.processes import process_state
 from evaluation.clips import ClipsConfig, ClipSet
 from evaluation.filmed import open_clips
-from evaluation.metric_suite import Instruments, ProtocolConfig, open_instruments
+from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_instruments
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.report import (
     Cell,
@@ -56,7 +56,7 @@ def run(config: TableConfig) -> None:
     clips = open_clips(config)
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
-    instruments = open_instruments(config, persons=config.persons, device=device)
+    metric_suite = open_instruments(config, persons=config.persons, device=device)
 
     def write(folders: dict[Trial, Path], output: Path) -> None:
         members = _members(config, clips)
@@ -64,7 +64,7 @@ def run(config: TableConfig) -> None:
             label: {
                 subset: numbers_by_seed(
                     folders,
-                    instruments,
+                    metric_suite,
                     config.seeds,
                     lambda trial, c=condition, names=names: trial.condition == c and trial.clip in names,
                 )
@@ -72,10 +72,10 @@ def run(config: TableConfig) -> None:
             }
             for label, condition in conditions.items()
         }
-        _write(config, instruments, numbers, members, output)
+        _write(config, metric_suite, numbers, members, output)
 
     chosen = list(conditions.values())
-    run_task("table", config, chosen, clips.names, clips.clip, instruments, state, write, clips.stamps)
+    run_task("table", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
 
 
 def table_conditions(config: TableConfig) -> dict[str, Condition]:
@@ -105,22 +105,22 @@ def _members(config: TableConfig, clips: ClipSet) -> dict[str, tuple[str, ...]]:
 
 def _write(
     config: TableConfig,
-    instruments: Instruments,
+    metric_suite: MetricSuite,
     numbers: dict[str, dict[str, list[dict[str, Number]]]],
     members: dict[str, tuple[str, ...]],
     output: Path,
 ) -> None:
     used = [subset for subset in SUBSETS if members[subset]]
     cells = [
-        [_cell(by_subset[subset], measure) for subset in used for measure in instruments.measures]
+        [_cell(by_subset[subset], measure) for subset in used for measure in metric_suite.measures]
         for by_subset in numbers.values()
     ]
-    cells = with_best(cells, [MEASURES[measure].better for _ in used for measure in instruments.measures])
+    cells = with_best(cells, [MEASURES[measure].better for _ in used for measure in metric_suite.measures])
     counts = ", ".join(f"{len(members[subset])} {subset}" for subset in SUBSETS)
     caption = f"{counts} clips; mean and deviation over {len(config.seeds)} seeds."
     table = Table(
         "model",
-        tuple(f"{subset}: {measure_label(measure)}" for subset in used for measure in instruments.measures),
+        tuple(f"{subset}: {measure_label(measure)}" for subset in used for measure in metric_suite.measures),
         tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
         caption,
     )
@@ -139,7 +139,7 @@ def _write(
         for run in by_subset[subset]
         for name, number in run.items()
     )
-    write_table(config, instruments, table, results, warnings, output)
+    write_table(config, metric_suite, table, results, warnings, output)
 
 
 def _cell(runs: list[dict[str, Number]], measure: str) -> Cell:

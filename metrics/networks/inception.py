@@ -18,7 +18,7 @@ class ConvUnit(nn.Module):
 
 
 def average_pool(features: Tensor) -> Tensor:
-    """3 x 3 mean over the pixels inside the picture only."""
+    """3 x 3 mean over the pixels inside the image only."""
     return F.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -125,7 +125,7 @@ class BlockE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pooled features (n, 2048) of pictures (n, 3, 299, 299) in [-1, 1]."""
+    """Pooled features (n, 2048) of images (n, 3, 299, 299) in [-1, 1]."""
 
     dimension = 2048
 
@@ -149,8 +149,8 @@ class InceptionV3(nn.Module):
         self.Mixed_7c = BlockE(2048, max_pooling=True)
         self.fc = nn.Linear(2048, 1008)  # in the published file; features are taken before it
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pictures)))
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))

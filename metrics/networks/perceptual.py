@@ -1,6 +1,6 @@
 """LPIPS (Zhang et al. 2018) and its shift-tolerant form ST-LPIPS (Ghildyal and Liu 2022): AlexNet and VGG-16 features.
 
-Shapes use n = pictures, c = channels, h, w = pixels of a layer.
+Shapes use n = images, c = channels, h, w = pixels of a layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def lpips_from_features(first: Sequence[Tensor], second: Sequence[Tensor], heads
     """Equation 1 of the LPIPS paper: differences of unit-length feature vectors, weighted, averaged over positions.
 
     Args:
-        first, second: layers (n, c, h, w) of the two pictures.
+        first, second: layers (n, c, h, w) of the two images.
         heads: (1, c, 1, 1) weights of the channels, one each layer.
 
     Returns:
@@ -61,9 +61,9 @@ class FeatureStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.taps = tuple(taps)
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        """Pictures (n, 3, h, w) -> the tapped layers."""
-        features, tapped = pictures, []
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (n, 3, h, w) -> the tapped layers."""
+        features, tapped = images, []
         for number, layer in enumerate(self.layers):
             features = layer(features)
             if number in self.taps:
@@ -122,7 +122,7 @@ def _vgg(poolings: Sequence[list[nn.Module]]) -> FeatureStack:
 
 
 class PerceptualDistance(nn.Module):
-    """A feature stack and its heads: the distance of pictures."""
+    """A feature stack and its heads: the distance of images."""
 
     def __init__(self, stack: FeatureStack, heads: Sequence[Tensor]):
         super().__init__()
@@ -133,11 +133,11 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
-        """Layers of pictures (n, 3, h, w) in [-1, 1]."""
-        return self.stack((pictures - self.shift) / self.scale)
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Layers of images (n, 3, h, w) in [-1, 1]."""
+        return self.stack((images - self.shift) / self.scale)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (n,) of pictures (n, 3, h, w) in [-1, 1]."""
+        """Distances (n,) of images (n, 3, h, w) in [-1, 1]."""
         heads = [getattr(self, f"head_{number}") for number in range(self.num_heads)]
         return lpips_from_features(self.features(first), self.features(second), heads)

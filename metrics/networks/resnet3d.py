@@ -28,7 +28,7 @@ class Bottleneck3d(nn.Module):
 
 
 class ResNet3d50(nn.Module):
-    """Pooled features (n, 2048) of windows (n, 3, 16, 112, 112): pixels of 0 to 255 minus the mean picture."""
+    """Pooled features (n, 2048) of windows (n, 3, 16, 112, 112): pixels of 0 to 255 minus the mean image."""
 
     dimension = 2048
 

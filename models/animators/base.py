@@ -1,7 +1,7 @@
 """What an animator is: the one protocol that pipeline, calibration, attention recording and evaluation work through.
 
 Each published animator answers it in a file of its own; `docs/animators.md` explains it and adds one. Shapes use
-f = frames, i = reference images, r = tokens of one image, c = channels, h, w = latent size, H, W = picture size.
+f = frames, i = reference images, r = tokens of one image, c = channels, h, w = latent size, H, W = image size.
 """
 
 from abc import ABC, abstractmethod
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
 from models.broadcast import CROSS, SPATIAL
-from models.images import PictureSequence
+from models.images import ImageSequence
 
 
 class Images(Protocol):
     """Some reference and calibrated images; what is not asked for is not computed.
 
     Attributes:
-        pictures: (i, 3, H, W) in [-1, 1].
+        pixels: (i, 3, H, W) in [-1, 1].
         masks: (i, 1, H, W), 1 where a person is and 0 elsewhere; None: nobody knows.
-        latents: of the pictures, (i, c, h, w), scaled to about unit variance.
+        latents: of the images, (i, c, h, w), scaled to about unit variance.
     """
 
-    pictures: Tensor
+    pixels: Tensor
     masks: Tensor | None
     latents: Tensor
 
     def __len__(self) -> int:
         """Number of images i."""
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Latents (n, c, h, w) of other pictures (n, 3, H, W) in [-1, 1]."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (n, c, h, w) of other images (n, 3, H, W) in [-1, 1]."""
 
 
 class StepCondition(Protocol):
@@ -58,21 +58,21 @@ class Condition:
     """What one window of frames is denoised with.
 
     Attributes:
-        subject: what `Animator.encode_reference` gave.
+        conditioning: what `Animator.encode_reference` gave.
         pose: what `StepCondition.window` gave.
-        seen: the images each of the frames sees, with the tokens that `Animator.encode_images` gave.
+        context: the images each of the frames sees, with the tokens that `Animator.encode_images` gave.
     """
 
-    subject: Any
+    conditioning: Any
     pose: Any
-    seen: ReferenceContext
+    context: ReferenceContext
 
 
 class Animator(nn.Module, ABC):
-    """A model that animates a reference picture with poses. Its children are a pipeline's components, by their names.
+    """A model that animates a reference image with poses. Its children are a pipeline's components, by their names.
 
     Attributes:
-        pose_kind: what its pose pictures are; figures of "OpenPose" are drawn from keypoints.
+        pose_kind: what its pose images are; figures of "OpenPose" are drawn from keypoints.
         reference_follows_timestep: images are encoded anew at every denoising step, at its timestep.
         shared_noise: every frame starts from the same noise.
         needs_mask: `encode_reference` needs to know where the person is.
@@ -125,11 +125,11 @@ class Animator(nn.Module, ABC):
             reference: one image.
 
         Returns:
-            Anything; it comes back in `encode_images`, `pose_condition` and `Condition.subject`.
+            Anything; it comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
         """
 
     @abstractmethod
-    def encode_images(self, images: Images, timestep: int, subject: Any) -> dict[str, Tensor]:
+    def encode_images(self, images: Images, timestep: int, conditioning: Any) -> dict[str, Tensor]:
         """What frames see of each image: tokens (i, r, c) by layer, or under a name that several layers share.
 
         The reference is one of the images, so it is seen through the same tokens as calibrated ones. Each image of a
@@ -137,8 +137,8 @@ class Animator(nn.Module, ABC):
         """
 
     @abstractmethod
-    def pose_condition(self, poses: PictureSequence, subject: Any) -> PoseCondition:
-        """What the pose pictures of a clip tell the model."""
+    def pose_condition(self, poses: ImageSequence, conditioning: Any) -> PoseCondition:
+        """What the pose images of a clip tell the model."""
 
     @abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
@@ -170,7 +170,7 @@ class Animator(nn.Module, ABC):
         Args:
             noise: (1, c, f, h, w), standard normal.
             scheduler: with its timesteps set.
-            start: makes the latents (1, c, f, h, w) of the picture that each frame takes as its reference, for models
+            start: makes the latents (1, c, f, h, w) of the image that each frame takes as its reference, for models
                 that start from it.
         """
         return noise * scheduler.init_noise_sigma
@@ -185,13 +185,13 @@ def guided(conditional: Callable[[], Tensor], unconditional: Callable[[], Tensor
     return null + scale * (prediction - null)
 
 
-class PosePictures:
-    """Pose pictures as they are, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
+class PoseImages:
+    """Pose images as they are, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
 
-    def __init__(self, poses: PictureSequence):
+    def __init__(self, poses: ImageSequence):
         self.poses = poses
 
-    def at_step(self, sample: Tensor, timestep: Tensor) -> "PosePictures":
+    def at_step(self, sample: Tensor, timestep: Tensor) -> "PoseImages":
         return self
 
     def window(self, frames: range) -> Tensor:

@@ -23,7 +23,7 @@ from models.unets import DenoisingUNet, ReferenceNet
 class ReferenceAnimator(TrainableAnimator):
     """Frames see the reference's tokens beside their own in self-attention.
 
-    Its subject is the context of cross-attention, (1, tokens, channels).
+    Its conditioning is the context of cross-attention, (1, tokens, channels).
 
     Attributes:
         fusion_blocks: "full" or "midup", the layers in which frames see the reference.
@@ -54,9 +54,9 @@ class ReferenceAnimator(TrainableAnimator):
         """The length of the motion modules' position tables."""
         return self.denoising_unet.config.motion_max_seq_length
 
-    def encode_images(self, images: Images, timestep: int, subject: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, images: Images, timestep: int, conditioning: Tensor) -> dict[str, Tensor]:
         latents = images.latents
-        return self.write_tokens(latents, timestep, subject.expand(len(latents), -1, -1))
+        return self.write_tokens(latents, timestep, conditioning.expand(len(latents), -1, -1))
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         names = fused_layers(dict.fromkeys(reference_layers(self.denoising_unet)), self.fusion_blocks)
@@ -68,7 +68,7 @@ class ReferenceAnimator(TrainableAnimator):
         """Latents (i, c, h, w) of images and their contexts (i, tokens, channels) -> layer -> what frames see."""
         return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
 
-    def seen_in_training(
+    def training_context(
         self,
         tokens: dict[str, Tensor],
         noisy_latents: Tensor,
@@ -102,24 +102,24 @@ class ReferenceAnimator(TrainableAnimator):
         Args:
             image_encoder: whether `frozen_parts` are trained.
         """
-        names = {name for name, _ in self.named_parameters()} - self.unread_parameters()
+        names = {name for name, _ in self.named_parameters()} - self.unused_parameters()
         motion = {name for name in names if "motion_modules" in name}
         if choice == "motion":
             return motion
         frozen = () if image_encoder else tuple(f"{part}." for part in self.frozen_parts)
         return {name for name in names if not name.startswith(frozen)} - (motion if stage == "image" else set())
 
-    def unread_parameters(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """What follows the reference net's last written layer."""
-        return {f"reference_net.{name}" for name in self.reference_net.unread_parameters()}
+        return {f"reference_net.{name}" for name in self.reference_net.unused_parameters()}
 
-    def twin_of(self, name: str) -> str:
+    def initialized_from(self, name: str) -> str:
         """The reference net starts as the denoising UNet."""
         return name.replace("reference_net.", "denoising_unet.", 1)
 
 
 def small_unets(
-    sizes: NetworkSizes, latent_channels: int, picture_size: int, settings: Mapping[str, Any]
+    sizes: NetworkSizes, latent_channels: int, image_size: int, settings: Mapping[str, Any]
 ) -> tuple[ReferenceNet, DenoisingUNet]:
     """New networks; motion modules end in zeros, so they start as no change.
 
@@ -127,7 +127,7 @@ def small_unets(
         settings: further ones of the denoising UNet.
     """
     attention, heads = resolution_settings(sizes)
-    shared = unet_settings(sizes, latent_channels, picture_size)
+    shared = unet_settings(sizes, latent_channels, image_size)
     reference_net = ReferenceNet(
         attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
         **block_types(attention),

@@ -45,11 +45,11 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
     }
 
 
-def unet_settings(sizes: NetworkSizes, latent_channels: int, picture_size: int) -> dict[str, Any]:
+def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
     """What the UNets of one model have in common, beside blocks and heads.
 
     Args:
-        picture_size: side of the pictures in pixels, of which pose pictures are made as many times smaller as latents.
+        image_size: side of the images in pixels, of which pose images are made as many times smaller as latents.
 
     Raises:
         UserError: too few pose channels.
@@ -57,7 +57,7 @@ def unet_settings(sizes: NetworkSizes, latent_channels: int, picture_size: int) 
     if len(sizes.pose_channels) < 2:
         raise UserError(f"model.pose_channels={list(sizes.pose_channels)} needs at least two entries")
     return {
-        "sample_size": picture_size // 2 ** (len(sizes.pose_channels) - 1),
+        "sample_size": image_size // 2 ** (len(sizes.pose_channels) - 1),
         "in_channels": latent_channels,
         "out_channels": latent_channels,
         "block_out_channels": tuple(sizes.block_out_channels),
@@ -68,11 +68,11 @@ def unet_settings(sizes: NetworkSizes, latent_channels: int, picture_size: int) 
 
 
 def check_pose_channels(channels: Sequence[int], factor: int) -> None:
-    """Refuse an embedding of pose pictures that does not end at the latents' size.
+    """Refuse an embedding of pose images that does not end at the latents' size.
 
     Args:
-        channels: of the embedding; each after the first halves the pictures.
-        factor: pixels of a picture's side per latent.
+        channels: of the embedding; each after the first halves the images.
+        factor: pixels of an image's side per latent.
 
     Raises:
         UserError: naming both factors.
@@ -80,8 +80,8 @@ def check_pose_channels(channels: Sequence[int], factor: int) -> None:
     smaller = 2 ** (len(channels) - 1)
     if smaller != factor:
         raise UserError(
-            f"model.pose_channels={list(channels)} make pose pictures {smaller} times smaller, but the VAE makes "
-            f"pictures {factor} times smaller; each entry after the first halves them"
+            f"model.pose_channels={list(channels)} make pose images {smaller} times smaller, but the VAE makes "
+            f"images {factor} times smaller; each entry after the first halves them"
         )
 
 

@@ -1,6 +1,6 @@
 """What `train.py` asks of an animator that it can train, beside `models.animators.base.Animator`.
 
-Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels, h, w = latent size, H, W = picture
+Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels, h, w = latent size, H, W = image
 size.
 """
 
@@ -17,15 +17,15 @@ from models.attention.probe import Probe
 
 
 @dataclass(frozen=True)
-class CalibratedPictures:
+class CalibratedImages:
     """The calibrated images of a batch, clip by clip.
 
     Attributes:
-        pictures: (b*m, 3, H, W) in [-1, 1].
+        pixels: (b*m, 3, H, W) in [-1, 1].
         masks: (b*m, 1, H, W), 1 where the calibrated person is.
     """
 
-    pictures: Tensor
+    pixels: Tensor
     masks: Tensor
 
 
@@ -51,9 +51,9 @@ class TrainableAnimator(Animator):
 
     Attributes:
         drop_kinds: what condition dropout may take away, numbered from 1; 1: only everything at once.
-        takes_embeddings: `forward` also takes what `image_encoder` and `models.animators.animate_anyone.model.image_context` make of
-            the reference, (b, 1, channels), as its `reference_image`.
-        alters_reference: `latent_pictures` changes the pictures, so that their cached latents are of no use.
+        takes_embeddings: `forward` also takes what `image_encoder` and `animate_anyone.model.image_context` make of the
+            reference, (b, 1, channels), as its `reference_image`.
+        alters_reference: `vae_images` changes the images, so that their cached latents are of no use.
         calibrated_latents: `forward` needs the latents of calibrated images.
         adapted_networks: children that low-rank adapters are made for.
         motion_parts: what names of layers that see several frames have in common.
@@ -68,7 +68,7 @@ class TrainableAnimator(Animator):
 
     @classmethod
     @abstractmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Randomly initialised networks, for `train.py model.kind=`.
 
         Raises:
@@ -87,17 +87,17 @@ class TrainableAnimator(Animator):
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
         reference_mask: Tensor | None = None,
-        calibrated: CalibratedPictures | None = None,
+        calibrated: CalibratedImages | None = None,
     ) -> Tensor:
         """One training step's prediction for b clips.
 
         Args:
             noisy_latents: (b, c, f, h, w).
             timestep: (b,).
-            reference_latents: of `latent_pictures`, (b, c, h, w); with `calibrated_latents` those of calibrated images
+            reference_latents: of `vae_images`, (b, c, h, w); with `calibrated_latents` those of calibrated images
                 follow, as many of every clip, (b + b*m, c, h, w).
             reference_image: (b, 3, H, W) in [-1, 1].
-            poses: pose pictures, (b, 3, f, H, W) in [0, 1].
+            poses: pose images, (b, 3, f, H, W) in [0, 1].
             dropped: (b,), the conditions that a sample goes without: 0 none, 1 to `drop_kinds` the kinds.
             reference: index and flags of what each of the b*f frames sees of [b references | b*m calibrated images]
                 (its `tokens` are ignored); None: each clip its own reference.
@@ -109,9 +109,9 @@ class TrainableAnimator(Animator):
             Prediction, (b, c, f, h, w).
         """
 
-    def latent_pictures(self, pictures: Tensor, masks: Tensor | None) -> Tensor:
-        """The pictures whose latents `forward` takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""
-        return pictures
+    def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """The images whose latents `forward` takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""
+        return images
 
     @abstractmethod
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
@@ -125,11 +125,11 @@ class TrainableAnimator(Animator):
             image_encoder: whether the image encoder may be among them.
         """
 
-    def unread_parameters(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """Names of the parameters that no prediction depends on; adapters leave them alone."""
         return set()
 
-    def twin_of(self, name: str) -> str:
+    def initialized_from(self, name: str) -> str:
         """The parameter that a parameter starts as a copy of where two networks begin as the same model, or itself."""
         return name
 
@@ -141,10 +141,10 @@ class TrainableAnimator(Animator):
         return {}
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Refuse training pictures of a size (width, height) that the networks cannot take.
+        """Refuse training images of a size (width, height) that the networks cannot take.
 
         Args:
-            factor: pixels of a picture's side per latent.
+            factor: pixels of an image's side per latent.
 
         Raises:
             UserError: naming what is allowed.

@@ -72,7 +72,7 @@ class ReferenceContext:
         """The same images for a further branch of guidance; what queries attend to is asked of one branch alone."""
         return replace(self, probe=None, reuse=None if self.reuse is None else self.reuse.apart(branch))
 
-    def blind(self) -> "ReferenceContext | None":
+    def unconditional(self) -> "ReferenceContext | None":
         """What a branch of guidance that sees no image takes instead; None where there is nothing to take."""
         return None if self.reuse is None else ReferenceContext({}, self.index, reuse=self.reuse.apart("blind"))
 

@@ -1,33 +1,33 @@
-"""Where attention points: geometry of tokens, and measures of attention over the tokens of a picture.
+"""Where attention points: geometry of tokens, and measures of attention over the tokens of an image.
 
 Everything is a torch function that passes gradients on where it can, for training losses, logs and analysis alike.
 
-Shapes use p = any leading axes, such as frames and points, r = h*w tokens of a picture's grid, H, W = picture size.
-Places are (x, y). In pixels, pixel centres are integers; in tokens, 0 is the centre of the first token. A picture of
+Shapes use p = any leading axes, such as frames and points, r = h*w tokens of an image's grid, H, W = image size.
+Places are (x, y). In pixels, pixel centres are integers; in tokens, 0 is the centre of the first token. An image of
 W pixels spans [-0.5, W - 0.5], as a grid of w tokens spans [-0.5, w - 0.5].
 """
 
 import torch
 from torch import Tensor
 
-LEAST_GIVEN = 1e-6  # a query that gives a picture less does not see it
+EPS = 1e-6  # a query that gives an image less does not see it
 
 
-def token_places(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Places (..., 2) in pixels of a picture of `size` (H, W) -> in tokens of a grid (h, w)."""
+def token_coords(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Places (..., 2) in pixels of an image of `size` (H, W) -> in tokens of a grid (h, w)."""
     scale = points.new_tensor([grid[1] / size[1], grid[0] / size[0]])
     return (points + 0.5) * scale - 0.5
 
 
-def pixel_places(places: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of `token_places`."""
+def pixel_coords(places: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `token_coords`."""
     scale = places.new_tensor([size[1] / grid[1], size[0] / grid[0]])
     return (places + 0.5) * scale - 0.5
 
 
-def token_numbers(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The tokens (...) that contain places (..., 2) in pixels; the nearest of the picture for places outside."""
-    places = token_places(points, size, grid).round().long()
+def token_indices(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The tokens (...) that contain places (..., 2) in pixels; the nearest of the image for places outside."""
+    places = token_coords(points, size, grid).round().long()
     column, row = places[..., 0].clamp(0, grid[1] - 1), places[..., 1].clamp(0, grid[0] - 1)
     return row * grid[1] + column
 
@@ -44,7 +44,7 @@ def token_distances(places: Tensor, grid: tuple[int, int]) -> Tensor:
     return (places[..., None, :] - token_centres(grid, places)).norm(dim=-1)
 
 
-def token_gaps(places: Tensor, grid: tuple[int, int]) -> Tensor:
+def edge_distances(places: Tensor, grid: tuple[int, int]) -> Tensor:
     """Places (..., 2) in tokens -> their distances in tokens to the edges of all tokens, (..., r); 0 inside.
 
     What a token cannot resolve does not count: on a coarse grid centres lie far from what their tokens hold.
@@ -54,15 +54,15 @@ def token_gaps(places: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def normalised(maps: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """Attention (..., r) over a picture as parts of what the picture gets; close to 0 where it gets next to nothing.
+    """Attention (..., r) over an image as parts of what the image gets; close to 0 where it gets next to nothing.
 
     Args:
         dim: axes that one distribution extends over.
     """
-    return maps / maps.sum(dim, keepdim=True).clamp(min=LEAST_GIVEN)
+    return maps / maps.sum(dim, keepdim=True).clamp(min=EPS)
 
 
-def part_near(distribution: Tensor, distances: Tensor, radius: float) -> Tensor:
+def gaussian_mass(distribution: Tensor, distances: Tensor, radius: float) -> Tensor:
     """Part of a distribution (..., r) near a place, weighted with a Gaussian of `radius`; differentiable.
 
     Args:
@@ -71,12 +71,12 @@ def part_near(distribution: Tensor, distances: Tensor, radius: float) -> Tensor:
     return (distribution * torch.exp(-0.5 * (distances / radius) ** 2)).sum(-1)
 
 
-def part_within(distribution: Tensor, distances: Tensor, radius: float | Tensor) -> Tensor:
+def mass_within(distribution: Tensor, distances: Tensor, radius: float | Tensor) -> Tensor:
     """Part of a distribution (..., r) whose tokens lie within `radius` of a place; differentiable."""
     return (distribution * (distances <= radius)).sum(-1)
 
 
-def at_strongest(distribution: Tensor, values: Tensor) -> Tensor:
+def value_at_argmax(distribution: Tensor, values: Tensor) -> Tensor:
     """The value (...) of `values` (..., r) at the strongest token of each distribution (..., r)."""
     return values.gather(-1, distribution.detach().argmax(-1, keepdim=True))[..., 0]
 

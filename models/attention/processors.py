@@ -138,7 +138,7 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         if reference.dropped is not None:
             images = own_in_place(own, images, reference.dropped)
         key, value = (torch.cat(parts, dim=1) for parts in zip(own, images, strict=True))
-        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+        return attend_to_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
 
 class ImageTokenProcessor(PlainProcessor):
@@ -173,7 +173,7 @@ class ImageTokenProcessor(PlainProcessor):
     def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
         """Attention of frames (b*f, n, c) to the images that they see, (b*f, n, c)."""
         key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
-        return look_at_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
+        return attend_to_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
 
 def image_keys(
@@ -199,7 +199,7 @@ def own_in_place(own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], drop
     return key, value
 
 
-def look_at_images(
+def attend_to_images(
     attn: Attention, layer: str, query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
 ) -> Tensor:
     """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output

@@ -131,7 +131,7 @@ class RecordedAttention:
         if self.selection.points is not None:
             raise UserError(f"point={point}: places need all query tokens recorded; give the number of a point")
         if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5):
-            raise UserError(f"point=({x:g}, {y:g}) lies outside the picture of {width}x{height} pixels")
+            raise UserError(f"point=({x:g}, {y:g}) lies outside the image of {width}x{height} pixels")
         rows, columns = self.selection.layers[layer].grid
         return int((y + 0.5) * rows / height) * columns + int((x + 0.5) * columns / width)
 

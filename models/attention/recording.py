@@ -1,7 +1,7 @@
 """Recording of reference attention during a run of the pipeline or of a training module.
 
     with AttentionRecording(AttentionConfig(steps=[0, 10, 19], mean=["heads"]), points) as recording:
-        frames = pipeline(picture, poses, calibration, attention=recording).frames
+        frames = pipeline(image, poses, calibration, attention=recording).frames
     recorded = recording.result                                # a models.attention.record.RecordedAttention
 
 Nothing is hooked or replaced: a probe travels to the layers among their arguments, computes a softmax of its own for

@@ -56,7 +56,7 @@ class AttentionRun:
 
     Attributes:
         layers: those in which frames see the reference, in the order in which they run.
-        size: (width, height) of the pictures in pixels.
+        size: (width, height) of the images in pixels.
         frames, steps: of the run.
         images: reference images that a frame sees: the reference, and a calibrated image for every person.
         replaced: calibrated images take the reference's place, so that there are only these.
@@ -84,7 +84,7 @@ def attention_run(
     """The run of a denoising UNet.
 
     Args:
-        latent_size: (h, w); size: (width, height) of the pictures in pixels.
+        latent_size: (h, w); size: (width, height) of the images in pixels.
         frames: of the clip; of a training batch, the frames of all its clips.
         layers: those in which frames see the reference; None: all that can.
     """
@@ -101,7 +101,7 @@ class Selection:
         steps, frames: recorded ones, ascending.
         points: number of points p; None: all query tokens of each layer.
         images: k; replaced: whether the first of them is a calibrated one, too.
-        size: (width, height) of the pictures in pixels.
+        size: (width, height) of the images in pixels.
         mean: axes with a running mean.
     """
 

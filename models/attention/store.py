@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.attention.layers import LayerShape
-from models.attention.measures import token_numbers
+from models.attention.measures import token_indices
 from models.attention.probe import attention_rows, choose_queries
 from models.attention.record import array_file
 from models.attention.run import Selection
@@ -118,7 +118,7 @@ class WindowProbe:
             return
         self._done.add(layer)
         shape = self.selection.layers[layer]
-        chosen = None if self.points is None else token_numbers(self.points, self.selection.size[::-1], shape.grid)
+        chosen = None if self.points is None else token_indices(self.points, self.selection.size[::-1], shape.grid)
         heads, queries = self.stores[layer].heads, self.selection.queries(layer)
         count = len(self.selection.heads[layer])
         at_once, part = block_sizes(shape, count, queries, key.shape[2], len(self.rows))

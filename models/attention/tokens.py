@@ -1,6 +1,6 @@
 """Tokens of frames and images: grids, what a layer attends to, and how much of a token a mask covers.
 
-Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid of tokens, H, W = picture size.
+Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid of tokens, H, W = image size.
 """
 
 import math
@@ -16,7 +16,7 @@ class KeyLayout:
 
     Attributes:
         grid: (h, w) of an image's tokens that have a place in it; None: no token has.
-        whole: tokens of the whole picture, before the others.
+        whole: tokens of the whole image, before the others.
         own: the frame's own tokens are among the keys, as in self-attention.
     """
 

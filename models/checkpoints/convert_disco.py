@@ -14,7 +14,7 @@ from models.checkpoints.loading import load_strictly, shapes_of
 from models.checkpoints.sizes import unet_arguments, unet_sizes
 from models.checkpoints.sources import WINDOWS, Sources
 from models.schedules import published_scheduler
-from models.vae import vae_factor
+from models.vae import vae_scale_factor
 
 
 def disco(sources: Sources) -> DiscoPipeline:
@@ -30,8 +30,8 @@ def disco(sources: Sources) -> DiscoPipeline:
     pose_control_net = weights.pose_control_net
     if pose_control_net is None:
         sources.notes.append("the pose ControlNet is new: until it is trained, poses have no effect")
-        # Each width after the first halves the pose pictures, which must end as small as the latents.
-        widths = EMBEDDING_WIDTHS[: vae_factor(weights.vae).bit_length()]
+        # Each width after the first halves the pose images, which must end as small as the latents.
+        widths = EMBEDDING_WIDTHS[: vae_scale_factor(weights.vae).bit_length()]
         pose_control_net = new_control_net(weights.unet, False, widths).eval()
     return DiscoPipeline(
         vae=weights.vae,

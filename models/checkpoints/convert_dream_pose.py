@@ -17,9 +17,9 @@ from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import unet_sizes
 from models.checkpoints.sources import Sources
 from models.schedules import published_scheduler
-from models.vae import encode_pictures, vae_factor
+from models.vae import vae_encode, vae_scale_factor
 
-# A folder of all of CLIP serves as well; this is what the picture's tokens do not need of it.
+# A folder of all of CLIP serves as well; this is what the image's tokens do not need of it.
 OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
@@ -83,14 +83,14 @@ def new_adapter(image_encoder: CLIPVisionModel, latent_channels: int) -> ImageAd
 
 @torch.no_grad()
 def null_latents(vae: AutoencoderKL, adapter: ImageAdapter) -> torch.Tensor:
-    """What the adapter pools of the empty picture, grey; (latent channels, rows, columns) in the adapter's dtype."""
-    height, width = (2 * vae_factor(vae) * cells for cells in adapter.config.latent_grid)
+    """What the adapter pools of the empty image, grey; (latent channels, rows, columns) in the adapter's dtype."""
+    height, width = (2 * vae_scale_factor(vae) * cells for cells in adapter.config.latent_grid)
     grey = torch.zeros(1, vae.config.in_channels, height, width)
-    return adapter.pooled(encode_pictures(vae, grey))[0].to(adapter.dtype)
+    return adapter.pooled(vae_encode(vae, grey))[0].to(adapter.dtype)
 
 
 def clip_token_count(image_encoder: CLIPVisionModel) -> int:
-    """Tokens of a picture: its patches and one for all of it."""
+    """Tokens of an image: its patches and one for all of it."""
     return (image_encoder.config.image_size // image_encoder.config.patch_size) ** 2 + 1
 
 

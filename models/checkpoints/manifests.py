@@ -32,7 +32,7 @@ def reference_unet_manifest(sizes: UNetSizes) -> Shapes:
 def appearance_encoder_manifest(sizes: UNetSizes) -> Shapes:
     """MagicAnimate's `appearance_encoder`: nothing after the last write either."""
     with torch.device("meta"):
-        unread = set(make_reference_net(sizes).unread_parameters())
+        unread = set(make_reference_net(sizes).unused_parameters())
     return {name: shape for name, shape in reference_unet_manifest(sizes).items() if name not in unread}
 
 

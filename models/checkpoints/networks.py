@@ -46,7 +46,7 @@ def load_reference_net(
     with torch.device("meta"):
         network = make_reference_net(sizes)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTPUT_LAYERS)}
-    return load_strictly(network, tensors, what, dtype, unread=network.unread_parameters())
+    return load_strictly(network, tensors, what, dtype, unread=network.unused_parameters())
 
 
 def load_denoising_unet(

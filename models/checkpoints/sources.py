@@ -26,7 +26,7 @@ class ConvertConfig:
     family: "animate_anyone", "musepose", "magic_animate", or "stable_diffusion", from which to train an AnimateAnyone.
     output: the folder to write.
     dtype: of the weights written: float32, float16 or bfloat16.
-    null_tokens: of disco, what the unconditional half of guidance sees: "empty_picture" for models trained with
+    null_tokens: of disco, what the unconditional half of guidance sees: "empty_image" for models trained with
         dropped references (drop_ref above 0), "zeros" for the others.
     weights: folder that holds the files under their published names; each can also be given by itself:
         animate_anyone, musepose: denoising_unet, motion_module, reference_unet, pose_guider, image_encoder, vae;
@@ -55,7 +55,7 @@ class ConvertConfig:
     text_encoder: str | None = None
     vae: str | None = None
     checkpoint: str | None = None
-    null_tokens: str = "empty_picture"
+    null_tokens: str = "empty_image"
 
 
 # Where the files lie in the folders that the publishers' instructions lead to; the first that exists is taken, and of

@@ -32,7 +32,7 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     )
     inputs = fixture.inputs
     latents, timestep = inputs["noisy_latents"], inputs["timestep"]
-    tokens, null = model.encode_tokens(inputs["foreground_images"]), model.encode_nobody()
+    tokens, null = model.encode_tokens(inputs["foreground_images"]), model.encode_null()
     yield "image_tokens", tokens
     yield "image_tokens_null", null.expand(len(tokens), -1, -1)
 
@@ -40,8 +40,8 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     seen = ReferenceContext({SOURCE: tokens}, torch.arange(len(latents))[:, None] % len(tokens))
     conditions = (inputs["pose_images"], inputs["background_latents"])
     networks = (model.pose_control_net, model.background_control_net)
-    for number, (network, picture) in enumerate(zip(networks, conditions, strict=True)):
-        yield f"control_mid_net{number}", network(latents, timestep, null, picture, **reading(seen))[1]
+    for number, (network, image) in enumerate(zip(networks, conditions, strict=True)):
+        yield f"control_mid_net{number}", network(latents, timestep, null, image, **reading(seen))[1]
     for number, residual in enumerate(model.control_residuals(latents, timestep, null, *conditions, seen)):
         yield f"control_residual_{number:02d}", residual
     yield "prediction_without_control", model.unet(latents, timestep, null, **reading(seen))[0]
@@ -52,5 +52,5 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
 
 def reading(seen: ReferenceContext) -> dict:
-    """How a network of diffusers is told what its pictures see."""
+    """How a network of diffusers is told what its images see."""
     return {"cross_attention_kwargs": {"reference": seen}, "return_dict": False}

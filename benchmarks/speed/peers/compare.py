@@ -46,7 +46,7 @@ class CompareConfig:
     peer: "moore" (Moore-AnimateAnyone), "magic_animate", or "tpc_animate", another checkout of this project.
     checkout: folder of its code; python: the interpreter of an environment in which that runs.
     size: of the networks and clips, `benchmarks.speed.sizes`: "tiny", "half", "sd15".
-    side, frames: of the pictures in pixels and of the clips, in place of those of `size`.
+    side, frames: of the images in pixels and of the clips, in place of those of `size`.
     works: of inference, image, motion (a training step of either stage); null: all that the peer has.
     dtypes: float32, bfloat16, float16; training keeps its weights in float32 and computes in these.
     checkpointing: of gradients; [false,true] measures training steps both ways.

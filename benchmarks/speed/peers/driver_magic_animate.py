@@ -3,7 +3,7 @@
     PEER_PYTHON -u driver_magic_animate.py CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
 Networks, attention control, pipeline and network configuration are the checkout's; the pipeline's `__call__` runs as
-it is. Weights, pictures and the initial noise are given, and equal to ours. What differs nevertheless: features of the
+it is. Weights, images and the initial noise are given, and equal to ours. What differs nevertheless: features of the
 reference are rounded to half precision, as the checkout does in any number format. In bfloat16, for which it was not
 made, it runs under autocast.
 

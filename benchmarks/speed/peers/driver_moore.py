@@ -7,10 +7,10 @@ Networks, attention control, pipeline and network configuration are the checkout
 between two batches, on its networks: encoding with VAE and image encoder, noise, prediction, min-SNR loss, backward
 pass, clipping, AdamW.
 
-Equal to ours by what is given from outside: weights, pictures, in training also noise, timesteps and the draws of the
+Equal to ours by what is given from outside: weights, images, in training also noise, timesteps and the draws of the
 posterior. The reference's latents are the posterior's mean in training, too, and no condition is dropped. What differs
 nevertheless: features of the reference are rounded to half precision, as the checkout does in any number format, and
-pictures for the image encoder to bytes. In bfloat16, for which it was not made, it runs under autocast; its pipeline
+images for the image encoder to bytes. In bfloat16, for which it was not made, it runs under autocast; its pipeline
 draws the initial noise in bfloat16, too.
 """
 
@@ -148,10 +148,10 @@ class Training:
         self.enable_what_is_there(gradient_checkpointing)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         self.batch = {name: value.to(job.device) for name, value in job.tensors(f"batch_{stage}").items()}
-        # Its data set hands on pictures of the reference as the image encoder takes them.
-        pictures = [(picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) for picture in self.batch["reference"].cpu()]
-        pixels = CLIPImageProcessor()([(255 * picture).round().byte().numpy() for picture in pictures])
-        self.clip_pictures = torch.stack([torch.as_tensor(part) for part in pixels.pixel_values]).to(job.device)
+        # Its data set hands on images of the reference as the image encoder takes them.
+        images = [(image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) for image in self.batch["reference"].cpu()]
+        pixels = CLIPImageProcessor()([(255 * image).round().byte().numpy() for image in images])
+        self.clip_images = torch.stack([torch.as_tensor(part) for part in pixels.pixel_values]).to(job.device)
 
     def choose_parameters(self) -> list[torch.nn.Parameter]:
         """What the stage trains; the rest is frozen, in the number format of the job."""
@@ -178,9 +178,9 @@ class Training:
             if gradient_checkpointing:
                 network.enable_gradient_checkpointing()
 
-    def latents_of(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the scaled latents, all pictures at once."""
-        found = self.networks.vae.encode(pictures.to(self.networks.vae.dtype)).latent_dist
+    def latents_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of the scaled latents, all images at once."""
+        found = self.networks.vae.encode(images.to(self.networks.vae.dtype)).latent_dist
         return found.mean.float() * 0.18215, found.std.float() * 0.18215
 
     def step(self) -> float:
@@ -192,7 +192,7 @@ class Training:
             mean, deviation = (x.unflatten(0, (len(timesteps), -1)).transpose(1, 2) for x in (mean, deviation))
             latents = mean + deviation * batch["posterior"]
             reference = self.latents_of(batch["reference"])[0]
-            context = networks.image_encoder(self.clip_pictures.to(job.dtype)).image_embeds.unsqueeze(1)
+            context = networks.image_encoder(self.clip_images.to(job.dtype)).image_embeds.unsqueeze(1)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         with job.autocast():

@@ -60,14 +60,14 @@ def placed(pipeline: AnimationPipeline, job: Job) -> AnimationPipeline:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture (1, 3, H, W) in [-1, 1] as `models.animators.base.Images`, as far as image encoders ask."""
+class EncodedImage:
+    """An image (1, 3, H, W) in [-1, 1] as `models.animators.base.Images`, as far as image encoders ask."""
 
-    pictures: torch.Tensor
+    pixels: torch.Tensor
 
 
 def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> AnimationPipeline:
-    """The same networks, rounding what the peers round: features of the reference to half precision, and its picture
+    """The same networks, rounding what the peers round: features of the reference to half precision, and its image
     for the image encoder to bytes, after it was resized.
 
     What then differs from a peer in float32 is the order of additions alone.
@@ -76,10 +76,10 @@ def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> A
     class Animator(pipeline.animator_kind):
         def encode_reference(self, images: Images) -> torch.Tensor:
             resized = torch.from_numpy(np.array(reference.resize((CLIP_SIDE, CLIP_SIDE)))).permute(2, 0, 1)[None]
-            return super().encode_reference(Picture(resized.to(images.pictures) / 127.5 - 1))
+            return super().encode_reference(EncodedImage(resized.to(images.pixels) / 127.5 - 1))
 
-        def encode_images(self, images: Images, timestep: int, subject: torch.Tensor) -> dict[str, torch.Tensor]:
-            tokens = super().encode_images(images, timestep, subject)
+        def encode_images(self, images: Images, timestep: int, conditioning: torch.Tensor) -> dict[str, torch.Tensor]:
+            tokens = super().encode_images(images, timestep, conditioning)
             return {layer: value.half().to(value) for layer, value in tokens.items()}
 
     class Pipeline(type(pipeline)):

@@ -1,4 +1,4 @@
-"""What both sides of a comparison read: random weights in the published files, pictures, and batches to train on."""
+"""What both sides of a comparison read: random weights in the published files, images, and batches to train on."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from training.noise import draw, sample_generators
 
 SETTINGS, INPUTS = "settings.json", "inputs"
 STAGES = ("image", "motion")
-# The side of CLIP's pictures and the length of its texts, which published pipelines rely on.
+# The side of CLIP's images and the length of its texts, which published pipelines rely on.
 CLIP_SIDE, CLIP_TOKENS = 224, 77
 # Motion modules of AnimateDiff v1, which MagicAnimate has.
 MAGIC_MOTION = MotionSizes(max_seq_length=24, mid_block=False)
@@ -85,7 +85,7 @@ def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int 
     with complete_folder(folder) as path:
         WRITERS[family](path, sizes, seed)
         make_vae(sizes).save_pretrained(path / "vae")
-        save_file(pictures(sizes, seed), path / f"{INPUTS}.safetensors")
+        save_file(images(sizes, seed), path / f"{INPUTS}.safetensors")
         for stage in STAGES:
             save_file(training_batch(sizes, stage, seed), path / f"batch_{stage}.safetensors")
         write_json(path / SETTINGS, weights_facts(family, sizes, seed))
@@ -152,13 +152,13 @@ def write_magic_animate(folder: Path, sizes: SpeedSizes, seed: int) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
-def pictures(sizes: SpeedSizes, seed: int) -> dict[str, Tensor]:
+def images(sizes: SpeedSizes, seed: int) -> dict[str, Tensor]:
     """ "reference" (H, W, 3) and "poses" (f, H, W, 3), uint8."""
-    waves = smooth_pictures(np.random.default_rng(seed), 1 + sizes.frames, sizes.side)
+    waves = smooth_images(np.random.default_rng(seed), 1 + sizes.frames, sizes.side)
     return {"reference": waves[0], "poses": waves[1:].contiguous()}
 
 
-def smooth_pictures(rng: np.random.Generator, count: int, side: int) -> Tensor:
+def smooth_images(rng: np.random.Generator, count: int, side: int) -> Tensor:
     """Waves in colour, (count, side, side, 3) uint8. Smooth ones are resized alike by every library."""
     y, x = np.mgrid[0:side, 0:side] / side
     found = np.zeros((count, side, side, 3))
@@ -177,7 +177,7 @@ def training_batch(sizes: SpeedSizes, stage: str, seed: int) -> dict[str, Tensor
     """
     clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
     rng = np.random.default_rng([seed, STAGES.index(stage)])
-    waves = smooth_pictures(rng, clips * (1 + 2 * frames), sizes.side).permute(0, 3, 1, 2).float() / 255
+    waves = smooth_images(rng, clips * (1 + 2 * frames), sizes.side).permute(0, 3, 1, 2).float() / 255
     reference, moving, poses = waves.split([clips, clips * frames, clips * frames])
     moving, poses = (part.unflatten(0, (clips, frames)).transpose(1, 2) for part in (moving, poses))
     side = sizes.side // PIXELS

@@ -1,6 +1,6 @@
 """AnimateAnyone (Hu et al., CVPR 2024) as one module: reference net, denoising UNet, pose guider, image encoder.
 
-Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size, H, W = picture size.
+Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size, H, W = image size.
 """
 
 from typing import Self
@@ -12,11 +12,11 @@ from transformers import CLIPVisionModelWithProjection
 from models.animators.base import Condition, Images, guided
 from models.animators.reference_animator import ReferenceAnimator, small_unets
 from models.animators.small_networks import check_pose_channels, small_image_encoder
-from models.animators.trainable import CalibratedPictures, NetworkSizes
+from models.animators.trainable import CalibratedImages, NetworkSizes
 from models.attention.context import ReferenceContext
 from models.attention.probe import Probe
-from models.clip_pictures import clip_pixels
-from models.images import PictureSequence
+from models.clip_images import clip_pixels
+from models.images import ImageSequence
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 
 # Pose features of clips up to this length are computed once; at 784x512 pixels a frame takes 4 MB in half precision.
@@ -50,10 +50,10 @@ class AnimateAnyone(ReferenceAnimator):
         self.image_encoder = image_encoder
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Pose guider and motion modules end in zeros, so they start as no change."""
         settings = {"use_motion_mid_block": True}
-        reference_net, denoising_unet = small_unets(sizes, latent_channels, picture_size, settings)
+        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, settings)
         pose_guider = PoseGuider(sizes.block_out_channels[0], 3, tuple(sizes.pose_channels))
         return cls(reference_net, denoising_unet, pose_guider, small_image_encoder(sizes))
 
@@ -68,7 +68,7 @@ class AnimateAnyone(ReferenceAnimator):
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
         reference_mask: Tensor | None = None,
-        calibrated: CalibratedPictures | None = None,
+        calibrated: CalibratedImages | None = None,
     ) -> Tensor:
         """See `TrainableAnimator.forward`.
 
@@ -86,32 +86,34 @@ class AnimateAnyone(ReferenceAnimator):
         per_clip = len(reference_latents) // len(noisy_latents) - 1
         contexts = torch.cat([context, context.repeat_interleave(per_clip, dim=0)])
         tokens = self.write_tokens(reference_latents, 0, contexts)
-        seen = self.seen_in_training(tokens, noisy_latents, dropped, reference, probe)
+        seen = self.training_context(tokens, noisy_latents, dropped, reference, probe)
         return self.denoising_unet(noisy_latents, timestep, context, self.pose_guider(poses), seen)
 
     # What follows is of `models.animators.base.Animator`.
 
     def encode_reference(self, reference: Images) -> Tensor:
         """The image embedding of the reference, (1, 1, channels)."""
-        return image_context(self.image_encoder, reference.pictures).to(self.dtype)
+        return image_context(self.image_encoder, reference.pixels).to(self.dtype)
 
-    def pose_condition(self, poses: PictureSequence, subject: Tensor) -> "PoseFeatures":
+    def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> "PoseFeatures":
         return PoseFeatures(self.pose_guider, poses)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         """The unconditional half sees no image and a zero context, and keeps the pose."""
-        context, pose = condition.subject, condition.pose
+        context, pose = condition.conditioning, condition.pose
         return guided(
-            lambda: self.denoising_unet(sample, timestep, context, pose, condition.seen),
-            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose, condition.seen.blind()),
+            lambda: self.denoising_unet(sample, timestep, context, pose, condition.context),
+            lambda: self.denoising_unet(
+                sample, timestep, torch.zeros_like(context), pose, condition.context.unconditional()
+            ),
             *scales,
         )
 
     # The rest is of `models.animators.trainable.TrainableAnimator`.
 
-    def unread_parameters(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """What follows the ReferenceNet's last written layer, and queries and keys of attention to one image token."""
-        names = super().unread_parameters()
+        names = super().unused_parameters()
         for network in ("denoising_unet", "reference_net"):
             names |= {f"{network}.{name}" for name in one_token_parameters(getattr(self, network))}
         return names
@@ -125,7 +127,7 @@ class AnimateAnyone(ReferenceAnimator):
 class PoseFeatures:
     """Pose guider features of a clip, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
 
-    def __init__(self, pose_guider: PoseGuider, poses: PictureSequence, kept_frames: int = KEPT_FRAMES):
+    def __init__(self, pose_guider: PoseGuider, poses: ImageSequence, kept_frames: int = KEPT_FRAMES):
         self.pose_guider = pose_guider
         self.poses = poses
         self.features = self._compute(range(len(poses))) if len(poses) <= kept_frames else None
@@ -147,7 +149,7 @@ class PoseFeatures:
 def image_context(image_encoder: CLIPVisionModelWithProjection, image: Tensor) -> Tensor:
     """Image embedding of the reference as cross-attention context: one token, as the published weights expect.
 
-    The picture is squashed to the encoder's square input, aspect ratio not kept, in training and inference alike.
+    The image is squashed to the encoder's square input, aspect ratio not kept, in training and inference alike.
 
     Args:
         image: (b, 3, H, W) in [-1, 1].

@@ -1,7 +1,7 @@
 """DisCo (Wang et al., CVPR 2024): foreground as CLIP tokens, background and pose as ControlNets.
 
 Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
-size, H, W = picture size.
+size, H, W = image size.
 
 The person is cut out of the reference, and all of CLIP's tokens of that cut-out are what cross-attention of the UNet
 and of both ControlNets sees. The reference without the person goes through the VAE to a ControlNet of its own; the
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from models.animators.base import Condition, Images, PosePictures, guided
+from models.animators.base import Condition, Images, PoseImages, guided
 from models.animators.disco.networks import (
     BACKGROUND_PREFIX,
     POSE_PREFIX,
@@ -35,23 +35,23 @@ from models.animators.small_networks import (
     small_image_encoder,
     unet_settings,
 )
-from models.animators.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
+from models.animators.trainable import CalibratedImages, NetworkSizes, TrainableAnimator
 from models.attention.context import ReferenceContext, same_reference, without_dropped
 from models.attention.layers import LayerShape, image_token_layers
 from models.attention.probe import Probe
 from models.attention.tokens import KeyLayout
 from models.broadcast import TEMPORAL
-from models.clip_pictures import clip_mask, clip_pixels
-from models.images import PictureSequence
+from models.clip_images import clip_mask, clip_pixels
+from models.images import ImageSequence
 
 # What cross-attention sees in the unconditional half of guidance: CLIP's tokens of an empty cut-out, for models
 # trained with dropped references (`drop_ref`), or zeros, for the others.
-NULL_TOKENS = ("empty_picture", "zeros")
+NULL_TOKENS = ("empty_image", "zeros")
 SOURCE = "images"  # the name of the tokens, which all layers of all networks share
 
 
 @dataclass(frozen=True)
-class DiscoSubject:
+class DiscoConditioning:
     """What follows from the reference alone.
 
     Attributes:
@@ -78,7 +78,7 @@ class DisCo(TrainableAnimator):
         background_control_net: DiscoControlNet,
         image_encoder: CLIPVisionModelWithProjection,
         token_projection: TokenProjection,
-        null_tokens: str = "empty_picture",
+        null_tokens: str = "empty_image",
     ):
         super().__init__()
         if null_tokens not in NULL_TOKENS:
@@ -117,23 +117,23 @@ class DisCo(TrainableAnimator):
     def broadcast_kinds(self) -> tuple[str, ...]:
         return (*super().broadcast_kinds, TEMPORAL) if self.temporal else super().broadcast_kinds
 
-    def encode_reference(self, reference: Images) -> DiscoSubject:
-        return DiscoSubject(
-            self.encode_nobody(), reference.encode(self.latent_pictures(reference.pictures, reference.masks))
+    def encode_reference(self, reference: Images) -> DiscoConditioning:
+        return DiscoConditioning(
+            self.encode_null(), reference.encode(self.vae_images(reference.pixels, reference.masks))
         )
 
-    def encode_images(self, images: Images, timestep: int, subject: DiscoSubject) -> dict[str, Tensor]:
-        return {SOURCE: self.encode_foreground(images.pictures, images.masks)}
+    def encode_images(self, images: Images, timestep: int, conditioning: DiscoConditioning) -> dict[str, Tensor]:
+        return {SOURCE: self.encode_foreground(images.pixels, images.masks)}
 
-    def pose_condition(self, poses: PictureSequence, subject: DiscoSubject) -> PosePictures:
-        return PosePictures(poses)
+    def pose_condition(self, poses: ImageSequence, conditioning: DiscoConditioning) -> PoseImages:
+        return PoseImages(poses)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        subject, poses = condition.subject, condition.pose
+        conditioning, poses = condition.conditioning, condition.pose
         frames = sample[0].transpose(0, 1)
-        predict = partial(self.predict_frames, frames, timestep, subject.null, poses, subject.background)
-        seen = condition.seen
-        prediction = guided(lambda: predict(seen), lambda: predict(seen.blind()), scales[0])
+        predict = partial(self.predict_frames, frames, timestep, conditioning.null, poses, conditioning.background)
+        seen = condition.context
+        prediction = guided(lambda: predict(seen), lambda: predict(seen.unconditional()), scales[0])
         return prediction.transpose(0, 1)[None]
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
@@ -148,29 +148,29 @@ class DisCo(TrainableAnimator):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole picture comes before them."""
+        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole image comes before them."""
         config = self.image_encoder.config
         return (config.image_size // config.patch_size,) * 2
 
-    def encode_foreground(self, pictures: Tensor, masks: Tensor) -> Tensor:
-        """Tokens (i, 1 + patches, channels) of the persons in pictures (i, 3, H, W) in [-1, 1].
+    def encode_foreground(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Tokens (i, 1 + patches, channels) of the persons in images (i, 3, H, W) in [-1, 1].
 
         The masks (i, 1, H, W) are applied after CLIP's normalisation, so what they leave out has CLIP's mean colour.
         """
         side = self.image_encoder.config.image_size
-        return self.encode_tokens(clip_pixels(pictures, side) * clip_mask(masks, side))
+        return self.encode_tokens(clip_pixels(images, side) * clip_mask(masks, side))
 
     def encode_tokens(self, pixels: Tensor) -> Tensor:
-        """CLIP's input (i, 3, side, side) -> tokens (i, 1 + patches, channels), the whole picture's first."""
+        """CLIP's input (i, 3, side, side) -> tokens (i, 1 + patches, channels), the whole image's first."""
         hidden = self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state
         # CLIP normalises the first token only, the one it was trained with.
         hidden = self.image_encoder.vision_model.post_layernorm(hidden)
         return self.token_projection(hidden.to(self.token_projection.dtype))
 
-    def encode_nobody(self) -> Tensor:
+    def encode_null(self) -> Tensor:
         """The tokens of the unconditional half of guidance, (1, tokens, channels)."""
         config = self.image_encoder.config
-        if self.null_tokens == "empty_picture":
+        if self.null_tokens == "empty_image":
             side, device = config.image_size, self.image_encoder.device
             return self.encode_tokens(torch.zeros(1, config.num_channels, side, side, device=device))
         rows, columns = self.patch_grid
@@ -186,7 +186,7 @@ class DisCo(TrainableAnimator):
         background: Tensor,
         seen: ReferenceContext | None,
     ) -> Tensor:
-        """Prediction without guidance for single pictures, or for one clip of the temporal variant.
+        """Prediction without guidance for single images, or for one clip of the temporal variant.
 
         Args:
             latents: (f, c, h, w).
@@ -220,12 +220,12 @@ class DisCo(TrainableAnimator):
     ) -> list[Tensor]:
         """The sum of both ControlNets, (f, c', h', w') each: of every skip connection, then of the middle block."""
         summed: list[Tensor] = []
-        for network, picture in ((self.pose_control_net, poses), (self.background_control_net, background)):
+        for network, image in ((self.pose_control_net, poses), (self.background_control_net, background)):
             down, mid = network(
                 latents,
                 timestep,
                 context,
-                controlnet_cond=picture,
+                controlnet_cond=image,
                 cross_attention_kwargs={"reference": seen},
                 return_dict=False,
             )
@@ -246,7 +246,7 @@ class DisCo(TrainableAnimator):
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
         reference_mask: Tensor | None = None,
-        calibrated: CalibratedPictures | None = None,
+        calibrated: CalibratedImages | None = None,
     ) -> Tensor:
         """See `TrainableAnimator.forward`.
 
@@ -255,11 +255,11 @@ class DisCo(TrainableAnimator):
             dropped: samples that train the unconditional half of guidance, which sees nobody.
         """
         batch, _, num_frames = noisy_latents.shape[:3]
-        pictures, masks = reference_image, reference_mask
+        images, masks = reference_image, reference_mask
         if calibrated is not None:
-            pictures, masks = torch.cat([pictures, calibrated.pictures]), torch.cat([masks, calibrated.masks])
-        null = self.encode_nobody()
-        tokens = torch.cat([self.encode_foreground(pictures, masks), null])
+            images, masks = torch.cat([images, calibrated.pixels]), torch.cat([masks, calibrated.masks])
+        null = self.encode_null()
+        tokens = torch.cat([self.encode_foreground(images, masks), null])
         seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
         seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
         seen = without_dropped(seen, (dropped > 0).repeat_interleave(num_frames), len(tokens) - 1)
@@ -276,18 +276,18 @@ class DisCo(TrainableAnimator):
         prediction = self.predict_frames(latents.flatten(0, 1), timesteps, null, poses.flatten(0, 1), background, seen)
         return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
 
-    def latent_pictures(self, pictures: Tensor, masks: Tensor | None) -> Tensor:
+    def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """The background: the person's place has the middle of the range of values, grey."""
-        return pictures * (1 - masks.to(pictures.dtype))
+        return images * (1 - masks.to(images.dtype))
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Image model. ControlNets start as copies of the UNet's downward half, the projection as CLIP's own."""
         attention, heads = resolution_settings(sizes)
         unet = DiscoUNet(
             attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
             **block_types(attention),
-            **unet_settings(sizes, latent_channels, picture_size),
+            **unet_settings(sizes, latent_channels, image_size),
         )
         image_encoder = small_image_encoder(sizes)
         projection = TokenProjection(sizes.image_encoder_width, sizes.context_dim)
@@ -296,7 +296,7 @@ class DisCo(TrainableAnimator):
         return cls(unet, *control_nets, image_encoder, projection)
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Pose pictures must end as small as the latents, too."""
+        """Pose images must end as small as the latents, too."""
         check_pose_channels(self.pose_control_net.config.conditioning_embedding_out_channels, factor)
         super().check_size(factor, size)
 
@@ -311,10 +311,10 @@ class DisCo(TrainableAnimator):
         return ("full", "attributes", "person") if stage == "image" else ("full", "temporal")
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
-        names = {name for name, _ in self.named_parameters()} - self.unread_parameters()
+        names = {name for name, _ in self.named_parameters()} - self.unused_parameters()
         return recipe_parameters(names, choice, image_encoder)
 
-    def unread_parameters(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """CLIP's own projection, of its first token."""
         return {"image_encoder.visual_projection.weight"}
 

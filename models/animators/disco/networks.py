@@ -1,9 +1,9 @@
 """The UNet and the two ControlNets of DisCo, diffusers' own with CLIP tokens of the person in cross-attention.
 
-The image model treats frames as single pictures. The temporal variant (`temporal=True`) treats the batch as the frames
+The image model treats frames as single images. The temporal variant (`temporal=True`) treats the batch as the frames
 of one clip; see `models.animators.disco.temporal`.
 
-Shapes use f = frames, c = channels, h, w = latent size, H, W = picture size.
+Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from models.unets import with_parameters
 
 # What the names of the ControlNets' layers begin with, so that one context serves all networks.
 POSE_PREFIX, BACKGROUND_PREFIX = "pose_control_net.", "background_control_net."
-# Widths of the pose pictures' embedding, for a VAE of factor 8.
+# Widths of the pose images' embedding, for a VAE of factor 8.
 EMBEDDING_WIDTHS = (16, 32, 96, 256)
 
 
@@ -39,7 +39,7 @@ class DiscoUNet(UNet2DConditionModel):
 
 
 class LatentEmbedding(nn.Module):
-    """Conditioning embedding of a ControlNet that reads latents instead of pictures: one convolution."""
+    """Conditioning embedding of a ControlNet that reads latents instead of images: one convolution."""
 
     def __init__(self, latent_channels: int, channels: int):
         super().__init__()
@@ -54,7 +54,7 @@ class DiscoControlNet(ControlNetModel):
     """ControlNet of the pose, or of the background. Configuration as its parent's, and:
 
     temporal: whether the batch is a clip whose frames see each other.
-    latent_conditioning: whether the condition is latents, (f, c, h, w), as the background's is, instead of pictures,
+    latent_conditioning: whether the condition is latents, (f, c, h, w), as the background's is, instead of images,
         (f, 3, H, W) in [0, 1], as the pose's.
     """
 
@@ -90,7 +90,7 @@ def new_control_net(
     """The ControlNet that training starts with: the UNet's downward half, and an output of zero.
 
     Args:
-        embedding_widths: of the pose pictures' embedding; each after the first halves the pictures.
+        embedding_widths: of the pose images' embedding; each after the first halves the images.
     """
     known = inspect.signature(ControlNetModel.__init__).parameters
     network = DiscoControlNet(
@@ -126,7 +126,7 @@ def recipe_parameters(names: set[str], choice: str, image_encoder: bool) -> set[
 
     Args:
         names: parameters of `models.animators.disco.model.DisCo`.
-        choice: "full", "attributes" (pre-training on pictures of many people), "person" (one person) or "temporal".
+        choice: "full", "attributes" (pre-training on images of many people), "person" (one person) or "temporal".
         image_encoder: whether "full" includes CLIP, which the published recipe leaves as it is.
     """
 

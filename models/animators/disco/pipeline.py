@@ -9,13 +9,13 @@ from models.pipeline import AnimationPipeline
 
 
 class DiscoPipeline(AnimationPipeline):
-    """A picture, where its person is, and OpenPose figures in; an animation out.
+    """An image, where its person is, and OpenPose figures in; an animation out.
 
     Args:
         unet, pose_control_net, background_control_net: of the image model, or of the temporal variant.
         image_encoder: CLIP's, of which all tokens are used.
         token_projection: of these tokens to the width of cross-attention.
-        null_tokens: "empty_picture" or "zeros", what the unconditional half of guidance sees; see
+        null_tokens: "empty_image" or "zeros", what the unconditional half of guidance sees; see
             `models.animators.disco.model.NULL_TOKENS`.
         window_size: frames that are denoised together; the temporal variant was trained on 16.
     """
@@ -32,7 +32,7 @@ class DiscoPipeline(AnimationPipeline):
         image_encoder: CLIPVisionModelWithProjection,
         token_projection: TokenProjection,
         scheduler: DDIMScheduler,
-        null_tokens: str = "empty_picture",
+        null_tokens: str = "empty_image",
         window_size: int | None = None,
     ):
         DiffusionPipeline.__init__(self)

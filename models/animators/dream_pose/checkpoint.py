@@ -16,8 +16,8 @@ from models.checkpoints.recognised import Recognised, unet_detail
 from models.checkpoints.sizes import Shapes, UNetSizes, unet_arguments, unet_sizes
 
 POSES = 5
-# Channels of a pose picture that are used, by their number: U and V of (part, U, V), or all of a coloured figure.
-PICTURE_CHANNELS = {2: (1, 2), 3: (0, 1, 2)}
+# Channels of a pose image that are used, by their number: U and V of (part, U, V), or all of a coloured figure.
+IMAGE_CHANNELS = {2: (1, 2), 3: (0, 1, 2)}
 # What the published file lacks: it follows from the VAE.
 NULL_LATENTS = "null_latents"
 
@@ -89,12 +89,12 @@ def adapter_arguments(shapes: Shapes, latent_grid: tuple[int, int] | None = None
 
 
 def pose_channels(sizes: UNetSizes) -> tuple[int, ...] | None:
-    """Channels of a pose picture that a UNet of these sizes uses; None: it is not DreamPose's.
+    """Channels of a pose image that a UNet of these sizes uses; None: it is not DreamPose's.
 
     One channel is not taken for a pose's: UNets for inpainting have five channels too many.
     """
     number, rest = divmod(sizes.in_channels - sizes.out_channels, POSES)
-    return None if rest else PICTURE_CHANNELS.get(number)
+    return None if rest else IMAGE_CHANNELS.get(number)
 
 
 def make_dream_pose_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -> DreamPoseUNet:

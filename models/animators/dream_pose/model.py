@@ -1,12 +1,12 @@
 """DreamPose (Karras et al., ICCV 2023): an image UNet that sees CLIP and VAE tokens of the reference and five poses.
 
 Shapes use b = batch, f = frames, i = reference images, n = context tokens, c = channels, h, w = latent size,
-H, W = picture size.
+H, W = image size.
 
-Value ranges, the same in training and sampling: pictures are in [-1, 1] for the VAE, whose latents the adapter takes
-as the UNet does, scaled; CLIP has its own mean and deviation of the same pictures. Pose pictures are in [0, 1] and
+Value ranges, the same in training and sampling: images are in [-1, 1] for the VAE, whose latents the adapter takes
+as the UNet does, scaled; CLIP has its own mean and deviation of the same images. Pose images are in [0, 1] and
 become `pose_range` of the UNet's configuration, [-1, 1] as published, where 0 says that there is no pose. The empty
-picture of the unconditional branch is what the published code feeds: zeros, grey to the VAE and black to CLIP.
+image of the unconditional branch is what the published code feeds: zeros, grey to the VAE and black to CLIP.
 
 Frames are denoised each by itself, from the same noise. What makes them consecutive is that each is given the poses
 before and after its own.
@@ -25,13 +25,13 @@ from transformers import CLIPVisionModel
 from models.animators.base import Condition, Images
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
 from models.animators.small_networks import block_types, image_encoder_config, resolution_settings, unet_settings
-from models.animators.trainable import CalibratedPictures, NetworkSizes, TrainableAnimator
+from models.animators.trainable import CalibratedImages, NetworkSizes, TrainableAnimator
 from models.attention.context import ReferenceContext, same_reference, without_dropped
 from models.attention.layers import LayerShape, image_token_layers
 from models.attention.probe import Probe
 from models.attention.tokens import KeyLayout
-from models.clip_pictures import clip_pixels
-from models.images import PictureSequence
+from models.clip_images import clip_pixels
+from models.images import ImageSequence
 from models.pipeline import AnimationPipeline
 
 SOURCE = "images"  # name of the tokens that all layers share
@@ -50,7 +50,7 @@ class DreamPoseSubject:
     """What follows from the reference alone.
 
     Attributes:
-        null: context of the empty picture, (1, n, c).
+        null: context of the empty image, (1, n, c).
         latent_size: (h, w).
     """
 
@@ -96,18 +96,18 @@ class DreamPose(TrainableAnimator):
     def encode_reference(self, reference: Images) -> DreamPoseSubject:
         return DreamPoseSubject(self.null_context(), tuple(reference.latents.shape[-2:]))
 
-    def encode_images(self, images: Images, timestep: int, subject: DreamPoseSubject) -> dict[str, Tensor]:
-        return {SOURCE: self.image_context(images.pictures, images.latents)}
+    def encode_images(self, images: Images, timestep: int, conditioning: DreamPoseSubject) -> dict[str, Tensor]:
+        return {SOURCE: self.image_context(images.pixels, images.latents)}
 
-    def pose_condition(self, poses: PictureSequence, subject: DreamPoseSubject) -> "PoseNeighbours":
-        return PoseNeighbours(self.denoising_unet, poses, subject.latent_size)
+    def pose_condition(self, poses: ImageSequence, conditioning: DreamPoseSubject) -> "PoseNeighbours":
+        return PoseNeighbours(self.denoising_unet, poses, conditioning.latent_size)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        null, pose, absent = condition.subject.null, condition.pose, torch.zeros_like(condition.pose)
-        seen = condition.seen
+        null, pose, absent = condition.conditioning.null, condition.pose, torch.zeros_like(condition.pose)
+        seen = condition.context
         predict = partial(self.denoising_unet, sample, timestep)
         branches = (
-            lambda: predict(absent, null, seen.blind()),
+            lambda: predict(absent, null, seen.unconditional()),
             lambda: predict(absent, null, seen.apart("image alone")),
             lambda: predict(pose, null, seen),
         )
@@ -115,7 +115,7 @@ class DreamPose(TrainableAnimator):
         return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
-        """Tokens are mixed over the picture by the adapter, so only whole images can be shown, hidden or looked at."""
+        """Tokens are mixed over the image by the adapter, so only whole images can be shown, hidden or looked at."""
         keys = KeyLayout(None, whole=self.adapter.config.clip_tokens)
         return image_token_layers(self.denoising_unet, latent_size, keys)
 
@@ -133,13 +133,13 @@ class DreamPose(TrainableAnimator):
 
     # How it is computed.
 
-    def image_context(self, pictures: Tensor, latents: Tensor) -> Tensor:
-        """Context tokens of pictures (i, 3, H, W) in [-1, 1] and their latents (i, c, h, w), (i, n, c)."""
+    def image_context(self, images: Tensor, latents: Tensor) -> Tensor:
+        """Context tokens of images (i, 3, H, W) in [-1, 1] and their latents (i, c, h, w), (i, n, c)."""
         side = self.image_encoder.config.image_size
-        return self.mixed(clip_pixels(central_square(pictures), side), latents)
+        return self.mixed(clip_pixels(central_square(images), side), latents)
 
     def null_context(self) -> Tensor:
-        """Context tokens of the empty picture, (1, n, c)."""
+        """Context tokens of the empty image, (1, n, c)."""
         side = self.image_encoder.config.image_size
         black = -torch.ones(1, 3, 1, 1, device=self.image_encoder.device)
         return self.mixed(clip_pixels(black, side), self.adapter.null_latents[None])
@@ -152,11 +152,11 @@ class DreamPose(TrainableAnimator):
     # The rest is `models.animators.trainable.TrainableAnimator`.
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
-        """Its pose pictures are figures of OpenPose; its context is as wide as the image encoder's tokens, whatever
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+        """Its pose images are figures of OpenPose; its context is as wide as the image encoder's tokens, whatever
         `context_dim` says."""
         attention, heads = resolution_settings(sizes)
-        settings = unet_settings(sizes, latent_channels, picture_size)
+        settings = unet_settings(sizes, latent_channels, image_size)
         settings |= {
             "in_channels": latent_channels + SMALL_POSES * len(FIGURE_CHANNELS),
             "cross_attention_dim": sizes.image_encoder_width,
@@ -186,14 +186,14 @@ class DreamPose(TrainableAnimator):
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
         reference_mask: Tensor | None = None,
-        calibrated: CalibratedPictures | None = None,
+        calibrated: CalibratedImages | None = None,
     ) -> Tensor:
         batch, _, num_frames, *size = noisy_latents.shape
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
         noisy_latents, poses = noisy_latents.to(self.dtype), poses.to(self.dtype)
-        pictures = reference_image if calibrated is None else torch.cat([reference_image, calibrated.pictures])
+        images = reference_image if calibrated is None else torch.cat([reference_image, calibrated.pixels])
         null = self.null_context()
-        tokens = torch.cat([self.image_context(pictures, reference_latents), null])
+        tokens = torch.cat([self.image_context(images, reference_latents), null])
         seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
         seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
         no_image = (dropped == DROP_IMAGE) | (dropped == DROP_BOTH)
@@ -211,9 +211,9 @@ class DreamPose(TrainableAnimator):
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
         parts = ("adapter.", "denoising_unet.") if choice == "full" else ("adapter.",)
         parts = (*parts, "image_encoder.") if image_encoder else parts
-        return {name for name, _ in self.named_parameters() if name.startswith(parts)} - self.unread_parameters()
+        return {name for name, _ in self.named_parameters() if name.startswith(parts)} - self.unused_parameters()
 
-    def unread_parameters(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """CLIP's last norm, which its tokens do not pass."""
         return {name for name, _ in self.named_parameters() if name.startswith("image_encoder.post_layernorm.")}
 
@@ -221,7 +221,7 @@ class DreamPose(TrainableAnimator):
 class PoseNeighbours:
     """Poses of a clip at the latents' size, the same at every step; see `models.animators.base.PoseCondition`."""
 
-    def __init__(self, unet: DreamPoseUNet, poses: PictureSequence, latent_size: tuple[int, int]):
+    def __init__(self, unet: DreamPoseUNet, poses: ImageSequence, latent_size: tuple[int, int]):
         self.number = unet.config.poses
         chunks = [range(start, min(start + POSE_CHUNK, len(poses))) for start in range(0, len(poses), POSE_CHUNK)]
         self.poses = torch.cat([unet.pose_input(poses[chunk], latent_size) for chunk in chunks])[None]
@@ -234,19 +234,19 @@ class PoseNeighbours:
         return consecutive_poses(self.poses, self.number, frames)
 
 
-def central_square(pictures: Tensor) -> Tensor:
-    """The largest square in the middle of pictures (i, 3, H, W), which is what the published code shows to CLIP."""
-    height, width = pictures.shape[-2:]
+def central_square(images: Tensor) -> Tensor:
+    """The largest square in the middle of images (i, 3, H, W), which is what the published code shows to CLIP."""
+    height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return pictures[..., top : top + side, left : left + side]
+    return images[..., top : top + side, left : left + side]
 
 
 class DreamPosePipeline(AnimationPipeline):
     """`AnimationPipeline` of DreamPose. `guidance_scale` is the image's, or a pair (image, pose).
 
     Args:
-        denoising_unet: its configuration says what pose pictures it takes.
+        denoising_unet: its configuration says what pose images it takes.
         adapter: makes the context of CLIP's tokens and the VAE's latents.
         image_encoder: a CLIP vision model without projection.
         window_size: frames denoised together, to save time; they do not see each other.

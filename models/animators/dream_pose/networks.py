@@ -1,7 +1,7 @@
 """DreamPose's networks: a UNet with poses among its input channels, and the adapter that makes its context.
 
-Shapes use b = batch, f = frames, i = pictures, n = CLIP tokens, c = channels, p = pose channels of one frame,
-h, w = latent size, H, W = picture size.
+Shapes use b = batch, f = frames, i = images, n = CLIP tokens, c = channels, p = pose channels of one frame,
+h, w = latent size, H, W = image size.
 """
 
 import torch
@@ -22,9 +22,9 @@ class DreamPoseUNet(UNet2DConditionModel):
 
     Its configuration is that of `UNet2DConditionModel`, its `out_channels` being the latents', and:
         poses: consecutive poses a frame is given, itself in the middle; odd.
-        pose_channels: channels of a pose picture that are used. DensePose pictures (part, U, V) give (1, 2).
+        pose_channels: channels of a pose image that are used. DensePose images (part, U, V) give (1, 2).
         pose_range: what 0 and 1 of these channels become. 0 of the input says "no pose" and is no pose's background.
-        pose_kind: what the pose pictures are.
+        pose_kind: what the pose images are.
     """
 
     @with_parameters(
@@ -83,13 +83,13 @@ class DreamPoseUNet(UNet2DConditionModel):
         )[0]
         return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
 
-    def pose_input(self, pictures: Tensor, size: tuple[int, int]) -> Tensor:
-        """Pose pictures (i, 3, H, W) in [0, 1] -> the channels used, (i, p, h, w) in `pose_range`; size: (h, w).
+    def pose_input(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pose images (i, 3, H, W) in [0, 1] -> the channels used, (i, p, h, w) in `pose_range`; size: (h, w).
 
         The nearest pixel is taken: between two parts of a body, or body and background, U and V have no mean.
         """
         low, high = self.config.pose_range
-        used = pictures[:, list(self.config.pose_channels)]
+        used = images[:, list(self.config.pose_channels)]
         return F.interpolate(used, size, mode="nearest") * (high - low) + low
 
 
@@ -118,7 +118,7 @@ class ImageAdapter(ModelMixin, ConfigMixin):
     It starts as CLIP's tokens alone: the mixing is the identity on them and zero on the latents' tokens.
 
     Attributes:
-        null_latents: latents of the empty picture, max-pooled, (l, rows, columns): what the unconditional branch of
+        null_latents: latents of the empty image, max-pooled, (l, rows, columns): what the unconditional branch of
             guidance has, in training and sampling alike. A published file does not hold them.
 
     Args:
@@ -126,7 +126,7 @@ class ImageAdapter(ModelMixin, ConfigMixin):
         channels: of a token.
         latent_channels: l.
         latent_grid: (rows, columns) that latents of any size are max-pooled to. The published adapter has 40 x 32,
-            half the latents of its 640 x 512 pictures.
+            half the latents of its 640 x 512 images.
     """
 
     @register_to_config
@@ -148,11 +148,11 @@ class ImageAdapter(ModelMixin, ConfigMixin):
         self.register_buffer("null_latents", torch.zeros(latent_channels, rows, columns))
 
     def forward(self, clip_tokens: Tensor, latents: Tensor) -> Tensor:
-        """Context tokens of pictures.
+        """Context tokens of images.
 
         Args:
             clip_tokens: CLIP's last hidden states, (i, n, channels).
-            latents: of the same pictures in [-1, 1], scaled as the denoising UNet has them, (i, l, h, w).
+            latents: of the same images in [-1, 1], scaled as the denoising UNet has them, (i, l, h, w).
 
         Returns:
             (i, n, channels).
@@ -170,7 +170,7 @@ class ImageAdapter(ModelMixin, ConfigMixin):
 
 
 def portrait_grid(cells: int) -> tuple[int, int]:
-    """(rows, columns) with this many cells and the ratio nearest to 5 : 4, that of the published pictures.
+    """(rows, columns) with this many cells and the ratio nearest to 5 : 4, that of the published images.
 
     A file tells how many cells an adapter has, not how they lie.
     """

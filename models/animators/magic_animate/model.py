@@ -1,10 +1,10 @@
 """MagicAnimate (Xu et al., CVPR 2024): appearance encoder, DensePose ControlNet, denoising UNet with norms over clips.
 
 Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
-size, H, W = picture size.
+size, H, W = image size.
 
 The appearance encoder is a `ReferenceNet` that runs at every step's timestep; frames see its middle and upward blocks.
-Cross-attention sees an empty prompt, in both halves of guidance. Poses are DensePose pictures, which are an input; new
+Cross-attention sees an empty prompt, in both halves of guidance. Poses are DensePose images, which are an input; new
 small networks read figures of OpenPose, which can be drawn.
 """
 
@@ -18,10 +18,10 @@ from models.animators.base import Condition, Images, guided
 from models.animators.magic_animate.networks import ControlCondition, PromptEmbedding, control_residuals
 from models.animators.reference_animator import ReferenceAnimator, small_unets
 from models.animators.small_networks import check_pose_channels
-from models.animators.trainable import CalibratedPictures, NetworkSizes
+from models.animators.trainable import CalibratedImages, NetworkSizes
 from models.attention.context import ReferenceContext
 from models.attention.probe import Probe
-from models.images import PictureSequence
+from models.images import ImageSequence
 from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, ReferenceNet
 
@@ -34,7 +34,7 @@ class MagicAnimate(ReferenceAnimator):
 
     Args:
         fusion_blocks: "midup" or "full", the layers in which frames see the reference.
-        pose_kind: what the pose pictures are, "DensePose" or "OpenPose".
+        pose_kind: what the pose images are, "DensePose" or "OpenPose".
     """
 
     reference_follows_timestep = True
@@ -59,11 +59,11 @@ class MagicAnimate(ReferenceAnimator):
         self.pose_kind = pose_kind
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, picture_size: int) -> Self:
-        """Its pose pictures are figures of OpenPose and its prompt is learned. ControlNet and motion modules end in
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+        """Its pose images are figures of OpenPose and its prompt is learned. ControlNet and motion modules end in
         zeros, so they start as no change."""
         settings = {"use_motion_mid_block": False, "norm_scope": "clip"}
-        reference_net, denoising_unet = small_unets(sizes, latent_channels, picture_size, settings)
+        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, settings)
         control_net = ControlNetModel.from_unet(
             reference_net, conditioning_embedding_out_channels=tuple(sizes.pose_channels)
         )
@@ -83,7 +83,7 @@ class MagicAnimate(ReferenceAnimator):
         reference: ReferenceContext | None = None,
         probe: Probe | None = None,
         reference_mask: Tensor | None = None,
-        calibrated: CalibratedPictures | None = None,
+        calibrated: CalibratedImages | None = None,
     ) -> Tensor:
         """See `TrainableAnimator.forward`.
 
@@ -99,7 +99,7 @@ class MagicAnimate(ReferenceAnimator):
         per_clip = len(reference_latents) // batch - 1
         timesteps = torch.cat([timestep, timestep.repeat_interleave(per_clip)])
         tokens = self.write_tokens(reference_latents, timesteps, context.expand(len(reference_latents), -1, -1))
-        seen = self.seen_in_training(tokens, noisy_latents, dropped, reference, probe)
+        seen = self.training_context(tokens, noisy_latents, dropped, reference, probe)
         context = context.expand(batch, -1, -1)
         residuals = control_residuals(
             self.control_net, noisy_latents, timestep, context, poses.transpose(1, 2).flatten(0, 1)
@@ -110,18 +110,22 @@ class MagicAnimate(ReferenceAnimator):
 
     def encode_reference(self, reference: Images) -> Tensor:
         """The empty prompt, whatever the reference, (1, tokens, channels)."""
-        return self.prompt().to(reference.pictures)
+        return self.prompt().to(reference.pixels)
 
-    def pose_condition(self, poses: PictureSequence, subject: Tensor) -> ControlCondition:
-        return ControlCondition(self.control_net, poses, subject)
+    def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> ControlCondition:
+        return ControlCondition(self.control_net, poses, conditioning)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         """The unconditional half sees no image; both have the same prompt and residuals."""
 
         def denoised(seen: ReferenceContext | None) -> Tensor:
-            return self.denoising_unet(sample, timestep, condition.subject, reference=seen, residuals=condition.pose)
+            return self.denoising_unet(
+                sample, timestep, condition.conditioning, reference=seen, residuals=condition.pose
+            )
 
-        return guided(lambda: denoised(condition.seen), lambda: denoised(condition.seen.blind()), *scales)
+        return guided(
+            lambda: denoised(condition.context), lambda: denoised(condition.context.unconditional()), *scales
+        )
 
     # The rest is of `models.animators.trainable.TrainableAnimator`.
 
@@ -134,20 +138,20 @@ class MagicAnimate(ReferenceAnimator):
         return {"fusion_blocks": self.fusion_blocks, "pose_kind": self.pose_kind}
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Pose pictures must end as small as the latents, too."""
+        """Pose images must end as small as the latents, too."""
         check_pose_channels(self.control_net.config.conditioning_embedding_out_channels, factor)
         super().check_size(factor, size)
 
 
 class MagicAnimatePipeline(AnimationPipeline):
-    """`AnimationPipeline` of MagicAnimate. Its `poses` are DensePose pictures, as published.
+    """`AnimationPipeline` of MagicAnimate. Its `poses` are DensePose images, as published.
 
     Args:
         reference_net: the appearance encoder.
         control_net: the ControlNet of the poses.
         prompt: the empty prompt.
         fusion_blocks: "midup" or "full", the layers in which frames see the reference.
-        pose_kind: what the pose pictures are, "DensePose" or "OpenPose".
+        pose_kind: what the pose images are, "DensePose" or "OpenPose".
         window_size: frames that the motion modules were trained on.
     """
 

@@ -1,6 +1,6 @@
 """What MagicAnimate has beside its UNets: the ControlNet of the poses, frame by frame, and the embedded empty prompt.
 
-Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = picture size.
+Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.images import PictureSequence
+from models.images import ImageSequence
 
 CONTROL_CHUNK = 8
 
@@ -26,9 +26,9 @@ class PromptEmbedding(ModelMixin, ConfigMixin):
 
 
 class ControlCondition:
-    """DensePose pictures of a clip; see `models.animators.base.PoseCondition`."""
+    """DensePose images of a clip; see `models.animators.base.PoseCondition`."""
 
-    def __init__(self, control_net: ControlNetModel, poses: PictureSequence, context: Tensor):
+    def __init__(self, control_net: ControlNetModel, poses: ImageSequence, context: Tensor):
         self.control_net = control_net
         self.poses = poses
         self.context = context
@@ -76,7 +76,7 @@ def control_residuals(
         latents: noisy latents, (b, c, f, h, w).
         timestep: scalar or (b,).
         context: text tokens, (b, tokens, channels).
-        poses: pose pictures, (b*f, 3, H, W) in [0, 1].
+        poses: pose images, (b*f, 3, H, W) in [0, 1].
 
     Returns:
         (b*f, c, h', w') each: one for every skip connection, then that of the middle block.
