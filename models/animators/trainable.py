@@ -51,8 +51,8 @@ class TrainableAnimator(Animator):
 
     Attributes:
         drop_kinds: what condition dropout may take away, numbered from 1; 1: only everything at once.
-        takes_embeddings: `forward` also takes what `image_encoder` and `animate_anyone.model.image_context` make of the
-            reference, (b, 1, channels), as its `reference_image`.
+        takes_embeddings: `forward` also takes what `image_encoder` and `animate_anyone.model.image_context` make of
+            the reference, (b, 1, channels), as its `reference_image`.
         alters_reference: `vae_images` changes the images, so that their cached latents are of no use.
         calibrated_latents: `forward` needs the latents of calibrated images.
         adapted_networks: children that low-rank adapters are made for.
