@@ -30,6 +30,8 @@ SMALL_ANIMATORS = tuple(
     SHIPPED_MODEL.parent / "small_animators" / name
     for name in ("animate_anyone", "magic_animate", "disco", "dream_pose")
 )
+# Saved values of earlier releases that have another name today: (key of the index, value) -> value.
+OLD_VALUES = {("null_tokens", "empty_picture"): "empty_image"}
 COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
 PIPELINES = {
     kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline, DiscoPipeline, DreamPosePipeline)
@@ -95,7 +97,7 @@ def load_pipeline(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The contents of `model_index.json`."""
+    """The contents of `model_index.json`, values of earlier releases under their names of today."""
     if not folder.is_dir():
         raise UserError(f"model={folder} does not exist; give a pipeline folder (train.py writes output/pipeline)")
     path = folder / "model_index.json"
@@ -107,7 +109,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"model={folder}: model_index.json is not valid JSON") from None
     if not isinstance(index, dict):
         raise UserError(f"model={folder}: model_index.json is not a pipeline's index")
-    return index
+    return {key: OLD_VALUES.get((key, str(value)), value) for key, value in index.items()}
 
 
 def load_component(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> Any:
