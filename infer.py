@@ -2,8 +2,7 @@
 
     python infer.py                                                          the shipped samples, see `make demo`
     python infer.py reference=photo.png driving=dance.mp4 output=outputs/run1 [key=value ...]
-    python infer.py reference=... driving=... steps=10 acceleration.solver=dpm++            fewer steps, or other ways
-                                                        of computing less for another result: docs/speed.md
+    python infer.py reference=... driving=... steps=10 solver=dpm++            fewer steps: docs/speed.md
     accelerate launch infer.py pairs=list.jsonl output=outputs/many          a line {"reference": ..., "driving": ...,
                                                                              "output": ...} each; finished ones skipped
 Writes to `output`:

@@ -21,9 +21,9 @@ from data.poses.drawing import draw_pose
 from data.transforms import apply_fit, fit_matrix
 from data.video.reading import write_video
 from inference.comparison import comparison_frames, comparison_strip
-from models.acceleration import AccelerationConfig
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
+from models.schedules import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.warping import mask_pyramid, warp_mask
 
@@ -40,7 +40,9 @@ class SamplingConfig:
     window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
     shift_windows: move the windows at every step, so that no frame is always at a window's end.
     compare: also sample without TPC, for the comparison.
-    acceleration: what is left out for speed, at a cost of quality; see `docs/speed.md`.
+    guidance_interval: noise levels [low, high] where guidance is applied, 0 (none) to 1 (nothing else); elsewhere its
+        conditional half runs alone. See `docs/speed.md`.
+    solver: ddim, dpm++ (DPM-Solver++, second order) or unipc (UniPC, second order); null: the model's own.
     """
 
     size: list[int] | None = None
@@ -54,7 +56,8 @@ class SamplingConfig:
     window_overlap: int = 4
     shift_windows: bool = False
     compare: bool = True
-    acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
+    guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
+    solver: str | None = None
 
     def check(self) -> None:
         """Refuse values that cannot work, naming them."""
@@ -66,7 +69,7 @@ class SamplingConfig:
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
         if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
             raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
-        self.acceleration.check()
+        check_sampling(self.guidance_interval, self.solver)
 
 
 @dataclass
@@ -95,7 +98,6 @@ class Animation:
         calibrated: (f, H, W, 3), the result with TPC; None when it is off.
         calibration: what TPC did, or None.
         fps: frames per second.
-        attention_cache_bytes: the most that `acceleration.broadcast` held at a time.
     """
 
     reference: np.ndarray
@@ -104,7 +106,6 @@ class Animation:
     calibrated: np.ndarray | None
     calibration: Calibration | None
     fps: float
-    attention_cache_bytes: int = 0
 
     @property
     def result(self) -> np.ndarray:
@@ -201,8 +202,6 @@ def animate(
     elif calibration is not None and calibration.persons:
         mask = calibration.reference_masks.any(axis=0)
 
-    kept_bytes = []
-
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
             result = pipeline(
@@ -219,9 +218,9 @@ def animate(
                 callback_on_step_end=step_counter(progress),
                 attention=attention,
                 reference_mask=mask,
-                acceleration=sampling.acceleration,
+                guidance_interval=sampling.guidance_interval,
+                solver=sampling.solver,
             )
-        kept_bytes.append(result.attention_cache_bytes)
         return result.frames
 
     plain = calibrated = None
@@ -229,7 +228,7 @@ def animate(
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(image, poses, plain, calibrated, calibration, driving.fps, max(kept_bytes))
+    return Animation(image, poses, plain, calibrated, calibration, driving.fps)
 
 
 def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -304,7 +303,6 @@ def write_animation(animation: Animation, output: Path, configuration: dict[str,
         "size": list(animation.poses.shape[2:0:-1]),
         "fps": animation.fps,
         "seconds": watch.seconds,
-        "attention_cache_bytes": animation.attention_cache_bytes,
         "calibration": calibration.summary() if calibration is not None else None,
     }
     write_json(output / "result.json", result)

@@ -20,7 +20,6 @@ from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from data.transforms import frame_size
-from models.acceleration import AccelerationConfig
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording
@@ -28,6 +27,7 @@ from models.attention.run import AttentionRun
 from models.images import ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.pipeline_settings import RunSettings, check_callback
 from models.reference_images import ReferenceImages
+from models.schedules import EVERY_LEVEL, check_sampling, guidance_at, with_solver
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from models.vae import decoded_chunks, vae_decode, vae_scale_factor
 from models.windows import context_windows, step_shift, window_weights
@@ -38,12 +38,9 @@ from tpc import Calibration
 class AnimationPipelineOutput(BaseOutput):
     """Frames of one clip, by `output_type`: list of PIL images, array (f, H, W, 3) of float32 in [0, 1] or of uint8,
     tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w).
-
-    attention_cache_bytes: the most that `acceleration.broadcast` held at a time, on the device of the networks.
     """
 
     frames: list[Image.Image] | np.ndarray | Tensor
-    attention_cache_bytes: int = 0
 
 
 class AnimationPipeline(DiffusionPipeline):
@@ -122,23 +119,19 @@ class AnimationPipeline(DiffusionPipeline):
         size: tuple[int, int],
         num_inference_steps: int,
         calibration: Calibration | None = None,
-        acceleration: AccelerationConfig | None = None,
     ) -> AttentionRun:
         """What `__call__` with these arguments will be to `AttentionRecording.estimate`; size: (width, height)."""
-        acceleration = acceleration or AccelerationConfig()
         width, height = size
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         persons = 0 if calibration is None else calibration.persons
         replaces = persons > 0 and calibration.config.attach == "replace"
-        layers = acceleration.layers(self.animator().attention_layers(latent_size))
         return AttentionRun(
-            layers,
+            self.animator().attention_layers(latent_size),
             size,
             num_frames,
             num_inference_steps,
             images=persons if replaces else 1 + persons,
             replaced=replaces,
-            reused=acceleration.reused_steps(layers, num_inference_steps),
         )
 
     def initial_noise(
@@ -194,7 +187,8 @@ class AnimationPipeline(DiffusionPipeline):
         decode_chunk_size: int | None = None,
         attention: AttentionRecording | None = None,
         reference_mask: Any = None,
-        acceleration: AccelerationConfig | None = None,
+        guidance_interval: Sequence[float] = EVERY_LEVEL,
+        solver: str | None = None,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -224,14 +218,16 @@ class AnimationPipeline(DiffusionPipeline):
                 of guidance; the result stays the same, bit for bit.
             reference_mask: where the reference's persons are, for models that take them apart from the background:
                 array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
-            acceleration: what is left out for speed; None: nothing.
+            guidance_interval: noise levels (low, high]; elsewhere the conditional half of guidance runs alone. Levels
+                are the share of noise in the noisy latents, 0 to 1, see `models.schedules.noise_level`.
+            solver: of `models.schedules.SOLVERS`, in place of the pipeline's own scheduler.
 
         Returns:
             `AnimationPipelineOutput`, or a tuple of its frames.
 
         Raises:
             ValueError: for inputs that disagree in size or number, named.
-            UserError: the model needs a mask and there is none; or it cannot do what `acceleration` asks for.
+            UserError: the model needs a mask and there is none; or a solver or an interval that does not fit.
         """
         poses = image_tensor(poses, "poses")
         if width is None or height is None:
@@ -249,13 +245,12 @@ class AnimationPipeline(DiffusionPipeline):
         ).filled(animator, self.config.window_size, self._execution_device.type)
         run.check(animator, self.vae_scale_factor, calibration)
         check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        acceleration = acceleration or AccelerationConfig()
-        acceleration.check_for(animator, run, (height // self.vae_scale_factor, width // self.vae_scale_factor))
-        scheduler, cache = acceleration.scheduler(self.scheduler), acceleration.attention_cache(num_inference_steps)
+        check_sampling(guidance_interval, solver)
+        scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
         scales = animator.guidance_scales(guidance_scale)
         device, dtype = self._execution_device, animator.dtype
         if attention is not None:
-            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration, acceleration))
+            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
 
         reference = resize_images(as_images(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
         if animator.needs_mask and reference_mask is None and (calibration is None or not calibration.persons):
@@ -263,9 +258,7 @@ class AnimationPipeline(DiffusionPipeline):
                 f"{type(animator).__name__} takes person and background of the reference apart: give reference_mask="
             )
         mask = None if reference_mask is None else as_mask(reference_mask, width, height).to(device, dtype)
-        images = ReferenceImages(
-            animator, self.vae, reference, calibration, num_inference_steps, mask, merging=acceleration.merging()
-        )
+        images = ReferenceImages(animator, self.vae, reference, calibration, num_inference_steps, mask)
         condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), images.conditioning)
 
         scheduler.set_timesteps(num_inference_steps, device=device)
@@ -275,18 +268,14 @@ class AnimationPipeline(DiffusionPipeline):
             for step, timestep in enumerate(scheduler.timesteps):
                 sample = scheduler.scale_model_input(latents, timestep).to(dtype)
                 prediction = torch.zeros_like(latents)
-                step_scales = acceleration.scales_at(scales, scheduler, timestep)
-                # What frames saw when the attention of this step was computed.
-                source = cache.source(step, images.kind)
-                source_timestep = int(scheduler.timesteps[source])
+                step_scales = guidance_at(scales, guidance_interval, scheduler, timestep)
                 at_step = condition.at_step(sample, timestep)
                 shift = step_shift(step) if run.shift_windows else 0.0
                 windows = context_windows(num_frames, run.window_size, run.window_overlap, shift)
                 weights = window_weights(windows, num_frames)
                 for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
                     part = slice(window.start, window.stop)
-                    seen = images.context_of(images.bank(source, source_timestep, window), window, source)
-                    seen = replace(seen, reuse=cache.window(step, number))
+                    seen = images.context_of(images.bank(step, int(timestep), window), window, step)
                     if attention is not None:
                         seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
                     part_prediction = animator.predict(
@@ -312,4 +301,4 @@ class AnimationPipeline(DiffusionPipeline):
             frames = self.decode_latents(latents, run.decode_chunk_size)
             frames = self.video_processor.postprocess(frames, output_type)
         self.maybe_free_model_hooks()
-        return AnimationPipelineOutput(frames, cache.peak_bytes) if return_dict else (frames,)
+        return AnimationPipelineOutput(frames) if return_dict else (frames,)

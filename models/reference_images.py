@@ -14,7 +14,6 @@ from models.animators.base import Animator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.tokens import TokenLevel
-from models.merging import TokenMerging
 from models.vae import VAE, vae_encode, vae_scale_factor
 from tpc.attach import Visibility, frame_visibility, gate_flags
 from tpc.calibration import Calibration
@@ -81,11 +80,9 @@ class ReferenceImages:
         calibration: its images that some of the `steps` denoising steps draw may be seen too; None: the reference.
         mask: (1, 1, H, W), 1 where the reference's persons are; None: those of the calibration, if there is one.
         max_images: how many images are kept encoded. A run with more keeps those of one step, or of one window.
-        merging: of the images' tokens in layers of reference attention; None: all tokens are seen.
 
     Attributes:
         conditioning: what the animator's `encode_reference` made of the reference.
-        kind: of the attention that sees the images, one of `models.broadcast.KINDS`.
     """
 
     def __init__(
@@ -97,7 +94,6 @@ class ReferenceImages:
         steps: int,
         mask: Tensor | None = None,
         max_images: int = MAX_IMAGES,
-        merging: TokenMerging | None = None,
     ):
         self.animator, self.vae = animator, vae
         self.reference = reference
@@ -108,15 +104,7 @@ class ReferenceImages:
         self.max_images = max_images
         self.drawn = [] if calibration is None else [int(image) for image in calibration.used(steps)]
         factor = vae_scale_factor(vae)
-        layers = animator.attention_layers(tuple(side // factor for side in reference.shape[-2:]))
-        self.kind = next(iter(layers.values())).kind
-        self.merging = merging
-        self.merged_grids = {} if merging is None else merging.merged_grids(layers)
-        self.levels = token_levels(layers if merging is None else merging.layers(layers))
-        self.log_counts = {
-            height * width: merging.log_counts((height, width)).to(reference.device)
-            for height, width in self.merged_grids.values()
-        }
+        self.levels = token_levels(animator.attention_layers(tuple(side // factor for side in reference.shape[-2:])))
         self._latents: dict[int, Tensor] = {}
         self._current: tuple[tuple[list[int], int], ReferenceBank] | None = None
         self._members: tuple[int, np.ndarray] | None = None
@@ -197,8 +185,6 @@ class ReferenceImages:
         for start in range(0, len(everything), ENCODE_CHUNK):
             part = SomeImages(self, everything[start : start + ENCODE_CHUNK])
             for layer, tokens in self.animator.encode_images(part, timestep, self.conditioning).items():
-                if layer in self.merged_grids:
-                    tokens = self.merging.tokens(tokens, self.merged_grids[layer])
                 written.setdefault(layer, []).append(tokens)
         tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
         return ReferenceBank(tokens, {image: place for place, image in enumerate(images, start=1)})
@@ -213,7 +199,7 @@ class ReferenceImages:
         bank.drop_projected()
         device = self.reference.device
         index = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
-        seen = ReferenceContext(bank.tokens, index, projected=bank.projected, merged=self.log_counts or None)
+        seen = ReferenceContext(bank.tokens, index, projected=bank.projected)
         if self.calibration is None:
             return seen
         members = self.members(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated

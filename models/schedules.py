@@ -1,5 +1,7 @@
 """Noise schedules of the published animators. A pipeline folder carries its own, so sampling uses the right one."""
 
+from collections.abc import Sequence
+
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -37,6 +39,8 @@ SCHEDULES = {
 }
 
 SOLVERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+EVERY_LEVEL = (0.0, 1.0)  # of noise
 
 
 def published_scheduler(family: str) -> DDIMScheduler:
@@ -80,6 +84,34 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
     # DPM-Solver++ would end in a step of second order over the widest interval of all, where that goes to some noise.
     further = {"euler_at_final": True} if solver == "dpm++" else {}
     return SOLVERS[solver].from_config(config, solver_order=2, final_sigmas_type=last, **further)
+
+
+def check_sampling(guidance_interval: Sequence[float], solver: str | None) -> None:
+    """Refuse an interval of noise levels or a solver that does not exist.
+
+    Raises:
+        UserError: naming it.
+    """
+    interval = list(guidance_interval)
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(f"guidance_interval={interval} must be two numbers, 0 <= first < second <= 1")
+    if solver is not None and solver not in SOLVERS:
+        raise UserError(f"solver={solver} must be one of {', '.join(SOLVERS)}")
+
+
+def guidance_at(
+    scales: tuple[float, ...], interval: Sequence[float], scheduler: SchedulerMixin, timestep: Tensor
+) -> tuple[float, ...]:
+    """Scales of guidance at one step: as they are for noise levels in (low, high], all 1 elsewhere.
+
+    Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
+    Models", 2024; its levels s are s / sqrt(1 + s^2) here.
+    """
+    low, high = interval
+    # The whole range includes the level 0, and asks no scheduler for its levels.
+    if (low, high) == EVERY_LEVEL or low < noise_level(scheduler, timestep) <= high:
+        return scales
+    return (1.0,) * len(scales)
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:

@@ -245,18 +245,6 @@ def append_flags(
     return widen[0], widen[1]
 
 
-def append_bias(
-    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query (b, heads, n, d) and key (b, heads, keys, d) with a channel more, which adds `bias` (keys,) to the logits.
-
-    `scale` is what attention multiplies the products with.
-    """
-    ones = query.new_full((*query.shape[:3], 1), 1 / scale)
-    column = bias.to(key.dtype)[:, None].expand(*key.shape[:2], -1, -1)
-    return torch.cat([query, ones], dim=-1), torch.cat([key, column], dim=-1)
-
-
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -131,7 +131,7 @@ def affordable_steps(
         UserError: the limit is too low for one step.
     """
     size = framing(pipeline, reference, driving, sampling).size
-    run = pipeline.attention_run(driving.poses.frames, size, sampling.steps, acceleration=sampling.acceleration)
+    run = pipeline.attention_run(driving.poses.frames, size, sampling.steps)
     both = run, replace(run, images=1 + reference.poses.persons)
     for count in range(sampling.steps, 0, -1):
         steps = spread_steps(sampling.steps, count)

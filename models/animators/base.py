@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
-from models.broadcast import CROSS, SPATIAL
 from models.images import ImageSequence
 
 
@@ -79,8 +78,6 @@ class Animator(nn.Module, ABC):
         joint_frames: the frames of a window see each other; otherwise windows need not overlap.
         guidance_names: what each scale of guidance is about.
         latent_multiple: what height and width of the latents must be multiples of.
-        broadcast_kinds: kinds of attention, of `models.broadcast.KINDS`, whose layers can re-use the outputs of
-            other steps: they are given a `ReferenceContext`.
     """
 
     pose_kind = "OpenPose"
@@ -90,7 +87,6 @@ class Animator(nn.Module, ABC):
     joint_frames = True
     guidance_names: tuple[str, ...] = ("reference",)
     latent_multiple = 1
-    broadcast_kinds: tuple[str, ...] = (SPATIAL, CROSS)
 
     @property
     @abstractmethod

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention.probe import Probe
-from models.broadcast import WindowCache
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,6 @@ class ReferenceContext:
         projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
         probe: looks at what queries attend to; None: nobody asks.
-        merged: number of query tokens of a layer -> (r,) logarithm of how many tokens each token of an image stands
-            for; levels that are not named have one for one. See `models.merging`.
-        reuse: attention outputs of other steps; None: attention is computed. See `models.broadcast`.
         dropped: (b*f,) bool, frames that go without images in reference attention; None: no frame does.
     """
 
@@ -41,8 +37,6 @@ class ReferenceContext:
     key_flags: dict[int, Tensor] | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
     probe: Probe | None = None
-    merged: dict[int, Tensor] | None = None
-    reuse: WindowCache | None = None
     dropped: Tensor | None = None
 
     def names(self, layer: str) -> bool:
@@ -68,13 +62,9 @@ class ReferenceContext:
             return query, key
         return torch.cat([flags[0], query], dim=-1), torch.cat([flags[1], key], dim=-1)
 
-    def apart(self, branch: str) -> "ReferenceContext":
-        """The same images for a further branch of guidance; what queries attend to is asked of one branch alone."""
-        return replace(self, probe=None, reuse=None if self.reuse is None else self.reuse.apart(branch))
-
-    def unconditional(self) -> "ReferenceContext | None":
-        """What a branch of guidance that sees no image takes instead; None where there is nothing to take."""
-        return None if self.reuse is None else ReferenceContext({}, self.index, reuse=self.reuse.apart("blind"))
+    def without_probe(self) -> "ReferenceContext":
+        """The same images for a further branch of guidance: attention is recorded in one branch alone."""
+        return replace(self, probe=None)
 
     def clip(self, number: int, num_frames: int) -> "ReferenceContext":
         """What the frames of one clip of the batch see."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from models.attention.processors import image_layers, reference_layers
 from models.attention.tokens import KeyLayout, TokenLevel
-from models.broadcast import CROSS, SPATIAL
 
 BLOCKS = ("down", "mid", "up")  # in the order in which they run
 
@@ -37,11 +36,6 @@ class LayerShape:
     def layout(self) -> KeyLayout:
         """`keys`, written out."""
         return KeyLayout(self.grid, own=True) if self.keys is None else self.keys
-
-    @property
-    def kind(self) -> str:
-        """Of attention, one of `models.broadcast.KINDS`."""
-        return SPATIAL if self.layout.own else CROSS
 
     @property
     def map_grid(self) -> tuple[int, int]:

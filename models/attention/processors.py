@@ -9,7 +9,6 @@ What a UNet may look at travels as an argument (`cross_attention_kwargs`), never
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from models.attention.context import ReferenceContext, TokenRecord
-from models.broadcast import CROSS, SPATIAL
-from tpc.attach import append_bias, masked_attention
-
-
-def attention_output(
-    reference: ReferenceContext | None, kind: str, attn: nn.Module, compute: Callable[[], Tensor]
-) -> Tensor:
-    """Output of an attention layer: computed, or that of another step where this step re-uses it.
-
-    Args:
-        kind: of `models.broadcast.KINDS`.
-    """
-    if reference is None or reference.reuse is None:
-        return compute()
-    return reference.reuse.output(kind, attn, compute)
+from tpc.attach import masked_attention
 
 
 class PlainProcessor(AttnProcessor2_0):
@@ -50,19 +35,6 @@ class PlainProcessor(AttnProcessor2_0):
         written_tokens: TokenRecord | None = None,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        kind = SPATIAL if encoder_hidden_states is None else CROSS
-        return attention_output(
-            reference, kind, attn, lambda: self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
-        )
-
-    def attend(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> Tensor:
-        """Attention of frames (b*f, n, c) to themselves, or to context tokens, (b*f, n, c) or (b*f, 1, c)."""
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, attention_mask=attention_mask)
         frames = len(hidden_states) // len(encoder_hidden_states)
@@ -126,13 +98,7 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         reference: ReferenceContext | None = None,
     ) -> Tensor:
         if reference is None or not reference.names(self.layer):
-            attend = partial(super().__call__, attn, hidden_states, encoder_hidden_states, attention_mask)
-        else:
-            attend = partial(self.look, attn, hidden_states, reference)
-        return attention_output(reference, SPATIAL, attn, attend)
-
-    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
-        """Attention of frames (b*f, n, c) to themselves and to the images that they see, (b*f, n, c)."""
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         own = attn.to_k(hidden_states), attn.to_v(hidden_states)
         images = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
         if reference.dropped is not None:
@@ -165,13 +131,7 @@ class ImageTokenProcessor(PlainProcessor):
         reference: ReferenceContext | None = None,
     ) -> Tensor:
         if reference is None or not reference.names(self.source):
-            attend = partial(self.attend, attn, hidden_states, encoder_hidden_states, attention_mask)
-        else:
-            attend = partial(self.look, attn, hidden_states, reference)
-        return attention_output(reference, CROSS, attn, attend)
-
-    def look(self, attn: Attention, hidden_states: Tensor, reference: ReferenceContext) -> Tensor:
-        """Attention of frames (b*f, n, c) to the images that they see, (b*f, n, c)."""
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
         return attend_to_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
@@ -205,12 +165,7 @@ def attend_to_images(
     """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output
     projection."""
     query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))
-    flags, merged = reference.flags(query.shape[2]), (reference.merged or {}).get(query.shape[2])
-    if merged is not None:
-        counts = merged.repeat(reference.index.shape[1])
-        query, key = append_bias(query, key, F.pad(counts, (key.shape[2] - len(counts), 0)), attn.scale)
-        if flags is None:  # masked attention takes queries and keys that are wider than values
-            flags = tuple(query.new_zeros(len(part), part.shape[2], 0) for part in (query, key))
+    flags = reference.flags(query.shape[2])
     if flags is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
     else:

@@ -60,7 +60,6 @@ class AttentionRun:
         frames, steps: of the run.
         images: reference images that a frame sees: the reference, and a calibrated image for every person.
         replaced: calibrated images take the reference's place, so that there are only these.
-        reused: steps at which the attention of earlier ones is used and none is computed.
     """
 
     layers: dict[str, LayerShape]
@@ -69,7 +68,6 @@ class AttentionRun:
     steps: int
     images: int = 1
     replaced: bool = False
-    reused: tuple[int, ...] = ()
 
 
 def attention_run(
@@ -134,7 +132,7 @@ def select(config: AttentionConfig, run: AttentionRun, points: int | None) -> Se
     """What a configuration chooses of a run.
 
     Raises:
-        UserError: a layer, step, frame or head that the run does not have, or a step that computes no attention.
+        UserError: a layer, step, frame or head that the run does not have.
     """
     names = list(run.layers) if config.layers is None else list(config.layers)
     for name in names:
@@ -146,9 +144,6 @@ def select(config: AttentionConfig, run: AttentionRun, points: int | None) -> Se
     if not names:
         raise UserError("layers=[] leaves nothing to record")
     steps = _numbers("steps", config.steps, run.steps)
-    absent = sorted(set(steps) & set(run.reused))
-    if absent:
-        raise UserError(f"steps: {absent} re-use the attention of others (acceleration.broadcast); record other steps")
     frames = _numbers("frames", config.frames, run.frames)
     layers = {name: shape for name, shape in run.layers.items() if name in names}
     heads = {name: _numbers("heads", config.heads, shape.heads, f" of {name}") for name, shape in layers.items()}

@@ -103,9 +103,7 @@ class AnimateAnyone(ReferenceAnimator):
         context, pose = condition.conditioning, condition.pose
         return guided(
             lambda: self.denoising_unet(sample, timestep, context, pose, condition.context),
-            lambda: self.denoising_unet(
-                sample, timestep, torch.zeros_like(context), pose, condition.context.unconditional()
-            ),
+            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose, None),
             *scales,
         )
 

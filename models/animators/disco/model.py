@@ -40,7 +40,6 @@ from models.attention.context import ReferenceContext, same_reference, without_d
 from models.attention.layers import LayerShape, image_token_layers
 from models.attention.probe import Probe
 from models.attention.tokens import KeyLayout
-from models.broadcast import TEMPORAL
 from models.clip_images import clip_mask, clip_pixels
 from models.images import ImageSequence
 
@@ -113,10 +112,6 @@ class DisCo(TrainableAnimator):
     def latent_side(self) -> int:
         return self.unet.config.sample_size
 
-    @property
-    def broadcast_kinds(self) -> tuple[str, ...]:
-        return (*super().broadcast_kinds, TEMPORAL) if self.temporal else super().broadcast_kinds
-
     def encode_reference(self, reference: Images) -> DiscoConditioning:
         return DiscoConditioning(
             self.encode_null(), reference.encode(self.vae_images(reference.pixels, reference.masks))
@@ -132,8 +127,7 @@ class DisCo(TrainableAnimator):
         conditioning, poses = condition.conditioning, condition.pose
         frames = sample[0].transpose(0, 1)
         predict = partial(self.predict_frames, frames, timestep, conditioning.null, poses, conditioning.background)
-        seen = condition.context
-        prediction = guided(lambda: predict(seen), lambda: predict(seen.unconditional()), scales[0])
+        prediction = guided(lambda: predict(condition.context), lambda: predict(None), scales[0])
         return prediction.transpose(0, 1)[None]
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:

@@ -15,8 +15,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from models.attention.processors import attention_output
-from models.broadcast import TEMPORAL
 from models.norms import ClipGroupNorm, clip_norm
 
 
@@ -77,8 +75,7 @@ class TemporalTransformerBlock(BasicTransformerBlock):
         extra = cross_attention_kwargs or {}
         tokens = hidden_states + self.attn1(self.norm1(hidden_states), **extra)
         places = self.norm2(tokens).transpose(0, 1)  # (n, f, c)
-        over_frames = attention_output(extra.get("reference"), TEMPORAL, self.tem_attn, lambda: self.tem_attn(places))
-        tokens = tokens + over_frames.transpose(0, 1)
+        tokens = tokens + self.tem_attn(places).transpose(0, 1)
         tokens = tokens + self.attn2(self.norm2(tokens), encoder_hidden_states, **extra)
         return tokens + self.ff(self.norm3(tokens))
 

@@ -104,12 +104,11 @@ class DreamPose(TrainableAnimator):
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         null, pose, absent = condition.conditioning.null, condition.pose, torch.zeros_like(condition.pose)
-        seen = condition.context
         predict = partial(self.denoising_unet, sample, timestep)
         branches = (
-            lambda: predict(absent, null, seen.unconditional()),
-            lambda: predict(absent, null, seen.apart("image alone")),
-            lambda: predict(pose, null, seen),
+            lambda: predict(absent, null, None),
+            lambda: predict(absent, null, condition.context.without_probe()),
+            lambda: predict(pose, null, condition.context),
         )
         weights = branch_weights(*scales)
         return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)

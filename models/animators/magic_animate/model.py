@@ -123,9 +123,7 @@ class MagicAnimate(ReferenceAnimator):
                 sample, timestep, condition.conditioning, reference=seen, residuals=condition.pose
             )
 
-        return guided(
-            lambda: denoised(condition.context), lambda: denoised(condition.context.unconditional()), *scales
-        )
+        return guided(lambda: denoised(condition.context), lambda: denoised(None), *scales)
 
     # The rest is of `models.animators.trainable.TrainableAnimator`.
 

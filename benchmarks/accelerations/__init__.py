@@ -1,1 +1,0 @@
-"""Accelerations that change the result: what each costs in quality, and what it saves."""
