@@ -19,11 +19,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from core.config import load_config, save_config
+from core.config import VERSION, load_config, save_config
 from core.errors import UserError, run_command
-from core.files import complete_file, output_folder
-from core.locks import locked_folder
-from core.version import VERSION
+from core.files import complete_file, locked_folder, output_folder
 from data.video.reading import write_video
 from inference.comparison import comparison_frames, comparison_strip
 from models.vae import vae_scale_factor
@@ -37,7 +35,7 @@ from training.build import (
     trained_window,
 )
 from training.checkpoint import remove_leftovers, save_checkpoint
-from training.config import TrainConfig, check_train_config
+from training.config import TrainConfig
 from training.data import broken_clips, check_pose_kind
 from training.distributed import SHARDED, check_shared, end_together, make_accelerator, on_main, spread_batch, strategy
 from training.export import export_checkpoint, export_name
@@ -47,7 +45,7 @@ from training.kernels import attention_kernels
 from training.logs import add_clip
 from training.memory import enable_gradient_checkpointing, memory_report
 from training.noise import Generators
-from training.objective import check_schedule, compose_samples, diffusion_loss
+from training.objective import compose_samples, diffusion_loss
 from training.run import Batch, Run, batches, make_clips, prepare
 from training.validate import FPS, mean_metrics, sample_clips, undisturbed
 
@@ -191,8 +189,6 @@ def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
 
 def main(arguments: list[str]) -> None:
     config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
-    check_train_config(config)
-    check_schedule(config.noise)
     check_precision(config)
     if config.dry_run:
         print(memory_report(config))

@@ -3,12 +3,12 @@
     config = load_config(InferConfig, sys.argv[1:])                                 # key=value ...
     config = load_config(TrainConfig, sys.argv[1:], file_option="--config")         # --config file.yaml key=value ...
 
-Unknown keys are errors that name the nearest known one; values of a wrong type are errors that name the key.
+Every command then also takes `--help` and `--print-config`.
 """
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,16 @@ from core.errors import UserError
 from core.files import complete_file
 
 Config = TypeVar("Config")
+VERSION = "0.1.0"  # as in pyproject.toml; results carry it
+
+# Keys that had another name, by the end of their dotted names: files, arguments and saved results still use them.
+RENAMED_KEYS = {
+    "pose_pictures": "pose_images",
+    "calibrated.pictures": "calibrated.images",
+    "model.kind": "model.animator",
+    "acceleration.guidance_interval": "guidance_interval",
+    "acceleration.solver": "solver",
+}
 
 
 def load_config(
@@ -31,52 +41,72 @@ def load_config(
     file_option: str | None = None,
     flags: Sequence[str] = (),
 ) -> Config:
-    """Build an instance of the dataclass `schema` from YAML files and overrides; later ones win.
+    """Build an instance of the dataclass `schema` from YAML files and overrides, later ones win, and check it.
 
     Args:
-        schema: a dataclass; its defaults are where everything starts.
         arguments: the command's arguments: `key=value`, `group.key=value`, `--flag` for each of `flags`.
         files: YAML files read before the arguments.
         file_option: name of an option that takes a YAML file, such as "--config".
         flags: boolean keys that may be written as options: "dry_run" allows `--dry-run`.
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, a value of the wrong type, a missing required value.
+        UserError: a file that cannot be read, an unknown key, a wrong value, a missing required value.
     """
     if {"-h", "--help"} & set(arguments):
         print(describe(schema))
         raise SystemExit(0)
-    files, overrides = list(files), []
+    files, overrides, print_only = list(files), [], False
     remaining = iter(arguments)
     for argument in remaining:
-        if file_option and argument == file_option:
-            path = next(remaining, None)
+        option, _, text = argument.partition("=")
+        if file_option and option == file_option:
+            path = text or next(remaining, None)
             if path is None:
                 raise UserError(f"{file_option} needs a file")
             files.append(path)
-        elif file_option and argument.startswith(file_option + "="):
-            files.append(argument.split("=", 1)[1])
+        elif argument == "--print-config":
+            print_only = True
         elif argument.startswith("--") and argument[2:].replace("-", "_") in flags:
             overrides.append((argument[2:].replace("-", "_"), True))
         elif "=" in argument and not argument.startswith("-"):
-            key, text = argument.split("=", 1)
-            overrides.append((key, _parse_value(text)))
+            overrides.append((option, _parse_value(text)))
         else:
             raise UserError(f"argument {argument!r} is not of the form key=value")
 
-    known = _known_keys(schema)
     config = OmegaConf.structured(schema)
+    known = _known_keys(schema)
     for file in files:
-        config = _merge(config, _read_yaml(file), known, source=f"{file}: ")
-    for key, value in overrides:
-        _check_key(key, known, source="")
-        update = OmegaConf.create()
-        OmegaConf.update(update, key, value, force_add=True)
-        config = _merge(config, update, known, source="")
-    missing = OmegaConf.missing_keys(config)
-    if missing:
+        for key, value in _leaves(_read_yaml(file)):
+            _set(config, key, value, known, source=f"{file}: ")
+    for name, override in overrides:
+        for key, value in _leaves(override, name):
+            _set(config, key, value, known, source="")
+    if print_only:
+        print(OmegaConf.to_yaml(config), end="")
+        raise SystemExit(0)
+    if missing := OmegaConf.missing_keys(config):
         raise UserError(f"{sorted(missing)[0]}= is required")
-    return OmegaConf.to_object(config)
+    built = OmegaConf.to_object(config)
+    check_config(built)
+    return built
+
+
+def check_config(config: Any, name: str = "") -> None:
+    """Call `check()` of every dataclass in a configuration, innermost first.
+
+    A `check` raises a `UserError` that starts with a field's name; the keys of the groups around it are put before.
+
+    Args:
+        name: key of `config` itself within another configuration.
+    """
+    for field in fields(config):
+        if is_dataclass(value := getattr(config, field.name)):
+            check_config(value, f"{name}.{field.name}" if name else field.name)
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except UserError as error:
+            raise UserError(f"{name}.{error}" if name else str(error)) from None
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -94,10 +124,13 @@ def describe(schema: type) -> str:
     """The keys of a configuration with their defaults, one a line, for `--help`."""
     lines = ["Arguments are key=value:"]
     config = OmegaConf.structured(schema)
-    for key, is_group in _known_keys(schema).items():
-        if not is_group:
-            missing = key in OmegaConf.missing_keys(config)
-            lines.append(f"  {key}=" + ("   (required)" if missing else f"{OmegaConf.select(config, key)}"))
+    missing = OmegaConf.missing_keys(config)
+    for key in _known_keys(schema):
+        if key in missing:
+            lines.append(f"  {key}=   (required)")
+        elif not isinstance(value := OmegaConf.select(config, key), DictConfig):
+            lines.append(f"  {key}={value}")
+    lines.append("--print-config prints all of it as YAML and ends")
     return "\n".join(lines)
 
 
@@ -122,7 +155,7 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _read_yaml(path: str | Path) -> DictConfig:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist")
@@ -132,47 +165,46 @@ def _read_yaml(path: str | Path) -> DictConfig:
         raise UserError(f"configuration file {path} cannot be read: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"configuration file {path} does not hold keys and values")
-    return loaded
+    return OmegaConf.to_container(loaded)
 
 
-def _known_keys(schema: type, prefix: str = "") -> dict[str, bool]:
-    """Dotted key -> whether it is a group, in the order of the dataclass. Dictionaries are open: see `_check_key`."""
-    known: dict[str, bool] = {}
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dictionaries; of anything else the value itself."""
+    if not isinstance(value, Mapping):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+
+
+def _known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted keys of groups and values, in the order of the dataclass."""
+    known = []
     for field in fields(schema):
-        key = prefix + field.name
+        known.append(prefix + field.name)
         if is_dataclass(field.type):
-            known[key] = True
-            known |= _known_keys(field.type, key + ".")
-        else:
-            known[key] = False
+            known += _known_keys(field.type, f"{prefix}{field.name}.")
     return known
 
 
-def _merge(config: DictConfig, update: DictConfig, known: dict[str, bool], source: str) -> DictConfig:
-    _check_keys(update, known, source, prefix="")
+def _set(config: DictConfig, key: str, value: Any, known: list[str], source: str) -> None:
+    """Set one value, under the present name of its key."""
+    for old, new in RENAMED_KEYS.items():
+        renamed = key.removesuffix(old) + new
+        if key not in known and f".{key}".endswith(f".{old}") and renamed in known:
+            key = renamed
+    if key not in known:
+        raise UserError(f"{source}unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}")
     try:
-        return OmegaConf.merge(config, update)
+        OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source}{key}: {reason}") from None
+        raise UserError(f"{source}{key}: {str(error).splitlines()[0]}") from None
 
 
-def _check_keys(update: DictConfig, known: dict[str, bool], source: str, prefix: str) -> None:
-    for name in update:
-        key = f"{prefix}{name}"
-        _check_key(key, known, source)
-        if known.get(key) and isinstance(update._get_node(name), DictConfig):
-            _check_keys(update[name], known, source, key + ".")
-
-
-def _check_key(key: str, known: dict[str, bool], source: str) -> None:
-    parents = key.split(".")
-    if key in known or any(known.get(".".join(parents[:i])) is False for i in range(1, len(parents))):
-        return  # known, or inside an open dictionary
-    candidates = [name for name in known]
-    nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
-    by_leaf = difflib.get_close_matches(parents[-1], [name.split(".")[-1] for name in candidates], n=1, cutoff=0.75)
-    if by_leaf and "." not in key:
-        nearest = [name for name in candidates if name.split(".")[-1] == by_leaf[0]]
-    raise UserError(f"{source}unknown key {key!r}; the nearest known one is {nearest[0]!r}")
+def _nearest(key: str, known: list[str]) -> str:
+    """The known key that a user may have meant: one of any group, if the group is left out."""
+    if "." not in key:
+        ends = {name.split(".")[-1]: name for name in reversed(known)}  # of several the first
+        if close := difflib.get_close_matches(key, ends, n=1, cutoff=0.75):
+            return ends[close[0]]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name only when they are complete."""
+"""Files and folders that appear under their final name only when they are complete, one writer at a time."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from core.errors import UserError
 
@@ -91,6 +93,26 @@ def output_folder(path: str | Path, argument: str = "output") -> Path:
     except OSError as error:
         raise UserError(f"{argument}={path} cannot be created: {error.strerror}") from None
     return path
+
+
+@contextmanager
+def locked_folder(folder: str | Path, argument: str = "output") -> Iterator[None]:
+    """Within the block no other process may lock the folder. The lock ends with the process, however it ends.
+
+    Raises:
+        UserError: another process has locked it; its number is in the message.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        with FileLock(path, timeout=0):
+            path.write_text(str(os.getpid()), encoding="utf-8")
+            yield
+    except Timeout:
+        owner = path.read_text(encoding="utf-8").strip() or "unknown"
+        raise UserError(
+            f"{argument}={folder} is being written by another run (process {owner}); wait for it, end it, or give "
+            f"another folder"
+        ) from None
 
 
 def existing_file(path: str | Path, argument: str) -> Path:

@@ -52,7 +52,6 @@ class ClipsConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
-        self.people.check("people")
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class ThresholdConfig:
         for name, high in (("angle", np.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
             value = getattr(self, name)
             if not 0 <= value <= high:
-                raise UserError(f"thresholds.{name}={value} must be in 0 to {high:.4g}")
+                raise UserError(f"{name}={value} must be in 0 to {high:.4g}")
         if self.share > self.consistent_share:
-            raise UserError("thresholds.share must not be above thresholds.consistent_share")
+            raise UserError("share must not be above thresholds.consistent_share")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import config_dict, save_config
+from core.config import VERSION, config_dict, save_config
 from core.files import complete_file, write_json
-from core.version import VERSION
 from evaluation.jobs import RESULTS_FILE
 from evaluation.metric_suite import REGIONS, MetricSuite
 from evaluation.summary import Number

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from core.config import VERSION
 from core.errors import UserError
 from core.files import complete_file, write_json
-from core.version import VERSION
 from data.inputs import Driving, Reference
 from data.poses.drawing import draw_pose
 from data.transforms import apply_fit, fit_matrix

@@ -5,9 +5,10 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, OmegaConf
 
-from core.config import config_dict, describe, load_config, save_config
+from core.config import RENAMED_KEYS, check_config, config_dict, describe, load_config, save_config
 from core.errors import UserError
 from core.files import complete_file, complete_folder, existing_file, output_folder
 
@@ -56,6 +57,77 @@ def test_saved_configuration_loads_back_equal(tmp_path):
 def test_unknown_key_names_the_nearest(argument, nearest):
     with pytest.raises(UserError, match=nearest):
         load_config(Outer, ["output=x", argument])
+
+
+@dataclass
+class Calibrated:
+    images: int = 1
+
+
+@dataclass
+class Model:
+    animator: str = "a"
+
+
+@dataclass
+class Renamed:
+    """Every group and key that `RENAMED_KEYS` leads to."""
+
+    pose_images: str | None = None
+    guidance_interval: str | None = None
+    solver: str | None = None
+    calibrated: Calibrated = field(default_factory=Calibrated)
+    model: Model = field(default_factory=Model)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_renamed_keys_are_still_read(old, new, tmp_path):
+    file = tmp_path / "old.yaml"
+    OmegaConf.save(OmegaConf.from_dotlist([f"{old}=7"]), file)
+    expected = load_config(Renamed, [f"{new}=7"])
+    assert load_config(Renamed, [f"{old}=7"]) == load_config(Renamed, [], files=[file]) == expected != Renamed()
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(Outer, ["output=x", f"{old}=7"])
+
+
+def test_print_config_shows_everything_and_ends(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("inner:\n  steps: 5\n")
+    with pytest.raises(SystemExit) as ended:
+        load_config(Outer, ["--config", str(file), "seed=3", "--print-config"], file_option="--config")
+    assert ended.value.code == 0
+    inner = {"steps": 5, "guidance_scale": 3.5}
+    assert yaml.safe_load(capsys.readouterr().out) == {
+        "output": "???",
+        "seed": 3,
+        "sizes": [1, 2],
+        "dry_run": False,
+        "inner": inner,
+    }
+
+
+@dataclass
+class Part:
+    steps: int = 1
+
+    def check(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} must be at least 1")
+
+
+@dataclass
+class Whole:
+    part: Part = field(default_factory=Part)
+
+    def check(self) -> None:
+        raise UserError("part.steps is too small")
+
+
+def test_nested_checks_name_the_whole_key():
+    with pytest.raises(UserError, match=r"^part\.steps=0 must be at least 1$"):
+        load_config(Whole, ["part.steps=0"])
+    with pytest.raises(UserError, match=r"^outer\.part\.steps is too small$"):
+        check_config(Whole(), "outer")
 
 
 def test_unknown_key_in_a_file_names_the_file(tmp_path):

@@ -69,7 +69,7 @@ def test_evaluation_compares_adding_with_replacing(published, tmp_path):
 
 def test_both_stages_train_and_the_second_makes_the_temporal_variant(inputs, tmp_path):
     """With calibrated images and dropped references; validation samples with TPC."""
-    new = ["model.kind=disco", f"model.vae={make_vae(tmp_path / 'vae')}", "stage=image", "max_steps=2"]
+    new = ["model.animator=disco", f"model.vae={make_vae(tmp_path / 'vae')}", "stage=image", "max_steps=2"]
     validation = ["validation.clips=1", "validation.num_frames=1", "validation.num_inference_steps=1"]
     first, second = tmp_path / "first", tmp_path / "second"
     train_process(tmp_path / "log", f"output={first}", *ARGUMENTS, *new, *validation, "validation.steps=2")

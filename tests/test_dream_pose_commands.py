@@ -93,7 +93,7 @@ def test_evaluation_sweeps(figures, published, tmp_path):
 def test_training_makes_a_pipeline(inputs, tmp_path):
     """Clips with calibrated training and every kind of dropout; the result animates, and goes on as `model.init`."""
     arguments = ["stage=motion", "data.num_frames=3", "max_steps=2", *ARGUMENTS]
-    new = ["model.kind=dream_pose", f"model.vae={make_vae(tmp_path / 'vae')}"]
+    new = ["model.animator=dream_pose", f"model.vae={make_vae(tmp_path / 'vae')}"]
     validation = ["validation.steps=2", "validation.clips=1", "validation.num_frames=3"]
     once = ["validation.num_inference_steps=1"]
     train_process(tmp_path / "log", f"output={tmp_path / 'run'}", *new, *arguments, *validation, *once)

@@ -225,9 +225,9 @@ def test_a_probe_sees_the_middle_and_upward_blocks_of_all_clips(stage):
 
 
 def test_train_writes_a_pipeline_that_animates_with_tpc(tmp_path):
-    """New networks by `model.kind`, then the motion stage from what they became, then `infer.py` with these."""
+    """New networks by `model.animator`, then the motion stage from what they became, then `infer.py` with these."""
     quick = ["max_steps=1", "batch_size=2", "mixed_precision=no", "data.size=[32,32]", "data.workers=0"]
-    first = [f"output={tmp_path / 'image'}", "stage=image", "model.kind=magic_animate", *TINY_NETWORKS]
+    first = [f"output={tmp_path / 'image'}", "stage=image", "model.animator=magic_animate", *TINY_NETWORKS]
     first += [f"model.vae={make_vae(tmp_path / 'vae')}", "model.train_image_encoder=true", "attention.weight=0.1"]
     first += ["augmentation.calibrated.probability=0.5", "export_dtype=float16"]
     train(tmp_path / "image.log", *first, *quick)

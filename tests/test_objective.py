@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from core.config import check_config
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Condition
@@ -22,7 +23,6 @@ from training.data import make_dataset
 from training.memory import enable_gradient_checkpointing
 from training.noise import draw, sample_generators, shifted
 from training.objective import (
-    check_schedule,
     compose_samples,
     diffusion_loss,
     prediction_target,
@@ -140,7 +140,7 @@ def test_shifted_timesteps_follow_their_closed_form():
 
 def test_a_shift_must_be_positive():
     with pytest.raises(UserError, match=r"noise.timestep_shift=0.0 must be positive"):
-        check_schedule(NoiseConfig(timestep_shift=0.0))
+        check_config(NoiseConfig(timestep_shift=0.0), "noise")
 
 
 def test_the_share_of_dropped_samples_is_the_configured_one():
@@ -324,4 +324,4 @@ def test_a_sample_of_a_batch_is_a_batch_of_one():
 
 def test_published_pairs_that_cannot_be_sampled_are_refused():
     with pytest.raises(UserError, match="epsilon"):
-        check_schedule(NoiseConfig(prediction_type="epsilon"))
+        NoiseConfig(prediction_type="epsilon").check()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from core.config import check_config
 from core.errors import UserError
 from data.clips.clip_cache import CachedClips
 from data.clips.rendered import PeopleConfig
@@ -24,7 +25,6 @@ from training.config import (
     ModelConfig,
     NoiseConfig,
     TrainConfig,
-    check_train_config,
 )
 from training.data import make_dataset
 from training.latent_cache import ensure_latents
@@ -304,7 +304,7 @@ def test_cached_latents_are_those_of_the_images(tmp_path, vae, kind):
 
 def test_options_that_cannot_work_are_refused():
     good = TrainConfig(stage="image", output="x", model=replace(TINY, vae="vae"))
-    check_train_config(good)
+    check_config(good)
     moved = AugmentationConfig(composition=CompositionConfig(probability=0.5, fill="edge"))
     for bad, message in (
         (replace(good, attention=AttentionLossConfig(weight=-1.0)), "attention.weight=-1"),
@@ -314,7 +314,7 @@ def test_options_that_cannot_work_are_refused():
         (replace(good, data=DataConfig(cache_latents=True)), "cache_latents"),
     ):
         with pytest.raises(UserError, match=message):
-            check_train_config(bad)
+            check_config(bad)
     for people, message in (
         (PeopleConfig(height=[1.0]), "height"),
         (PeopleConfig(plain=1.5), "plain=1.5"),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.config import check_config
 from core.errors import UserError
 from data.people.bodies import build_person, load_people, random_identity
 from data.people.renderer import Camera, Light, project_keypoints, render_person
@@ -16,7 +17,7 @@ from data.people.surfaces import render_surface
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
 from training.attention_loss import SAME_POINT, surface_points
-from training.config import AttentionLossConfig, AugmentationConfig, DataConfig, TrainConfig, check_train_config
+from training.config import AttentionLossConfig, AugmentationConfig, DataConfig, TrainConfig
 from training.data import make_dataset
 from training.noise import sample_generators
 
@@ -179,7 +180,7 @@ def test_options_that_cannot_work_are_refused():
         data=DataConfig(cache="x", cache_surfaces=True),
         attention=AttentionLossConfig(weight=0.5, surface=16),
     )
-    check_train_config(good)
+    check_config(good)
     moved = AugmentationConfig(composition=CompositionConfig(probability=0.5, fill="scene"))
     for bad, message in (
         (replace(good, data=DataConfig(cache="x")), "attention.surface=16 needs data.cache_surfaces"),
@@ -189,4 +190,4 @@ def test_options_that_cannot_work_are_refused():
         (replace(good, augmentation=moved), "references that stay as they are"),
     ):
         with pytest.raises(UserError, match=message):
-            check_train_config(bad)
+            check_config(bad)

@@ -20,7 +20,7 @@ from core.errors import UserError
 from models.animators.registry import load_pipeline, read_index
 from training.build import check_precision, make_scheduler, schedule_differences, trained_window
 from training.checkpoint import checkpoints
-from training.config import DataConfig, NoiseConfig, TrainConfig, check_train_config
+from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset, make_loader
 from training.objective import prediction_target
 
@@ -221,7 +221,7 @@ def test_wrong_configurations_end_in_one_line(folder, arguments, named):
 def test_shipped_configurations_are_valid_and_complete(file):
     """Each says every knob, so that a reader of one file knows the whole recipe; lines explain themselves."""
     arguments = ["output=x", "model.init=x", "data.root=x"]
-    check_train_config(load_config(TrainConfig, arguments, files=[file]))
+    load_config(TrainConfig, arguments, files=[file])
     known = {key for key in flat(OmegaConf.to_container(OmegaConf.structured(TrainConfig)))}
     assert set(flat(yaml.safe_load(file.read_text()))) == known
     assert all(len(line) < 120 for line in file.read_text().splitlines())

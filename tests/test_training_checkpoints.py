@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.locks import locked_folder
+from core.files import locked_folder
 from tests.filmed import figure_film, save_prepared_videos
 from tests.training_runs import ARGUMENTS, Fork, difference, logged, make_vae, start_two, train, weights
 from training.checkpoint import (

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.config import check_config
 from core.errors import UserError
 from models.attention.tokens import TokenLevel, pool_masks, self_attention_level
 from tpc.attach import Visibility, gate_flags, visibility_flags
@@ -47,6 +48,15 @@ class CompositionConfig:
     ramp_steps: int = 0  # training steps over which the ranges grow from nothing to these
     fill: str = "scene"  # scene: only the person moves; edge, black: the image does, and what is beyond it
 
+    def check(self) -> None:
+        _check_range("probability", self.probability, 0, 1)
+        _check_range("min_scale", self.min_scale, 1e-3, self.max_scale)
+        _check_range("max_scale", self.max_scale, self.min_scale, 1e3)
+        _check_range("max_rotation", self.max_rotation, 0, 180)
+        _check_range("max_translation", self.max_translation, 0, 10)
+        if self.fill not in FILLS:
+            raise UserError(f"fill must be one of {', '.join(FILLS)}; got {self.fill!r}")
+
 
 @dataclass
 class CalibratedTrainingConfig:
@@ -59,6 +69,13 @@ class CalibratedTrainingConfig:
     images: int = 1  # calibrated images a clip; its frames share them in consecutive groups
     visibility: str = "scene"  # paper, release, exclusive, scene
     mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
+
+    def check(self) -> None:
+        _check_range("probability", self.probability, 0, 1)
+        _check_range("images", self.images, 1, 10**6)
+        for name, allowed in (("keypoints", tuple(FIXED_RULES)), ("visibility", VISIBILITIES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def compose_references(
     batch: Batch, config: CompositionConfig, step: int = 0, generator: torch.Generator | None = None
 ) -> Batch:
     """The batch with the references of some samples moved, turned and resized about their persons."""
-    check_composition(config)
+    check_config(config, "composition")
     reference, mask = batch["reference"], batch["reference_mask"]
     size = _size(reference)
     if config.probability == 0:
@@ -135,7 +152,7 @@ def calibrate_batch(
     The frames of a clip are divided into groups; the frames of a group share the image of one of them, drawn at
     random, as in iterative propagation.
     """
-    check_calibrated_training(config)
+    check_config(config, "calibrated_training")
     reference, keypoints = batch["reference"], batch["keypoints"]
     (b, frames), size = keypoints.shape[:2], _size(reference)
     groups = torch.from_numpy(group_of_frames(frames, max(1, min(config.images, frames))))
@@ -233,30 +250,7 @@ def misalignment(batch: Batch, threshold: float = 0.3) -> dict[str, Tensor]:
     }
 
 
-def check_composition(config: CompositionConfig) -> None:
-    """UserError when a value is out of range."""
-    _check("composition.probability", config.probability, 0, 1)
-    _check("composition.min_scale", config.min_scale, 1e-3, config.max_scale)
-    _check("composition.max_scale", config.max_scale, config.min_scale, 1e3)
-    _check("composition.max_rotation", config.max_rotation, 0, 180)
-    _check("composition.max_translation", config.max_translation, 0, 10)
-    if config.fill not in FILLS:
-        raise UserError(f"composition.fill must be one of {', '.join(FILLS)}; got {config.fill!r}")
-
-
-def check_calibrated_training(config: CalibratedTrainingConfig) -> None:
-    """UserError when a value is out of range."""
-    _check("calibrated_training.probability", config.probability, 0, 1)
-    _check("calibrated_training.images", config.images, 1, 10**6)
-    for name, value, allowed in (
-        ("keypoints", config.keypoints, tuple(FIXED_RULES)),
-        ("visibility", config.visibility, VISIBILITIES),
-    ):
-        if value not in allowed:
-            raise UserError(f"calibrated_training.{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise UserError(f"{name} must be in {low:g} to {high:g}; got {value!r}")
 

@@ -1,18 +1,33 @@
 """Configuration of training. Every knob is documented here; the files in `configs/` set them all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from core.errors import UserError
 from data.clips.rendered import PeopleConfig
-from tpc.augmentation import (
-    CalibratedTrainingConfig,
-    CompositionConfig,
-    check_calibrated_training,
-    check_composition,
-)
+from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
 from tpc.config import PRESETS
+
+
+def check_choice(config: object, name: str, allowed: Sequence[str | None]) -> None:
+    """Refuse a field's value that is not one of those allowed."""
+    if (value := getattr(config, name)) not in allowed:
+        raise UserError(f"{name}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse counts below 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+
+
+def check_share(config: object, name: str) -> None:
+    """Refuse what is no part of a whole."""
+    if not 0 <= (value := getattr(config, name)) <= 1:
+        raise UserError(f"{name}={value} must be a share, 0 to 1")
 
 
 @dataclass
@@ -59,6 +74,16 @@ class DataConfig:
     cache_surfaces: bool = False
     people: PeopleConfig = field(default_factory=PeopleConfig)
 
+    def check(self) -> None:
+        check_choice(self, "source", ("rendered", "videos"))
+        if len(self.size) != 2 or min(self.size) < 8:
+            raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
+        check_positive(self, "num_frames")
+        if self.cache_latents and not self.cache:
+            raise UserError("cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
+        if self.cache_surfaces and (self.source != "rendered" or not self.cache):
+            raise UserError("cache_surfaces=true keeps maps of rendered people beside cached clips; give data.cache=")
+
 
 @dataclass
 class OptimizerConfig:
@@ -77,6 +102,11 @@ class OptimizerConfig:
     schedule: str = "constant_with_warmup"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+
+    def check(self) -> None:
+        check_choice(self, "name", ("adamw", "adamw8bit"))
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm={self.max_grad_norm} must be above 0")
 
 
 @dataclass
@@ -106,6 +136,17 @@ class NoiseConfig:
     condition_dropout: float = 0.1
     timestep_shift: float = 1.0
 
+    def check(self) -> None:
+        check_choice(self, "prediction_type", ("v_prediction", "epsilon", "sample"))
+        check_share(self, "condition_dropout")
+        if not self.person_weight > 0:
+            raise UserError(f"person_weight={self.person_weight} must be above 0")
+        if self.timestep_shift <= 0:
+            raise UserError(f"timestep_shift={self.timestep_shift} must be positive; 1 draws timesteps evenly")
+        # At zero terminal SNR the noise alone says nothing about the image.
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UserError("prediction_type=epsilon cannot be sampled with noise.rescale_betas_zero_snr=true")
+
 
 @dataclass
 class AttentionLossConfig:
@@ -126,6 +167,15 @@ class AttentionLossConfig:
     background: int = 0
     surface: int = 0
 
+    def check(self) -> None:
+        if self.weight < 0:
+            raise UserError(f"weight={self.weight} must be at least 0")
+        if not self.radius > 0:
+            raise UserError(f"radius={self.radius} must be above 0")
+        for name in ("background", "surface"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+
 
 @dataclass
 class LoraConfig:
@@ -141,6 +191,10 @@ class LoraConfig:
     alpha: float = 16.0
     motion: bool = True
     export: str = "merged"
+
+    def check(self) -> None:
+        check_choice(self, "export", ("merged", "separate"))
+        check_positive(self, "rank")
 
 
 @dataclass
@@ -159,7 +213,7 @@ class AugmentationConfig:
 class ModelConfig:
     """The networks: a saved pipeline folder to start from, or the sizes of new ones.
 
-    kind: of new networks, see `training/kinds.py`; a folder says itself what it is.
+    animator: of new networks, see `training/kinds.py`; a folder says itself what it is.
     init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
     vae: folder of a trained VAE, needed when init is null.
     start: pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random:
@@ -171,7 +225,7 @@ class ModelConfig:
         published ones stay frozen).
     """
 
-    kind: str = "animate_anyone"
+    animator: str = "animate_anyone"
     init: str | None = None
     start: str | None = None
     vae: str | None = None
@@ -212,6 +266,11 @@ class ValidationConfig:
     tpc: bool = True
     preset: str = "best"
     root: str | None = None
+
+    def check(self) -> None:
+        check_choice(self, "preset", PRESETS)
+        check_positive(self, "clips", "num_frames")
+        check_share(self, "misaligned")
 
 
 @dataclass
@@ -273,95 +332,49 @@ class TrainConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
+    def check(self) -> None:
+        check_choice(self, "stage", ("image", "motion"))
+        check_choice(self, "export_dtype", ("float32", "float16"))
+        check_choice(self, "mixed_precision", (None, "no", "bf16", "fp16"))
+        check_choice(self, "frozen_dtype", ("float32", "bfloat16"))
+        check_positive(self, "batch_size", "max_steps", "gradient_accumulation", "checkpoint_steps")
+        check_positive(self, "keep_checkpoints", "log_steps", "max_skipped_steps", "vae_chunk", "dry_run_processes")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
+        if self.stage == "image" and self.data.num_frames != 1:
+            raise UserError(f"stage=image trains on single frames; data.num_frames={self.data.num_frames} must be 1")
+        if self.stage == "motion" and self.data.num_frames < 2:
+            raise UserError("stage=motion needs data.num_frames of at least 2")
+        if self.stage == "image" and self.trainable == "motion":
+            raise UserError("trainable=motion needs stage=motion: motion modules take no part in single frames")
+        if self.mixed_precision != "bf16" and self.frozen_dtype == "bfloat16":
+            raise UserError(f"frozen_dtype=bfloat16 needs mixed_precision=bf16, not {self.mixed_precision}")
+        self._check_supervision()
+        if not self.dry_run:  # which takes the published sizes where nothing else is given
+            self._check_inputs()
 
-def check_train_config(config: TrainConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    choices = {
-        "stage": (config.stage, ("image", "motion")),
-        "data.source": (config.data.source, ("rendered", "videos")),
-        "export_dtype": (config.export_dtype, ("float32", "float16")),
-        "noise.prediction_type": (config.noise.prediction_type, ("v_prediction", "epsilon", "sample")),
-        "mixed_precision": (config.mixed_precision, (None, "no", "bf16", "fp16")),
-        "frozen_dtype": (config.frozen_dtype, ("float32", "bfloat16")),
-        "optimizer.name": (config.optimizer.name, ("adamw", "adamw8bit")),
-        "lora.export": (config.lora.export, ("merged", "separate")),
-        "validation.preset": (config.validation.preset, PRESETS),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{key}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
-    positive = {
-        "batch_size": config.batch_size,
-        "max_steps": config.max_steps,
-        "gradient_accumulation": config.gradient_accumulation,
-        "checkpoint_steps": config.checkpoint_steps,
-        "keep_checkpoints": config.keep_checkpoints,
-        "data.num_frames": config.data.num_frames,
-        "log_steps": config.log_steps,
-        "max_skipped_steps": config.max_skipped_steps,
-        "vae_chunk": config.vae_chunk,
-        "dry_run_processes": config.dry_run_processes,
-        "lora.rank": config.lora.rank,
-        "validation.clips": config.validation.clips,
-        "validation.num_frames": config.validation.num_frames,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    shares = {
-        "noise.condition_dropout": config.noise.condition_dropout,
-        "validation.misaligned": config.validation.misaligned,
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{key}={value} must be a share, 0 to 1")
-    if config.data.cache_latents and not config.data.cache:
-        raise UserError("data.cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
-    if config.data.cache_surfaces and (config.data.source != "rendered" or not config.data.cache):
-        raise UserError("data.cache_surfaces=true keeps maps of rendered people beside cached clips; give data.cache=")
-    if not config.noise.person_weight > 0:
-        raise UserError(f"noise.person_weight={config.noise.person_weight} must be above 0")
-    if config.attention.weight < 0 or not config.attention.radius > 0:
-        raise UserError(
-            f"attention.weight={config.attention.weight} must be at least 0 and "
-            f"attention.radius={config.attention.radius} above 0"
-        )
-    for name in ("background", "surface"):
-        if getattr(config.attention, name) < 0:
-            raise UserError(f"attention.{name}={getattr(config.attention, name)} must not be negative")
-    composition = config.augmentation.composition
-    if config.attention.surface and not config.data.cache_surfaces:
-        raise UserError(f"attention.surface={config.attention.surface} needs data.cache_surfaces=true")
-    if config.attention.surface and composition.probability > 0:
-        raise UserError(
-            f"attention.surface={config.attention.surface} needs references that stay as they are; set "
-            "augmentation.composition.probability=0"
-        )
-    if config.attention.background and composition.probability > 0 and composition.fill != "scene":
-        raise UserError(
-            f"attention.background={config.attention.background} needs backgrounds that stay where they are; "
-            f"augmentation.composition.fill={composition.fill} moves them, scene does not"
-        )
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"ema_decay={config.ema_decay} must be at least 0 and below 1")
-    if not config.optimizer.max_grad_norm > 0:
-        raise UserError(f"optimizer.max_grad_norm={config.optimizer.max_grad_norm} must be above 0")
-    check_composition(config.augmentation.composition)
-    check_calibrated_training(config.augmentation.calibrated)
-    if config.stage == "image" and config.data.num_frames != 1:
-        raise UserError(f"stage=image trains on single frames; data.num_frames={config.data.num_frames} must be 1")
-    if config.stage == "motion" and config.data.num_frames < 2:
-        raise UserError("stage=motion needs data.num_frames of at least 2")
-    if config.stage == "image" and config.trainable == "motion":
-        raise UserError("trainable=motion needs stage=motion: motion modules take no part in single frames")
-    if config.model.init is None and config.frozen_dtype != "float32" and not config.dry_run:
-        raise UserError(f"frozen_dtype={config.frozen_dtype} needs model.init=, where the unrounded weights are")
-    if config.mixed_precision != "bf16" and config.frozen_dtype == "bfloat16":
-        raise UserError(f"frozen_dtype=bfloat16 needs mixed_precision=bf16, not {config.mixed_precision}")
-    if config.model.init is None and config.trainable == "lora" and not config.dry_run:
-        raise UserError("trainable=lora adapts trained networks; give model.init=, a pipeline folder")
-    # A dry run without either takes the published sizes.
-    if config.model.init is None and config.model.vae is None and not config.dry_run:
-        raise UserError("model.init= (a pipeline folder) or model.vae= (a VAE folder, for new networks) is required")
-    if config.data.source == "videos" and not config.data.root and not config.dry_run:
-        raise UserError("data.source=videos needs data.root=, a folder of videos with pose files")
+    def _check_supervision(self) -> None:
+        composition, attention = self.augmentation.composition, self.attention
+        if attention.surface and not self.data.cache_surfaces:
+            raise UserError(f"attention.surface={attention.surface} needs data.cache_surfaces=true")
+        if attention.surface and composition.probability > 0:
+            raise UserError(
+                f"attention.surface={attention.surface} needs references that stay as they are; set "
+                "augmentation.composition.probability=0"
+            )
+        if attention.background and composition.probability > 0 and composition.fill != "scene":
+            raise UserError(
+                f"attention.background={attention.background} needs backgrounds that stay where they are; "
+                f"augmentation.composition.fill={composition.fill} moves them, scene does not"
+            )
+
+    def _check_inputs(self) -> None:
+        model = self.model
+        if model.init is None and self.frozen_dtype != "float32":
+            raise UserError(f"frozen_dtype={self.frozen_dtype} needs model.init=, where the unrounded weights are")
+        if model.init is None and self.trainable == "lora":
+            raise UserError("trainable=lora adapts trained networks; give model.init=, a pipeline folder")
+        if model.init is None and model.vae is None:
+            raise UserError("model.init= (a pipeline folder) or model.vae= (a VAE, for new networks) is required")
+        if self.data.source == "videos" and not self.data.root:
+            raise UserError("data.source=videos needs data.root=, a folder of videos with pose files")

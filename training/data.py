@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from core.config import check_config
 from core.errors import UserError
 from data.clips.clip_cache import CachedClips, ensure_cache
 from data.clips.feature_cache import FeatureCache
@@ -26,9 +27,7 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
     Raises:
         UserError: the folder is missing or holds no clip that is long enough.
     """
-    if len(config.size) != 2 or min(config.size) < 8:
-        raise UserError(f"data.size={config.size} must be a width and a height of at least 8 pixels")
-    config.people.check("data.people")
+    check_config(config.people, "data.people")
     if config.pose_images is not None and (config.source == "rendered" or config.cache is not None):
         raise UserError(
             f"data.pose_images={config.pose_images} needs data.source=videos, and no data.cache, which keeps "

@@ -58,8 +58,8 @@ def describe_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
             kind, settings = vae_kind(config.model.vae)
             vae = kind.from_config(settings)
             return vae, new_animator(config.model, vae.config.latent_channels, max(config.data.size))
-        if config.model.kind != PUBLISHED:
-            raise UserError(f"model.kind={config.model.kind} needs model.init= or model.vae= for an estimate")
+        if config.model.animator != PUBLISHED:
+            raise UserError(f"model.animator={config.model.animator} needs model.init= or model.vae= for an estimate")
         return published_networks()
 
 

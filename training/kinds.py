@@ -1,4 +1,4 @@
-"""Models of which `train.py` can make new small networks, by the names that `model.kind=` takes."""
+"""Models of which `train.py` can make new small networks, by the names that `model.animator=` takes."""
 
 from collections.abc import Callable
 
@@ -22,11 +22,11 @@ KINDS: dict[str, Maker] = {
 
 
 def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> TrainableAnimator:
-    """Randomly initialised networks of `model.kind`.
+    """Randomly initialised networks of `model.animator`.
 
     Raises:
         UserError: another kind, or sizes that do not go together.
     """
-    if config.kind not in KINDS:
-        raise UserError(f"model.kind={config.kind} is not one of {', '.join(KINDS)}")
-    return KINDS[config.kind](config, latent_channels, image_size)
+    if config.animator not in KINDS:
+        raise UserError(f"model.animator={config.animator} is not one of {', '.join(KINDS)}")
+    return KINDS[config.animator](config, latent_channels, image_size)

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from core.errors import UserError
 from models.animators.trainable import CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.tokens import TokenLevel
@@ -121,18 +120,6 @@ def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tenso
     share = F.adaptive_avg_pool2d(masks.transpose(1, 2).flatten(0, 1).float(), size)
     weights = 1 + (weight - 1) * share.unflatten(0, (len(masks), -1)).transpose(1, 2)
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
-
-
-def check_schedule(config: NoiseConfig) -> None:
-    """Refuse what cannot be trained: at zero terminal SNR the noise alone says nothing about the image.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if config.timestep_shift <= 0:
-        raise UserError(f"noise.timestep_shift={config.timestep_shift} must be positive; 1 draws timesteps evenly")
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        raise UserError("noise.prediction_type=epsilon cannot be sampled with noise.rescale_betas_zero_snr=true")
 
 
 def compose_samples(

@@ -49,17 +49,13 @@ class PeopleConfig:
     tilted: float = 0.0
     plain: float = PLAIN
 
-    def check(self, name: str) -> None:
-        """Refuse values that cannot work; `name` is the configuration's key.
-
-        Raises:
-            UserError: naming the value.
-        """
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
         if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
-            raise UserError(f"{name}.height={self.height} must be the least and the greatest share of the image")
+            raise UserError(f"height={self.height} must be the least and the greatest share of the image")
         for share in ("close_ups", "tilted", "plain"):
             if not 0 <= getattr(self, share) <= 1:
-                raise UserError(f"{name}.{share}={getattr(self, share)} must be a share between 0 and 1")
+                raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
 
     def cameras(self) -> CameraRanges:
         """The framing part."""

@@ -69,7 +69,7 @@ class TrainableAnimator(Animator):
     @classmethod
     @abstractmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Randomly initialised networks, for `train.py model.kind=`.
+        """Randomly initialised networks, for `train.py model.animator=`.
 
         Raises:
             UserError: sizes that do not go together.
