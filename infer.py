@@ -152,7 +152,7 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
             job.reference,
             job.reference_poses,
             job.reference_mask,
-            estimator if job.tpc.enabled or (pipeline.animator_kind.needs_mask and not job.reference_mask) else None,
+            estimator if job.tpc.enabled or (pipeline.animator_cls.needs_mask and not job.reference_mask) else None,
             job.pose.max_persons,
         )
         driving = load_driving(

@@ -1,11 +1,24 @@
-"""Images as users give them: PIL images, arrays or tensors, in bytes or in [0, 1]."""
+"""Images as users give them, as networks take them, and as a run passes them around.
 
-from typing import Any
+Shapes use f = frames, i = images, c = channels, h, w = latent size, H, W = image size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from models.vae import VAE, vae_encode
+from tpc.calibration import Calibration
+
+ENCODE_CHUNK = 8  # images that go through VAE and encoder at a time
+REFERENCE = -1  # index of the reference, beside those of calibrated images
 
 
 def image_tensor(images: Any, argument: str) -> Tensor:
@@ -43,8 +56,7 @@ def resize_images(images: Tensor, width: int, height: int) -> Tensor:
     """(f, 3, H, W) -> (f, 3, height, width), anti-aliased; unchanged when the size is right already."""
     if tuple(images.shape[-2:]) == (height, width):
         return images
-    resized = torch.nn.functional.interpolate(images, (height, width), mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def as_mask(mask: Any, width: int, height: int) -> Tensor:
@@ -59,6 +71,22 @@ def as_mask(mask: Any, width: int, height: int) -> Tensor:
         raise ValueError(f"reference_mask must have shape (H, W), got {tuple(array.shape)}")
     resized = resize_images(unit_range(array)[None, None], width, height)
     return (resized >= 0.5).float()
+
+
+def clip_pixels(images: Tensor, side: int) -> Tensor:
+    """Images (b, 3, H, W) in [-1, 1] -> (b, 3, side, side) float32 with CLIP's mean and deviation.
+
+    They are squashed to the encoder's square, aspect ratio not kept, in training and inference alike.
+    """
+    # Rounding may leave [0, 1] by a little after the cubic filter; the encoder was trained on clipped images.
+    pixels = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
+
+
+def clip_mask(masks: Tensor, side: int) -> Tensor:
+    """Masks (b, 1, H, W) -> (b, 1, side, side) in [0, 1], soft along outlines as resized images are."""
+    return F.interpolate(masks.float(), (side, side), mode="bilinear", antialias=True)
 
 
 class ImageSequence:
@@ -81,3 +109,69 @@ class ImageSequence:
         """Consecutive frames, (k, 3, height, width) in [0, 1]."""
         part = unit_range(self.images[frames.start : frames.stop].to(self.device))
         return resize_images(part, *self.size).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Some of the reference and calibrated images of a run; pixels, masks and latents are made when asked for.
+
+    Attributes:
+        reference: (1, 3, H, W) in [-1, 1].
+        mask: (1, 1, H, W), 1 where the reference's persons are; None: as the calibration has it.
+        indices: of calibrated images, or `REFERENCE`.
+        encoded: index -> latents (1, c, h, w), each image once in a run: batches of it share them.
+    """
+
+    vae: VAE
+    reference: Tensor
+    mask: Tensor | None = None
+    calibration: Calibration | None = None
+    indices: Sequence[int] = (REFERENCE,)
+    encoded: dict[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """Other images of the same run."""
+        return replace(self, indices=indices)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(i, 3, H, W) in [-1, 1]."""
+        return torch.cat([self._image(index) for index in self.indices])
+
+    @property
+    def masks(self) -> Tensor | None:
+        """(i, 1, H, W), 1 where a person is; None: unknown."""
+        if self.mask is None and (self.calibration is None or not self.calibration.persons):
+            return None
+        return torch.cat([self._mask(index) for index in self.indices])
+
+    @property
+    def latents(self) -> Tensor:
+        """(i, c, h, w), scaled to about unit variance."""
+        distinct = sorted(set(self.indices))
+        for start in range(0, len(distinct), ENCODE_CHUNK):
+            missing = [index for index in distinct[start : start + ENCODE_CHUNK] if index not in self.encoded]
+            # The reference goes by itself, so that its latents do not depend on which images it comes with.
+            for group in ([i for i in missing if i == REFERENCE], [i for i in missing if i != REFERENCE]):
+                if group:
+                    self.encoded.update(zip(group, self.encode(self.select(group).pixels).split(1), strict=True))
+        return torch.cat([self.encoded[index] for index in self.indices])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (n, c, h, w) of other images (n, 3, H, W) in [-1, 1]."""
+        return vae_encode(self.vae, images)
+
+    def _image(self, index: int) -> Tensor:
+        if index == REFERENCE:
+            return self.reference
+        image = torch.from_numpy(self.calibration.images[index])[None].permute(0, 3, 1, 2)
+        return image.to(self.reference) / 127.5 - 1
+
+    def _mask(self, index: int) -> Tensor:
+        if index == REFERENCE and self.mask is not None:
+            return self.mask
+        mask = self.calibration.reference_masks.any(axis=0) if index == REFERENCE else self.calibration.masks[index]
+        return torch.from_numpy(mask)[None, None].to(self.reference)

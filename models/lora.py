@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.errors import UserError
-from models.animators.trainable import TrainableAnimator
+from models.animators.base import Animator
 
 FOLDER = "lora"  # of adapters inside a pipeline folder
 FILE = "pytorch_lora_weights.safetensors"
@@ -43,7 +43,7 @@ def adaptable_layers(network: ModelMixin, unread: Collection[str], without: Coll
     ]
 
 
-def add_lora(model: TrainableAnimator, rank: int, alpha: float, motion: bool) -> None:
+def add_lora(model: Animator, rank: int, alpha: float, motion: bool) -> None:
     """Give the attention projections of a model's networks adapters, which start as no change, and make nothing else
     trainable.
 
@@ -64,15 +64,9 @@ def has_lora(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def adapted_networks(pipeline: DiffusionPipeline) -> tuple[str, ...]:
-    """Names of a pipeline's networks that adapters are made for; none where it cannot be trained."""
-    kind = pipeline.animator_kind
-    return kind.adapted_networks if issubclass(kind, TrainableAnimator) else ()
-
-
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the adapters of a pipeline's networks."""
-    for name in adapted_networks(pipeline):
+    for name in pipeline.animator_cls.adapted_networks:
         if has_lora(network := getattr(pipeline, name)):
             (folder / name).mkdir(parents=True)
             # Sorted lists instead of sets: equal adapters give equal files.
@@ -100,7 +94,7 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.
     Raises:
         UserError: no adapters there, or adapters of other networks.
     """
-    folder, names = Path(folder), adapted_networks(pipeline)
+    folder, names = Path(folder), pipeline.animator_cls.adapted_networks
     if not any((folder / name / FILE).is_file() for name in names):
         places = " or ".join(f"{name}/{FILE}" for name in names) or f"{type(pipeline).__name__} takes none"
         raise UserError(f"lora={folder} holds no adapters: {places}")

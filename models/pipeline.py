@@ -1,22 +1,21 @@
 """`AnimationPipeline`: a reference image and pose images in, an animation out, with calibration as an argument.
 
-Shapes use f = frames, i = reference images, c = channels, h, w = latent size, H, W = image size.
+Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import Parameter, Signature
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from data.transforms import frame_size
@@ -24,91 +23,105 @@ from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionRun
-from models.images import ImageSequence, as_images, as_mask, image_tensor, resize_images
-from models.pipeline_settings import RunSettings, check_callback
+from models.images import ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
 from models.schedules import EVERY_LEVEL, check_sampling, guidance_at, with_solver
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
-from models.vae import decoded_chunks, vae_decode, vae_scale_factor
+from models.vae import VAE, decoded_chunks, vae_decode, vae_scale_factor
 from models.windows import context_windows, step_shift, window_weights
 from tpc import Calibration
+
+OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
+# Frames that do not attend to each other are denoised this many at a time.
+FRAMES_AT_A_TIME = 8
+# The VAE's layers at full resolution are large. A GPU wants a few frames to be busy; a CPU is faster with one, whose
+# layers stay in its caches longer.
+DECODED_BY_GPU, DECODED_BY_CPU = 8, 1
 
 
 @dataclass
 class AnimationPipelineOutput(BaseOutput):
     """Frames of one clip, by `output_type`: list of PIL images, array (f, H, W, 3) of float32 in [0, 1] or of uint8,
-    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w).
-    """
+    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w)."""
 
     frames: list[Image.Image] | np.ndarray | Tensor
 
 
-class AnimationPipeline(DiffusionPipeline):
-    """AnimateAnyone: ReferenceNet, denoising UNet with motion modules, pose guider, image encoder, VAE, scheduler.
+def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
+    """Decorator of a pipeline class, whose constructor takes what the animator's does, a VAE and a scheduler.
 
-    Subclasses have the components of another animator, by the names of its arguments, and name its class. Everything
-    that depends on the model is asked of the animator; see `models.animators.base` and `docs/animators.md`.
+    diffusers reads from the signature of the constructor which components and settings a pipeline saves.
+    """
+    networks, settings = animator_cls.constructor_parameters()
+    this, vae, scheduler = (Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "vae", "scheduler"))
+    window_size = Parameter("window_size", Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    signature = Signature([this, vae, *networks, scheduler, *settings, window_size])
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        arguments = {name: value for name, value in given.arguments.items() if name != "self"}
+        own = {name: arguments.pop(name) for name in ("vae", "scheduler", "window_size")}
+        self.set_components(**own, networks_and_settings=arguments)
+
+    def decorate(cls: type) -> type:
+        __init__.__signature__ = signature
+        cls.animator_cls, cls.__init__ = animator_cls, __init__
+        return cls
+
+    return decorate
+
+
+@animated_by(AnimateAnyone)
+class AnimationPipeline(DiffusionPipeline):
+    """An animator with VAE and scheduler; of AnimateAnyone, and the base of other animators' pipelines.
+
+    Everything that depends on the model is asked of the animator; see `models.animators.base` and `docs/animators.md`.
 
     Attributes:
-        animator_kind: class of the animator.
+        animator: the networks as the denoising loop uses them.
 
     Args:
         window_size: frames that the model was trained on, the default of `__call__`; None: all that its motion
             modules know.
     """
 
-    animator_kind: type[Animator] = AnimateAnyone
+    animator_cls: type[Animator]
+    animator: Animator
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(
-        self,
-        vae: AutoencoderKL | AutoencoderTiny,
-        image_encoder: CLIPVisionModelWithProjection,
-        reference_net: ReferenceNet,
-        denoising_unet: DenoisingUNet,
-        pose_guider: PoseGuider,
-        scheduler: DDIMScheduler,
-        window_size: int | None = None,
-    ):
+    def set_components(
+        self, vae: VAE, scheduler: SchedulerMixin, window_size: int | None, networks_and_settings: dict[str, Any]
+    ) -> None:
+        """Register what the constructor was given; settings are what is no module."""
         super().__init__()
-        self.set_components(
-            window_size,
-            vae=vae,
-            image_encoder=image_encoder,
-            reference_net=reference_net,
-            denoising_unet=denoising_unet,
-            pose_guider=pose_guider,
-            scheduler=scheduler,
-        )
-
-    def set_components(self, window_size: int | None, **components: Any) -> None:
-        """Register the components and derive what every animator's pipeline has; for constructors."""
-        self.register_modules(**components)
-        self.register_to_config(window_size=window_size)
+        animator = self.animator_cls(**networks_and_settings)
+        self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
+        self.register_to_config(**animator.settings(), window_size=window_size)
+        self.animator = animator
         self.vae_scale_factor = vae_scale_factor(self.vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    def animator(self) -> Animator:
-        """The components as the denoising loop uses them."""
-        names = list(inspect.signature(self.animator_kind.__init__).parameters)[1:]
-        return self.animator_kind(
-            **{name: getattr(self, name) if name in self.components else self.config[name] for name in names}
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A network that is exchanged, by a compiled one for example, is the animator's, too.
+        animator = self.__dict__.get("animator")
+        if animator is not None and name in dict(animator.named_children()):
+            setattr(animator, name, value)
 
     @property
     def pose_kind(self) -> str:
-        """What its pose images are; figures of OpenPose can be drawn from keypoints."""
-        return self.animator().pose_kind
+        """Of its pose images; figures of OpenPose can be drawn from keypoints."""
+        return self.animator.pose_kind
 
     @property
     def size_multiple(self) -> int:
         """Pixels that width and height must be multiples of."""
-        return self.vae_scale_factor * self.animator().latent_multiple
+        return self.vae_scale_factor * self.animator.latent_multiple
 
     def default_size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(width, height) that the model is best at, of about the proportions of `shape`, where it leaves a choice."""
-        animator, factor = self.animator(), self.vae_scale_factor
+        animator, factor = self.animator, self.vae_scale_factor
         if animator.latent_size is not None:
             return animator.latent_size[1] * factor, animator.latent_size[0] * factor
         return frame_size(shape, (animator.latent_side * factor) ** 2, factor * animator.latent_multiple)
@@ -126,44 +139,13 @@ class AnimationPipeline(DiffusionPipeline):
         persons = 0 if calibration is None else calibration.persons
         replaces = persons > 0 and calibration.config.attach == "replace"
         return AttentionRun(
-            self.animator().attention_layers(latent_size),
+            self.animator.attention_layers(latent_size),
             size,
             num_frames,
             num_inference_steps,
             images=persons if replaces else 1 + persons,
             replaced=replaces,
         )
-
-    def initial_noise(
-        self, animator: Animator, num_frames: int, size: tuple[int, int], generator: Any, latents: Tensor | None
-    ) -> Tensor:
-        """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
-        factor, device = self.vae_scale_factor, self._execution_device
-        shape = (1, animator.latent_channels, num_frames, size[1] // factor, size[0] // factor)
-        # The scheduler's many small steps, and the same noise for every number format, want single precision.
-        dtype = torch.promote_types(animator.dtype, torch.float32)
-        if latents is None:
-            drawn = (*shape[:2], 1, *shape[3:]) if animator.shared_noise else shape
-            latents = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
-            return latents.expand(shape).contiguous()
-        if latents.shape != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        return latents.to(device, dtype)
-
-    def decode_latents(self, latents: Tensor, chunk_size: int) -> Tensor:
-        """Latents (1, c, f, h, w) -> frames (f, 3, H, W) in [-1, 1] on the CPU, a few frames at a time."""
-        return vae_decode(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size)
-
-    def decode_bytes(self, latents: Tensor, chunk_size: int) -> np.ndarray:
-        """Latents (1, c, f, h, w) -> frames (f, H, W, 3) uint8, a quarter of the memory of `decode_latents`."""
-        num_frames, height, width = latents.shape[2:]
-        frames = np.empty((num_frames, height * self.vae_scale_factor, width * self.vae_scale_factor, 3), np.uint8)
-        done = 0
-        for chunk in decoded_chunks(self.vae, latents[0].transpose(0, 1).to(self.vae.dtype), chunk_size):
-            images = self.video_processor.postprocess(chunk, "np")
-            frames[done : done + len(chunk)] = (images * 255).round()
-            done += len(chunk)
-        return frames
 
     @torch.no_grad()
     def __call__(
@@ -199,9 +181,9 @@ class AnimationPipeline(DiffusionPipeline):
             calibration: result of `tpc.calibrate` for these frames at this size; None runs without TPC.
             width, height: of the result in pixels; default: those of the first pose image.
             num_inference_steps: denoising steps.
-            guidance_scale: 1 switches classifier-free guidance off; its unconditional half sees neither reference
-                nor calibrated images, and keeps the pose. Models with several scales take one number for all, or a
-                sequence.
+            guidance_scale: 1 switches classifier-free guidance off; its unconditional half attends to neither
+                reference nor calibrated images, and keeps the pose. Models with several scales take one number for
+                all, or a sequence.
             window_size: frames denoised together; default: what the model was trained on, at most all.
             window_overlap: frames that neighbouring windows share at least.
             shift_windows: move the windows at every step, so that no frame is always at a window's end; one more
@@ -214,8 +196,8 @@ class AnimationPipeline(DiffusionPipeline):
                 returns replaces the tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
             decode_chunk_size: frames the VAE decodes at a time; default: one on CPUs, 8 elsewhere.
-            attention: records what frames look at in the reference and in calibrated images, in the conditional half
-                of guidance; the result stays the same, bit for bit.
+            attention: records what frames attend to in the reference and in calibrated images, in the conditional
+                half of guidance; the result stays the same, bit for bit.
             reference_mask: where the reference's persons are, for models that take them apart from the background:
                 array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
             guidance_interval: noise levels (low, high]; elsewhere the conditional half of guidance runs alone. Levels
@@ -229,76 +211,146 @@ class AnimationPipeline(DiffusionPipeline):
             ValueError: for inputs that disagree in size or number, named.
             UserError: the model needs a mask and there is none; or a solver or an interval that does not fit.
         """
+        animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
         poses = image_tensor(poses, "poses")
         if width is None or height is None:
             height, width = poses.shape[-2:]
-        num_frames, size, animator = len(poses), (width, height), self.animator()
-        run = RunSettings(
-            num_frames,
-            size,
-            num_inference_steps,
-            window_size,
-            window_overlap,
-            shift_windows,
-            decode_chunk_size,
-            output_type,
-        ).filled(animator, self.config.window_size, self._execution_device.type)
-        run.check(animator, self.vae_scale_factor, calibration)
-        check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        check_sampling(guidance_interval, solver)
-        scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
+        num_frames, size = len(poses), (width, height)
+        window_size, window_overlap = self.default_window(num_frames, window_size, window_overlap)
+        if decode_chunk_size is None:
+            decode_chunk_size = DECODED_BY_CPU if device.type == "cpu" else DECODED_BY_GPU
+        self.check_size(num_frames, size, calibration)
+        self.check_counts(num_frames, num_inference_steps, window_size, window_overlap, decode_chunk_size)
+        self.check_choices(output_type, callback_on_step_end_tensor_inputs, guidance_interval, solver)
         scales = animator.guidance_scales(guidance_scale)
-        device, dtype = self._execution_device, animator.dtype
+        scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
         if attention is not None:
             attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
 
-        reference = resize_images(as_images(reference, "reference")[:1], width, height).to(device, dtype) * 2 - 1
-        if animator.needs_mask and reference_mask is None and (calibration is None or not calibration.persons):
-            raise UserError(
-                f"{type(animator).__name__} takes person and background of the reference apart: give reference_mask="
-            )
-        mask = None if reference_mask is None else as_mask(reference_mask, width, height).to(device, dtype)
-        images = ReferenceImages(animator, self.vae, reference, calibration, num_inference_steps, mask)
-        condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), images.conditioning)
-
+        images = self.prepare_images(reference, reference_mask, calibration, size)
+        references = ReferenceImages(animator, images, num_inference_steps)
+        pose_condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), references.conditioning)
         scheduler.set_timesteps(num_inference_steps, device=device)
-        noise = self.initial_noise(animator, num_frames, size, generator, latents)
-        latents = animator.initial_latents(noise, scheduler, lambda: images.start_latents().to(noise).expand_as(noise))
+        noise = self.prepare_noise(num_frames, size, generator, latents)
+        latents = animator.initial_latents(
+            noise, scheduler, lambda: references.start_latents().to(noise).expand_as(noise)
+        )
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
-                sample = scheduler.scale_model_input(latents, timestep).to(dtype)
-                prediction = torch.zeros_like(latents)
+                sample = scheduler.scale_model_input(latents, timestep).to(dtype)  # (1, c, f, h, w)
                 step_scales = guidance_at(scales, guidance_interval, scheduler, timestep)
-                at_step = condition.at_step(sample, timestep)
-                shift = step_shift(step) if run.shift_windows else 0.0
-                windows = context_windows(num_frames, run.window_size, run.window_overlap, shift)
-                weights = window_weights(windows, num_frames)
-                for number, (window, weight) in enumerate(zip(windows, weights, strict=True)):
-                    part = slice(window.start, window.stop)
-                    seen = images.context_of(images.bank(step, int(timestep), window), window, step)
+                shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
+                windows = context_windows(num_frames, window_size, window_overlap, shift)
+                prediction = torch.zeros_like(latents)
+                for i, (window, weight) in enumerate(zip(windows, window_weights(windows, num_frames), strict=True)):
+                    context = references.context(step, int(timestep), window)
                     if attention is not None:
-                        seen = replace(seen, probe=attention.probe(step, int(timestep), windows, number))
-                    part_prediction = animator.predict(
-                        sample[:, :, part],
-                        timestep,
-                        Condition(images.conditioning, at_step.window(window), seen),
-                        step_scales,
-                    )
-                    prediction[:, :, part] += part_prediction * weight.to(latents)[:, None, None]
+                        context = replace(context, probe=attention.probe(step, int(timestep), windows, i))
+                    pose = pose_condition(window, sample, timestep)
+                    condition = Condition(references.conditioning, pose, context)
+                    frames = slice(window.start, window.stop)
+                    predicted = animator.predict(sample[:, :, frames], timestep, condition, step_scales)
+                    prediction[:, :, frames] += predicted * weight.to(latents)[:, None, None]
                 latents = scheduler.step(prediction, timestep, latents).prev_sample
                 if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        tensors[name] = locals()[name]
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, int(timestep), tensors).pop("latents", latents)
                 progress.update()
 
-        if output_type == "latent":
-            frames = latents
-        elif output_type == "uint8":
-            frames = self.decode_bytes(latents, run.decode_chunk_size)
-        else:
-            frames = self.decode_latents(latents, run.decode_chunk_size)
-            frames = self.video_processor.postprocess(frames, output_type)
+        result = self.decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
-        return AnimationPipelineOutput(frames) if return_dict else (frames,)
+        return AnimationPipelineOutput(result) if return_dict else (result,)
+
+    def default_window(self, num_frames: int, window_size: int | None, overlap: int) -> tuple[int, int]:
+        """Size and overlap of windows that suit the animator, where none were asked for."""
+        animator = self.animator
+        if window_size is None:
+            apart = num_frames if animator.joint_frames else FRAMES_AT_A_TIME
+            window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)
+        return window_size, min(overlap, window_size - 1) if animator.joint_frames else 0
+
+    def check_size(self, num_frames: int, size: tuple[int, int], calibration: Calibration | None) -> None:
+        """Raise ValueError for a size that the model cannot take, or another clip's calibration."""
+        width, height = size
+        factor, multiple = self.vae_scale_factor, self.size_multiple
+        if width % multiple or height % multiple:
+            raise ValueError(f"size must be multiples of {multiple} pixels, got {width}x{height}")
+        only = self.animator.latent_size
+        if only is not None and (height // factor, width // factor) != only:
+            raise ValueError(f"size must be {only[1] * factor}x{only[0] * factor}, the model's, got {width}x{height}")
+        if calibration is not None:
+            if calibration.frames != num_frames:
+                raise ValueError(f"calibration has {calibration.frames} frames, poses have {num_frames}")
+            if tuple(calibration.size) != size:
+                raise ValueError(f"calibration is for {calibration.size}, images are {width}x{height}")
+
+    def check_counts(
+        self, num_frames: int, steps: int, window_size: int, overlap: int, decode_chunk_size: int
+    ) -> None:
+        """Raise ValueError for numbers that cannot be, naming the argument."""
+        for name, value in (("num_inference_steps", steps), ("decode_chunk_size", decode_chunk_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        longest = self.animator.longest_window or max(num_frames, window_size)
+        if not 1 <= window_size <= longest:
+            raise ValueError(f"window_size must be 1 to {longest}, what the model knows, got {window_size}")
+        if not 0 <= overlap < window_size:
+            raise ValueError(f"window_overlap must be 0 to {window_size - 1}, got {overlap}")
+
+    def check_choices(
+        self, output_type: str, callback_inputs: Sequence[str], guidance_interval: Sequence[float], solver: str | None
+    ) -> None:
+        """Raise ValueError or UserError for what does not exist, naming the argument."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback tensor inputs must be of {self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+        check_sampling(guidance_interval, solver)
+
+    def prepare_images(
+        self, reference: Any, mask: Any, calibration: Calibration | None, size: tuple[int, int]
+    ) -> ImageBatch:
+        """The images of a run, the reference in the wanted size (width, height) on the networks' device.
+
+        Raises:
+            UserError: the animator needs a mask and there is none.
+        """
+        device, dtype = self._execution_device, self.animator.dtype
+        pixels = resize_images(as_images(reference, "reference")[:1], *size).to(device, dtype) * 2 - 1
+        if self.animator.needs_mask and mask is None and (calibration is None or not calibration.persons):
+            name = self.animator_cls.__name__
+            raise UserError(f"{name} takes person and background of the reference apart: give reference_mask=")
+        mask = None if mask is None else as_mask(mask, *size).to(device, dtype)
+        return ImageBatch(self.vae, pixels, mask, calibration)
+
+    def prepare_noise(self, num_frames: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
+        """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
+        factor, device = self.vae_scale_factor, self._execution_device
+        shape = (1, self.animator.latent_channels, num_frames, size[1] // factor, size[0] // factor)
+        # The scheduler's many small steps, and the same noise for every number format, want single precision.
+        dtype = torch.promote_types(self.animator.dtype, torch.float32)
+        if latents is None:
+            drawn = (*shape[:2], 1, *shape[3:]) if self.animator.shared_noise else shape
+            latents = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
+            return latents.expand(shape).contiguous()
+        if latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(device, dtype)
+
+    def decode(self, latents: Tensor, output_type: str, chunk_size: int) -> list[Image.Image] | np.ndarray | Tensor:
+        """Latents (1, c, f, h, w) -> frames in the form of `output_type`, `chunk_size` at a time through the VAE."""
+        if output_type == "latent":
+            return latents
+        images = latents[0].transpose(0, 1).to(self.vae.dtype)  # (f, c, h, w)
+        if output_type != "uint8":
+            return self.video_processor.postprocess(vae_decode(self.vae, images, chunk_size), output_type)
+        factor = self.vae_scale_factor
+        frames = np.empty((len(images), images.shape[2] * factor, images.shape[3] * factor, 3), np.uint8)
+        done = 0
+        for chunk in decoded_chunks(self.vae, images, chunk_size):
+            frames[done : done + len(chunk)] = (self.video_processor.postprocess(chunk, "np") * 255).round()
+            done += len(chunk)
+        return frames

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.animators.disco.checkpoint import CLIP, POSITIONS, VAE, disco_manifest, load_disco
+from models.animators.disco.model import DiscoPipeline
 from models.animators.disco.networks import DiscoControlNet, DiscoUNet
-from models.animators.disco.pipeline import DiscoPipeline
 from models.checkpoints.autoencoder import old_names
 from models.checkpoints.loading import shapes_of
 from models.checkpoints.sizes import UNetSizes, control_net_arguments, unet_arguments

@@ -19,7 +19,7 @@ from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.processors import PlainProcessor, ReferenceReadProcessor
-from models.images import ImageSequence, as_images
+from models.images import ImageBatch, ImageSequence, as_images
 from models.pipeline import AnimationPipeline
 from models.reference_images import ReferenceImages
 from models.vae import vae_encode
@@ -95,12 +95,13 @@ def plain_animation(
     shortcuts: set[str] = frozenset(),
 ) -> Tensor:
     """Latents after the denoising loop, with these shortcuts and no others."""
-    animator, dtype = pipeline.animator(), pipeline.denoising_unet.dtype
+    own, dtype = pipeline.animator, pipeline.denoising_unet.dtype
+    animator = type(own)(**dict(own.named_children()), **own.settings())
     image = as_images(reference, "reference").to(dtype) * 2 - 1
     sequence = ImageSequence(
         torch.from_numpy(poses).permute(0, 3, 1, 2), poses.shape[2:0:-1], torch.device("cpu"), dtype
     )
-    images = ReferenceImages(animator, pipeline.vae, image, calibration, steps)
+    images = ReferenceImages(animator, ImageBatch(pipeline.vae, image, calibration=calibration), steps)
     context = images.conditioning
     condition = animator.pose_condition(sequence, context)
     grids = [level.queries for level in token_levels(animator.attention_layers(tuple(latents.shape[-2:])))]
@@ -109,17 +110,17 @@ def plain_animation(
     windows = context_windows(num_frames, window_size, overlap)
     pipeline.scheduler.set_timesteps(steps)
     for step, timestep in enumerate(pipeline.scheduler.timesteps):
-        total, at_step = torch.zeros_like(latents), condition.at_step(latents, timestep)
+        total = torch.zeros_like(latents)
         for window, weight in zip(windows, window_weights(windows, num_frames), strict=True):
             sample = latents[:, :, window.start : window.stop]
             if "images" in shortcuts:
-                seen = images.context_of(images.bank(step, int(timestep), window), window, step)
+                seen = images.context(step, int(timestep), window)
                 seen = seen if "run" in shortcuts else replace(seen, projected=None)
             else:
                 seen = plain_images(animator, pipeline.vae, image, context, calibration, step, timestep, window)
                 seen = flagged(seen, calibration, step, window, size, grids)
             pose = (
-                at_step.window(window)
+                condition(window, latents, timestep)
                 if "poses" in shortcuts
                 else plain_pose(pipeline, sample, timestep, context, sequence[window])
             )
@@ -131,7 +132,7 @@ def plain_animation(
 
 @dataclass(frozen=True)
 class OneImage:
-    """An image (1, 3, H, W) that is encoded whenever it is asked for; `models.animators.base.Images`."""
+    """An image (1, 3, H, W) that is encoded whenever it is asked for; `models.images.ImageBatch`."""
 
     vae: nn.Module
     pixels: Tensor

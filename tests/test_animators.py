@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from models.animators.base import Animator
 from models.animators.registry import PIPELINES
-from models.animators.trainable import TrainableAnimator
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig
 from tests.networks import TINY
@@ -38,7 +38,7 @@ def vae() -> AutoencoderTiny:
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def model(request) -> TrainableAnimator:
+def model(request) -> Animator:
     """Small networks, every parameter random, so that no path is a no-op."""
     torch.manual_seed(1)
     made = KINDS[request.param](TINY, 4, 32)
@@ -78,7 +78,7 @@ def run(pipeline, inputs, **arguments) -> torch.Tensor:
 def test_every_model_animates_with_and_without_tpc(model, vae, inputs):
     pipeline = make_pipeline(vae, model, NoiseConfig())
     pipeline.set_progress_bar_config(disable=True)
-    assert PIPELINES[type(pipeline).__name__] is type(pipeline) and type(pipeline.animator()) is type(model)
+    assert PIPELINES[type(pipeline).__name__] is type(pipeline) and type(pipeline.animator) is type(model)
     base = run(pipeline, inputs)
     assert base.shape == (1, 4, FRAMES, 6, 8) and base.isfinite().all()
     assert not torch.allclose(base, run(pipeline, inputs, guidance_scale=1.0), atol=1e-4)

@@ -26,17 +26,17 @@ def test_masked_rows_match_masked_attention():
 
 def test_training_module(tiny_pipeline):
     """Two clips of a batch, with gradient checkpointing: same prediction, same gradients, maps of every frame."""
-    model = tiny_pipeline.animator()
+    model = tiny_pipeline.animator
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(2, 4, 3, *LATENTS, generator=generator)
-    batch = (
-        clips,
-        torch.tensor([3, 700]),
-        torch.randn(2, 4, *LATENTS, generator=generator),
-        torch.rand(2, 3, 24, 32, generator=generator) * 2 - 1,
-        torch.rand(2, 3, 3, 24, 32, generator=generator),
-        torch.tensor([False, True]),
-    )
+    batch = {
+        "noisy_latents": clips,
+        "timestep": torch.tensor([3, 700]),
+        "reference_latents": torch.randn(2, 4, *LATENTS, generator=generator),
+        "reference_image": torch.rand(2, 3, 24, 32, generator=generator) * 2 - 1,
+        "poses": torch.rand(2, 3, 3, 24, 32, generator=generator),
+        "dropped": torch.tensor([False, True]),
+    }
     unet, parameter = model.denoising_unet, model.reference_net.conv_in.weight
     results = []
     try:
@@ -46,7 +46,7 @@ def test_training_module(tiny_pipeline):
             with AttentionRecording(AttentionConfig(mean=["steps"])) as recording:
                 recording.begin(attention_run(unet, LATENTS, SIZE, 6, 1))
                 probe = recording.probe(0, 3, [range(6)], 0)
-                prediction = model(*batch, probe=probe if recorded else None)
+                prediction = model(**batch, probe=probe if recorded else None)
                 (gradient,) = torch.autograd.grad(prediction.square().mean(), parameter)
             results.append((prediction.detach(), gradient))
     finally:

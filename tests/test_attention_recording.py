@@ -75,7 +75,7 @@ def test_the_run_stays_as_it_was(tiny_pipeline, magic, images, calibration, anim
             assert torch.equal(base, run(pipeline, images, calibration=seen, attention=recording, **windows))
         recorded = recording.result
         assert recorded.images == ("reference", "calibrated 0", "calibrated 1")[: 1 if seen is None else 3]
-        assert set(recorded.layers) == set(pipeline.animator().attention_layers(LATENTS))
+        assert set(recorded.layers) == set(pipeline.animator.attention_layers(LATENTS))
         for layer, maps in recorded.maps.items():
             total = recorded.own[layer] + maps.sum((-1, -2))
             assert total.shape[:2] == (2, FRAMES) and np.abs(total - 1).max() < 1e-5

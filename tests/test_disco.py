@@ -45,7 +45,7 @@ def temporal_pipeline():
 
 @pytest.fixture(scope="module")
 def model(pipeline) -> DisCo:
-    return pipeline.animator()
+    return pipeline.animator
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_file_becomes_a_pipeline(temporal, tmp_path):
     for name in ("unet", "pose_control_net", "background_control_net", "image_encoder", "token_projection", "vae"):
         ours, theirs = getattr(loaded, name).state_dict(), getattr(small, name).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert loaded.animator().temporal == temporal
+    assert loaded.animator.temporal == temporal
 
 
 def test_attribute_file_becomes_a_pipeline_whose_poses_have_no_effect(tmp_path, capsys):

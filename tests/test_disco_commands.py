@@ -10,8 +10,8 @@ import torch
 import evaluate
 import infer
 from data.video.reading import read_video
-from models.animators.disco.pipeline import DiscoPipeline
-from models.animators.disco.temporal import is_temporal
+from models.animators.disco.model import DiscoPipeline
+from models.animators.disco.networks import is_temporal
 from models.animators.registry import load_pipeline
 from tests.clips import given, save_rendered_pair
 from tests.disco_parts import small_disco_pipeline
@@ -80,7 +80,7 @@ def test_both_stages_train_and_the_second_makes_the_temporal_variant(inputs, tmp
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert {name for name in after if name not in before} == {name for name in after if is_temporal(name)}
     pipeline = load_pipeline(second / "pipeline")
-    assert type(pipeline) is DiscoPipeline and pipeline.animator().temporal and pipeline.config.window_size == 3
+    assert type(pipeline) is DiscoPipeline and pipeline.animator.temporal and pipeline.config.window_size == 3
     assert any(".tem_conv.weight" in name and value.any() for name, value in after.items())
     infer.main(
         [*driven(inputs), f"model={second / 'pipeline'}", f"output={tmp_path / 'o'}", "tpc.enabled=false", *QUICK]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from models.animators.disco.checkpoint import load_disco
 from models.animators.disco.model import DisCo
-from models.animators.disco.temporal import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
+from models.animators.disco.networks import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
 from models.checkpoints.synthetic import synthetic_tensors
 from tests.disco_parts import (
     TOKENS,
@@ -34,7 +34,7 @@ def temporal_pipeline():
 
 @pytest.fixture(scope="module")
 def model(pipeline) -> DisCo:
-    return pipeline.animator()
+    return pipeline.animator
 
 
 def silent(model: DisCo) -> DisCo:
@@ -69,7 +69,7 @@ def test_new_temporal_networks_compute_what_the_image_networks_do(model):
 
 @torch.no_grad()
 def test_single_frames_of_a_silent_temporal_model_are_the_image_models(temporal_pipeline, model):
-    still = silent(temporal_pipeline.animator())
+    still = silent(temporal_pipeline.animator)
     image = deepcopy(model)
     own = still.state_dict()
     image.load_state_dict({name: own[name] for name in image.state_dict()})
@@ -77,7 +77,7 @@ def test_single_frames_of_a_silent_temporal_model_are_the_image_models(temporal_
     context = randn(1, TOKENS, 16)
     results = [m.predict_frames(latents, 7, context, poses, background, None) for m in (still, image)]
     assert torch.allclose(*results, atol=1e-5)
-    moving = temporal_pipeline.animator().predict_frames(latents, 7, context, poses, background, None)
+    moving = temporal_pipeline.animator.predict_frames(latents, 7, context, poses, background, None)
     assert not torch.allclose(moving, results[0], atol=1e-3)
 
 
@@ -88,7 +88,7 @@ def test_frames_see_each_other_and_their_order_only_in_the_temporal_variant(temp
     changed = latents.clone()
     changed[3] += 1
     order = torch.tensor([2, 0, 3, 1])
-    for animator, joint in ((temporal_pipeline.animator(), True), (model, False)):
+    for animator, joint in ((temporal_pipeline.animator, True), (model, False)):
         base = animator.predict_frames(latents, 7, context, poses, background, None)
         beside = animator.predict_frames(changed, 7, context, poses, background, None)
         assert torch.allclose(base[0], beside[0], atol=1e-5) != joint
@@ -171,7 +171,7 @@ def test_temporal_attention_is_between_self_and_cross_attention_with_the_norm_of
 
 
 def test_norms_of_temporal_networks_are_over_the_clip_but_in_front_of_transformers(temporal_pipeline):
-    model = temporal_pipeline.animator()
+    model = temporal_pipeline.animator
     for network in (model.unet, model.pose_control_net, model.background_control_net):
         norms = {name: type(part) for name, part in network.named_modules() if isinstance(part, torch.nn.GroupNorm)}
         by_frame = {name for name, kind in norms.items() if kind is torch.nn.GroupNorm}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.errors import UserError
+from models.animators.base import CalibratedImages
 from models.animators.disco.model import DisCo
-from models.animators.trainable import CalibratedImages
 from models.attention.context import ReferenceContext
 from tests.disco_parts import HEIGHT, LATENTS, WIDTH, randn, small_disco_pipeline
 from tests.networks import TINY
@@ -25,7 +25,7 @@ def temporal_pipeline():
 
 @pytest.fixture(scope="module")
 def model(pipeline) -> DisCo:
-    return pipeline.animator()
+    return pipeline.animator
 
 
 def batch(clips: int = 2, frames: int = 2) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def batch(clips: int = 2, frames: int = 2) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["pipeline", "temporal_pipeline"])
 def test_a_batch_of_two_is_two_batches_of_one(kind, request):
-    model, both = request.getfixturevalue(kind).animator(), batch()
+    model, both = request.getfixturevalue(kind).animator, batch()
     together = model(**both)
     assert together.shape == both["noisy_latents"].shape
     for j in range(2):
@@ -82,9 +82,9 @@ def test_training_with_calibrated_images_shows_them_where_the_index_says(model):
 )
 def test_every_trained_parameter_gets_a_gradient_and_no_other(kind, stage, request):
     pipeline = request.getfixturevalue(kind)
-    for choice in pipeline.animator().trainable_choices(stage):
+    for choice in pipeline.animator.trainable_choices(stage):
         for image_encoder in (False, True):
-            model = deepcopy(pipeline.animator())
+            model = deepcopy(pipeline.animator)
             trained = model.trained_parameters(choice, stage, image_encoder)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)
@@ -100,7 +100,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(kind, stage, reque
 def test_checkpointing_changes_no_gradient(temporal_pipeline):
     gradients = []
     for checkpointing in (False, True):
-        model = deepcopy(temporal_pipeline.animator()).train()
+        model = deepcopy(temporal_pipeline.animator).train()
         for network in (model.unet, model.pose_control_net, model.background_control_net):
             if checkpointing:
                 network.enable_gradient_checkpointing()

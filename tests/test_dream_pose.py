@@ -132,7 +132,7 @@ def test_clip_sees_the_middle_square():
 
 def branches(pipeline, sample: torch.Tensor, pose: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The three predictions by the networks alone."""
-    animator = pipeline.animator()
+    animator = pipeline.animator
     null = animator.null_context()
     predict, seen = pipeline.denoising_unet, same_reference({SOURCE: images}, sample.shape[2])
     return {
@@ -144,7 +144,7 @@ def branches(pipeline, sample: torch.Tensor, pose: torch.Tensor, images: torch.T
 
 @torch.no_grad()
 def guided_and_parts(pipeline, scales):
-    animator = pipeline.animator()
+    animator = pipeline.animator
     images, pose = torch.randn(1, TOKENS, WIDTH), torch.randn(1, FRAMES, 10, *LATENTS)
     parts = branches(pipeline, noise(), pose, images)
     conditioning = type("Conditioning", (), {"null": animator.null_context()})
@@ -189,7 +189,7 @@ def test_frames_are_asked_once_what_they_look_at(pipeline):
         def look(self, layer, query, key, flags, scale):
             self.layers.append(layer)
 
-    animator, asked = pipeline.animator(), Asked()
+    animator, asked = pipeline.animator, Asked()
     seen = replace(same_reference({SOURCE: torch.randn(1, TOKENS, WIDTH)}, FRAMES), probe=asked)
     conditioning = type("Conditioning", (), {"null": animator.null_context()})
     pose = torch.randn(1, FRAMES, 10, *LATENTS)
@@ -198,7 +198,7 @@ def test_frames_are_asked_once_what_they_look_at(pipeline):
 
 
 def test_one_number_stands_for_both_scales(pipeline):
-    animator = pipeline.animator()
+    animator = pipeline.animator
     assert animator.guidance_scales(8) == pytest.approx((8, 3))
     assert animator.guidance_scales(1.0) == (1, 1)
     assert animator.guidance_scales([5, 2]) == (5, 2)
@@ -224,13 +224,13 @@ def training_batch(clips: int = 2, frames: int = 3) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_training_predicts_what_sampling_does(pipeline):
     """Each kind of dropout is a branch of guidance: the null condition is the same in training and sampling."""
-    animator, batch = pipeline.animator(), training_batch(clips=1)
+    animator, batch = pipeline.animator, training_batch(clips=1)
     images = animator.image_context(batch["reference_image"], batch["reference_latents"])
     unet = pipeline.denoising_unet
     pose = consecutive_poses(unet.pose_input(batch["poses"][0].transpose(0, 1), LATENTS)[None], 5)
     null, seen = animator.null_context(), same_reference({SOURCE: images}, 3)
     absent = torch.zeros_like(pose)
-    assert {DROP_IMAGE, DROP_POSE, DROP_BOTH} == set(range(1, 1 + animator.drop_kinds))  # as they are drawn
+    assert {DROP_IMAGE, DROP_POSE, DROP_BOTH} == set(range(1, 1 + animator.drop_modes))  # as they are drawn
     expected = {0: (pose, seen), DROP_IMAGE: (pose, None), DROP_POSE: (absent, seen), DROP_BOTH: (absent, None)}
     for kind, (poses, context) in expected.items():
         found = animator(**batch, dropped=torch.tensor([kind]))
@@ -239,7 +239,7 @@ def test_training_predicts_what_sampling_does(pipeline):
 
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_mix(pipeline):
-    animator, batch = pipeline.animator(), training_batch()
+    animator, batch = pipeline.animator, training_batch()
     both = animator(**batch, dropped=torch.tensor([0, DROP_BOTH]))
     for j, kind in enumerate((0, DROP_BOTH)):
         alone = animator(**{name: value[[j]] for name, value in batch.items()}, dropped=torch.tensor([kind]))

@@ -62,7 +62,7 @@ def test_reference_and_guidance_matter(pipeline, images):
 
 
 def test_denoising_starts_from_the_reference_under_noise(pipeline, images):
-    animator, scheduler = pipeline.animator(), deepcopy(pipeline.scheduler)
+    animator, scheduler = pipeline.animator, deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(4)
     start, drawn = torch.randn(1, 4, 1, *LATENTS).expand(-1, -1, FRAMES, -1, -1), noise()
     kept = scheduler.alphas_cumprod[scheduler.timesteps[0]]
@@ -127,7 +127,7 @@ def test_calibration_reaches_its_frames_alone(pipeline, images, attach):
 
 def test_each_person_adds_an_image(pipeline, images):
     two = calibration(CalibrationConfig(groups=2), persons=2)
-    levels = token_levels(pipeline.animator().attention_layers(LATENTS))
+    levels = token_levels(pipeline.animator.attention_layers(LATENTS))
     assert all(level.keys.tokens == TOKENS and level.keys.grid is None for level in levels)
     assert run(pipeline, *images, calibration=two).isfinite().all()
 
@@ -140,7 +140,7 @@ def test_recording_tells_how_much_each_image_gets(pipeline, images):
     with AttentionRecording(AttentionConfig(steps=[1])) as recording:
         recorded = run(pipeline, *images, calibration=some, attention=recording)
     assert torch.equal(plain, recorded)
-    layer = next(iter(pipeline.animator().attention_layers(LATENTS)))
+    layer = next(iter(pipeline.animator.attention_layers(LATENTS)))
     maps = np.asarray(recording.result.maps[layer], np.float64)  # (steps, frames, heads, queries, images, 1)
     assert maps.shape[:2] == (1, FRAMES) and maps.shape[-2:] == (2, 1)
     assert np.allclose(maps.sum(axis=(-2, -1)), 1, atol=1e-2)

@@ -21,8 +21,8 @@ def adapted_copy(pipeline, seed: int = 0):
     """The pipeline with random adapters of both networks."""
     pipeline = plain_copy(pipeline)
     torch.manual_seed(seed)
-    add_lora(pipeline.animator(), rank=3, alpha=6.0, motion=True)
-    for name, parameter in pipeline.animator().named_parameters():
+    add_lora(pipeline.animator, rank=3, alpha=6.0, motion=True)
+    for name, parameter in pipeline.animator.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return pipeline
@@ -33,7 +33,14 @@ def predict(pipeline) -> torch.Tensor:
     noisy, latents = torch.randn(1, 4, 2, 8, 8), torch.randn(1, 4, 8, 8)
     image, poses = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 2, 32, 32)
     with torch.no_grad():
-        return pipeline.animator()(noisy, torch.tensor([300]), latents, image, poses, torch.tensor([False]))
+        return pipeline.animator(
+            noisy_latents=noisy,
+            timestep=torch.tensor([300]),
+            reference_latents=latents,
+            reference_image=image,
+            poses=poses,
+            dropped=torch.tensor([False]),
+        )
 
 
 def plain_copy(pipeline):
@@ -42,7 +49,7 @@ def plain_copy(pipeline):
 
 def test_adapters_start_as_no_change_and_are_all_that_is_trained(tiny_pipeline):
     before, pipeline = predict(tiny_pipeline), plain_copy(tiny_pipeline)
-    add_lora(pipeline.animator(), rank=2, alpha=2.0, motion=True)
+    add_lora(pipeline.animator, rank=2, alpha=2.0, motion=True)
     for name in ADAPTED:
         trained = [n for n, p in getattr(pipeline, name).named_parameters() if p.requires_grad]
         assert trained and all("lora_" in n for n in trained) and has_lora(getattr(pipeline, name))
@@ -60,7 +67,7 @@ def test_only_layers_that_a_result_depends_on_are_adapted(tiny_pipeline):
     unread = {name.removesuffix(".weight") for name in reference.unused_parameters()}
     assert not unread & set(adaptable_layers(reference, reference.unused_parameters()))
     adapted = plain_copy(tiny_pipeline)
-    add_lora(adapted.animator(), rank=2, alpha=2.0, motion=True)
+    add_lora(adapted.animator, rank=2, alpha=2.0, motion=True)
     names = {name.split(".lora_")[0] for name, _ in adapted.reference_net.named_parameters() if "lora_" in name}
     assert names and not unread & names
 

@@ -12,7 +12,7 @@ from models.animators.magic_animate.networks import control_residuals
 from models.animators.registry import load_pipeline
 from models.attention.context import fused_layers, same_reference
 from models.attention.processors import reference_layers
-from models.images import as_images
+from models.images import ImageBatch, as_images
 from models.reference_images import ReferenceImages
 from models.unets import DenoisingUNet
 from tests.published import published_tensors, small_magic_pipeline
@@ -58,19 +58,19 @@ def test_only_the_reference_tells_the_halves_of_guidance_apart(pipeline, images)
     assert torch.allclose(unconditional, run(pipeline, 255 - reference, poses, guidance_scale=1e-12), atol=1e-4)
     assert not torch.allclose(unconditional, run(pipeline, reference, 255 - poses, guidance_scale=1e-12), atol=1e-3)
     image = as_images(reference, "reference")
-    conditioning = ReferenceImages(pipeline.animator(), pipeline.vae, image, None, 1).conditioning
+    conditioning = ReferenceImages(pipeline.animator, ImageBatch(pipeline.vae, image), 1).conditioning
     assert conditioning.shape == (1, 7, 16) and torch.equal(conditioning, pipeline.prompt())
 
 
 def test_reference_is_encoded_at_every_timestep(pipeline, images):
-    animator, reference = pipeline.animator(), as_images(images[0], "reference") * 2 - 1
+    animator, reference = pipeline.animator, as_images(images[0], "reference") * 2 - 1
     assert isinstance(animator, MagicAnimate)
-    run = ReferenceImages(animator, pipeline.vae, reference, None, 2)
+    run = ReferenceImages(animator, ImageBatch(pipeline.vae, reference), 2)
     with torch.no_grad():
-        first = run.bank(0, 961, range(0, 3))
-        assert run.bank(0, 961, range(2, 5)) is first
-        second = run.bank(1, 461, range(0, 3))
-    assert second is not first
+        first = run.context(0, 961, range(0, 3))
+        assert run.context(0, 961, range(2, 5)).tokens is first.tokens
+        second = run.context(1, 461, range(0, 3))
+    assert second.tokens is not first.tokens
     assert all(not torch.allclose(first.tokens[layer], second.tokens[layer], atol=1e-3) for layer in first.tokens)
 
 

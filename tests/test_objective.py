@@ -200,7 +200,7 @@ def test_loss_is_the_weighted_mean_of_the_errors(vae):
 @pytest.mark.parametrize("frames", [1, 3])
 def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
     """A dropped sample's prediction is the unconditional half of the pipeline's guidance; another's is the rest."""
-    animator = tiny_pipeline.animator()
+    animator = tiny_pipeline.animator
     torch.manual_seed(2)
     latents, noisy = torch.randn(2, 4, 8, 8), torch.randn(2, 4, frames, 8, 8)
     images, poses = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, frames, 32, 32)
@@ -221,7 +221,7 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
 
 def test_null_condition_of_calibrated_training_is_the_same(tiny_pipeline, vae):
     """Dropped samples see neither reference nor calibrated images: nothing of these reaches their loss."""
-    model, batch = tiny_pipeline.animator(), batch_of(2)
+    model, batch = tiny_pipeline.animator, batch_of(2)
     noise = NoiseConfig(condition_dropout=1.0)
     changed = batch | {"reference": -batch["reference"]}
     with torch.no_grad():

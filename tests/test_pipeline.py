@@ -12,9 +12,10 @@ from core.errors import UserError
 from data.poses.poses import Poses
 from models.animators.registry import COMPONENTS, load_pipeline
 from models.attention.processors import reference_layers
-from models.images import as_mask
+from models.images import REFERENCE, ImageBatch, as_mask
 from models.pipeline import AnimationPipeline, as_images
-from models.reference_images import REFERENCE, ReferenceImages, SomeImages
+from models.reference_images import ReferenceImages
+from models.vae import vae_decode
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
 
@@ -88,7 +89,7 @@ def test_kinds_of_output_agree(tiny_pipeline, reference, poses):
     assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     assert np.abs(np.stack([np.asarray(i) for i in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
     assert latents.shape == (1, 4, 5, 6, 8)
-    decoded = tiny_pipeline.decode_latents(latents, 2)
+    decoded = vae_decode(tiny_pipeline.vae, latents[0].transpose(0, 1), 2)
     assert torch.allclose(decoded.clamp(-1, 1) / 2 + 0.5, tensor, atol=1e-5)
 
 
@@ -205,19 +206,22 @@ def test_calibration_changes_the_result(tiny_pipeline, reference, poses, calibra
     assert not torch.allclose(base, run(tiny_pipeline, reference, poses, calibration=made), atol=1e-4)
 
 
-def reference_images(pipeline, reference, calibration, steps, **arguments) -> ReferenceImages:
-    image = as_images(reference, "reference") * 2 - 1
-    return ReferenceImages(pipeline.animator(), pipeline.vae, image, calibration, steps, **arguments)
+def image_batch(pipeline, reference, calibration, mask=None) -> ImageBatch:
+    return ImageBatch(pipeline.vae, as_images(reference, "reference") * 2 - 1, mask, calibration)
+
+
+def reference_images(pipeline, reference, calibration, steps) -> ReferenceImages:
+    return ReferenceImages(pipeline.animator, image_batch(pipeline, reference, calibration), steps)
 
 
 def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibration):
     """Frame 3 gets the same calibrated image in whichever window it falls."""
     images = reference_images(tiny_pipeline, reference, calibration(), 3)
-    bank = images.bank(0, 999, range(0, 4))
+    tokens = images.context(0, 999, range(0, 4)).tokens
     for step in range(3):
-        assert images.bank(step, 0, range(3, 5)) is bank
-        first = images.context_of(bank, range(0, 4), step)
-        second = images.context_of(bank, range(3, 5), step)
+        first = images.context(step, 0, range(0, 4))
+        second = images.context(step, 0, range(3, 5))
+        assert first.tokens is tokens and second.tokens is tokens
         assert torch.equal(first.index[3], second.index[0])
         for n in first.query_flags:
             assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
@@ -226,24 +230,24 @@ def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibra
 
 def test_only_drawn_images_are_encoded_and_once(tiny_pipeline, reference, calibration):
     made = calibration()
-    bank = reference_images(tiny_pipeline, reference, made, 2).bank(0, 999, range(0, 4))
+    images = reference_images(tiny_pipeline, reference, made, 2)
+    encoded = images.context(0, 999, range(0, 4)).tokens
     count = 1 + len(made.used(2))
-    assert {len(tokens) for tokens in bank.tokens.values()} == {count}
-    assert set(bank.tokens) == set(reference_layers(tiny_pipeline.denoising_unet))
+    assert {len(tokens) for tokens in encoded.values()} == {count}
+    assert set(encoded) == set(reference_layers(tiny_pipeline.denoising_unet))
     drawn = {int(member) for step in range(2) for member in made.index(step).ravel() if member >= 0}
-    assert set(bank.slots) == drawn
+    assert set(images.rows) == drawn | {REFERENCE}
 
 
 def test_replacing_shows_the_calibrated_image_in_place_of_the_reference(tiny_pipeline, reference, poses, calibration):
     made = calibration(attach="replace", propagation="off")
     images = reference_images(tiny_pipeline, reference, made, 2)
-    bank = images.bank(0, 999, range(0, 5))
-    seen = images.context_of(bank, range(0, 5), 0)
+    seen = images.context(0, 999, range(0, 5))
     assert seen.query_flags is None and seen.key_flags is None
-    assert seen.index[:, 0].tolist() == [bank.slots[int(member)] for member in made.member[:, 0]]
+    assert seen.index[:, 0].tolist() == [images.rows[int(member)] for member in made.member[:, 0]]
     latents = images.start_latents()
     for frame, member in enumerate(made.member[:, 0]):
-        assert torch.equal(latents[0, :, frame], images.latents_of([int(member)])[0])
+        assert torch.equal(latents[0, :, frame], images.images.select([int(member)]).latents[0])
     added = run(tiny_pipeline, reference, poses, calibration=calibration(propagation="off"))
     result = run(tiny_pipeline, reference, poses, calibration=made)
     for other in (added, run(tiny_pipeline, reference, poses)):
@@ -256,11 +260,11 @@ def test_masks_of_images_are_the_given_one_and_those_of_the_calibration(tiny_pip
     made, given = calibration(), torch.zeros(1, 1, 24, 32)
     given[..., 3:9, 4:7] = 1
     for mask, expected in ((given, given[0, 0]), (None, torch.from_numpy(made.reference_masks.any(0)).float())):
-        images = SomeImages(reference_images(tiny_pipeline, reference, made, 2, mask=mask), [REFERENCE, 0])
+        images = image_batch(tiny_pipeline, reference, made, mask).select([REFERENCE, 0])
         assert len(images) == 2 and images.pixels.shape == (2, 3, 24, 32)
         assert torch.equal(images.masks[0, 0], expected)
         assert torch.equal(images.masks[1, 0], torch.from_numpy(made.masks[0]).float())
-    assert SomeImages(reference_images(tiny_pipeline, reference, None, 2), [REFERENCE]).masks is None
+    assert image_batch(tiny_pipeline, reference, None).masks is None
 
 
 def test_kinds_of_masks_agree():

@@ -13,12 +13,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from data.poses.poses import Poses
-from models.animators.animate_anyone.model import PoseFeatures
+from models.animators.animate_anyone.model import pose_features
 from models.animators.magic_animate.networks import ControlCondition, control_residuals
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
-from models.images import ImageSequence, as_images
+from models.images import ImageBatch, ImageSequence, as_images
 from models.reference_images import ReferenceImages
 from models.vae import vae_decode, vae_encode
 from models.windows import context_windows
@@ -182,17 +182,17 @@ def test_few_kept_images_give_the_same_tokens(pipeline, images, max_images):
     """Too many images for one bank: those of one step, or of one window."""
     pipeline = deepcopy(pipeline).to(torch.float64)  # images in other company are rounded otherwise
     calibration, reference = calibration_of(2), as_images(images[0], "reference").double() * 2 - 1
-    animator = pipeline.animator()
+    animator = pipeline.animator
     seen = {}
     with torch.no_grad():
         for limit in (max_images, 1000):
-            run = ReferenceImages(animator, pipeline.vae, reference, calibration, STEPS, max_images=limit)
+            batch = ImageBatch(pipeline.vae, reference, calibration=calibration)
+            run = ReferenceImages(animator, batch, STEPS, max_images=limit)
             for step, timestep in enumerate((900, 100)):
                 for window in (range(0, 3), range(2, 5)):
-                    bank = run.bank(step, timestep, window)
-                    got = run.context_of(bank, window, step)
+                    got = run.context(step, timestep, window)
                     seen[limit, step, window] = {n: value[got.index] for n, value in got.tokens.items()}
-                    assert len(bank.slots) <= max(limit, 6)
+                    assert len(run.rows) - 1 <= max(limit, 6)
     for (limit, step, window), tokens in seen.items():
         for layer, value in tokens.items():
             assert torch.allclose(value, seen[1000, step, window][layer], atol=1e-9), (limit, layer)
@@ -201,11 +201,17 @@ def test_few_kept_images_give_the_same_tokens(pipeline, images, max_images):
 def test_long_clips_compute_pose_features_by_window(tiny_pipeline, images):
     poses = ImageSequence(torch.from_numpy(images[1]).permute(0, 3, 1, 2), SIZE, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        kept = PoseFeatures(tiny_pipeline.pose_guider, poses)
-        computed = PoseFeatures(tiny_pipeline.pose_guider, poses, kept_frames=2)
-    assert kept.features is not None and computed.features is None
-    for window in context_windows(FRAMES, 3, 1):
-        assert torch.allclose(kept.window(window), computed.window(window), atol=1e-5)
+        calls = []
+        handle = tiny_pipeline.pose_guider.register_forward_hook(lambda *_: calls.append(1))
+        kept = pose_features(tiny_pipeline.pose_guider, poses)
+        assert calls
+        calls.clear()
+        computed = pose_features(tiny_pipeline.pose_guider, poses, kept_frames=2)
+        assert not calls
+        handle.remove()
+        for window in context_windows(FRAMES, 3, 1):
+            arguments = window, noise(), torch.tensor(40)
+            assert torch.allclose(kept(*arguments), computed(*arguments), atol=1e-5)
 
 
 def test_overlapping_windows_share_control_residuals(magic_pipeline, images):
@@ -220,8 +226,8 @@ def test_overlapping_windows_share_control_residuals(magic_pipeline, images):
     windows = (range(0, 3), range(1, 4), range(2, 5))
     with torch.no_grad():
         handle = magic_pipeline.control_net.register_forward_pre_hook(count)
-        at_step = ControlCondition(magic_pipeline.control_net, poses, context).at_step(noise(), timestep)
-        shared = [at_step.window(window) for window in windows]
+        condition, latents = ControlCondition(magic_pipeline.control_net, poses, context), noise()
+        shared = [condition(window, latents, timestep) for window in windows]
         handle.remove()
         assert sum(counts) == FRAMES
         for window, got in zip(windows, shared, strict=True):

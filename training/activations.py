@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.animators.trainable import CalibratedImages, TrainableAnimator
+from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.vae import VAE, vae_scale_factor
@@ -95,7 +95,7 @@ def counted(config: TrainConfig, *networks: nn.Module) -> Iterator[LiveStorages]
         yield live
 
 
-def step_memory(vae: VAE, model: TrainableAnimator, config: TrainConfig) -> StepMemory:
+def step_memory(vae: VAE, model: Animator, config: TrainConfig) -> StepMemory:
     """Memory of one batch's step on one process.
 
     Args:
@@ -120,7 +120,7 @@ def step_memory(vae: VAE, model: TrainableAnimator, config: TrainConfig) -> Step
     return StepMemory(encoding, live.peak)
 
 
-def step_inputs(model: TrainableAnimator, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
+def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
     """Arguments of the model for one batch, calibrated images included where they are trained with."""
     width, height = config.data.size
     batch, frames = config.batch_size, config.data.num_frames

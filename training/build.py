@@ -10,8 +10,8 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import nn
 
 from core.errors import UserError
+from models.animators.base import Animator
 from models.animators.registry import PIPELINES, load_pipeline, pipeline_of, read_index
-from models.animators.trainable import TrainableAnimator
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
 from models.vae import VAE
@@ -33,7 +33,7 @@ def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
     )
 
 
-def make_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
+def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
     """The frozen VAE and the networks to train: those of the pipeline folder `model.init`, or new ones.
 
     Raises:
@@ -49,7 +49,7 @@ def make_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
     return vae, model
 
 
-def start_from(model: TrainableAnimator, folder: str) -> None:
+def start_from(model: Animator, folder: str) -> None:
     """Give new networks the weights of a pipeline folder wherever name and shape agree.
 
     Transformers that the folder does not have end in zeros, so that they start as no change.
@@ -79,7 +79,7 @@ def start_from(model: TrainableAnimator, folder: str) -> None:
             nn.init.zeros_(module.proj_out.bias)
 
 
-def open_animator(key: str, folder: str) -> tuple[VAE, TrainableAnimator]:
+def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
     """VAE and networks of a pipeline folder.
 
     Args:
@@ -90,10 +90,10 @@ def open_animator(key: str, folder: str) -> tuple[VAE, TrainableAnimator]:
     """
     trainable_kind(key, folder, read_index(Path(folder)).get("_class_name"))
     pipeline = load_pipeline(folder)
-    return pipeline.vae, pipeline.animator()
+    return pipeline.vae, pipeline.animator
 
 
-def trainable_kind(key: str, folder: str | Path, name: str | None) -> type[TrainableAnimator]:
+def trainable_kind(key: str, folder: str | Path, name: str | None) -> type[Animator]:
     """The animator of a pipeline class, which must be one that can be trained.
 
     Args:
@@ -101,10 +101,10 @@ def trainable_kind(key: str, folder: str | Path, name: str | None) -> type[Train
         name: of the class.
     """
     pipeline = PIPELINES.get(name)
-    if pipeline is None or not issubclass(pipeline.animator_kind, TrainableAnimator):
-        known = [name for name, kind in PIPELINES.items() if issubclass(kind.animator_kind, TrainableAnimator)]
+    if pipeline is None or not pipeline.animator_cls.trainable:
+        known = [name for name, cls in PIPELINES.items() if cls.animator_cls.trainable]
         raise UserError(f"{key}={folder} is a {name}; train.py trains {', '.join(known)}")
-    return pipeline.animator_kind
+    return pipeline.animator_cls
 
 
 def load_vae(folder: str | Path) -> VAE:
@@ -133,7 +133,7 @@ def vae_kind(
     return kinds[kind], settings
 
 
-def set_trainable(model: TrainableAnimator, config: TrainConfig) -> list[nn.Parameter]:
+def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
     """Freeze what is not trained; returns the rest, every one of which gets a gradient in every step.
 
     Raises:
@@ -157,7 +157,7 @@ def set_trainable(model: TrainableAnimator, config: TrainConfig) -> list[nn.Para
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def shrink_frozen(vae: VAE, model: TrainableAnimator, dtype: torch.dtype) -> None:
+def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
     """Keep frozen convolutions and linear layers in a smaller number format; autocast computes in it anyway.
 
     Norms stay in float32, which autocast gives them, and so do first layers: networks are asked for their dtype by
@@ -171,9 +171,7 @@ def shrink_frozen(vae: VAE, model: TrainableAnimator, dtype: torch.dtype) -> Non
                 module.to(dtype)
 
 
-def make_pipeline(
-    vae: VAE, model: TrainableAnimator, noise: NoiseConfig, window_size: int | None = None
-) -> AnimationPipeline:
+def make_pipeline(vae: VAE, model: Animator, noise: NoiseConfig, window_size: int | None = None) -> AnimationPipeline:
     """The networks as an inference pipeline that shares their memory.
 
     Args:

@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTra
 
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.base import Animator
 from models.animators.registry import NETWORKS, read_index
-from models.animators.trainable import TrainableAnimator
 from models.checkpoints.sizes import (
     MotionSizes,
     UNetSizes,
@@ -45,7 +45,7 @@ PUBLISHED_IMAGE_ENCODER = {
 POSE_CHANNELS = (16, 32, 96, 256)
 
 
-def describe_networks(config: TrainConfig) -> tuple[VAE, TrainableAnimator]:
+def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
     """What `make_networks` makes, without weights; the published sizes without `model.init` and `model.vae`.
 
     Raises:
@@ -74,7 +74,7 @@ def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
     )
 
 
-def folder_networks(folder: Path) -> tuple[VAE, TrainableAnimator]:
+def folder_networks(folder: Path) -> tuple[VAE, Animator]:
     """The networks of a pipeline folder, from its configuration files."""
     index = read_index(folder)
     kind = trainable_kind("model.init", folder, index.get("_class_name"))

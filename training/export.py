@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
-from models.lora import adapted_networks, merge, save_lora
+from models.lora import merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
@@ -85,7 +85,7 @@ def write_export(config: TrainConfig, pipeline: AnimationPipeline, folder: Path)
             save_lora(pipeline, temporary)
         return
     if config.trainable == "lora":
-        for name in adapted_networks(pipeline):
+        for name in pipeline.animator_cls.adapted_networks:
             merge(getattr(pipeline, name))
     save_pipeline(pipeline, folder, config.export_dtype)
 

@@ -23,8 +23,8 @@ from data.preparation.shards import Shard
 from data.transforms import apply_fit
 from data.video.reading import VideoReader
 from models.animators.animate_anyone.model import image_context
+from models.animators.base import Animator
 from models.animators.registry import choose_device, load_component, read_index
-from models.animators.trainable import TrainableAnimator
 from models.vae import VAE, vae_posterior, vae_scale_factor
 from training.build import load_vae
 from training.config import TrainConfig
@@ -114,7 +114,7 @@ def clip_features(
     return found
 
 
-def check_features(config: TrainConfig, vae: VAE, model: TrainableAnimator) -> None:
+def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
     """Refuse cached features that are not what this run would compute itself.
 
     Raises:

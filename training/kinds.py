@@ -4,14 +4,15 @@ from collections.abc import Callable
 
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.base import Animator
 from models.animators.disco.model import DisCo
 from models.animators.dream_pose.model import DreamPose
 from models.animators.magic_animate.model import MagicAnimate
-from models.animators.trainable import NetworkSizes, TrainableAnimator
+from models.animators.small_networks import NetworkSizes
 from training.config import ModelConfig
 
 # Sizes, channels of the latents, and side of the images in pixels -> networks.
-Maker = Callable[[NetworkSizes, int, int], TrainableAnimator]
+Maker = Callable[[NetworkSizes, int, int], Animator]
 PUBLISHED = "animate_anyone"  # whose published sizes a dry run knows without any folder
 KINDS: dict[str, Maker] = {
     "animate_anyone": AnimateAnyone.small,
@@ -21,7 +22,7 @@ KINDS: dict[str, Maker] = {
 }
 
 
-def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> TrainableAnimator:
+def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> Animator:
     """Randomly initialised networks of `model.animator`.
 
     Raises:

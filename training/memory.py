@@ -6,7 +6,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from models.animators.trainable import TrainableAnimator
+from models.animators.base import Animator
 from models.vae import VAE, vae_scale_factor
 from training.activations import StepMemory, step_memory
 from training.build import set_trainable, shrink_frozen
@@ -64,7 +64,7 @@ class Need:
         return sum(astuple(self)) - self.host
 
 
-def amounts(vae: VAE, model: TrainableAnimator, config: TrainConfig, step: StepMemory) -> Amounts:
+def amounts(vae: VAE, model: Animator, config: TrainConfig, step: StepMemory) -> Amounts:
     """The amounts of a configuration; networks may be on the meta device."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -126,14 +126,14 @@ def needs(a: Amounts, processes: int) -> dict[str, Need]:
     }
 
 
-def enable_gradient_checkpointing(model: TrainableAnimator) -> None:
+def enable_gradient_checkpointing(model: Animator) -> None:
     """Recompute blocks of UNets and ControlNets in the backward pass, motion modules included."""
     for network in model.children():
         if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
             network.enable_gradient_checkpointing()
 
 
-def estimate(config: TrainConfig) -> tuple[VAE, TrainableAnimator, StepMemory]:
+def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
     """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
     vae, model = describe_networks(config)
     vae.requires_grad_(False)

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from models.animators.trainable import CalibratedImages
+from models.animators.base import CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.tokens import TokenLevel
 from models.vae import VAE, vae_encode, vae_posterior
@@ -189,7 +189,7 @@ def diffusion_loss(
     """Loss of one batch of clips: weighted mean squared error of the prediction.
 
     Args:
-        model: a `TrainableAnimator`, possibly wrapped for distributed training.
+        model: an `Animator`, possibly wrapped for distributed training.
         batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
             for calibrated training masks and keypoints too, see `data.datasets`; cached features in place of
             images, see `data.video_folder`.
@@ -207,7 +207,7 @@ def diffusion_loss(
         config.noise_offset,
         generators,
         mean.device,
-        traits.drop_kinds,
+        traits.drop_modes,
         config.timestep_shift,
     )
     latents = mean + deviation * drawn.posterior
@@ -227,16 +227,16 @@ def diffusion_loss(
             points = with_background(points, batch, attention.background, generators)
         probe = point_probe(points, traits.grids)
     prediction = model(
-        scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
-        drawn.timesteps,
-        reference_latents,
-        batch["reference_context"] if "reference_context" in batch else batch["reference"],
-        batch["poses"],
-        drawn.dropped,
-        seen,
-        probe,
-        batch["reference_mask"] if traits.needs_mask else None,
-        found,
+        noisy_latents=scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
+        timestep=drawn.timesteps,
+        reference_latents=reference_latents,
+        reference_image=batch["reference_context"] if "reference_context" in batch else batch["reference"],
+        poses=batch["poses"],
+        dropped=drawn.dropped,
+        reference=seen,
+        probe=probe,
+        reference_mask=batch["reference_mask"] if traits.needs_mask else None,
+        calibrated=found,
     )
     target = prediction_target(scheduler, latents, drawn.noise, drawn.timesteps)
     squares = (prediction.float() - target).square()

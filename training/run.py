@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from models.animators.trainable import TrainableAnimator
+from models.animators.base import Animator
 from models.vae import VAE, vae_scale_factor
 from training.build import make_scheduler
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
@@ -73,7 +73,7 @@ class Run:
         return [parameter for _, parameter in self.trainable]
 
 
-def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: TrainableAnimator) -> Run:
+def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: Animator) -> Run:
     """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint.
 
     Args:

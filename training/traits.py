@@ -6,32 +6,32 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.errors import UserError
-from models.animators.trainable import TrainableAnimator
+from models.animators.base import Animator
 from models.attention.layers import token_levels
 from models.attention.tokens import KeyLayout, TokenLevel
 
 
 @dataclass(frozen=True)
 class TrainingTraits:
-    """See `models.animators.trainable.TrainableAnimator`, which has the attributes of the same names.
+    """See `models.animators.base.Animator`, which has the attributes of the same names.
 
     Attributes:
         levels: of the layers in which frames see images.
     """
 
     levels: list[TokenLevel]
-    drop_kinds: int
+    drop_modes: int
     needs_mask: bool
     alters_reference: bool
     calibrated_latents: bool
     vae_images: Callable[[Tensor, Tensor | None], Tensor]
 
     @classmethod
-    def of(cls, animator: TrainableAnimator, latent_size: tuple[int, int]) -> "TrainingTraits":
+    def of(cls, animator: Animator, latent_size: tuple[int, int]) -> "TrainingTraits":
         """The traits of an animator that is trained on latents of this (h, w)."""
         return cls(
             token_levels(animator.attention_layers(latent_size)),
-            animator.drop_kinds,
+            animator.drop_modes,
             animator.needs_mask,
             animator.alters_reference,
             animator.calibrated_latents,

@@ -58,7 +58,7 @@ def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) 
         pipeline: float32, on its device; its networks are trained and are not what they were afterwards.
     """
     config = TrainConfig(stage=size.stage, output="", optimizer=OptimizerConfig())
-    model, vae, device = pipeline.animator(), pipeline.vae, pipeline.device
+    model, vae, device = pipeline.animator, pipeline.vae, pipeline.device
     vae.requires_grad_(False)
     parameters = set_trainable(model, config)
     if size.channels_last:

@@ -69,7 +69,7 @@ def model_names(config: AnimatorsConfig) -> list[str]:
     Raises:
         UserError: no model, a folder that is no pipeline, or names that do not tell the models apart.
     """
-    names = config.names or [PIPELINES[kind].animator_kind.__name__ for kind in map(pipeline_class, config.models)]
+    names = config.names or [PIPELINES[kind].animator_cls.__name__ for kind in map(pipeline_class, config.models)]
     if not config.models or len(names) != len(config.models) or max(Counter(names).values()) > 1:
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
     return names

@@ -1,55 +1,29 @@
-"""What an animator is: the one protocol that pipeline, calibration, attention recording and evaluation work through.
+"""`Animator`, the one class that pipeline, calibration, recording, training and evaluation work through.
 
-Each published animator answers it in a file of its own; `docs/animators.md` explains it and adds one. Shapes use
-f = frames, i = reference images, r = tokens of one image, c = channels, h, w = latent size, H, W = image size.
+`docs/animators.md` explains it and adds one. Shapes use b = batch, f = frames, i = images, m = calibrated images of a
+clip, r = tokens of one image, c = channels, h, w = latent size, H, W = image size.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
-from models.attention.context import ReferenceContext
+from core.errors import UserError
+from models.animators.small_networks import NetworkSizes
+from models.attention.context import ReferenceContext, same_reference
 from models.attention.layers import LayerShape
-from models.images import ImageSequence
+from models.attention.probe import Probe
+from models.images import ImageBatch, ImageSequence
 
-
-class Images(Protocol):
-    """Some reference and calibrated images; what is not asked for is not computed.
-
-    Attributes:
-        pixels: (i, 3, H, W) in [-1, 1].
-        masks: (i, 1, H, W), 1 where a person is and 0 elsewhere; None: nobody knows.
-        latents: of the images, (i, c, h, w), scaled to about unit variance.
-    """
-
-    pixels: Tensor
-    masks: Tensor | None
-    latents: Tensor
-
-    def __len__(self) -> int:
-        """Number of images i."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents (n, c, h, w) of other images (n, 3, H, W) in [-1, 1]."""
-
-
-class StepCondition(Protocol):
-    """What the poses of a clip tell the model at one denoising step."""
-
-    def window(self, frames: range) -> Any:
-        """The condition of consecutive frames, as `Condition.pose` hands it on. Windows come in order."""
-
-
-class PoseCondition(Protocol):
-    """What the poses of a clip tell the model."""
-
-    def at_step(self, sample: Tensor, timestep: Tensor) -> StepCondition:
-        """The condition at one step; sample (1, c, f, h, w) are the noisy latents of the whole clip."""
+# (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.
+# Windows of a step come in order.
+PoseCondition = Callable[[range, Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -57,9 +31,9 @@ class Condition:
     """What one window of frames is denoised with.
 
     Attributes:
-        conditioning: what `Animator.encode_reference` gave.
-        pose: what `StepCondition.window` gave.
-        context: the images each of the frames sees, with the tokens that `Animator.encode_images` gave.
+        conditioning: from `Animator.encode_reference`.
+        pose: from the `PoseCondition`.
+        context: the images that each frame attends to, with the tokens of `Animator.encode_images`.
     """
 
     conditioning: Any
@@ -67,18 +41,87 @@ class Condition:
     context: ReferenceContext
 
 
+@dataclass(frozen=True)
+class CalibratedImages:
+    """The calibrated images of a batch, clip by clip.
+
+    Attributes:
+        pixels: (b*m, 3, H, W) in [-1, 1].
+        masks: (b*m, 1, H, W), 1 where the calibrated person is.
+    """
+
+    pixels: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Arguments of `Animator.forward`, b clips.
+
+    Attributes:
+        noisy_latents: (b, c, f, h, w).
+        timestep: (b,).
+        reference_latents: of `vae_images`, (b, c, h, w); with `calibrated_latents` those of calibrated images follow,
+            as many of every clip, (b + b*m, c, h, w).
+        reference_image: (b, 3, H, W) in [-1, 1]; with `takes_embeddings` also its embedding, (b, 1, channels).
+        poses: pose images, (b, 3, f, H, W) in [0, 1].
+        dropped: (b,), conditions that a sample goes without: 0 none, 1 to `drop_modes` as the animator numbers them.
+        reference: index and flags of what each of the b*f frames attends to among [b references | b*m calibrated
+            images], its `tokens` unused; None: each clip its own reference.
+        probe: records what queries attend to.
+        reference_mask: (b, 1, H, W), 1 where the person is; given where `needs_mask`.
+        calibrated: None without calibrated training.
+    """
+
+    noisy_latents: Tensor
+    timestep: Tensor
+    reference_latents: Tensor
+    reference_image: Tensor
+    poses: Tensor
+    dropped: Tensor
+    reference: ReferenceContext | None = None
+    probe: Probe | None = None
+    reference_mask: Tensor | None = None
+    calibrated: CalibratedImages | None = None
+
+    def context(self, tokens: dict[str, Tensor]) -> ReferenceContext:
+        """The images that the frames attend to, with their tokens by layer, those of the b references first."""
+        clips, _, num_frames = self.noisy_latents.shape[:3]
+        reference = self.reference
+        if reference is None:
+            reference = same_reference({layer: value[:clips] for layer, value in tokens.items()}, num_frames)
+        return replace(reference, tokens=tokens, projected=None, probe=self.probe)
+
+    def by_frame(self, values: Tensor) -> Tensor:
+        """One value a clip, (b,) -> one a frame, (b*f,)."""
+        return values.repeat_interleave(self.noisy_latents.shape[2])
+
+
 class Animator(nn.Module, ABC):
     """A model that animates a reference image with poses. Its children are a pipeline's components, by their names.
 
+    Arguments of the constructor without a default are networks, `denoising_unet` among them; those with a default are
+    settings, which are kept as attributes of their names and saved with a pipeline.
+
     Attributes:
-        pose_kind: what its pose images are; figures of "OpenPose" are drawn from keypoints.
+        pose_kind: of the pose images; figures of "OpenPose" are drawn from keypoints.
         reference_follows_timestep: images are encoded anew at every denoising step, at its timestep.
         shared_noise: every frame starts from the same noise.
         needs_mask: `encode_reference` needs to know where the person is.
-        joint_frames: the frames of a window see each other; otherwise windows need not overlap.
-        guidance_names: what each scale of guidance is about.
-        latent_multiple: what height and width of the latents must be multiples of.
+        joint_frames: frames of a window attend to each other; otherwise windows need not overlap.
+        guidance_names: of the scales of guidance.
+        latent_multiple: that height and width of the latents must be multiples of.
+
+        trainable: has what `train.py` asks, the methods below `training_prediction`.
+        drop_modes: what condition dropout may take away; 1: everything at once.
+        takes_embeddings: cached image embeddings may stand in for the reference image.
+        alters_reference: `vae_images` changes the images, so that their cached latents are of no use.
+        calibrated_latents: training needs the latents of calibrated images.
+        adapted_networks: children that low-rank adapters are made for.
+        motion_parts: what names of layers over several frames have in common.
     """
+
+    denoising_unet: ModelMixin
 
     pose_kind = "OpenPose"
     reference_follows_timestep = False
@@ -88,20 +131,30 @@ class Animator(nn.Module, ABC):
     guidance_names: tuple[str, ...] = ("reference",)
     latent_multiple = 1
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Number format of the latents that `predict` takes."""
+    trainable = False
+    drop_modes = 1
+    takes_embeddings = False
+    alters_reference = False
+    calibrated_latents = True
+    adapted_networks: tuple[str, ...] = ()
+    motion_parts: tuple[str, ...] = ("motion_modules",)
+
+    # Sizes and settings
 
     @property
-    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the latents that `predict` takes."""
+        return self.denoising_unet.dtype
+
+    @property
     def latent_channels(self) -> int:
         """Channels c of the latents that are denoised."""
+        return self.denoising_unet.config.out_channels
 
     @property
-    @abstractmethod
     def latent_side(self) -> int:
         """Side of the square latents that the model was trained on; other shapes get the same area."""
+        return self.denoising_unet.config.sample_size
 
     @property
     def latent_size(self) -> tuple[int, int] | None:
@@ -113,32 +166,44 @@ class Animator(nn.Module, ABC):
         """Frames that can be denoised together; None: any number."""
         return None
 
+    @classmethod
+    def constructor_parameters(cls) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+        """Networks and settings among the arguments of the constructor."""
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        networks = [parameter for parameter in parameters if parameter.default is parameter.empty]
+        return networks, [parameter for parameter in parameters if parameter.default is not parameter.empty]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of this model, by name."""
+        return {parameter.name: getattr(self, parameter.name) for parameter in self.constructor_parameters()[1]}
+
+    # Inference
+
     @abstractmethod
-    def encode_reference(self, reference: Images) -> Any:
-        """What follows from the reference alone, once a run: context, null context, background, as the model needs it.
+    def encode_reference(self, reference: ImageBatch) -> Any:
+        """The conditioning that follows from the reference alone, once a run: context, null context, background.
+
+        It comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
 
         Args:
             reference: one image.
-
-        Returns:
-            Anything; it comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
         """
 
     @abstractmethod
-    def encode_images(self, images: Images, timestep: int, conditioning: Any) -> dict[str, Tensor]:
-        """What frames see of each image: tokens (i, r, c) by layer, or under a name that several layers share.
+    def encode_images(self, images: ImageBatch, timestep: int, conditioning: Any) -> dict[str, Tensor]:
+        """Tokens (i, r, c) of images, by layer or under a name that several layers share.
 
-        The reference is one of the images, so it is seen through the same tokens as calibrated ones. Each image of a
-        run comes once, or once a step where `reference_follows_timestep`.
+        The reference is one of the images, so frames attend to it as to calibrated ones. Each image of a run comes
+        once, or once a step where `reference_follows_timestep`.
         """
 
     @abstractmethod
     def pose_condition(self, poses: ImageSequence, conditioning: Any) -> PoseCondition:
-        """What the pose images of a clip tell the model."""
+        """The pose condition of a clip's windows, from its pose images."""
 
     @abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        """Guided prediction for one window, (1, c, f, h, w) as the noisy latents `sample`.
+        """Guided prediction for one window, (1, c, f, h, w) as its noisy latents `sample`.
 
         Args:
             scales: one for each of `guidance_names`; all 1: the prediction with every condition, without guidance.
@@ -146,7 +211,7 @@ class Animator(nn.Module, ABC):
 
     @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
-        """The layers in which frames see images, in the order in which they run, for latents of this (h, w)."""
+        """Layers in which frames attend to images, in the order in which they run, for latents of this (h, w)."""
 
     def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
         """One scale for each of `guidance_names`, from a number for all of them or from as many numbers.
@@ -161,15 +226,82 @@ class Animator(nn.Module, ABC):
         return scales
 
     def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
-        """Where denoising starts, (1, c, f, h, w).
+        """Latents (1, c, f, h, w) that denoising starts from.
 
         Args:
             noise: (1, c, f, h, w), standard normal.
             scheduler: with its timesteps set.
-            start: makes the latents (1, c, f, h, w) of the image that each frame takes as its reference, for models
-                that start from it.
+            start: makes the latents (1, c, f, h, w) of the image that each frame takes as its reference.
         """
         return noise * scheduler.init_noise_sigma
+
+    # Training, for animators that are `trainable`
+
+    @classmethod
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+        """Randomly initialised small networks for images of this side in pixels.
+
+        Raises:
+            UserError: sizes that do not go together.
+        """
+        raise NotImplementedError
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """`training_prediction` of a `TrainingBatch` of these arguments.
+
+        They arrive as keyword arguments because DDP, FSDP and DeepSpeed move and cast the tensors that they find among
+        them.
+        """
+        return self.training_prediction(TrainingBatch(**inputs))
+
+    def training_prediction(self, batch: TrainingBatch) -> Tensor:
+        """One training step's prediction, (b, c, f, h, w)."""
+        raise NotImplementedError
+
+    def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """The images whose latents training takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""
+        return images
+
+    def prepare_stage(self, stage: str) -> None:
+        """Make the networks ready for stage "image" or "motion", before what is trained is chosen."""
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        """Values of `trainable=` in a stage, beside "lora"; the default comes first."""
+        raise NotImplementedError
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        """Names of the parameters that a choice trains, every one of which gets a gradient in every step.
+
+        Args:
+            image_encoder: whether the image encoder may be among them.
+        """
+        raise NotImplementedError
+
+    def unused_parameters(self) -> set[str]:
+        """Names of the parameters that no prediction depends on; adapters leave them alone."""
+        return set()
+
+    def initialized_from(self, name: str) -> str:
+        """The parameter that a parameter starts as a copy of where two networks begin as the same model, or itself."""
+        return name
+
+    def check_size(self, factor: int, size: tuple[int, int]) -> None:
+        """Refuse training images of a size (width, height) that the networks cannot take.
+
+        Args:
+            factor: pixels of an image's side per latent.
+
+        Raises:
+            UserError: naming what is allowed.
+        """
+        multiple = factor * self.latent_multiple
+        if size[0] % multiple or size[1] % multiple:
+            raise UserError(f"data.size={list(size)} must be multiples of {multiple}, the model's factor")
+        only = self.latent_size
+        if only is not None and (size[1] // factor, size[0] // factor) != only:
+            raise UserError(
+                f"data.size={list(size)} must be [{only[1] * factor},{only[0] * factor}], the model's size"
+            )
 
 
 def guided(conditional: Callable[[], Tensor], unconditional: Callable[[], Tensor], scale: float) -> Tensor:
@@ -179,17 +311,3 @@ def guided(conditional: Callable[[], Tensor], unconditional: Callable[[], Tensor
         return prediction
     null = unconditional()
     return null + scale * (prediction - null)
-
-
-class PoseImages:
-    """Pose images as they are, the same at every step; `PoseCondition` and `StepCondition` of an animator."""
-
-    def __init__(self, poses: ImageSequence):
-        self.poses = poses
-
-    def at_step(self, sample: Tensor, timestep: Tensor) -> "PoseImages":
-        return self
-
-    def window(self, frames: range) -> Tensor:
-        """(f, 3, H, W) in [0, 1]."""
-        return self.poses[frames]

@@ -12,8 +12,8 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from models.animators.base import Animator
+from models.animators.disco.model import DiscoPipeline
 from models.animators.disco.networks import DiscoControlNet, DiscoUNet, TokenProjection
-from models.animators.disco.pipeline import DiscoPipeline
 from models.animators.dream_pose.model import DreamPosePipeline
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter
 from models.animators.magic_animate.model import MagicAnimatePipeline
@@ -59,7 +59,7 @@ NETWORKS = {
 
 def pipeline_of(animator: type[Animator]) -> type[AnimationPipeline]:
     """The pipeline class of an animator's class."""
-    return next(kind for kind in PIPELINES.values() if kind.animator_kind is animator)
+    return next(kind for kind in PIPELINES.values() if kind.animator_cls is animator)
 
 
 def load_pipeline(

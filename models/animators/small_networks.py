@@ -1,12 +1,28 @@
 """Sizes of new small networks, checked, and as diffusers' and transformers' classes take them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.animators.trainable import NetworkSizes
+
+
+class NetworkSizes(Protocol):
+    """See `training.config.ModelConfig`, which has them all."""
+
+    block_out_channels: list[int]
+    attention: list[str] | None
+    layers_per_block: int
+    attention_heads: list[int]
+    norm_num_groups: int
+    motion_max_seq_length: int
+    pose_channels: list[int]
+    context_dim: int
+    image_encoder_size: int
+    image_encoder_patch: int
+    image_encoder_width: int
+    image_encoder_layers: int
 
 
 def resolution_settings(sizes: NetworkSizes) -> tuple[list[str], tuple[int, ...]]:

@@ -7,9 +7,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from models.animators.disco.checkpoint import LATENT_SIDE, DiscoWeights, load_disco
-from models.animators.disco.model import NULL_TOKENS
+from models.animators.disco.model import NULL_TOKENS, DiscoPipeline
 from models.animators.disco.networks import EMBEDDING_WIDTHS, DiscoUNet, TokenProjection, new_control_net
-from models.animators.disco.pipeline import DiscoPipeline
 from models.checkpoints.loading import load_strictly, shapes_of
 from models.checkpoints.sizes import unet_arguments, unet_sizes
 from models.checkpoints.sources import WINDOWS, Sources

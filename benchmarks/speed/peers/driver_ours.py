@@ -18,10 +18,10 @@ from benchmarks.speed.peers.driver_protocol import DTYPES, Driver, Job, StepTime
 from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
 from benchmarks.speed.sizes import use_channels_last
 from core.files import complete_folder
-from models.animators.base import Images
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import BUILDERS
 from models.checkpoints.sources import ConvertConfig, Sources
+from models.images import ImageBatch
 from models.pipeline import AnimationPipeline
 from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import NoiseConfig, TrainConfig
@@ -61,7 +61,7 @@ def placed(pipeline: AnimationPipeline, job: Job) -> AnimationPipeline:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image (1, 3, H, W) in [-1, 1] as `models.animators.base.Images`, as far as image encoders ask."""
+    """An image (1, 3, H, W) in [-1, 1] as `models.images.ImageBatch`, as far as image encoders ask."""
 
     pixels: torch.Tensor
 
@@ -73,17 +73,19 @@ def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> A
     What then differs from a peer in float32 is the order of additions alone.
     """
 
-    class Animator(pipeline.animator_kind):
-        def encode_reference(self, images: Images) -> torch.Tensor:
+    class Animator(pipeline.animator_cls):
+        def encode_reference(self, images: ImageBatch) -> torch.Tensor:
             resized = torch.from_numpy(np.array(reference.resize((CLIP_SIDE, CLIP_SIDE)))).permute(2, 0, 1)[None]
             return super().encode_reference(EncodedImage(resized.to(images.pixels) / 127.5 - 1))
 
-        def encode_images(self, images: Images, timestep: int, conditioning: torch.Tensor) -> dict[str, torch.Tensor]:
+        def encode_images(
+            self, images: ImageBatch, timestep: int, conditioning: torch.Tensor
+        ) -> dict[str, torch.Tensor]:
             tokens = super().encode_images(images, timestep, conditioning)
             return {layer: value.half().to(value) for layer, value in tokens.items()}
 
     class Pipeline(type(pipeline)):
-        animator_kind = Animator
+        animator_cls = Animator
 
     rounding = Pipeline(**pipeline.components)
     rounding.set_progress_bar_config(disable=True)
@@ -130,7 +132,7 @@ class Training:
         pipeline = load(job, "float32")
         noise = NoiseConfig(noise_offset=NOISE_OFFSET, condition_dropout=0.0)
         self.config = config = TrainConfig(stage=stage, output="", noise=noise)
-        self.vae, self.model = pipeline.vae.requires_grad_(False).eval(), pipeline.animator()
+        self.vae, self.model = pipeline.vae.requires_grad_(False).eval(), pipeline.animator
         self.parameters = set_trainable(self.model, config)
         if job.dtype != torch.float32:
             shrink_frozen(self.vae, self.model, job.dtype)

@@ -1,23 +1,23 @@
 """DisCo (Wang et al., CVPR 2024): foreground as CLIP tokens, background and pose as ControlNets.
 
-Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
-size, H, W = image size.
-
-The person is cut out of the reference, and all of CLIP's tokens of that cut-out are what cross-attention of the UNet
-and of both ControlNets sees. The reference without the person goes through the VAE to a ControlNet of its own; the
+The person is cut out of the reference, and all of CLIP's tokens of that cut-out are the context of cross-attention in
+the UNet and in both ControlNets. The reference without the person goes through the VAE to a ControlNet of its own; the
 residuals of both are added up. Guidance takes the person away, in all three networks, and keeps pose and background.
 TPC adds the tokens of calibrated cut-outs to the context of a frame; the background stays the reference's.
+
+Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
+size, H, W = image size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from models.animators.base import Condition, Images, PoseImages, guided
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.disco.networks import (
     BACKGROUND_PREFIX,
     POSE_PREFIX,
@@ -29,22 +29,21 @@ from models.animators.disco.networks import (
     with_time,
 )
 from models.animators.small_networks import (
+    NetworkSizes,
     block_types,
     check_pose_channels,
     resolution_settings,
     small_image_encoder,
     unet_settings,
 )
-from models.animators.trainable import CalibratedImages, NetworkSizes, TrainableAnimator
-from models.attention.context import ReferenceContext, same_reference, without_dropped
+from models.attention.context import ReferenceContext, without_dropped
 from models.attention.layers import LayerShape, image_token_layers
-from models.attention.probe import Probe
 from models.attention.tokens import KeyLayout
-from models.clip_images import clip_mask, clip_pixels
-from models.images import ImageSequence
+from models.images import ImageBatch, ImageSequence, clip_mask, clip_pixels
+from models.pipeline import AnimationPipeline, animated_by
 
-# What cross-attention sees in the unconditional half of guidance: CLIP's tokens of an empty cut-out, for models
-# trained with dropped references (`drop_ref`), or zeros, for the others.
+# Context of the unconditional half of guidance: CLIP's tokens of an empty cut-out, for models trained with dropped
+# references (`drop_ref`), or zeros, for the others.
 NULL_TOKENS = ("empty_image", "zeros")
 SOURCE = "images"  # the name of the tokens, which all layers of all networks share
 
@@ -62,10 +61,18 @@ class DiscoConditioning:
     background: Tensor
 
 
-class DisCo(TrainableAnimator):
-    """The networks that are trained together; DeepSpeed and FSDP take one module."""
+class DisCo(Animator):
+    """The networks that are trained together; DeepSpeed and FSDP take one module.
+
+    Args:
+        unet, pose_control_net, background_control_net: of the image model, or of the temporal variant.
+        image_encoder: CLIP's, of which all tokens are used.
+        token_projection: of these tokens to the width of cross-attention.
+        null_tokens: one of `NULL_TOKENS`.
+    """
 
     needs_mask = True
+    trainable = True
     alters_reference = True
     calibrated_latents = False
     adapted_networks = ("unet", "pose_control_net", "background_control_net")
@@ -90,42 +97,37 @@ class DisCo(TrainableAnimator):
         self.null_tokens = null_tokens
 
     @property
-    def temporal(self) -> bool:
-        """Whether the frames of a clip see each other."""
-        return self.unet.config.temporal
+    def denoising_unet(self) -> DiscoUNet:
+        return self.unet
 
-    # What follows is `models.animators.base.Animator`.
+    @property
+    def temporal(self) -> bool:
+        """Whether the frames of a clip attend to each other."""
+        return self.unet.config.temporal
 
     @property
     def joint_frames(self) -> bool:
         return self.temporal
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole image comes before them."""
+        config = self.image_encoder.config
+        return (config.image_size // config.patch_size,) * 2
 
-    @property
-    def latent_channels(self) -> int:
-        return self.unet.config.in_channels
+    def encode_reference(self, reference: ImageBatch) -> DiscoConditioning:
+        background = reference.encode(self.vae_images(reference.pixels, reference.masks))
+        return DiscoConditioning(self.encode_null(), background)
 
-    @property
-    def latent_side(self) -> int:
-        return self.unet.config.sample_size
-
-    def encode_reference(self, reference: Images) -> DiscoConditioning:
-        return DiscoConditioning(
-            self.encode_null(), reference.encode(self.vae_images(reference.pixels, reference.masks))
-        )
-
-    def encode_images(self, images: Images, timestep: int, conditioning: DiscoConditioning) -> dict[str, Tensor]:
+    def encode_images(self, images: ImageBatch, timestep: int, conditioning: DiscoConditioning) -> dict[str, Tensor]:
         return {SOURCE: self.encode_foreground(images.pixels, images.masks)}
 
-    def pose_condition(self, poses: ImageSequence, conditioning: DiscoConditioning) -> PoseImages:
-        return PoseImages(poses)
+    def pose_condition(self, poses: ImageSequence, conditioning: DiscoConditioning) -> PoseCondition:
+        return lambda frames, sample, timestep: poses[frames]  # (f, 3, H, W)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         conditioning, poses = condition.conditioning, condition.pose
-        frames = sample[0].transpose(0, 1)
+        frames = sample[0].transpose(0, 1)  # (f, c, h, w)
         predict = partial(self.predict_frames, frames, timestep, conditioning.null, poses, conditioning.background)
         prediction = guided(lambda: predict(condition.context), lambda: predict(None), scales[0])
         return prediction.transpose(0, 1)[None]
@@ -138,20 +140,10 @@ class DisCo(TrainableAnimator):
             **image_token_layers(self.unet, latent_size, keys),
         }
 
-    # How it is computed.
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole image comes before them."""
-        config = self.image_encoder.config
-        return (config.image_size // config.patch_size,) * 2
-
     def encode_foreground(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Tokens (i, 1 + patches, channels) of the persons in images (i, 3, H, W) in [-1, 1].
-
-        The masks (i, 1, H, W) are applied after CLIP's normalisation, so what they leave out has CLIP's mean colour.
-        """
+        """Tokens (i, 1 + patches, channels) of the persons in images (i, 3, H, W) in [-1, 1], masks (i, 1, H, W)."""
         side = self.image_encoder.config.image_size
+        # Masked after CLIP's normalisation, so that what masks leave out has CLIP's mean colour.
         return self.encode_tokens(clip_pixels(images, side) * clip_mask(masks, side))
 
     def encode_tokens(self, pixels: Tensor) -> Tensor:
@@ -178,26 +170,23 @@ class DisCo(TrainableAnimator):
         context: Tensor,
         poses: Tensor,
         background: Tensor,
-        seen: ReferenceContext | None,
+        reference: ReferenceContext | None,
     ) -> Tensor:
-        """Prediction without guidance for single images, or for one clip of the temporal variant.
+        """Prediction (f, c, h, w) without guidance for single images, or for one clip of the temporal variant.
 
         Args:
             latents: (f, c, h, w).
             timestep: scalar or (f,).
-            context: tokens that every frame sees when `seen` is None, (1, tokens, channels).
+            context: tokens of every frame where `reference` is None, (1, tokens, channels).
             poses: (f, 3, H, W) in [0, 1].
             background: (1, c, h, w) or (f, c, h, w).
-
-        Returns:
-            (f, c, h, w).
         """
-        residuals = self.control_residuals(latents, timestep, context, poses, background, seen)
+        residuals = self.control_residuals(latents, timestep, context, poses, background, reference)
         return self.unet(
             latents,
             timestep,
             context,
-            cross_attention_kwargs={"reference": seen},
+            cross_attention_kwargs={"reference": reference},
             down_block_additional_residuals=residuals[:-1],
             mid_block_additional_residual=residuals[-1],
             return_dict=False,
@@ -210,7 +199,7 @@ class DisCo(TrainableAnimator):
         context: Tensor,
         poses: Tensor,
         background: Tensor,
-        seen: ReferenceContext | None,
+        reference: ReferenceContext | None,
     ) -> list[Tensor]:
         """The sum of both ControlNets, (f, c', h', w') each: of every skip connection, then of the middle block."""
         summed: list[Tensor] = []
@@ -220,55 +209,39 @@ class DisCo(TrainableAnimator):
                 timestep,
                 context,
                 controlnet_cond=image,
-                cross_attention_kwargs={"reference": seen},
+                cross_attention_kwargs={"reference": reference},
                 return_dict=False,
             )
             parts = [*down, mid]
             summed = parts if not summed else [one + other for one, other in zip(summed, parts, strict=True)]
         return summed
 
-    # The rest is `models.animators.trainable.TrainableAnimator`.
-
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        timestep: Tensor,
-        reference_latents: Tensor,
-        reference_image: Tensor,
-        poses: Tensor,
-        dropped: Tensor,
-        reference: ReferenceContext | None = None,
-        probe: Probe | None = None,
-        reference_mask: Tensor | None = None,
-        calibrated: CalibratedImages | None = None,
-    ) -> Tensor:
-        """See `TrainableAnimator.forward`.
-
-        Args:
-            reference_latents: of the background.
-            dropped: samples that train the unconditional half of guidance, which sees nobody.
-        """
-        batch, _, num_frames = noisy_latents.shape[:3]
-        images, masks = reference_image, reference_mask
-        if calibrated is not None:
-            images, masks = torch.cat([images, calibrated.pixels]), torch.cat([masks, calibrated.masks])
+    def training_prediction(self, batch: TrainingBatch) -> Tensor:
+        """Dropped samples train the unconditional half of guidance, which has no person."""
+        clips, _, num_frames = batch.noisy_latents.shape[:3]
+        images, masks = batch.reference_image, batch.reference_mask
+        if batch.calibrated is not None:
+            images, masks = torch.cat([images, batch.calibrated.pixels]), torch.cat([masks, batch.calibrated.masks])
         null = self.encode_null()
-        tokens = torch.cat([self.encode_foreground(images, masks), null])
-        seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
-        seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
-        seen = without_dropped(seen, (dropped > 0).repeat_interleave(num_frames), len(tokens) - 1)
+        tokens = torch.cat([self.encode_foreground(images, masks), null])  # (b + b*m + 1, tokens, channels)
+        reference = batch.context({SOURCE: tokens})
+        reference = without_dropped(reference, batch.by_frame(batch.dropped > 0), len(tokens) - 1)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
-        parts = (noisy_latents.transpose(1, 2), poses.transpose(1, 2), reference_latents[:batch])
-        latents, poses, background = (part.to(self.dtype) for part in parts)
+        parts = (batch.noisy_latents.transpose(1, 2), batch.poses.transpose(1, 2), batch.reference_latents[:clips])
+        latents, poses, background = (part.to(self.dtype) for part in parts)  # (b, f, ...), background (b, c, h, w)
         if self.temporal:
-            clips = [
-                self.predict_frames(latents[j], timestep[j], null, poses[j], background[[j]], seen.clip(j, num_frames))
-                for j in range(batch)
+            predictions = [
+                self.predict_frames(
+                    latents[j], batch.timestep[j], null, poses[j], background[[j]], reference.clip(j, num_frames)
+                )
+                for j in range(clips)
             ]
-            return torch.stack(clips).transpose(1, 2)
-        timesteps, background = (part.repeat_interleave(num_frames, dim=0) for part in (timestep, background))
-        prediction = self.predict_frames(latents.flatten(0, 1), timesteps, null, poses.flatten(0, 1), background, seen)
-        return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
+            return torch.stack(predictions).transpose(1, 2)  # (b, c, f, h, w)
+        timesteps, background = (batch.by_frame(part) for part in (batch.timestep, background))
+        prediction = self.predict_frames(
+            latents.flatten(0, 1), timesteps, null, poses.flatten(0, 1), background, reference
+        )
+        return prediction.unflatten(0, (clips, num_frames)).transpose(1, 2)
 
     def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """The background: the person's place has the middle of the range of values, grey."""
@@ -312,5 +285,9 @@ class DisCo(TrainableAnimator):
         """CLIP's own projection, of its first token."""
         return {"image_encoder.visual_projection.weight"}
 
-    def settings(self) -> dict[str, Any]:
-        return {"null_tokens": self.null_tokens}
+
+@animated_by(DisCo)
+class DiscoPipeline(AnimationPipeline):
+    """An image, where its person is, and OpenPose figures in; an animation out."""
+
+    model_cpu_offload_seq = "image_encoder->token_projection->pose_control_net->background_control_net->unet->vae"

@@ -1,38 +1,42 @@
-"""DreamPose (Karras et al., ICCV 2023): an image UNet that sees CLIP and VAE tokens of the reference and five poses.
+"""DreamPose (Karras et al., ICCV 2023): an image UNet that attends to CLIP and VAE tokens of the reference and has
+five poses among its input channels.
 
-Shapes use b = batch, f = frames, i = reference images, n = context tokens, c = channels, h, w = latent size,
-H, W = image size.
-
-Value ranges, the same in training and sampling: images are in [-1, 1] for the VAE, whose latents the adapter takes
-as the UNet does, scaled; CLIP has its own mean and deviation of the same images. Pose images are in [0, 1] and
-become `pose_range` of the UNet's configuration, [-1, 1] as published, where 0 says that there is no pose. The empty
-image of the unconditional branch is what the published code feeds: zeros, grey to the VAE and black to CLIP.
+Images are in [-1, 1] for the VAE, whose latents the adapter takes as the UNet does, scaled; CLIP has its own mean and
+deviation of the same images. Pose images are in [0, 1] and become `pose_range` of the UNet's configuration, [-1, 1] as
+published, where 0 says that there is no pose. The empty image of the unconditional branch is what the published code
+feeds: zeros, grey to the VAE and black to CLIP.
 
 Frames are denoised each by itself, from the same noise. What makes them consecutive is that each is given the poses
 before and after its own.
+
+Shapes use b = batch, f = frames, i = reference images, n = context tokens, c = channels, h, w = latent size,
+H, W = image size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from models.animators.base import Condition, Images
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
-from models.animators.small_networks import block_types, image_encoder_config, resolution_settings, unet_settings
-from models.animators.trainable import CalibratedImages, NetworkSizes, TrainableAnimator
-from models.attention.context import ReferenceContext, same_reference, without_dropped
+from models.animators.small_networks import (
+    NetworkSizes,
+    block_types,
+    image_encoder_config,
+    resolution_settings,
+    unet_settings,
+)
+from models.attention.context import without_dropped
 from models.attention.layers import LayerShape, image_token_layers
-from models.attention.probe import Probe
 from models.attention.tokens import KeyLayout
-from models.clip_images import clip_pixels
-from models.images import ImageSequence
-from models.pipeline import AnimationPipeline
+from models.images import ImageBatch, ImageSequence, clip_pixels
+from models.pipeline import AnimationPipeline, animated_by
 
 SOURCE = "images"  # name of the tokens that all layers share
 # Published scales of guidance: image, pose.
@@ -41,12 +45,12 @@ POSE_CHUNK = 8
 # Of new small networks: consecutive poses, and the channels of a figure.
 SMALL_POSES = 5
 FIGURE_CHANNELS = (0, 1, 2)
-# What condition dropout takes away, by number.
+# What condition dropout takes away.
 DROP_IMAGE, DROP_POSE, DROP_BOTH = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class DreamPoseSubject:
+class DreamPoseConditioning:
     """What follows from the reference alone.
 
     Attributes:
@@ -58,13 +62,20 @@ class DreamPoseSubject:
     latent_size: tuple[int, int]
 
 
-class DreamPose(TrainableAnimator):
-    """The networks that are trained together; DeepSpeed and FSDP take one module."""
+class DreamPose(Animator):
+    """The networks that are trained together; DeepSpeed and FSDP take one module.
 
+    Args:
+        denoising_unet: its configuration says what pose images it takes.
+        adapter: makes the context of CLIP's tokens and the VAE's latents.
+        image_encoder: a CLIP vision model without projection.
+    """
+
+    trainable = True
     shared_noise = True
     joint_frames = False
     guidance_names = ("image", "pose")
-    drop_kinds = 3
+    drop_modes = 3
     adapted_networks = ("denoising_unet",)
 
     def __init__(self, denoising_unet: DreamPoseUNet, adapter: ImageAdapter, image_encoder: CLIPVisionModel):
@@ -73,19 +84,9 @@ class DreamPose(TrainableAnimator):
         self.adapter = adapter
         self.image_encoder = image_encoder
 
-    # What follows is `models.animators.base.Animator`.
-
     @property
     def pose_kind(self) -> str:
         return self.denoising_unet.config.pose_kind
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoising_unet.dtype
-
-    @property
-    def latent_channels(self) -> int:
-        return self.denoising_unet.config.out_channels
 
     @property
     def latent_side(self) -> int:
@@ -93,14 +94,20 @@ class DreamPose(TrainableAnimator):
         rows, columns = self.adapter.config.latent_grid
         return round((4 * rows * columns) ** 0.5)
 
-    def encode_reference(self, reference: Images) -> DreamPoseSubject:
-        return DreamPoseSubject(self.null_context(), tuple(reference.latents.shape[-2:]))
+    def encode_reference(self, reference: ImageBatch) -> DreamPoseConditioning:
+        return DreamPoseConditioning(self.null_context(), tuple(reference.latents.shape[-2:]))
 
-    def encode_images(self, images: Images, timestep: int, conditioning: DreamPoseSubject) -> dict[str, Tensor]:
+    def encode_images(
+        self, images: ImageBatch, timestep: int, conditioning: DreamPoseConditioning
+    ) -> dict[str, Tensor]:
         return {SOURCE: self.image_context(images.pixels, images.latents)}
 
-    def pose_condition(self, poses: ImageSequence, conditioning: DreamPoseSubject) -> "PoseNeighbours":
-        return PoseNeighbours(self.denoising_unet, poses, conditioning.latent_size)
+    def pose_condition(self, poses: ImageSequence, conditioning: DreamPoseConditioning) -> PoseCondition:
+        """The poses around each frame, (1, f, poses*p, h, w), the same at every step."""
+        unet, size = self.denoising_unet, conditioning.latent_size
+        chunks = [range(start, min(start + POSE_CHUNK, len(poses))) for start in range(0, len(poses), POSE_CHUNK)]
+        inputs = torch.cat([unet.pose_input(poses[chunk], size) for chunk in chunks])[None]  # (1, all frames, p, h, w)
+        return lambda frames, sample, timestep: consecutive_poses(inputs, unet.config.poses, frames)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         null, pose, absent = condition.conditioning.null, condition.pose, torch.zeros_like(condition.pose)
@@ -114,7 +121,7 @@ class DreamPose(TrainableAnimator):
         return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
-        """Tokens are mixed over the image by the adapter, so only whole images can be shown, hidden or looked at."""
+        """Tokens are mixed over the image by the adapter, so only whole images can be shown or hidden."""
         keys = KeyLayout(None, whole=self.adapter.config.clip_tokens)
         return image_token_layers(self.denoising_unet, latent_size, keys)
 
@@ -129,8 +136,6 @@ class DreamPose(TrainableAnimator):
     def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
         """The reference under the noise of the first timestep, calibrated where that replaces it."""
         return scheduler.add_noise(start().to(noise), noise, scheduler.timesteps[:1])
-
-    # How it is computed.
 
     def image_context(self, images: Tensor, latents: Tensor) -> Tensor:
         """Context tokens of images (i, 3, H, W) in [-1, 1] and their latents (i, c, h, w), (i, n, c)."""
@@ -147,8 +152,6 @@ class DreamPose(TrainableAnimator):
         """Context tokens of CLIP's input (i, 3, side, side) and latents (i, c, h, w), (i, n, c)."""
         tokens = self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state
         return self.adapter(tokens.to(self.adapter.dtype), latents.to(self.adapter.dtype)).to(self.dtype)
-
-    # The rest is `models.animators.trainable.TrainableAnimator`.
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
@@ -174,34 +177,23 @@ class DreamPose(TrainableAnimator):
         adapter = ImageAdapter(tokens, config.hidden_size, latent_channels, grid)
         return cls(unet, adapter, CLIPVisionModel(config))
 
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        timestep: Tensor,
-        reference_latents: Tensor,
-        reference_image: Tensor,
-        poses: Tensor,
-        dropped: Tensor,
-        reference: ReferenceContext | None = None,
-        probe: Probe | None = None,
-        reference_mask: Tensor | None = None,
-        calibrated: CalibratedImages | None = None,
-    ) -> Tensor:
-        batch, _, num_frames, *size = noisy_latents.shape
+    def training_prediction(self, batch: TrainingBatch) -> Tensor:
+        clips, _, num_frames, *size = batch.noisy_latents.shape
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
-        noisy_latents, poses = noisy_latents.to(self.dtype), poses.to(self.dtype)
-        images = reference_image if calibrated is None else torch.cat([reference_image, calibrated.pixels])
+        latents, poses = batch.noisy_latents.to(self.dtype), batch.poses.to(self.dtype)
+        images = batch.reference_image
+        if batch.calibrated is not None:
+            images = torch.cat([images, batch.calibrated.pixels])
         null = self.null_context()
-        tokens = torch.cat([self.image_context(images, reference_latents), null])
-        seen = same_reference({SOURCE: tokens[:batch]}, num_frames) if reference is None else reference
-        seen = replace(seen, tokens={SOURCE: tokens}, projected=None, probe=probe)
-        no_image = (dropped == DROP_IMAGE) | (dropped == DROP_BOTH)
-        seen = without_dropped(seen, no_image.repeat_interleave(num_frames), len(tokens) - 1)
+        tokens = torch.cat([self.image_context(images, batch.reference_latents), null])  # (b + b*m + 1, n, c)
+        no_image = (batch.dropped == DROP_IMAGE) | (batch.dropped == DROP_BOTH)
+        reference = without_dropped(batch.context({SOURCE: tokens}), batch.by_frame(no_image), len(tokens) - 1)
         unet = self.denoising_unet
-        inputs = unet.pose_input(poses.transpose(1, 2).flatten(0, 1), size).unflatten(0, (batch, num_frames))
-        posed = (dropped == 0) | (dropped == DROP_IMAGE)
-        inputs = consecutive_poses(inputs, unet.config.poses) * posed[:, None, None, None, None]
-        return unet(noisy_latents, timestep, inputs, null, seen)
+        inputs = unet.pose_input(poses.transpose(1, 2).flatten(0, 1), size)  # (b*f, p, h, w)
+        inputs = consecutive_poses(inputs.unflatten(0, (clips, num_frames)), unet.config.poses)
+        has_pose = (batch.dropped == 0) | (batch.dropped == DROP_IMAGE)
+        inputs = inputs * has_pose[:, None, None, None, None]  # (b, f, poses*p, h, w)
+        return unet(latents, batch.timestep, inputs, null, reference)
 
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
         """UNet and adapter, as published, or the adapter alone."""
@@ -217,22 +209,6 @@ class DreamPose(TrainableAnimator):
         return {name for name, _ in self.named_parameters() if name.startswith("image_encoder.post_layernorm.")}
 
 
-class PoseNeighbours:
-    """Poses of a clip at the latents' size, the same at every step; see `models.animators.base.PoseCondition`."""
-
-    def __init__(self, unet: DreamPoseUNet, poses: ImageSequence, latent_size: tuple[int, int]):
-        self.number = unet.config.poses
-        chunks = [range(start, min(start + POSE_CHUNK, len(poses))) for start in range(0, len(poses), POSE_CHUNK)]
-        self.poses = torch.cat([unet.pose_input(poses[chunk], latent_size) for chunk in chunks])[None]
-
-    def at_step(self, sample: Tensor, timestep: Tensor) -> "PoseNeighbours":
-        return self
-
-    def window(self, frames: range) -> Tensor:
-        """The poses around each frame, (1, f, poses*p, h, w)."""
-        return consecutive_poses(self.poses, self.number, frames)
-
-
 def central_square(images: Tensor) -> Tensor:
     """The largest square in the middle of images (i, 3, H, W), which is what the published code shows to CLIP."""
     height, width = images.shape[-2:]
@@ -241,34 +217,8 @@ def central_square(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
+@animated_by(DreamPose)
 class DreamPosePipeline(AnimationPipeline):
-    """`AnimationPipeline` of DreamPose. `guidance_scale` is the image's, or a pair (image, pose).
-
-    Args:
-        denoising_unet: its configuration says what pose images it takes.
-        adapter: makes the context of CLIP's tokens and the VAE's latents.
-        image_encoder: a CLIP vision model without projection.
-        window_size: frames denoised together, to save time; they do not see each other.
-    """
+    """`AnimationPipeline` of DreamPose. `guidance_scale` is the image's, or a pair (image, pose)."""
 
     model_cpu_offload_seq = "image_encoder->adapter->denoising_unet->vae"
-    animator_kind = DreamPose
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | AutoencoderTiny,
-        image_encoder: CLIPVisionModel,
-        adapter: ImageAdapter,
-        denoising_unet: DreamPoseUNet,
-        scheduler: DDIMScheduler,
-        window_size: int | None = None,
-    ):
-        DiffusionPipeline.__init__(self)
-        self.set_components(
-            window_size,
-            vae=vae,
-            image_encoder=image_encoder,
-            adapter=adapter,
-            denoising_unet=denoising_unet,
-            scheduler=scheduler,
-        )

@@ -61,7 +61,7 @@ class DreamPoseUNet(UNet2DConditionModel):
         timestep: Tensor | int,
         poses: Tensor,
         context: Tensor,
-        seen: ReferenceContext | None = None,
+        reference: ReferenceContext | None = None,
     ) -> Tensor:
         """Predict the noise or velocity of clips, frame by frame.
 
@@ -69,8 +69,8 @@ class DreamPoseUNet(UNet2DConditionModel):
             sample: noisy latents, (b, c, f, h, w).
             timestep: scalar or (b,).
             poses: of `consecutive_poses`, (b, f, poses*p, h, w); zeros where there is none.
-            context: the adapter's tokens, (b or b*f, n, c'), seen where `seen` is None.
-            seen: the images that each frame sees instead.
+            context: the adapter's tokens, (b or b*f, n, c'), of every frame where `reference` is None.
+            reference: the images that each frame attends to instead.
 
         Returns:
             Prediction, (b, c, f, h, w).
@@ -79,7 +79,7 @@ class DreamPoseUNet(UNet2DConditionModel):
         frames = torch.cat([sample.transpose(1, 2), poses], dim=2).flatten(0, 1)  # (b*f, c + poses*p, h, w)
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch).repeat_interleave(num_frames)
         prediction = super().forward(
-            frames, timesteps, context, cross_attention_kwargs={"reference": seen}, return_dict=False
+            frames, timesteps, context, cross_attention_kwargs={"reference": reference}, return_dict=False
         )[0]
         return prediction.unflatten(0, (batch, num_frames)).transpose(1, 2)
 

@@ -1,40 +1,40 @@
 """MagicAnimate (Xu et al., CVPR 2024): appearance encoder, DensePose ControlNet, denoising UNet with norms over clips.
 
-Shapes use b = batch, f = frames, i = reference images, m = calibrated images of a clip, c = channels, h, w = latent
-size, H, W = image size.
+The appearance encoder is a `ReferenceNet` that runs at every step's timestep; frames attend to its middle and upward
+blocks. Cross-attention is to an empty prompt, in both halves of guidance. Poses are DensePose images, which are an
+input; new small networks read figures of OpenPose, which can be drawn.
 
-The appearance encoder is a `ReferenceNet` that runs at every step's timestep; frames see its middle and upward blocks.
-Cross-attention sees an empty prompt, in both halves of guidance. Poses are DensePose images, which are an input; new
-small networks read figures of OpenPose, which can be drawn.
+Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels, h, w = latent size, H, W = image size.
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDIMScheduler, DiffusionPipeline
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from models.animators.base import Condition, Images, guided
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.magic_animate.networks import ControlCondition, PromptEmbedding, control_residuals
-from models.animators.reference_animator import ReferenceAnimator, small_unets
-from models.animators.small_networks import check_pose_channels
-from models.animators.trainable import CalibratedImages, NetworkSizes
-from models.attention.context import ReferenceContext
-from models.attention.probe import Probe
-from models.images import ImageSequence
-from models.pipeline import AnimationPipeline
+from models.animators.reference_net import ReferenceNetMixin, small_unets
+from models.animators.small_networks import NetworkSizes, check_pose_channels
+from models.attention.context import ReferenceContext, hide_reference
+from models.images import ImageBatch, ImageSequence
+from models.pipeline import AnimationPipeline, animated_by
 from models.unets import DenoisingUNet, ReferenceNet
 
 # Of new small networks. A single token would get all of the attention, whatever a query asks.
 PROMPT_TOKENS = 4
 
 
-class MagicAnimate(ReferenceAnimator):
+class MagicAnimate(ReferenceNetMixin, Animator):
     """The networks that are trained together; DeepSpeed and FSDP take one module.
 
     Args:
-        fusion_blocks: "midup" or "full", the layers in which frames see the reference.
-        pose_kind: what the pose images are, "DensePose" or "OpenPose".
+        reference_net: the appearance encoder.
+        control_net: of the poses.
+        prompt: the empty prompt.
+        fusion_blocks: "midup" or "full", the layers in which frames attend to the reference.
+        pose_kind: of the pose images, "DensePose" or "OpenPose".
     """
 
     reference_follows_timestep = True
@@ -58,6 +58,41 @@ class MagicAnimate(ReferenceAnimator):
         self.fusion_blocks = fusion_blocks
         self.pose_kind = pose_kind
 
+    def encode_reference(self, reference: ImageBatch) -> Tensor:
+        """The empty prompt, whatever the reference, (1, tokens, channels)."""
+        return self.prompt().to(reference.pixels)
+
+    def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
+        return ControlCondition(self.control_net, poses, conditioning)
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+        """The unconditional half has no image; both have the same prompt and residuals."""
+
+        def denoised(context: ReferenceContext | None) -> Tensor:
+            return self.denoising_unet(
+                sample, timestep, condition.conditioning, reference=context, residuals=condition.pose
+            )
+
+        return guided(lambda: denoised(condition.context), lambda: denoised(None), *scales)
+
+    def training_prediction(self, batch: TrainingBatch) -> Tensor:
+        """Dropped samples train the unconditional half of guidance."""
+        clips = len(batch.noisy_latents)
+        # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
+        parts = (batch.noisy_latents, batch.reference_latents, batch.poses, self.prompt())
+        latents, reference_latents, poses, prompt = (part.to(self.dtype) for part in parts)
+        # Calibrated images come clip by clip; like their clip's reference they are encoded at its timestep.
+        per_clip = len(reference_latents) // clips - 1
+        timesteps = torch.cat([batch.timestep, batch.timestep.repeat_interleave(per_clip)])  # (b + b*m,)
+        contexts = prompt.expand(len(reference_latents), -1, -1)  # (b + b*m, tokens, channels)
+        tokens = self.write_tokens(reference_latents, timesteps, contexts)
+        prompt = prompt.expand(clips, -1, -1)
+        residuals = control_residuals(
+            self.control_net, latents, batch.timestep, prompt, poses.transpose(1, 2).flatten(0, 1)
+        )
+        reference = hide_reference(batch.context(tokens), batch.by_frame(batch.dropped > 0))
+        return self.denoising_unet(latents, batch.timestep, prompt, reference=reference, residuals=residuals)
+
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Its pose images are figures of OpenPose and its prompt is learned. ControlNet and motion modules end in
@@ -72,68 +107,10 @@ class MagicAnimate(ReferenceAnimator):
         nn.init.normal_(prompt.embedding)
         return cls(reference_net, denoising_unet, control_net, prompt, pose_kind="OpenPose")
 
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        timestep: Tensor,
-        reference_latents: Tensor,
-        reference_image: Tensor,
-        poses: Tensor,
-        dropped: Tensor,
-        reference: ReferenceContext | None = None,
-        probe: Probe | None = None,
-        reference_mask: Tensor | None = None,
-        calibrated: CalibratedImages | None = None,
-    ) -> Tensor:
-        """See `TrainableAnimator.forward`.
-
-        Args:
-            dropped: samples that train the unconditional half of guidance, which sees no reference.
-        """
-        batch = len(noisy_latents)
-        # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
-        noisy_latents, reference_latents, poses, context = (
-            part.to(self.dtype) for part in (noisy_latents, reference_latents, poses, self.prompt())
-        )
-        # Calibrated images come clip by clip; like their clip's reference they are encoded at its timestep.
-        per_clip = len(reference_latents) // batch - 1
-        timesteps = torch.cat([timestep, timestep.repeat_interleave(per_clip)])
-        tokens = self.write_tokens(reference_latents, timesteps, context.expand(len(reference_latents), -1, -1))
-        seen = self.training_context(tokens, noisy_latents, dropped, reference, probe)
-        context = context.expand(batch, -1, -1)
-        residuals = control_residuals(
-            self.control_net, noisy_latents, timestep, context, poses.transpose(1, 2).flatten(0, 1)
-        )
-        return self.denoising_unet(noisy_latents, timestep, context, reference=seen, residuals=residuals)
-
-    # What follows is of `models.animators.base.Animator`.
-
-    def encode_reference(self, reference: Images) -> Tensor:
-        """The empty prompt, whatever the reference, (1, tokens, channels)."""
-        return self.prompt().to(reference.pixels)
-
-    def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> ControlCondition:
-        return ControlCondition(self.control_net, poses, conditioning)
-
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        """The unconditional half sees no image; both have the same prompt and residuals."""
-
-        def denoised(seen: ReferenceContext | None) -> Tensor:
-            return self.denoising_unet(
-                sample, timestep, condition.conditioning, reference=seen, residuals=condition.pose
-            )
-
-        return guided(lambda: denoised(condition.context), lambda: denoised(None), *scales)
-
-    # The rest is of `models.animators.trainable.TrainableAnimator`.
-
     def prepare_stage(self, stage: str) -> None:
         """Norms over clips of one frame are norms over frames, which take a batch at once."""
         super().prepare_stage(stage)
         self.denoising_unet.train_on_single_frames(stage == "image")
-
-    def settings(self) -> dict[str, Any]:
-        return {"fusion_blocks": self.fusion_blocks, "pose_kind": self.pose_kind}
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
         """Pose images must end as small as the latents, too."""
@@ -141,41 +118,8 @@ class MagicAnimate(ReferenceAnimator):
         super().check_size(factor, size)
 
 
+@animated_by(MagicAnimate)
 class MagicAnimatePipeline(AnimationPipeline):
-    """`AnimationPipeline` of MagicAnimate. Its `poses` are DensePose images, as published.
+    """`AnimationPipeline` of MagicAnimate. Its `poses` are DensePose images, as published."""
 
-    Args:
-        reference_net: the appearance encoder.
-        control_net: the ControlNet of the poses.
-        prompt: the empty prompt.
-        fusion_blocks: "midup" or "full", the layers in which frames see the reference.
-        pose_kind: what the pose images are, "DensePose" or "OpenPose".
-        window_size: frames that the motion modules were trained on.
-    """
-
-    animator_kind = MagicAnimate
     model_cpu_offload_seq = "prompt->reference_net->control_net->denoising_unet->vae"
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | AutoencoderTiny,
-        reference_net: ReferenceNet,
-        denoising_unet: DenoisingUNet,
-        control_net: ControlNetModel,
-        prompt: PromptEmbedding,
-        scheduler: DDIMScheduler,
-        fusion_blocks: str = "midup",
-        pose_kind: str = "DensePose",
-        window_size: int | None = None,
-    ):
-        DiffusionPipeline.__init__(self)
-        self.set_components(
-            window_size,
-            vae=vae,
-            reference_net=reference_net,
-            denoising_unet=denoising_unet,
-            control_net=control_net,
-            prompt=prompt,
-            scheduler=scheduler,
-        )
-        self.register_to_config(fusion_blocks=fusion_blocks, pose_kind=pose_kind)

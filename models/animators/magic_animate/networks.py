@@ -26,45 +26,37 @@ class PromptEmbedding(ModelMixin, ConfigMixin):
 
 
 class ControlCondition:
-    """DensePose images of a clip; see `models.animators.base.PoseCondition`."""
+    """Residuals of the ControlNet for windows of a clip, each frame once a step although windows overlap.
+
+    Only the frames of the latest window are kept.
+    """
 
     def __init__(self, control_net: ControlNetModel, poses: ImageSequence, context: Tensor):
         self.control_net = control_net
         self.poses = poses
         self.context = context
-
-    def at_step(self, sample: Tensor, timestep: Tensor) -> "ControlResiduals":
-        return ControlResiduals(self, sample, timestep)
-
-
-class ControlResiduals:
-    """What the ControlNet says of a clip at one step, each frame once although windows overlap.
-
-    Only the frames of the latest window are kept. See `models.animators.base.StepCondition`.
-    """
-
-    def __init__(self, condition: ControlCondition, sample: Tensor, timestep: Tensor):
-        self.condition = condition
-        self.sample, self.timestep = sample, timestep
+        self.sample: Tensor | None = None  # of the step that the kept residuals belong to
         self.kept = range(0)
         self.residuals: list[Tensor] = []
 
-    def window(self, frames: range) -> list[Tensor]:
-        """(f, c, h', w') each: one for every skip connection, then that of the middle block."""
+    def __call__(self, frames: range, sample: Tensor, timestep: Tensor) -> list[Tensor]:
+        """(f, c, h', w') each: one for every skip connection, then that of the middle block.
+
+        Args:
+            frames: of the window.
+            sample: noisy latents of the whole clip, (1, c, f, h, w).
+        """
         parts, known = [], frames.start
-        if self.kept.start <= frames.start < self.kept.stop:
+        if sample is self.sample and self.kept.start <= frames.start < self.kept.stop:
             shared = slice(frames.start - self.kept.start, frames.stop - self.kept.start)
             parts, known = [[part[shared] for part in self.residuals]], self.kept.stop
         for start in range(known, frames.stop, CONTROL_CHUNK):
-            parts.append(self._compute(range(start, min(start + CONTROL_CHUNK, frames.stop))))
-        self.kept, self.residuals = frames, [torch.cat(chunks) for chunks in zip(*parts, strict=True)]
+            chunk = range(start, min(start + CONTROL_CHUNK, frames.stop))
+            latents = sample[:, :, chunk.start : chunk.stop]
+            parts.append(control_residuals(self.control_net, latents, timestep, self.context, self.poses[chunk]))
+        self.sample, self.kept = sample, frames
+        self.residuals = [torch.cat(chunks) for chunks in zip(*parts, strict=True)]
         return self.residuals
-
-    def _compute(self, frames: range) -> list[Tensor]:
-        condition, latents = self.condition, self.sample[:, :, frames.start : frames.stop]
-        return control_residuals(
-            condition.control_net, latents, self.timestep, condition.context, condition.poses[frames]
-        )
 
 
 def control_residuals(

@@ -1,32 +1,28 @@
-"""What animators with a ReferenceNet have in common: two UNets, of which one reads the tokens that the other writes.
+"""Common parts of animators with a ReferenceNet: two UNets, of which one reads the tokens that the other writes.
 
 Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from models.animators.base import Images
-from models.animators.small_networks import block_types, resolution_settings, unet_settings
-from models.animators.trainable import NetworkSizes, TrainableAnimator
-from models.attention.context import ReferenceContext, fused_layers, hide_reference, same_reference
+from models.animators.small_networks import NetworkSizes, block_types, resolution_settings, unet_settings
+from models.attention.context import fused_layers
 from models.attention.layers import LayerShape, unet_layers
-from models.attention.probe import Probe
 from models.attention.processors import reference_layers
+from models.images import ImageBatch
 from models.unets import DenoisingUNet, ReferenceNet
 
 
-class ReferenceAnimator(TrainableAnimator):
-    """Frames see the reference's tokens beside their own in self-attention.
+class ReferenceNetMixin:
+    """Answers of an `Animator` whose frames attend to the reference's tokens beside their own in self-attention.
 
     Its conditioning is the context of cross-attention, (1, tokens, channels).
 
     Attributes:
-        fusion_blocks: "full" or "midup", the layers in which frames see the reference.
+        fusion_blocks: "full" or "midup", the layers in which frames attend to the reference.
         frozen_parts: children that are trained on demand only, as published ones came from elsewhere.
     """
 
@@ -34,59 +30,24 @@ class ReferenceAnimator(TrainableAnimator):
     denoising_unet: DenoisingUNet
     fusion_blocks = "full"
     frozen_parts: tuple[str, ...] = ()
-
-    # What follows is of `models.animators.base.Animator`.
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoising_unet.dtype
-
-    @property
-    def latent_channels(self) -> int:
-        return self.denoising_unet.config.in_channels
-
-    @property
-    def latent_side(self) -> int:
-        return self.denoising_unet.config.sample_size
+    trainable = True
 
     @property
     def longest_window(self) -> int:
         """The length of the motion modules' position tables."""
         return self.denoising_unet.config.motion_max_seq_length
 
-    def encode_images(self, images: Images, timestep: int, conditioning: Tensor) -> dict[str, Tensor]:
+    def write_tokens(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
+        """Latents (i, c, h, w) of images and their contexts (i, tokens, channels) -> layer -> tokens (i, h*w, c)."""
+        return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
+
+    def encode_images(self, images: ImageBatch, timestep: int, conditioning: Tensor) -> dict[str, Tensor]:
         latents = images.latents
         return self.write_tokens(latents, timestep, conditioning.expand(len(latents), -1, -1))
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         names = fused_layers(dict.fromkeys(reference_layers(self.denoising_unet)), self.fusion_blocks)
         return unet_layers(self.denoising_unet, latent_size, names)
-
-    # How training goes.
-
-    def write_tokens(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
-        """Latents (i, c, h, w) of images and their contexts (i, tokens, channels) -> layer -> what frames see."""
-        return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
-
-    def training_context(
-        self,
-        tokens: dict[str, Tensor],
-        noisy_latents: Tensor,
-        dropped: Tensor,
-        reference: ReferenceContext | None,
-        probe: Probe | None,
-    ) -> ReferenceContext:
-        """What the frames of a training batch see; the other arguments are those of `forward`.
-
-        Args:
-            tokens: what the reference net wrote.
-        """
-        num_frames = noisy_latents.shape[2]
-        seen = same_reference(tokens, num_frames) if reference is None else reference
-        seen = replace(seen, tokens=tokens, projected=None, probe=probe)
-        return hide_reference(seen, dropped.bool().repeat_interleave(num_frames))
-
-    # The rest is of `models.animators.trainable.TrainableAnimator`.
 
     def prepare_stage(self, stage: str) -> None:
         if stage == "image":
