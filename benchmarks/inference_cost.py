@@ -21,6 +21,7 @@ from core.errors import UserError, run_command
 from core.files import write_json
 from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext, fused_layers
+from models.attention.layers import token_levels, unet_layers
 from models.attention.processors import set_reference_processors
 from models.checkpoints.sizes import (
     MotionSizes,
@@ -178,7 +179,7 @@ def seen(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet, calib
     shares = torch.zeros(1, 1, 1, device="cpu")
     present = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     flags = visibility_flags(shares, shares[0], shares, shares, present, preset="release")[0].shape[-1]
-    counts = [h * w for h, w in unet.attention_grids(*setting.latent_size)]
+    counts = [level.tokens for level in token_levels(unet_layers(unet, setting.latent_size))]
     query = {n: torch.zeros(frames, n, flags) for n in counts}
     key = {n: torch.zeros(frames, (2 + persons) * n, flags) for n in counts}
     return ReferenceContext({}, index, query, key, projected)

@@ -3,9 +3,9 @@
 Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import Parameter, Signature
 from typing import Any
 
 import numpy as np
@@ -51,20 +51,21 @@ def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
 
     diffusers reads from the signature of the constructor which components and settings a pipeline saves.
     """
-    networks, settings = animator_cls.constructor_parameters()
-    this, vae, scheduler = (Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "vae", "scheduler"))
-    window_size = Parameter("window_size", Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    signature = Signature([this, vae, *networks, scheduler, *settings, window_size])
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def own(self: Any, vae: VAE, scheduler: SchedulerMixin, window_size: int | None = None) -> None: ...
+
+    this, vae, scheduler, window_size = inspect.signature(own).parameters.values()
+    networks, settings = animator_cls.constructor_parameters()
+    signature = inspect.Signature([this, vae, *networks, scheduler, *settings, window_size])
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        arguments = {name: value for name, value in given.arguments.items() if name != "self"}
-        own = {name: arguments.pop(name) for name in ("vae", "scheduler", "window_size")}
-        self.set_components(**own, networks_and_settings=arguments)
+        AnimationPipeline.set_components(**given.arguments)
 
     def decorate(cls: type) -> type:
         __init__.__signature__ = signature
+        __init__.__annotations__ = {name: argument.annotation for name, argument in signature.parameters.items()}
         cls.animator_cls, cls.__init__ = animator_cls, __init__
         return cls
 
@@ -90,12 +91,10 @@ class AnimationPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
-    def set_components(
-        self, vae: VAE, scheduler: SchedulerMixin, window_size: int | None, networks_and_settings: dict[str, Any]
-    ) -> None:
-        """Register what the constructor was given; settings are what is no module."""
+    def set_components(self, vae: VAE, scheduler: SchedulerMixin, window_size: int | None, **arguments: Any) -> None:
+        """What the constructor does; the further arguments are those of the animator."""
         super().__init__()
-        animator = self.animator_cls(**networks_and_settings)
+        animator = self.animator_cls(**arguments)
         self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
         self.register_to_config(**animator.settings(), window_size=window_size)
         self.animator = animator

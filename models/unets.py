@@ -20,7 +20,6 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
 from models.attention.context import ReferenceContext, TokenRecord
-from models.attention.layers import stage_grids
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.norms import ClipGroupNorm, clip_norm
 
@@ -35,7 +34,7 @@ class ReferenceNet(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         self.conv_norm_out, self.conv_out = None, nn.Identity()
         # What comes after the last block with attention writes nothing.
-        reading = [number for number, block in enumerate(self.up_blocks) if hasattr(block, "attentions")]
+        reading = [i for i, block in enumerate(self.up_blocks) if hasattr(block, "attentions")]
         if not reading:
             raise ValueError("up_block_types must have a block with attention; got none")
         if reading[-1] < len(self.up_blocks) - 1:
@@ -56,17 +55,12 @@ class ReferenceNet(UNet2DConditionModel):
             raise RuntimeError(f"{len(record.tokens)} of {self.num_written} layers wrote: something copied the record")
         return record.tokens
 
-    def freeze_unused_parameters(self) -> None:
-        """Freeze what comes after the last write: it takes part in no loss, and DDP would wait for its gradient."""
-        for name in self.unused_parameters():
-            self.get_parameter(name).requires_grad_(False)
-
     def unused_parameters(self) -> list[str]:
         """Names of the parameters after the last write, which no result depends on."""
         last = self.up_blocks[-1].attentions[-1]
         block = last.transformer_blocks[-1]
-        unread = (block.attn1, block.norm2, block.attn2, block.norm3, block.ff, last.proj_out)
-        ids = {id(parameter) for module in unread for parameter in module.parameters()}
+        unused = (block.attn1, block.norm2, block.attn2, block.norm3, block.ff, last.proj_out)
+        ids = {id(parameter) for module in unused for parameter in module.parameters()}
         return [name for name, parameter in self.named_parameters() if id(parameter) in ids]
 
 
@@ -154,11 +148,11 @@ class DenoisingUNet(UNetMotionModel):
     """AnimateDiff's UNet with pose features added after its first convolution and reference images in its attention.
 
     Its configuration is that of `UNetMotionModel` and:
-        norm_scope: "frame" or "clip", what the GroupNorms of ResNets and output take their statistics over. It is
+        norm_scope: "frame" or "clip", over which the GroupNorms of ResNets and output take their statistics. It is
             "clip" in MagicAnimate and AnimateDiff v1, which therefore tie a frame's result to the others.
         motion_norm_num_groups: groups of the motion modules' norm; None: `norm_num_groups`.
-        motion_on_single_frames: whether motion modules act on clips of one frame, as the published code has it;
-            otherwise the UNet is an image model there.
+        motion_on_single_frames: motion modules act on clips of one frame, as the published code has it; otherwise
+            the UNet is an image model there.
     """
 
     @with_parameters(
@@ -217,7 +211,7 @@ class DenoisingUNet(UNetMotionModel):
             timestep: scalar or (b,).
             encoder_hidden_states: image embedding or text, (b, tokens, channels).
             pose_features: output of the `PoseGuider`, (b, c, f, h, w), added after the first convolution.
-            reference: what the frames may look at; None means no reference image.
+            reference: the images that frames attend to; None: no image.
             residuals: output of a ControlNet, (b*f, c, h', w') each: those of the skip connections, then that of the
                 middle block.
 
@@ -264,18 +258,6 @@ class DenoisingUNet(UNetMotionModel):
             )
         return torch.cat(predictions)
 
-    def attention_grids(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Token grids (height, width) of the self-attention levels for latents of this size, finest first.
-
-        Every stage but the last halves the latents, rounding up, as a stride-2 convolution with padding 1 does.
-        """
-        *grids, middle = stage_grids(self, height, width)
-        blocks = zip(
-            (*self.down_blocks, *reversed(self.up_blocks), self.mid_block), [*grids, *grids, middle], strict=True
-        )
-        attending = {grid for block, grid in blocks if getattr(block, "has_cross_attention", False)}
-        return [grid for grid in dict.fromkeys([*grids, middle]) if grid in attending]
-
     def use_motion_on_single_frames(self, used: bool) -> None:
         """Change `motion_on_single_frames`. Image training of a published model wants the image model: False."""
         self.register_to_config(motion_on_single_frames=used)
@@ -284,22 +266,18 @@ class DenoisingUNet(UNetMotionModel):
                 module.single_frames = used
 
     def train_on_single_frames(self, used: bool) -> None:
-        """Whether batches in training mode are single frames, which norms over clips then take all at once."""
+        """Say that batches in training mode are single frames, which norms over clips then take all at once."""
         for module in self.modules():
             if isinstance(module, ClipGroupNorm):
                 module.single_frames = used
 
     def takes_single_frames(self, num_frames: int) -> bool:
-        """Whether norms take each clip of a batch, of `num_frames` frames, by itself; see `train_on_single_frames`."""
+        """Tell if norms take each clip of a batch, of `num_frames` frames, by itself; see `train_on_single_frames`."""
         norm = self.conv_norm_out
         by_frame = self.training and isinstance(norm, ClipGroupNorm) and norm.single_frames
         if by_frame and num_frames > 1:
             raise ValueError(f"clips must have one frame after train_on_single_frames(True), got {num_frames}")
         return by_frame
-
-    def motion_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all motion modules: what the second training stage trains."""
-        return [parameter for name, parameter in self.named_parameters() if "motion_modules" in name]
 
 
 def one_token_parameters(unet: nn.Module) -> list[str]:
@@ -307,8 +285,8 @@ def one_token_parameters(unet: nn.Module) -> list[str]:
 
     Softmax over one key is 1 whatever they are, so their gradient is zero; only weight decay would ever move them.
     """
-    unread = re.compile(r"\.attn2\.to_[qk]\.|\.transformer_blocks\.\d+\.norm2\.")
-    return [name for name, _ in unet.named_parameters() if unread.search(name) and "motion_modules" not in name]
+    unused = re.compile(r"\.attn2\.to_[qk]\.|\.transformer_blocks\.\d+\.norm2\.")
+    return [name for name, _ in unet.named_parameters() if unused.search(name) and "motion_modules" not in name]
 
 
 class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):

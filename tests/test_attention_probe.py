@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from models.attention.context import same_reference
+from models.attention.layers import token_levels, unet_layers
 from models.attention.probe import AttentionProbe, attention_rows
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig, attention_run
@@ -59,7 +60,7 @@ def test_training_module(tiny_pipeline):
 
 def test_probe_passes_gradients(tiny_pipeline):
     unet = tiny_pipeline.denoising_unet
-    grids = unet.attention_grids(*LATENTS)
+    grids = [level.queries for level in token_levels(unet_layers(unet, LATENTS))]
     tokens = {layer: torch.randn(1, *shape, requires_grad=True) for layer, shape in _token_shapes(unet).items()}
     probe = AttentionProbe({h * w: torch.zeros(2, 3, dtype=torch.long) for h, w in grids})
     seen = same_reference(tokens, 2)

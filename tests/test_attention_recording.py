@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.poses.poses import Poses
+from models.attention.layers import token_levels, unet_layers
 from models.attention.measures import token_indices
 from models.attention.processors import reference_layers
 from models.attention.record import RecordedAttention
@@ -111,7 +112,7 @@ def test_it_is_the_plain_softmax(tiny_pipeline, images):
 
 def test_masked_tokens_get_exactly_nothing(tiny_pipeline, images, calibration):
     recorded = record(tiny_pipeline, images, calibration=calibration)
-    grids = tiny_pipeline.denoising_unet.attention_grids(*LATENTS)
+    grids = [level.queries for level in token_levels(unet_layers(tiny_pipeline.denoising_unet, LATENTS))]
     counts = np.zeros(2)
     for place, step in enumerate(recorded.selection.steps):
         flags = frame_visibility(calibration, range(FRAMES), calibration.index(step), LATENTS, grids)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.animators.animate_anyone.model import AnimateAnyone, image_context
 from models.attention.context import ReferenceContext, hide_reference, same_reference
+from models.attention.layers import token_levels, unet_layers
 from models.attention.processors import ReferenceReadProcessor, reference_layers
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from tests.networks import TINY
@@ -107,7 +108,7 @@ def test_an_image_seen_twice_is_seen_once(model, inputs):
     context = torch.zeros(1, 1, 8)
     pose = model.pose_guider(inputs["poses"][:1])
     tokens = model.reference_net(inputs["reference_latents"][:1], 0, context)
-    grids = unet.attention_grids(8, 8)
+    grids = [level.queries for level in token_levels(unet_layers(unet, (8, 8)))]
     index = torch.zeros(FRAMES, 2, dtype=torch.long)
     query = {h * w: torch.ones(FRAMES, h * w, 1) for h, w in grids}
     key = {n: torch.cat([torch.zeros(2 * n, 1), torch.ones(n, 1)]).expand(FRAMES, -1, -1) for n in query}
@@ -166,7 +167,8 @@ def test_attention_grids_are_those_the_layers_see(model, size):
     """Odd latents too: the grids must match the token counts that the ReferenceNet writes."""
     tokens = model.reference_net(torch.randn(1, CHANNELS, *size), 0, torch.zeros(1, 1, 8))
     written = {value.shape[1] for value in tokens.values()}
-    assert {h * w for h, w in model.denoising_unet.attention_grids(*size)} == written
+    levels = token_levels(unet_layers(model.denoising_unet, size))
+    assert {level.tokens for level in levels} == written
     assert set(tokens) == set(reference_layers(model.denoising_unet))
 
 

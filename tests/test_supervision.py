@@ -13,6 +13,7 @@ from core.errors import UserError
 from data.clips.clip_cache import CachedClips
 from data.clips.rendered import PeopleConfig
 from models.animators.animate_anyone.model import AnimateAnyone
+from models.attention.layers import token_levels, unet_layers
 from models.unets import ReferenceNet
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
@@ -169,7 +170,7 @@ UP_AT_FINEST = replace(WITHOUT_FINEST, attention=["up", "both", "both"], attenti
 )
 def test_resolutions_with_less_attention(vae, batch, config, grids):
     model = networks(config)
-    assert model.denoising_unet.attention_grids(8, 8) == grids
+    assert [level.queries for level in token_levels(unet_layers(model.denoising_unet, (8, 8)))] == grids
     loss_of(model, vae, batch, ON).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing

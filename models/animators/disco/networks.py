@@ -96,29 +96,13 @@ def add_time(network: nn.Module) -> None:
     for module in list(network.modules()):
         for name, part in list(module.named_children()):
             if isinstance(part, ResnetBlock2D):
-                setattr(module, name, temporal_resnet(part))
+                channels = part.in_channels, part.out_channels, part.time_emb_proj.in_features
+                setattr(module, name, TemporalResnetBlock(*channels, part.norm1.num_groups, part.norm1.eps))
             elif isinstance(part, BasicTransformerBlock):
-                setattr(module, name, temporal_transformer(part))
+                heads = part.num_attention_heads, part.attention_head_dim
+                setattr(module, name, TemporalTransformerBlock(part.dim, *heads, part.cross_attention_dim))
     if getattr(network, "conv_norm_out", None) is not None:
         network.conv_norm_out = clip_norm(network.conv_norm_out)
-
-
-def temporal_resnet(block: ResnetBlock2D) -> TemporalResnetBlock:
-    """A new block of the same sizes."""
-    return TemporalResnetBlock(
-        block.in_channels,
-        block.out_channels,
-        block.time_emb_proj.in_features,
-        block.norm1.num_groups,
-        block.norm1.eps,
-    )
-
-
-def temporal_transformer(block: BasicTransformerBlock) -> TemporalTransformerBlock:
-    """A new block of the same sizes."""
-    return TemporalTransformerBlock(
-        block.dim, block.num_attention_heads, block.attention_head_dim, block.cross_attention_dim
-    )
 
 
 def is_temporal(name: str) -> bool:
