@@ -93,8 +93,8 @@ class TrainingBatch:
         return replace(reference, tokens=tokens, projected=None, probe=self.probe)
 
     def by_frame(self, values: Tensor) -> Tensor:
-        """One value a clip, (b,) -> one a frame, (b*f,)."""
-        return values.repeat_interleave(self.noisy_latents.shape[2])
+        """One value a clip, (b, ...) -> one a frame, (b*f, ...)."""
+        return values.repeat_interleave(self.noisy_latents.shape[2], dim=0)
 
 
 class Animator(nn.Module, ABC):
