@@ -26,20 +26,20 @@ ADAPTER = "default"  # PEFT's name of a network's only adapter
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def adaptable_layers(network: ModelMixin, unread: Collection[str], without: Collection[str] = ()) -> list[str]:
+def adaptable_layers(network: ModelMixin, unused: Collection[str], excluded: Collection[str] = ()) -> list[str]:
     """Names of the attention projections that a result depends on.
 
     Args:
-        unread: names of parameters that none depends on.
-        without: parts of names of layers that are left out, too.
+        unused: names of parameters that none depends on.
+        excluded: parts of names of layers that are left out, too.
     """
     return [
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
         and name.endswith(tuple(f".{projection}" for projection in PROJECTIONS))
-        and f"{name}.weight" not in unread
-        and not any(part in name for part in without)
+        and f"{name}.weight" not in unused
+        and not any(part in name for part in excluded)
     ]
 
 
@@ -48,19 +48,19 @@ def add_lora(model: Animator, rank: int, alpha: float, motion: bool) -> None:
     trainable.
 
     Args:
-        motion: those of layers that see several frames, too.
+        motion: also those of layers over several frames.
     """
     model.requires_grad_(False)
-    unread = model.unused_parameters()
+    unused = model.unused_parameters()
     for name in model.adapted_networks:
-        own = {parameter.removeprefix(f"{name}.") for parameter in unread if parameter.startswith(f"{name}.")}
+        own = {parameter.removeprefix(f"{name}.") for parameter in unused if parameter.startswith(f"{name}.")}
         network = getattr(model, name)
         layers = adaptable_layers(network, own, () if motion else model.motion_parts)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, lora_dropout=0.0, bias="none"))
 
 
 def has_lora(network: nn.Module) -> bool:
-    """Whether `add_lora` was called."""
+    """Tell if `add_lora` was called."""
     return bool(getattr(network, "peft_config", None))
 
 

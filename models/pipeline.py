@@ -92,7 +92,7 @@ class AnimationPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def set_components(self, vae: VAE, scheduler: SchedulerMixin, window_size: int | None, **arguments: Any) -> None:
-        """What the constructor does; the further arguments are those of the animator."""
+        """Build the animator from the further arguments and register everything; the body of constructors."""
         super().__init__()
         animator = self.animator_cls(**arguments)
         self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
@@ -132,7 +132,7 @@ class AnimationPipeline(DiffusionPipeline):
         num_inference_steps: int,
         calibration: Calibration | None = None,
     ) -> AttentionRun:
-        """What `__call__` with these arguments will be to `AttentionRecording.estimate`; size: (width, height)."""
+        """The layers and sizes of a `__call__` with these arguments, for `AttentionRecording.estimate`."""
         width, height = size
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         persons = 0 if calibration is None else calibration.persons
@@ -207,7 +207,7 @@ class AnimationPipeline(DiffusionPipeline):
             `AnimationPipelineOutput`, or a tuple of its frames.
 
         Raises:
-            ValueError: for inputs that disagree in size or number, named.
+            ValueError: for inputs that disagree in size or count, named.
             UserError: the model needs a mask and there is none; or a solver or an interval that does not fit.
         """
         animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
@@ -329,7 +329,7 @@ class AnimationPipeline(DiffusionPipeline):
         """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
         factor, device = self.vae_scale_factor, self._execution_device
         shape = (1, self.animator.latent_channels, num_frames, size[1] // factor, size[0] // factor)
-        # The scheduler's many small steps, and the same noise for every number format, want single precision.
+        # The scheduler's many small steps, and the same noise for every dtype, want single precision.
         dtype = torch.promote_types(self.animator.dtype, torch.float32)
         if latents is None:
             drawn = (*shape[:2], 1, *shape[3:]) if self.animator.shared_noise else shape

@@ -33,7 +33,7 @@ class ReferenceNet(UNet2DConditionModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.conv_norm_out, self.conv_out = None, nn.Identity()
-        # What comes after the last block with attention writes nothing.
+        # Blocks after the last one with attention write nothing.
         reading = [i for i, block in enumerate(self.up_blocks) if hasattr(block, "attentions")]
         if not reading:
             raise ValueError("up_block_types must have a block with attention; got none")

@@ -28,7 +28,7 @@ PoseCondition = Callable[[range, Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Condition:
-    """What one window of frames is denoised with.
+    """Conditions of one window of frames.
 
     Attributes:
         conditioning: from `Animator.encode_reference`.

@@ -71,7 +71,7 @@ class ReferenceNetMixin:
         return {name for name in names if not name.startswith(frozen)} - (motion if stage == "image" else set())
 
     def unused_parameters(self) -> set[str]:
-        """What follows the reference net's last written layer."""
+        """Those after the reference net's last written layer."""
         return {f"reference_net.{name}" for name in self.reference_net.unused_parameters()}
 
     def initialized_from(self, name: str) -> str:

@@ -62,7 +62,7 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
 
 
 def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
-    """What the UNets of one model have in common, beside blocks and heads.
+    """Settings that the UNets of one model share, beside blocks and heads.
 
     Args:
         image_size: side of the images in pixels, of which pose images are made as many times smaller as latents.

@@ -86,7 +86,7 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
         return cls(reference_net, denoising_unet, pose_guider, small_image_encoder(sizes))
 
     def unused_parameters(self) -> set[str]:
-        """What follows the ReferenceNet's last written layer, and queries and keys of attention to one image token."""
+        """Those after the ReferenceNet's last written layer, and queries and keys of attention to one image token."""
         names = super().unused_parameters()
         for network in ("denoising_unet", "reference_net"):
             names |= {f"{network}.{name}" for name in one_token_parameters(getattr(self, network))}

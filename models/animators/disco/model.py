@@ -50,7 +50,7 @@ SOURCE = "images"  # the name of the tokens, which all layers of all networks sh
 
 @dataclass(frozen=True)
 class DiscoConditioning:
-    """What follows from the reference alone.
+    """Conditioning that follows from the reference alone.
 
     Attributes:
         null: tokens of the unconditional half of guidance, (1, tokens, channels).
@@ -102,7 +102,7 @@ class DisCo(Animator):
 
     @property
     def temporal(self) -> bool:
-        """Whether the frames of a clip attend to each other."""
+        """Frames of a clip attend to each other."""
         return self.unet.config.temporal
 
     @property
@@ -244,7 +244,7 @@ class DisCo(Animator):
         return prediction.unflatten(0, (clips, num_frames)).transpose(1, 2)
 
     def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        """The background: the person's place has the middle of the range of values, grey."""
+        """The background, with the person grey, the middle of the range of values."""
         return images * (1 - masks.to(images.dtype))
 
     @classmethod

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.attention.processors import set_image_processors
 from models.unets import ClipGroupNorm, clip_norm, with_parameters
 
-# What the names of the ControlNets' layers begin with, so that one context serves all networks.
+# Prefixes of the ControlNets' layer names, so that one context serves all networks.
 POSE_PREFIX, BACKGROUND_PREFIX = "pose_control_net.", "background_control_net."
 # Widths of the pose images' embedding, for a VAE of factor 8.
 EMBEDDING_WIDTHS = (16, 32, 96, 256)
@@ -106,14 +106,14 @@ def add_time(network: nn.Module) -> None:
 
 
 def is_temporal(name: str) -> bool:
-    """Whether a parameter belongs to what the temporal variant adds."""
+    """Tell if a parameter is one that the temporal variant adds."""
     return ".tem_" in name
 
 
 class DiscoUNet(UNet2DConditionModel):
     """Stable Diffusion's UNet. Configuration as its parent's, and:
 
-    temporal: whether the batch is a clip whose frames see each other.
+    temporal: the batch is a clip whose frames attend to each other.
     """
 
     @with_parameters(UNet2DConditionModel.__init__, temporal=False)
@@ -140,8 +140,8 @@ class LatentEmbedding(nn.Module):
 class DiscoControlNet(ControlNetModel):
     """ControlNet of the pose, or of the background. Configuration as its parent's, and:
 
-    temporal: whether the batch is a clip whose frames see each other.
-    latent_conditioning: whether the condition is latents, (f, c, h, w), as the background's is, instead of images,
+    temporal: the batch is a clip whose frames attend to each other.
+    latent_conditioning: the condition is latents, (f, c, h, w), as the background's is, instead of images,
         (f, 3, H, W) in [0, 1], as the pose's.
     """
 
@@ -201,7 +201,7 @@ def with_time(network: DiscoUNet | DiscoControlNet) -> DiscoUNet | DiscoControlN
 
 
 def started_from(network: ModelMixin, weights: Mapping[str, Tensor]) -> ModelMixin:
-    """A new network with copies of `weights` where it has their names, in their number format and on their device."""
+    """A new network with copies of `weights` where it has their names, in their dtype and on their device."""
     like = next(iter(weights.values()))
     own = {name: value.to(like.device, like.dtype) for name, value in network.state_dict().items()}
     network.load_state_dict(own | {name: value.clone() for name, value in weights.items()}, assign=True)

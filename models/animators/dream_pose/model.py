@@ -45,13 +45,13 @@ POSE_CHUNK = 8
 # Of new small networks: consecutive poses, and the channels of a figure.
 SMALL_POSES = 5
 FIGURE_CHANNELS = (0, 1, 2)
-# What condition dropout takes away.
+# Modes of condition dropout.
 DROP_IMAGE, DROP_POSE, DROP_BOTH = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class DreamPoseConditioning:
-    """What follows from the reference alone.
+    """Conditioning that follows from the reference alone.
 
     Attributes:
         null: context of the empty image, (1, n, c).

@@ -24,7 +24,7 @@ class DreamPoseUNet(UNet2DConditionModel):
         poses: consecutive poses a frame is given, itself in the middle; odd.
         pose_channels: channels of a pose image that are used. DensePose images (part, U, V) give (1, 2).
         pose_range: what 0 and 1 of these channels become. 0 of the input says "no pose" and is no pose's background.
-        pose_kind: what the pose images are.
+        pose_kind: of the pose images.
     """
 
     @with_parameters(
@@ -93,21 +93,21 @@ class DreamPoseUNet(UNet2DConditionModel):
         return F.interpolate(used, size, mode="nearest") * (high - low) + low
 
 
-def consecutive_poses(poses: Tensor, number: int, frames: range | None = None) -> Tensor:
+def consecutive_poses(poses: Tensor, count: int, frames: range | None = None) -> Tensor:
     """The poses around each frame side by side, earliest first; beyond the clip's ends its end poses stay.
 
     Args:
         poses: of whole clips, (b, f, p, h, w).
-        number: of poses for each frame, odd.
+        count: of poses for each frame, odd.
         frames: k consecutive frames of the clip that are wanted; None: all.
 
     Returns:
-        (b, k, number*p, h, w).
+        (b, k, count*p, h, w).
     """
     length = poses.shape[1]
     frames = range(length) if frames is None else frames
     wanted = torch.arange(frames.start, frames.stop, device=poses.device)
-    offsets = torch.arange(number, device=poses.device) - number // 2
+    offsets = torch.arange(count, device=poses.device) - count // 2
     index = (wanted[:, None] + offsets).clamp(0, length - 1)
     return poses[:, index].flatten(2, 3)
 

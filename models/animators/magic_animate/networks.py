@@ -1,4 +1,4 @@
-"""What MagicAnimate has beside its UNets: the ControlNet of the poses, frame by frame, and the embedded empty prompt.
+"""MagicAnimate's networks beside its UNets: the ControlNet of the poses, and the embedded empty prompt.
 
 Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
 """
@@ -62,7 +62,7 @@ class ControlCondition:
 def control_residuals(
     control_net: ControlNetModel, latents: Tensor, timestep: Tensor | int, context: Tensor, poses: Tensor
 ) -> list[Tensor]:
-    """What the ControlNet adds to the denoising UNet, frame by frame.
+    """Residuals of the ControlNet for the denoising UNet, frame by frame.
 
     Args:
         latents: noisy latents, (b, c, f, h, w).
