@@ -9,27 +9,25 @@
     python evaluate.py misalignment                         frozen clips of six kinds: what misalignment costs
     python evaluate.py animators                            small animators without and with TPC on these clips
 
-`python evaluate.py TASK --help` lists a task's arguments. Every task writes to `output`: results.json (numbers,
-configuration, protocol, seeds, counts), config.yaml, table.md, images. The same command again goes on where it was
-stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
+`python evaluate.py TASK --help` lists a task's arguments, `--config FILE` reads them. Every task writes to `output`:
+results.json (numbers, configuration, protocol, seeds, counts), config.yaml, table.md, images. The same command again
+goes on where it was stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
 """
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any, get_type_hints
 
 from core.config import load_config
 from core.errors import UserError, run_command
 
-# Task -> module with its configuration and `run`.
-TASKS = {
-    "metrics": ("evaluation.tasks.metrics", "CompareConfig"),
-    "split": ("evaluation.tasks.split", "SplitConfig"),
-    "sweep": ("evaluation.tasks.sweep", "SweepConfig"),
-    "ablation": ("evaluation.tasks.ablation", "AblationConfig"),
-    "table": ("evaluation.tasks.table", "TableConfig"),
-    "attention": ("evaluation.tasks.attention", "AttentionTaskConfig"),
-    "misalignment": ("evaluation.tasks.misalignment", "BenchmarkConfig"),
-    "animators": ("evaluation.tasks.animators", "AnimatorsConfig"),
-}
+TASKS = ("metrics", "split", "sweep", "ablation", "table", "attention", "misalignment", "animators")
+
+
+def load_task(task: str) -> tuple[type, Callable[[Any], None]]:
+    """Configuration and `run` of a task: `evaluation/tasks/TASK.py` has a `run(config: ITS_CONFIGURATION)`."""
+    run = import_module(f"evaluation.tasks.{task}").run
+    return get_type_hints(run)["config"], run
 
 
 def main(arguments: list[str]) -> None:
@@ -39,9 +37,8 @@ def main(arguments: list[str]) -> None:
         return
     if task not in TASKS:
         raise UserError(f"the first argument must be one of {', '.join(TASKS)}; got {task!r}")
-    name, schema = TASKS[task]
-    module = import_module(name)
-    module.run(load_config(getattr(module, schema), rest, file_option="--config"))
+    schema, run = load_task(task)
+    run(load_config(schema, rest, file_option="--config"))
 
 
 if __name__ == "__main__":

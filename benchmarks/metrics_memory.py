@@ -22,10 +22,9 @@ from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
 from core.processes import process_state
-from evaluation.jobs import run_parts
-from evaluation.measure import FramePair, measure_clip
+from evaluation.measure import FramePair, measure_clip, summarise
 from evaluation.metric_suite import MetricSuite
-from evaluation.summary import summarise
+from evaluation.report import run_parts
 from metrics.features import FeatureExtractor, image_tensor
 from metrics.protocols import PROTOCOLS
 

@@ -1,24 +1,34 @@
-"""Clips with everything that an animation is measured by: what they consist of, and rendered ones."""
+"""Clips with everything that an animation is measured by: rendered people, prepared data sets, videos with poses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from core.errors import UserError
 from data.clips.rendered import PeopleConfig, RenderedPeople
-from data.inputs import Driving, Reference
+from data.inputs import Driving, Reference, fitting_poses
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
+from data.poses.files import load_poses
 from data.poses.poses import Poses
+from data.preparation.clips import video_of
+from data.preparation.manifest import has_manifest, read_manifest
+from data.preparation.masks import read_union
 from data.transforms import apply_fit, fit_matrix
-from tpc.silhouettes import body_height
+from data.video.images import natural_order
+from data.video.reading import VideoReader
+from evaluation.folders import MASKS_SUFFIX, file_stamps
+from tpc.silhouettes import body_height, draw_silhouette, visible
 
 RENDERED = "rendered"
 RENDERED_FPS = 24.0
 # How the references of rendered clips are misaligned, in turn.
-VARIATIONS = ("aligned", "turned", "aligned", "scaled", "aligned", "turned and scaled")
+MISALIGNED_BY = ("", "turned", "", "scaled", "", "turned and scaled")
+POSE_SUFFIXES = (".npz", ".json")
+SCORE_THRESHOLD = 0.3  # of keypoints that silhouettes are drawn around
 
 
 @dataclass
@@ -47,16 +57,16 @@ class ClipsConfig:
 
     def check(self) -> None:
         """Refuse values that cannot work, naming them."""
-        some = int(self.dataset == RENDERED)  # rendered clips have no end of their own
-        least = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
-        for name, value in least.items():
+        some = int(self.dataset == RENDERED)  # "all" of rendered clips would have no end
+        lowest = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
+        for name, value in lowest.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
 
 
 @dataclass(frozen=True)
 class EvaluationClip:
-    """A reference and a driving clip of the same person, whose frames are the truth.
+    """A reference and a driving clip of the same person; the driving frames are the ground truth.
 
     Attributes:
         reference, driving: inputs of the animation; `driving.frames` and `driving.masks` are given.
@@ -67,7 +77,7 @@ class EvaluationClip:
     driving: Driving
 
     def truth(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """True frames (f, h, w, 3) uint8 and person masks (f, h, w) bool in a model's frame of (width, height)."""
+        """True frames (f, h, w, 3) uint8 and person masks (f, h, w) bool at a model's (width, height)."""
         matrix = fit_matrix(self.driving.poses.size, size)
         frames = np.stack([apply_fit(frame, matrix, size) for frame in self.driving.frames])
         person = self.driving.masks.any(axis=1).astype(np.uint8) * 255
@@ -79,29 +89,57 @@ class ClipSet(Protocol):
 
     names: Sequence[str]
 
+    def clip(self, name: str) -> EvaluationClip:
+        """Images, poses and masks of a clip."""
+
+    def stamps(self, name: str) -> list | None:
+        """Facts that differ when a clip's files have changed; None for clips without files."""
+
+
+class PosedClipSet(ClipSet, Protocol):
+    """Clips whose poses can be had without their images."""
+
     def poses(self, name: str) -> tuple[Poses, Poses]:
         """Poses of the reference, one frame, and of the clip."""
 
+
+def open_clips(config: ClipsConfig) -> PosedClipSet:
+    """The clips that a configuration names.
+
+    Raises:
+        UserError: a folder that does not exist or holds no clip.
+    """
+    return RenderedClips(config) if config.dataset == RENDERED else FilmedClips(config)
+
+
+class RenderedClips:
+    """Held-out people; half of the references are the first frame, the others show it turned, scaled, or both."""
+
+    def __init__(self, config: ClipsConfig):
+        self._config, self._people = config, rendered_people(config)
+        self.names = [f"rendered-{index:03d}" for index in range(config.clips)]
+
+    def poses(self, name: str) -> tuple[Poses, Poses]:
+        clip = self.clip(name)
+        return clip.reference.poses, clip.driving.poses
+
     def clip(self, name: str) -> EvaluationClip:
-        """Everything about a clip."""
+        index = self.names.index(name)
+        scene = at_first_frame(self._people.scene(index))
+        # Both are drawn for every clip, so that one clip's misalignment does not change another's.
+        rng = np.random.default_rng([self._config.clip_seed, index])
+        rotation = float(rng.choice([-1, 1]) * rng.uniform(np.pi / 4, np.pi))
+        scale = float(rng.choice([rng.uniform(0.35, 0.6), rng.uniform(1.5, 2.2)]))
+        misaligned_by = MISALIGNED_BY[index % len(MISALIGNED_BY)]
+        reference = misaligned_reference(
+            scene,
+            scale=scale if "scaled" in misaligned_by else 1.0,
+            rotation=rotation if "turned" in misaligned_by else 0.0,
+        )
+        return rendered_clip(scene, reference, name)
 
     def stamps(self, name: str) -> list:
-        """What tells whether a clip's files have changed."""
-
-
-def rendered_clip(scene: Scene, reference: Rendered, name: str) -> EvaluationClip:
-    """A rendered scene with the reference given, which may be framed otherwise than the scene."""
-    frames = [scene.render(pose) for pose in scene.poses]
-    size = (reference.image.shape[1], reference.image.shape[0])
-    return EvaluationClip(
-        name,
-        Reference(reference.image, _poses_of([reference], size), reference.mask[None]),
-        Driving(
-            np.stack([frame.image for frame in frames]),
-            _poses_of(frames, scene.size),
-            np.stack([frame.mask for frame in frames])[:, None],
-        ),
-    )
+        return []
 
 
 def rendered_people(config: ClipsConfig) -> RenderedPeople:
@@ -118,6 +156,31 @@ def rendered_people(config: ClipsConfig) -> RenderedPeople:
     )
 
 
+def at_first_frame(scene: Scene) -> Scene:
+    """The scene with its first frame's pose as the reference's, as in the field's protocols for filmed clips."""
+    return replace(scene, reference_pose=scene.poses[0])
+
+
+def rendered_clip(scene: Scene, reference: Rendered, name: str) -> EvaluationClip:
+    """The clip of a rendered scene; the reference given may be framed otherwise than the scene."""
+    frames = [scene.render(pose) for pose in scene.poses]
+    size = (reference.image.shape[1], reference.image.shape[0])
+    return EvaluationClip(
+        name,
+        Reference(reference.image, _poses_of([reference], size), reference.mask[None]),
+        Driving(
+            np.stack([frame.image for frame in frames]),
+            _poses_of(frames, scene.size),
+            np.stack([frame.mask for frame in frames])[:, None],
+        ),
+    )
+
+
+def _poses_of(frames: Sequence[Rendered], size: tuple[int, int]) -> Poses:
+    keypoints = np.stack([frame.keypoints for frame in frames])[:, None]
+    return Poses(keypoints, np.stack([frame.scores for frame in frames])[:, None], size, RENDERED_FPS)
+
+
 def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Generator) -> EvaluationClip:
     """The clip with errors in the keypoints of reference and frames, as a pose estimator makes them; masks stay exact.
 
@@ -131,50 +194,104 @@ def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Gener
     return replace(clip, reference=reference, driving=driving)
 
 
-def at_first_frame(scene: Scene) -> Scene:
-    """The scene with its first frame's pose as the reference's, as in the field's protocols for filmed clips."""
-    return replace(scene, reference_pose=scene.poses[0])
-
-
-class RenderedClips:
-    """Held-out people; half of the references are the first frame, the others show it turned, scaled, or both."""
-
-    def __init__(self, config: ClipsConfig):
-        self._config, self._people = config, rendered_people(config)
-        self.names = [f"rendered-{number:03d}" for number in range(config.clips)]
-
-    def poses(self, name: str) -> tuple[Poses, Poses]:
-        clip = self.clip(name)
-        return clip.reference.poses, clip.driving.poses
-
-    def clip(self, name: str) -> EvaluationClip:
-        number = self.names.index(name)
-        scene = at_first_frame(self._people.scene(number))
-        rng = np.random.default_rng([self._config.clip_seed, number])
-        turn = float(rng.choice([-1, 1]) * rng.uniform(np.pi / 4, np.pi))
-        scale = float(rng.choice([rng.uniform(0.35, 0.6), rng.uniform(1.5, 2.2)]))
-        variation = VARIATIONS[number % len(VARIATIONS)]
-        reference = misaligned_reference(
-            scene,
-            scale=scale if "scaled" in variation else 1.0,
-            rotation=turn if "turned" in variation else 0.0,
-        )
-        return rendered_clip(scene, reference, name)
-
-    def stamps(self, name: str) -> list:
-        return []
-
-
 def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
     errors = rng.normal(0.0, deviation, poses.keypoints.shape)
     heights = [
-        [body_height(points, seen > 0) for points, seen in zip(*frame, strict=True)]
+        [body_height(points, scores > 0) for points, scores in zip(*frame, strict=True)]
         for frame in zip(poses.keypoints, poses.scores, strict=True)
     ]
     found = (poses.scores > 0)[..., None]  # what was not found stays where it is
     return replace(poses, keypoints=poses.keypoints + errors * np.asarray(heights)[..., None, None] * found)
 
 
-def _poses_of(frames: Sequence[Rendered], size: tuple[int, int]) -> Poses:
-    keypoints = np.stack([frame.keypoints for frame in frames])[:, None]
-    return Poses(keypoints, np.stack([frame.scores for frame in frames])[:, None], size, RENDERED_FPS)
+class ClipPaths(NamedTuple):
+    """The files of a filmed clip.
+
+    Attributes:
+        video: file or folder of frames; None when there are poses only.
+        masks: folder, or None: silhouettes are drawn around the keypoints.
+    """
+
+    poses: Path
+    video: Path | None
+    masks: Path | None
+
+
+class FilmedClips:
+    """Videos with poses; the reference is one of the video's own frames."""
+
+    def __init__(self, config: ClipsConfig):
+        self._config, root = config, Path(config.dataset)
+        found = _prepared_clips(root) if has_manifest(root) else _videos_with_poses(root)
+        # Clips of folders below are named with the folder; a part of a run needs a name without slashes.
+        self._paths = {name.replace("/", "-"): paths for name, paths in found.items()}
+        self.names = list(self._paths)[: config.clips or None]
+
+    def poses(self, name: str) -> tuple[Poses, Poses]:
+        path, reference_frame = self._paths[name].poses, self._config.reference_frame
+        poses = load_poses(path, argument="dataset")
+        if reference_frame >= poses.frames:
+            raise UserError(f"reference_frame={reference_frame}: {path} has {poses.frames} frames")
+        if poses.persons == 0:
+            raise UserError(f"dataset: {path} shows nobody")
+        return poses[reference_frame].person(0), poses[self._chosen(poses)].person(0)
+
+    def clip(self, name: str) -> EvaluationClip:
+        paths, video = self._paths[name], self._video(name)
+        with VideoReader(video, argument="dataset") as reader:
+            size, poses = reader.size, load_poses(paths.poses, size=reader.size, argument="dataset")
+            if len(reader) != poses.frames:
+                raise UserError(f"dataset: {video} has {len(reader)} frames, {paths.poses} has {poses.frames}")
+            indices = [self._config.reference_frame, *np.arange(len(reader))[self._chosen(poses)].tolist()]
+            images = reader.get(indices)
+        reference, driving = (fitting_poses(part, size, "dataset") for part in self.poses(name))
+        if paths.masks is None:
+            masks = np.concatenate([_silhouettes(part) for part in (reference, driving)])
+        else:
+            masks = np.stack([read_union(paths.masks, index, size) > 127 for index in indices])
+        masks = masks[:, None]  # (1 + f, 1, h, w)
+        return EvaluationClip(name, Reference(images[0], reference, masks[0]), Driving(images[1:], driving, masks[1:]))
+
+    def stamps(self, name: str) -> list:
+        return file_stamps([self._paths[name].poses, self._video(name)])
+
+    def _video(self, name: str) -> Path:
+        if self._paths[name].video is None:
+            raise UserError(f"dataset: {self._paths[name].poses} has no video of its name beside it")
+        return self._paths[name].video
+
+    def _chosen(self, poses: Poses) -> slice:
+        stride, frames = self._config.stride, self._config.frames or poses.frames
+        return slice(0, (frames - 1) * stride + 1, stride)
+
+
+def _prepared_clips(root: Path) -> dict[str, ClipPaths]:
+    """The clips of a manifest that are marked as held out, or all when none is."""
+    clips = read_manifest(root).clips
+    clips = [clip for clip in clips if clip.split == "heldout"] or clips
+    if not clips:
+        raise UserError(f"dataset={root} holds no clip that could be prepared")
+    return {clip.name: ClipPaths(clip.poses, clip.video, clip.masks) for clip in clips}
+
+
+def _videos_with_poses(root: Path) -> dict[str, ClipPaths]:
+    """The pose files below a folder, with videos and masks that lie beside them."""
+    if not root.is_dir():
+        raise UserError(f"dataset={root} is not a folder; give one, or dataset={RENDERED}")
+    files = sorted((path for path in root.rglob("*") if path.suffix in POSE_SUFFIXES), key=natural_order)
+    if not files:
+        raise UserError(f"dataset={root} holds no pose files ({', '.join(POSE_SUFFIXES)})")
+    found = {}
+    for file in files:
+        masks = file.with_name(file.stem + MASKS_SUFFIX)
+        name = file.relative_to(root).with_suffix("").as_posix()
+        found[name] = ClipPaths(file, video_of(file), masks if masks.is_dir() else None)
+    return found
+
+
+def _silhouettes(poses: Poses) -> np.ndarray:
+    """(f, h, w) bool: drawn around the keypoints of person 0."""
+    frames = zip(poses.keypoints[:, 0], poses.scores[:, 0], strict=True)
+    return np.stack(
+        [draw_silhouette(points, visible(scores, points, SCORE_THRESHOLD), poses.size) for points, scores in frames]
+    )

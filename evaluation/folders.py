@@ -1,9 +1,10 @@
-"""Clips on disk, generated and true ones side by side: videos, folders of frames, or one folder of numbered frames."""
+"""Generated and true clips on disk, matched by name: videos, folders of frames, or one folder of numbered frames."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,11 @@ from data.video.reading import VideoReader
 
 RESULT_NAME = "animation.mp4"  # what infer.py calls its result
 MASKS_SUFFIX = "_masks"
+
+
+def file_stamps(files: Iterable[Path]) -> list[list]:
+    """Name, size in bytes and time of change of every file, which differ when the content does."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class ClipFiles:
     images: tuple[Path, ...] = ()
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """The video, or the folder of the images."""
         return self.video if self.video is not None else self.images[0].parent
 
@@ -54,8 +60,7 @@ class ClipFiles:
             yield from reader
 
     def stamps(self) -> list[list]:
-        """Name, size in bytes and time of change of every file, to notice that a clip is another one."""
-        return _stamps([self.video] if self.video is not None else self.images)
+        return file_stamps([self.video] if self.video is not None else self.images)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class MaskFiles:
     argument: str = "masks"
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """The folder of the images."""
         return self.images[0][0].parent
 
@@ -88,23 +93,66 @@ class MaskFiles:
             yield np.logical_or.reduce(masks)
 
     def stamps(self) -> list[list]:
-        """Name, size in bytes and time of change of every file."""
-        return _stamps([image for persons in self.images for image in persons])
+        return file_stamps(image for persons in self.images for image in persons)
 
 
 @dataclass(frozen=True)
 class ClipPair:
-    """A generated clip, the true one, and where the person is in it.
-
-    Attributes:
-        frames: of each.
-    """
+    """A generated clip, the true one and its person masks, each of `frames` frames."""
 
     name: str
     generated: ClipFiles
     truth: ClipFiles
     masks: MaskFiles | None
     frames: int
+
+    def stamps(self) -> dict[str, Any]:
+        """Facts that differ when a clip's files have changed."""
+        sides = {"generated": self.generated, "truth": self.truth, "masks": self.masks}
+        return {side: clip.stamps() for side, clip in sides.items() if clip is not None}
+
+
+def pair_clips(generated: str | Path, truth: str | Path, masks: str | Path | None = None) -> list[ClipPair]:
+    """Match generated and true clips by name; one clip each is a pair whatever the names.
+
+    Raises:
+        UserError: clips that only one side has, other numbers of frames, other names of frames, all named.
+    """
+    ours, theirs = find_clips(generated, "generated"), find_clips(truth, "truth")
+    # Masks may lie beside the true clips, as `prepare.py` and the training data have them.
+    theirs = {name: clip for name, clip in theirs.items() if not name.endswith(MASKS_SUFFIX) or name in ours}
+    mask_files = {} if masks is None else find_masks(masks)
+    if len(ours) == len(theirs) == 1:
+        ours = dict(zip(theirs, ours.values(), strict=True))
+        if len(mask_files) == 1:
+            mask_files = dict(zip(theirs, mask_files.values(), strict=True))
+    _check_names(ours, theirs, f"truth={truth}", f"generated={generated}")
+    _check_names(theirs, ours, f"generated={generated}", f"truth={truth}")
+    if masks is not None:
+        _check_names(ours, mask_files, f"masks={masks}", f"generated={generated}")
+    return [_pair(name, ours[name], theirs[name], mask_files.get(name)) for name in theirs]
+
+
+def _check_names(wanted: dict, present: dict, source: str, other: str) -> None:
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"{source} lacks {len(missing)} clips that {other} has: {shown}")
+
+
+def _pair(name: str, ours: ClipFiles, theirs: ClipFiles, masks: MaskFiles | None) -> ClipPair:
+    count = theirs.count()
+    for other in (ours, masks):
+        if other is not None and other.count() != count:
+            raise UserError(
+                f"clip {name!r}: {other.argument} has {other.count()} frames ({other.path}), truth has {count} "
+                f"({theirs.path})"
+            )
+    if ours.images and theirs.images:
+        for a, b in zip(ours.images, theirs.images, strict=True):
+            if a.stem != b.stem:
+                raise UserError(f"clip {name!r}: generated has a frame {a.name} where truth has {b.name}")
+    return ClipPair(name, ours, theirs, masks, count)
 
 
 def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
@@ -125,87 +173,16 @@ def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
         return {path.name: ClipFiles(path.name, argument, video=path / RESULT_NAME)}
     clips: dict[str, ClipFiles] = {}
     for entry in sorted(path.iterdir(), key=natural_order):
-        clip = None if entry.name.startswith(".") else _clip_of(entry, argument)
+        clip = None if entry.name.startswith(".") else _clip_at(entry, argument)
         if clip is None:
             continue
         if clip.name in clips:
-            raise UserError(f"{argument}={path} holds the clip {clip.name!r} twice: {clips[clip.name].place}, {entry}")
+            raise UserError(f"{argument}={path} holds the clip {clip.name!r} twice: {clips[clip.name].path}, {entry}")
         clips[clip.name] = clip
     return clips or _numbered_images(path, argument)
 
 
-def find_masks(path: str | Path) -> dict[str, MaskFiles]:
-    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or images of one clip.
-
-    Raises:
-        UserError: nothing there, or nothing that is a mask.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"masks={path} is not a folder")
-    folders = [entry for entry in sorted(path.iterdir(), key=natural_order) if entry.is_dir()]
-    found = {entry.name.removesuffix(MASKS_SUFFIX): list_images(entry) for entry in [*folders, path]}
-    masks = {name: MaskFiles(name, _by_frame(images)) for name, images in found.items() if images}
-    if not masks:
-        raise UserError(f"masks={path} holds no images and no folders of images")
-    return masks
-
-
-def _by_frame(images: list[Path]) -> tuple[tuple[Path, ...], ...]:
-    frames: dict[str, list[Path]] = {}
-    for image in images:
-        frames.setdefault(re.sub(r"_p\d+$", "", image.stem), []).append(image)
-    return tuple(tuple(persons) for persons in frames.values())
-
-
-def _stamps(files: Sequence[Path]) -> list[list]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def pair_clips(generated: str | Path, truth: str | Path, masks: str | Path | None = None) -> list[ClipPair]:
-    """Match generated and true clips by name; one clip each is a pair whatever the names.
-
-    Raises:
-        UserError: clips that only one side has, other numbers of frames, other names of frames, all named.
-    """
-    ours, theirs = find_clips(generated, "generated"), find_clips(truth, "truth")
-    # Masks may lie beside the true clips, as `prepare.py` and the training data have them.
-    theirs = {name: clip for name, clip in theirs.items() if not name.endswith(MASKS_SUFFIX) or name in ours}
-    where = {} if masks is None else find_masks(masks)
-    if len(ours) == len(theirs) == 1:
-        ours = {name: clip for name, clip in zip(theirs, ours.values(), strict=True)}
-        if len(where) == 1:
-            where = {name: clip for name, clip in zip(theirs, where.values(), strict=True)}
-    _check_names(ours, theirs, f"truth={truth}", f"generated={generated}")
-    _check_names(theirs, ours, f"generated={generated}", f"truth={truth}")
-    if masks is not None:
-        _check_names(ours, where, f"masks={masks}", f"generated={generated}")
-    return [_pair(name, ours[name], theirs[name], where.get(name)) for name in theirs]
-
-
-def _pair(name: str, ours: ClipFiles, theirs: ClipFiles, masks: ClipFiles | None) -> ClipPair:
-    count = theirs.count()
-    for other in (ours, masks):
-        if other is not None and other.count() != count:
-            raise UserError(
-                f"clip {name!r}: {other.argument} has {other.count()} frames ({other.place}), truth has {count} "
-                f"({theirs.place})"
-            )
-    if ours.images and theirs.images:
-        for a, b in zip(ours.images, theirs.images, strict=True):
-            if a.stem != b.stem:
-                raise UserError(f"clip {name!r}: generated has a frame {a.name} where truth has {b.name}")
-    return ClipPair(name, ours, theirs, masks, count)
-
-
-def _check_names(wanted: dict, present: dict, place: str, other: str) -> None:
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(f"{place} lacks {len(missing)} clips that {other} has: {shown}")
-
-
-def _clip_of(entry: Path, argument: str) -> ClipFiles | None:
+def _clip_at(entry: Path, argument: str) -> ClipFiles | None:
     if entry.is_file():
         return ClipFiles(entry.stem, argument, video=entry) if entry.suffix.lower() in VIDEO_SUFFIXES else None
     if (entry / RESULT_NAME).is_file():
@@ -221,3 +198,25 @@ def _numbered_images(folder: Path, argument: str) -> dict[str, ClipFiles]:
     if not groups:
         raise UserError(f"{argument}={folder} holds no videos, no folders of frames and no images")
     return {name: ClipFiles(name, argument, images=tuple(images)) for name, images in groups.items()}
+
+
+def find_masks(path: str | Path) -> dict[str, MaskFiles]:
+    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or images of one clip.
+
+    Raises:
+        UserError: nothing there, or nothing that is a mask.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"masks={path} is not a folder")
+    masks = {}
+    for folder in [*(entry for entry in sorted(path.iterdir(), key=natural_order) if entry.is_dir()), path]:
+        frames: dict[str, list[Path]] = {}  # frame -> the images of its persons
+        for image in list_images(folder):
+            frames.setdefault(re.sub(r"_p\d+$", "", image.stem), []).append(image)
+        if frames:
+            name = folder.name.removesuffix(MASKS_SUFFIX)
+            masks[name] = MaskFiles(name, tuple(tuple(persons) for persons in frames.values()))
+    if not masks:
+        raise UserError(f"masks={path} holds no images and no folders of images")
+    return masks

@@ -1,26 +1,35 @@
-"""Measure one clip: values of every frame, and feature vectors, written as they come so that memory stays small."""
+"""Measure clips: values of every frame and feature vectors, written as they come so that memory stays small; then the
+numbers of a table, which are means over frames and Frechet distances of pooled features.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from core.files import write_json
-from evaluation.metric_suite import MetricSuite
+from data.poses.poses import PoseEstimator
+from evaluation.metric_suite import MetricSuite, measured_name
 from metrics.features import FeatureExtractor, image_tensor
+from metrics.frechet import Moments, frechet_distance
 from metrics.image import flicker
-from metrics.protocols import pixel_measure
+from metrics.person import keypoint_error, part_colour_difference, part_colours
+from metrics.protocols import MEASURES, pixel_measure
 from metrics.video import WindowBuffer
+from tpc.silhouettes import body_height, visible
 
 VALUES_FILE = "values.json"
 SIDES = ("generated", "truth")
-OUTSIDE = 128  # grey level that measures which are not taken pixel by pixel see outside their region
+OUTSIDE = 128  # grey level outside the region, for measures that are not taken pixel by pixel
+SCORE_THRESHOLD = 0.3  # of keypoints that persons are compared by
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class FramePair:
     Attributes:
         generated, truth: (h, w, 3) uint8.
         mask: (h, w) bool, True on the person; None when regions are not measured.
-        person: values of the measures of kind "person", made by who knows the poses.
+        person: values of the measures of kind "person", see `person_values`.
     """
 
     generated: np.ndarray
@@ -38,15 +47,15 @@ class FramePair:
     mask: np.ndarray | None = None
     person: dict[str, float] | None = None
 
+    def region(self, region: str) -> np.ndarray | None:
+        """Mask of a region; None for the whole image."""
+        return _region_mask(self.mask, region)
 
-def measured_name(measure: str, region: str) -> str:
-    """Name of a measure in a region: "ssim", "foreground_ssim"."""
-    return f"{region}_{measure}" if region else measure
 
-
-def feature_file(folder: Path, measure: str, region: str, side: str) -> Path:
-    """Where the feature vectors of a clip lie, as rows of float32."""
-    return folder / f"{measured_name(measure, region)}.{side}.f32"
+def _region_mask(person: np.ndarray | None, region: str) -> np.ndarray | None:
+    if not region or person is None:
+        return None
+    return person if region == "foreground" else ~person
 
 
 @torch.no_grad()
@@ -64,44 +73,31 @@ def measure_clip(pairs: Iterable[FramePair], metric_suite: MetricSuite, folder: 
             for measure in metric_suite.extractors
             for region in metric_suite.regions
         ]
-        for batch in batches(pairs, metric_suite.batch_size):
+        iterator = iter(pairs)
+        while batch := list(islice(iterator, metric_suite.batch_size)):
             frames += len(batch)
-            taken = _frame_values(batch, metric_suite) | _change_values(before, batch, metric_suite)
+            measured = _frame_values(batch, metric_suite) | _change_values(before, batch, metric_suite)
             before = batch[-1]
-            for name, measured in taken.items():
-                values.setdefault(name, []).extend(None if np.isnan(value) else value for value in measured)
+            for name, of_frames in measured.items():
+                values.setdefault(name, []).extend(None if np.isnan(value) else value for value in of_frames)
             for region in metric_suite.regions if writers else ():
                 for side in SIDES:
                     _write_features(batch, side, [writer for writer in writers if writer.region == region])
     write_json(folder / VALUES_FILE, {"frames": frames, "values": values})
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive items in lists of `size`, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def region_frames(batch: list[FramePair], side: str, region: str) -> np.ndarray:
-    """The frames (n, h, w, 3) uint8 of one side, grey outside the region."""
-    frames = np.stack([getattr(pair, side) for pair in batch])
-    if region:
-        masks = np.stack([pair.mask for pair in batch])
-        frames[~masks if region == "foreground" else masks] = OUTSIDE
-    return frames
-
-
-def _frame_values(batch: list[FramePair], metric_suite: MetricSuite) -> dict[str, list[float]]:
+def _frame_values(batch: Sequence[FramePair], metric_suite: MetricSuite) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
     for region in metric_suite.regions:
         for measure in metric_suite.of_kind("pixels"):
             values[measured_name(measure, region)] = [
-                pixel_measure(measure, metric_suite.protocol, pair.generated, pair.truth, _chosen(pair, region))
+                pixel_measure(measure, metric_suite.protocol, pair.generated, pair.truth, pair.region(region))
                 for pair in batch
             ]
         if metric_suite.distances:
-            first, second = (_distance_input(batch, side, region, metric_suite) for side in SIDES)
+            low, high = metric_suite.protocol.lpips_range
+            images = [image_tensor(_region_frames(batch, side, region), metric_suite.device) for side in SIDES]
+            first, second = (image / 255 * (high - low) + low for image in images)
         for measure, distance in metric_suite.distances.items():
             values[measured_name(measure, region)] = distance.distance(first, second).tolist()
     for measure in metric_suite.of_kind("person"):
@@ -110,12 +106,9 @@ def _frame_values(batch: list[FramePair], metric_suite: MetricSuite) -> dict[str
 
 
 def _change_values(
-    before: FramePair | None, batch: list[FramePair], metric_suite: MetricSuite
+    before: FramePair | None, batch: Sequence[FramePair], metric_suite: MetricSuite
 ) -> dict[str, list[float]]:
-    """Measures of kind "changes" of each frame of a batch since the one before; None, before the first, has none.
-
-    The foreground is where the person is in either frame.
-    """
+    """Measures of kind "changes" of each frame of a batch since the one before; the first frame of a clip has none."""
     pairs = list(pairwise(batch if before is None else [before, *batch]))
     values: dict[str, list[float]] = {}
     for region in metric_suite.regions:
@@ -128,25 +121,43 @@ def _change_values(
 
 
 def _moving(first: FramePair, then: FramePair, region: str) -> np.ndarray | None:
-    if not region or first.mask is None or then.mask is None:
-        return None
-    person = first.mask | then.mask
-    return person if region == "foreground" else ~person
+    """Mask of a region over two frames; the foreground is where the person is in either."""
+    both = None if first.mask is None or then.mask is None else first.mask | then.mask
+    return _region_mask(both, region)
 
 
-def _chosen(pair: FramePair, region: str) -> np.ndarray | None:
-    return {"": None, "foreground": pair.mask, "background": None if pair.mask is None else ~pair.mask}[region]
+def _region_frames(batch: Sequence[FramePair], side: str, region: str) -> np.ndarray:
+    """The frames (n, h, w, 3) uint8 of one side, grey outside the region."""
+    frames = np.stack([getattr(pair, side) for pair in batch])
+    if region:
+        frames[~np.stack([pair.region(region) for pair in batch])] = OUTSIDE
+    return frames
 
 
-def _distance_input(batch: list[FramePair], side: str, region: str, metric_suite: MetricSuite) -> Tensor:
-    low, high = metric_suite.protocol.lpips_range
-    images = image_tensor(region_frames(batch, side, region), metric_suite.device)
-    return images / 255 * (high - low) + low
+class _FeatureWriter:
+    """Appends the features of prepared frames, given in batches, to one file for each side."""
+
+    def __init__(self, stack: ExitStack, folder: Path, measure: str, region: str, metric_suite: MetricSuite):
+        self.region = region
+        self.extractor: FeatureExtractor = metric_suite.extractors[measure]
+        self._at_once = max(1, metric_suite.batch_size // 4)  # windows; each is many frames to the network
+        protocol, windowed = metric_suite.protocol, measure in metric_suite.of_kind("windows")
+        self._files = {
+            side: stack.enter_context(_feature_file(folder, measure, region, side).open("wb")) for side in SIDES
+        }
+        self._windows = {side: WindowBuffer(protocol.window, protocol.stride) if windowed else None for side in SIDES}
+
+    def write(self, side: str, rows: Tensor) -> None:
+        windows = self._windows[side]
+        parts = [rows] if windows is None else windows.push(rows).split(self._at_once)
+        for part in parts:
+            if len(part):
+                self._files[side].write(self.extractor.extract(part).cpu().numpy().astype(np.float32).tobytes())
 
 
-def _write_features(batch: list[FramePair], side: str, writers: list["_FeatureWriter"]) -> None:
+def _write_features(batch: Sequence[FramePair], side: str, writers: list[_FeatureWriter]) -> None:
     """Hand the frames of one side to the writers of one region; those that prepare them alike share the work."""
-    frames = region_frames(batch, side, writers[0].region)
+    frames = _region_frames(batch, side, writers[0].region)
     prepared: dict[int, Tensor] = {}
     for writer in writers:
         prepare = writer.extractor.prepare
@@ -155,45 +166,123 @@ def _write_features(batch: list[FramePair], side: str, writers: list["_FeatureWr
         writer.write(side, prepared[id(prepare)])
 
 
-class _FeatureWriter:
-    """Takes the prepared frames of a clip in batches and appends their features to two files, generated and true."""
-
-    def __init__(self, stack: ExitStack, folder: Path, measure: str, region: str, metric_suite: MetricSuite):
-        self.region = region
-        self.extractor: FeatureExtractor = metric_suite.extractors[measure]
-        self._at_once = max(1, metric_suite.batch_size // 4)  # windows; each is many frames to the network
-        protocol, windowed = metric_suite.protocol, measure in metric_suite.of_kind("windows")
-        self._files = {
-            side: stack.enter_context(feature_file(folder, measure, region, side).open("wb")) for side in SIDES
-        }
-        self._windows = {side: WindowBuffer(protocol.window, protocol.stride) if windowed else None for side in SIDES}
-
-    def write(self, side: str, rows: Tensor) -> None:
-        windows = self._windows[side]
-        if windows is None:
-            self._append(side, rows)
-            return
-        for part in windows.push(rows).split(self._at_once):
-            self._append(side, part)
-
-    def _append(self, side: str, rows: Tensor) -> None:
-        if len(rows):
-            self._files[side].write(self.extractor.extract(rows).cpu().numpy().astype(np.float32).tobytes())
+def _feature_file(folder: Path, measure: str, region: str, side: str) -> Path:
+    """The feature vectors of a clip, as rows of float32."""
+    return folder / f"{measured_name(measure, region)}.{side}.f32"
 
 
-def read_values(folder: Path) -> dict[str, np.ndarray]:
-    """The values of a measured clip by name, NaN where there is none."""
-    content = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
-    return {
-        name: np.array([np.nan if value is None else value for value in values], np.float64)
-        for name, values in content["values"].items()
-    }
+@dataclass(frozen=True)
+class Number:
+    """One number of a result.
+
+    Attributes:
+        value: None when nothing could be measured.
+        samples: frames or windows that it rests on, of each side.
+        warning: what makes it doubtful, or None.
+    """
+
+    value: float | None
+    samples: int
+    warning: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Only dicts, lists and scalars, as in JSON."""
+        return asdict(self)
 
 
-def read_features(
-    folder: Path, measure: str, region: str, side: str, dimension: int, rows: int = 1024
-) -> Iterator[np.ndarray]:
-    """The feature vectors of a measured clip in blocks of at most `rows`."""
-    with feature_file(folder, measure, region, side).open("rb") as file:
-        while block := file.read(rows * dimension * 4):
-            yield np.frombuffer(block, np.float32).reshape(-1, dimension)
+def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, Number]:
+    """Every measure over all clips, by name. Frames count alike, whichever clip they are of."""
+    means = _frame_means(folders)
+    numbers: dict[str, Number] = {}
+    for name, region, measure in metric_suite.measured_names():
+        if measure in metric_suite.extractors:
+            numbers[name] = _distance(folders, measure, region, metric_suite)
+        elif name in means:
+            numbers[name] = means[name]
+    return numbers
+
+
+def clip_means(folder: Path) -> dict[str, float | None]:
+    """The mean over the frames of one clip of every measure that is taken frame by frame."""
+    return {name: number.value for name, number in _frame_means([folder]).items()}
+
+
+def _frame_means(folders: Sequence[Path]) -> dict[str, Number]:
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}  # of frames that could be measured
+    frames: dict[str, int] = {}
+    for folder in folders:
+        content = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+        for name, values in content["values"].items():
+            known = np.array([value for value in values if value is not None], np.float64)
+            sums[name] = sums.get(name, 0.0) + float(known.sum())
+            counts[name] = counts.get(name, 0) + len(known)
+            frames[name] = frames.get(name, 0) + len(values)
+    numbers = {}
+    for name, count in counts.items():
+        missing = frames[name] - count
+        warning = f"{missing} of {frames[name]} frames could not be measured" if missing else None
+        numbers[name] = Number(sums[name] / count if count else None, count, warning)
+    return numbers
+
+
+def _distance(folders: Sequence[Path], measure: str, region: str, metric_suite: MetricSuite) -> Number:
+    dimension = metric_suite.extractors[measure].dimension
+    moments = [Moments(dimension) for _ in SIDES]
+    for side, total in zip(SIDES, moments, strict=True):
+        for folder in folders:
+            with _feature_file(folder, measure, region, side).open("rb") as file:
+                while block := file.read(1024 * dimension * 4):  # 1024 vectors at a time
+                    total.update(np.frombuffer(block, np.float32).reshape(-1, dimension))
+    kind = MEASURES[measure].kind
+    if min(total.count for total in moments) < 2:
+        window = f" of {metric_suite.protocol.window} frames" if kind == "windows" else ""
+        return Number(None, moments[1].count, f"{moments[1].count} {kind}{window}; a covariance needs two")
+    distance = frechet_distance(*moments)
+    return Number(distance.value, distance.samples[1], distance.warning)
+
+
+@dataclass(frozen=True)
+class PersonKeypoints:
+    """The person of a frame: (17, 2) pixels and (17,) scores, all 0 when nobody was found."""
+
+    keypoints: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def height(self) -> float:
+        """Standing height in pixels, 0 when unknown."""
+        return body_height(self.keypoints, visible(self.scores, self.keypoints, SCORE_THRESHOLD))
+
+
+NOBODY = PersonKeypoints(np.zeros((17, 2), np.float32), np.zeros(17, np.float32))
+
+
+def with_persons(
+    frames: Iterable[np.ndarray], estimator: PoseEstimator
+) -> Iterator[tuple[np.ndarray, PersonKeypoints]]:
+    """Every frame (h, w, 3) uint8 of a clip with its most prominent person; few frames are held at a time."""
+    held: deque[np.ndarray] = deque()
+
+    def source() -> Iterator[np.ndarray]:
+        for frame in frames:
+            held.append(frame)
+            yield frame
+
+    for persons in estimator.video(source(), 1):
+        person = persons[0] if persons else None
+        yield held.popleft(), NOBODY if person is None else PersonKeypoints(person.keypoints, person.scores)
+
+
+def person_values(
+    generated: np.ndarray, found: PersonKeypoints, truth: np.ndarray, target: PersonKeypoints
+) -> dict[str, float]:
+    """Pose and identity measures of one frame: images (h, w, 3) uint8 and their persons."""
+    error = keypoint_error(
+        found.keypoints, found.scores, target.keypoints, target.scores, target.height, SCORE_THRESHOLD
+    )
+    colours = [
+        part_colours(image, person.keypoints, person.scores, person.height, SCORE_THRESHOLD)
+        for image, person in ((generated, found), (truth, target))
+    ]
+    return {"keypoint_error": error, "part_colour": part_colour_difference(*colours)}

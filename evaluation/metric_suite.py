@@ -1,4 +1,4 @@
-"""What a protocol measures with: which measures, which networks, which regions of the image."""
+"""The measures, networks and image regions that a protocol measures with."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,13 +21,12 @@ PERSON_MEASURES = ("keypoint_error", "part_colour")
 class ProtocolConfig:
     """What is measured, and how.
 
-    Attributes:
-        protocol: "disco-2023", "disco-fixed" or "native".
-        features: networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in"
-            (ST-LPIPS and VGG Frechet distances, fetched by `python -m metrics.weights`) or "none".
-        measures: names instead of all measures of the protocol.
-        weights: folder of the networks' files; null is the cache.
-        batch_size: frames at a time.
+    protocol: "disco-2023", "disco-fixed" or "native".
+    features: networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in"
+        (ST-LPIPS and VGG Frechet distances, fetched by `python -m metrics.weights`) or "none".
+    measures: names instead of all measures of the protocol.
+    weights: folder of the networks' files; null is the cache.
+    batch_size: frames at a time.
     """
 
     protocol: str = "native"
@@ -36,10 +35,19 @@ class ProtocolConfig:
     weights: str | None = None
     batch_size: int = 8
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"protocol={self.protocol} must be one of {', '.join(PROTOCOLS)}")
+        if self.features not in FEATURES:
+            raise UserError(f"features={self.features} must be one of {', '.join(FEATURES)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+
 
 @dataclass(frozen=True)
 class MetricSuite:
-    """A protocol with the networks of its measures at hand.
+    """A protocol with the networks of its measures.
 
     Attributes:
         measures: names, in the order of tables.
@@ -62,9 +70,20 @@ class MetricSuite:
         """Names of the measures of one kind."""
         return [name for name in self.measures if MEASURES[name].kind == kind]
 
+    def measured_names(self) -> list[tuple[str, str, str]]:
+        """Name, region and measure of everything measured, in the order of tables; person measures have no region."""
+        persons = self.of_kind("person")
+        names = [
+            (measured_name(measure, region), region, measure)
+            for region in self.regions
+            for measure in self.measures
+            if measure not in persons
+        ]
+        return names + [(measure, "", measure) for measure in persons]
+
     def networks(self) -> dict[str, dict[str, Any]]:
-        """Which network stands behind each measure, for reports."""
-        described = {
+        """The network behind each measure, for reports."""
+        described: dict[str, dict[str, Any]] = {
             name: {"network": distance.network, "sha256": distance.sha256} for name, distance in self.distances.items()
         }
         for name, extractor in self.extractors.items():
@@ -76,33 +95,35 @@ class MetricSuite:
         return described
 
 
-def chosen_protocol(config: ProtocolConfig) -> Protocol:
-    """The protocol that a configuration names.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if config.protocol not in PROTOCOLS:
-        raise UserError(f"protocol={config.protocol} must be one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[config.protocol]
+def measured_name(measure: str, region: str) -> str:
+    """Name of a measure in a region: "ssim", "foreground_ssim"."""
+    return f"{region}_{measure}" if region else measure
 
 
-def chosen_measures(config: ProtocolConfig, persons: bool) -> tuple[str, ...]:
-    """The measures that a configuration names, without opening their networks.
+def split_name(name: str) -> tuple[str, str]:
+    """Region and measure of a measured name: "foreground_ssim" -> ("foreground", "ssim")."""
+    region, separator, measure = name.partition("_")
+    return (region, measure) if separator and region in REGIONS else ("", name)
+
+
+def open_metric_suite(
+    config: ProtocolConfig,
+    regions: tuple[str, ...] = ("",),
+    persons: bool = False,
+    device: torch.device | str = "cpu",
+) -> MetricSuite:
+    """The measures of a configuration with their networks.
 
     Args:
-        persons: whether poses are there for the measures of the person.
+        persons: poses are estimated, so the person can be measured.
 
     Raises:
-        UserError: unknown names, or measures of the person without poses.
+        UserError: unknown names, measures of the person without poses, or a weight file that is missing or not what
+            it should be.
     """
-    if config.features not in FEATURES:
-        raise UserError(f"features={config.features} must be one of {', '.join(FEATURES)}")
-    if config.batch_size < 1:
-        raise UserError(f"batch_size={config.batch_size} must be at least 1")
-    names = config.measures
+    protocol, names = PROTOCOLS[config.protocol], config.measures
     if names is None:
-        names = list(chosen_protocol(config).measures)
+        names = list(protocol.measures)
         if config.features == "none":
             names = [name for name in names if MEASURES[name].kind == "pixels"]
         if config.features == "stand-in":
@@ -113,21 +134,8 @@ def chosen_measures(config: ProtocolConfig, persons: bool) -> tuple[str, ...]:
             raise UserError(f"measures: {name!r} is none of {', '.join(MEASURES)}")
         if name in PERSON_MEASURES and not persons:
             raise UserError(f"measures: {name} needs poses; add persons=true")
-    return tuple(dict.fromkeys(names))
+    measures = tuple(dict.fromkeys(names))  # two measures may have one stand-in
 
-
-def open_instruments(
-    config: ProtocolConfig,
-    regions: tuple[str, ...] = ("",),
-    persons: bool = False,
-    device: torch.device | str = "cpu",
-) -> MetricSuite:
-    """Check a configuration and load the networks of its measures.
-
-    Raises:
-        UserError: unknown names, or a weight file that is missing or not what it should be.
-    """
-    protocol, measures = chosen_protocol(config), chosen_measures(config, persons)
     folder = weights.weights_folder() if config.weights is None else Path(config.weights)
     vgg = cache(lambda: features.vgg_features(device))  # two measures share its work
     makers = {

@@ -2,9 +2,9 @@
 
     python -m evaluation.misaligned_clips [clips=20] [seed=20]      # writes the manifests anew
 
-`manifests/KIND.json` names, for every clip, the scenes it is made of and how its persons are framed in the reference
-and in the frames. Scenes are functions of a seed; a digest of each clip's keypoints and colours tells when the code
-that draws them has changed, for then numbers no longer compare.
+`assets/misalignment/KIND.json` names, for every clip, the scenes it is made of and how its persons are placed in the
+reference and in the frames. Scenes are functions of a seed; a digest of each clip's keypoints and colours tells when
+the code that draws them has changed, for then numbers no longer compare.
 
 Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
 
@@ -13,12 +13,12 @@ Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
     rotation            the person of the reference is turned throughout, by 45 degrees up to upside down
     temporal_scale      the person comes nearer or goes away while the clip lasts
     temporal_rotation   the person tips over while the clip lasts
-    two_persons         two persons, each framed otherwise in the reference
+    two_persons         two persons, each placed otherwise in the reference
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,42 +29,45 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
 from data.clips.rendered import PeopleConfig, RenderedPeople
-from data.people.bodies import PeopleLibrary, load_people
+from data.inputs import Driving, Reference
+from data.people.bodies import load_people
 from data.people.renderer import Figure, RenderedGroup, render_people
 from data.people.scenes import Scene, reframed
 from data.people.skeleton import Pose
-from evaluation.clips import RENDERED_FPS
+from data.poses.poses import Poses
+from evaluation.clips import RENDERED_FPS, EvaluationClip
 
 FOLDER = Path(__file__).parents[1] / "assets" / "misalignment"
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
-# The world of the shipped model, but for cameras that are not upright: turns are what is measured.
+# The world of the shipped model, but for cameras that are not upright: rotations are what is measured.
 PEOPLE = PeopleConfig(height=[0.8, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
+_library = cache(load_people)
 
 
 @dataclass(frozen=True)
-class Framing:
-    """How a person is framed, against the camera of the scene.
+class Placement:
+    """Size, turn and shift of a person against the camera of the scene.
 
     Attributes:
         scale: factor on the person's size.
         rotation_deg: turn added in the image plane, clockwise as seen.
-        shift: added to the person's place, as shares of the image's width and height.
+        shift: as shares of the image's width and height.
     """
 
     scale: float = 1.0
     rotation_deg: float = 0.0
     shift: tuple[float, float] = (0.0, 0.0)
 
-    def towards(self, other: "Framing", part: float) -> "Framing":
-        """The framing `part` of the way to another one; scales in their logarithm."""
-        return Framing(
+    def towards(self, other: "Placement", part: float) -> "Placement":
+        """The placement `part` of the way to another one; scales in their logarithm."""
+        return Placement(
             float(self.scale ** (1 - part) * other.scale**part),
             self.rotation_deg + part * (other.rotation_deg - self.rotation_deg),
             tuple((1 - part) * a + part * b for a, b in zip(self.shift, other.shift, strict=True)),
         )
 
     def figure(self, scene: Scene, pose: Pose) -> Figure:
-        """The scene's person in `pose`, framed so."""
+        """The scene's person in `pose`, placed so."""
         camera = reframed(scene.camera, self.scale, float(np.radians(self.rotation_deg)), self.shift)
         return Figure(scene.person, pose, camera, scene.light)
 
@@ -74,15 +77,15 @@ class PersonSpec:
     """One person of a clip.
 
     Attributes:
-        scene: number of the scene that the person, the motion and the light are taken from.
-        reference: framing in the reference.
-        start, end: framing in the first and in the last frame.
+        scene: index of the scene that the person, the motion and the light are taken from.
+        reference: placement in the reference.
+        start, end: placement in the first and in the last frame.
     """
 
     scene: int
-    reference: Framing
-    start: Framing
-    end: Framing
+    reference: Placement
+    start: Placement
+    end: Placement
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class ClipSpec:
 
     Attributes:
         persons: the one farthest back first.
-        digest: of what is drawn, see `DrawnClip.digest`; empty for clips that are not in a manifest.
+        digest: of what is drawn, see `digest_of`; empty for clips that are not in a manifest.
     """
 
     name: str
@@ -100,7 +103,7 @@ class ClipSpec:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ClipManifest:
     """The clips of one kind.
 
     Attributes:
@@ -117,7 +120,7 @@ class Manifest:
     clips: tuple[ClipSpec, ...]
 
     def scenes(self) -> RenderedPeople:
-        """The held-out people that the clips' numbers count."""
+        """The held-out people that `PersonSpec.scene` counts."""
         return RenderedPeople(
             self.size,
             self.frames,
@@ -131,119 +134,174 @@ class Manifest:
         )
 
 
-@dataclass(frozen=True)
-class DrawnClip:
-    """The images of a clip: the reference, and the frames."""
-
-    reference: RenderedGroup
-    frames: tuple[RenderedGroup, ...]
-
-    def digest(self) -> str:
-        """Sixteen characters that stay as long as people look and move the same, up to rounding."""
-        seen = hashlib.sha256()
-        for image in (self.reference, *self.frames):
-            seen.update((np.round(image.keypoints) + 0.0).astype(np.int32).tobytes())
-            seen.update(np.round(image.image.mean(axis=(0, 1)) / 2).astype(np.int32).tobytes())
-        return seen.hexdigest()[:16]
-
-
-def fitting(clip: ClipSpec) -> list[ClipSpec]:
-    """The clip as it would be without misalignment: everybody framed as at its start in reference and frames, and as
-    at its end where that is otherwise. What misalignment costs is measured against these."""
-    found = {}
-    for place in ("start", "end"):
-        framings = [getattr(person, place) for person in clip.persons]
-        persons = tuple(replace(p, reference=f, start=f, end=f) for p, f in zip(clip.persons, framings, strict=True))
-        found.setdefault(persons, ClipSpec(f"{clip.name}-{place}", persons))
-    return [] if clip.persons in found else list(found.values())
-
-
-@cache
-def _library() -> PeopleLibrary:
-    return load_people()
-
-
-def draw(manifest: Manifest, clip: ClipSpec) -> DrawnClip:
+def draw(manifest: ClipManifest, clip: ClipSpec) -> EvaluationClip:
     """Render a clip. The reference shows everybody in the pose of the first frame."""
     people = manifest.scenes()
     scenes = [people.scene(person.scene) for person in clip.persons]
     background = scenes[0].background
 
-    def image(framings: Sequence[Framing], frame: int) -> RenderedGroup:
-        figures = [f.figure(scene, scene.poses[frame]) for f, scene in zip(framings, scenes, strict=True)]
+    def image(placements: Iterable[Placement], frame: int) -> RenderedGroup:
+        figures = [p.figure(scene, scene.poses[frame]) for p, scene in zip(placements, scenes, strict=True)]
         return render_people(figures, manifest.size, background)
 
+    def poses(images: Sequence[RenderedGroup]) -> Poses:
+        keypoints, scores = (np.stack([getattr(image, part) for image in images]) for part in ("keypoints", "scores"))
+        return Poses(keypoints, scores, manifest.size, RENDERED_FPS)
+
     last = max(manifest.frames - 1, 1)
-    frames = tuple(
-        image([person.start.towards(person.end, frame / last) for person in clip.persons], frame)
+    frames = [
+        image((person.start.towards(person.end, frame / last) for person in clip.persons), frame)
         for frame in range(manifest.frames)
+    ]
+    reference = image((person.reference for person in clip.persons), 0)
+    return EvaluationClip(
+        clip.name,
+        Reference(reference.image, poses([reference]), reference.masks),
+        Driving(
+            np.stack([frame.image for frame in frames]), poses(frames), np.stack([frame.masks for frame in frames])
+        ),
     )
-    return DrawnClip(image([person.reference for person in clip.persons], 0), frames)
 
 
-def read_manifest(kind: str, folder: Path = FOLDER) -> Manifest:
+def digest_of(clip: EvaluationClip) -> str:
+    """Sixteen characters that stay as long as people look and move the same, up to rounding."""
+    digest = hashlib.sha256()
+    images = [clip.reference.image, *clip.driving.frames]
+    keypoints = [*clip.reference.poses.keypoints, *clip.driving.poses.keypoints]
+    for image, points in zip(images, keypoints, strict=True):
+        digest.update((np.round(points) + 0.0).astype(np.int32).tobytes())
+        digest.update(np.round(image.mean(axis=(0, 1)) / 2).astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fitting(clip: ClipSpec) -> list[ClipSpec]:
+    """The clip as it would be without misalignment: everybody placed as at its start in reference and frames, and as
+    at its end where that is otherwise. The cost of misalignment is measured against these."""
+    found = {}
+    for moment in ("start", "end"):
+        placed = [(person, getattr(person, moment)) for person in clip.persons]
+        persons = tuple(replace(person, reference=at, start=at, end=at) for person, at in placed)
+        found.setdefault(persons, ClipSpec(f"{clip.name}-{moment}", persons))
+    return [] if clip.persons in found else list(found.values())
+
+
+class MisalignedClips:
+    """Clips of some kinds by name; an `evaluation.clips.PosedClipSet`.
+
+    Args:
+        kinds: of `KINDS`.
+        count: clips of each kind, the first ones; 0: all.
+
+    Attributes:
+        names: of the clips of the manifests.
+        by_kind: kind -> names.
+        fitting: name -> names of the clips that it would be without misalignment, which can be rendered like the
+            others; the clip itself where nothing is misaligned.
+    """
+
+    def __init__(self, kinds: Sequence[str] = KINDS, count: int = 0):
+        if not kinds or not set(kinds) <= set(KINDS):
+            raise UserError(f"kinds={list(kinds)} must be some of {', '.join(KINDS)}")
+        self._found: dict[str, tuple[ClipManifest, ClipSpec]] = {}
+        self.by_kind: dict[str, list[str]] = {}
+        self.fitting: dict[str, list[str]] = {}
+        for kind in kinds:
+            manifest = read_manifest(kind)
+            if not 0 <= count <= len(manifest.clips):
+                raise UserError(f"clips={count} must be 0 (all) to {len(manifest.clips)}, the clips of kind {kind}")
+            clips = manifest.clips[: count or None]
+            self.by_kind[kind] = [clip.name for clip in clips]
+            for clip in clips:
+                counterparts = fitting(clip)
+                self._found |= {spec.name: (manifest, spec) for spec in (clip, *counterparts)}
+                self.fitting[clip.name] = [spec.name for spec in counterparts] or [clip.name]
+        self.names = list(self.fitting)
+
+    def poses(self, name: str) -> tuple[Poses, Poses]:
+        clip = self.clip(name)
+        return clip.reference.poses, clip.driving.poses
+
+    def clip(self, name: str) -> EvaluationClip:
+        """Render a clip.
+
+        Raises:
+            UserError: people no longer look or move as when the manifest was made.
+        """
+        manifest, spec = self._found[name]
+        drawn = draw(manifest, spec)
+        if spec.digest and digest_of(drawn) != spec.digest:
+            raise UserError(
+                f"clip {name} is not what its manifest was made from: the code that draws people has changed. "
+                "`python -m evaluation.misaligned_clips` makes new manifests, whose numbers are new as well"
+            )
+        return drawn
+
+    def stamps(self, name: str) -> list:
+        return [asdict(self._found[name][1])]
+
+
+def read_manifest(kind: str, folder: Path = FOLDER) -> ClipManifest:
     """The frozen clips of a kind."""
     path = folder / f"{kind}.json"
     if not path.is_file():
         raise UserError(f"kind={kind} has no manifest {path}; the kinds are {', '.join(KINDS)}")
     content = json.loads(path.read_text(encoding="utf-8"))
 
-    def framing(entry: dict) -> Framing:
-        return Framing(entry["scale"], entry["rotation_deg"], tuple(entry["shift"]))
+    def placement(entry: dict) -> Placement:
+        return Placement(entry["scale"], entry["rotation_deg"], tuple(entry["shift"]))
 
     clips = []
     for entry in content["clips"]:
         persons = tuple(
-            PersonSpec(person["scene"], *(framing(person[place]) for place in ("reference", "start", "end")))
+            PersonSpec(person["scene"], *(placement(person[image]) for image in ("reference", "start", "end")))
             for person in entry["persons"]
         )
         clips.append(ClipSpec(entry["name"], persons, entry["digest"]))
-    return Manifest(kind, content["seed"], content["frames"], content["stride"], tuple(content["size"]), tuple(clips))
+    return ClipManifest(**content | {"size": tuple(content["size"]), "clips": tuple(clips)})
 
 
-def choose_framings(kind: str, rng: np.random.Generator, number: int) -> list[tuple[Framing, Framing, Framing]]:
-    """Reference, start and end of every person of clip `number` of a kind."""
-    plain, sign = Framing(), float(rng.choice([-1, 1]))
+def choose_placements(kind: str, rng: np.random.Generator, index: int) -> list[tuple[Placement, Placement, Placement]]:
+    """Reference, start and end of every person of a clip, whose index within its kind is given."""
+    plain, sign, even = Placement(), float(rng.choice([-1, 1])), index % 2 == 0
     if kind == "aligned":
         return [(plain, plain, plain)]
     if kind == "scale":
         # A larger reference must still show the whole person, so there it is the clip's person who is small.
-        small = Framing(round(float(rng.uniform(0.4, 0.6) if number % 2 == 0 else rng.uniform(0.5, 0.6)), 3))
-        return [(small, plain, plain)] if number % 2 == 0 else [(plain, small, small)]
+        small = Placement(round(float(rng.uniform(0.4, 0.6) if even else rng.uniform(0.5, 0.6)), 3))
+        return [(small, plain, plain)] if even else [(plain, small, small)]
     if kind == "rotation":
-        turn = 180.0 if number % 5 == 0 else sign * float(rng.uniform(45, 180))
-        return [(Framing(rotation_deg=round(turn, 1)), plain, plain)]
+        turn = 180.0 if index % 5 == 0 else sign * float(rng.uniform(45, 180))
+        return [(Placement(rotation_deg=round(turn, 1)), plain, plain)]
     if kind == "temporal_scale":
-        far = Framing(round(float(rng.uniform(0.5, 0.55)), 3))
-        return [(plain, plain, far)] if number % 2 == 0 else [(far, far, plain)]
+        far = Placement(round(float(rng.uniform(0.5, 0.55)), 3))
+        return [(plain, plain, far)] if even else [(far, far, plain)]
     if kind == "temporal_rotation":
-        return [(plain, plain, Framing(rotation_deg=round(sign * float(rng.uniform(60, 90)), 1)))]
+        return [(plain, plain, Placement(rotation_deg=round(sign * float(rng.uniform(60, 90)), 1)))]
     found = []
-    for side in (-1, 1):
-        place = Framing(0.62, 0.0, (0.23 * side, 0.12))
+    for side in (-1, 1):  # two persons, side by side
+        driving = Placement(0.62, 0.0, (0.23 * side, 0.12))
         turned = bool(rng.random() < 0.5)
-        reference = Framing(
+        reference = Placement(
             0.62 if turned else round(float(rng.uniform(0.3, 0.4)), 3),
             round(float(rng.choice([-1, 1]) * rng.uniform(60, 180)), 1) if turned else 0.0,
             (0.23 * side, 0.0),
         )
-        found.append((reference, place, place))
+        found.append((reference, driving, driving))
     return found
 
 
-def make_manifest(kind: str, clips: int, seed: int, frames: int = 8, stride: int = 3, size: int = 256) -> Manifest:
+def make_manifest(kind: str, clips: int, seed: int, frames: int = 8, stride: int = 3, size: int = 256) -> ClipManifest:
     """Draw the clips of a kind; kinds share no scene."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
-    first = 1000 * KINDS.index(kind)
-    empty = Manifest(kind, seed, frames, stride, (size, size), ())
+    first_scene = 1000 * KINDS.index(kind)
+    empty = ClipManifest(kind, seed, frames, stride, (size, size), ())
     specs = []
-    for number in range(clips):
-        framings = choose_framings(kind, rng, number)
-        persons = tuple(
-            PersonSpec(first + len(framings) * number + place, *chosen) for place, chosen in enumerate(framings)
-        )
-        spec = ClipSpec(f"{kind}-{number:02d}", persons)
-        specs.append(replace(spec, digest=draw(empty, spec).digest()))
+    for index in range(clips):
+        placements = choose_placements(kind, rng, index)
+        scene = first_scene + len(placements) * index
+        persons = tuple(PersonSpec(scene + person, *chosen) for person, chosen in enumerate(placements))
+        spec = ClipSpec(f"{kind}-{index:02d}", persons)
+        specs.append(replace(spec, digest=digest_of(draw(empty, spec))))
     return replace(empty, clips=tuple(specs))
 
 

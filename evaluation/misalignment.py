@@ -11,6 +11,7 @@ from tpc.calibration import box_iou
 from tpc.silhouettes import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, visible
 
 KINDS = ("temporal rotation", "consistent rotation", "temporal scale", "consistent scale")
+SUBSETS = ("original", "misaligned")
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Misalignment:
 
 @dataclass(frozen=True)
 class ClipSplit:
-    """Where a clip belongs.
+    """The subset that a clip belongs to.
 
     Attributes:
         misaligned: or original.
@@ -76,6 +77,11 @@ class ClipSplit:
     misaligned_frames: int
     frames: int
 
+    @property
+    def subset(self) -> str:
+        """One of `SUBSETS`."""
+        return SUBSETS[self.misaligned]
+
     def plain(self) -> dict[str, Any]:
         """Only dicts, lists and scalars, as in JSON."""
         return asdict(self) | {"kinds": list(self.kinds)}
@@ -86,14 +92,14 @@ def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misali
     if reference.size != driving.size:
         reference = reference.resized(driving.size)
     points = reference.keypoints[0, 0].astype(np.float64)
-    seen = visible(reference.scores[0, 0], points, score)
-    axis, box = head_axis(points, seen), keypoint_box(points, seen)
+    known = visible(reference.scores[0, 0], points, score)
+    axis, box = head_axis(points, known), keypoint_box(points, known)
     pelvis = points[[LEFT_HIP, RIGHT_HIP]].mean(axis=0)
     values = np.full((3, driving.frames), np.nan)
     for frame in range(driving.frames):
         target = driving.keypoints[frame, 0].astype(np.float64)
-        target_seen = visible(driving.scores[frame, 0], target, score)
-        target_axis, target_box = head_axis(target, target_seen), keypoint_box(target, target_seen)
+        target_known = visible(driving.scores[frame, 0], target, score)
+        target_axis, target_box = head_axis(target, target_known), keypoint_box(target, target_known)
         if box is not None and target_box is not None:
             values[1:, frame] = box_iou(box, target_box)
         if axis is None or target_axis is None:
@@ -102,7 +108,7 @@ def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misali
         values[0, frame] = (turn + np.pi) % (2 * np.pi) - np.pi
         cosine, sine = np.cos(turn), np.sin(turn)
         turned = (points - pelvis) @ np.array([[cosine, sine], [-sine, cosine]]) + pelvis
-        values[2, frame] = box_iou(keypoint_box(turned, seen), target_box)
+        values[2, frame] = box_iou(keypoint_box(turned, known), target_box)
     return Misalignment(*values)
 
 
@@ -112,13 +118,13 @@ def classify(name: str, measured: Misalignment, thresholds: ThresholdConfig) -> 
         turned = np.abs(measured.angle) > thresholds.angle
         apart = measured.box_iou < thresholds.box_iou
         scaled = measured.unturned_iou < thresholds.box_iou
-    frames = len(turned)
     misaligned = turned | apart
     is_misaligned = bool(misaligned.mean() >= thresholds.share)
-    kinds = _kind("rotation", turned, thresholds) + _kind("scale", scaled, thresholds) if is_misaligned else ()
-    if is_misaligned and not kinds:
-        # Neither alone is frequent enough: what the boxes say decides.
-        kinds = _kind("scale", apart, thresholds) or ("temporal scale",)
+    kinds: tuple[str, ...] = ()
+    if is_misaligned:
+        # Where neither alone is frequent enough, the boxes decide.
+        kinds = _kinds("rotation", turned, thresholds) + _kinds("scale", scaled, thresholds)
+        kinds = kinds or _kinds("scale", apart, thresholds) or ("temporal scale",)
     return ClipSplit(
         name,
         is_misaligned,
@@ -126,14 +132,15 @@ def classify(name: str, measured: Misalignment, thresholds: ThresholdConfig) -> 
         _median(np.degrees(np.abs(measured.angle))),
         _median(measured.box_iou),
         int(misaligned.sum()),
-        frames,
+        len(misaligned),
     )
 
 
-def _kind(what: str, frames: np.ndarray, thresholds: ThresholdConfig) -> tuple[str, ...]:
+def _kinds(change: str, frames: np.ndarray, thresholds: ThresholdConfig) -> tuple[str, ...]:
+    """The kind of a change that holds in some frames, (frames,) bool; none when they are few."""
     if frames.mean() < thresholds.share:
         return ()
-    return (f"consistent {what}" if frames.mean() >= thresholds.consistent_share else f"temporal {what}",)
+    return (f"consistent {change}" if frames.mean() >= thresholds.consistent_share else f"temporal {change}",)
 
 
 def _median(values: np.ndarray) -> float | None:

@@ -1,24 +1,106 @@
-"""Result files: the resolved configuration, versions and protocol in JSON, tables in Markdown and LaTeX."""
+"""The output folder of a task: parts of long work, tables in Markdown and LaTeX, and result files.
 
+A part is a folder that appears when it is complete, so a stopped run goes on where it was. Parts are shared out over
+the processes of `accelerate launch`; what is made of them is computed from all parts in their order, by one process,
+so the numbers do not depend on how many processes there were.
+"""
+
+import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from tqdm import tqdm
 
 from core.config import VERSION, config_dict, save_config
-from core.files import complete_file, write_json
-from evaluation.jobs import RESULTS_FILE
-from evaluation.metric_suite import REGIONS, MetricSuite
-from evaluation.summary import Number
+from core.errors import UserError
+from core.files import complete_file, complete_folder, write_json
+from evaluation.measure import Number
+from evaluation.metric_suite import MetricSuite, split_name
 from metrics.protocols import MEASURES
 
+RUN_FILE, RESULTS_FILE, PARTS_FOLDER, INPUTS_FILE = "run.json", "results.json", "parts", "inputs.json"
 ARROWS = {"higher": "↑", "lower": "↓"}
-LATEX_ARROWS = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
+LATEX_SYMBOLS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "×": r"$\times$"}
+
+
+def claim_output(
+    output: Path, settings: dict[str, Any], state: PartialState, inputs: dict[str, Any] | None = None
+) -> None:
+    """Write down what an output folder is for; refuse one that was begun with other settings.
+
+    Args:
+        settings: everything that decides the numbers.
+        inputs: what describes the inputs. While the run is not finished they may change: `run_parts` does the parts
+            concerned again.
+
+    Raises:
+        UserError: the folder holds another run; the message names what differs.
+    """
+    if state.is_main_process:
+        path = output / RUN_FILE
+        finished = (output / RESULTS_FILE).is_file()
+        content = json.loads(json.dumps({"settings": settings, "inputs": inputs or {}}))
+        if path.is_file():
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            differing = _differing(begun["settings"], content["settings"])
+            differing += _differing(begun["inputs"], content["inputs"]) if finished else []
+            if differing:
+                raise UserError(
+                    f"output={output} was begun with other {', '.join(differing)}; give another folder, or delete it"
+                )
+        write_json(path, content)
+    state.wait_for_everyone()
+
+
+def _differing(begun: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return sorted(key for key in {*begun, *wanted} if begun.get(key) != wanted.get(key))
+
+
+def run_parts(
+    names: Sequence[str],
+    work: Callable[[str, Path], None],
+    output: Path,
+    state: PartialState,
+    description: str,
+    inputs: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Do the parts that are not there yet and return the folders of all, in the order of `names`.
+
+    Args:
+        names: of the parts, each fit for a folder name.
+        work: gets a name and the folder to write to.
+        description: of the progress bar.
+        inputs: by name, what describes a part's inputs; a part that was made of others is done again.
+    """
+    folders = [output / PARTS_FOLDER / name for name in names]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"names of parts must differ, got {sorted(names)}")
+    # Neighbouring parts go to the same process, as they often share what they need.
+    first, last = (len(names) * (state.process_index + k) // state.num_processes for k in (0, 1))
+    mine = list(zip(names, folders, strict=True))[first:last]
+    for name, folder in tqdm(mine, desc=description, disable=not state.is_local_main_process):
+        made_of = json.loads(json.dumps((inputs or {}).get(name)))
+        file = folder / INPUTS_FILE
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made_of:
+            continue
+        with complete_folder(folder) as temporary:
+            work(name, temporary)
+            write_json(temporary / INPUTS_FILE, made_of)
+    state.wait_for_everyone()
+    return folders
+
+
+def remove_parts(output: Path) -> None:
+    """Delete the parts, when what is made of them is written."""
+    shutil.rmtree(output / PARTS_FOLDER, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -35,10 +117,14 @@ class Cell:
     deviation: float | None = None
     best: bool = False
 
+    def plain(self) -> dict[str, float | None]:
+        """Mean and deviation, as in JSON."""
+        return {"mean": self.mean, "deviation": self.deviation}
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells with a label each, and two header lines.
+    """Rows of cells with a label each.
 
     Attributes:
         corner: header of the labels.
@@ -51,6 +137,13 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     caption: str
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """Row -> column -> mean and deviation, as in JSON."""
+        return {
+            label: {column: cell.plain() for column, cell in zip(self.columns, cells, strict=True)}
+            for label, cells in self.rows
+        }
 
 
 def over_seeds(values: Sequence[float | None]) -> Cell:
@@ -65,57 +158,50 @@ def measure_numbers(runs: Sequence[dict[str, Number]], seeds: Sequence[int]) -> 
     """Every measure over seeds: mean, deviation, each seed's value, samples and warnings, as in JSON."""
     described = {}
     for name in runs[0]:
-        cell = over_seeds([by_seed[name].value for by_seed in runs])
-        described[name] = {
-            "mean": cell.mean,
-            "deviation": cell.deviation,
-            "by_seed": {str(seed): by_seed[name].value for seed, by_seed in zip(seeds, runs, strict=True)},
-            "samples": runs[0][name].samples,
-            "warnings": sorted({by_seed[name].warning for by_seed in runs if by_seed[name].warning}),
+        of_seeds = [run[name] for run in runs]
+        described[name] = over_seeds([number.value for number in of_seeds]).plain() | {
+            "by_seed": {str(seed): number.value for seed, number in zip(seeds, of_seeds, strict=True)},
+            "samples": of_seeds[0].samples,
+            "warnings": sorted({number.warning for number in of_seeds if number.warning}),
         }
     return described
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Region and measure of a measured name: "foreground_ssim" -> ("foreground", "ssim")."""
-    for region in REGIONS[1:]:
-        if name.startswith(region + "_"):
-            return region, name[len(region) + 1 :]
-    return "", name
-
-
-def measure_label(name: str, arrows: dict[str, str] = ARROWS) -> str:
-    """A measure as a header of a table: "foreground SSIM ↑", "PSNR (dB) ↑"."""
+def measure_label(name: str) -> str:
+    """Header of a measured name: "foreground SSIM ↑", "PSNR (dB) ↑"."""
     region, measure = split_name(name)
     about = MEASURES[measure]
     unit = f" ({about.unit})" if about.unit else ""
-    return f"{region + ' ' if region else ''}{about.label}{unit} {arrows[about.better]}"
+    return f"{region} {about.label}{unit} {ARROWS[about.better]}".lstrip()
 
 
-def with_best(rows: Sequence[Sequence[Cell]], better: Sequence[str]) -> list[list[Cell]]:
-    """The rows with the best cell of every column marked."""
+def better(name: str) -> str:
+    """The better direction of a measured name, "higher" or "lower"."""
+    return MEASURES[split_name(name)[1]].better
+
+
+def with_best(rows: Sequence[Sequence[Cell]], directions: Sequence[str]) -> list[list[Cell]]:
+    """The rows with the best cell of every column marked; a direction for each column, see `better`."""
     marked = [list(row) for row in rows]
-    for column, direction in enumerate(better):
+    for column, direction in enumerate(directions):
         known = [row[column].mean for row in marked if row[column].mean is not None]
         if len(set(known)) < 2:
             continue
         best = max(known) if direction == "higher" else min(known)
         for row in marked:
-            cell = row[column]
-            row[column] = Cell(cell.mean, cell.deviation, cell.mean == best)
+            row[column] = replace(row[column], best=row[column].mean == best)
     return marked
 
 
 def format_number(cell: Cell, plus_minus: str) -> str:
-    """Mean and deviation with three significant digits of what matters."""
+    """Mean with three significant digits, deviation with as many decimals."""
     if cell.mean is None:
         return "-"
     if cell.mean == 0:
         return "0"
-    size = max(abs(cell.mean), 1e-12)
-    if size < 1e-3:
+    if abs(cell.mean) < 1e-3:
         return f"{cell.mean:.2e}"
-    digits = max(0, 2 - math.floor(math.log10(size)))
+    digits = max(0, 2 - math.floor(math.log10(abs(cell.mean))))
     text = f"{cell.mean:.{digits}f}"
     return text if cell.deviation is None else f"{text}{plus_minus}{cell.deviation:.{digits}f}"
 
@@ -132,14 +218,13 @@ def markdown(table: Table) -> str:
 
 def latex(table: Table) -> str:
     """A table as LaTeX, for the package booktabs."""
-    columns = [_escape(column) for column in table.columns]
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_escape(table.caption)}}}",
-        rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
+        rf"\begin{{tabular}}{{l{'c' * len(table.columns)}}}",
         r"\toprule",
-        " & ".join((_escape(table.corner), *columns)) + r" \\",
+        " & ".join(map(_escape, (table.corner, *table.columns))) + r" \\",
         r"\midrule",
     ]
     for label, cells in table.rows:
@@ -150,28 +235,11 @@ def latex(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    replaced = {"↑": LATEX_ARROWS["higher"], "↓": LATEX_ARROWS["lower"], "±": r"$\pm$", "×": r"$\times$"}
-    for plain in "&%$#_{}":
-        text = text.replace(plain, "\\" + plain)
-    for plain, code in replaced.items():
-        text = text.replace(plain, code)
+    for symbol in "&%$#_{}":
+        text = text.replace(symbol, "\\" + symbol)
+    for symbol, code in LATEX_SYMBOLS.items():
+        text = text.replace(symbol, code)
     return text
-
-
-def common_facts(configuration: Any, metric_suite: MetricSuite | None = None) -> dict[str, Any]:
-    """What every result file begins with: configuration, versions, and the protocol with its networks."""
-    facts: dict[str, Any] = {
-        "configuration": config_dict(configuration),
-        "versions": {"tpc-animate": VERSION, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    if metric_suite is not None:
-        facts["protocol"] = metric_suite.protocol.plain() | {"measures": list(metric_suite.measures)}
-        facts["definitions"] = {
-            name: {"unit": MEASURES[name].unit, "better": MEASURES[name].better, "is": MEASURES[name].definition}
-            for name in metric_suite.measures
-        }
-        facts["networks"] = metric_suite.networks()
-    return facts
 
 
 def heading(metric_suite: MetricSuite, *facts: str) -> str:
@@ -184,7 +252,7 @@ def heading(metric_suite: MetricSuite, *facts: str) -> str:
 
 
 def warning_lines(warnings: Iterable[tuple[str, str | None]]) -> str:
-    """What makes numbers doubtful, by name, as a list for below a table; every sentence once."""
+    """Named warnings as a list, for below a table; every sentence once."""
     by_text: dict[str, list[str]] = {}
     for name, text in warnings:
         if text:
@@ -193,12 +261,33 @@ def warning_lines(warnings: Iterable[tuple[str, str | None]]) -> str:
     return "\n" + "".join(lines) if lines else ""
 
 
-def write_results(output: Path, results: dict[str, Any], tables: dict[str, str]) -> None:
-    """Write the tables by file name, then `results.json`, which says that the run is complete."""
+def write_results(
+    config: Any, metric_suite: MetricSuite | None, results: dict[str, Any], tables: dict[str, str], output: Path
+) -> None:
+    """Write config.yaml, the tables by file name, and results.json, which says that the run is complete.
+
+    Args:
+        metric_suite: None where nothing is measured by a protocol.
+        results: what the task adds to configuration, versions and protocol.
+        tables: with "table.md", which is printed.
+    """
+    facts: dict[str, Any] = {
+        "configuration": config_dict(config),
+        "versions": {"tpc-animate": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    if metric_suite is not None:
+        facts["protocol"] = metric_suite.protocol.plain() | {"measures": list(metric_suite.measures)}
+        facts["definitions"] = {
+            name: {"unit": MEASURES[name].unit, "better": MEASURES[name].better, "is": MEASURES[name].definition}
+            for name in metric_suite.measures
+        }
+        facts["networks"] = metric_suite.networks()
+    save_config(config, output / "config.yaml")
     for name, text in tables.items():
         with complete_file(output / name) as path:
             path.write_text(text, encoding="utf-8")
-    write_json(output / RESULTS_FILE, results)
+    write_json(output / RESULTS_FILE, facts | results)
+    print(tables["table.md"], end="")
 
 
 def write_table(
@@ -209,14 +298,10 @@ def write_table(
     warnings: Iterable[tuple[str, str | None]],
     output: Path,
 ) -> None:
-    """Write config.yaml, table.md, table.tex and results.json, and print the table.
+    """Write and print the one table of a task; see `write_results`.
 
     Args:
-        results: what the task adds to the common facts.
         warnings: of numbers, by name.
     """
-    save_config(config, output / "config.yaml")
     text = heading(metric_suite, table.caption) + markdown(table) + warning_lines(warnings)
-    results = common_facts(config, metric_suite) | results
-    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
-    print(text, end="")
+    write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)

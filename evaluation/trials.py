@@ -1,4 +1,4 @@
-"""Animations of clips under several conditions and seeds, measured as they are made."""
+"""Animations of clips by several variants and seeds, measured as they are made."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 
 from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
+from core.processes import process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from data.transforms import fit_matrix
-from evaluation.clips import EvaluationClip, with_pose_noise
-from evaluation.jobs import claim_output, remove_parts, run_parts
-from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import MetricSuite
-from evaluation.persons import SeenPerson, person_values, seen_persons
-from evaluation.summary import Number, summarise
+from evaluation.clips import ClipSet, EvaluationClip, with_pose_noise
+from evaluation.measure import (
+    FramePair,
+    Number,
+    PersonKeypoints,
+    measure_clip,
+    person_values,
+    summarise,
+    with_persons,
+)
+from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_metric_suite
+from evaluation.report import claim_output, remove_parts, run_parts
 from inference.animate import Animation, SamplingConfig, animate
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.animators.registry import choose_device, load_pipeline
@@ -30,10 +36,12 @@ from tpc import CalibrationConfig
 PERSON_PSNR = "foreground_psnr"
 PERSON_PSNR_LABEL = "PSNR of the person (dB)"  # of axes
 WITHOUT, WITH = "without TPC", "with TPC"  # labels
+VARIANT_NAMES = {WITHOUT: "without", WITH: "with"}
+# Keys that do not decide a trial's numbers: where it runs, and what only adds trials.
 WHERE = ("output", "device", "keep_parts", "weights", "strips")
 EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
-    *("transforms", "propagations", "subsets", "attachments", "families", "few_steps"),
+    *("transforms", "propagations", "subsets", "attachments"),
 )
 
 
@@ -46,7 +54,7 @@ class TrialsConfig:
     keep_parts: keep the values and features of every trial when the results are written, to add seeds or clips later.
     persons: estimate poses in the results, for the error of the pose and the colours of body parts.
     pose_noise: standard deviation of errors added to the keypoints that the animator gets, in parts of the person's
-        height. Results are measured against the exact ones; attention is looked up at those with errors.
+        height. Results are measured against the exact ones; attention is taken at those with errors.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -57,13 +65,18 @@ class TrialsConfig:
     pose: PoseConfig = field(default_factory=PoseConfig)
     pose_noise: float = 0.0
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if self.pose_noise < 0:
+            raise UserError(f"pose_noise={self.pose_noise} must not be negative")
+
 
 @dataclass(frozen=True)
-class Condition:
+class Variant:
     """One way of animating.
 
     Attributes:
-        name: fit for a file name; different from those of the other conditions of a run.
+        name: fit for a file name; different from those of the other variants of a run.
         model: pipeline folder.
         tpc: None runs without calibration.
     """
@@ -73,18 +86,26 @@ class Condition:
     tpc: CalibrationConfig | None = field(compare=False)
 
 
+def without_and_with(config: Any) -> list[Variant]:
+    """The model of a configuration without and with its TPC."""
+    return [
+        Variant(VARIANT_NAMES[WITHOUT], config.model, None),
+        Variant(VARIANT_NAMES[WITH], config.model, config.tpc),
+    ]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One clip under one condition with one seed."""
+    """One clip animated by one variant with one seed."""
 
     clip: str
-    condition: Condition
+    variant: Variant
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its part."""
-        return f"{self.condition.name}--{self.clip}--seed{self.seed}"
+        """Name of the trial's part."""
+        return f"{self.variant.name}--{self.clip}--seed{self.seed}"
 
 
 # Animates the clip of a trial; may write more about it to the folder of its measurements.
@@ -95,133 +116,108 @@ def plain_sampler(
     pipeline: AnimationPipeline, clip: EvaluationClip, sampling: SamplingConfig, trial: Trial, folder: Path
 ) -> Animation:
     """The animation and nothing else."""
-    return animate(pipeline, clip.reference, clip.driving, sampling, trial.condition.tpc, show_progress=False)
+    return animate(pipeline, clip.reference, clip.driving, sampling, trial.variant.tpc, show_progress=False)
 
 
-def all_trials(clips: Sequence[str], conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Trial]:
-    """Every clip under every condition with every seed; trials of one model and of one clip are neighbours.
+def all_trials(clips: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int]) -> list[Trial]:
+    """Every clip by every variant with every seed; trials of one model and of one clip are neighbours.
 
     Raises:
         UserError: no clip or no seed.
     """
     if not clips or not seeds:
         raise UserError(f"nothing to do: {len(clips)} clips, seeds={list(seeds)}")
-    models = list(dict.fromkeys(condition.model for condition in conditions))
+    models = list(dict.fromkeys(variant.model for variant in variants))
     return [
-        Trial(clip, condition, seed)
+        Trial(clip, variant, seed)
         for model in models
         for clip in clips
-        for condition in conditions
-        if condition.model == model
+        for variant in variants
+        if variant.model == model
         for seed in seeds
     ]
-
-
-def run_trials(
-    trials: Sequence[Trial],
-    clip_of: Callable[[str], EvaluationClip],
-    config: TrialsConfig,
-    sampling: SamplingConfig,
-    metric_suite: MetricSuite,
-    output: Path,
-    state: PartialState,
-    stamps: Callable[[str], Any] | None = None,
-    sampler: Sampler = plain_sampler,
-) -> dict[Trial, Path]:
-    """Animate and measure the trials that are not done yet; the folder of each trial's measurements.
-
-    Args:
-        clip_of: a clip by name.
-        stamps: what tells whether a clip's files have changed, by name; None when there are no files.
-        sampler: animates.
-    """
-    by_name = {trial.name: trial for trial in trials}
-    place, kind = choose_device(config.device, config.dtype, state.local_process_index)
-    estimator = open_estimator(config.pose) if config.persons else None
-
-    @lru_cache(maxsize=1)
-    def pipeline(model: str) -> AnimationPipeline:
-        loaded = load_pipeline(model, kind).to(place)
-        loaded.set_progress_bar_config(disable=True)
-        return loaded
-
-    @lru_cache(maxsize=1)
-    def clip(name: str) -> EvaluationClip:
-        return clip_of(name)
-
-    def work(name: str, folder: Path) -> None:
-        trial = by_name[name]
-        settings = replace(sampling, seed=trial.seed, compare=False)
-        subject = clip(trial.clip)
-        shown = subject
-        if config.pose_noise:  # the same errors under every condition
-            rng = np.random.default_rng([trial.seed, *trial.clip.encode()])
-            shown = with_pose_noise(subject, config.pose_noise, rng)
-        animation = sampler(pipeline(trial.condition.model), shown, settings, trial, folder)
-        if animation.calibration is not None:
-            write_json(folder / "calibration.json", animation.calibration.summary())
-        pairs = frame_pairs_of(animation.result, subject, metric_suite.protocol, estimator)
-        measure_clip(pairs, metric_suite, folder)
-
-    inputs = None if stamps is None else {trial.name: stamps(trial.clip) for trial in trials}
-    folders = run_parts(list(by_name), work, output, state, "animating", inputs)
-    return dict(zip(trials, folders, strict=True))
 
 
 def run_task(
     task: str,
     config: Any,
-    conditions: Sequence[Condition],
-    names: Sequence[str],
-    clip_of: Callable[[str], EvaluationClip],
-    metric_suite: MetricSuite,
-    state: PartialState,
-    write: Callable[[dict[Trial, Path], Path], None],
-    stamps: Callable[[str], Any] | None = None,
+    protocol: ProtocolConfig,
+    regions: tuple[str, ...],
+    variants: Sequence[Variant],
+    clips: ClipSet,
+    write: Callable[[dict[Trial, Path], MetricSuite, Path], None],
     further: Sequence[Trial] = (),
     sampler: Sampler = plain_sampler,
 ) -> None:
-    """Every named clip under every condition with every seed, measured; one process then writes the results.
+    """Animate and measure every clip by every variant with every seed; one process then writes the results.
 
     Args:
         config: of the task, a `TrialsConfig` with `output` and `sampling`.
-        write: gets the folder of each trial's measurements, and the output folder.
-        clip_of, stamps, sampler: see `run_trials`.
-        further: trials beside these, of the same conditions.
+        protocol, regions: what is measured.
+        write: gets the folder of each trial's measurements, the metric suite and the output folder.
+        further: trials beside these, of the same variants and of clips that `clips` can give.
+        sampler: animates.
 
     Raises:
-        UserError: no clip or no seed, pose noise below zero, or an output folder that another run began.
+        UserError: no clip or no seed, or an output folder that another run began.
     """
-    if config.pose_noise < 0:
-        raise UserError(f"pose_noise={config.pose_noise} must not be negative")
-    trials = [*all_trials(names, conditions, config.seeds), *further]
+    state = process_state(config.device)
+    device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
+    metric_suite = open_metric_suite(protocol, regions, config.persons, device)
+    trials = [*all_trials(clips.names, variants, config.seeds), *further]
+    by_name = {trial.name: trial for trial in trials}
     output = output_folder(config.output)
-    claim_output(output, trials_identity(task, config, conditions), state)
-    folders = run_trials(trials, clip_of, config, config.sampling, metric_suite, output, state, stamps, sampler)
+    claim_output(output, trials_identity(task, config, variants), state)
+    estimator = open_estimator(config.pose) if config.persons else None
+
+    # Neighbouring trials share the pipeline and the clip.
+    @lru_cache(maxsize=1)
+    def pipeline(model: str) -> AnimationPipeline:
+        loaded = load_pipeline(model, dtype).to(device)
+        loaded.set_progress_bar_config(disable=True)
+        return loaded
+
+    clip_of = lru_cache(maxsize=1)(clips.clip)
+
+    def work(name: str, folder: Path) -> None:
+        trial = by_name[name]
+        sampling = replace(config.sampling, seed=trial.seed, compare=False)
+        clip = shown = clip_of(trial.clip)
+        if config.pose_noise:  # the same errors for every variant
+            rng = np.random.default_rng([trial.seed, *trial.clip.encode()])
+            shown = with_pose_noise(clip, config.pose_noise, rng)
+        animation = sampler(pipeline(trial.variant.model), shown, sampling, trial, folder)
+        if animation.calibration is not None:
+            write_json(folder / "calibration.json", animation.calibration.summary())
+        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator)
+        measure_clip(pairs, metric_suite, folder)
+
+    inputs = {trial.name: clips.stamps(trial.clip) for trial in trials}
+    folders = run_parts(list(by_name), work, output, state, "animating", inputs)
     if state.is_main_process:
-        write(folders, output)
+        write(dict(zip(trials, folders, strict=True)), metric_suite, output)
         if not config.keep_parts:
             remove_parts(output)
     state.wait_for_everyone()
 
 
-def trials_identity(task: str, config: Any, conditions: Sequence[Condition]) -> dict[str, Any]:
-    """What decides the numbers of a trial: the configuration but for where it runs, and the models' weights.
+def trials_identity(task: str, config: Any, variants: Sequence[Variant]) -> dict[str, Any]:
+    """Everything that decides the numbers of a trial: configuration and weights of the models.
 
     What only adds trials is left out, so a finished run goes on when there are more seeds or clips.
     """
     settings = {key: value for key, value in config_dict(config).items() if key not in (*WHERE, *EXTENDABLE)}
-    models = {condition.model: _weights_digest(Path(condition.model)) for condition in conditions}
+    models = {variant.model: _weights_digest(Path(variant.model)) for variant in variants}
     return {"task": task} | settings | {"weights of models": models}
 
 
 def _weights_digest(folder: Path) -> str:
     """A digest of names, sizes and first megabytes of a pipeline's files, enough to notice a retrained model."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json")):
         with path.open("rb") as file:
-            seen.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode() + file.read(2**20))
-    return seen.hexdigest()[:16]
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode() + file.read(2**20))
+    return digest.hexdigest()[:16]
 
 
 def numbers_by_seed(
@@ -240,13 +236,13 @@ def frame_pairs_of(
     """The animation beside the truth; persons are compared before the protocol crops and resizes."""
     size = (result.shape[2], result.shape[1])
     truths, masks = clip.truth(size)
-    found = [None] * len(result) if estimator is None else [person for _, person in seen_persons(result, estimator)]
+    found = None if estimator is None else [person for _, person in with_persons(result, estimator)]
     poses = clip.driving.poses.mapped(fit_matrix(clip.driving.poses.size, size), size)
-    for number, (generated, truth, mask) in enumerate(zip(result, truths, masks, strict=True)):
+    for index, (generated, truth, mask) in enumerate(zip(result, truths, masks, strict=True)):
         person = None
-        if found[number] is not None:
-            target = SeenPerson(poses.keypoints[number, 0], poses.scores[number, 0])
-            person = person_values(generated, found[number], truth, target)
+        if found is not None:
+            target = PersonKeypoints(poses.keypoints[index, 0], poses.scores[index, 0])
+            person = person_values(generated, found[index], truth, target)
         yield FramePair(
             generated_to_form(generated, size, protocol),
             brought_to_form(truth, protocol),

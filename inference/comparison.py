@@ -1,6 +1,6 @@
 """Comparison images and videos: labelled columns of frames."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -23,32 +23,39 @@ def labelled_row(images: Sequence[np.ndarray], labels: Sequence[str] | None, hei
         (h, w, 3) uint8.
     """
     cells = []
-    for number, image in enumerate(images):
+    for index, image in enumerate(images):
         width = max(1, round(image.shape[1] * height / image.shape[0]))
         shrinks = image.shape[0] > height
         cell = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         if labels is not None:
-            cell = np.concatenate([_label(labels[number], width), cell])
+            cell = np.concatenate([_label(labels[index], width), cell])
         cells.append(np.pad(cell, ((0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND))
     return np.concatenate(cells, axis=1)
 
 
-def comparison_strip(columns: dict[str, Sequence[np.ndarray]], rows: int = 4) -> np.ndarray:
+def labelled_sheet(rows: Sequence[Mapping[str, np.ndarray]], height: int = CELL_HEIGHT) -> np.ndarray:
+    """Rows of images by label under each other; the labels, the same in every row, stand above the first."""
+    return np.concatenate(
+        [labelled_row(list(row.values()), None if index else list(row), height) for index, row in enumerate(rows)]
+    )
+
+
+def comparison_strip(columns: Mapping[str, Sequence[np.ndarray]], rows: int = 4) -> np.ndarray:
     """A sheet with one labelled column a sequence and one row for each of `rows` frames spread over the clip."""
     length = max(len(frames) for frames in columns.values())
     chosen = np.unique(np.linspace(0, length - 1, min(rows, length)).round().astype(int))
-    sheet = []
-    for place, frame in enumerate(chosen):
-        images = [frames[min(frame, len(frames) - 1)] for frames in columns.values()]
-        sheet.append(labelled_row(images, list(columns) if place == 0 else None))
-    return np.concatenate(sheet)
+    return labelled_sheet([_at_frame(columns, frame) for frame in chosen])
 
 
-def comparison_frames(columns: dict[str, Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
-    """The frames of a comparison video, one labelled row each; sequences of one image stand still."""
-    length = max(len(frames) for frames in columns.values())
-    for frame in range(length):
-        yield labelled_row([frames[min(frame, len(frames) - 1)] for frames in columns.values()], list(columns))
+def comparison_frames(columns: Mapping[str, Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
+    """The frames of a comparison video, one labelled row each."""
+    for frame in range(max(len(frames) for frames in columns.values())):
+        yield labelled_sheet([_at_frame(columns, frame)])
+
+
+def _at_frame(columns: Mapping[str, Sequence[np.ndarray]], frame: int) -> dict[str, np.ndarray]:
+    """One image of every sequence; those of one image stand still."""
+    return {name: frames[min(frame, len(frames) - 1)] for name, frames in columns.items()}
 
 
 def _label(text: str, width: int) -> np.ndarray:

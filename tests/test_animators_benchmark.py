@@ -8,8 +8,9 @@ import torch
 
 import evaluate
 from core.errors import UserError
-from evaluation.animators_report import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
-from evaluation.benchmark_report import Values
+from evaluation.tasks.animators import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
+from evaluation.tasks.misalignment import Values
+from evaluation.trials import Variant
 from tests.networks import TINY
 from tests.training_runs import make_vae
 from training.build import load_vae, make_pipeline
@@ -50,14 +51,14 @@ def test_kinds_count_alike_however_many_clips_they_have():
 
 
 def test_the_table_has_means_and_deviations_and_the_best():
-    values, conditions = known_values(), {"A": "without", "A + TPC": "add"}
-    table = animators_table(values, conditions, "")
+    values, variants = known_values(), {n: Variant(v, "", None) for n, v in (("A", "without"), ("A + TPC", "add"))}
+    table = animators_table(values, variants, "")
     assert table.columns[0] == "original: foreground PSNR (dB) ↑" and len(table.columns) == 2 * len(COLUMNS)
     (plain, (original, *_, misaligned)), (_, with_tpc) = table.rows
     assert plain == "A" and (original.mean, misaligned.mean) == (20.5, 15.5)
     assert misaligned.deviation == pytest.approx(np.std([15, 16], ddof=1))
     assert [cell.best for cell in with_tpc] == [True] * len(table.columns) and not original.best
-    (_, cells), *_ = kinds_table(values, conditions, COLUMNS[0]).rows
+    (_, cells), *_ = kinds_table(values, variants, COLUMNS[0]).rows
     assert [cell.mean for cell in cells] == [20.5, 11.5, 19.5]
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 import evaluate
 from core.config import load_config
 from core.errors import UserError
-from evaluation.attention_groups import Group, Outcome, correlations
-from evaluation.attention_trial import MEASURES, MeasuredAttention
+from evaluation.attention_measures import ATTENTION_MEASURES, Group, MeasuredAttention, Outcome, correlations
 from evaluation.tasks.attention import AttentionTaskConfig
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +29,7 @@ def finished(tiny_pipeline, tmp_path_factory) -> tuple[list[str], Path]:
 
 
 def measured(accuracy: float, psnr: float | None) -> Outcome:
-    steps = {name: np.full((2, 3), accuracy) for name in MEASURES}
+    steps = {name: np.full((2, 3), accuracy) for name in ATTENTION_MEASURES}
     return Outcome(MeasuredAttention(("a", "b"), steps, {}, {}), psnr)
 
 
@@ -51,7 +50,11 @@ def test_files_and_numbers(finished):
             assert list(numbers[name]["by_seed"].values()) == pytest.approx(by_seed, rel=1e-4)
             assert numbers[name]["mean"] == pytest.approx(np.mean(by_seed), rel=1e-4)
             assert numbers[name]["deviation"] == pytest.approx(np.std(by_seed, ddof=1), rel=1e-2, abs=1e-6)
-        parts = [numbers[name]["mean"] for name in MEASURES if name.startswith(("self", "reference", "calibrated"))]
+        parts = [
+            numbers[name]["mean"]
+            for name in ATTENTION_MEASURES
+            if name.startswith(("self", "reference", "calibrated"))
+        ]
         assert sum(part or 0 for part in parts) == pytest.approx(1, abs=1e-5)
         assert (numbers["calibrated images"]["mean"] is None) == (condition == "without TPC")
         assert 0 <= numbers["strongest"]["mean"] <= 1 and 0 < numbers["chance"]["mean"] < 1

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from data.poses.poses import PoseConfig, Poses, open_estimator
 from data.poses.weights import fetch_models
 from data.preparation.fingerprint import Fingerprint
 from data.preparation.manifest import write_manifest, write_record
-from evaluation.clips import ClipsConfig, EvaluationClip, rendered_clip, with_pose_noise
-from evaluation.filmed import open_clips
+from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_clip, with_pose_noise
 from evaluation.folders import pair_clips
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.plots import STYLES
 from evaluation.report import Cell, Table, latex, markdown, over_seeds, with_best
-from evaluation.tasks.ablation import ablation_conditions
+from evaluation.tasks.ablation import ablation_variants
 from evaluation.tasks.metrics import frame_pairs
 from evaluation.trials import frame_pairs_of
 from metrics.protocols import PROTOCOLS
@@ -332,16 +330,14 @@ class TestTables:
 
 @pytest.mark.parametrize("task", ["sweep", "ablation", "table"])
 def test_shipped_configurations_fit_their_tasks(task):
-    name, schema = evaluate.TASKS[task]
-    config = load_config(
-        getattr(import_module(name), schema), [], files=[ROOT / "configs" / "evaluation" / f"{task}.yaml"]
-    )
+    schema, _ = evaluate.load_task(task)
+    config = load_config(schema, [], files=[ROOT / "configs" / "evaluation" / f"{task}.yaml"])
     assert config.output == f"outputs/{task}"
     config.check()
     if task == "ablation":
-        assert len(ablation_conditions(config)) == 3 * 2 * 5 + 1
-        both = ablation_conditions(replace(config, attachments=["add", "replace"]))
-        assert len(both) == 3 * 2 * 5 * 2 + 1 and ablation_conditions(config).items() < both.items()
+        assert len(ablation_variants(config)) == 3 * 2 * 5 + 1
+        both = ablation_variants(replace(config, attachments=["add", "replace"]))
+        assert len(both) == 3 * 2 * 5 * 2 + 1 and ablation_variants(config).items() < both.items()
         assert {name: both[name].tpc.attach for name in both if "IP off" in name and "linear, all" in name} == {
             "linear, all, IP off": "add",
             "linear, all, IP off, replace": "replace",

@@ -8,14 +8,14 @@ import pytest
 
 import evaluate
 from core.errors import UserError
-from evaluation.benchmark_clips import BenchmarkClips
-from evaluation.benchmark_report import Values, measure_table, recovered_table
 from evaluation.misaligned_clips import (
     KINDS,
+    ClipManifest,
     ClipSpec,
-    Framing,
-    Manifest,
+    MisalignedClips,
     PersonSpec,
+    Placement,
+    digest_of,
     draw,
     fitting,
     make_manifest,
@@ -23,19 +23,20 @@ from evaluation.misaligned_clips import (
 )
 from evaluation.misalignment import misalignment
 from evaluation.tasks import misalignment as command
-from evaluation.trials import WITHOUT
+from evaluation.tasks.misalignment import Values, measure_table, recovered_table
+from evaluation.trials import WITHOUT, Variant
 from tpc import CalibrationConfig
 
-CONDITIONS = {WITHOUT: "without", "TPC best": "tpc-best"}
-PLAIN = Framing()
+VARIANTS = {WITHOUT: Variant("without", "", None), "TPC best": Variant("tpc-best", "", CalibrationConfig())}
+PLAIN = Placement()
 
 
 @pytest.fixture(scope="module")
-def clips() -> BenchmarkClips:
-    return BenchmarkClips()
+def clips() -> MisalignedClips:
+    return MisalignedClips()
 
 
-def angle_and_iou(clips: BenchmarkClips, name: str) -> tuple[np.ndarray, np.ndarray]:
+def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.ndarray]:
     measured = misalignment(*clips.poses(name))
     return np.degrees(np.abs(measured.angle)), measured.box_iou
 
@@ -93,7 +94,7 @@ def test_fitting_clips_have_no_misalignment(clips):
 
 
 def test_framings_change_evenly_and_scales_in_their_logarithm():
-    start, end = Framing(1.0, 0.0, (0.0, 0.0)), Framing(0.25, 90.0, (0.2, 0.1))
+    start, end = Placement(1.0, 0.0, (0.0, 0.0)), Placement(0.25, 90.0, (0.2, 0.1))
     assert start.towards(end, 0.0) == start
     assert start.towards(end, 1.0) == end
     middle = start.towards(end, 0.5)
@@ -106,13 +107,13 @@ def test_a_manifest_is_a_function_of_its_seed():
     first, again, other = (make_manifest("rotation", 2, seed, frames=2, size=64) for seed in (5, 5, 6))
     assert first == again
     assert first != other
-    assert first.clips[0].digest == draw(first, first.clips[0]).digest()
+    assert first.clips[0].digest == digest_of(draw(first, first.clips[0]))
 
 
 def test_fitting_of_a_clip_that_fits_is_nothing():
     person = PersonSpec(0, PLAIN, PLAIN, PLAIN)
     assert fitting(ClipSpec("a", (person,))) == []
-    moved = replace(person, end=Framing(0.5))
+    moved = replace(person, end=Placement(0.5))
     assert [spec.name for spec in fitting(ClipSpec("a", (moved,)))] == ["a-start", "a-end"]
 
 
@@ -126,9 +127,9 @@ def test_what_misalignment_costs_and_what_is_won_back():
             by_trial["without", clip, seed] = {"foreground_psnr": 17.0 + seed}
             by_trial["tpc-best", clip, seed] = {"foreground_psnr": 20.0 + seed}
     values = Values(by_trial, {"scale": ["a", "b"]}, {c: [f"{c}-start", f"{c}-end"] for c in "ab"}, [0, 1])
-    (_, cells), *_ = recovered_table(values, CONDITIONS, "foreground_psnr").rows
+    (_, cells), *_ = recovered_table(values, VARIANTS, "foreground_psnr").rows
     assert [cell.mean for cell in cells] == pytest.approx([4.0, 75.0])
-    (_, cells), *_ = measure_table(values, CONDITIONS, "foreground_psnr", "").rows
+    (_, cells), *_ = measure_table(values, VARIANTS, "foreground_psnr", "").rows
     assert [cell.mean for cell in cells] == pytest.approx([21.5, 17.5, 20.5])
     assert cells[0].deviation == pytest.approx(np.std([21, 22], ddof=1))
 
@@ -136,7 +137,7 @@ def test_what_misalignment_costs_and_what_is_won_back():
 def test_no_share_of_next_to_nothing():
     by_trial = {("without", "a", 0): {"foreground_psnr": 20.0}, ("tpc-best", "a", 0): {"foreground_psnr": 20.1}}
     values = Values(by_trial, {"aligned": ["a"]}, {"a": ["a"]}, [0])
-    (_, cells), *_ = recovered_table(values, CONDITIONS, "foreground_psnr").rows
+    (_, cells), *_ = recovered_table(values, VARIANTS, "foreground_psnr").rows
     assert cells[0].mean == 0
     assert cells[1].mean is None
 
@@ -155,9 +156,9 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
 
 
 def test_variants_are_the_preset_but_for_what_they_say():
-    config = command.BenchmarkConfig(presets=[], variants=["smoothing=0 min_iou=0.3", "preset=paper groups=2"])
+    config = command.MisalignmentConfig(presets=[], variants=["smoothing=0 min_iou=0.3", "preset=paper groups=2"])
     config.tpc.max_gap = 3
-    plain, first, second = command.conditions_of(config).values()
+    plain, first, second = command.variants_of(config).values()
     assert plain.tpc is None
     assert first.name == "variant-smoothing=0,min_iou=0.3"
     assert first.tpc == CalibrationConfig(smoothing=0, min_iou=0.3, max_gap=3)
@@ -205,6 +206,6 @@ def test_wrong_arguments_are_refused(tmp_path, argument, message):
 
 
 def test_manifest_size_is_what_is_drawn():
-    manifest = Manifest("aligned", 5, 1, 1, (48, 64), ())
+    manifest = ClipManifest("aligned", 5, 1, 1, (48, 64), ())
     drawn = draw(manifest, ClipSpec("a", (PersonSpec(0, PLAIN, PLAIN, PLAIN),)))
     assert drawn.reference.image.shape == (64, 48, 3)

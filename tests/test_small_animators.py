@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.benchmark_clips import BenchmarkClips
+from evaluation.misaligned_clips import MisalignedClips
 from inference.animate import SamplingConfig, animate
 from metrics.image import psnr
 from models.animators.registry import SMALL_ANIMATORS, load_pipeline
@@ -14,7 +14,7 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def turned():
-    clips = BenchmarkClips(["rotation"], 2)
+    clips = MisalignedClips(["rotation"], 2)
     return [clips.clip(name) for name in clips.names]
 
 

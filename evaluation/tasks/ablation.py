@@ -5,27 +5,15 @@ from itertools import product
 from pathlib import Path
 
 from core.errors import UserError
-from core.processes import process_state
-from evaluation.clips import ClipsConfig
-from evaluation.filmed import open_clips
-from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_instruments
-from evaluation.report import (
-    Table,
-    measure_label,
-    measure_numbers,
-    over_seeds,
-    with_best,
-    write_table,
-)
-from evaluation.summary import Number, measured_names
-from evaluation.trials import WITHOUT, Condition, Trial, TrialsConfig, numbers_by_seed, run_task
+from evaluation.clips import ClipsConfig, open_clips
+from evaluation.measure import Number
+from evaluation.metric_suite import MetricSuite, ProtocolConfig
+from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
+from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task
 from inference.animate import SamplingConfig
-from metrics.protocols import MEASURES
-from models.animators.registry import SHIPPED_MODEL, choose_device
+from models.animators.registry import SHIPPED_MODEL
 from tpc import CalibrationConfig
 from tpc.config import resolve
-
-ABLATION_REGIONS = ("foreground", "background")
 
 
 @dataclass
@@ -52,84 +40,74 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
+            base.check(self)
+
 
 def run(config: AblationConfig) -> None:
     """Write results.json, table.md and table.tex."""
-    config.check()
-    config.sampling.check()
-    conditions = ablation_conditions(config)
-    clips = open_clips(config)
-    state = process_state(config.device)
-    device, _ = choose_device(config.device, "float32", state.local_process_index)
-    metric_suite = open_instruments(config, ABLATION_REGIONS, config.persons, device)
+    variants, clips = ablation_variants(config), open_clips(config)
 
-    def write(folders: dict[Trial, Path], output: Path) -> None:
-        numbers = {
-            label: numbers_by_seed(
-                folders, metric_suite, config.seeds, lambda trial, c=condition: trial.condition == c
-            )
-            for label, condition in conditions.items()
+    def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
+        runs = {
+            label: numbers_by_seed(folders, metric_suite, config.seeds, lambda trial, v=variant: trial.variant == v)
+            for label, variant in variants.items()
         }
-        _write(config, metric_suite, numbers, len(clips.names), output)
+        _write(config, metric_suite, runs, len(clips.names), output)
 
-    chosen = list(conditions.values())
-    run_task("ablation", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
+    run_task("ablation", config, config, ("foreground", "background"), list(variants.values()), clips, write)
 
 
-def ablation_conditions(config: AblationConfig) -> dict[str, Condition]:
-    """Conditions by label; the first is without TPC.
+def ablation_variants(config: AblationConfig) -> dict[str, Variant]:
+    """Variants by label; the first is without TPC.
 
     Raises:
         UserError: an unknown transform, propagation, rule or attachment.
     """
-    found = {WITHOUT: Condition("without", config.model, None)}
+    found = {WITHOUT: Variant("without", config.model, None)}
     choices = product(config.transforms, config.subsets, config.propagations, config.attachments)
     for transform, subset, propagation, attach in choices:
-        settings = {"propagation": propagation}
-        if propagation not in ("off", "hold"):
-            settings = {"propagation": "iterative", "groups": _groups(propagation)}
+        settings, propagated = _propagation(propagation)
         tpc = resolve(replace(config.tpc, transform=transform, keypoints=subset, attach=attach, **settings))
-        label = f"{transform}, {subset}, {_propagation_label(propagation)}"
+        label = f"{transform}, {subset}, {propagated}"
         name = f"{transform}-{subset}-{propagation}"
         if attach != "add":
             label, name = f"{label}, {attach}", f"{name}-{attach}"
-        found[label] = Condition(name, config.model, tpc)
+        found[label] = Variant(name, config.model, tpc)
     return found
 
 
-def _groups(propagation: str) -> int:
+def _propagation(propagation: str) -> tuple[dict[str, str | int], str]:
+    """Settings of TPC and label of one of `propagations`."""
+    if propagation in ("off", "hold"):
+        return {"propagation": propagation}, "IP off" if propagation == "off" else "held"
     if not propagation.isdecimal():
         raise UserError(f"propagations: {propagation!r} is neither off, hold nor a number of groups")
-    return int(propagation)
-
-
-def _propagation_label(propagation: str) -> str:
-    if propagation in ("off", "hold"):
-        return f"IP {propagation}" if propagation == "off" else "held"
-    return "IP, groups of 4" if propagation == "0" else f"IP, M = {propagation}"
+    label = "IP, groups of 4" if propagation == "0" else f"IP, M = {propagation}"
+    return {"propagation": "iterative", "groups": int(propagation)}, label
 
 
 def _write(
     config: AblationConfig,
     metric_suite: MetricSuite,
-    numbers: dict[str, list[dict[str, Number]]],
+    runs: dict[str, list[dict[str, Number]]],
     clips: int,
     output: Path,
 ) -> None:
-    measured = measured_names(metric_suite)
-    names = [name for name, _, _ in measured]
-    cells = [[over_seeds([by_seed[name].value for by_seed in runs]) for name in names] for runs in numbers.values()]
-    cells = with_best(cells, [MEASURES[measure].better for _, _, measure in measured])
-    caption = f"Ablation of the calibration: {clips} clips, mean and deviation over {len(config.seeds)} seeds."
+    names = [name for name, _, _ in metric_suite.measured_names()]
+    cells = [[over_seeds([run[name].value for run in by_seed]) for name in names] for by_seed in runs.values()]
+    cells = with_best(cells, [better(name) for name in names])
     table = Table(
         "calibration",
-        tuple(measure_label(name) for name in names),
-        tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
-        caption,
+        tuple(map(measure_label, names)),
+        tuple((label, tuple(row)) for label, row in zip(runs, cells, strict=True)),
+        f"Ablation of the calibration: {clips} clips, mean and deviation over {len(config.seeds)} seeds.",
     )
     results = {
-        "counts": {"clips": clips, "seeds": len(config.seeds), "conditions": len(numbers)},
-        "results": {label: measure_numbers(runs, config.seeds) for label, runs in numbers.items()},
+        "counts": {"clips": clips, "seeds": len(config.seeds), "conditions": len(runs)},
+        "results": {label: measure_numbers(by_seed, config.seeds) for label, by_seed in runs.items()},
     }
-    warnings = ((name, number.warning) for runs in numbers.values() for run in runs for name, number in run.items())
+    warnings = ((name, number.warning) for by_seed in runs.values() for run in by_seed for name, number in run.items())
     write_table(config, metric_suite, table, results, warnings, output)

@@ -11,43 +11,46 @@ the other kinds. Writes results.json, table.md, table.tex and strips.png. A run 
 command; more seeds or clips can be added.
 """
 
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from core.config import save_config
 from core.errors import UserError
-from core.files import complete_file
-from core.processes import process_state
-from evaluation.animators_report import COLUMNS, animators_table, kinds_table, subsets_of
-from evaluation.benchmark_clips import BenchmarkClips
-from evaluation.benchmark_measures import MeasuresConfig, open_measures
-from evaluation.benchmark_report import Values, read_values, table_numbers, trial_numbers
+from evaluation.clips import EvaluationClip
 from evaluation.metric_suite import MetricSuite
-from evaluation.misaligned_clips import KINDS
-from evaluation.report import common_facts, heading, latex, markdown, write_results
-from evaluation.trials import Condition, Trial, run_task
-from inference.animate import SamplingConfig, animate
-from inference.comparison import labelled_row
+from evaluation.misaligned_clips import MisalignedClips
+from evaluation.misalignment import SUBSETS
+from evaluation.report import (
+    Table,
+    better,
+    heading,
+    latex,
+    markdown,
+    measure_label,
+    over_seeds,
+    with_best,
+    write_results,
+)
+from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, Values, read_values, save_sheet
+from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
+from inference.animate import animate
 from models.animators.registry import PIPELINES, SMALL_ANIMATORS, choose_device, load_pipeline, read_index
-from tpc import CalibrationConfig
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
+COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
 
 
 @dataclass
-class AnimatorsConfig(MeasuresConfig):
-    """Which models are compared on what.
+class AnimatorsConfig(MisalignedTrialsConfig):
+    """Which models are compared; `MisalignedTrialsConfig` says on which clips.
 
     output: folder for the results.
     models: pipeline folders; without, the four small ones that are shipped.
     names: of the models in the table; without, those of their classes.
     attachments: how TPC is attached: "add" gives calibrated tokens beside the reference's, "replace" in their place.
-    kinds: of clips; clips: of each kind, the first ones, 0: all.
     strips: whether strips.png shows the last frame of the first clip of each kind.
     """
 
@@ -55,12 +58,7 @@ class AnimatorsConfig(MeasuresConfig):
     models: list[str] = field(default_factory=lambda: [str(folder) for folder in SMALL_ANIMATORS])
     names: list[str] | None = None
     attachments: list[str] = field(default_factory=lambda: ["add", "replace"])
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    clips: int = 0
-    seeds: list[int] = field(default_factory=lambda: list(range(5)))
     strips: bool = True
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
 
 def model_names(config: AnimatorsConfig) -> list[str]:
@@ -69,22 +67,22 @@ def model_names(config: AnimatorsConfig) -> list[str]:
     Raises:
         UserError: no model, a folder that is no pipeline, or names that do not tell the models apart.
     """
-    names = config.names or [PIPELINES[kind].animator_cls.__name__ for kind in map(pipeline_class, config.models)]
-    if not config.models or len(names) != len(config.models) or max(Counter(names).values()) > 1:
+    names = config.names or [PIPELINES[cls].animator_cls.__name__ for cls in map(pipeline_class, config.models)]
+    if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
     return names
 
 
 def pipeline_class(model: str) -> str:
     """Name of the pipeline class in a folder."""
-    kind = read_index(Path(model)).get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"models={model} is a {kind}; the pipelines known here are {', '.join(PIPELINES)}")
-    return kind
+    cls = read_index(Path(model)).get("_class_name")
+    if cls not in PIPELINES:
+        raise UserError(f"models={model} is a {cls}; the pipelines known here are {', '.join(PIPELINES)}")
+    return cls
 
 
-def conditions_of(config: AnimatorsConfig) -> dict[str, Condition]:
-    """Conditions by label: every model without TPC, and with each attachment.
+def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:
+    """Variants by label: every model without TPC, and with each attachment.
 
     Raises:
         UserError: see `model_names`; an attachment that is not known, or named twice.
@@ -93,80 +91,99 @@ def conditions_of(config: AnimatorsConfig) -> dict[str, Condition]:
     if len(set(attachments)) < len(attachments) or not set(attachments) <= set(ATTACHMENTS):
         raise UserError(f"attachments={attachments} must be different ones of {', '.join(ATTACHMENTS)}")
     found = {}
-    for number, (name, model) in enumerate(zip(model_names(config), config.models, strict=True)):
-        found[name] = Condition(f"model{number}-without", model, None)
+    for index, (name, model) in enumerate(zip(model_names(config), config.models, strict=True)):
+        found[name] = Variant(f"model{index}-without", model, None)
         for attach in attachments:
             tpc = replace(config.tpc, attach=attach)
-            found[f"{name} + {LABELS[attach]}"] = Condition(f"model{number}-{attach}", model, tpc)
+            found[f"{name} + {LABELS[attach]}"] = Variant(f"model{index}-{attach}", model, tpc)
     return found
 
 
 def run(config: AnimatorsConfig) -> None:
-    config.sampling.check()
-    conditions = conditions_of(config)
-    clips = BenchmarkClips(config.kinds, config.clips)
-    state = process_state(config.device)
-    device, _ = choose_device(config.device, "float32", state.local_process_index)
-    metric_suite = open_measures(config, device)
+    """Write results.json, table.md, table.tex and strips.png."""
+    variants, clips = variants_of(config), MisalignedClips(config.kinds, config.clips)
 
-    def write(folders: dict[Trial, Path], output: Path) -> None:
-        kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
-        values = read_values(folders, kinds, clips.fitting, config.seeds)
-        _write(config, metric_suite, values, {label: c.name for label, c in conditions.items()}, output)
+    def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
+        _write(config, metric_suite, read_values(folders, clips, config.seeds), variants, output)
         if config.strips:
-            _draw_strips(config, clips, [names[0] for names in kinds.values()], conditions, output)
+            _draw_strips(config, [clips.clip(names[0]) for names in clips.by_kind.values()], variants, output)
 
-    chosen = list(conditions.values())
-    run_task("animators", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
+    run_task("animators", config, config.protocol(), REGIONS, list(variants.values()), clips, write)
+
+
+def subsets_of(kinds: Sequence[str]) -> dict[str, list[str]]:
+    """The kinds of clips that are original, and those that are misaligned; what is empty is left out."""
+    original, misaligned = SUBSETS
+    found = {original: [k for k in kinds if k == "aligned"], misaligned: [k for k in kinds if k != "aligned"]}
+    return {subset: names for subset, names in found.items() if names}
+
+
+def kinds_mean(values: Values, kinds: Sequence[str], variant: str, measure: str) -> list[float | None]:
+    """Mean over some kinds of clips, each of which counts alike, for every seed."""
+    by_kind = [values.by_seed(kind, variant, measure) for kind in kinds]
+    return [None if None in found else float(np.mean(found)) for found in zip(*by_kind, strict=True)]
+
+
+def animators_table(values: Values, variants: Mapping[str, Variant], caption: str) -> Table:
+    """Original and misaligned clips, a column for each of `COLUMNS`."""
+    kinds = subsets_of(list(values.by_kind))
+    columns = [(subset, measure) for subset in kinds for measure in COLUMNS]
+    rows = [
+        [over_seeds(kinds_mean(values, kinds[subset], variant.name, measure)) for subset, measure in columns]
+        for variant in variants.values()
+    ]
+    rows = with_best(rows, [better(measure) for _, measure in columns])
+    headers = tuple(f"{subset}: {measure_label(measure)}" for subset, measure in columns)
+    labelled = tuple((label, tuple(row)) for label, row in zip(variants, rows, strict=True))
+    return Table("model", headers, labelled, caption)
+
+
+def kinds_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:
+    """One measure, a column for each kind of clips."""
+    rows = tuple(
+        (label, tuple(over_seeds(values.by_seed(kind, variant.name, measure)) for kind in values.by_kind))
+        for label, variant in variants.items()
+    )
+    columns = tuple(kind.replace("_", " ") for kind in values.by_kind)
+    return Table(measure_label(measure), columns, rows, measure_label(measure))
 
 
 def _write(
-    config: AnimatorsConfig, metric_suite: MetricSuite, values: Values, conditions: dict[str, str], output: Path
+    config: AnimatorsConfig, metric_suite: MetricSuite, values: Values, variants: dict[str, Variant], output: Path
 ) -> None:
-    each = len(next(iter(values.kinds.values())))
+    each = len(next(iter(values.by_kind.values())))
     counts = {subset: each * len(kinds) for subset, kinds in subsets_of(config.kinds).items()}
     counted = ", ".join(f"{count} {subset}" for subset, count in counts.items())
     caption = f"{counted} clips; mean and deviation over {len(config.seeds)} seeds"
-    table = animators_table(values, conditions, caption)
-    by_kind = {measure: kinds_table(values, conditions, measure) for measure in COLUMNS}
-    text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
-    results = common_facts(config, metric_suite) | {
+    table = animators_table(values, variants, caption)
+    by_kind = {measure: kinds_table(values, variants, measure) for measure in COLUMNS}
+    results = {
         "counts": counts | {"seeds": len(config.seeds)},
-        "results": table_numbers(table),
-        "kinds": {measure: table_numbers(table) for measure, table in by_kind.items()},
-        "trials": trial_numbers(values),
+        "results": table.plain(),
+        "kinds": {measure: table.plain() for measure, table in by_kind.items()},
+        "trials": values.plain(),
     }
-    save_config(config, output / "config.yaml")
-    write_results(output, results, {"table.md": text, "table.tex": latex(table)})
-    print(text, end="")
+    text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
+    write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)
 
 
 def _draw_strips(
-    config: AnimatorsConfig,
-    clips: BenchmarkClips,
-    names: list[str],
-    conditions: dict[str, Condition],
-    output: Path,
+    config: AnimatorsConfig, clips: Sequence[EvaluationClip], variants: dict[str, Variant], output: Path
 ) -> None:
-    """The last frame of some clips: a row a clip, a column a condition."""
-    settings = replace(config.sampling, seed=config.seeds[0], compare=False)
-    rows: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
-    place, kind = choose_device(config.device, config.dtype)
+    """Draw the last frame of some clips: a row a clip, a column a variant."""
+    sampling = replace(config.sampling, seed=config.seeds[0], compare=False)
+    rows: dict[str, dict[str, np.ndarray]] = {clip.name: {} for clip in clips}
+    device, dtype = choose_device(config.device, config.dtype)
     for model in config.models:
-        pipeline = load_pipeline(model, kind).to(place)
+        pipeline = load_pipeline(model, dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        for name in names:
-            clip = clips.clip(name)
-            for label, condition in conditions.items():
-                if condition.model == model:
-                    tpc = condition.tpc
-                    shown = animate(pipeline, clip.reference, clip.driving, settings, tpc, show_progress=False)
+        of_model = {label: variant for label, variant in variants.items() if variant.model == model}
+        for clip in clips:
+            row = rows[clip.name]
+            for label, variant in of_model.items():
+                shown = animate(pipeline, clip.reference, clip.driving, sampling, variant.tpc, show_progress=False)
+                if not row:
                     truth, _ = clip.truth(shown.result.shape[2:0:-1])
-                    rows[name] |= {"reference": shown.reference, "truth": truth[-1]} if not rows[name] else {}
-                    rows[name][label] = shown.result[-1]
-    strips = [
-        labelled_row(list(row.values()), list(row) if number == 0 else None, 192)
-        for number, row in enumerate(rows.values())
-    ]
-    with complete_file(output / "strips.png") as path:
-        Image.fromarray(np.concatenate(strips)).save(path)
+                    row |= {"reference": shown.reference, "truth": truth[-1]}
+                row[label] = shown.result[-1]
+    save_sheet(output / "strips.png", list(rows.values()))

@@ -3,39 +3,39 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import MISSING
 
-from core.config import config_dict, save_config
+from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder
 from core.processes import process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
-from evaluation.jobs import RESULTS_FILE, claim_output, remove_parts, run_parts
-from evaluation.measure import FramePair, measure_clip
-from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_instruments
-from evaluation.persons import person_values, seen_persons
+from evaluation.measure import FramePair, Number, clip_means, measure_clip, person_values, summarise, with_persons
+from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_metric_suite
 from evaluation.report import (
-    common_facts,
+    RESULTS_FILE,
+    claim_output,
     format_number,
     heading,
     measure_label,
     over_seeds,
+    remove_parts,
+    run_parts,
     warning_lines,
     write_results,
 )
-from evaluation.summary import Number, clip_means, summarise
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.animators.registry import choose_device
 
+# Keys that do not decide the numbers, or by files that are compared themselves.
 ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", "weights")
 
 
 @dataclass
-class CompareConfig(ProtocolConfig):
+class MetricsConfig(ProtocolConfig):
     """Which folders are compared, and how; `ProtocolConfig` has everything about measures.
 
     generated, truth: a video, a folder of frames, or a folder of clips, which are matched by name.
@@ -56,17 +56,20 @@ class CompareConfig(ProtocolConfig):
     pose: PoseConfig = field(default_factory=PoseConfig)
 
 
-def run(config: CompareConfig) -> None:
+def run(config: MetricsConfig) -> None:
     """Measure all clips and write results.json and table.md."""
     pairs = {pair.name: pair for pair in pair_clips(config.generated, config.truth, config.masks)}
     state = process_state(config.device)
     device, _ = choose_device(config.device, "float32", state.local_process_index)
     regions = REGIONS if config.masks is not None else REGIONS[:1]
-    metric_suite = open_instruments(config, regions, config.persons, device)
+    metric_suite = open_metric_suite(config, regions, config.persons, device)
     estimators = [open_estimator(config.pose) for _ in range(2)] if config.persons else None
     output = output_folder(config.output)
-    inputs = {name: _stamps(pair) for name, pair in pairs.items()}
-    claim_output(output, _settings(config, metric_suite), state, inputs)
+    inputs = {name: pair.stamps() for name, pair in pairs.items()}
+    settings = {key: value for key, value in config_dict(config).items() if key not in ABOUT_FILES}
+    settings |= {"task": "metrics", "masks": config.masks is not None}
+    settings |= {"protocol version": metric_suite.protocol.version, "networks": metric_suite.networks()}
+    claim_output(output, settings, state, inputs)
     if (output / RESULTS_FILE).is_file():
         if state.is_main_process:
             print((output / "table.md").read_text(encoding="utf-8"), end="")
@@ -78,20 +81,18 @@ def run(config: CompareConfig) -> None:
     folders = run_parts(list(pairs), measure, output, state, "measuring", inputs)
     if state.is_main_process:
         numbers = summarise(folders, metric_suite)
-        table = _table(numbers, metric_suite, list(pairs.values()))
-        results = common_facts(config, metric_suite) | {
-            "counts": {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())},
+        counts = {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())}
+        results = {
+            "counts": counts,
             "results": {name: number.plain() for name, number in numbers.items()},
             "clips": {
                 name: {"frames": pairs[name].frames} | clip_means(folder)
                 for name, folder in zip(pairs, folders, strict=True)
             },
         }
-        save_config(config, output / "config.yaml")
-        write_results(output, results, {"table.md": table})
+        write_results(config, metric_suite, results, {"table.md": _table(numbers, metric_suite, counts)}, output)
         if not config.keep_parts:
             remove_parts(output)
-        print(table, end="")
     state.wait_for_everyone()
 
 
@@ -122,7 +123,7 @@ def frame_pairs(
                 sides[1].append(following.truth)
             yield sides[side].pop(0)
 
-    streams = [seen_persons(stream(side), estimator) for side, estimator in enumerate(estimators)]
+    streams = [with_persons(stream(side), estimator) for side, estimator in enumerate(estimators)]
     for (generated, found), (truth, target) in zip(*streams, strict=True):
         frame = waiting.pop(0)
         yield FramePair(generated, truth, frame.mask, person_values(generated, found, truth, target))
@@ -131,49 +132,34 @@ def frame_pairs(
 def _formed_frames(pair: ClipPair, protocol: Protocol) -> Iterator[FramePair]:
     masks = pair.masks.frames() if pair.masks is not None else iter(lambda: None, 0)
     first: np.ndarray | None = None
-    for number, (generated, truth, mask) in enumerate(
-        zip(pair.generated.frames(), pair.truth.frames(), masks, strict=False)
-    ):
+    frames = zip(pair.generated.frames(), pair.truth.frames(), masks, strict=False)  # the masks may have no end
+    for index, (generated, truth, mask) in enumerate(frames):
         first = truth if first is None else first
-        size = (truth.shape[1], truth.shape[0])
-        _check_size(pair.truth, number, truth, first)
+        _check_size(pair.truth, index, truth, first)
         if mask is not None:
-            _check_size(pair.masks, number, mask, truth)
+            _check_size(pair.masks, index, mask, truth)
             mask = brought_to_form(mask, protocol, nearest=True)
         try:
-            ours = generated_to_form(generated, size, protocol)
+            ours = generated_to_form(generated, (truth.shape[1], truth.shape[0]), protocol)
         except ValueError as error:
-            raise UserError(f"clip {pair.name!r}, frame {number}: {pair.generated.place} {error}") from None
+            raise UserError(f"clip {pair.name!r}, frame {index}: {pair.generated.path} {error}") from None
         yield FramePair(ours, brought_to_form(truth, protocol), mask)
 
 
-def _check_size(clip: ClipFiles | MaskFiles, number: int, image: np.ndarray, expected: np.ndarray) -> None:
+def _check_size(clip: ClipFiles | MaskFiles, index: int, image: np.ndarray, expected: np.ndarray) -> None:
     if image.shape[:2] != expected.shape[:2]:
         raise UserError(
-            f"clip {clip.name!r}, frame {number}: {clip.argument} is {image.shape[1]}x{image.shape[0]} "
-            f"({clip.place}), the true frames are {expected.shape[1]}x{expected.shape[0]}"
+            f"clip {clip.name!r}, frame {index}: {clip.argument} is {image.shape[1]}x{image.shape[0]} "
+            f"({clip.path}), the true frames are {expected.shape[1]}x{expected.shape[0]}"
         )
 
 
-def _settings(config: CompareConfig, metric_suite: MetricSuite) -> dict[str, Any]:
-    """Everything but the files that decides the numbers."""
-    settings = {key: value for key, value in config_dict(config).items() if key not in ABOUT_FILES}
-    version = {"protocol version": metric_suite.protocol.version, "networks": metric_suite.networks()}
-    return {"task": "metrics", "masks": config.masks is not None} | settings | version
-
-
-def _stamps(pair: ClipPair) -> dict[str, Any]:
-    """What tells whether a clip's files have changed."""
-    sides = {"generated": pair.generated, "truth": pair.truth, "masks": pair.masks}
-    return {side: clip.stamps() for side, clip in sides.items() if clip is not None}
-
-
-def _table(numbers: dict[str, Number], metric_suite: MetricSuite, pairs: list[ClipPair]) -> str:
+def _table(numbers: dict[str, Number], metric_suite: MetricSuite, counts: dict[str, int]) -> str:
     """The numbers with the protocol above and the warnings below."""
-    frames = sum(pair.frames for pair in pairs)
     lines = ["| measure | value | samples |", "|---|---|---|"]
     for name, number in numbers.items():
         value = format_number(over_seeds([number.value]), plus_minus="")
         lines.append(f"| {measure_label(name)} | {value} | {number.samples} |")
     warnings = warning_lines((name, number.warning) for name, number in numbers.items())
-    return heading(metric_suite, f"{len(pairs)} clips, {frames} frames") + "\n".join(lines) + "\n" + warnings
+    counted = f"{counts['clips']} clips, {counts['frames']} frames"
+    return heading(metric_suite, counted) + "\n".join(lines) + "\n" + warnings

@@ -11,45 +11,78 @@ results.json, table.md, psnr.png (and .pdf) and strips.png. A run that was stopp
 seeds or clips can be added.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from core.config import load_config, save_config
+from core.config import load_config
 from core.errors import UserError
 from core.files import complete_file
-from core.processes import process_state
-from evaluation.benchmark_clips import BenchmarkClips
-from evaluation.benchmark_measures import MeasuresConfig, open_measures
-from evaluation.benchmark_report import (
-    Values,
-    bars,
-    measure_table,
-    read_values,
-    recovered_table,
-    table_numbers,
-    trial_numbers,
-)
-from evaluation.metric_suite import MetricSuite
-from evaluation.misaligned_clips import KINDS
+from evaluation.clips import EvaluationClip
+from evaluation.measure import clip_means
+from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
+from evaluation.misaligned_clips import KINDS, MisalignedClips
 from evaluation.plots import draw_bars
-from evaluation.report import common_facts, heading, markdown, write_results
-from evaluation.trials import PERSON_PSNR, PERSON_PSNR_LABEL, WITHOUT, Condition, Trial, all_trials, run_task
+from evaluation.report import Table, heading, markdown, measure_label, over_seeds, write_results
+from evaluation.trials import (
+    PERSON_PSNR,
+    PERSON_PSNR_LABEL,
+    WITHOUT,
+    Trial,
+    TrialsConfig,
+    Variant,
+    all_trials,
+    run_task,
+)
 from inference.animate import SamplingConfig, animate
-from inference.comparison import labelled_row
-from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
+from inference.comparison import labelled_sheet
+from models.animators.registry import SHIPPED_MODEL, load_pipeline
 from tpc import CalibrationConfig
 from tpc.config import PRESETS, resolve
 
+FITTING = "fitting reference"
+LOWEST_COST = 0.5  # dB; of less, a recovered share is noise
+LPIPS = "st_lpips_alex"
+REGIONS = ("foreground", "background")
+STRIP_HEIGHT = 192
+
 
 @dataclass
-class BenchmarkConfig(MeasuresConfig):
-    """What is measured.
+class MisalignedTrialsConfig(TrialsConfig):
+    """Trials of the frozen clips, and what is measured beside PSNR and SSIM of person and background.
+
+    kinds: of clips; clips: of each kind, the first ones, 0: all.
+    flicker: also the error of the change from frame to frame.
+    lpips: also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches.
+    weights: folder of ST-LPIPS's network; null: the cache.
+    """
+
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    clips: int = 0
+    seeds: list[int] = field(default_factory=lambda: list(range(5)))
+    flicker: bool = False
+    lpips: bool = False
+    weights: str | None = None
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def protocol(self) -> ProtocolConfig:
+        """The measures that are asked for."""
+        measures = ["psnr", "ssim", *(["flicker"] if self.flicker else []), *([LPIPS] if self.lpips else [])]
+        measures += PERSON_MEASURES if self.persons else ()
+        features = "stand-in" if self.lpips else "none"
+        return ProtocolConfig(protocol="native", features=features, measures=measures, weights=self.weights)
+
+
+@dataclass
+class MisalignmentConfig(MisalignedTrialsConfig):
+    """What is measured; `MisalignedTrialsConfig` says on which clips.
 
     output: folder for the results; model: pipeline folder.
-    kinds: of clips; clips: of each kind, the first ones, 0: all.
     presets: of TPC, in the order of the tables.
     variants: of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; what is not
         said is as in `tpc`.
@@ -58,106 +91,184 @@ class BenchmarkConfig(MeasuresConfig):
 
     output: str = "outputs/misalignment"
     model: str = str(SHIPPED_MODEL)
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    clips: int = 0
-    seeds: list[int] = field(default_factory=lambda: list(range(5)))
     presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
     variants: list[str] = field(default_factory=list)
     strips: int = 1
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        super().check()
+        if self.strips < 0:
+            raise UserError(f"strips={self.strips} must not be negative")
 
 
-def conditions_of(config: BenchmarkConfig) -> dict[str, Condition]:
-    """Conditions by label. Settings in `tpc` beside the preset hold for all presets.
+def variants_of(config: MisalignmentConfig) -> dict[str, Variant]:
+    """Variants by label. Settings in `tpc` beside the preset hold for all presets.
 
     Raises:
         UserError: a preset that is not known, settings that cannot work, or something named twice.
     """
     if len(set(config.presets)) < len(config.presets) or any(preset not in PRESETS for preset in config.presets):
         raise UserError(f"presets={config.presets} must be different ones of {', '.join(PRESETS)}")
-    found = {WITHOUT: Condition("without", config.model, None)}
-    for preset in config.presets:
-        found[f"TPC {preset}"] = Condition(f"tpc-{preset}", config.model, replace(config.tpc, preset=preset))
     if len(set(config.variants)) < len(config.variants):
         raise UserError(f"variants={config.variants} must be different ones")
-    for variant in config.variants:
-        found[variant] = Condition("variant-" + variant.replace(" ", ","), config.model, _varied(config.tpc, variant))
+    found = {WITHOUT: Variant("without", config.model, None)}
+    for preset in config.presets:
+        found[f"TPC {preset}"] = Variant(f"tpc-{preset}", config.model, replace(config.tpc, preset=preset))
+    for settings in config.variants:
+        tpc = _with_settings(config.tpc, settings)
+        found[settings] = Variant("variant-" + settings.replace(" ", ","), config.model, tpc)
     return found
 
 
-def _varied(tpc: CalibrationConfig, variant: str) -> CalibrationConfig:
+def _with_settings(tpc: CalibrationConfig, settings: str) -> CalibrationConfig:
     """`tpc` with settings like "smoothing=0 min_iou=0.3"."""
-    if not (words := variant.split()) or any(word.startswith("-") for word in words):
-        raise UserError(f"variants: {variant!r} must be settings of tpc, such as 'smoothing=0 min_iou=0.3'")
+    if not (words := settings.split()) or any(word.startswith("-") for word in words):
+        raise UserError(f"variants: {settings!r} must be settings of tpc, such as 'smoothing=0 min_iou=0.3'")
     try:
         given = load_config(CalibrationConfig, words)
-        varied = replace(tpc, **{name: getattr(given, name) for name, _, _ in (word.partition("=") for word in words)})
+        varied = replace(tpc, **{name: getattr(given, name) for name in (word.partition("=")[0] for word in words)})
         resolve(varied)
     except UserError as error:
-        raise UserError(f"variants: {variant!r}: {error}") from None
+        raise UserError(f"variants: {settings!r}: {error}") from None
     return varied
 
 
-def run(config: BenchmarkConfig) -> None:
-    config.sampling.check()
-    if config.strips < 0:
-        raise UserError(f"strips={config.strips} must not be negative")
-    clips = BenchmarkClips(config.kinds, config.clips)
-    conditions = conditions_of(config)
-    state = process_state(config.device)
-    device, _ = choose_device(config.device, "float32", state.local_process_index)
-    metric_suite = open_measures(config, device)
+def run(config: MisalignmentConfig) -> None:
+    """Write results.json, table.md, psnr.png, psnr.pdf and strips.png."""
+    clips, variants = MisalignedClips(config.kinds, config.clips), variants_of(config)
     counterparts = [name for clip in clips.names for name in clips.fitting[clip] if name != clip]
-    further = all_trials(counterparts, [conditions[WITHOUT]], config.seeds) if counterparts else []
+    further = all_trials(counterparts, [variants[WITHOUT]], config.seeds) if counterparts else []
 
-    def write(folders: dict[Trial, Path], output: Path) -> None:
-        kinds = {kind: [name for name in clips.names if clips.kind_of[name] == kind] for kind in config.kinds}
-        values = read_values(folders, kinds, clips.fitting, config.seeds)
-        _write(config, metric_suite, values, {label: c.name for label, c in conditions.items()}, output)
+    def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
+        _write(config, metric_suite, read_values(folders, clips, config.seeds), variants, output)
         if config.strips:
-            _draw_strips(config, clips, kinds, output)
+            shown = [clips.clip(name) for names in clips.by_kind.values() for name in names[: config.strips]]
+            _draw_strips(config, shown, output)
 
-    every = list(conditions.values())
-    run_task("misalignment", config, every, clips.names, clips.clip, metric_suite, state, write, clips.stamps, further)
+    run_task("misalignment", config, config.protocol(), REGIONS, list(variants.values()), clips, write, further)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Means over the frames of every trial.
+
+    Attributes:
+        by_trial: (variant, clip, seed) -> measure -> value, None where there is none.
+        by_kind: kind -> its clips.
+        fitting: clip -> the clips that it would be without misalignment.
+        seeds: of the initial noise.
+    """
+
+    by_trial: Mapping[tuple[str, str, int], Mapping[str, float | None]]
+    by_kind: Mapping[str, Sequence[str]]
+    fitting: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+
+    def by_seed(self, kind: str, variant: str, measure: str, fitting: bool = False) -> list[float | None]:
+        """Mean over the clips of a kind, for every seed.
+
+        Args:
+            fitting: of the clips without misalignment instead; a clip with several counts once.
+        """
+        means = []
+        for seed in self.seeds:
+            clips = []
+            for clip in self.by_kind[kind]:
+                names = self.fitting[clip] if fitting else [clip]
+                found = [self.by_trial[variant, name, seed].get(measure) for name in names]
+                if known := [value for value in found if value is not None]:
+                    clips.append(float(np.mean(known)))
+            means.append(float(np.mean(clips)) if clips else None)
+        return means
+
+    def plain(self) -> list[dict[str, Any]]:
+        """Every trial with the means over its frames, as in JSON."""
+        return [
+            {"condition": variant, "clip": clip, "seed": seed, **measured}
+            for (variant, clip, seed), measured in self.by_trial.items()
+        ]
+
+
+def read_values(folders: Mapping[Trial, Path], clips: MisalignedClips, seeds: Sequence[int]) -> Values:
+    """The values of all measured trials."""
+    by_trial = {(trial.variant.name, trial.clip, trial.seed): clip_means(folder) for trial, folder in folders.items()}
+    return Values(by_trial, clips.by_kind, clips.fitting, seeds)
+
+
+def measure_table(values: Values, variants: Mapping[str, Variant], measure: str, caption: str) -> Table:
+    """One measure: a row a kind, a column for the fitting reference and for every variant.
+
+    Args:
+        variants: by label; `WITHOUT` must be among them.
+    """
+    rows = []
+    for kind in values.by_kind:
+        cells = [over_seeds(values.by_seed(kind, variants[WITHOUT].name, measure, fitting=True))]
+        cells += [over_seeds(values.by_seed(kind, variant.name, measure)) for variant in variants.values()]
+        rows.append((kind.replace("_", " "), tuple(cells)))
+    return Table(measure_label(measure), (FITTING, *variants), tuple(rows), caption)
+
+
+def recovered_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:
+    """The cost of misalignment, and the share of it that every variant with TPC wins back."""
+    with_tpc = {label: variant for label, variant in variants.items() if label != WITHOUT}
+    rows = []
+    for kind in values.by_kind:
+        fitting = values.by_seed(kind, variants[WITHOUT].name, measure, fitting=True)
+        without = values.by_seed(kind, variants[WITHOUT].name, measure)
+        cost = [a - b for a, b in zip(fitting, without, strict=True)]
+        cells = [over_seeds(cost)]
+        for variant in with_tpc.values():
+            won = [a - b for a, b in zip(values.by_seed(kind, variant.name, measure), without, strict=True)]
+            shares = [100 * a / b for a, b in zip(won, cost, strict=True)] if min(cost) >= LOWEST_COST else [None]
+            cells.append(over_seeds(shares))
+        rows.append((kind.replace("_", " "), tuple(cells)))
+    columns = ("cost of misalignment (dB)", *(f"{label}: won back (%)" for label in with_tpc))
+    caption = f"shares only where misalignment costs at least {LOWEST_COST} dB"
+    return Table(measure_label(measure), columns, tuple(rows), caption)
 
 
 def _write(
-    config: BenchmarkConfig, metric_suite: MetricSuite, values: Values, conditions: dict[str, str], output: Path
+    config: MisalignmentConfig,
+    metric_suite: MetricSuite,
+    values: Values,
+    variants: dict[str, Variant],
+    output: Path,
 ) -> None:
-    count = len(next(iter(values.kinds.values())))
+    count = len(next(iter(values.by_kind.values())))
     caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
-    first = next(iter(values.by_trial.values()))
-    tables = [recovered_table(values, conditions, PERSON_PSNR)]
-    tables += [measure_table(values, conditions, name, caption) for name in first]
-    text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
-    results = common_facts(config, metric_suite) | {
-        "counts": {kind: len(names) for kind, names in values.kinds.items()} | {"seeds": len(config.seeds)},
-        "tables": {table.corner + " / " + table.caption: table_numbers(table) for table in tables},
-        "trials": trial_numbers(values),
+    measured = list(next(iter(values.by_trial.values())))
+    tables = [recovered_table(values, variants, PERSON_PSNR)]
+    tables += [measure_table(values, variants, name, caption) for name in measured]
+    shown = {label: variant for label, variant in variants.items() if label not in config.variants}
+    psnr = measure_table(values, shown, PERSON_PSNR, "")
+    bars = dict(zip(psnr.columns, zip(*(cells for _, cells in psnr.rows), strict=True), strict=True))
+    draw_bars(output / "psnr.png", [kind.replace("_", "\n") for kind in values.by_kind], bars, PERSON_PSNR_LABEL)
+    results = {
+        "counts": {kind: len(names) for kind, names in values.by_kind.items()} | {"seeds": len(config.seeds)},
+        "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},
+        "trials": values.plain(),
     }
-    save_config(config, output / "config.yaml")
-    groups = [kind.replace("_", "\n") for kind in values.kinds]
-    shown = {label: name for label, name in conditions.items() if label not in config.variants}
-    draw_bars(output / "psnr.png", groups, bars(values, shown, PERSON_PSNR), PERSON_PSNR_LABEL)
-    write_results(output, results, {"table.md": text})
-    print(text, end="")
+    text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
+    write_results(config, metric_suite, results, {"table.md": text}, output)
 
 
-def _draw_strips(config: BenchmarkConfig, clips: BenchmarkClips, kinds: dict[str, list[str]], output: Path) -> None:
-    """The last frame of the first clips of each kind, without and with TPC."""
+def _draw_strips(config: MisalignmentConfig, clips: Sequence[EvaluationClip], output: Path) -> None:
+    """Draw the last frame of some clips, without and with TPC."""
     pipeline = load_pipeline(config.model)
     pipeline.set_progress_bar_config(disable=True)
-    settings = replace(config.sampling, seed=config.seeds[0], compare=True)
+    sampling = replace(config.sampling, seed=config.seeds[0], compare=True)
     tpc = replace(config.tpc, preset=config.presets[0]) if config.presets else None
     rows = []
-    for names in kinds.values():
-        for name in names[: config.strips]:
-            clip = clips.clip(name)
-            animation = animate(pipeline, clip.reference, clip.driving, settings, tpc, show_progress=False)
-            columns = animation.columns()
-            columns["truth"], _ = clip.truth(animation.result.shape[2:0:-1])
-            images = [frames[-1] for frames in columns.values()]
-            rows.append(labelled_row(images, list(columns) if not rows else None, 192))
-    with complete_file(output / "strips.png") as path:
-        Image.fromarray(np.concatenate(rows)).save(path)
+    for clip in clips:
+        animation = animate(pipeline, clip.reference, clip.driving, sampling, tpc, show_progress=False)
+        columns = animation.columns() | {"truth": clip.truth(animation.result.shape[2:0:-1])[0]}
+        rows.append({label: frames[-1] for label, frames in columns.items()})
+    save_sheet(output / "strips.png", rows)
+
+
+def save_sheet(path: Path, rows: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Write rows of labelled images as one."""
+    with complete_file(path) as temporary:
+        Image.fromarray(labelled_sheet(rows, STRIP_HEIGHT)).save(temporary)

@@ -8,18 +8,15 @@ from pathlib import Path
 import numpy as np
 from omegaconf import MISSING
 
-from core.config import config_dict, save_config
+from core.config import config_dict
 from core.files import output_folder, write_json
 from core.processes import process_state
-from evaluation.clips import ClipsConfig
-from evaluation.filmed import open_clips
-from evaluation.jobs import claim_output, remove_parts, run_parts
-from evaluation.misalignment import KINDS, ClipSplit, ThresholdConfig, classify, misalignment
+from evaluation.clips import ClipsConfig, open_clips
+from evaluation.misalignment import KINDS, SUBSETS, ClipSplit, ThresholdConfig, classify, misalignment
 from evaluation.plots import Histogram, draw_histograms
-from evaluation.report import common_facts, write_results
+from evaluation.report import claim_output, remove_parts, run_parts, write_results
 
 CLIP_FILE = "clip.json"
-GROUPS = ("original", "misaligned")
 
 
 @dataclass
@@ -36,10 +33,6 @@ class SplitConfig(ClipsConfig):
     stride: int = 1
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
 
-    def check(self) -> None:
-        super().check()
-        self.thresholds.check()
-
 
 def run(config: SplitConfig) -> None:
     """Write results.json, original.txt, misaligned.txt, table.md and the histograms."""
@@ -50,54 +43,33 @@ def run(config: SplitConfig) -> None:
     claim_output(output, {"task": "split"} | settings, state)
 
     def measure(name: str, folder: Path) -> None:
-        reference, driving = clips.poses(name)
-        measured = misalignment(reference, driving, config.thresholds.score)
+        measured = misalignment(*clips.poses(name), config.thresholds.score)
         write_json(folder / CLIP_FILE, classify(name, measured, config.thresholds).plain())
 
     folders = run_parts(list(clips.names), measure, output, state, "comparing poses")
     if state.is_main_process:
-        splits = [read_split(folder) for folder in folders]
-        _write(config, splits, output)
+        contents = [json.loads((folder / CLIP_FILE).read_text(encoding="utf-8")) for folder in folders]
+        _write(config, [ClipSplit(**content | {"kinds": tuple(content["kinds"])}) for content in contents], output)
         remove_parts(output)
     state.wait_for_everyone()
 
 
-def read_split(folder: Path) -> ClipSplit:
-    """What a part says about its clip."""
-    content = json.loads((folder / CLIP_FILE).read_text(encoding="utf-8"))
-    return ClipSplit(**{**content, "kinds": tuple(content["kinds"])})
-
-
 def _write(config: SplitConfig, splits: list[ClipSplit], output: Path) -> None:
-    groups = {name: [s for s in splits if s.misaligned == (name == "misaligned")] for name in GROUPS}
+    subsets = {subset: [split for split in splits if split.subset == subset] for subset in SUBSETS}
     kinds = Counter(kind for split in splits for kind in split.kinds)
-    angles = {name: [s.angle_deg for s in group if s.angle_deg is not None] for name, group in groups.items()}
-    overlaps = {name: [s.box_iou for s in group if s.box_iou is not None] for name, group in groups.items()}
+    angles = {name: [s.angle_deg for s in subset if s.angle_deg is not None] for name, subset in subsets.items()}
+    overlaps = {name: [s.box_iou for s in subset if s.box_iou is not None] for name, subset in subsets.items()}
     angle, box_iou = float(np.degrees(config.thresholds.angle)), config.thresholds.box_iou
-    draw_histograms(
-        output / "histogram.png",
-        [
-            Histogram(
-                "median relative angle (degrees)",
-                angles,
-                np.linspace(0, 180, 19),
-                range(0, 181, 30),
-                angle,
-                f"{angle:.3g}°",
-            ),
-            Histogram(
-                "median box IoU", overlaps, np.linspace(0, 1, 21), np.linspace(0, 1, 6), box_iou, f"{box_iou:g}"
-            ),
-        ],
-    )
-    results = common_facts(config) | {
-        "counts": {name: len(group) for name, group in groups.items()} | {kind: kinds[kind] for kind in KINDS},
+    edges, ticks = np.linspace(0, 180, 19), range(0, 181, 30)
+    histograms = [
+        Histogram("median relative angle (degrees)", angles, edges, ticks, angle, f"{angle:.3g}°"),
+        Histogram("median box IoU", overlaps, np.linspace(0, 1, 21), np.linspace(0, 1, 6), box_iou, f"{box_iou:g}"),
+    ]
+    draw_histograms(output / "histogram.png", histograms)
+    results = {
+        "counts": {name: len(subset) for name, subset in subsets.items()} | {kind: kinds[kind] for kind in KINDS},
         "clips": {split.name: split.plain() for split in splits},
     }
-    lines = ["| clips | number |", "|---|---|"]
-    lines += [f"| {name} | {number} |" for name, number in results["counts"].items()]
-    table = "\n".join(lines) + "\n"
-    save_config(config, output / "config.yaml")
-    lists = {f"{name}.txt": "".join(f"{split.name}\n" for split in group) for name, group in groups.items()}
-    write_results(output, results, {"table.md": table, **lists})
-    print(table, end="")
+    lines = ["| clips | number |", "|---|---|", *(f"| {name} | {n} |" for name, n in results["counts"].items())]
+    lists = {f"{name}.txt": "".join(f"{split.name}\n" for split in subset) for name, subset in subsets.items()}
+    write_results(config, None, results, {"table.md": "\n".join(lines) + "\n", **lists}, output)

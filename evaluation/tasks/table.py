@@ -4,28 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import UserError
-from core.processes import process_state
-from evaluation.clips import ClipsConfig, ClipSet
-from evaluation.filmed import open_clips
-from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_instruments
-from evaluation.misalignment import ThresholdConfig, classify, misalignment
-from evaluation.report import (
-    Cell,
-    Table,
-    measure_label,
-    measure_numbers,
-    over_seeds,
-    with_best,
-    write_table,
-)
-from evaluation.summary import Number
-from evaluation.trials import Condition, Trial, TrialsConfig, numbers_by_seed, run_task
+from evaluation.clips import ClipsConfig, open_clips
+from evaluation.measure import Number
+from evaluation.metric_suite import MetricSuite, ProtocolConfig
+from evaluation.misalignment import SUBSETS, ThresholdConfig, classify, misalignment
+from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
+from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task
 from inference.animate import SamplingConfig
-from metrics.protocols import MEASURES
-from models.animators.registry import SHIPPED_MODEL, choose_device
+from models.animators.registry import SHIPPED_MODEL
 from tpc import CalibrationConfig
-
-SUBSETS = ("original", "misaligned")
 
 
 @dataclass
@@ -46,40 +33,38 @@ class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
+            base.check(self)
+
 
 def run(config: TableConfig) -> None:
     """Write results.json, table.md and table.tex."""
-    config.check()
-    config.sampling.check()
-    config.thresholds.check()
-    conditions = table_conditions(config)
-    clips = open_clips(config)
-    state = process_state(config.device)
-    device, _ = choose_device(config.device, "float32", state.local_process_index)
-    metric_suite = open_instruments(config, persons=config.persons, device=device)
+    variants, clips = table_variants(config), open_clips(config)
 
-    def write(folders: dict[Trial, Path], output: Path) -> None:
-        members = _members(config, clips)
-        numbers = {
-            label: {
-                subset: numbers_by_seed(
-                    folders,
-                    metric_suite,
-                    config.seeds,
-                    lambda trial, c=condition, names=names: trial.condition == c and trial.clip in names,
-                )
-                for subset, names in members.items()
-            }
-            for label, condition in conditions.items()
+    def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
+        members: dict[str, list[str]] = {subset: [] for subset in SUBSETS}
+        for name in clips.names:
+            measured = misalignment(*clips.poses(name), config.thresholds.score)
+            members[classify(name, measured, config.thresholds).subset].append(name)
+
+        def numbers(variant: Variant, names: list[str]) -> list[dict[str, Number]]:
+            return numbers_by_seed(
+                folders, metric_suite, config.seeds, lambda trial: trial.variant == variant and trial.clip in names
+            )
+
+        runs = {
+            label: {subset: numbers(variant, names) for subset, names in members.items()}
+            for label, variant in variants.items()
         }
-        _write(config, metric_suite, numbers, members, output)
+        _write(config, metric_suite, runs, members, output)
 
-    chosen = list(conditions.values())
-    run_task("table", config, chosen, clips.names, clips.clip, metric_suite, state, write, clips.stamps)
+    run_task("table", config, config, ("",), list(variants.values()), clips, write)
 
 
-def table_conditions(config: TableConfig) -> dict[str, Condition]:
-    """Conditions by label: every model without and with TPC.
+def table_variants(config: TableConfig) -> dict[str, Variant]:
+    """Variants by label: every model without and with TPC.
 
     Raises:
         UserError: no model, or names that do not fit them.
@@ -88,59 +73,46 @@ def table_conditions(config: TableConfig) -> dict[str, Condition]:
     if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
     found = {}
-    for number, (name, model) in enumerate(zip(names, config.models, strict=True)):
-        found[name] = Condition(f"model{number}-without", model, None)
-        found[f"{name} + TPC"] = Condition(f"model{number}-with", model, config.tpc)
+    for index, (name, model) in enumerate(zip(names, config.models, strict=True)):
+        found[name] = Variant(f"model{index}-without", model, None)
+        found[f"{name} + TPC"] = Variant(f"model{index}-with", model, config.tpc)
     return found
-
-
-def _members(config: TableConfig, clips: ClipSet) -> dict[str, tuple[str, ...]]:
-    """Names of the clips of each subset."""
-    found: dict[str, list[str]] = {subset: [] for subset in SUBSETS}
-    for name in clips.names:
-        split = classify(name, misalignment(*clips.poses(name), config.thresholds.score), config.thresholds)
-        found[SUBSETS[split.misaligned]].append(name)
-    return {subset: tuple(names) for subset, names in found.items()}
 
 
 def _write(
     config: TableConfig,
     metric_suite: MetricSuite,
-    numbers: dict[str, dict[str, list[dict[str, Number]]]],
-    members: dict[str, tuple[str, ...]],
+    runs: dict[str, dict[str, list[dict[str, Number]]]],
+    members: dict[str, list[str]],
     output: Path,
 ) -> None:
-    used = [subset for subset in SUBSETS if members[subset]]
+    columns = [(subset, measure) for subset in SUBSETS if members[subset] for measure in metric_suite.measures]
     cells = [
-        [_cell(by_subset[subset], measure) for subset in used for measure in metric_suite.measures]
-        for by_subset in numbers.values()
+        [over_seeds([run[m].value if m in run else None for run in by_subset[subset]]) for subset, m in columns]
+        for by_subset in runs.values()
     ]
-    cells = with_best(cells, [MEASURES[measure].better for _ in used for measure in metric_suite.measures])
+    cells = with_best(cells, [better(measure) for _, measure in columns])
     counts = ", ".join(f"{len(members[subset])} {subset}" for subset in SUBSETS)
-    caption = f"{counts} clips; mean and deviation over {len(config.seeds)} seeds."
     table = Table(
         "model",
-        tuple(f"{subset}: {measure_label(measure)}" for subset in used for measure in metric_suite.measures),
-        tuple((label, tuple(row)) for label, row in zip(numbers, cells, strict=True)),
-        caption,
+        tuple(f"{subset}: {measure_label(measure)}" for subset, measure in columns),
+        tuple((label, tuple(row)) for label, row in zip(runs, cells, strict=True)),
+        f"{counts} clips; mean and deviation over {len(config.seeds)} seeds.",
     )
     results = {
         "counts": {subset: len(names) for subset, names in members.items()} | {"seeds": len(config.seeds)},
-        "subsets": {subset: list(names) for subset, names in members.items()},
+        "subsets": members,
         "results": {
-            label: {subset: measure_numbers(runs, config.seeds) for subset, runs in by_subset.items()}
-            for label, by_subset in numbers.items()
+            label: {subset: measure_numbers(by_seed, config.seeds) for subset, by_seed in by_subset.items()}
+            for label, by_subset in runs.items()
         },
     }
     warnings = (
         (f"{subset} {name}", number.warning)
-        for by_subset in numbers.values()
-        for subset in used
-        for run in by_subset[subset]
+        for by_subset in runs.values()
+        for subset, by_seed in by_subset.items()
+        if members[subset]
+        for run in by_seed
         for name, number in run.items()
     )
     write_table(config, metric_suite, table, results, warnings, output)
-
-
-def _cell(runs: list[dict[str, Number]], measure: str) -> Cell:
-    return over_seeds([by_seed[measure].value if measure in by_seed else None for by_seed in runs])

@@ -1,4 +1,4 @@
-"""What is measured about the attention of one animation, and how it is kept until all are done."""
+"""Attention of single animations: measured, kept until all are done, then grouped by rows of the table."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from core.files import complete_file, write_json
@@ -18,7 +19,7 @@ from evaluation.attention.figures import looks, looks_row
 from evaluation.attention.maps import BodyTruth, body_points, body_truth, chance, pck, pointing
 from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
 from evaluation.clips import EvaluationClip
-from evaluation.trials import Trial
+from evaluation.trials import WITH, WITHOUT, Sampler, Trial
 from inference.animate import Animation, Framing, SamplingConfig, animate, framing
 from models.attention.record import RecordedAttention
 from models.attention.recording import AttentionRecording
@@ -29,7 +30,7 @@ ATTENTION_FILE, LOOKS_FILE = "attention.json", "looks.png"
 CALIBRATED = "calibrated images"
 # Measure -> header of its column. Shares are of all attention, the rest is about what reference and calibrated images
 # get of it.
-MEASURES = {
+ATTENTION_MEASURES = {
     "strongest": "pointing accuracy, maximum ↑",
     "centroid": "pointing accuracy, centroid ↑",
     "near": "attention within radius ↑",
@@ -42,6 +43,8 @@ MEASURES = {
     CALIBRATED: "share of calibrated images",
 }
 BY_DISTANCE = ("strongest", "centroid")
+ATTENTION_SUBSETS = ("aligned", "misaligned")
+FEWEST_POINTS = 3  # that a correlation is computed of
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,15 @@ class MeasuredAttention:
         return None if np.isnan(values).all() else float(np.nanmean(values))
 
     def write(self, path: Path) -> None:
+        def plain(values: np.ndarray) -> Any:
+            return np.where(np.isnan(values), None, values.astype(object)).tolist()  # JSON has no NaN
+
         write_json(
             path,
             {
                 "layers": list(self.layers),
-                "steps": {name: _plain(values) for name, values in self.steps.items()},
-                "pck": {name: _plain(values) for name, values in self.pck.items()},
+                "steps": {name: plain(values) for name, values in self.steps.items()},
+                "pck": {name: plain(values) for name, values in self.pck.items()},
                 "keypoints": self.keypoints,
             },
         )
@@ -79,17 +85,16 @@ class MeasuredAttention:
     @classmethod
     def read(cls, path: Path) -> "MeasuredAttention":
         content = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {
-            part: {name: np.array(values, np.float64) for name, values in content[part].items()}
-            for part in ("steps", "pck")
-        }
-        return cls(tuple(content["layers"]), **numbers, keypoints=content["keypoints"])
+        steps, curves = (
+            {name: np.array(values, np.float64) for name, values in content[part].items()} for part in ("steps", "pck")
+        )
+        return cls(tuple(content["layers"]), steps, curves, content["keypoints"])
 
 
 def attention_sampler(
     layers: Sequence[str] | None, radius: float, radii: Sequence[float], keypoints: Sequence[str], columns: int
-) -> Callable[[AnimationPipeline, EvaluationClip, SamplingConfig, Trial, Path], Animation]:
-    """A `Sampler` that also writes what the attention did.
+) -> Sampler:
+    """A sampler that also writes what the attention did.
 
     Args:
         radius, radii: of accuracy and of the PCK curve, body heights.
@@ -100,21 +105,14 @@ def attention_sampler(
     def sampler(
         pipeline: AnimationPipeline, clip: EvaluationClip, sampling: SamplingConfig, trial: Trial, folder: Path
     ) -> Animation:
-        frame = framing(pipeline, clip.reference, clip.driving, sampling)
-        names, points = body_points(clip.driving.poses, frame.frame_map, frame.size)
+        reference, driving, tpc = clip.reference, clip.driving, trial.variant.tpc
+        frame = framing(pipeline, reference, driving, sampling)
+        names, points = body_points(driving.poses, frame.frame_map, frame.size)
         with AttentionRecording(AttentionConfig(layers=layers, mean=["heads"]), points, names) as recording:
-            animation = animate(
-                pipeline,
-                clip.reference,
-                clip.driving,
-                sampling,
-                trial.condition.tpc,
-                show_progress=False,
-                attention=recording,
-            )
+            animation = animate(pipeline, reference, driving, sampling, tpc, show_progress=False, attention=recording)
         recorded = recording.result
-        truth = body_truth(recorded, clip.reference.poses, animation.calibration, frame.reference_map)
-        mask = reference_person(clip.reference, frame)
+        truth = body_truth(recorded, reference.poses, animation.calibration, frame.reference_map)
+        mask = reference_person(reference, frame)
         measure_attention(recorded, truth, mask, radius, radii).write(folder / ATTENTION_FILE)
         row = _looks_image(recorded, truth, animation, keypoints, columns)
         if row is not None:
@@ -139,7 +137,7 @@ def measure_attention(
     Args:
         mask: (H, W) bool, the persons in the model's reference image.
     """
-    steps: dict[str, list[list[float]]] = {name: [] for name in MEASURES}
+    steps: dict[str, list[list[float]]] = {name: [] for name in ATTENTION_MEASURES}
     curves: dict[str, list[np.ndarray]] = {name: [] for name in BY_DISTANCE}
     accuracies = []
     for layer in recorded.layers:
@@ -156,12 +154,13 @@ def measure_attention(
             "near": found.near,
             "chance": torch.where(found.near.isnan(), torch.nan, by_chance.to(found.near)),
             "entropy": found.entropy,
-            "drift": torch.cat([drift, drift.new_full((1, *drift.shape[1:]), torch.nan)]),
+            "drift": torch.cat([drift, drift.new_full((1, *drift.shape[1:]), torch.nan)]),  # no step after the last
             **{name: parts[name] for name in (SELF, PERSON, BACKGROUND)},
             CALIBRATED: torch.stack(calibrated).sum(0) if calibrated else torch.full_like(parts[SELF], torch.nan),
         }
         for name, value in values.items():
-            steps[name].append([_number(mean_over(at_step)) for at_step in value])
+            means = [mean_over(at_step) for at_step in value]
+            steps[name].append([np.nan if mean is None else mean for mean in means])
         for name in BY_DISTANCE:
             curves[name].append(pck(getattr(found, name), radii))
     by_layer = torch.stack(accuracies)  # (layers, s, f, p)
@@ -169,7 +168,7 @@ def measure_attention(
         recorded.layers,
         {name: np.array(values, np.float64) for name, values in steps.items()},
         {name: np.mean(values, axis=0) for name, values in curves.items()},
-        {name: mean_over(by_layer[..., number]) for number, name in enumerate(recorded.names)},
+        {name: mean_over(by_layer[..., index]) for index, name in enumerate(recorded.names)},
     )
 
 
@@ -179,22 +178,93 @@ def _looks_image(
     """A row of Figure 2 from the middle frame; None when no keypoint is visible there and in the reference."""
     frame = len(animation.poses) // 2
     for name in keypoints:
-        number = recorded.names.index(name)
-        place = recorded.points[frame, number]
-        if not (np.isnan(place).any() or truth.places[0, frame, number, 0].isnan().any()):
-            chosen = np.unique(np.linspace(0, len(recorded.selection.steps) - 1, columns).round().astype(int)).tolist()
-            calibration = animation.calibration
-            # On the outline much attention goes to the reference's background; the question is where on the body.
-            image = int(calibration is not None and calibration.member[frame, 0] >= 0)
-            found = looks(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
-            return looks_row(found, animation.result[frame], place, name.replace("_", " "), chosen)
+        index = recorded.names.index(name)
+        point = recorded.points[frame, index]
+        if np.isnan(point).any() or truth.places[0, frame, index, 0].isnan().any():
+            continue
+        chosen = np.unique(np.linspace(0, len(recorded.selection.steps) - 1, columns).round().astype(int)).tolist()
+        calibration = animation.calibration
+        # On the outline much attention goes to the reference's background; the question is where on the body.
+        image = int(calibration is not None and calibration.member[frame, 0] >= 0)
+        found = looks(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
+        return looks_row(found, animation.result[frame], point, name.replace("_", " "), chosen)
     return None
 
 
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+@dataclass(frozen=True)
+class Outcome:
+    """One trial: its attention, and how well the person came out."""
+
+    attention: MeasuredAttention
+    person_psnr: float | None
 
 
-def _plain(values: np.ndarray) -> Any:
-    """Nested lists with None for NaN, as JSON has no NaN."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+@dataclass(frozen=True)
+class Group:
+    """A row of the table: the trials of one subset, without or with TPC, by clip and seed.
+
+    Attributes:
+        subset: of `ATTENTION_SUBSETS`.
+        condition: label of the variant.
+        example: the clip that images show: of misaligned clips the one whose reference is turned most, of aligned
+            ones that whose is turned least.
+    """
+
+    subset: str
+    condition: str
+    outcomes: dict[tuple[str, int], Outcome]
+    example: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.subset}, {self.condition}"
+
+    def by_seed(self, seeds: Sequence[int], value: Callable[[Outcome], Any]) -> list[Any]:
+        """The mean over clips of `value(outcome)`, for every seed; None where no clip has it."""
+        means = []
+        for seed in seeds:
+            known = [value(outcome) for (_, s), outcome in self.outcomes.items() if s == seed]
+            known = [number for number in known if number is not None]
+            means.append(np.nanmean(known, axis=0) if known else None)
+        return means
+
+    def clip_means(self, value: Callable[[Outcome], float | None]) -> dict[str, float]:
+        """The mean over seeds of `value(outcome)`, by clip."""
+        found: dict[str, list[float]] = {}
+        for (clip, _), outcome in self.outcomes.items():
+            if (number := value(outcome)) is not None:
+                found.setdefault(clip, []).append(number)
+        return {clip: float(np.mean(numbers)) for clip, numbers in found.items()}
+
+    def points(self) -> dict[str, tuple[float, float]]:
+        """Clip -> pointing accuracy and PSNR, where both are known."""
+        accuracy = self.clip_means(lambda outcome: outcome.attention.mean("strongest"))
+        psnr = self.clip_means(lambda outcome: outcome.person_psnr)
+        return {clip: (accuracy[clip], psnr[clip]) for clip in sorted(accuracy.keys() & psnr.keys())}
+
+
+def correlations(groups: list[Group]) -> dict[str, Any]:
+    """Pearson's and Spearman's correlation over clips of pointing accuracy with the person's PSNR.
+
+    "all" takes every clip without and with TPC, "gain with TPC" the differences that TPC makes to a clip, the rest
+    one row of the table each. Null where there are too few clips, or all are alike.
+    """
+    points = {group.label: group.points() for group in groups}
+    found = {"all": _correlation([pair for pairs in points.values() for pair in pairs.values()])}
+    gains = []
+    for subset in ATTENTION_SUBSETS:
+        before, after = (points.get(f"{subset}, {condition}", {}) for condition in (WITHOUT, WITH))
+        gains += [np.subtract(after[clip], before[clip]) for clip in before.keys() & after.keys()]
+    found["gain with TPC"] = _correlation(gains)
+    return found | {label: _correlation(list(pairs.values())) for label, pairs in points.items()}
+
+
+def _correlation(pairs: list[Any]) -> dict[str, float | int | None]:
+    values = np.array(pairs, np.float64).reshape(-1, 2)
+    if len(values) < FEWEST_POINTS or (np.ptp(values, axis=0) == 0).any():
+        return {"pearson": None, "spearman": None, "points": len(values)}
+    return {
+        "pearson": float(pearsonr(*values.T).statistic),
+        "spearman": float(spearmanr(*values.T).statistic),
+        "points": len(values),
+    }
