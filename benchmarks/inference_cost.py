@@ -216,14 +216,14 @@ def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
         guided_tpc = unconditional + count(lambda: ours(clip, 0, context, reference=calibrated))
         theirs = count(lambda: published(torch.cat([clip, clip]), 0, torch.cat([context, context])))
         encode_image = count(lambda: reference_net(latent, 0, context))
-        encode_image = count(lambda: vae.encode(image))
+        encode_latents = count(lambda: vae.encode(image))
         control = count(lambda: control_residuals(control_net, latent[:, :, None], 0, context, image))
     windows = len(context_windows(setting.frames, setting.window, setting.overlap))
     images, at_once = drawn_images(setting, groups, propagation)
     every_step = encode_image if setting.follows_timestep else 0.0
     poses = setting.frames * control if setting.follows_timestep else 0.0
     with_tpc = windows * guided_tpc + poses + every_step * (1 + at_once)
-    vae, once = images * encode_image, images * (encode_image - every_step)
+    vae, once = images * encode_latents, images * (encode_image - every_step)
     return Cost(
         published=windows * theirs + poses + 2 * every_step,
         ours=windows * guided + poses + every_step,

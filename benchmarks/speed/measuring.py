@@ -17,35 +17,24 @@ from benchmarks.speed.peers.driver_protocol import DTYPES, peak, reset_peak, wai
 from core.errors import UserError
 
 MATRIX_SIDE = 2048
-Shape = tuple[int, ...]
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
 
 # torch counts the attention kernels of GPUs, and leaves out those of CPUs.
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *rest, **options: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *rest, **options: sdpa_backward_flop_count(grad, query, key, value)
+    ),
 }
 
 
 @dataclass
 class Measured:
-    """What was measured of one thing.
+    """Measurements of one thing; seconds by repetition, `parts` of them by name, `facts` are other numbers.
 
-    Attributes:
-        seconds: of every repetition.
-        peak_bytes: most memory that the process held meanwhile, on its device; 0: not measured.
-        operations: floating-point operations of one repetition, a multiplication and an addition being two; 0: not
-            counted.
-        parts: seconds of parts of one repetition, by name.
-        facts: other numbers, by name.
+    `operations` are floating-point operations of one repetition, a multiplication and an addition being two; 0 there
+    and in `peak_bytes` stands for what was not measured.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -73,11 +62,7 @@ class Measured:
 
 
 def chosen_dtype(name: str) -> torch.dtype:
-    """A number format by its name.
-
-    Raises:
-        UserError: an unknown one.
-    """
+    """A dtype by its name."""
     if name not in DTYPES:
         raise UserError(f"dtypes has {name}; {', '.join(DTYPES)} are known")
     return DTYPES[name]
@@ -94,7 +79,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that says the most bytes held since: of a GPU by torch, else resident in this process.
+    """A function that returns the most bytes held since: of a GPU by torch, else resident in this process.
 
     Resident memory is Linux's high-water mark, which is set back at the start; elsewhere 0.
     """
@@ -104,7 +89,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def counting() -> Iterator[Callable[[], float]]:
-    """Yields a function that says the floating-point operations since: of products, convolutions and attention."""
+    """A function that returns the floating-point operations since: of products, convolutions and attention."""
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         yield lambda: float(counter.get_total_flops())
 
@@ -126,7 +111,7 @@ def in_turns(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, l
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Hardware and versions, on which the numbers depend."""
     import diffusers  # its import takes seconds, which other users of this file need not wait
 
     return {

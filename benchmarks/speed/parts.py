@@ -8,10 +8,9 @@ import torch
 
 from benchmarks.speed.growth import measure_growth, measure_processes
 from benchmarks.speed.inference import RunSize, measure_inference
-from benchmarks.speed.loading import measure_loading
 from benchmarks.speed.measuring import Measured, chosen_dtype, matrix_rate
 from benchmarks.speed.sizes import SpeedSizes, chosen_sizes, open_pipeline
-from benchmarks.speed.training import StepSize, measure_training
+from benchmarks.speed.training import StepSize, measure_loading, measure_training
 from benchmarks.speed.without_models import (
     measure_calibration,
     measure_metrics,

@@ -1,36 +1,89 @@
-"""One training step of each stage on rendered-size noise: forward, backward and optimiser."""
+"""Training steps of `train.py` on batches that lie ready: of each stage, and with people rendered meanwhile."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.speed.measuring import Measured, counting, peak_memory, timed
+from core.config import load_config
 from models.pipeline import AnimationPipeline
 from models.vae import vae_scale_factor
-from training.build import make_scheduler, set_trainable
-from training.config import OptimizerConfig, TrainConfig
+from train import move, train_batch
+from training.build import make_networks, make_scheduler, set_trainable, shrink_frozen
+from training.config import TrainConfig
+from training.data import make_dataset
 from training.memory import enable_gradient_checkpointing
 from training.noise import sample_generators
 from training.objective import diffusion_loss
-from training.run import make_optimizer
+from training.run import Run, batches, make_optimizer, prepare
 from training.traits import TrainingTraits
 
-VAE_CHUNK = 8
+RECIPE = Path(__file__).parents[2] / "configs" / "train_stage1_tiny.yaml"
+UNMEASURED = 3  # steps that fill the loader's queue
+
+
+class TrainingStep:
+    """Loss, backward pass and optimiser of `train.py`, without data set and logging.
+
+    Args:
+        pipeline: float32, on its device; its networks are trained and are not what they were afterwards.
+        batch: "reference", "frames" and "poses", see `training.objective.diffusion_loss`.
+        latent_size: (h, w).
+        frozen: dtype of what the stage does not train.
+    """
+
+    def __init__(
+        self,
+        pipeline: AnimationPipeline,
+        config: TrainConfig,
+        batch: dict[str, Tensor],
+        latent_size: tuple[int, int],
+        frozen: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        self.config, self.batch, self.seed = config, batch, seed
+        self.vae, self.model = pipeline.vae.requires_grad_(False).eval(), pipeline.animator
+        self.parameters = set_trainable(self.model, config)
+        if frozen != torch.float32:
+            shrink_frozen(self.vae, self.model, frozen)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+            self.vae.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.model)
+        self.model.train()
+        self.optimizer, self.scheduler = make_optimizer(self.parameters, config.optimizer), make_scheduler(config.noise)
+        self.traits = TrainingTraits.of(self.model, latent_size)
+
+    def loss(self, autocast: AbstractContextManager) -> Tensor:
+        """Encoding, noise, prediction and min-SNR loss; the draws are those of the seed, every time."""
+        generators = sample_generators(self.seed, range(len(self.batch["frames"])))
+        calibrated, chunk = self.config.augmentation.calibrated, self.config.vae_chunk
+        networks = self.model, self.vae, self.scheduler
+        with autocast:
+            return diffusion_loss(
+                *networks, self.batch, self.config.noise, calibrated, self.traits, generators, chunk
+            ).loss
+
+    def move(self) -> None:
+        """Clip the gradients, update the parameters, drop the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """A training step.
+    """A step of stage "image" or "motion" on `batch` clips of `frames` frames of `side` x `side` pixels.
 
-    Attributes:
-        stage: "image" or "motion".
-        batch: clips; frames: of each.
-        side: of the images in pixels.
-        mixed: whether autocast computes in bfloat16; weights and moments are float32.
-        gradient_checkpointing: compute UNet blocks twice and keep less of them.
-        channels_last: memory format of convolutions.
+    With `mixed`, autocast computes in bfloat16; weights and moments are float32.
     """
 
     stage: str
@@ -52,61 +105,72 @@ def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
 
 
 def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) -> Measured:
-    """Steps of the stage as published, VAE and image encoder included.
-
-    Args:
-        pipeline: float32, on its device; its networks are trained and are not what they were afterwards.
-    """
-    config = TrainConfig(stage=size.stage, output="", optimizer=OptimizerConfig())
-    model, vae, device = pipeline.animator, pipeline.vae, pipeline.device
-    vae.requires_grad_(False)
-    parameters = set_trainable(model, config)
-    if size.channels_last:
-        model.to(memory_format=torch.channels_last)
-        vae.to(memory_format=torch.channels_last)
-    if size.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    model.train()
-    side = size.side // vae_scale_factor(vae)
-    traits, scheduler = TrainingTraits.of(model, (side, side)), make_scheduler(config.noise)
-    optimizer = make_optimizer(parameters, config.optimizer)
-    batch, generators = noise_batch(size, device), sample_generators(0, range(size.batch))
+    """Steps of the stage as published, VAE and image encoder included; see `TrainingStep` for the pipeline."""
+    settings = {"gradient_checkpointing": size.gradient_checkpointing, "channels_last": size.channels_last}
+    side, device = size.side // vae_scale_factor(pipeline.vae), pipeline.device
+    config = TrainConfig(stage=size.stage, output="", **settings)
+    step = TrainingStep(pipeline, config, noise_batch(size, device), (side, side))
     losses: list[Tensor] = []
 
     def forward() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=size.mixed):
-            found = diffusion_loss(
-                model,
-                vae,
-                scheduler,
-                batch,
-                config.noise,
-                config.augmentation.calibrated,
-                traits,
-                generators,
-                VAE_CHUNK,
-            )
-        losses[:] = [found.loss]
+        losses[:] = [step.loss(torch.autocast(device.type, torch.bfloat16, enabled=size.mixed))]
 
-    def move() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    works = {"forward": forward, "backward": lambda: losses[0].backward(), "optimiser": move}
+    works = {"forward": forward, "backward": lambda: losses[0].backward(), "optimiser": step.move}
     measured = Measured(parts={name: [] for name in works})
     for repeat in range(repeats + 1):
         with peak_memory(device) as peak:
             taken = {name: timed(work, device) for name, work in works.items()}
-            if repeat:  # the first step also sets things up
-                measured.peak_bytes = max(measured.peak_bytes, peak())
-        if repeat:
-            measured.seconds.append(sum(taken.values()))
-            for name, seconds in taken.items():
-                measured.parts[name].append(seconds)
+            if repeat == 0:  # the first step also sets things up
+                continue
+            measured.peak_bytes = max(measured.peak_bytes, peak())
+        measured.seconds.append(sum(taken.values()))
+        for name, seconds in taken.items():
+            measured.parts[name].append(seconds)
     with counting() as counted:
         for work in works.values():
             work()
         measured.operations = counted()
-    measured.facts["trained_parameters"] = int(np.sum([parameter.numel() for parameter in parameters]))
+    measured.facts["trained_parameters"] = sum(parameter.numel() for parameter in step.parameters)
     return measured
+
+
+def measure_loading(vae: str, workers: list[int], batch_size: int, steps: int) -> dict[str, Measured]:
+    """Training steps of the small model with people rendered on the fly, by number of loader processes.
+
+    Facts: busy, the share of the time in which the model computes and does not wait for its batch.
+    """
+    arguments = ["--config", str(RECIPE), "output=unused", f"batch_size={batch_size}"]
+    config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
+    config.model.vae, config.max_steps = vae, steps + UNMEASURED
+    found = {}
+    for number in workers:
+        data = replace(config.data, cache=None, cache_latents=False, workers=number)
+        found[f"{number} workers"] = _measure_waiting(replace(config, data=data))
+    return found
+
+
+def _measure_waiting(config: TrainConfig) -> Measured:
+    vae, model = make_networks(config)
+    set_trainable(model, config)
+    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
+    with TemporaryDirectory() as folder:
+        steps = list(_steps(prepare(config, Path(folder), accelerator, vae, model)))[UNMEASURED:]
+    waiting, computing = map(list, zip(*steps, strict=True))
+    measured = Measured([sum(step) for step in steps], parts={"waiting": waiting, "computing": computing})
+    measured.facts["busy"] = sum(computing) / sum(measured.seconds)
+    return measured
+
+
+def _steps(run: Run) -> Iterator[tuple[float, float]]:
+    """Seconds that each step waited for its batch, and computed."""
+    clips = make_dataset(run.config.data, run.config.max_steps * run.clips_per_step)
+    run.model.train()
+    started = time.perf_counter()
+    for batch, generators in batches(run, clips):
+        got = time.perf_counter()
+        with run.accelerator.accumulate(run.model):
+            train_batch(run, batch, generators)
+            move(run)
+        done = time.perf_counter()
+        yield got - started, done - got
+        started = time.perf_counter()
