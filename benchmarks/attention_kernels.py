@@ -2,10 +2,10 @@
 
     python -m benchmarks.attention_kernels [tokens=[64,256,512,1024]] [dtypes=[float32,bfloat16]] [threads=2]
 
-Keys are twice as many as queries, as where frames see themselves and a reference. `training.kernels` follows from it.
+Keys are twice as many as queries, as where frames attend to themselves and a reference. `training.kernels` follows
+from it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +22,8 @@ KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "products": SDPBackend.MATH}
 
 @dataclass
 class KernelsConfig:
-    """tokens: of a frame; dtypes: number formats; frames, heads, channels: of the queries, channels by head; threads:
-    of a CPU, 0 = torch's choice."""
+    """tokens: of a frame; frames, heads, channels: of the queries, channels by head; threads: of a CPU, 0 = torch's
+    choice."""
 
     tokens: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
@@ -34,8 +34,8 @@ class KernelsConfig:
     repeats: int = 5
 
 
-def passes(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """Functions that say the seconds of a forward and backward pass, by kernel."""
+def measure(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Least seconds of a forward and backward pass, by kernel."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def drawn(count: int) -> Tensor:
@@ -48,7 +48,8 @@ def passes(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str, 
         with sdpa_kernel(kernel):
             return timed(lambda: scaled_dot_product_attention(query, key, value).sum().backward(), device)
 
-    return {name: lambda kernel=kernel: once(kernel) for name, kernel in KERNELS.items()}
+    works = {name: lambda kernel=kernel: once(kernel) for name, kernel in KERNELS.items()}
+    return {name: min(seconds) for name, seconds in in_turns(works, config.repeats).items()}
 
 
 def main(arguments: list[str]) -> None:
@@ -56,13 +57,11 @@ def main(arguments: list[str]) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    print("| tokens | number format | fused, ms | products, ms |\n|---|---|---|---|")
+    print("| tokens | dtype | fused, ms | products, ms |\n|---|---|---|---|")
     for tokens in config.tokens:
         for name in config.dtypes:
-            taken = in_turns(passes(config, tokens, chosen_dtype(name)), config.repeats)
-            print(
-                f"| {tokens} | {name} | " + " | ".join(f"{1e3 * min(taken[kernel]):.1f}" for kernel in KERNELS) + " |"
-            )
+            taken = measure(config, tokens, chosen_dtype(name))
+            print(f"| {tokens} | {name} | " + " | ".join(f"{1e3 * taken[kernel]:.1f}" for kernel in KERNELS) + " |")
 
 
 if __name__ == "__main__":

@@ -51,24 +51,16 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One animator at one size.
-
-    Attributes:
-        latent_size: (h, w).
-        window, overlap: frames.
-        steps: denoising steps of a run.
-        blocks: layers that see the reference, "full" or "midup".
-        follows_timestep: the reference is encoded at every step, and a ControlNet runs.
-    """
+    """One animator at one size."""
 
     name: str
     frames: int
-    latent_size: tuple[int, int]
-    window: int
-    overlap: int
+    latent_size: tuple[int, int]  # (h, w)
+    window: int  # frames
+    overlap: int  # frames
     steps: int
-    blocks: str
-    follows_timestep: bool
+    blocks: str  # layers that attend to the reference, "full" or "midup"
+    follows_timestep: bool  # the reference is encoded at every step, and a ControlNet runs
     context_tokens: int
 
 
@@ -81,24 +73,15 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations in 10^12.
+    """Operations in 10^12."""
 
-    Attributes:
-        published, ours: one guided step of the whole clip, without TPC.
-        with_tpc: the same with one calibrated person: attention, and encoding where it happens at every step.
-        calibrated_images: different ones that the steps of a run draw.
-        vae: encodes these images, once a run.
-        reference_net: encodes them, once a run; 0 where it runs at every step, as part of `with_tpc`.
-        run: all steps of a run with TPC, and the encoding.
-    """
-
-    published: float
-    ours: float
-    with_tpc: float
-    calibrated_images: int
-    vae: float
-    reference_net: float
-    run: float
+    published: float  # one guided step of the whole clip, without TPC
+    ours: float  # the same
+    with_tpc: float  # the same with one calibrated person, and encoding where it happens at every step
+    calibrated_images: int  # different ones that the steps of a run draw
+    vae: float  # encoding of these images, once a run
+    reference_net: float  # the same; 0 where it runs at every step, as part of `with_tpc`
+    run: float  # all steps of a run with TPC, and the encoding
 
     @property
     def encoding(self) -> float:

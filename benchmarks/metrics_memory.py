@@ -7,7 +7,6 @@ with random projections in place of the networks, whose own memory is another ma
 process's peak over its size before the first frame.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.speed.peers.driver_protocol import resident_peak
 from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
@@ -29,6 +29,7 @@ from metrics.features import FeatureExtractor, image_tensor
 from metrics.protocols import PROTOCOLS
 
 DIMENSIONS = {"fid": 2048, "fid_vid": 2048, "fvd": 400}
+MIB = 2**20
 
 
 @dataclass
@@ -62,33 +63,27 @@ def noise_pairs(count: int, side: int, seed: int) -> Iterator[FramePair]:
         yield FramePair(truth ^ rng.integers(0, 64, truth.shape, dtype=np.uint8), truth)
 
 
-def peak_mebibytes() -> float:
-    """The largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(MemoryConfig, arguments)
-    protocol = PROTOCOLS["native"]
-    measures = ("mae", "psnr", "ssim", *DIMENSIONS)
     extractors = {name: projection(dimension, name != "fid") for name, dimension in DIMENSIONS.items()}
-    metric_suite = MetricSuite(protocol, measures, ("",), extractors=extractors, batch_size=16)
-    each = config.frames // config.clips
-    before, started = peak_mebibytes(), time.perf_counter()
+    measures = ("mae", "psnr", "ssim", *DIMENSIONS)
+    suite = MetricSuite(PROTOCOLS["native"], measures, ("",), extractors=extractors, batch_size=16)
+    frames_of_clip = config.frames // config.clips
+    before, started = resident_peak(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
 
         def work(name: str, part: Path) -> None:
-            measure_clip(noise_pairs(each, config.side, int(name)), metric_suite, part)
+            measure_clip(noise_pairs(frames_of_clip, config.side, int(name)), suite, part)
 
         folders = run_parts([str(k) for k in range(config.clips)], work, Path(folder), process_state("cpu"), "clips")
-        measuring = peak_mebibytes()
-        numbers = summarise(folders, metric_suite)
-        stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+        measuring = resident_peak()
+        numbers = summarise(folders, suite)
+        stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     results = {
-        "frames": each * config.clips,
-        "growth_while_measuring_mib": round(measuring - before),
-        "growth_in_all_mib": round(peak_mebibytes() - before),
-        "parts_on_disk_mib": round(stored),
+        "frames": frames_of_clip * config.clips,
+        "growth_while_measuring_mib": round((measuring - before) / MIB),
+        "growth_in_all_mib": round((resident_peak() - before) / MIB),
+        "parts_on_disk_mib": round(stored / MIB),
         "seconds": round(time.perf_counter() - started),
         "samples": {name: number.samples for name, number in numbers.items()},
     }

@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_strategies config=configs/train_stage1_tiny.yaml overrides="model.vae=runs/vae/vae"
 
-Prints a table: the command, its processes, clips a step, seconds a step, clips a second, and the most memory that the
-main process held: on its GPU, or resident without one.
+Prints a table: the command, its processes, its batch size, seconds a step, clips a second, and the most memory that
+the main process held: on its GPU, or resident without one.
 """
 
 import json
@@ -26,13 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class StrategiesConfig:
-    """Which runs to compare.
-
-    config: of `train.py`.
-    overrides: further arguments of `train.py`, as one text.
-    strategies: files of `configs/accelerate/`.
-    steps: of each run; the first one, which allocates, is left out of the speed.
-    """
+    """config, overrides (further arguments, as one text): of `train.py`; strategies: files of `configs/accelerate/`;
+    steps: of each run, whose first one, which allocates, is left out of the speed."""
 
     config: str = MISSING
     overrides: str = ""
@@ -48,7 +43,7 @@ def measure(name: str, config: StrategiesConfig) -> str:
     with tempfile.TemporaryDirectory() as output:
         command = [str(Path(sys.executable).parent / shown[0]), *shown[1:], "--config", config.config]
         command += [*shlex.split(config.overrides), f"output={output}", f"max_steps={config.steps}"]
-        # DeepSpeed does not take channels_last, so nobody gets it.
+        # DeepSpeed does not take channels_last, so no strategy gets it.
         command += ["log_steps=1", "checkpoint_steps=1000000", "validation.steps=0", "channels_last=false"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -58,14 +53,14 @@ def measure(name: str, config: StrategiesConfig) -> str:
         speed = median(event.value for event in events.Scalars("samples_per_second")[1:])
         memory = max(event.value for event in events.Scalars("peak_memory_gib"))
         progress = json.loads((Path(output) / f"checkpoint-{config.steps}" / "progress.json").read_text())
-    clips = progress["clips"] // config.steps
-    cells = [f"`{' '.join(shown[:4])} ...`", progress["processes"], clips, f"{clips / speed:.2f}", f"{speed:.2f}"]
+    batch = progress["clips"] // config.steps
+    cells = [f"`{' '.join(shown[:4])} ...`", progress["processes"], batch, f"{batch / speed:.2f}", f"{speed:.2f}"]
     return "| " + " | ".join(map(str, [*cells, f"{memory:.2f}"])) + " |"
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(StrategiesConfig, arguments)
-    print("| command | processes | clips a step | s a step | clips a second | GiB, main process |")
+    print("| command | processes | batch size | s a step | clips a second | GiB, main process |")
     print("|---|---|---|---|---|---|")
     for name in config.strategies:
         print(measure(name, config), flush=True)

@@ -1,27 +1,36 @@
-"""Inference: whole runs without TPC and with TPC for some numbers of persons, in turns."""
+"""Inference: whole runs without TPC and with TPC for some numbers of persons, in turns; and how their cost grows."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from benchmarks.speed.measuring import Measured, counting, peak_memory, wait_for
 from benchmarks.speed.scene import Scene, make_scene
+from core.errors import UserError
+from data.inputs import SAMPLES
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run: frames, denoised in one window where `window` is 0; side of the images in pixels; denoising steps, at
-    least 2; guidance_scale, 1 for none."""
+    """A run of frames of `side` x `side` pixels, denoised in one window where `window` is 0."""
 
     frames: int
     side: int
-    steps: int
-    guidance_scale: float
+    steps: int  # at least 2
+    guidance_scale: float  # 1 for none
     window: int = 0
 
 
@@ -37,15 +46,12 @@ class StepClock:
         return tensors
 
     def parts(self) -> dict[str, list[float]]:
-        """Amounts by part of the run, up to now.
-
-        Steps are those after the first one, during which kernels are chosen. What comes before the first step and is
-        not as long as another one is encoding: of the reference, of calibrated images, of poses.
-        """
+        """Amounts by part of the run, up to now."""
         ends = [*self.marks, self.now()]
         taken = [after - before for before, after in zip(ends, ends[1:], strict=False)]
-        steps = taken[1:-1]
+        steps = taken[1:-1]  # without the first one, during which kernels are chosen
         typical = sorted(steps)[len(steps) // 2]
+        # The first mark ends encoding (of reference, calibrated images, poses) and a step as long as another one.
         return {"encoding": [max(taken[0] - typical, 0.0)], "step": [typical], "decoding": [taken[-1]]}
 
 
@@ -71,11 +77,7 @@ def run_once(
 def measure_inference(
     pipeline: AnimationPipeline, size: RunSize, persons: list[int], preset: CalibrationConfig, repeats: int
 ) -> dict[str, Measured]:
-    """Runs without TPC and with TPC for each of some numbers of persons, calibration included, in turns.
-
-    Returns:
-        By "without TPC" and "TPC, <n> persons".
-    """
+    """Runs "without TPC" and with "TPC, <n> persons", calibration included, in turns."""
     scenes = {"without TPC": (make_scene(1, size.frames, size.side), False)}
     for number in persons:
         scenes[f"TPC, {number} person{'s' * (number > 1)}"] = make_scene(number, size.frames, size.side), True
@@ -96,16 +98,66 @@ def measure_inference(
             for part, values in {"calibration": [calibrating], **parts}.items():
                 measured.parts.setdefault(part, []).extend(values)
     for name, (scene, calibrated) in scenes.items():
-        count_run(pipeline, scene, scene.calibration(preset) if calibrated else None, size, found[name])
+        calibration = scene.calibration(preset) if calibrated else None
+        with counting() as counted:
+            clock = StepClock(counted)
+            run_once(pipeline, scene, calibration, size, clock)
+            found[name].operations = counted()
+            found[name].facts["step_gflop"] = clock.parts()["step"][0] / 1e9
     return found
 
 
-def count_run(
-    pipeline: AnimationPipeline, scene: Scene, calibration: Calibration | None, size: RunSize, measured: Measured
-) -> None:
-    """Count the operations of a run and of its step."""
-    with counting() as counted:
-        clock = StepClock(counted)
-        run_once(pipeline, scene, calibration, size, clock)
-        measured.operations = counted()
-        measured.facts["step_gflop"] = clock.parts()["step"][0] / 1e9
+def measure_growth(
+    pipeline: AnimationPipeline, size: RunSize, preset: CalibrationConfig, repeats: int
+) -> dict[str, Measured]:
+    """Runs with TPC of one person at several numbers of frames and resolutions, and of up to four persons."""
+    found = {}
+    # More frames than a window are denoised in windows of `size.frames`.
+    runs = {f"frames {size.frames * n}": replace(size, frames=size.frames * n) for n in (1, 2, 4)}
+    runs |= {f"side {size.side * share // 4}": replace(size, side=size.side * share // 4) for share in (2, 4, 6)}
+    for name, run in runs.items():
+        taken = measure_inference(pipeline, replace(run, window=size.frames), [1], preset, repeats)
+        found[name] = taken["TPC, 1 person"]
+    for name, measured in measure_inference(pipeline, size, [1, 2, 3, 4], preset, repeats).items():
+        found[f"persons {name.split()[1] if name.startswith('TPC') else 0}"] = measured
+    return found
+
+
+def measure_processes(processes: list[int], clips: int, steps: int) -> dict[str, Measured]:
+    """A list of clips animated by `infer.py` in one and in several processes of one thread each.
+
+    Facts: clips_per_minute, while clips are animated and with everything that starting takes.
+    """
+    return {f"{number} processes": _animate_list(number, clips, steps) for number in processes}
+
+
+def _animate_list(processes: int, clips: int, steps: int) -> Measured:
+    with TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.jsonl"
+        names = {"reference": str(SAMPLES / "rendered.png"), "driving": str(SAMPLES / "dance.mp4")}
+        lines = [json.dumps(names | {"output": f"{folder}/{clip}"}) for clip in range(clips)]
+        pairs.write_text("\n".join(lines))
+        # accelerate calls several processes of one machine "multi_gpu", on CPUs too.
+        kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+        command = [str(Path(sys.executable).parent / "accelerate"), "launch", *kind, "--num_processes", str(processes)]
+        command += [
+            "infer.py",
+            f"pairs={pairs}",
+            f"output={folder}",
+            f"steps={steps}",
+            "num_frames=8",
+            "compare=false",
+        ]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        started = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
+        taken = time.perf_counter() - started
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+        written = sorted((Path(folder) / str(clip) / "result.json").stat().st_mtime_ns / 1e9 for clip in range(clips))
+    # Clips that follow the first round of the processes are free of start-up.
+    later = written[-1] - written[processes - 1]
+    measured = Measured([taken])
+    measured.facts["clips_per_minute"] = 60 * (clips - processes) / later
+    measured.facts["clips_per_minute_with_start"] = 60 * clips / taken
+    return measured

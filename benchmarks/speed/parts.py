@@ -6,17 +6,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.growth import measure_growth, measure_processes
-from benchmarks.speed.inference import RunSize, measure_inference
+from benchmarks.speed.inference import RunSize, measure_growth, measure_inference, measure_processes
 from benchmarks.speed.measuring import Measured, chosen_dtype, matrix_rate
 from benchmarks.speed.sizes import SpeedSizes, chosen_sizes, open_pipeline
 from benchmarks.speed.training import StepSize, measure_loading, measure_training
-from benchmarks.speed.without_models import (
-    measure_calibration,
-    measure_metrics,
-    measure_rendering,
-    pixel_instruments,
-)
+from benchmarks.speed.without_models import measure_calibration, measure_metrics, measure_rendering
 from core.errors import UserError
 from models.animators.registry import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
@@ -26,16 +20,14 @@ PARTS = ("machine", "inference", "training", "calibration", "loading", "metrics"
 
 @dataclass
 class SpeedConfig:
-    """What is measured.
+    """What is measured, and how often.
 
     size: of networks with random weights; model: pipeline folder to measure in their place.
     parts: some of `PARTS`; dtypes: of inference; in training bfloat16 is autocast.
     frames, side, steps, batch, clip_frames: in place of those of `size`.
     persons: of runs with TPC; guidance_scale: 1 halves the time.
-    channels_last: memory format of convolutions.
-    gradient_checkpointing: of training.
-    vae: of the loader's training; batch_size: clips a step there; workers: numbers of loader processes.
-    clips: animated by one and by two processes. loading_steps: of each run there.
+    vae, batch_size, workers, loading_steps: of the training that loads rendered people, one run a number of workers.
+    clips: animated in every number of `processes`.
     threads: of a CPU, 0: torch's choice.
     """
 
@@ -50,8 +42,6 @@ class SpeedConfig:
     clip_frames: int | None = None
     persons: list[int] = field(default_factory=lambda: [1, 2])
     guidance_scale: float = 3.5
-    channels_last: bool = False
-    gradient_checkpointing: bool = False
     vae: str = str(SHIPPED_MODEL / "vae")
     batch_size: int = 16
     workers: list[int] = field(default_factory=lambda: [0, 1])
@@ -91,19 +81,15 @@ class SpeedConfig:
 
 
 def pipeline_of(config: SpeedConfig, dtype: str):
-    """The pipeline that is measured, in a number format on the device."""
+    """The pipeline that is measured, of a dtype, on the device."""
     device = torch.device(choose_device(config.device, dtype)[0])
-    return open_pipeline(config.model, config.sizes(), device, chosen_dtype(dtype), config.channels_last)
+    return open_pipeline(config.model, config.sizes(), device, chosen_dtype(dtype))
 
 
 def machine(config: SpeedConfig) -> dict[str, Measured]:
-    """Rates of matrix products by number format, what the rest is compared to."""
     device = torch.device(choose_device(config.device, "float32")[0])
-    found = {}
-    for name in config.dtypes:
-        rate = matrix_rate(device, chosen_dtype(name))
-        found[name] = Measured([1.0], facts={"gflop_per_second": rate / 1e9})
-    return found
+    rates = {name: matrix_rate(device, chosen_dtype(name)) for name in config.dtypes}
+    return {name: Measured([1.0], facts={"gflop_per_second": rate / 1e9}) for name, rate in rates.items()}
 
 
 def inference(config: SpeedConfig, dtype: str) -> dict[str, Measured]:
@@ -112,15 +98,8 @@ def inference(config: SpeedConfig, dtype: str) -> dict[str, Measured]:
 
 def training(config: SpeedConfig, stage: str, dtype: str) -> dict[str, Measured]:
     sizes = config.sizes()
-    size = StepSize(
-        stage,
-        sizes.batch if stage == "image" else 1,
-        1 if stage == "image" else sizes.clip_frames,
-        sizes.side,
-        dtype == "bfloat16",
-        config.gradient_checkpointing,
-        config.channels_last and stage == "image",
-    )
+    clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
+    size = StepSize(stage, clips, frames, sizes.side, mixed=dtype == "bfloat16")
     return {f"stage={stage}": measure_training(pipeline_of(config, "float32"), size, config.repeats)}
 
 
@@ -130,12 +109,11 @@ def loading(config: SpeedConfig) -> dict[str, Measured]:
 
 
 def growth(config: SpeedConfig, dtype: str) -> dict[str, Measured]:
-    grown = measure_growth(pipeline_of(config, dtype), config.run_size(), config.tpc, 1)
-    return {f"{what} {name}": measured for what, values in grown.items() for name, measured in values.items()}
+    return measure_growth(pipeline_of(config, dtype), config.run_size(), config.tpc, 1)
 
 
 def works(config: SpeedConfig) -> dict[str, tuple]:
-    """What each part is made of: name -> function and its arguments."""
+    """Function and arguments of each part that is measured, by name."""
     sizes = config.sizes()
     found: dict[str, tuple] = {"machine": (machine, config)}
     for dtype in config.dtypes:
@@ -144,7 +122,7 @@ def works(config: SpeedConfig) -> dict[str, tuple]:
             found[f"training {stage} {dtype}"] = training, config, stage, dtype
     found["calibration"] = measure_calibration, 4 * sizes.frames, sizes.side, config.repeats
     found["loading"] = loading, config
-    found["metrics"] = measure_metrics, pixel_instruments(), 4 * sizes.frames, sizes.side
+    found["metrics"] = measure_metrics, 4 * sizes.frames, sizes.side
     found[f"growth {config.dtypes[-1]}"] = growth, config, config.dtypes[-1]
     found["processes"] = measure_processes, config.processes, config.clips, sizes.steps
     return {name: work for name, work in found.items() if name.split()[0] in config.parts}

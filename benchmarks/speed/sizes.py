@@ -24,26 +24,17 @@ PIXELS = 8  # of an image's side per latent
 
 @dataclass(frozen=True)
 class SpeedSizes:
-    """Widths of the networks, and what they are measured on.
+    """Widths of the networks, and what they are measured on."""
 
-    Attributes:
-        unet: both UNets; motion modules are those of AnimateDiff v2 at any width.
-        vae: widths of the AutoencoderKL's levels.
-        image_encoder: width, layers and heads of a CLIP vision encoder with patches of 14 pixels.
-        image_size: side of the image encoder's images in pixels.
-        side: of the images in pixels; frames: of a clip that is denoised in one window; steps: of a run.
-        batch: clips a training step in stage=image; clip_frames: of the clip of stage=motion.
-    """
-
-    unet: UNetSizes
-    vae: tuple[int, ...]
-    image_encoder: tuple[int, int, int]
-    image_size: int
-    side: int
-    frames: int
+    unet: UNetSizes  # of both UNets; motion modules are those of AnimateDiff v2 at any width
+    vae: tuple[int, ...]  # widths of the levels
+    image_encoder: tuple[int, int, int]  # width, layers and heads of a CLIP vision encoder with patches of 14 pixels
+    image_size: int  # pixels, of the image encoder
+    side: int  # pixels, of the animation
+    frames: int  # of a clip that is denoised in one window
     steps: int
-    batch: int
-    clip_frames: int
+    batch: int  # images of a training step in stage=image
+    clip_frames: int  # of the one clip of a training step in stage=motion
 
 
 _SD15 = UNetSizes()
@@ -85,14 +76,7 @@ SIZES = {
 
 
 def chosen_sizes(name: str, **given: int | None) -> SpeedSizes:
-    """Sizes by name.
-
-    Args:
-        given: further entries in place of their own, as far as they are not None.
-
-    Raises:
-        UserError: an unknown one.
-    """
+    """Sizes by name, with `given` entries in place of their own as far as they are not None."""
     if name not in SIZES:
         raise UserError(f"size={name} is not one of {', '.join(SIZES)}")
     return replace(SIZES[name], **{key: value for key, value in given.items() if value is not None})
@@ -148,20 +132,10 @@ def networks_of(pipeline: AnimationPipeline) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def use_channels_last(pipeline: AnimationPipeline) -> None:
-    """Change the memory format of all its networks."""
-    for network in networks_of(pipeline):
-        network.to(memory_format=torch.channels_last)
-
-
-def open_pipeline(
-    model: str | None, sizes: SpeedSizes, device: torch.device, dtype: torch.dtype, channels_last: bool
-) -> AnimationPipeline:
+def open_pipeline(model: str | None, sizes: SpeedSizes, device: torch.device, dtype: torch.dtype) -> AnimationPipeline:
     """The pipeline folder `model`, or one of `sizes` with random weights where there is none."""
     pipeline = load_pipeline(model) if model else make_pipeline(sizes)
     pipeline.set_progress_bar_config(disable=True)
     for network in networks_of(pipeline):
         torch.nn.Module.to(network, device, dtype)  # without the warning that diffusers has for loading
-    if channels_last:
-        use_channels_last(pipeline)
     return pipeline

@@ -53,13 +53,13 @@ class TrainingStep:
         self.parameters = set_trainable(self.model, config)
         if frozen != torch.float32:
             shrink_frozen(self.vae, self.model, frozen)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.model.train()
-        self.optimizer, self.scheduler = make_optimizer(self.parameters, config.optimizer), make_scheduler(config.noise)
+        self.optimizer, self.scheduler = (
+            make_optimizer(self.parameters, config.optimizer),
+            make_scheduler(config.noise),
+        )
         self.traits = TrainingTraits.of(self.model, latent_size)
 
     def loss(self, autocast: AbstractContextManager) -> Tensor:
@@ -91,8 +91,6 @@ class StepSize:
     frames: int
     side: int
     mixed: bool
-    gradient_checkpointing: bool = False
-    channels_last: bool = False
 
 
 def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
@@ -106,10 +104,8 @@ def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
 
 def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) -> Measured:
     """Steps of the stage as published, VAE and image encoder included; see `TrainingStep` for the pipeline."""
-    settings = {"gradient_checkpointing": size.gradient_checkpointing, "channels_last": size.channels_last}
     side, device = size.side // vae_scale_factor(pipeline.vae), pipeline.device
-    config = TrainConfig(stage=size.stage, output="", **settings)
-    step = TrainingStep(pipeline, config, noise_batch(size, device), (side, side))
+    step = TrainingStep(pipeline, TrainConfig(size.stage, output=""), noise_batch(size, device), (side, side))
     losses: list[Tensor] = []
 
     def forward() -> None:

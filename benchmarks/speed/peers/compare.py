@@ -41,7 +41,7 @@ INFERENCE = "inference"
 
 @dataclass
 class CompareConfig:
-    """What to compare, and how often.
+    """What is compared, and how often.
 
     peer: "moore" (Moore-AnimateAnyone), "magic_animate", or "tpc_animate", another checkout of this project.
     checkout: folder of its code; python: the interpreter of an environment in which that runs.
@@ -53,7 +53,6 @@ class CompareConfig:
     rounds: repetitions, after one run of each side that sets things up.
     steps, guidance: of inference.
     device: "cpu" or "cuda"; threads: of each side; null: all processors.
-    channels_last: memory format of our convolutions.
     weights: folder that keeps the random weights for the next time; null: a temporary one.
     output: folder; null prints the table only.
     """
@@ -72,7 +71,6 @@ class CompareConfig:
     guidance: float = 3.5
     device: str = "cpu"
     threads: int | None = None
-    channels_last: bool = False
     weights: str | None = None
     output: str | None = None
 
@@ -110,7 +108,7 @@ def sizes_of(config: CompareConfig) -> SpeedSizes:
 
 
 def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
-    """What is measured: work, whether gradients are checkpointed, and the drivers' command."""
+    """All that is measured: work, whether gradients are checkpointed, and the drivers' command."""
     found = []
     for work in config.works or (INFERENCE, *chosen_peer(config.peer).stages):
         if work == INFERENCE:
@@ -123,23 +121,16 @@ def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
 
 
 def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]:
-    """Measure everything that the configuration names.
+    """A row for each work and dtype that the configuration names, with the weights of a folder.
 
-    Args:
-        folder: of the weights, see `weights.write_weights`.
-
-    Returns:
-        A row for each work and number format. The peer's failures are part of the result, but for the first one.
-
-    Raises:
-        UserError: our side fails, or nothing of the peer runs.
+    The peer's failures are part of the result; where nothing of the peer runs, the first one is an error.
     """
     family = chosen_peer(config.peer).family
     device, _ = choose_device(config.device, "float32")
     threads = config.threads or os.cpu_count() or 1
     rows: list[Row] = []
     for dtype in config.dtypes:
-        settings = peer_settings(family, sizes, dtype, device.type, threads, channels_last=config.channels_last)
+        settings = peer_settings(family, sizes, dtype, device.type, threads)
         for work, checkpointed, command in commands(config):
             row = measure(config, settings, folder, Row(work, dtype, checkpointed), command)
             if row.reason and not any(earlier.theirs for earlier in rows):
@@ -149,7 +140,7 @@ def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]
 
 
 def measure(config: CompareConfig, settings: PeerSettings, folder: Path, row: Row, command: dict[str, Any]) -> Row:
-    """`row` with what both sides answered to a command, in turns."""
+    """`row` with the answers of both sides to a command, in turns."""
     ours, theirs, reason = [], [], None
     with ExitStack() as stack:
         our_side = stack.enter_context(PeerSession.of_ours(settings, folder))

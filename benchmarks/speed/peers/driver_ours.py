@@ -2,9 +2,8 @@
 
     python -u -m benchmarks.speed.peers.driver_ours CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
-Weights are converted from the published files as `models.checkpoints convert` does. Inference opens the folder that it
-writes, as `infer.py` does, and is the pipeline's `__call__`; a training step is that of `train.py`, with the same
-functions: encoding, noise, prediction, min-SNR loss, backward pass, clipping, AdamW.
+Weights are converted from the published files as `models.checkpoints convert` does. Inference is the `__call__` of the
+pipeline in the folder that it writes; a training step is that of `train.py`, by the same functions.
 """
 
 import sys
@@ -16,28 +15,22 @@ from PIL import Image
 
 from benchmarks.speed.peers.driver_protocol import DTYPES, Driver, Job, StepTimes, read_job, serve
 from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
-from benchmarks.speed.sizes import use_channels_last
+from benchmarks.speed.training import TrainingStep
 from core.files import complete_folder
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import BUILDERS
 from models.checkpoints.sources import ConvertConfig, Sources
 from models.images import ImageBatch
 from models.pipeline import AnimationPipeline
-from training.build import make_scheduler, set_trainable, shrink_frozen
 from training.config import NoiseConfig, TrainConfig
-from training.memory import enable_gradient_checkpointing
-from training.noise import sample_generators
-from training.objective import diffusion_loss
-from training.run import make_optimizer
-from training.traits import TrainingTraits
 
 
 def load(job: Job, dtype: str) -> AnimationPipeline:
-    """The pipeline that `convert` would write."""
+    """The pipeline that `convert` would write, on the job's device."""
     config = ConvertConfig(job.settings["family"], output="", weights=str(job.folder), dtype=dtype)
     pipeline = BUILDERS[config.family](Sources(config))
     pipeline.set_progress_bar_config(disable=True)
-    return placed(pipeline, job)
+    return pipeline.to(job.device)
 
 
 def open_saved(job: Job, dtype: str) -> AnimationPipeline:
@@ -48,15 +41,7 @@ def open_saved(job: Job, dtype: str) -> AnimationPipeline:
             load(job, dtype).save_pretrained(path)
     pipeline = load_pipeline(folder, DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
-    return placed(pipeline, job)
-
-
-def placed(pipeline: AnimationPipeline, job: Job) -> AnimationPipeline:
-    """On the job's device, in its memory format."""
-    pipeline.to(job.device)
-    if job.settings["channels_last"]:
-        use_channels_last(pipeline)
-    return pipeline
+    return pipeline.to(job.device)
 
 
 @dataclass(frozen=True)
@@ -67,11 +52,8 @@ class EncodedImage:
 
 
 def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> AnimationPipeline:
-    """The same networks, rounding what the peers round: features of the reference to half precision, and its image
-    for the image encoder to bytes, after it was resized.
-
-    What then differs from a peer in float32 is the order of additions alone.
-    """
+    """The same networks, rounding what the peers round: features of the reference to half precision, and its resized
+    image for the image encoder to bytes. What then differs in float32 is the order of additions alone."""
 
     class Animator(pipeline.animator_cls):
         def encode_reference(self, images: ImageBatch) -> torch.Tensor:
@@ -93,7 +75,7 @@ def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> A
 
 
 class Inference:
-    """The pipeline, in the job's number format."""
+    """The pipeline, in the job's dtype."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -128,42 +110,23 @@ class Training:
     def __init__(self, job: Job, stage: str, gradient_checkpointing: bool):
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-        self.job, self.stage, self.gradient_checkpointing = job, stage, gradient_checkpointing
-        pipeline = load(job, "float32")
+        self.job = job
         noise = NoiseConfig(noise_offset=NOISE_OFFSET, condition_dropout=0.0)
-        self.config = config = TrainConfig(stage=stage, output="", noise=noise)
-        self.vae, self.model = pipeline.vae.requires_grad_(False).eval(), pipeline.animator
-        self.parameters = set_trainable(self.model, config)
-        if job.dtype != torch.float32:
-            shrink_frozen(self.vae, self.model, job.dtype)
-        if gradient_checkpointing:
-            enable_gradient_checkpointing(self.model)
-        self.model.train()
-        self.optimizer = make_optimizer(self.parameters, config.optimizer)
-        self.scheduler = make_scheduler(noise)
-        self.traits = TrainingTraits.of(self.model, tuple(job.settings["latent_size"]))
         batch = job.tensors(f"batch_{stage}")
-        self.batch = {name: batch[name].to(job.device) for name in ("reference", "frames", "poses")}
+        self.training = TrainingStep(
+            load(job, "float32"),
+            TrainConfig(stage=stage, output="", noise=noise, gradient_checkpointing=gradient_checkpointing),
+            {name: batch[name].to(job.device) for name in ("reference", "frames", "poses")},
+            tuple(job.settings["latent_size"]),
+            job.dtype,
+            job.settings["seed"],
+        )
 
     def step(self) -> float:
         """One optimiser step; returns its loss."""
-        generators = sample_generators(self.job.settings["seed"], range(len(self.batch["frames"])))
-        with self.job.autocast():
-            loss = diffusion_loss(
-                self.model,
-                self.vae,
-                self.scheduler,
-                self.batch,
-                self.config.noise,
-                self.config.augmentation.calibrated,
-                self.traits,
-                generators,
-                self.config.vae_chunk,
-            ).loss
+        loss = self.training.loss(self.job.autocast())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.training.move()
         return loss.item()
 
 

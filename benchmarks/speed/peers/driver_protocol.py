@@ -29,15 +29,11 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Job:
-    """What a driver was started with.
+    """What a driver was started with."""
 
-    Attributes:
-        checkout: the peer's code; settings: sizes and inputs, see `weights.py`; folder: weights and inputs.
-    """
-
-    checkout: Path
-    settings: dict[str, Any]
-    folder: Path
+    checkout: Path  # the peer's code
+    settings: dict[str, Any]  # `weights.PeerSettings`
+    folder: Path  # weights and inputs
 
     @property
     def device(self) -> torch.device:
@@ -48,22 +44,23 @@ class Job:
         return DTYPES[self.settings["dtype"]]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Those of one file of inputs, on the CPU."""
+        """The tensors of one file of inputs, on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
 
     def generator(self) -> torch.Generator:
-        """Of the initial noise; on the CPU, so that every device draws the same."""
+        """The generator of the initial noise."""
+        # On the CPU, so that every device draws the same.
         return torch.Generator().manual_seed(self.settings["seed"])
 
     def autocast(self) -> AbstractContextManager:
-        """Computation in the job's number format where weights or inputs have another one."""
+        """Computation in the job's dtype where weights or inputs have another one."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
 
 def read_job(arguments: list[str]) -> Job:
-    """The job of a command line; sets torch's threads. What the run needs lies below absolute paths."""
+    """The job of a command line, with absolute paths; sets torch's threads."""
     checkout, settings, folder = (Path(argument).absolute() for argument in arguments)
     job = Job(checkout, json.loads(settings.read_text(encoding="utf-8")), folder)
     torch.set_num_threads(job.settings["threads"])
@@ -72,14 +69,10 @@ def read_job(arguments: list[str]) -> Job:
 
 @dataclass
 class StepTimes:
-    """When the steps of a run ended, what the last one gave, and the most bytes held until then.
-
-    Attributes:
-        seconds: since any one moment.
-    """
+    """When the steps of a run ended, what the last one gave, and the most bytes held until then."""
 
     device: torch.device
-    seconds: list[float]
+    seconds: list[float]  # since any one moment
     latents: torch.Tensor | None = None
     peak_bytes: int = 0
 
@@ -105,11 +98,7 @@ class StepTimes:
 
 
 def load_complete(kind: Any, folder: Path) -> torch.nn.Module:
-    """`kind.from_pretrained` of diffusers or transformers, which give missing tensors random values and go on.
-
-    Raises:
-        RuntimeError: tensors of the network are missing in the folder.
-    """
+    """`kind.from_pretrained`, without missing tensors: diffusers and transformers draw those at random and go on."""
     network, info = kind.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
         raise RuntimeError(f"{folder.name} lacks {len(info['missing_keys'])} tensors of {kind.__name__}")
@@ -117,7 +106,7 @@ def load_complete(kind: Any, folder: Path) -> torch.nn.Module:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything that was started on a device is done."""
+    """Wait until everything that was started on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -131,8 +120,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def measured(device: torch.device, work: Callable[[], object]) -> dict[str, float]:
-    """Wall-clock seconds of some work, and the most bytes that the process held meanwhile: on a GPU those that torch
-    allocated; else resident memory, and of it what is private to the process (Linux; elsewhere 0)."""
+    """Wall-clock seconds of some work, and the most bytes that the process held meanwhile, see `peak`; on CPUs also
+    those of them that are private to the process (Linux; elsewhere 0)."""
     gc.collect()
     reset_peak(device)
     wait_for(device)
@@ -147,13 +136,10 @@ def measured(device: torch.device, work: Callable[[], object]) -> dict[str, floa
 
 
 class PrivatePeak:
-    """The most private memory that this process holds while the context is open, looked up again and again.
+    """`most`: the largest private memory in bytes that this process holds while the context is open.
 
     Private is what is not a copy of a file: the system can drop weights that are mapped from a file and read them
     again, so resident memory counts what is there and private memory what must be. Linux alone tells them apart.
-
-    Attributes:
-        most: bytes.
     """
 
     def __init__(self, every_seconds: float = 0.02):
@@ -198,9 +184,9 @@ class Driver:
     """The commands. Networks are built at first use, and one kind of work at a time is kept.
 
     Args:
-        inference: makes of a job what has `run(steps, guidance, ...)` and afterwards `times`.
-        training: makes of a job, a stage and whether gradients are checkpointed what has `step()`, which returns the
-            loss; None: the peer cannot be trained.
+        inference: a class made of a job, with `run(steps, guidance, ...)` and afterwards `times`.
+        training: a class made of a job, a stage and whether gradients are checkpointed, with `step()`, which returns
+            the loss; None: the peer cannot be trained.
     """
 
     def __init__(self, job: Job, inference: Callable[[Job], Any], training: Callable[..., Any] | None = None):
@@ -237,12 +223,9 @@ class Driver:
 
 
 def serve(commands: dict[str, Callable[..., dict]]) -> None:
-    """Answer commands, one JSON object a line, until "quit" or the end of the input.
+    """Answer commands {"do": name, argument: value, ...}, one JSON object a line, until "quit" or the input's end.
 
     A command that fails is answered with {"error": ...}; the next one may do better.
-
-    Args:
-        commands: by the name under "do"; the other entries of a command are their arguments.
     """
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

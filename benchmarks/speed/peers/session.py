@@ -20,19 +20,12 @@ ROOT = FOLDER.parents[2]
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with.
+    """An implementation to compare with."""
 
-    Attributes:
-        driver: what Python is given to run, before the driver's three arguments.
-        family: of `models.checkpoints.convert`.
-        holds: a file of every checkout, by which it is recognised.
-        stages: of training that it has code for.
-    """
-
-    driver: tuple[str, ...]
-    family: str
-    holds: str
-    stages: tuple[str, ...]
+    driver: tuple[str, ...]  # what Python is given to run, before the driver's three arguments
+    family: str  # of `models.checkpoints.convert`
+    holds: str  # a file of every checkout, by which it is recognised
+    stages: tuple[str, ...]  # of training that it has code for
 
 
 # Another checkout of this project is compared like a peer, and itself with itself says how far to trust the numbers.
@@ -60,11 +53,7 @@ PEERS = {
 
 
 def chosen_peer(name: str) -> Peer:
-    """A peer by name.
-
-    Raises:
-        UserError: an unknown one.
-    """
+    """A peer by name."""
     if name not in PEERS:
         raise UserError(f"peer={name} is not one of {', '.join(PEERS)}")
     return PEERS[name]
@@ -74,14 +63,9 @@ class PeerSession:
     """A running driver; a context manager that ends it.
 
     Args:
-        name: what the driver is, for errors.
-        command: how it is started, without its three arguments.
-        checkout: the code that it runs, and its working folder.
-        settings, folder: what it reads, see `weights.py`.
-        wait_seconds: how long it may take to end when it is told to.
-
-    Raises:
-        UserError: it cannot be started.
+        name: for errors; command: starts the driver, without its three arguments.
+        checkout: the code that it runs, and its working folder; settings, folder: see `weights.py`.
+        wait_seconds: that it may take to end when it is told to.
     """
 
     def __init__(
@@ -117,11 +101,7 @@ class PeerSession:
     def of_peer(
         cls, name: str, python: str | Path, checkout: str | Path, settings: PeerSettings, folder: str | Path
     ) -> Self:
-        """One of `PEERS` by name, in its own environment.
-
-        Raises:
-            UserError: no such peer, or not its checkout.
-        """
+        """One of `PEERS` by name, in its own environment."""
         peer, checkout = chosen_peer(name), Path(checkout)
         if not (checkout / peer.holds).is_file():
             raise UserError(f"checkout={checkout} is not a checkout of {name}: it has no {peer.holds}")
@@ -135,11 +115,7 @@ class PeerSession:
         return cls("our side", [sys.executable, "-u", *PEERS[OURS].driver], ROOT, settings, folder)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer.
-
-        Raises:
-            UserError: the driver says that it failed, or ends; with the reason that it gave.
-        """
+        """Send a command and wait for its answer; a driver that fails or ends is a UserError with its reason."""
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers and as a table."""
+"""Results of a comparison, as numbers and as a table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,24 +16,21 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of work in one number format.
+    """One kind of work in one dtype.
 
-    Attributes:
-        work: "inference", or the stage of a training step; checkpointed: its gradients.
-        ours, theirs: medians of "seconds"; "peak_bytes", and "private_peak_bytes" of them on CPUs; of inference also
-            "step_seconds", and "loop_peak_bytes" until the last step, before decoding; empty: did not run.
-        difference: of inference the largest and mean one of the latents, their deviation, and the same with us
-            rounding what the peer rounds; of training that of the losses before the first and before the last step.
-        reason: why the peer did not run.
+    `ours` and `theirs`, empty where a side did not run, have medians of "seconds", "peak_bytes", on CPUs
+    "private_peak_bytes" of them, and of inference also "step_seconds" and "loop_peak_bytes" before decoding.
+    `difference` is of inference the largest and the mean one of the latents, their deviation, and the same with us
+    rounding what the peer rounds; of training that of the losses before the first and before the last step.
     """
 
-    work: str
+    work: str  # "inference", or the stage of a training step
     dtype: str
-    checkpointed: bool = False
+    checkpointed: bool = False  # gradients
     ours: dict[str, float] = field(default_factory=dict)
     theirs: dict[str, float] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
+    reason: str | None = None  # why the peer did not run
 
     def numbers(self, rows: Sequence["Row"]) -> dict[str, Any]:
         """As JSON takes them, with the ratios to the peer's rows that this one is held against."""
@@ -43,7 +40,7 @@ class Row:
         return {**asdict(self), "ratios": ratios}
 
     def ratios(self, other: "Row") -> dict[str, float]:
-        """How many times faster our side is here than the peer in `other`, and its share of that one's memory."""
+        """Seconds of the peer in `other` over ours here, and our share of its memory."""
         found = {}
         for name, seconds, peak in (("", "seconds", "peak_bytes"), ("step_", "step_seconds", "loop_peak_bytes")):
             if seconds in self.ours and seconds in other.theirs:
@@ -105,7 +102,7 @@ def format_of(row: Row) -> str:
 
 
 def difference(row: Row) -> str:
-    """What the two results differ by."""
+    """The differences of the two results in words."""
     found = row.difference
     if "loss" in found:
         return f"loss {found['loss']:.1e}"

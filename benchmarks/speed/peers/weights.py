@@ -40,47 +40,29 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What a driver reads beside the weights. One window takes all frames, so that window rules do not matter.
+    """What a driver reads beside the weights. One window takes all frames, so that window rules do not matter."""
 
-    Attributes:
-        family: of `models.checkpoints.convert`.
-        unet: sizes of the UNets, `models.checkpoints.sizes.UNetSizes` as a dictionary.
-        pose_channels: widths of the pose guider, or of the ControlNet's embedding.
-        latent_size: (h, w).
-        dtype: float32, bfloat16 or float16; channels_last: memory format of our convolutions.
-        device, threads: of torch.
-        seed: of the initial noise and of the draws in training, which must be that of the weights' folder.
-    """
-
-    family: str
-    unet: dict[str, Any]
-    pose_channels: tuple[int, ...]
-    latent_size: tuple[int, int]
+    family: str  # of `models.checkpoints.convert`
+    unet: dict[str, Any]  # `models.checkpoints.sizes.UNetSizes` as a dictionary
+    pose_channels: tuple[int, ...]  # widths of the pose guider, or of the ControlNet's embedding
+    latent_size: tuple[int, int]  # (h, w)
     dtype: str
     device: str
     threads: int
-    channels_last: bool = False
-    seed: int = 0
+    seed: int = 0  # of initial noise and draws in training; must be that of the weights' folder
 
 
-def peer_settings(
-    family: str, sizes: SpeedSizes, dtype: str, device: str, threads: int, **further: Any
-) -> PeerSettings:
+def peer_settings(family: str, sizes: SpeedSizes, dtype: str, device: str, threads: int) -> PeerSettings:
     """The settings that go with some sizes."""
     side = sizes.side // PIXELS
-    return PeerSettings(family, asdict(sizes.unet), POSE_CHANNELS, (side, side), dtype, device, threads, **further)
+    return PeerSettings(family, asdict(sizes.unet), POSE_CHANNELS, (side, side), dtype, device, threads)
 
 
 def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int = 0) -> None:
     """Write the published files of a family, of any size, and the inputs; the folder appears when it is complete.
 
     Weights are random and scaled so that activations keep their size, those that start at zero in training too.
-
-    Raises:
-        ValueError: a family that is not known here.
     """
-    if family not in WRITERS:
-        raise ValueError(f"family must be one of {', '.join(WRITERS)}, got {family!r}")
     torch.manual_seed(seed)
     with complete_folder(folder) as path:
         WRITERS[family](path, sizes, seed)
@@ -92,7 +74,7 @@ def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int 
 
 
 def weights_facts(family: str, sizes: SpeedSizes, seed: int = 0) -> dict[str, Any]:
-    """What the content of a folder follows from, as its settings file has it."""
+    """The settings from which the content of a folder follows, as JSON has them."""
     return json.loads(json.dumps({"family": family, "seed": seed, **asdict(sizes)}))
 
 
@@ -169,12 +151,8 @@ def smooth_images(rng: np.random.Generator, count: int, side: int) -> Tensor:
 
 
 def training_batch(sizes: SpeedSizes, stage: str, seed: int) -> dict[str, Tensor]:
-    """A batch as `training.objective.diffusion_loss` takes it, and the numbers that it will draw.
-
-    Returns:
-        "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1], and
-        "timesteps", "noise", "posterior" as in `training.noise.Draws`.
-    """
+    """A batch as `training.objective.diffusion_loss` takes it, and the "timesteps", "noise" and "posterior" that it
+    will draw."""
     clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
     rng = np.random.default_rng([seed, STAGES.index(stage)])
     waves = smooth_images(rng, clips * (1 + 2 * frames), sizes.side).permute(0, 3, 1, 2).float() / 255
