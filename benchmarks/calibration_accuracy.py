@@ -1,4 +1,4 @@
-"""How close each choice of keypoints and each transform come to the true change of the camera.
+"""Errors of each choice of keypoints and each transform against the true change of the camera.
 
     python -m benchmarks.calibration_accuracy [pairs=300] [noise=2.0] [output=outputs/calibration_accuracy]
 
@@ -7,9 +7,8 @@ the mean distance between where it and the true one put the four corners of the 
 512 frame.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.calibration_pairs import SIZE, Pair, rendered_clip, rendered_pairs
 from core.config import config_dict, load_config
 from core.errors import run_command
-from core.files import write_json
+from core.files import complete_file, output_folder, write_json
 from data.people.renderer import Rendered
 from tpc.config import CalibrationConfig, best
 from tpc.estimation import Estimate, ReferencePerson, estimate
@@ -30,7 +29,7 @@ RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 TRANSFORMS = ("linear", "affine", "procrustes")
 SCALES = ((0.4, 0.7), (0.7, 1.4), (1.4, 2.5))
 SMOOTHING = (0.0, 1.0, 2.0, 3.0, 5.0)
-ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))
+ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))  # degrees
 
 
 @dataclass
@@ -46,12 +45,12 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Corner errors (pairs,) in pixels and IoUs (pairs,); nan where nothing was estimated."""
+    """Corner errors (pairs,) in pixels and IoUs (pairs,); NaN where nothing was estimated."""
 
     errors: np.ndarray
     ious: np.ndarray
 
-    def row(self, chosen: np.ndarray) -> dict[str, float]:
+    def row(self, chosen: np.ndarray | slice = slice(None)) -> dict[str, float]:
         errors, ious = self.errors[chosen], self.ious[chosen]
         done = np.isfinite(errors)
         if not done.any():
@@ -68,23 +67,23 @@ def estimate_pair(
     pair: Pair, driving: Rendered, config: CalibrationConfig, noise: float, rng: np.random.Generator
 ) -> tuple[ReferencePerson, Estimate]:
     moved = [view.keypoints + noise * rng.standard_normal((17, 2)) for view in (pair.reference, driving)]
-    reference = ReferencePerson.of(
-        moved[0], pair.reference.scores, SIZE, pair.reference.mask, config.reference_score_threshold
-    )
+    threshold = config.reference_score_threshold
+    reference = ReferencePerson.of(moved[0], pair.reference.scores, SIZE, pair.reference.mask, threshold)
     outline = silhouette_from_mask(driving.mask, max_side=BITMAP_SIDE)
     return reference, estimate(reference, moved[1], driving.scores, outline, SIZE, config)
 
 
-def corner_error(matrix: np.ndarray, pair: Pair) -> float:
-    offset = apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
-    return float(np.linalg.norm(offset, axis=-1).mean())
+def corner_offsets(matrix: np.ndarray, pair: Pair) -> np.ndarray:
+    """(4, 2) pixels between the corners of the person's box as a matrix and as the true one maps them."""
+    return apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
 
 
 def measure(pairs: Sequence[Pair], config: CalibrationConfig, same_pose: bool, noise: float, seed: int) -> Measured:
     rng, errors, ious = np.random.default_rng(seed), [], []
     for pair in pairs:
         found = estimate_pair(pair, pair.same_pose if same_pose else pair.other_pose, config, noise, rng)[1]
-        errors.append(np.nan if found.matrix is None else corner_error(found.matrix, pair))
+        lost = found.matrix is None
+        errors.append(np.nan if lost else np.linalg.norm(corner_offsets(found.matrix, pair), axis=-1).mean())
         ious.append(found.iou)
     return Measured(np.array(errors), np.array(ious))
 
@@ -93,24 +92,20 @@ def measure_smoothing(config: BenchmarkConfig) -> str:
     """Clips in which the camera moves steadily: error, and how much the error changes from frame to frame."""
     rng, base = np.random.default_rng(config.seed), replace(best(), min_iou=0.0)
     errors, jumps = ({sigma: [] for sigma in SMOOTHING} for _ in range(2))
-    for number in tqdm(range(config.clips), desc="clips"):
-        clip = rendered_clip(1000 + config.seed + number)
+    for clip_index in tqdm(range(config.clips), desc="clips"):
+        clip = rendered_clip(1000 + config.seed + clip_index)
         found = [estimate_pair(pair, pair.other_pose, base, config.noise, rng) for pair in clip]
         for sigma in SMOOTHING:
             track = follow_person(found[0][0], [f for _, f in found], replace(base, smoothing=sigma))
-            corners = [
-                apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
-                for matrix, pair in zip(track.matrices, clip, strict=True)
-            ]
-            errors[sigma] += np.linalg.norm(corners, axis=-1).mean(-1).tolist()
-            jumps[sigma] += np.linalg.norm(np.diff(corners, axis=0), axis=-1).mean(-1).tolist()
+            offsets = [corner_offsets(matrix, pair) for matrix, pair in zip(track.matrices, clip, strict=True)]
+            errors[sigma] += np.linalg.norm(offsets, axis=-1).mean(-1).tolist()
+            jumps[sigma] += np.linalg.norm(np.diff(offsets, axis=0), axis=-1).mean(-1).tolist()
     rows = [[f"{s:g}", f"{np.median(errors[s]):.1f}", f"{np.median(jumps[s]):.1f}"] for s in SMOOTHING]
     return table(["smoothing, frames", "median error, px", "median change of the error from frame to frame, px"], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def overview(names: Sequence[str], results: dict[str, dict[str, Measured]]) -> str:
@@ -119,68 +114,62 @@ def overview(names: Sequence[str], results: dict[str, dict[str, Measured]]) -> s
     for name in names:
         cells = []
         for measured in results.values():
-            row = measured[name].row(np.ones(len(measured[name].errors), bool))
+            row = measured[name].row()
             failed = f"; {100 * row['failed']:.0f} % failed" if row["failed"] else ""
             cells.append(f"{row['median']:.2f} / {row['p90']:.1f}; {row['iou']:.2f}{failed}")
         rows.append([name, *cells])
     return table(["median / 90 % error, px; IoU", *results], rows)
 
 
-def by_bins(
-    names: Sequence[str], measured: dict[str, Measured], values: np.ndarray, bins: Sequence[tuple], label: Callable
-) -> str:
-    """Median error, px / mean IoU, by a property of the pairs."""
+def by_bins(measured: dict[str, Measured], values: np.ndarray, bins: Sequence[tuple], label: str) -> str:
+    """Median error, px / mean IoU of every rule and of two transforms, by a property of the pairs."""
     rows = []
-    for name in names:
+    for name in (*RULES, "linear", "affine"):
         cells = [measured[name].row((values >= low) & (values < high)) for low, high in bins]
         rows.append([name, *(f"{cell['median']:.1f} / {cell['iou']:.2f}" for cell in cells)])
-    return table(["", *(label(low, high) for low, high in bins)], rows)
+    return table(["", *(label.format(low, high) for low, high in bins)], rows)
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(BenchmarkConfig, arguments)
     pairs = list(tqdm(rendered_pairs(config.pairs, config.seed), total=config.pairs, desc="rendering"))
+    noisy = f"{config.noise:g} px noise"
     conditions = {
         "same pose, exact": (True, 0.0),
-        f"same pose, {config.noise:g} px noise": (True, config.noise),
+        f"same pose, {noisy}": (True, config.noise),
         "other pose, exact": (False, 0.0),
-        f"other pose, {config.noise:g} px noise": (False, config.noise),
+        f"other pose, {noisy}": (False, config.noise),
     }
     # Nothing is gated, so that every estimate counts.
     base = replace(best(), min_iou=0.0, min_keypoints=2)
     choices = {rule: replace(base, keypoints=rule, min_keypoints=2 if rule == "face" else 3) for rule in RULES}
-    maps = {name: replace(base, transform=name, keypoints="all", min_keypoints=3) for name in TRANSFORMS}
+    choices |= {name: replace(base, transform=name, keypoints="all", min_keypoints=3) for name in TRANSFORMS}
     results: dict[str, dict[str, Measured]] = {}
     for condition, (same, noise) in conditions.items():
-        results[condition] = {}
-        for name, choice in tqdm({**choices, **maps}.items(), desc=condition):
-            results[condition][name] = measure(pairs, choice, same, noise, config.seed + 1)
-    hardest = results[list(conditions)[-1]]
+        works = tqdm(choices.items(), desc=condition)
+        results[condition] = {name: measure(pairs, choice, same, noise, config.seed + 1) for name, choice in works}
+    hardest = results[f"other pose, {noisy}"]
     both = np.isfinite(hardest["face"].errors) & np.isfinite(hardest["exhaustive"].errors)
     ratio = np.median(hardest["exhaustive"].errors[both]) / np.median(hardest["face"].errors[both])
-    scales = np.array([pair.scale for pair in pairs])
-    rotations = np.abs([pair.rotation for pair in pairs])
+    scales, rotations = np.array([p.scale for p in pairs]), np.abs([p.rotation for p in pairs])
     parts = [
         f"{config.pairs} pairs. Keypoints (transform: procrustes):",
         overview(RULES, results),
         "Transform (keypoints: all):",
         overview(TRANSFORMS, results),
-        f"By scale, other pose, {config.noise:g} px noise (median error, px / mean IoU):",
-        by_bins((*RULES, "linear", "affine"), hardest, scales, SCALES, lambda a, b: f"scale {a:g} to {b:g}"),
-        f"By rotation, other pose, {config.noise:g} px noise:",
-        by_bins((*RULES, "linear", "affine"), hardest, rotations, ROTATIONS, lambda a, b: f"{a:g} to {b:g} degrees"),
-        f"Temporal smoothing, {config.clips} clips of 30 frames, {config.noise:g} px noise, keypoints exhaustive:",
+        f"By scale, other pose, {noisy} (median error, px / mean IoU):",
+        by_bins(hardest, scales, SCALES, "scale {:g} to {:g}"),
+        f"By rotation, other pose, {noisy}:",
+        by_bins(hardest, rotations, ROTATIONS, "{:g} to {:g} degrees"),
+        f"Temporal smoothing, {config.clips} clips of 30 frames, {noisy}, keypoints exhaustive:",
         measure_smoothing(config),
         f"Where both face and exhaustive give a transform, the median error of exhaustive is {ratio:.2f} of face's.",
     ]
-    print("\n\n".join(parts))
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    numbers = {
-        condition: {name: m.row(np.ones(len(pairs), bool)) for name, m in measured.items()}
-        for condition, measured in results.items()
-    }
+    text, output = "\n\n".join(parts), output_folder(config.output)
+    print(text)
+    with complete_file(output / "table.md") as part:
+        part.write_text(text + "\n", encoding="utf-8")
+    numbers = {condition: {name: m.row() for name, m in found.items()} for condition, found in results.items()}
     write_json(output / "results.json", {"config": config_dict(config), "results": numbers, "ratio_to_face": ratio})
 
 

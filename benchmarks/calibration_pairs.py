@@ -16,15 +16,12 @@ MOTION_FRAMES, FPS = 30, 15.0
 
 @dataclass(frozen=True)
 class Pair:
-    """A reference and two driving images: the reference's body pose, and another one.
-
-    `truth` (3, 3) maps reference pixels to driving pixels: the change of the camera.
-    """
+    """A reference and two driving images: the reference's body pose, and another one."""
 
     reference: Rendered
     same_pose: Rendered
     other_pose: Rendered
-    truth: np.ndarray
+    truth: np.ndarray  # (3, 3), reference pixels to driving pixels: the change of the camera
     scale: float
     rotation: float  # degrees
 
@@ -43,18 +40,15 @@ def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
         person = build_person(random_identity(rng, library, "heldout"), library)
         poses = [random_motion(rng, MOTION_FRAMES, FPS).pose(int(rng.integers(MOTION_FRAMES))) for _ in range(2)]
         scale, rotation = np.exp(rng.uniform(np.log(0.4), np.log(2.5))), rng.uniform(-np.pi, np.pi)
-        place = rng.uniform(-0.1, 0.1, (2, 2)) * [1, 0.5] + 0.5
+        centres = rng.uniform(-0.1, 0.1, (2, 2)) * [1, 0.5] + 0.5
         upright = rng.uniform(-0.1, 0.1)
-        cameras = (
-            Camera(HEIGHT / scale**0.5, upright - rotation, tuple(place[0])),
-            Camera(HEIGHT * scale**0.5, upright, tuple(place[1])),
-        )
-        maps = [np.vstack([camera_matrix(camera, SIZE, person.body.height), [0, 0, 1]]) for camera in cameras]
+        first = Camera(HEIGHT / scale**0.5, upright - rotation, tuple(centres[0]))
+        second = Camera(HEIGHT * scale**0.5, upright, tuple(centres[1]))
         yield Pair(
-            render_person(person, poses[0], cameras[0], SIZE),
-            render_person(person, poses[0], cameras[1], SIZE),
-            render_person(person, poses[1], cameras[1], SIZE),
-            maps[1] @ np.linalg.inv(maps[0]),
+            render_person(person, poses[0], first, SIZE),
+            render_person(person, poses[0], second, SIZE),
+            render_person(person, poses[1], second, SIZE),
+            camera_change(person, first, second),
             float(scale),
             float(np.degrees(rotation)),
         )
@@ -70,12 +64,17 @@ def rendered_clip(seed: int) -> list[Pair]:
     reference = render_person(person, pose, still, SIZE)
     start, stop = rng.uniform(0.4, 0.9, 2)
     turn = rng.uniform(-0.4, 0.4)
-    inverse = np.linalg.inv(np.vstack([camera_matrix(still, SIZE, person.body.height), [0, 0, 1]]))
     pairs = []
     for frame in range(MOTION_FRAMES):
         share = frame / (MOTION_FRAMES - 1)
         camera = Camera(start ** (1 - share) * stop**share, turn * share, (0.5, 0.5))
-        truth = np.vstack([camera_matrix(camera, SIZE, person.body.height), [0, 0, 1]]) @ inverse
         driving = render_person(person, motion.pose(frame), camera, SIZE)
-        pairs.append(Pair(reference, driving, driving, truth, camera.scale / HEIGHT, float(np.degrees(turn * share))))
+        change, rotation = camera_change(person, still, camera), float(np.degrees(turn * share))
+        pairs.append(Pair(reference, driving, driving, change, camera.scale / HEIGHT, rotation))
     return pairs
+
+
+def camera_change(person, first: Camera, second: Camera) -> np.ndarray:
+    """(3, 3) from pixels of the first camera to those of the second, at the person's distance."""
+    maps = [np.vstack([camera_matrix(c, SIZE, person.body.height), [0, 0, 1]]) for c in (first, second)]
+    return maps[1] @ np.linalg.inv(maps[0])

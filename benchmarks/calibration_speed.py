@@ -1,4 +1,4 @@
-"""How long calibration takes, and whether the exhaustive search gives anything up for its speed.
+"""Time and memory of calibration, and what the exhaustive search gives up for its speed.
 
     python -m benchmarks.calibration_speed [pairs=40] [frames=93] [long_frames=2000]
 
@@ -6,7 +6,6 @@ Everything runs on one core. Times are process times, of searches the best of th
 machine counts as little as possible.
 """
 
-import resource
 import time
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from benchmarks.calibration_pairs import SIZE, rendered_pairs
+from benchmarks.speed.peers.driver_protocol import resident_peak
 from core.config import load_config
 from core.errors import run_command
 from data.poses.poses import Poses
@@ -30,6 +30,7 @@ from tpc.procrustes import SimilarityTransform
 from tpc.silhouettes import silhouette_from_mask
 
 REPEATS = 3
+SUBSETS = 130_918  # of 17 keypoints, with at least three each
 
 
 @dataclass
@@ -45,75 +46,59 @@ class BenchmarkConfig:
 def search_times(config: BenchmarkConfig) -> None:
     """Time a frame of the search, its loss against scoring every subset, and a plain numpy search."""
     quick, every, losses, naive = [], [], [], []
-    everything, limits = np.ones(17), SearchLimits()
-    for number, pair in enumerate(rendered_pairs(config.pairs, config.seed)):
+    for index, pair in enumerate(rendered_pairs(config.pairs, config.seed)):
         reference = ReferenceSilhouette.of(silhouette_from_mask(pair.reference.mask, NUM_SAMPLES))
         source, target = pair.reference.keypoints, pair.other_pose.keypoints
         outline = silhouette_from_mask(pair.other_pose.mask, max_side=BITMAP_SIDE)
+        search = source, target, np.ones(17), reference, outline, SIZE
         found = {}
         for outright, times in ((False, quick), (True, every)):
             seconds = []
             for _ in range(REPEATS):
                 start = time.process_time()
-                found[outright] = select_exhaustive(
-                    source, target, everything, reference, outline, SIZE, limits=limits, outright=outright
-                )
+                found[outright] = select_exhaustive(*search, limits=SearchLimits(), outright=outright)
                 seconds.append(time.process_time() - start)
             times.append(1e3 * min(seconds))
         losses.append(found[True].iou - found[False].iou)
-        if number < 3:
+        if index < 3:
             naive.append(naive_seconds(source, target, reference, outline))
-    print(f"search over 130 918 subsets of 17 keypoints, {len(quick)} pairs at {SIZE[0]} x {SIZE[1]}")
+    print(f"search over {SUBSETS} subsets of 17 keypoints, {len(quick)} pairs at {SIZE[0]} x {SIZE[1]}")
     print(f"  by pieces first: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
     print(f"  every subset scored: median {np.median(every):.0f} ms; plain numpy about {np.mean(naive):.1f} s")
-    losses = np.array(losses)
-    print(
-        f"  IoU given up: mean {losses.mean():.5f}, 90 % {np.quantile(losses, 0.9):.5f}, most {losses.max():.5f};",
-        end=" ",
-    )
-    print(f"nothing in {100 * (losses < 1e-9).mean():.0f} % of the pairs")
+    given = f"mean {np.mean(losses):.5f}, 90 % {np.quantile(losses, 0.9):.5f}, most {np.max(losses):.5f}"
+    print(f"  IoU given up: {given}; nothing in {100 * (np.array(losses) < 1e-9).mean():.0f} % of the pairs")
 
 
 def naive_seconds(source: np.ndarray, target: np.ndarray, reference: ReferenceSilhouette, outline) -> float:
     """Seconds of a loop over all subsets, extrapolated from a part of them."""
-    rng = np.random.default_rng(0)
-    weights = (rng.random((400, 17)) < 0.5).astype(float)
+    weights = (np.random.default_rng(0).random((400, 17)) < 0.5).astype(float)
     weights = weights[weights.sum(1) >= 3]
     start = time.process_time()
     for matrix in SimilarityTransform.from_estimate(source, target, weights).matrix:
         silhouette_iou(matrix, reference, outline, SIZE)
-    return (time.process_time() - start) / len(weights) * 130_918
+    return (time.process_time() - start) / len(weights) * SUBSETS
 
 
 def clip_times(config: BenchmarkConfig) -> None:
     """Time and memory of whole clips, poses and masks given."""
     pair = next(rendered_pairs(1, config.seed))
     reference = Poses(pair.reference.keypoints[None, None], pair.reference.scores[None, None], SIZE, 30.0)
-    image = pair.reference.image
     for frames, rule in ((config.frames, "exhaustive"), (config.frames, "trunk"), (config.long_frames, "trunk")):
-        driving = noisy_clip(pair.other_pose.keypoints, pair.other_pose.scores, frames)
-        options = CalibrationConfig(keypoints=rule)
-        masks = [pair.other_pose.mask[None]] * frames
-        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = calibrate(
-            image, reference, driving, SIZE, options, reference_masks=pair.reference.mask[None], driving_masks=masks
-        )
+        moved = pair.other_pose.keypoints + np.random.default_rng(0).normal(0, 2, (frames, 1, 17, 2))
+        driving = Poses(moved.astype(np.float32), np.tile(pair.other_pose.scores, (frames, 1, 1)), SIZE, 30.0)
+        masks = {"reference_masks": pair.reference.mask[None], "driving_masks": [pair.other_pose.mask[None]] * frames}
+        start, before = time.process_time(), resident_peak()
+        inputs = pair.reference.image, reference, driving, SIZE
+        found = calibrate(*inputs, CalibrationConfig(keypoints=rule), **masks)
         estimated = time.process_time() - start
         for member in found.member[: config.frames, 0]:
             if member >= 0:
-                found.images[member]
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        painted = time.process_time() - start - estimated
+                found.images[member]  # painted when it is asked for
+        painted, grown = time.process_time() - start - estimated, (resident_peak() - before) / 2**20
         print(
             f"clip of {frames} frames, {rule}: {estimated:.2f} s, its first {config.frames} calibrated images "
             f"{painted:.2f} s; memory + {grown:.0f} MiB"
         )
-
-
-def noisy_clip(keypoints: np.ndarray, scores: np.ndarray, frames: int) -> Poses:
-    rng = np.random.default_rng(0)
-    moved = keypoints + rng.normal(0, 2, (frames, 1, 17, 2))
-    return Poses(moved.astype(np.float32), np.tile(scores, (frames, 1, 1)), SIZE, 30.0)
 
 
 def main(arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from benchmarks.speed.measuring import counting
@@ -95,15 +95,7 @@ class PublishedReadProcessor(AttnProcessor2_0):
     computed once more without them, and its first result is thrown away. Own tokens stand for the reference's here.
     """
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        reference: ReferenceContext | None = None,
-    ) -> Tensor:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, reference=None) -> Tensor:
         both = super().__call__(attn, hidden_states, torch.cat([hidden_states, hidden_states], dim=1))
         half = hidden_states[: len(hidden_states) // 2]
         return torch.cat([super().__call__(attn, half), both[len(half) :]])
@@ -112,15 +104,7 @@ class PublishedReadProcessor(AttnProcessor2_0):
 class PublishedPlainProcessor(AttnProcessor2_0):
     """Stock attention, its context repeated for every frame."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        reference: ReferenceContext | None = None,
-    ) -> Tensor:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, reference=None) -> Tensor:
         if encoder_hidden_states is not None:
             frames = len(hidden_states) // len(encoder_hidden_states)
             encoder_hidden_states = encoder_hidden_states.repeat_interleave(frames, dim=0)
@@ -138,12 +122,11 @@ def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:
     """The denoising UNet with the published attention. Norms cost nothing here, so their scope does not matter."""
     unet = make_denoising_unet(SIZES, motion, "frame")
 
-    def reads(layer: str) -> bool:
-        return setting.blocks == "full" or not layer.startswith("down_blocks.")
+    def attention_of(layer: str) -> AttnProcessor2_0:
+        attends = setting.blocks == "full" or not layer.startswith("down_blocks.")
+        return PublishedReadProcessor() if attends else PublishedPlainProcessor()
 
-    set_reference_processors(
-        unet, lambda layer: PublishedReadProcessor() if reads(layer) else PublishedPlainProcessor()
-    )
+    set_reference_processors(unet, attention_of)
     processors = unet.attn_processors
     for name in processors:
         if "attn2" in name and "motion_modules" not in name:
@@ -152,7 +135,7 @@ def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:
     return unet
 
 
-def seen(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet, calibrated: bool) -> ReferenceContext:
+def context_of(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet, calibrated: bool) -> ReferenceContext:
     """One reference, and one calibrated image a frame; keys and values are projected already."""
     persons, frames = int(calibrated), setting.window
     projected = {layer: (value, value) for layer, value in fused_layers(tokens, setting.blocks).items()}
@@ -193,7 +176,7 @@ def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
         context = torch.zeros(1, setting.context_tokens, SIZES.cross_attention_dim)
         with torch.no_grad():
             tokens = reference_net(latent, 0, context)
-        plain, calibrated = (seen(setting, tokens, ours, with_tpc) for with_tpc in (False, True))
+        plain, calibrated = (context_of(setting, tokens, ours, with_tpc) for with_tpc in (False, True))
         unconditional = count(lambda: ours(clip, 0, context))
         guided = unconditional + count(lambda: ours(clip, 0, context, reference=plain))
         guided_tpc = unconditional + count(lambda: ours(clip, 0, context, reference=calibrated))

@@ -1,4 +1,4 @@
-"""Time, peak memory and operations of inference, training, calibration, data and metrics on this machine.
+"""Time, peak memory and operations of inference, training and data on this machine.
 
     python -m benchmarks.speed [size=tiny|half|sd15] [model=FOLDER] [parts=[inference,training,...]] [threads=2]
         [dtypes=[float32,bfloat16]] [repeats=3] [output=outputs/speed] [key=value ...]
@@ -13,8 +13,6 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,38 +25,26 @@ from core.files import complete_file, output_folder, write_json
 from models.animators.registry import choose_device
 
 
-def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Parts that are in the results already.
-
-    Raises:
-        UserError: they were measured with other settings.
-    """
-    if not path.exists():
-        return {}
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if results["settings"] != settings:
-        raise UserError(f"{path} was measured with other settings; give another output=, or remove it")
-    return results["parts"]
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(SpeedConfig, arguments)
-    config.check()
     output = output_folder(config.output)
     if config.threads:
         torch.set_num_threads(config.threads)
     settings = {name: value for name, value in asdict(config).items() if name not in ("parts", "output")}
-    path = output / "results.json"
-    parts = measured_before(path, settings)
-    device = torch.device(choose_device(config.device, "float32")[0])
-    context = multiprocessing.get_context("spawn")
+    path, parts = output / "results.json", {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["settings"] != settings:
+            raise UserError(f"{path} was measured with other settings; give another output=, or remove it")
+        parts = before["parts"]
+    machine = machine_facts(torch.device(choose_device(config.device, "float32")[0]))
     for name, (function, *rest) in works(config).items():
         if name in parts:
             continue
         print(f"measuring {name}", flush=True)
-        with ProcessPoolExecutor(1, mp_context=context) as process:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             parts[name] = process.submit(run_part, config.threads, function, *rest).result()
-        write_json(path, {"machine": machine_facts(device), "settings": settings, "parts": parts})
+        write_json(path, {"machine": machine, "settings": settings, "parts": parts})
     text = speed_tables(json.loads(path.read_text(encoding="utf-8")))
     with complete_file(output / "table.md") as part:
         part.write_text(text, encoding="utf-8")

@@ -9,13 +9,12 @@ import torch
 from benchmarks.speed.inference import RunSize, measure_growth, measure_inference, measure_processes
 from benchmarks.speed.measuring import Measured, chosen_dtype, matrix_rate
 from benchmarks.speed.sizes import SpeedSizes, chosen_sizes, open_pipeline
-from benchmarks.speed.training import StepSize, measure_loading, measure_training
-from benchmarks.speed.without_models import measure_calibration, measure_metrics, measure_rendering
+from benchmarks.speed.training import StepSize, measure_loading, measure_rendering, measure_training
 from core.errors import UserError
 from models.animators.registry import SHIPPED_MODEL, choose_device
 from tpc import CalibrationConfig
 
-PARTS = ("machine", "inference", "training", "calibration", "loading", "metrics", "growth", "processes")
+PARTS = ("machine", "inference", "training", "loading", "growth", "processes")
 
 
 @dataclass
@@ -120,9 +119,7 @@ def works(config: SpeedConfig) -> dict[str, tuple]:
         found[f"inference {dtype}"] = inference, config, dtype
         for stage in ("image", "motion"):
             found[f"training {stage} {dtype}"] = training, config, stage, dtype
-    found["calibration"] = measure_calibration, 4 * sizes.frames, sizes.side, config.repeats
     found["loading"] = loading, config
-    found["metrics"] = measure_metrics, 4 * sizes.frames, sizes.side
     found[f"growth {config.dtypes[-1]}"] = growth, config, config.dtypes[-1]
     found["processes"] = measure_processes, config.processes, config.clips, sizes.steps
     return {name: work for name, work in found.items() if name.split()[0] in config.parts}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed.measuring import Measured, counting, peak_memory, timed
 from core.config import load_config
+from data.clips.rendered import RenderedPeople
 from models.pipeline import AnimationPipeline
 from models.vae import vae_scale_factor
 from train import move, train_batch
@@ -127,6 +128,16 @@ def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) 
             work()
         measured.operations = counted()
     measured.facts["trained_parameters"] = sum(parameter.numel() for parameter in step.parameters)
+    return measured
+
+
+def measure_rendering(side: int, clips: int) -> Measured:
+    """Training clips of two images (reference and frame), with poses and masks, drawn by this process alone."""
+    dataset = RenderedPeople(size=(side, side), num_frames=1, stride=1, seed=0, split="train", length=clips + 1)
+    dataset[clips]
+    cpu = torch.device("cpu")
+    measured = Measured([timed(lambda clip=clip: dataset[clip], cpu) for clip in range(clips)])
+    measured.facts["images_per_second"] = 2 / measured.typical
     return measured
 
 

@@ -34,7 +34,6 @@ from benchmarks.speed.sizes import PIXELS, SpeedSizes, chosen_sizes
 from core.config import config_dict, load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
-from models.animators.registry import choose_device
 
 INFERENCE = "inference"
 
@@ -74,32 +73,27 @@ class CompareConfig:
     weights: str | None = None
     output: str | None = None
 
-
-def check(config: CompareConfig) -> None:
-    """Refuse what cannot work before weights are written.
-
-    Raises:
-        UserError: naming the argument.
-    """
-    known = (INFERENCE, *chosen_peer(config.peer).stages)
-    for work in config.works or ():
-        if work not in known:
-            raise UserError(f"works has {work}; of {config.peer} there are {', '.join(known)}")
-    for dtype in config.dtypes:
-        chosen_dtype(dtype)
-    for name in ("dtypes", "checkpointing"):
-        if not getattr(config, name):
-            raise UserError(f"{name}=[] names nothing to measure")
-    if config.side is not None and (config.side < 1 or config.side % (8 * PIXELS)):
-        raise UserError(f"side={config.side} must be a multiple of {8 * PIXELS} pixels, which is what the UNets halve")
-    if config.frames is not None and config.frames < 1:
-        raise UserError(f"frames={config.frames} must be at least 1")
-    if config.rounds < 1 or config.steps < 2:
-        raise UserError(f"rounds={config.rounds} must be at least 1 and steps={config.steps} at least 2")
-    if not config.guidance > 1:
-        raise UserError(
-            f"guidance={config.guidance} must be above 1: the peers' attention control takes it for granted"
-        )
+    def check(self) -> None:
+        """Refuse what cannot work before weights are written."""
+        known = (INFERENCE, *chosen_peer(self.peer).stages)
+        for work in self.works or ():
+            if work not in known:
+                raise UserError(f"works has {work}; of {self.peer} there are {', '.join(known)}")
+        for dtype in self.dtypes:
+            chosen_dtype(dtype)
+        for name in ("dtypes", "checkpointing"):
+            if not getattr(self, name):
+                raise UserError(f"{name}=[] names nothing to measure")
+        if self.side is not None and (self.side < 1 or self.side % (8 * PIXELS)):
+            raise UserError(f"side={self.side} must be a multiple of {8 * PIXELS} pixels, as the UNets halve it")
+        if self.frames is not None and self.frames < 1:
+            raise UserError(f"frames={self.frames} must be at least 1")
+        if self.rounds < 1 or self.steps < 2:
+            raise UserError(f"rounds={self.rounds} must be at least 1 and steps={self.steps} at least 2")
+        if not self.guidance > 1:
+            raise UserError(
+                f"guidance={self.guidance} must be above 1: the peers' attention control takes it for granted"
+            )
 
 
 def sizes_of(config: CompareConfig) -> SpeedSizes:
@@ -115,8 +109,7 @@ def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
             found.append((work, False, {"do": "infer", "steps": config.steps, "guidance": config.guidance}))
             continue
         for checkpointed in config.checkpointing:
-            command = {"do": "train", "stage": work, "gradient_checkpointing": checkpointed}
-            found.append((work, checkpointed, command))
+            found.append((work, checkpointed, {"do": "train", "stage": work, "gradient_checkpointing": checkpointed}))
     return found
 
 
@@ -125,12 +118,10 @@ def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]
 
     The peer's failures are part of the result; where nothing of the peer runs, the first one is an error.
     """
-    family = chosen_peer(config.peer).family
-    device, _ = choose_device(config.device, "float32")
     threads = config.threads or os.cpu_count() or 1
     rows: list[Row] = []
     for dtype in config.dtypes:
-        settings = peer_settings(family, sizes, dtype, device.type, threads)
+        settings = peer_settings(chosen_peer(config.peer).family, sizes, dtype, config.device, threads)
         for work, checkpointed, command in commands(config):
             row = measure(config, settings, folder, Row(work, dtype, checkpointed), command)
             if row.reason and not any(earlier.theirs for earlier in rows):
@@ -141,15 +132,13 @@ def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]
 
 def measure(config: CompareConfig, settings: PeerSettings, folder: Path, row: Row, command: dict[str, Any]) -> Row:
     """`row` with the answers of both sides to a command, in turns."""
-    ours, theirs, reason = [], [], None
+    ours, theirs, reason, difference = [], [], None, {}
+    infers = command["do"] == "infer"
     with ExitStack() as stack:
         our_side = stack.enter_context(PeerSession.of_ours(settings, folder))
-        their_side = stack.enter_context(
-            PeerSession.of_peer(config.peer, config.python, config.checkout, settings, folder)
-        )
-        infers = command["do"] == "infer"
+        peer = PeerSession.of_peer(config.peer, config.python, config.checkout, settings, folder)
+        their_side = stack.enter_context(peer)
         first = our_side.ask(**command, **({"peer_rounding": True} if infers else {}))
-        difference = {}
         try:
             their_first = their_side.ask(**command)
             if infers:
@@ -173,10 +162,9 @@ def latent_difference(ours: PeerSession, theirs: PeerSession) -> dict[str, float
     """Largest and mean difference of the last latents, and their standard deviation for scale."""
     with TemporaryDirectory() as scratch:
         found = []
-        for number, side in enumerate((ours, theirs)):
-            path = f"{scratch}/{number}.safetensors"
-            side.ask("result", path=path)
-            found.append(load_file(path)["latents"])
+        for name, side in (("ours", ours), ("theirs", theirs)):
+            side.ask("result", path=f"{scratch}/{name}.safetensors")
+            found.append(load_file(f"{scratch}/{name}.safetensors")["latents"])
     apart = (found[0] - found[1]).abs()
     return {"largest": float(apart.max()), "mean": float(apart.mean()), "deviation": float(found[1].std())}
 
@@ -191,29 +179,22 @@ def summary(answers: list[dict[str, float]]) -> dict[str, float]:
     return found | {name: max(answer[name] for answer in answers) for name in peaks}
 
 
-def prepare_weights(config: CompareConfig, sizes: SpeedSizes, scratch: Path) -> Path:
-    """The folder of weights: written, or the kept one."""
-    family = chosen_peer(config.peer).family
-    folder = Path(config.weights) if config.weights else scratch / "weights"
-    if not folder.exists():
-        write_weights(folder, family, sizes)
-    elif kept_facts(folder) != weights_facts(family, sizes):
-        raise UserError(f"weights={folder} holds no {SETTINGS} of {family} at size={config.size}; give a new folder")
-    return folder
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(CompareConfig, arguments)
-    check(config)
-    sizes = sizes_of(config)
+    sizes, family = sizes_of(config), chosen_peer(config.peer).family
     with TemporaryDirectory() as scratch:
-        rows = compare(config, sizes, prepare_weights(config, sizes, Path(scratch)))
+        weights = Path(config.weights or f"{scratch}/weights")
+        if not weights.exists():
+            write_weights(weights, family, sizes)
+        elif kept_facts(weights) != weights_facts(family, sizes):
+            held = f"holds no {SETTINGS} of {family} at size={config.size}"
+            raise UserError(f"weights={weights} {held}; give a new folder")
+        rows = compare(config, sizes, weights)
     text = markdown(rows, config.peer)
     print(text, end="")
     if config.output:
         output = output_folder(config.output)
-        device, _ = choose_device(config.device, "float32")
-        facts = {**machine_facts(torch.device(device)), "threads": config.threads or os.cpu_count()}
+        facts = {**machine_facts(torch.device(config.device)), "threads": config.threads or os.cpu_count()}
         results = {"config": config_dict(config), "machine": facts, "rows": [row.numbers(rows) for row in rows]}
         write_json(output / "results.json", results)
         with complete_file(output / "table.md") as path:

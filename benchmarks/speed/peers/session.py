@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.speed.peers.weights import PeerSettings
+from benchmarks.speed.peers.weights import STAGES, PeerSettings
 from core.errors import UserError
 from core.files import write_json
 
@@ -30,25 +30,12 @@ class Peer:
 
 # Another checkout of this project is compared like a peer, and itself with itself says how far to trust the numbers.
 OURS = "tpc_animate"
+MOORE, MAGIC = str(FOLDER / "driver_moore.py"), str(FOLDER / "driver_magic_animate.py")
+MODULE = "benchmarks.speed.peers.driver_ours"
 PEERS = {
-    "moore": Peer(
-        (str(FOLDER / "driver_moore.py"),),
-        "animate_anyone",
-        "src/pipelines/pipeline_pose2vid_long.py",
-        ("image", "motion"),
-    ),
-    "magic_animate": Peer(
-        (str(FOLDER / "driver_magic_animate.py"),),
-        "magic_animate",
-        "magicanimate/pipelines/pipeline_animation.py",
-        (),
-    ),
-    OURS: Peer(
-        ("-m", "benchmarks.speed.peers.driver_ours"),
-        "animate_anyone",
-        "benchmarks/speed/peers/driver_ours.py",
-        ("image", "motion"),
-    ),
+    "moore": Peer((MOORE,), "animate_anyone", "src/pipelines/pipeline_pose2vid_long.py", STAGES),
+    "magic_animate": Peer((MAGIC,), "magic_animate", "magicanimate/pipelines/pipeline_animation.py", ()),
+    OURS: Peer(("-m", MODULE), "animate_anyone", f"{MODULE.replace('.', '/')}.py", STAGES),
 }
 
 
@@ -83,30 +70,22 @@ class PeerSession:
         write_json(scratch / "settings.json", asdict(settings))
         self._log = open(scratch / "stderr", "w+", encoding="utf-8", errors="replace")
         arguments = [str(Path(path).absolute()) for path in (checkout, scratch / "settings.json", folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         try:
-            self._process = subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                cwd=checkout,
-            )
+            self._process = subprocess.Popen([*command, *arguments], **pipes, text=True, cwd=checkout)
         except OSError as error:
             self._log.close()
             self._scratch.cleanup()
             raise UserError(f"{name} cannot be started with python={command[0]}: {error.strerror}") from None
 
     @classmethod
-    def of_peer(
-        cls, name: str, python: str | Path, checkout: str | Path, settings: PeerSettings, folder: str | Path
-    ) -> Self:
+    def of_peer(cls, name: str, python: str, checkout: str | Path, settings: PeerSettings, folder: str | Path) -> Self:
         """One of `PEERS` by name, in its own environment."""
         peer, checkout = chosen_peer(name), Path(checkout)
         if not (checkout / peer.holds).is_file():
             raise UserError(f"checkout={checkout} is not a checkout of {name}: it has no {peer.holds}")
         # The driver works in the checkout, where a relative path would mean another file.
-        interpreter = str(Path(python).absolute()) if os.sep in str(python) else str(python)
+        interpreter = str(Path(python).absolute()) if os.sep in python else python
         return cls(name, [interpreter, "-u", *peer.driver], checkout, settings, folder)
 
     @classmethod
@@ -134,7 +113,6 @@ class PeerSession:
         return answer
 
     def _last_words(self) -> str:
-        """The last line of the driver's standard error that says something."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         return lines[-1] if lines else "it said nothing"

@@ -6,12 +6,10 @@ from typing import Any
 
 MIB = 2**20
 PRIVATE = "private_peak_bytes"
-HEADER = (
-    "| work | ours | {peer} | s, ours | s, {peer} | times faster | MiB, ours | MiB, {peer} | share of memory "
-    "| private MiB, ours | private MiB, {peer} | share of private memory | largest difference |\n"
-    + "|---" * 13
-    + "|\n"
-)
+COLUMNS = (
+    "work", "ours", "{peer}", "s, ours", "s, {peer}", "times faster", "MiB, ours", "MiB, {peer}", "share of memory",
+    "private MiB, ours", "private MiB, {peer}", "share of private memory", "largest difference",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,26 @@ class Row:
     difference: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None  # why the peer did not run
 
+    @property
+    def title(self) -> str:
+        return self.work if self.work == "inference" else f"training step, {self.work} stage"
+
+    @property
+    def format(self) -> str:
+        return self.dtype + ", checkpointed" * self.checkpointed
+
     def numbers(self, rows: Sequence["Row"]) -> dict[str, Any]:
         """As JSON takes them, with the ratios to the peer's rows that this one is held against."""
-        ratios = {
-            f"{other.dtype}{' checkpointed' * other.checkpointed}": self.ratios(other) for other in peers(self, rows)
-        }
+        ratios = {other.format.replace(",", ""): self.ratios(other) for other in self.peers(rows)}
         return {**asdict(self), "ratios": ratios}
+
+    def peers(self, rows: Sequence["Row"]) -> Iterator["Row"]:
+        """The rows whose peer this one is held against: itself, and plain float32."""
+        if self.theirs:
+            yield self
+        for other in rows:
+            if other is not self and other.theirs and (other.work, other.format) == (self.work, "float32"):
+                yield other
 
     def ratios(self, other: "Row") -> dict[str, float]:
         """Seconds of the peer in `other` over ours here, and our share of its memory."""
@@ -52,58 +64,38 @@ class Row:
         return found
 
 
-def peers(row: Row, rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows whose peer a row is held against: itself, and plain float32."""
-    if row.theirs:
-        yield row
-    for other in rows:
-        if other is not row and other.theirs and (other.work, other.dtype) == (row.work, "float32"):
-            if not other.checkpointed:
-                yield other
-
-
 def markdown(rows: Sequence[Row], peer: str) -> str:
     """A table with a line for every pair, for the whole run and for a denoising step, and why the peer did not run."""
-    lines = [HEADER.format(peer=peer)]
-    notes = []
+    lines = [_line(column.format(peer=peer) for column in COLUMNS), "|---" * len(COLUMNS) + "|\n"]
     for row in rows:
-        for other in peers(row, rows):
-            lines.append(line(row, other))
+        for other in row.peers(rows):
+            lines.append(_line(_cells(row, other)))
             if "step_seconds" in row.ours and "step_seconds" in other.theirs:
-                lines.append(line(row, other, of_step=True))
-        if row.reason:
-            notes.append(f"\n{name_of(row)}, {format_of(row)}: {row.reason}\n")
+                lines.append(_line(_cells(row, other, of_step=True)))
+    notes = [f"\n{row.title}, {row.format}: {row.reason}\n" for row in rows if row.reason]
     return "".join(lines + notes)
 
 
-def line(row: Row, other: Row, of_step: bool = False) -> str:
-    """One line of the table, of all the work or of a denoising step."""
-    part, seconds, peak = ("step_", "step_seconds", "loop_peak_bytes") if of_step else ("", "seconds", "peak_bytes")
-    ratios = row.ratios(other)
-    cells = [name_of(row) + ", a step" * of_step, format_of(row), format_of(other)]
-    cells += [f"{row.ours[seconds]:.2f}", f"{other.theirs[seconds]:.2f}", f"{ratios[part + 'speed']:.2f}"]
-    cells += [f"{row.ours[peak] / MIB:.0f}", f"{other.theirs[peak] / MIB:.0f}"]
-    cells += [f"{ratios[part + 'memory']:.2f}" if part + "memory" in ratios else ""]
-    if PRIVATE in row.ours and PRIVATE in other.theirs and not of_step:
-        cells += [f"{row.ours[PRIVATE] / MIB:.0f}", f"{other.theirs[PRIVATE] / MIB:.0f}"]
-        cells += [f"{ratios['private_memory']:.2f}" if "private_memory" in ratios else ""]
-    else:
-        cells += [""] * 3
-    cells += [difference(row) if row is other and not of_step else ""]
+def _line(cells: Iterator[str] | list[str]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def name_of(row: Row) -> str:
-    return row.work if row.work == "inference" else f"training step, {row.work} stage"
+def _cells(row: Row, other: Row, of_step: bool = False) -> list[str]:
+    """One line of the table, of all the work or of a denoising step."""
+    part, seconds, peak = ("step_", "step_seconds", "loop_peak_bytes") if of_step else ("", "seconds", "peak_bytes")
+    ratios = {name: f"{ratio:.2f}" for name, ratio in row.ratios(other).items()}
+    cells = [row.title + ", a step" * of_step, row.format, other.format]
+    cells += [f"{row.ours[seconds]:.2f}", f"{other.theirs[seconds]:.2f}", ratios[f"{part}speed"]]
+    cells += [f"{row.ours[peak] / MIB:.0f}", f"{other.theirs[peak] / MIB:.0f}", ratios.get(f"{part}memory", "")]
+    if PRIVATE in row.ours and PRIVATE in other.theirs and not of_step:
+        cells += [f"{row.ours[PRIVATE] / MIB:.0f}", f"{other.theirs[PRIVATE] / MIB:.0f}"]
+        cells += [ratios.get("private_memory", "")]
+    else:
+        cells += [""] * 3
+    return [*cells, _difference(row.difference) if row is other and not of_step else ""]
 
 
-def format_of(row: Row) -> str:
-    return row.dtype + ", checkpointed" * row.checkpointed
-
-
-def difference(row: Row) -> str:
-    """The differences of the two results in words."""
-    found = row.difference
+def _difference(found: dict[str, Any]) -> str:
     if "loss" in found:
         return f"loss {found['loss']:.1e}"
     rounded = found["peer_rounding"]["largest"]
