@@ -8,7 +8,7 @@ import numpy as np
 from core.errors import UserError
 from data.poses.poses import Poses
 from tpc.calibration import box_iou
-from tpc.silhouettes import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, visible
+from tpc.silhouettes import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, relative_angle, visible
 
 KINDS = ("temporal rotation", "consistent rotation", "temporal scale", "consistent scale")
 SUBSETS = ("original", "misaligned")
@@ -104,8 +104,7 @@ def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misali
             values[1:, frame] = box_iou(box, target_box)
         if axis is None or target_axis is None:
             continue
-        turn = np.arctan2(target_axis[1], target_axis[0]) - np.arctan2(axis[1], axis[0])
-        values[0, frame] = (turn + np.pi) % (2 * np.pi) - np.pi
+        values[0, frame] = turn = relative_angle(axis, target_axis)
         cosine, sine = np.cos(turn), np.sin(turn)
         turned = (points - pelvis) @ np.array([[cosine, sine], [-sine, cosine]]) + pelvis
         values[2, frame] = box_iou(keypoint_box(turned, known), target_box)

@@ -1,8 +1,8 @@
-"""From a user's inputs to an animation with its comparison: what `infer.py` does for each pair."""
+"""Animate a reference with a driving clip, without and with TPC, and write the result with its comparison."""
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,11 +112,11 @@ class Animation:
         """The animation: with TPC when it is on."""
         return self.plain if self.calibrated is None else self.calibrated
 
-    def columns(self) -> dict[str, Any]:
-        """What the comparison shows, in order."""
-        columns: dict[str, Any] = {"reference": [self.reference], "pose": self.poses}
-        if self.calibration is not None:
-            columns["calibrated reference"] = calibrated_images(self.calibration)
+    def columns(self) -> dict[str, Sequence[np.ndarray]]:
+        """The columns of the comparison, in order."""
+        columns: dict[str, Sequence[np.ndarray]] = {"reference": [self.reference], "pose": self.poses}
+        if (calibration := self.calibration) is not None:
+            columns["calibrated reference"] = [calibration.frame_image(f) for f in range(calibration.frames)]
         if self.plain is not None:
             columns["without TPC"] = self.plain
         if self.calibrated is not None:
@@ -144,7 +144,11 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
     Raises:
         UserError: a size that the model cannot do.
     """
-    size = model_size(pipeline, sampling, driving.size)
+    size = pipeline.default_size(driving.size) if sampling.size is None else tuple(sampling.size)
+    if any(side % pipeline.size_multiple for side in size):
+        raise UserError(
+            f"size=[{size[0]},{size[1]}] must be multiples of {pipeline.size_multiple}, the model's factor"
+        )
     # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
     reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
@@ -196,15 +200,20 @@ def animate(
                 progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
             )
 
-    mask = None
+    mask = None  # (H, W) bool, any person of the reference
     if reference.masks is not None:
-        mask = person_mask(reference.masks, frame.reference_map, size)
+        mask = warp_mask(mask_pyramid(reference.masks.any(axis=0)), frame.reference_map, size)
     elif calibration is not None and calibration.persons:
         mask = calibration.reference_masks.any(axis=0)
 
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
-            result = pipeline(
+
+            def count_step(pipeline: AnimationPipeline, step: int, timestep: int, tensors: dict) -> dict:
+                progress.update()
+                return tensors
+
+            return pipeline(
                 image,
                 poses,
                 calibration,
@@ -215,13 +224,12 @@ def animate(
                 shift_windows=sampling.shift_windows,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="uint8",
-                callback_on_step_end=step_counter(progress),
+                callback_on_step_end=count_step,
                 attention=attention,
                 reference_mask=mask,
                 guidance_interval=sampling.guidance_interval,
                 solver=sampling.solver,
-            )
-        return result.frames
+            ).frames
 
     plain = calibrated = None
     if calibration is None or sampling.compare:
@@ -240,47 +248,8 @@ def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) 
     return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
 
 
-def person_mask(masks: np.ndarray, reference_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where any of the reference's persons (persons, h, w) bool is in the model's frame, (H, W) bool."""
-    return warp_mask(mask_pyramid(masks.any(axis=0)), reference_map, size)
-
-
-def step_counter(progress: tqdm) -> Callable[[Any, int, int, dict], dict]:
-    """A pipeline callback that moves a progress bar and changes nothing."""
-
-    def callback(pipeline: Any, step: int, timestep: int, tensors: dict) -> dict:
-        progress.update()
-        return tensors
-
-    return callback
-
-
-def model_size(pipeline: AnimationPipeline, sampling: SamplingConfig, driving: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the result."""
-    if sampling.size is None:
-        return pipeline.default_size(driving)
-    width, height = sampling.size
-    multiple = pipeline.size_multiple
-    if width % multiple or height % multiple:
-        raise UserError(f"size=[{width},{height}] must be multiples of {multiple}, the model's factor")
-    return width, height
-
-
-def calibrated_images(calibration: Calibration) -> np.ndarray:
-    """(f, H, W, 3): each frame's own calibrated image, persons laid over each other; grey where there is none."""
-    width, height = calibration.size
-    images = np.full((calibration.frames, height, width, 3), 128, np.uint8)
-    for frame, members in enumerate(calibration.member):
-        drawn = False
-        for image in members[members >= 0]:
-            shown = calibration.masks[image] if drawn else np.ones((height, width), bool)
-            images[frame][shown] = calibration.images[image][shown]
-            drawn = True
-    return images
-
-
 def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
-    """What every video says about itself: that it is generated, by what and with which settings."""
+    """Metadata of every video: that it is generated, by what and with which settings."""
     return {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
 
 

@@ -14,7 +14,7 @@ from tpc.estimation import Estimate, ReferencePerson
 from tpc.frames import PersonTrack, Scene, estimate_clip, follow_person, match_persons, warp_clip
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
-from tpc.silhouettes import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, visible
+from tpc.silhouettes import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, relative_angle, visible
 from tpc.warping import mask_pyramid, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -178,8 +178,7 @@ def _misalignment(person: ReferencePerson, driving: tuple[np.ndarray, np.ndarray
     measures: dict[str, float] = {}
     ours, theirs = head_axis(person.keypoints, person.seen), head_axis(*driving)
     if ours is not None and theirs is not None:
-        turn = np.arctan2(theirs[1], theirs[0]) - np.arctan2(ours[1], ours[0])
-        measures["relative_angle_deg"] = round(float((np.degrees(turn) + 180) % 360 - 180), 3)
+        measures["relative_angle_deg"] = round(float(np.degrees(relative_angle(ours, theirs))), 3)
     boxes = (
         keypoint_box(apply_matrix(scene.reference_map, person.keypoints), person.seen),
         keypoint_box(apply_matrix(scene.frame_map, driving[0]), driving[1]),

@@ -45,7 +45,7 @@ def write_report(
     _legend(figure.add_subplot(grid[1:3, 0]), calibration)
     for column, frame in enumerate(shown, start=1):
         driving = _driving_image(calibration, frame, driving_poses, driving_frames)
-        calibrated = _calibrated_image(calibration, frame)
+        calibrated = calibration.frame_image(frame)
         _show(figure.add_subplot(grid[0, column]), driving, f"frame {frame}")
         _show(figure.add_subplot(grid[1, column]), calibrated, "calibrated", calibration.records[frame])
         _show(figure.add_subplot(grid[2, column]), _overlay(calibration, frame, driving_frames), "laid over the frame")
@@ -156,16 +156,6 @@ def _draw_points(image: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, use
         centre = tuple(int(v) for v in np.clip(np.round(keypoints[number]), -(2**15), 2**15))
         cv2.circle(image, centre, radius + 1, (0, 0, 0), -1, cv2.LINE_AA)
         cv2.circle(image, centre, radius, colour, -1, cv2.LINE_AA)
-
-
-def _calibrated_image(calibration: Calibration, frame: int) -> np.ndarray:
-    """The calibrated images of all persons over each other; grey where there is none."""
-    result = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
-    members = [m for m in calibration.member[frame] if m >= 0]
-    for order, member in enumerate(members):
-        image = calibration.images[member]
-        result = image if order == 0 else np.where(calibration.masks[member][..., None], image, result)
-    return result
 
 
 def _overlay(calibration: Calibration, frame: int, frames: Sequence[np.ndarray] | None) -> np.ndarray:

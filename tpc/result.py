@@ -132,6 +132,16 @@ class Calibration:
         source = schedule.source_frame(step)
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
 
+    def frame_image(self, frame: int) -> np.ndarray:
+        """(H, W, 3): a frame's calibrated images, persons laid over each other; grey where there is none."""
+        images = [image for image in self.member[frame] if image >= 0]
+        if not images:
+            return np.full((self.size[1], self.size[0], 3), 128, np.uint8)
+        shown = self.images[images[0]]
+        for image in images[1:]:
+            shown = np.where(self.masks[image][..., None], self.images[image], shown)
+        return shown
+
     def used(self, num_steps: int) -> np.ndarray:
         """(k,) int, ascending: the images that steps 0 ... num_steps - 1 draw. Only these need encoding."""
         drawn = [self.index(step) for step in range(num_steps)]

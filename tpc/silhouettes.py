@@ -91,6 +91,12 @@ def head_axis(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
     return keypoints[NOSE] - keypoints[[LEFT_HIP, RIGHT_HIP]].mean(0)
 
 
+def relative_angle(reference: np.ndarray, driving: np.ndarray) -> float:
+    """Angle from one head axis to another, radians in [-pi, pi)."""
+    turn = np.arctan2(driving[1], driving[0]) - np.arctan2(reference[1], reference[0])
+    return float((turn + np.pi) % (2 * np.pi) - np.pi)
+
+
 @dataclass(frozen=True)
 class Silhouette:
     """A person's outline as a bitmap of its own resolution.
