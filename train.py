@@ -22,7 +22,7 @@ from tqdm import tqdm
 from core.config import VERSION, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, locked_folder, output_folder
-from data.video.reading import write_video
+from data.video.writing import write_video
 from inference.comparison import comparison_frames, comparison_strip
 from models.vae import vae_scale_factor
 from training.build import (

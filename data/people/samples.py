@@ -22,7 +22,7 @@ from data.people.bodies import build_person, load_people, random_identity
 from data.people.motion import random_motion
 from data.people.renderer import Camera, render_person
 from data.people.skeleton import neutral_pose
-from data.video.reading import write_video
+from data.video.writing import write_video
 
 FRAMES, FPS = 16, 8.0
 REFERENCE_SIZE, CLIP_SIZE = (384, 384), (256, 256)

@@ -21,7 +21,8 @@ from data.preparation.frame_order import frame_order_findings
 from data.preparation.layouts import SourceClip, find_clips
 from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.preparation.masks import mask_files
-from data.video.reading import VideoReader, read_image
+from data.video.images import read_image
+from data.video.reading import VideoReader
 
 Item = TypeVar("Item")
 VISIBLE = 0.3  # score above which a joint counts as seen

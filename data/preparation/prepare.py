@@ -31,7 +31,8 @@ from data.preparation.provenance import (
     refresh,
     wanted_inputs,
 )
-from data.video.reading import VideoReader, read_image
+from data.video.images import read_image
+from data.video.reading import VideoReader
 
 OpenEstimator = Callable[[], PoseEstimator]
 

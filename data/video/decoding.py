@@ -1,6 +1,5 @@
-"""Frames of one video file, numbered as they are stored, with their true times. `data.video` is for everyday use."""
+"""Stored frames of one video file with their true times; `VideoReader` is for everyday use."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,60 +26,38 @@ _SEEK_COST = 12
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """What the header, the packets and the first frame of a video stream say.
+    """Facts from the header, the packets and the first frame of a video stream; names are FFmpeg's."""
 
-    Attributes:
-        container: FFmpeg's name of the file format.
-        codec: FFmpeg's name of the decoder.
-        pixels: FFmpeg's name of the pixel format.
-        decoder: a decoder to use in place of FFmpeg's own, or None.
-        stored_size: (width, height) of the decoded frames.
-        shown_size: (width, height) with the pixel aspect ratio and the rotation applied.
-        quarter_turns: counter-clockwise turns by 90 degrees from the decoded to the shown image.
-        ticks: (frames,) presentation time stamps in order, or None when the file gives none.
-        times: (declared,) seconds at which each frame begins, the first at 0.
-        count: number of frames in the file.
-        declared: number of frames that the header announces; above `count` when the file is cut short.
-        duration: seconds.
-        nominal_fps: frames per second by the header.
-    """
-
-    container: str
+    container: str  # file format
     codec: str
-    pixels: str
-    decoder: str | None
-    stored_size: tuple[int, int]
-    shown_size: tuple[int, int]
-    quarter_turns: int
-    ticks: np.ndarray | None
-    times: np.ndarray
-    count: int
-    declared: int
-    duration: float
-    nominal_fps: float
+    pixels: str  # pixel format
+    decoder: str | None  # to use in place of FFmpeg's own
+    stored_size: tuple[int, int]  # (width, height) of the decoded frames
+    shown_size: tuple[int, int]  # with the pixel aspect ratio and the rotation applied
+    quarter_turns: int  # counter-clockwise, from the decoded to the shown image
+    ticks: np.ndarray | None  # (frames,) presentation time stamps in order; None when the file gives none
+    times: np.ndarray  # (declared,) seconds at which each frame begins, the first at 0
+    count: int  # frames in the file
+    declared: int  # frames that the header announces; above `count` when the file is cut short
+    duration: float  # seconds
+    nominal_fps: float  # by the header
 
 
 class VideoFile:
-    """The stored frames of a video file as RGB images.
+    """Stored frames of a video file as RGB images, in one form with `FolderOfFrames`.
 
-    The rotation and the pixel aspect ratio that the file states are applied; an alpha plane is laid over white.
-
-    Attributes:
-        times: (frames,) seconds at which each stored frame begins, the first at 0. Frames that a truncated file
-            announces but lacks are counted; reading them is the error.
-        duration: seconds.
-        nominal_fps: frames per second by the header.
-        size: (width, height) as seen.
+    The file's rotation and pixel aspect ratio are applied; an alpha plane is laid over white. `times` counts frames
+    that a truncated file announces but lacks; reading them is the error.
 
     Raises:
-        UserError: not a video, no frames; while reading: damaged or cut short, with the number of the frame.
+        UserError: not a video, no frames; while reading: damaged or cut short, with the index of the frame.
     """
 
     def __init__(self, path: str | Path, argument: str):
         self._path, self._name = Path(path), f"{argument}={path}"
         self._facts = facts = self._read_facts()
-        self.times, self.duration, self.size = facts.times, facts.duration, facts.shown_size
-        self.nominal_fps = facts.nominal_fps
+        self.times, self.duration, self.nominal_fps = facts.times, facts.duration, facts.nominal_fps
+        self.size = facts.shown_size
         self._decord = None
         self._decord_may_read = (
             facts.container in _INDEXED_FORMATS
@@ -102,24 +79,24 @@ class VideoFile:
     def frames(self) -> Iterator[np.ndarray]:
         """All frames in order."""
         expected, image = 0, None
-        for number, frame in self._decode_from(0):
+        for index, frame in self._decode_from(0):
             previous, image = image, self._image(frame)
-            for _ in range(expected, number):  # a packet without an image leaves the one before it on display
+            for _ in range(expected, index):  # a packet without an image leaves the one before it on display
                 yield image if previous is None else previous
             yield image
-            expected = number + 1
+            expected = index + 1
         if expected < self._facts.declared:
             raise self._stopped(expected)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The frames with these numbers, in that order."""
+        """Frames by index, in that order."""
         if (indices >= self._facts.count).any():
             raise self._stopped(self._facts.count)
         frames = self._pick_with_decord(indices) if self._decord_may_read else None
         return self._pick_by_seeking(indices) if frames is None else frames
 
     def _pick_with_decord(self, indices: np.ndarray) -> list[np.ndarray] | None:
-        """Frames decoded by decord, faster at random access than seeking here, or None when it cannot."""
+        """Frames decoded by decord, which is faster at random access than seeking; None when it cannot."""
         try:
             import decord
 
@@ -141,10 +118,10 @@ class VideoFile:
         found: dict[int, np.ndarray] = {}
         waiting = sorted(set(indices.tolist()))
         while waiting:
-            for number, frame in self._decode_from(waiting[0]):
-                while waiting and waiting[0] <= number:
+            for index, frame in self._decode_from(waiting[0]):
+                while waiting and waiting[0] <= index:
                     found[waiting.pop(0)] = self._image(frame)
-                if not waiting or waiting[0] > number + _SEEK_COST:
+                if not waiting or waiting[0] > index + _SEEK_COST:
                     break
             else:
                 if waiting:
@@ -152,27 +129,27 @@ class VideoFile:
         return [found[index] for index in indices.tolist()]
 
     def _decode_from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decoded frames with their numbers, from `first` on."""
+        """Pairs of index and decoded frame, from `first` on."""
         seeking = first > 0 and self._facts.ticks is not None and self._facts.container in _INDEXED_FORMATS
-        number = -1
+        index = -1
         try:
-            for number, frame in self._numbered(seek_to=first if seeking else None):
+            for index, frame in self._indexed(seek_to=first if seeking else None):
                 if frame.is_corrupt:
-                    raise self._stopped(number)
-                if number >= first:
-                    yield number, frame
+                    raise self._stopped(index)
+                if index >= first:
+                    yield index, frame
         except FFmpegError as error:
-            raise self._stopped(max(number + 1, first), error.strerror) from None
+            raise self._stopped(max(index + 1, first), error.strerror) from None
 
-    def _numbered(self, seek_to: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _indexed(self, seek_to: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
         ticks = self._facts.ticks
         with self._opened() as (container, stream):
             if seek_to is not None:
                 container.seek(int(ticks[seek_to]), stream=stream, backward=True)
             for position, frame in enumerate(_decoded(container, stream, self._facts.decoder)):
-                number = position if ticks is None else int(np.searchsorted(ticks, frame.pts, side="right")) - 1
-                if number >= 0:  # frames that an edit list hides come before the first
-                    yield number, frame
+                index = position if ticks is None else int(np.searchsorted(ticks, frame.pts, side="right")) - 1
+                if index >= 0:  # frames that an edit list hides come before the first
+                    yield index, frame
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
         turned = self._facts.quarter_turns % 2
@@ -185,9 +162,8 @@ class VideoFile:
             image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(image, self._facts.quarter_turns))
 
-    def _stopped(self, number: int, reason: str = "the file is damaged or cut short") -> UserError:
-        total = self._facts.declared
-        return UserError(f"{self._name}: decoding stopped at frame {number} of {total} ({reason})")
+    def _stopped(self, index: int, reason: str = "the file is damaged or cut short") -> UserError:
+        return UserError(f"{self._name}: decoding stopped at frame {index} of {self._facts.declared} ({reason})")
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
@@ -239,28 +215,22 @@ def _decoded(
 
 
 def _read_times(container: av.container.InputContainer, stream: av.VideoStream) -> dict:
-    """Frame times from the packets alone, without decoding: `ticks`, `times`, `count`, `declared`, `duration`."""
+    """Those `StreamFacts` about time that the packets tell without decoding."""
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     tick = float(stream.time_base)
     nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     stamps = [packet.pts for packet in packets]
     if None in stamps or len(set(stamps)) < len(stamps):
-        count = len(packets)
-        return {
-            "ticks": None,
-            "times": np.arange(count) * nominal,
-            "count": count,
-            "declared": count,
-            "duration": count * nominal,
-            "nominal_fps": 1 / nominal,
-        }
-    last = max(packets, key=lambda packet: packet.pts)
-    ticks = np.sort(np.array(stamps, dtype=np.int64))
-    seconds = (ticks - ticks[0]) * tick
-    last_duration = last.duration * tick if last.duration else nominal
-    duration = float(seconds[-1]) + last_duration
-    missing = _missing_frames(container, stream, len(packets), duration, nominal)
-    seconds = np.concatenate([seconds, seconds[-1] + nominal * np.arange(1, missing + 1)])
+        ticks, missing = None, 0
+        duration, seconds = len(packets) * nominal, np.arange(len(packets)) * nominal
+    else:
+        last = max(packets, key=lambda packet: packet.pts)
+        ticks = np.sort(np.array(stamps, dtype=np.int64))
+        seconds = (ticks - ticks[0]) * tick
+        last_duration = last.duration * tick if last.duration else nominal
+        duration = float(seconds[-1]) + last_duration
+        missing = _missing_frames(container, stream, len(packets), duration, nominal)
+        seconds = np.concatenate([seconds, seconds[-1] + nominal * np.arange(1, missing + 1)])
     return {
         "ticks": ticks,
         "times": seconds,
@@ -274,14 +244,14 @@ def _read_times(container: av.container.InputContainer, stream: av.VideoStream) 
 def _missing_frames(
     container: av.container.InputContainer, stream: av.VideoStream, count: int, duration: float, nominal: float
 ) -> int:
-    """How many frames a file that is cut short lacks, by the duration that its header states.
+    """Frames that a file that is cut short lacks, by the duration that its header states.
 
-    An edit list may hide stored frames, so a smaller number of frames alone does not mean that any is missing.
+    An edit list may hide stored frames, so a smaller count of frames alone does not mean that any is missing.
     """
     if stream.duration:
         stated = float(stream.duration * stream.time_base)
     elif "DURATION" in stream.metadata:
-        hours, minutes, seconds = re.split(":", stream.metadata["DURATION"])
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     elif container.duration and len(container.streams) == 1:
         stated = container.duration / 1e6

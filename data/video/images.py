@@ -1,4 +1,4 @@
-"""Images from files as RGB arrays: still images, folders of numbered frames, animated images."""
+"""Images from files as RGB arrays: stills, folders of numbered frames, animated images."""
 
 import re
 import struct
@@ -20,16 +20,9 @@ _DEFAULT_DURATION_MS = 100.0  # what browsers use for an animated image whose fr
 
 
 def read_image(path: str | Path, argument: str = "image") -> np.ndarray:
-    """Read a still image as it is meant to be seen.
+    """Read a still image, or an animated one's first frame, as (h, w, 3) uint8 RGB.
 
-    The orientation stored by a camera (EXIF) is applied; transparent parts are laid over white; grey, palette, CMYK
-    and 16-bit images become 8-bit RGB; of an animated image the first frame is taken.
-
-    Args:
-        argument: what the path was given as, for the error message.
-
-    Returns:
-        (h, w, 3) uint8 RGB.
+    The camera's orientation (EXIF) is applied. `argument` is what the path was given as, for the error message.
 
     Raises:
         UserError: missing, not an image, or damaged.
@@ -39,7 +32,7 @@ def read_image(path: str | Path, argument: str = "image") -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode as (h, w, 3) uint8 RGB, transparent parts over white."""
+    """Convert a PIL image of any mode to (h, w, 3) uint8 RGB, transparent parts over white."""
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
         values = np.asarray(image).astype(np.float64) / 257
         grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
@@ -53,7 +46,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder in natural order (2.png before 10.png); hidden files are left out."""
+    """Image files of a folder in natural order (2.png before 10.png), without hidden ones."""
     files = [
         file
         for file in Path(folder).iterdir()
@@ -63,30 +56,22 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def natural_order(file: Path) -> list[int | str]:
-    """Key that sorts numbers in names by value."""
+    """Sort key that orders numbers in names by value."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
 class FolderOfFrames:
-    """The images of a folder as the frames of a clip, in natural order. All must have one size.
-
-    Attributes:
-        times: (frames,) seconds at which each frame begins.
-        duration: seconds.
-        nominal_fps: frames per second.
-        size: (width, height).
-    """
+    """Images of a folder, all of one size, as the frames of a clip in natural order."""
 
     def __init__(self, folder: str | Path, fps: float, argument: str):
         self._argument = argument
         self._files = list_images(folder)
         if not self._files:
             raise UserError(f"{argument}={folder} is a folder without images ({', '.join(IMAGE_SUFFIXES)})")
-        self.times = np.arange(len(self._files)) / fps
+        self.times = np.arange(len(self._files)) / fps  # seconds at which each frame begins
         self.duration = len(self._files) / fps
         self.nominal_fps = fps
-        first = read_image(self._files[0], argument)
-        self.size = (first.shape[1], first.shape[0])
+        self.size = read_image(self._files[0], argument).shape[1::-1]  # (width, height)
 
     def frames(self) -> Iterator[np.ndarray]:
         """All frames in order."""
@@ -94,7 +79,7 @@ class FolderOfFrames:
             yield self._read(file)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The frames with these numbers, in that order."""
+        """Frames by index, in that order."""
         return [self._read(self._files[index]) for index in indices]
 
     def close(self) -> None:
@@ -102,7 +87,7 @@ class FolderOfFrames:
 
     def _read(self, file: Path) -> np.ndarray:
         frame = read_image(file, self._argument)
-        if (frame.shape[1], frame.shape[0]) != self.size:
+        if frame.shape[1::-1] != self.size:
             raise UserError(
                 f"{self._argument}={file} has size {frame.shape[1]}x{frame.shape[0]}, "
                 f"the first frame {self.size[0]}x{self.size[1]}; all frames of a folder must have one size"
@@ -111,10 +96,7 @@ class FolderOfFrames:
 
 
 class AnimatedImage:
-    """The frames of an animated GIF, WebP or PNG; a still image has one frame.
-
-    Attributes are those of `FolderOfFrames`; `times` follow the frames' own durations.
-    """
+    """Frames of an animated GIF, WebP or PNG at their own times; a still image has one. As `FolderOfFrames`."""
 
     def __init__(self, path: str | Path, fps: float, argument: str):
         self._path, self._argument = Path(path), argument
@@ -144,9 +126,10 @@ class AnimatedImage:
                 yield to_rgb(frame)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The frames with these numbers, in that order. Later frames build on earlier ones, so all are decoded."""
+        """Frames by index, in that order."""
         wanted = set(indices.tolist())
-        found = {number: frame for number, frame in enumerate(self.frames()) if number in wanted}
+        # Later frames build on earlier ones, so all are decoded.
+        found = {index: frame for index, frame in enumerate(self.frames()) if index in wanted}
         return [found[index] for index in indices.tolist()]
 
     def close(self) -> None:
@@ -160,7 +143,7 @@ class AnimatedImage:
 
 
 def is_animated_image(path: str | Path) -> bool:
-    """Whether the file is an image that `AnimatedImage` reads."""
+    """True for an image file that `AnimatedImage` reads."""
     try:
         with Image.open(path, formats=_ANIMATED_FORMATS):
             return True

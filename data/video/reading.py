@@ -1,47 +1,28 @@
-"""Reading and writing videos and images.
+"""Frames of a video at a constant rate.
 
     with VideoReader("dance.mp4") as video:
         for frame in video:                     # (h, w, 3) uint8 RGB, one at a time
             ...
-    write_video("copy.mp4", read_video("dance.mp4").frames, fps=30, metadata={"made": "by hand"})
 
 A video is a video file, an animated GIF, WebP or PNG, a still image (one frame), or a folder of images.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 
 from core.errors import UserError
-from core.files import complete_file
 from data.video.decoding import VideoFile
-from data.video.images import AnimatedImage, FolderOfFrames, is_animated_image, list_images, read_image
-
-__all__ = [
-    "Video",
-    "VideoReader",
-    "fit_size",
-    "list_images",
-    "read_image",
-    "read_video",
-    "video_metadata",
-    "write_video",
-]
+from data.video.images import AnimatedImage, FolderOfFrames, is_animated_image
 
 _STILL_FPS = 25.0  # of folders and still images, which have no times of their own
-_VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames (n, h, w, 3) uint8 RGB at a constant rate of `fps` frames per second."""
+    """Frames (n, h, w, 3) uint8 RGB at a constant rate."""
 
     frames: np.ndarray
     fps: float
@@ -53,24 +34,18 @@ class Video:
 
 
 class VideoReader:
-    """Frames of a video at a constant rate, read when they are asked for.
+    """Frames of a video at a constant rate, decoded when they are asked for.
 
-    Frame k is the image that is on display at the time k / fps, so a video of variable rate keeps its duration: its
-    frames are repeated or left out as needed. Iterating decodes in order; `get` reads any frames. Rotation and
-    pixel aspect ratio stated by the file are applied, transparent parts are laid over white, odd sizes are kept.
+    Frame k is the image on display at time k / fps, so a video of variable rate keeps its duration: frames are
+    repeated or left out. The file's rotation and pixel aspect ratio are applied, transparency is laid over white.
 
     Args:
         path: a video file, an animated image, a still image or a folder of images.
-        fps: frames per second to read at; None takes the average rate of the video (25 for folders and stills).
+        fps: rate to read at; None takes the average rate of the video (25 for folders and stills).
         argument: what the path was given as, for error messages.
 
-    Attributes:
-        fps: frames per second.
-        size: (width, height).
-        constant_rate: False where frames of the file have truly different durations.
-
     Raises:
-        UserError: missing, not a video, empty; while reading: damaged or cut short, with the number of the frame.
+        UserError: missing, not a video, empty; while reading: damaged or cut short, with the index of the frame.
     """
 
     def __init__(self, path: str | Path, fps: float | None = None, argument: str = "video"):
@@ -78,6 +53,7 @@ class VideoReader:
             raise UserError(f"fps={fps} must be a positive number")
         self.path = Path(path)
         self._source = _open_source(self.path, fps, argument)
+        self.size = self._source.size  # (width, height)
         times = self._source.times
         interval = self._source.duration / len(times)
         grid = np.arange(len(times)) * interval
@@ -87,16 +63,13 @@ class VideoReader:
         nominal = self._source.nominal_fps
         average = nominal if constant and abs(nominal * interval - 1) < 0.01 else 1 / interval
         self.fps = float(fps or average)
+        # The index in the file of every frame that is read.
         if constant and fps is None:
             self._stored = np.arange(len(times))
         else:
             count = max(1, round(self._source.duration * self.fps))
             shown_at = np.arange(count) / self.fps + 0.1 * min(interval, 1 / self.fps)
             self._stored = np.searchsorted(grid if constant else times, shown_at, side="right") - 1
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._source.size
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -105,26 +78,22 @@ class VideoReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the open file; reading again opens it anew."""
-        self._source.close()
+        self._source.close()  # reading again opens the file anew
 
     def __iter__(self) -> Iterator[np.ndarray]:
         wanted = 0
-        for number, frame in enumerate(self._source.frames()):
-            while wanted < len(self) and self._stored[wanted] == number:
+        for index, frame in enumerate(self._source.frames()):
+            while wanted < len(self) and self._stored[wanted] == index:
                 yield frame
                 wanted += 1
             if wanted == len(self):
                 return
 
     def get(self, indices: Sequence[int]) -> np.ndarray:
-        """The frames with these numbers, in this order, as (len(indices), h, w, 3); negative ones count from the end.
+        """Frames by index, in this order, (len(indices), h, w, 3); negative indices count from the end.
 
         Raises:
-            IndexError: a number outside the video.
+            IndexError: an index outside the video.
         """
         stored = self._stored[np.asarray(indices, dtype=np.int64).reshape(-1)]
         width, height = self.size
@@ -134,81 +103,14 @@ class VideoReader:
 def read_video(
     path: str | Path, max_frames: int | None = None, fps: float | None = None, argument: str = "video"
 ) -> Video:
-    """Read a whole video, or its first `max_frames` frames, into memory. See `VideoReader`."""
+    """Read a video, or its first `max_frames` frames, into memory. See `VideoReader`."""
     with VideoReader(path, fps=fps, argument=argument) as reader:
         count = len(reader) if max_frames is None else min(max_frames, len(reader))
         width, height = reader.size
         frames = np.empty((count, height, width, 3), np.uint8)
-        for number, frame in zip(range(count), reader, strict=False):
-            frames[number] = frame
+        for index, frame in zip(range(count), reader, strict=False):
+            frames[index] = frame
         return Video(frames, reader.fps)
-
-
-def write_video(
-    path: str | Path,
-    frames: Iterable[np.ndarray],
-    fps: float,
-    metadata: dict[str, Any] | None = None,
-    crf: int = 18,
-) -> None:
-    """Write frames as H.264 (yuv420p, BT.709), which every player shows; the file appears when it is complete.
-
-    H.264 in this format needs even sizes: an odd width or height is padded by repeating the last column or row.
-
-    Args:
-        path: .mp4, .mov or .mkv.
-        frames: (h, w, 3) uint8 RGB each, all of one size; any iterable, read once.
-        metadata: values for JSON, kept in the file's comment; `video_metadata` gives them back.
-        crf: quality of x264: 0 is the best, 18 hardly differs from the input, 51 is the worst.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in _VIDEO_SUFFIXES:
-        raise UserError(f"{path} cannot be written: give a name that ends in {', '.join(_VIDEO_SUFFIXES)}")
-    frames = iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError("frames must hold at least one frame, got none")
-    with complete_file(path) as temporary, av.open(str(temporary), "w") as container:
-        if metadata is not None:
-            container.metadata["comment"] = json.dumps(metadata, allow_nan=False)
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.options = {"crf": str(crf)}
-        stream.width, stream.height = (first.shape[1] + 1) // 2 * 2, (first.shape[0] + 1) // 2 * 2
-        stream.pix_fmt = "yuv420p"
-        codec = stream.codec_context
-        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709, which players assume for large videos
-        codec.color_range = 1  # 16 to 235
-        for frame in _with_first(first, frames):
-            container.mux(stream.encode(_video_frame(frame, first.shape)))
-        container.mux(stream.encode())
-
-
-def video_metadata(path: str | Path, argument: str = "video") -> dict[str, Any]:
-    """The metadata that `write_video` put into a file; of other videos, the container's own tags."""
-    try:
-        with av.open(str(path)) as container:
-            tags = {key.lower(): value for key, value in container.metadata.items()}
-    except (FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{argument}={path} is not a video that can be read: {error}") from None
-    try:
-        stored = json.loads(tags.get("comment", ""))
-    except json.JSONDecodeError:
-        return tags
-    return stored if isinstance(stored, dict) else tags
-
-
-def fit_size(size: tuple[int, int], target: int, multiple: int = 8) -> tuple[int, int]:
-    """The size of about the same aspect ratio whose longer side is `target`, both sides multiples of `multiple`.
-
-    Args:
-        size: (width, height).
-        target: length of the longer side in pixels; rounded to a multiple.
-    """
-    if min(size) < 1 or target < multiple:
-        raise ValueError(f"size must be positive and target at least {multiple}, got {size} and {target}")
-    scale = target / max(size)
-    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
-    return width, height
 
 
 def _open_source(path: Path, fps: float | None, argument: str) -> VideoFile | AnimatedImage | FolderOfFrames:
@@ -221,16 +123,3 @@ def _open_source(path: Path, fps: float | None, argument: str) -> VideoFile | An
     if is_animated_image(path):
         return AnimatedImage(path, fps or _STILL_FPS, argument)
     return VideoFile(path, argument)
-
-
-def _with_first(first: np.ndarray, others: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from others
-
-
-def _video_frame(frame: np.ndarray, shape: tuple[int, ...]) -> av.VideoFrame:
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.shape != shape:
-        raise ValueError(f"frames must be (h, w, 3) uint8 of one size {shape}, got {frame.dtype} {frame.shape}")
-    padded = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
-    return image.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range=1)
