@@ -12,7 +12,7 @@ from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image,
 from data.video.images import list_images, read_image
 from data.video.reading import Video, read_video
 
-SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.make_samples
+SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
 
 
 @dataclass(frozen=True)

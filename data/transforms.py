@@ -1,4 +1,4 @@
-"""From an image's own pixels to the model's frame and back.
+"""Maps from an image's own pixels to the model's frame: sizes, matrices, crops that cut nobody, resampling.
 
 Convention: matrices are 3 x 3 and map (x, y, 1) of the source to the target, both in pixels with y down and pixel
 centres at integers. Aspect ratio is always kept.
@@ -7,17 +7,17 @@ centres at integers. Aspect ratio is always kept.
 import cv2
 import numpy as np
 
+from data.poses.person import Box
+
 FIT_MODES = ("cover", "contain")
+# person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
+# borders where they would not fit; centre: the middle of the image, whomever it cuts.
+CROPS = ("person", "pad", "centre")
+_TOLERANCE = 0.5  # source pixels that a box may be larger than the window
 
 
 def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
-    """Width and height of about `area` pixels with the source's aspect ratio, both multiples of `multiple`.
-
-    Args:
-        source: width and height of the driving video in pixels.
-        area: pixels of the result, such as 128 * 128.
-        multiple: what the model's images must divide by.
-    """
+    """Width and height of about `area` pixels with the source's aspect ratio, both multiples of `multiple`."""
     width, height = source
     scale = (area / (width * height)) ** 0.5
     sides = (max(1, round(side * scale / multiple)) * multiple for side in (width, height))
@@ -25,14 +25,11 @@ def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, 
 
 
 def fit_matrix(source: tuple[int, int], target: tuple[int, int], mode: str = "cover") -> np.ndarray:
-    """Similarity without rotation that centres an image in a frame.
+    """Similarity without rotation (3, 3) that centres an image in a frame.
 
     Args:
-        source, target: width and height in pixels.
+        source, target: (width, height) in pixels.
         mode: "cover" fills the frame and cuts what sticks out; "contain" shows everything and leaves borders.
-
-    Returns:
-        (3, 3) float64, source pixels -> target pixels.
     """
     if mode not in FIT_MODES:
         raise ValueError(f"mode must be one of {FIT_MODES}, got {mode!r}")
@@ -43,31 +40,62 @@ def fit_matrix(source: tuple[int, int], target: tuple[int, int], mode: str = "co
     return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]], dtype=np.float64)
 
 
-def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: str = "replicate") -> np.ndarray:
-    """Resample an image or mask by a matrix of `fit_matrix`, averaging over source pixels when it shrinks.
+def resize_matrix(source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+    """Map (3, 3) of a resize from one (width, height) to another; edges map to edges."""
+    matrix = np.diag([target[0] / source[0], target[1] / source[1], 1.0])
+    matrix[:2, 2] = (matrix[[0, 1], [0, 1]] - 1) / 2
+    return matrix
+
+
+def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | None, mode: str) -> np.ndarray | None:
+    """Similarity without rotation (3, 3) from an image to the model's frame.
 
     Args:
-        image: (h, w) or (h, w, 3) uint8.
-        matrix: (3, 3), image pixels -> result pixels.
-        size: width and height of the result.
-        border: "replicate" the outermost pixels, or "zero", where the image does not reach.
+        source, target: (width, height) in pixels.
+        box: around everybody over the whole clip; None: nobody to mind.
+        mode: one of `CROPS`.
 
     Returns:
-        (height, width) or (height, width, 3) uint8.
+        None when the box does not fit into the largest window of the target's shape (mode "person").
+    """
+    if mode not in CROPS:
+        raise ValueError(f"mode must be one of {CROPS}, got {mode!r}")
+    scale = max(target[0] / source[0], target[1] / source[1])
+    if mode == "centre":
+        box = None
+    elif mode == "pad" and box is not None:
+        scale = min(scale, target[0] / max(box.width, 1e-6), target[1] / max(box.height, 1e-6))
+    ends = [(0.0, 0.0)] * 2 if box is None else [(box.left, box.right), (box.top, box.bottom)]
+    starts = []
+    for side, length, (low, high) in zip(source, target, ends, strict=True):
+        window = length / scale
+        start = (side - window) / 2  # in units of pixels from the image's edge
+        if box is not None and window <= side:
+            if high - low > window + _TOLERANCE:
+                return None
+            start = min(max(start, high + 0.5 - window), max(low + 0.5, high + 0.5 - window))
+        starts.append(start)
+    shift = [scale * (0.5 - start) - 0.5 for start in starts]
+    return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]], dtype=np.float64)
+
+
+def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: str = "replicate") -> np.ndarray:
+    """Resample an image or mask (h, w[, 3]) uint8 by a `fit_matrix` or `crop_matrix` into a frame of (width, height).
+
+    Args:
+        border: "replicate" the outermost pixels, or "zero", where the image does not reach.
     """
     scale = matrix[0, 0]
     if scale < 1:
         # One area-averaged resize to the final scale, then a shift by less than a pixel and the cut.
         height, width = image.shape[:2]
         small = (max(1, round(width * scale)), max(1, round(height * scale)))
-        resize = np.diag([small[0] / width, small[1] / height, 1.0])
-        resize[:2, 2] = (resize[[0, 1], [0, 1]] - 1) / 2
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
-        matrix = matrix @ np.linalg.inv(resize)
+        matrix = matrix @ np.linalg.inv(resize_matrix((width, height), small))
     mode = cv2.BORDER_REPLICATE if border == "replicate" else cv2.BORDER_CONSTANT
     return cv2.warpAffine(image, matrix[:2], size, flags=cv2.INTER_LINEAR, borderMode=mode)
 
 
 def map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Apply a (3, 3) matrix to points (..., 2)."""
+    """Points (..., 2) mapped by a (2, 3) or (3, 3) matrix."""
     return points @ matrix[:2, :2].T + matrix[:2, 2]

@@ -1,4 +1,4 @@
-"""What every item of a data set holds, see `data.datasets`."""
+"""Checks of every item of a data set, see `data.clips.rendered`."""
 
 import torch
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.poses.blazepose import BlazePose, _person
+from data.poses.blazepose import BlazePose, _agreeing, _person, _tiles
 from data.poses.blazepose_networks import (
     COCO_FROM_BLAZEPOSE,
+    Detection,
     Landmarks,
     Roi,
     _anchor_centres,
@@ -21,7 +22,6 @@ from data.poses.blazepose_networks import (
     refine_with_heatmaps,
     weighted_clusters,
 )
-from data.poses.blazepose_search import _agreeing, _Hit, _tiles
 from data.poses.dwpose import turn_image
 from data.poses.person import person_box
 from data.poses.poses import estimate_image, estimate_poses
@@ -246,10 +246,11 @@ def test_a_look_that_is_at_a_loss_hardly_counts():
 
 def test_rotations_that_agree_are_evidence():
     here = Roi(100, 100, 80, 0.0)
-    hits = [_Hit(here, 0.9, 0), _Hit(Roi(104, 98, 85, 0.2), 0.6, 1), _Hit(Roi(103, 101, 80, 0.1), 0.8, 1)]
-    hits += [_Hit(Roi(100, 100, 80, math.pi), 0.95, 2), _Hit(Roi(200, 100, 80, 0.0), 0.5, 3)]
+    hits = [(0, Detection(here, 0.9))]
+    hits += [(1, Detection(Roi(104, 98, 85, 0.2), 0.6)), (1, Detection(Roi(103, 101, 80, 0.1), 0.8))]
+    hits += [(2, Detection(Roi(100, 100, 80, math.pi), 0.95)), (3, Detection(Roi(200, 100, 80, 0.0), 0.5))]
     candidates = _agreeing(hits, rotations=4)
-    assert [candidate.evidence for candidate in candidates] == pytest.approx([1.7 / 4, 0.95 / 4, 0.5 / 4])
+    assert [candidate.score for candidate in candidates] == pytest.approx([1.7 / 4, 0.95 / 4, 0.5 / 4])
     assert candidates[0].roi.x == pytest.approx((0.9 * 100 + 0.6 * 104 + 0.8 * 103) / 2.3)
     assert 80 < candidates[0].roi.side < 85 and 0 < candidates[0].roi.rotation < 0.2
     assert abs(candidates[1].roi.rotation) == pytest.approx(math.pi)

@@ -12,12 +12,11 @@ import pytest
 from core.errors import UserError
 from data.poses.poses import Poses
 from data.preparation.checks import check_dataset, pose_jumps
-from data.preparation.clip_facts import CheckConfig, Report
-from data.preparation.clip_report import report_table, summary, write_report
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import write_manifest
 from data.preparation.prepare import prepare_clips
-from data.preparation.provenance import PrepareConfig
+from data.preparation.report import Report, report_table, summary, write_report
+from data.preparation.settings import CheckConfig, PrepareConfig
 from tests.filmed import (
     FRAME,
     FigureEstimator,

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.crops import crop_matrix, joint_box, mask_box, skeleton_box
-from data.poses.person import Box
+from data.poses.person import Box, joint_box, mask_box
 from data.poses.poses import Poses
-from data.transforms import fit_matrix, map_points
+from data.transforms import crop_matrix, fit_matrix, map_points
 
 sizes = st.tuples(st.integers(16, 400), st.integers(16, 400))
 parts = st.tuples(*[st.floats(0, 1)] * 4)
@@ -89,7 +88,7 @@ def test_boxes_of_masks_and_skeletons():
     keypoints[1, 0, 2:4], scores[1, 0, 2:4] = [(12, 5), (200, 8)], 1
     keypoints[1, 0, 5], scores[1, 0, 5] = (0, 90), 0.1  # too unsure to count
     poses = Poses(keypoints, scores, (100, 100), 25.0)
-    assert skeleton_box(poses, margin=0.0) == Box(10, 5, 99.5, 30)
-    assert skeleton_box(poses).top == -0.5  # a tenth of 188 pixels above row 5, cut to the image
-    assert skeleton_box(Poses(keypoints, 0 * scores, (100, 100), 25.0)) is None
+    assert poses.box(margin=0.0) == Box(10, 5, 99.5, 30)
+    assert poses.box().top == -0.5  # a tenth of 188 pixels above row 5, cut to the image
+    assert Poses(keypoints, 0 * scores, (100, 100), 25.0).box() is None
     assert joint_box([], (4, 4)) is None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.poses.dwpose import DWPose, crop_matrix, decode_boxes, decode_simcc, letterbox, turn_image
+from data.poses.dwpose import DWPose, box_matrix, decode_boxes, decode_simcc, letterbox, turn_image
 from data.poses.person import Box
 from data.poses.poses import PoseConfig, estimate_image, estimate_poses, open_estimator
 
@@ -189,11 +189,11 @@ def test_boxes_are_decoded_in_closed_form_and_suppressed():
 
 
 def test_crop_pads_the_box_and_keeps_the_aspect():
-    matrix = crop_matrix(Box(100, 200, 136, 280), (288, 384))
+    matrix = box_matrix(Box(100, 200, 136, 280), (288, 384))
     centre = matrix[:, :2] @ (144, 192) + matrix[:, 2]
     np.testing.assert_allclose(centre, (118, 240))
     np.testing.assert_allclose(matrix[:, :2], np.eye(2) * 1.25 * 80 / 384)  # the height binds
-    np.testing.assert_allclose(crop_matrix(Box(0, 0, 90, 80), (288, 384))[0, 0], 1.25 * 90 / 288)
+    np.testing.assert_allclose(box_matrix(Box(0, 0, 90, 80), (288, 384))[0, 0], 1.25 * 90 / 288)
 
 
 @settings(max_examples=20, deadline=None)

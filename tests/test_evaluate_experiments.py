@@ -15,8 +15,7 @@ from data.clips.rendered import RenderedPeople
 from data.inputs import Driving, Reference
 from data.poses.poses import PoseConfig, Poses, open_estimator
 from data.poses.weights import fetch_models
-from data.preparation.fingerprint import Fingerprint
-from data.preparation.manifest import write_manifest, write_record
+from data.preparation.manifest import Fingerprint, write_manifest, write_record
 from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_clip, with_pose_noise
 from evaluation.folders import pair_clips
 from evaluation.misalignment import ThresholdConfig, classify, misalignment

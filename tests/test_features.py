@@ -10,13 +10,11 @@ from torch.utils.data import default_collate
 import training.vae
 from core.errors import UserError
 from data.clips.feature_cache import FeatureCache
-from data.clips.feature_config import FeatureConfig
 from data.clips.videos import VideoFolder
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import read_manifest, write_manifest
 from data.preparation.prepare import prepare_clips
-from data.preparation.provenance import PrepareConfig
-from data.preparation.shards import Shard
+from data.preparation.settings import FeatureConfig, PrepareConfig, Shard
 from models.vae import vae_encode, vae_scale_factor
 from tests.filmed import FigureEstimator, damage, figure_film, rendered_film, save_prepared_videos
 from tests.networks import TINY

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.preparation.fingerprint import Fingerprint
+from data.preparation.manifest import Fingerprint
 from tests.filmed import save_frames
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.preparation.frame_order import frame_order_findings
+from data.preparation.checks import frame_order_findings
 from data.preparation.layouts import SourceClip, detect_layout, find_clips
 from tests.filmed import figure_film, save_frames, save_video
 
@@ -155,4 +155,4 @@ def test_what_cannot_be_a_data_set_is_a_user_error(tmp_path):
 def test_orders_that_are_not_of_time_are_found(tmp_path, names, kinds):
     for name in names:
         save_frames(tmp_path, np.zeros((1, 2, 2, 3), np.uint8), name)
-    assert [kind for _, kind, _, _ in frame_order_findings(tmp_path)] == kinds
+    assert [finding.kind for finding in frame_order_findings(tmp_path)] == kinds

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from data.clips.pose_images import pose_images_of, read_pose_images
-from data.clips.videos import VideoFolder
+from data.clips.videos import VideoFolder, pose_images_of, read_pose_images
 from data.preparation.clips import list_clips
 from data.transforms import fit_matrix
 from tests.filmed import figure_film, save_prepared_videos

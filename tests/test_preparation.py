@@ -15,13 +15,11 @@ import pytest
 from core.errors import UserError
 from data.poses.person import Box
 from data.poses.poses import PoseConfig, Poses
-from data.preparation.fingerprint import Fingerprint
 from data.preparation.layouts import find_clips
-from data.preparation.manifest import Manifest, read_manifest, read_record, record_path, write_manifest
+from data.preparation.manifest import Fingerprint, Manifest, read_manifest, read_record, record_path, write_manifest
 from data.preparation.masks import read_union
-from data.preparation.prepare import Progress, prepare_clips
-from data.preparation.provenance import PrepareConfig, hold_out
-from data.preparation.shards import Shard, process_shard
+from data.preparation.prepare import PreparedClips, hold_out, prepare_clips
+from data.preparation.settings import PrepareConfig, Shard, process_shard
 from tests.filmed import FRAME, FigureEstimator, Film, figure_film, save_frames, save_prepared_videos, save_video
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +30,7 @@ def no_estimator():
     raise AssertionError("nothing should be estimated")
 
 
-def prepare(source: Path, output: Path, estimator=FigureEstimator, **settings) -> tuple[Progress, Manifest]:
+def prepare(source: Path, output: Path, estimator=FigureEstimator, **settings) -> tuple[PreparedClips, Manifest]:
     config = PrepareConfig(source=str(source), output=str(output), **settings)
     clips = find_clips(source)
     done = prepare_clips(clips, output, config, estimator)

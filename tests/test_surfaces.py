@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from core.config import check_config
 from core.errors import UserError
 from data.people.bodies import build_person, load_people, random_identity
-from data.people.renderer import Camera, Light, project_keypoints, render_person
+from data.people.renderer import Camera, Light, project_keypoints, render_person, render_surface
 from data.people.renderer import Figure as Posed
-from data.people.surfaces import render_surface
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
 from training.attention_loss import SAME_POINT, surface_points

@@ -18,7 +18,7 @@ from data.poses.poses import Poses
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import write_manifest
 from data.preparation.prepare import prepare_clips
-from data.preparation.provenance import PrepareConfig
+from data.preparation.settings import PrepareConfig
 from data.video.writing import write_video
 from tests.filmed import (
     FRAME,

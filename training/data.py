@@ -9,12 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.config import check_config
 from core.errors import UserError
-from data.clips.clip_cache import CachedClips, ensure_cache
+from data.clips.clip_cache import CachedClips, ensure_cache, ensure_surfaces
 from data.clips.feature_cache import FeatureCache
 from data.clips.rendered import RenderedPeople
 from data.clips.videos import VideoFolder
-from data.crops import CROPS
-from data.people.surfaces import ensure_surfaces
+from data.transforms import CROPS
 from training.config import DataConfig
 from training.interruption import ignore_stop_signals
 

@@ -15,11 +15,10 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import remove_partial
 from data.clips.feature_cache import FeatureCache, FeatureInputs
-from data.clips.feature_config import FeatureConfig
 from data.clips.rendered import clip_tensor
 from data.preparation.clips import UsableClip, usable_clips
 from data.preparation.manifest import Clip, has_manifest
-from data.preparation.shards import Shard
+from data.preparation.settings import FeatureConfig, Shard
 from data.transforms import apply_fit
 from data.video.reading import VideoReader
 from models.animators.animate_anyone.model import image_context

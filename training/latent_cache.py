@@ -26,7 +26,7 @@ def ensure_latents(cache: Path, vae: VAE, chunk: int = IMAGES) -> Path:
     """Encode all images of a cache, unless it has been done; the folder of the latents.
 
     Args:
-        cache: folder of a `data.clip_cache`.
+        cache: folder of a `data.clips.clip_cache`.
         chunk: images at a time.
     """
     folder = latents_folder(cache, vae)

@@ -191,7 +191,7 @@ def diffusion_loss(
     Args:
         model: an `Animator`, possibly wrapped for distributed training.
         batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
-            for calibrated training masks and keypoints too, see `data.datasets`; cached features in place of
+            for calibrated training masks and keypoints too, see `data.clips.rendered`; cached features in place of
             images, see `data.video_folder`.
         calibrated: calibrated training; a probability of 0 leaves every clip its own reference alone.
         traits: of the model.

@@ -6,7 +6,7 @@ A cache is a folder of memory-mapped arrays for n clips of m images (the referen
     keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
     latents-DIGEST/  latents of the images by one VAE: mean.npy and, where there is one, deviation.npy
                      (n, m, c, h, w) float16
-    surfaces/        surface maps of rendered people, see `data.surfaces`: surfaces.npy (n, m, h, w, 3) float16
+    surfaces/        surface maps of rendered people: surfaces.npy (n, m, h, w, 3) float16
 
 It is reused only when `cache.json` says it was made from the same description; otherwise it is made anew.
 """
@@ -23,16 +23,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from core.files import complete_folder
+from data.clips.rendered import RenderedPeople
+from data.people.renderer import render_surface
 from data.poses.drawing import draw_pose
 
 INDEX = "cache.json"
+SURFACES = "surfaces"  # folder beside the arrays
+_SURFACE_SCALE = 2  # pixels of an image's side per pixel of its surface map
 
 
 def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path, workers: int) -> Path:
     """Make the cache of all clips of a data set in `folder`, unless it is there already.
 
     Args:
-        clips: items as `data.datasets` makes them.
+        clips: items as in `data.clips.rendered`.
         description: everything the items depend on, as JSON values.
         workers: loader processes.
     """
@@ -54,9 +58,9 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
             for name, (shape, dtype) in shapes.items()
         }
         loader = DataLoader(clips, batch_size=None, num_workers=workers)
-        for number, item in enumerate(tqdm(loader, desc="caching clips", total=len(clips))):
+        for index, item in enumerate(tqdm(loader, desc="caching clips", total=len(clips))):
             for name, value in pack_clip(item).items():
-                arrays[name][number] = value
+                arrays[name][index] = value
         for array in arrays.values():
             array.flush()
         (temporary / INDEX).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -64,7 +68,7 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
 
 
 def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """One item of a data set as the arrays of a cache, without the leading axis."""
+    """Arrays of a cache for one item of a data set, without the leading axis."""
     frames = torch.cat([item["reference"][:, None], item["frames"]], dim=1)
     masks = torch.cat([item["reference_mask"][:, None], item["masks"]], dim=1)
     return {
@@ -77,19 +81,16 @@ def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
 class CachedClips(Dataset):
     """Clips of a cache, in an order and with references that are a function of (seed, i).
 
+    Items are those of `data.clips.rendered`, plus "clip" (index of the cached clip) and "images" (indices of the
+    reference and the frames among its images), int64.
+
     Args:
-        folder: the cache.
-        num_frames: frames of a clip. 1 pairs two different images of a cached clip at random; otherwise it must be
-            the number that was cached.
+        num_frames: of a clip. 1 pairs two different images of a cached clip at random; otherwise as was cached.
         length: items; the cache is walked through again and again, each time in another order.
-        seed: of order and choice.
         latents: folder of the images' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
             and "reference_latents" (c, h, w).
         surfaces: file of the images' surface maps; items then also have "surfaces" (3, F, h, w) and
-            "reference_surface" (3, h, w), see `data.surfaces`.
-
-    Items are those of `data.datasets`, plus "clip" (the cached clip's number) and "images" (which of its images
-    are the reference and the frames), int64.
+            "reference_surface" (3, h, w), see `data.people.renderer.render_surface`.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class CachedClips(Dataset):
             raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
 
     def with_latents(self, folder: Path) -> "CachedClips":
-        """The same clips with the latents of their images."""
+        """Copy of the data set with the latents of the images."""
         clips = copy(self)
         clips.latents = _mapped_latents(folder)
         return clips
@@ -163,14 +164,45 @@ class CachedClips(Dataset):
         return {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
-        """The cached clip of item `index`, and which of its images are the reference and the frames."""
+        """Index of the cached clip of item `index`, and indices of the reference and the frames among its images."""
         clips, images = self.images.shape[:2]
-        epoch, place = divmod(index, clips)
-        clip = int(np.random.default_rng([self.seed, epoch]).permutation(clips)[place])
+        epoch, position = divmod(index, clips)
+        clip = int(np.random.default_rng([self.seed, epoch]).permutation(clips)[position])
         if self.num_frames > 1:
             return clip, np.arange(images)
-        return clip, np.random.default_rng([self.seed, epoch, place]).permutation(images)[:2]
+        return clip, np.random.default_rng([self.seed, epoch, position]).permutation(images)[:2]
 
 
 def _mapped_latents(folder: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+class SurfaceMaps(Dataset):
+    """Surface maps of the clips of `RenderedPeople`, (1 + frames, h, w, 3) float16, the reference's first."""
+
+    def __init__(self, clips: RenderedPeople) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        scene = self.clips.scene(index)
+        size = (scene.size[0] // _SURFACE_SCALE, scene.size[1] // _SURFACE_SCALE)
+        poses = [scene.reference_pose, *scene.poses]
+        return np.stack([render_surface(scene.person, pose, scene.camera, size) for pose in poses]).astype(np.float16)
+
+
+def ensure_surfaces(cache: Path, clips: RenderedPeople, workers: int) -> Path:
+    """File of the surface maps of all clips of a cache that was made of `clips`, made unless it is there already."""
+    folder = cache / SURFACES
+    if not folder.is_dir():
+        maps = SurfaceMaps(clips)
+        with complete_folder(folder) as temporary:
+            shape = (len(maps), *maps[0].shape)
+            array = np.lib.format.open_memmap(temporary / "surfaces.npy", "w+", np.float16, shape)
+            loader = DataLoader(maps, batch_size=None, num_workers=workers)
+            for index, item in enumerate(tqdm(loader, desc="surface maps", total=len(maps))):
+                array[index] = item
+            array.flush()
+    return folder / "surfaces.npy"

@@ -1,11 +1,11 @@
-"""What frozen networks make of the frames of clips, kept on disk: VAE latents and image embeddings.
+"""Features of the frames of clips by frozen networks, kept on disk: VAE latents and image embeddings.
 
 One safetensors file a clip, `name.safetensors`, with a row for every frame of the clip:
 
     latents      mean (frames, c, h, w) and, where the VAE has a posterior, deviation (frames, c, h, w); scaled
     embeddings   embedding (frames, channels)
 
-Its metadata say what it was computed from. A file counts only while all of that is unchanged.
+Its metadata say what it was computed from; a file counts only while all of that is unchanged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,40 +27,24 @@ KINDS = ("latents", "embeddings")
 
 @dataclass(frozen=True)
 class FeatureInputs:
-    """What the features of a clip depend on, as text; the field's name is what a message says has changed.
+    """Inputs of the features of a clip, as text; messages name the field that has changed."""
 
-    Attributes:
-        network: digest of the network's weights and settings.
-        video: digest of the video's content.
-        size: width x height of the model's frame.
-        crop: how the video is cut to it.
-    """
-
-    network: str
-    video: str
-    size: str
-    crop: str
+    network: str  # digest of the network's weights and settings
+    video: str  # digest of the video's content
+    size: str  # width x height of the model's frame
+    crop: str  # how the video is cut to it
 
     @classmethod
     def of(cls, network: str, clip: Clip, size: tuple[int, int], matrix: np.ndarray, crop: str) -> "FeatureInputs":
-        """The inputs of a prepared clip's features.
-
-        Args:
-            matrix: (3, 3), from the clip's pixels to the model's frame.
-            crop: mode of cropping; it decides what lies beyond the image's edge.
-        """
+        """Inputs of a prepared clip's features; `matrix` (3, 3) maps the clip's pixels to the model's frame."""
         numbers = " ".join(f"{value:.6f}" for value in (matrix[0, 0], *matrix[:2, 2]))
+        # The mode of cropping decides what lies beyond the image's edge.
         border = "black" if crop == "pad" else "none"
         return cls(network, clip.fingerprint.sha256, f"{size[0]}x{size[1]}", f"{numbers} border {border}")
 
 
 class FeatureCache:
-    """A folder of features of one kind.
-
-    Args:
-        folder: where the files are; it need not exist.
-        kind: "latents" or "embeddings".
-    """
+    """A folder of features of one kind, "latents" or "embeddings"; it need not exist."""
 
     def __init__(self, folder: str | Path, kind: str):
         if kind not in KINDS:
@@ -68,11 +52,10 @@ class FeatureCache:
         self.folder, self.kind = Path(folder), kind
 
     def path(self, name: str) -> Path:
-        """The file of a clip."""
         return self.folder / f"{name}.safetensors"
 
     def problem(self, name: str, inputs: FeatureInputs, frames: int) -> str | None:
-        """Why the features of a clip cannot be used, such as "other size", or None when they can."""
+        """Reason why the features of a clip cannot be used, such as "other size"; None when they can."""
         try:
             with safe_open(self.path(name), "pt") as file:
                 stored = file.metadata() or {}
@@ -98,40 +81,32 @@ class FeatureCache:
             temporary.write_bytes(save({key: value.contiguous().cpu() for key, value in features.items()}, metadata))
 
     def read(self, name: str, frames: Sequence[int]) -> dict[str, Tensor]:
-        """The features of some frames of a clip, in this order; only these rows are read.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
+        """Features of some frames of a clip, in this order; `UserError` when the file is missing or damaged."""
         try:
             with safe_open(self.path(name), "pt") as file:
                 found = {}
                 for key in file.keys():  # noqa: SIM118 - the file is no dictionary
-                    rows = file.get_slice(key)
+                    rows = file.get_slice(key)  # the others are not read
                     found[key] = torch.cat([rows[frame : frame + 1] for frame in frames])
                 return found
         except (FileNotFoundError, SafetensorError, OSError) as error:
             raise UserError(f"{self.path(name)} cannot be read as {self.kind}: {error}") from None
 
     def require(self, clips: Iterator[tuple[str, FeatureInputs, int]], argument: str) -> None:
-        """Check that the features of all clips can be used.
+        """Refuse a cache that some of the clips (name, inputs and number of frames of each) cannot use.
 
-        Args:
-            clips: name, inputs and number of frames of each.
-
-        Raises:
-            UserError: those of any cannot; the message counts the reasons and says how to make them again.
+        The message counts the reasons and says how to make the features again.
         """
         reasons: dict[str, list[str]] = {}
-        count = 0
+        clips = list(clips)
         for name, inputs, frames in clips:
-            count += 1
             problem = self.problem(name, inputs, frames)
             if problem is not None:
                 reasons.setdefault(problem, []).append(name)
         if reasons:
             told = "; ".join(f"{reason}: {len(names)} ({names[0]})" for reason, names in reasons.items())
             raise UserError(
-                f"{argument}={self.folder} does not serve {sum(map(len, reasons.values()))} of {count} clips as they "
-                f"are now: {told}; run `python prepare.py {self.kind}` again with this model, dataset, size and crop"
+                f"{argument}={self.folder} does not serve {sum(map(len, reasons.values()))} of {len(clips)} clips "
+                f"as they are now: {told}; run `python prepare.py {self.kind}` again with this model, "
+                f"dataset, size and crop"
             )

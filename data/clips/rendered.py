@@ -1,4 +1,4 @@
-"""Clips for training and measurement: what they consist of, and people rendered on the fly.
+"""Clips for training and measurement: their items, and people rendered on the fly.
 
 Every item is a dictionary of float32 tensors, ready for `default_collate`, with F frames of H x W pixels:
 
@@ -20,34 +20,27 @@ import torch
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from data.people.backgrounds import random_background
 from data.people.bodies import SPLITS, PeopleLibrary, build_person, load_people, random_identity
 from data.people.clothes import PLAIN
 from data.people.motion import random_motion
 from data.people.renderer import Rendered
-from data.people.scenes import CameraRanges, Scene, random_camera, random_light
+from data.people.scenes import CameraRanges, Scene, random_background, random_camera, random_light
 from data.people.skeleton import Pose
 from data.poses.drawing import draw_pose
 
-REFERENCE_SECONDS = 4.0  # the moments of a motion among which a clip and its reference are chosen
+REFERENCE_SECONDS = 4.0  # of a motion, in which a clip and its reference are chosen
 OTHER_MOTION = 0.3  # share of references taken from another motion of the person
 SMALL_TEXTURE = 200  # persons up to this many pixels high get textures of 128 texels, taller ones of 256
 
 
 @dataclass
 class PeopleConfig:
-    """How rendered people are framed and dressed.
+    """Framing and clothes of rendered people."""
 
-    height: least and greatest height of a standing person as a share of the image's.
-    close_ups: share of clips that show the upper half of the body.
-    tilted: share of clips whose camera is turned by up to 90 degrees either way, for reference and frames alike.
-    plain: share of fabrics without a pattern.
-    """
-
-    height: list[float] = field(default_factory=lambda: [0.55, 1.05])
-    close_ups: float = 0.12
-    tilted: float = 0.0
-    plain: float = PLAIN
+    height: list[float] = field(default_factory=lambda: [0.55, 1.05])  # least and greatest, standing, of the image's
+    close_ups: float = 0.12  # share of clips that show the upper half of the body
+    tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
+    plain: float = PLAIN  # share of fabrics without a pattern
 
     def check(self) -> None:
         """Refuse values that cannot work, naming them."""
@@ -58,7 +51,6 @@ class PeopleConfig:
                 raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
 
     def cameras(self) -> CameraRanges:
-        """The framing part."""
         return CameraRanges(height=(self.height[0], self.height[1]), close_ups=self.close_ups, tilted=self.tilted)
 
 
@@ -67,15 +59,12 @@ class RenderedPeople(Dataset):
 
     Args:
         size: (width, height) in pixels.
-        num_frames: frames of a clip; 1 for single images.
-        fps: frames per second of the motion before every `stride`-th frame is taken.
-        stride: step between the frames of a clip.
+        num_frames: of a clip; 1 for single images.
+        fps: of the motion before every `stride`-th frame is taken.
         split: "train" or "heldout"; they share no body, no outfit and no clip.
-        seed: other seeds are other clips.
         length: number of clips.
-        people: how they are framed and dressed.
-        cameras: how people are framed; as `people` says without it.
-        library: the bodies; the ones shipped with the project without it.
+        cameras: in place of the framing of `people`.
+        library: bodies in place of the ones shipped with the project.
     """
 
     def __init__(
@@ -110,7 +99,7 @@ class RenderedPeople(Dataset):
         )
 
     def scene(self, index: int) -> Scene:
-        """What clip `index` shows, before it is rendered."""
+        """Content of clip `index`, before it is rendered."""
         check_index(index, self.length)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         camera = random_camera(rng, self.cameras)
@@ -132,22 +121,16 @@ class RenderedPeople(Dataset):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image of a clip.
+    """One image of a clip."""
 
-    Attributes:
-        image: (h, w, 3) uint8 RGB; None where features take its place.
-        mask: (h, w) bool.
-        keypoints, scores: (persons, 17, 2) in pixels, and (persons, 17).
-    """
-
-    image: np.ndarray | None
-    mask: np.ndarray
-    keypoints: np.ndarray
-    scores: np.ndarray
+    image: np.ndarray | None  # (h, w, 3) uint8 RGB; None where features take its place
+    mask: np.ndarray  # (h, w) bool
+    keypoints: np.ndarray  # (persons, 17, 2) in pixels
+    scores: np.ndarray  # (persons, 17)
 
 
 def clip_item(reference: LabelledImage, frames: list[LabelledImage]) -> dict[str, torch.Tensor]:
-    """The tensors of a clip, see the module; images that are None are left out."""
+    """Tensors of a clip, see the module; images that are None are left out."""
     size = (reference.mask.shape[1], reference.mask.shape[0])
     poses = [draw_pose(frame.keypoints, frame.scores, size) for frame in frames]
     item = {} if reference.image is None else {"reference": clip_tensor([reference.image])[:, 0]}
@@ -168,7 +151,7 @@ def clip_tensor(images: list[np.ndarray]) -> torch.Tensor:
 
 
 def pixel_tensor(images: list[np.ndarray]) -> torch.Tensor:
-    """f images (h, w, 3) uint8 -> float32 (3, f, h, w), the same numbers; a copy of its own."""
+    """f images (h, w, 3) uint8 -> float32 (3, f, h, w) in [0, 255]; a copy of its own."""
     # In one pass over all images: long clips of large ones spend most of a loader's time here.
     stacked = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)
     return stacked.to(torch.float32, memory_format=torch.contiguous_format)
@@ -191,7 +174,7 @@ def check_positive(**arguments: int) -> None:
 
 
 def check_index(index: int, length: int) -> None:
-    """IndexError for an item that a data set of this length has not."""
+    """IndexError for an item beyond a data set's length."""
     # Not a ValueError: iteration over a map-style data set ends with an IndexError.
     if not 0 <= index < length:
         raise IndexError(f"index must be in [0, {length}), got {index}")

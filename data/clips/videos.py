@@ -1,8 +1,8 @@
 """Clips of filmed people for training: a folder that `prepare.py` has prepared, or videos with pose files beside them.
 
-Items are those of `data.datasets`. With cached features (`data.feature_cache`) images that nothing else needs are
-not decoded: latents add `latent_mean` and `latent_deviation` (c, F, h, w) and `reference_latents` (c, h, w) and take
-`frames` away, embeddings add `reference_context` (1, channels), and both together take `reference` away.
+Items are those of `data.clips.rendered`. With cached features (`data.clips.feature_cache`) images that nothing else
+needs are not decoded: latents add `latent_mean` and `latent_deviation` (c, F, h, w) and `reference_latents` (c, h, w)
+and take `frames` away, embeddings add `reference_context` (1, channels), and both together take `reference` away.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,45 +18,41 @@ from torch.utils.data import Dataset
 
 from core.errors import UserError
 from data.clips.feature_cache import FeatureCache
-from data.clips.pose_images import pose_images_of, read_pose_images
-from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item
-from data.crops import CROPS
+from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, pixel_tensor
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, summarize, usable_clips
-from data.preparation.fingerprint import Fingerprint
-from data.preparation.manifest import Clip
+from data.preparation.layouts import VIDEO_SUFFIXES
+from data.preparation.manifest import Clip, Fingerprint
 from data.preparation.masks import read_union
-from data.transforms import apply_fit
+from data.transforms import CROPS, apply_fit, resize_matrix
+from data.video.images import list_images
+from data.video.reading import VideoReader
 
 logger = logging.getLogger(__name__)
-_SEEN = 0.3  # score above which pose images show a joint
+_VISIBLE = 0.3  # score above which pose images show a joint
 
 
 class VideoFolder(Dataset):
     """Clips of a folder of filmed people. Item i is a function of the arguments, the files and i alone.
 
-    Without a manifest, `name.mp4` (any format that can be read) goes with `name.npz` (`data.poses.poses.Poses`, one
-    pose a frame) and, if there are masks, with the folder `name_masks`, see
-    `data.preparation.masks`. With several persons in a video, all are in the images and masks, and the keypoints are
-    those of the first.
+    Without a manifest, `name.mp4` (any format that can be read) goes with `name.npz` (`data.poses.poses.Poses`) and,
+    if there is one, with the folder `name_masks`. With several persons in a video, all are in the images and masks,
+    and the keypoints are those of the first.
 
-    Clips and references are taken from frames in which somebody is seen. What is too short, has changed since it was
-    prepared, cannot be read, or shows people who do not fit into the crop is left out; `left_out` says why. A clip
-    that turns out to be damaged while training reads it is reported and left out from then on; `broken_clips` counts
-    them, in whichever process it was found.
+    Clips and references are taken from frames in which somebody is visible. Clips that are too short, have changed,
+    cannot be read, or show people who do not fit into the crop are left out; `left_out` says why.
 
     Args:
         root: the folder, or its manifest; videos may lie in folders below it.
         size: (width, height) in pixels.
-        num_frames: frames of a clip; 1 for single images.
+        num_frames: of a clip; 1 for single images.
         stride: step between the frames of a clip.
-        seed: other seeds are other clips.
-        length: number of items, a walk through all clips again and again, each time in another order; as many as there
-            are clips without it.
-        crop: "person", "pad" or "centre", see `data.crops`.
-        split: "train" leaves out what is marked as held out, "heldout" takes only that, if anything is; None: all.
-        latents, embeddings: features to read in place of images, see `data.feature_cache`.
-        pose_images: folder of the clips' pose images, see `data.pose_images`; None: figures are drawn.
+        length: number of items, a walk through all clips again and again, each time in another order; None: as many
+            as there are clips.
+        crop: one of `data.transforms.CROPS`.
+        split: "train" leaves out clips that are held out, "heldout" takes only them, if there are any; None: all.
+        latents, embeddings: features to read in place of images.
+        pose_images: folder of the clips' pose images by another tool, see `pose_images_of`; None: figures are drawn.
 
     Raises:
         UserError: no such folder, or no clip of it can be used: the message counts the reasons.
@@ -97,12 +94,12 @@ class VideoFolder(Dataset):
 
     @property
     def span(self) -> int:
-        """Frames from the first to the last of an item's clip."""
+        """Number of frames from the first to the last of an item's clip."""
         return (self.num_frames - 1) * self.stride + 1
 
     @property
     def broken_clips(self) -> int:
-        """Clips that were found to be damaged while they were read, by this or any loader process."""
+        """Number of clips found to be damaged while they were read, by this or any loader process."""
         return int(self._broken.sum())
 
     def __len__(self) -> int:
@@ -111,28 +108,24 @@ class VideoFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         check_index(index, self.length)
         problem = None
-        for number in self._candidates(index):
-            if self._broken[number]:
+        for chosen in self._candidates(index):
+            if self._broken[chosen]:
                 continue
+            usable = self.clips[chosen]
             try:
-                return self._item(self.clips[number], np.random.default_rng([self.seed, index, number]))
+                return self._item(usable, np.random.default_rng([self.seed, index, chosen]))
             except UserError as error:
                 problem = error
-                self._broken[number] = True
-                logger.warning(
-                    "clip %s is left out from now on (%d of %d are): %s",
-                    self.clips[number].clip.name,
-                    self.broken_clips,
-                    len(self.clips),
-                    error,
-                )
+                self._broken[chosen] = True
+                left_out = (usable.clip.name, self.broken_clips, len(self.clips))
+                logger.warning("clip %s is left out from now on (%d of %d are): %s", *left_out, error)
         raise UserError(
             f"root={self.root}: none of {len(self.clips)} clips can be read, the last because {problem}; "
             f"`python prepare.py check dataset={self.root}` lists what to do"
         )
 
     def digest(self) -> str:
-        """SHA-256 over what the items depend on in the files: videos, and how they are cut."""
+        """SHA-256 over the videos and how they are cut."""
         digest = hashlib.sha256()
         for usable in self.clips:
             clip = usable.clip
@@ -145,10 +138,10 @@ class VideoFolder(Dataset):
         return summarize(self.left_out, len(self.clips) + len(self.left_out)) if self.left_out else None
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The clip whose turn it is, then the others in an order of their own, should it be broken."""
-        epoch, place = divmod(index, len(self.clips))
-        yield int(np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))[place])
-        yield from np.random.default_rng([self.seed, epoch, place]).permutation(len(self.clips)).tolist()
+        """Index of the clip whose turn it is, then the others in an order of their own, should it be broken."""
+        epoch, position = divmod(index, len(self.clips))
+        yield int(np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))[position])
+        yield from np.random.default_rng([self.seed, epoch, position]).permutation(len(self.clips)).tolist()
 
     def _item(self, usable: UsableClip, rng: np.random.Generator) -> dict[str, Tensor]:
         clip = usable.clip
@@ -180,14 +173,14 @@ class VideoFolder(Dataset):
         return item
 
     def _choose(self, poses: Poses, rng: np.random.Generator) -> list[int]:
-        """A reference and the frames of a clip, at random among those in which somebody is seen."""
-        seen = poses.present(_SEEN).any(axis=1)
+        """Indices of a reference and the frames of a clip, at random among those in which somebody is visible."""
+        visible = poses.present(_VISIBLE).any(axis=1)
         offsets = np.arange(0, self.span, self.stride)
-        starts = np.flatnonzero(seen[np.arange(poses.frames - self.span + 1)[:, None] + offsets].all(axis=1))
+        starts = np.flatnonzero(visible[np.arange(poses.frames - self.span + 1)[:, None] + offsets].all(axis=1))
         if not len(starts):
             raise UserError(f"no {self.num_frames} frames at stride {self.stride} show somebody throughout")
         frames = (starts[rng.integers(len(starts))] + offsets).tolist()
-        others = sorted(set(np.flatnonzero(seen).tolist()) - set(frames)) or frames
+        others = sorted(set(np.flatnonzero(visible).tolist()) - set(frames)) or frames
         return [others[rng.integers(len(others))], *frames]
 
     @property
@@ -216,3 +209,37 @@ def latent_features(cache: FeatureCache, clip: Clip, chosen: list[int]) -> dict[
         "latent_deviation": deviation[1:].transpose(0, 1),
         "reference_latents": mean[0],
     }
+
+
+def pose_images_of(folder: Path, clip: Clip) -> Path | None:
+    """Video or folder of pose images that another tool, such as DensePose, made of a clip; None: there is none.
+
+    It lies in `folder` under the clip's name, with an image for each frame and of the video's shape.
+    """
+    path = folder / clip.name
+    if path.is_dir() and list_images(path):
+        return path
+    return next((file for ext in VIDEO_SUFFIXES if (file := folder / f"{clip.name}{ext}").is_file()), None)
+
+
+def read_pose_images(
+    source: Path, clip: Clip, frames: list[int], matrix: np.ndarray, size: tuple[int, int]
+) -> torch.Tensor:
+    """Pose images of some frames, cut as the clip's own images are, (3, f, H, W) in [0, 1]; 0 beyond the image.
+
+    Args:
+        source: of `pose_images_of`; `UserError` for another number of images than frames, or another shape.
+        matrix: (3, 3), pixels of the clip -> pixels of the result.
+        size: (width, height) of the result.
+    """
+    with VideoReader(source, clip.fps if source.is_dir() else None, "pose_images") as reader:
+        width, height = reader.size
+        if len(reader) != clip.frames or abs(width / height * clip.size[1] / clip.size[0] - 1) > 0.02:
+            raise UserError(
+                f"{source} has {len(reader)} pose images of {width}x{height}, {clip.name} has {clip.frames} frames "
+                f"of {clip.size[0]}x{clip.size[1]}"
+            )
+        images = reader.get(frames)
+    matrix = (matrix @ resize_matrix((width, height), clip.size))[:2]
+    # Nearest, not averaged: pixels may hold coordinates on the body.
+    return pixel_tensor([cv2.warpAffine(image, matrix, size, flags=cv2.INTER_NEAREST) for image in images]).div_(255)

@@ -1,4 +1,4 @@
-"""What legs, arms and trunk of a moving person can do: functions that add curves to a `Score`.
+"""Actions of the legs, arms and trunk of a moving person: functions that add curves to a `Score`.
 
 Angles are those of `data.people.skeleton.rotations_from_angles`, in radians. Leg and trunk actions take the score, arm
 actions the score and a side, "left" or "right".
@@ -12,7 +12,7 @@ SIDES = ("left", "right")
 
 
 class Score:
-    """The curves of a clip while it is put together: angles (f, 19, 3), translation (f, 3) and facing (f,)."""
+    """Curves of a clip while it is put together: angles (f, 19, 3), translation (f, 3) and facing (f,)."""
 
     def __init__(self, rng: np.random.Generator, times: np.ndarray) -> None:
         self.rng, self.times = rng, times

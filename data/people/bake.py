@@ -37,7 +37,7 @@ HEAD_GRID, HAND_GRID = 0.0045, 0.009  # metres; smaller detail of head and hands
 
 @dataclass
 class BakeConfig:
-    """Where the bodies go, how many of each split, and the seed of their phenotypes."""
+    """Folder, number of bodies of each split, and the seed of their phenotypes."""
 
     output: str = "assets/people"
     train: int = 72
@@ -74,7 +74,7 @@ def random_phenotype(rng: np.random.Generator) -> Phenotype:
 
 
 class Baker:
-    """Everything of anny that baking needs, with the common topology worked out on the mean body."""
+    """Parts of anny that baking needs, with the common topology worked out on the mean body."""
 
     def __init__(self) -> None:
         self.model = anny.Anny(topology="anny-full").float()
@@ -285,7 +285,6 @@ class SharedMesh:
         return self.corner_uv[chosen].reshape(-1, 2)[nearest] % 1.0
 
     def save(self, path: Path, baker: Baker) -> None:
-        """Write the shared file."""
         order = np.argsort(-self.weights, axis=1)[:, :4]
         weights = np.take_along_axis(self.weights, order, 1)
         weights = np.rint(weights / weights.sum(1, keepdims=True) * 255)
@@ -327,7 +326,6 @@ def save_body(path: Path, baker: Baker, topology: SharedMesh, phenotype: Phenoty
 
 
 def main(arguments: list[str]) -> None:
-    """Bake the shared topology and all bodies."""
     config = load_config(BakeConfig, arguments)
     folder = output_folder(config.output)
     baker = Baker()

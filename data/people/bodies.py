@@ -27,54 +27,38 @@ UV_UNIT = 1 / 32000  # one step of the stored texture coordinates, which reach 2
 
 @dataclass(frozen=True)
 class Topology:
-    """What all bodies share.
+    """Mesh that all bodies share: f faces over v vertices."""
 
-    Attributes:
-        faces: (f, 3) int32, counter-clockwise seen from outside.
-        parts: (f,) uint8, index into `PARTS`.
-        corner_uv: (f, 3, 2) float32 texture coordinates within the part.
-        joint_indices: (v, 4) uint8, by falling weight.
-        joint_weights: (v, 4) float32.
-        face_marks: (6, 2) texture coordinates on the head of nose, left and right eye, left and right ear, mouth.
-    """
-
-    faces: np.ndarray
-    parts: np.ndarray
-    corner_uv: np.ndarray
-    joint_indices: np.ndarray
-    joint_weights: np.ndarray
-    face_marks: np.ndarray
+    faces: np.ndarray  # (f, 3) int32, counter-clockwise seen from outside
+    parts: np.ndarray  # (f,) uint8, index into `PARTS`
+    corner_uv: np.ndarray  # (f, 3, 2) float32 texture coordinates within the part
+    joint_indices: np.ndarray  # (v, 4) uint8, by falling weight
+    joint_weights: np.ndarray  # (v, 4) float32
+    face_marks: np.ndarray  # (6, 2) on the head's texture: nose, left and right eye, left and right ear, mouth
 
 
 @dataclass(frozen=True)
 class Body:
-    """One baked body at rest.
+    """One baked body at rest, in metres, soles at z = 0."""
 
-    Attributes:
-        vertices: (v, 3) float32 metres, soles at z = 0.
-        joints: (19, 3) float32 metres, order of `data.people.skeleton.JOINTS`.
-        neutral: (19, 3, 3) rotations from rest to the neutral pose.
-        keypoints: (17, 19, 4) float32, the COCO keypoints as skinned points: the posed keypoint is the sum over
-            joints of the joint's (3, 4) transform times these homogeneous parts.
-        height: metres.
-    """
-
-    vertices: np.ndarray
-    joints: np.ndarray
-    neutral: np.ndarray
+    vertices: np.ndarray  # (v, 3) float32
+    joints: np.ndarray  # (19, 3) float32, order of `data.people.skeleton.JOINTS`
+    neutral: np.ndarray  # (19, 3, 3) rotations from rest to the neutral pose
+    # (17, 19, 4) float32, the COCO keypoints as skinned points: the posed keypoint is the sum over joints of the
+    # joint's (3, 4) transform times these homogeneous parts.
     keypoints: np.ndarray
     height: float
 
 
 @dataclass(frozen=True)
 class PeopleLibrary:
-    """The shared topology and the bodies by name: "train_00", ..., "heldout_00", ..."""
+    """Shared topology, and the bodies by name: "train_00", ..., "heldout_00", ..."""
 
     topology: Topology
     bodies: dict[str, Body]
 
     def names(self, split: str) -> list[str]:
-        """Names of the bodies of a split, sorted."""
+        """Sorted names of the bodies of a split."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         return sorted(name for name in self.bodies if name.startswith(split))
@@ -82,46 +66,29 @@ class PeopleLibrary:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who it is.
-
-    Attributes:
-        body: name of a body in the library.
-        seed: of everything worn.
-        plain: share of fabrics without a pattern in the wardrobe.
-    """
+    """A body of the library, and the seed of everything worn."""
 
     body: str
     seed: int
-    plain: float = PLAIN
+    plain: float = PLAIN  # share of fabrics without a pattern
 
 
 @dataclass(frozen=True)
 class Person:
-    """A dressed body, ready to be posed and rendered.
-
-    Attributes:
-        identity: who it is.
-        body: the naked measures: joints, keypoints, height.
-        outfit: what is worn.
-        vertices, normals: (v, 3) float32 at rest, garments' thickness included.
-        joint_indices, joint_weights: (v, 4).
-        faces: (f, 3); corner_uv: (f, 3, 2); parts: (f,).
-        two_sided: (parts,) bool.
-        texture: (parts, t, t, 3) uint8 RGB.
-    """
+    """A dressed body, ready to be posed and rendered; arrays as in `Topology`."""
 
     identity: Identity
     body: Body
     outfit: Outfit
-    vertices: np.ndarray
-    normals: np.ndarray
+    vertices: np.ndarray  # (v, 3) float32 at rest, garments' thickness included
+    normals: np.ndarray  # (v, 3)
     joint_indices: np.ndarray
     joint_weights: np.ndarray
     faces: np.ndarray
     corner_uv: np.ndarray
     parts: np.ndarray
-    two_sided: np.ndarray
-    texture: np.ndarray
+    two_sided: np.ndarray  # (parts,) bool
+    texture: np.ndarray  # (parts, t, t, 3) uint8 RGB
 
 
 def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
@@ -143,7 +110,7 @@ def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
 def random_identity(
     rng: np.random.Generator, library: PeopleLibrary, split: str = "train", plain: float = PLAIN
 ) -> Identity:
-    """Draw a person of a split, "train" or "heldout", who wears this share of plain fabrics."""
+    """Draw a person of a split, "train" or "heldout", with this share of plain fabrics."""
     body = str(rng.choice(library.names(split)))
     seed = 2 * int(rng.integers(2**30)) + SPLITS.index(split)
     return Identity(body, seed, plain)

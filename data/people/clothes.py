@@ -1,6 +1,6 @@
-"""What the rendered people wear: skin, hair and garments drawn from a seed, and their shape on the body.
+"""Outfits of the rendered people: skin, hair and garments drawn from a seed, and their shape on the body.
 
-Left and right always differ (logo, sleeves, trouser legs, shoes), so that a model that confuses them is seen to.
+Left and right always differ (logo, sleeves, trouser legs, shoes), so that a model that confuses them is found out.
 Texture coordinates of a part: u runs round it, 0.5 in front and 0.75 at the person's left; v runs downwards or
 along the limb. Colours are RGB in [0, 255].
 """
@@ -68,11 +68,7 @@ class Outfit:
 
 
 def random_outfit(seed: int, plain: float = PLAIN) -> Outfit:
-    """Everything a person wears, from a seed.
-
-    Args:
-        plain: share of fabrics without a pattern; of trousers at least `PLAIN_TROUSERS`.
-    """
+    """Outfit of a seed, with this share of fabrics without a pattern (of trousers at least `PLAIN_TROUSERS`)."""
     rng = np.random.default_rng([seed, 17])
     trousers = max(plain, PLAIN_TROUSERS)
     shirt, left_leg = _random_fabric(rng, plain), _random_fabric(rng, trousers)
@@ -117,7 +113,7 @@ def random_outfit(seed: int, plain: float = PLAIN) -> Outfit:
 
 
 def kept_faces(outfit: Outfit, parts: np.ndarray, corner_uv: np.ndarray) -> np.ndarray:
-    """(f,) bool: the triangles this outfit shows. Hair and skirt are cut to length; what a skirt hides is left out."""
+    """Triangles this outfit shows, (f,) bool: hair and skirt are cut to length, legs end under a skirt."""
     lowest = corner_uv[..., 1].max(1)
     kept = np.ones(len(parts), bool)
     hair, skirt = parts == PARTS.index("hair"), parts == PARTS.index("skirt")
@@ -130,11 +126,7 @@ def kept_faces(outfit: Outfit, parts: np.ndarray, corner_uv: np.ndarray) -> np.n
 
 
 def garment_offsets(
-    outfit: Outfit,
-    faces: np.ndarray,
-    corner_uv: np.ndarray,
-    parts: np.ndarray,
-    vertex_count: int,
+    outfit: Outfit, faces: np.ndarray, corner_uv: np.ndarray, parts: np.ndarray, vertex_count: int
 ) -> np.ndarray:
     """Thickness (v,) in metres that the garments add to each vertex."""
     v = corner_uv[..., 1]

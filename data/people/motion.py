@@ -1,6 +1,6 @@
 """Motion clips of our own making: joint-angle curves with random rates, phases and reach.
 
-A clip combines what the legs, the arms, the trunk and the facing do. Angles are those of
+A clip combines actions of the legs, the arms and the trunk, and a facing. Angles are those of
 `data.people.skeleton.rotations_from_angles`, in radians, kept inside the joints' limits.
 """
 
@@ -32,23 +32,16 @@ JOINT_LIMITS = {
 
 @dataclass(frozen=True)
 class Motion:
-    """A clip of one moving person.
+    """Poses of one moving person, see `data.people.skeleton.Pose`."""
 
-    Attributes:
-        name: which kind of motion, a key of `MOTIONS`.
-        rotations: (f, 19, 3, 3) float32 joint rotations relative to the parent.
-        translations: (f, 3) float32, see `data.people.skeleton.Pose`.
-    """
-
-    name: str
-    rotations: np.ndarray
-    translations: np.ndarray
+    name: str  # a key of `MOTIONS`
+    rotations: np.ndarray  # (f, 19, 3, 3) float32
+    translations: np.ndarray  # (f, 3) float32
 
     def __len__(self) -> int:
         return len(self.rotations)
 
     def pose(self, frame: int) -> Pose:
-        """The pose of one frame."""
         return Pose(self.rotations[frame], self.translations[frame])
 
 
@@ -58,14 +51,11 @@ ArmAction = Callable[[Score, str], None]
 
 @dataclass(frozen=True)
 class MotionRecipe:
-    """What may be combined in a kind of motion; every entry of a tuple is equally likely.
-
-    The arm that leads takes one of `arms`; the other one does the same or takes one of `other_arms`.
-    """
+    """Actions that a motion may combine; every entry of a tuple is equally likely."""
 
     legs: tuple[LegAction, ...]
-    arms: tuple[ArmAction, ...]
-    other_arms: tuple[ArmAction, ...] = (actions.hang, actions.on_hip, actions.free)
+    arms: tuple[ArmAction, ...]  # of the arm that leads
+    other_arms: tuple[ArmAction, ...] = (actions.hang, actions.on_hip, actions.free)  # unless it does the same
     trunk: tuple[TrunkAction, ...] = (actions.upright,)
     mirrored_arms: float = 0.4  # probability that both arms do the same
     turns: bool = False
@@ -127,13 +117,7 @@ MOTIONS = {
 
 
 def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: str | None = None) -> Motion:
-    """Draw a clip.
-
-    Args:
-        num_frames: length of the clip.
-        fps: frames per second; a cycle of movement takes one to two seconds.
-        name: a key of `MOTIONS`; any of them without it.
-    """
+    """Draw a clip of the motion `name`, a key of `MOTIONS`, or of any; a cycle takes one to two seconds."""
     if name is not None and name not in MOTIONS:
         raise ValueError(f"name must be one of {tuple(MOTIONS)}, got {name!r}")
     weights = np.array([recipe.weight for recipe in MOTIONS.values()])
@@ -157,11 +141,11 @@ def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: s
 
 def limited(angles: np.ndarray) -> np.ndarray:
     """Angles (f, 19, 3) clipped to `JOINT_LIMITS`."""
-    low, high = np.moveaxis(np.array([JOINT_LIMITS[_joint_kind(name)] for name in JOINTS]), -1, 0)
+    low, high = np.moveaxis(np.array([JOINT_LIMITS[_joint_type(name)] for name in JOINTS]), -1, 0)
     return np.clip(angles, low, high)
 
 
-def _joint_kind(name: str) -> str:
+def _joint_type(name: str) -> str:
     return name.split("_", 1)[1] if name.startswith(SIDES) else name
 
 
@@ -177,7 +161,7 @@ def _shrug(score: Score) -> None:
 
 
 def _face(score: Score, turns: bool) -> None:
-    """Where the person faces: mostly within 40 degrees of the camera, sometimes anywhere, or turning all round."""
+    """Turn the person: mostly within 40 degrees of the camera, sometimes anywhere, or all round."""
     rng = score.rng
     anywhere = rng.random() < 0.1
     score.facing += rng.uniform(-np.pi, np.pi) if anywhere else np.clip(rng.normal(0, 0.35), -0.7, 0.7)

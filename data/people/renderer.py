@@ -1,4 +1,4 @@
-"""Images of posed people with exact keypoints and masks.
+"""Images of posed people with exact keypoints, masks and surface maps.
 
 Conventions: pixels (x, y), y down, pixel centres at integers; COCO-17 keypoints, "left" is the person's left.
 
@@ -27,21 +27,13 @@ VIEWING_DISTANCE = 2.6  # from the camera to the person, in body heights; gives 
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a person appears in the image.
+    """Framing of a person in the image; angles in radians."""
 
-    Attributes:
-        scale: the standing person's height as a share of the image's height.
-        rotation: turn of the person in the image plane in radians, clockwise as seen (y points down).
-        center: where the middle of the standing person is, as shares of the image's width and height.
-        yaw: turn of the person about the vertical in radians, positive towards the person's left.
-        pitch: tilt of the view in radians, positive looks down on the person.
-    """
-
-    scale: float = 0.85
-    rotation: float = 0.0
-    center: tuple[float, float] = (0.5, 0.5)
-    yaw: float = 0.0
-    pitch: float = 0.0
+    scale: float = 0.85  # the standing person's height as a share of the image's height
+    rotation: float = 0.0  # of the person in the image plane, clockwise (y points down)
+    center: tuple[float, float] = (0.5, 0.5)  # of the standing person, as shares of the image's width and height
+    yaw: float = 0.0  # turn of the person about the vertical, positive towards the person's left
+    pitch: float = 0.0  # tilt of the view, positive looks down on the person
 
 
 @dataclass(frozen=True)
@@ -64,24 +56,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Rendered:
-    """An image of one person.
+    """An image of one person."""
 
-    Attributes:
-        image: (h, w, 3) uint8 RGB.
-        mask: (h, w) bool, where the person is seen.
-        keypoints: (17, 2) float32 pixels.
-        scores: (17,) float32, see the module.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    keypoints: np.ndarray
-    scores: np.ndarray
+    image: np.ndarray  # (h, w, 3) uint8 RGB
+    mask: np.ndarray  # (h, w) bool, where the person is visible
+    keypoints: np.ndarray  # (17, 2) float32 pixels
+    scores: np.ndarray  # (17,) float32, see the module
 
 
 @dataclass(frozen=True)
 class RenderedGroup:
-    """An image of several people; as `Rendered`, with the persons first: (p, h, w), (p, 17, 2), (p, 17)."""
+    """An image of several people, as `Rendered` with a first axis of persons."""
 
     image: np.ndarray
     masks: np.ndarray
@@ -90,25 +75,23 @@ class RenderedGroup:
 
 
 def camera_matrix(camera: Camera, size: tuple[int, int], height: float) -> np.ndarray:
-    """The similarity (2, 3) from metres (right, down) around the person's middle to pixels.
-
-    Args:
-        size: (width, height) of the image.
-        height: of the person in metres.
-    """
+    """Similarity (2, 3) from metres (right, down) around the middle of a person of this height to pixels."""
     scale = camera.scale * size[1] / height
     cosine, sine = scale * math.cos(camera.rotation), scale * math.sin(camera.rotation)
     x, y = camera.center[0] * size[0] - 0.5, camera.center[1] * size[1] - 0.5
     return np.array([[cosine, -sine, x], [sine, cosine, y]])
 
 
-def project_keypoints(figure: Figure, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """COCO keypoints (17, 2) in pixels, in or outside the image, and their depths (17,) in metres."""
-    return _project(figure, _view_transforms(figure), size)
+def project_keypoints(
+    figure: Figure, size: tuple[int, int], transforms: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO keypoints (17, 2) in pixels, in or outside the image, and their depths (17,) in metres.
 
-
-def _project(figure: Figure, transforms: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    Args:
+        transforms: of `_view_transforms`, when they are known already.
+    """
     body = figure.person.body
+    transforms = _view_transforms(figure) if transforms is None else transforms
     points = np.tensordot(body.keypoints, transforms, axes=((1, 2), (0, 2)))
     depths = points[:, 1] + _distance(figure)
     plane = np.stack([points[:, 0], -points[:, 2]], 1) * (_distance(figure) / depths)[:, None]
@@ -124,21 +107,13 @@ def render_person(
     background: np.ndarray | None = None,
     light: Light | None = None,
 ) -> Rendered:
-    """Render one person.
-
-    Args:
-        size: (width, height) in pixels.
-        background: (h, w, 3) uint8 of that size; mid-grey without it.
-    """
+    """Render one person into an image of (width, height), over a background of that size or mid-grey."""
     group = render_people([Figure(person, pose, camera, light or Light())], size, background)
     return Rendered(group.image, group.masks[0], group.keypoints[0], group.scores[0])
 
 
 def render_people(figures: list[Figure], size: tuple[int, int], background: np.ndarray | None = None) -> RenderedGroup:
-    """Render several persons, the first one farthest back.
-
-    Masks hold what is seen of each person: they do not overlap.
-    """
+    """Render several persons, the first one farthest back; masks hold visible pixels and do not overlap."""
     width, height = size
     image = np.full((height, width, 3), 128, np.uint8) if background is None else background.copy()
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
@@ -149,7 +124,7 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
     for index, figure in enumerate(figures):
         transforms = _view_transforms(figure)
         depth = _draw(figure, transforms, image, masks[index])
-        keypoints[index], depths = _project(figure, transforms, size)
+        keypoints[index], depths = project_keypoints(figure, size, transforms)
         scores[index] = _visibility(keypoints[index], depths, depth, size)
         masks[:index] &= ~masks[index]
         for behind in range(index):
@@ -160,7 +135,7 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
 def project_vertices(
     figure: Figure, size: tuple[int, int], factor: int, transforms: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The vertices as the camera sees them: (v, 3) x, y in samples and depth in metres; and their brightness (v,).
+    """Vertices in the image, (v, 3) x, y in samples and depth in metres; and their brightness (v,).
 
     Args:
         size: (width, height) of the image in pixels.
@@ -188,6 +163,29 @@ def project_vertices(
         shades,
     )
     return screen, shades
+
+
+def render_surface(person: Person, pose: Pose, camera: Camera, size: tuple[int, int]) -> np.ndarray:
+    """Surface map of one person, (h, w, 3) float32: for every pixel the point at rest in metres; NaN off the person.
+
+    Two maps of one person tell exactly which of their pixels show the same point of the body or of the clothes.
+
+    Args:
+        camera: of the image; it counts in shares of the image, so a map of any size belongs to it.
+        size: (width, height) of the map.
+    """
+    width, height = size
+    screen, _ = project_vertices(Figure(person, pose, camera), size, factor=1)
+    # The rasterizer interpolates brightness between vertices. On a texture of ones it writes just that.
+    ones = np.ones((len(person.texture), 1, 1, 3), np.uint8)
+    surface = np.empty((height, width, 3), np.float32)
+    for axis in range(3):
+        value = np.empty((height, width, 3), np.float32)
+        depth = np.full((height, width), EMPTY_DEPTH, np.float32)
+        along = np.ascontiguousarray(person.vertices[:, axis], np.float32)
+        rasterize(screen, along, person.faces, person.corner_uv, person.parts, person.two_sided, ones, value, depth)
+        surface[..., axis] = np.where(depth < EMPTY_DEPTH, value[..., 0], np.nan)
+    return surface
 
 
 def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Make the sample inputs that the demo animates.
+"""Sample inputs that the demo animates, made anew.
 
     python -m data.people.samples [output=assets/samples] [seed=5]
 
-rendered.png   a held-out person, turned and small: what animators fail at
+rendered.png   a held-out person, turned and small, at which animators fail
 dance.mp4      another held-out person dances: the driving clip
 photo.jpg      astronaut Eileen Collins, NASA, public domain, as scikit-image ships it
 """
@@ -17,10 +17,10 @@ from skimage.data import astronaut
 from core.config import load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder
-from data.people.backgrounds import random_background
 from data.people.bodies import build_person, load_people, random_identity
 from data.people.motion import random_motion
 from data.people.renderer import Camera, render_person
+from data.people.scenes import random_background
 from data.people.skeleton import neutral_pose
 from data.video.writing import write_video
 
@@ -30,11 +30,11 @@ REFERENCE_SIZE, CLIP_SIZE = (384, 384), (256, 256)
 
 @dataclass
 class SamplesConfig:
-    """output: folder. seed: of persons and scenes. rotation (degrees), scale: how the reference is turned."""
+    """Folder, seed of persons and scenes, and framing of the reference."""
 
     output: str = "assets/samples"
     seed: int = 5
-    rotation: float = 100.0
+    rotation: float = 100.0  # degrees
     scale: float = 0.55
 
 

@@ -26,26 +26,21 @@ NEUTRAL_DIRECTIONS = {
     "shin": (0.02, 0.03, -1.0),
 }
 
-
 ANKLE_HEIGHT = 0.053  # height of the ankles above the soles in body heights
 
 
 @dataclass(frozen=True)
 class Pose:
-    """One pose of a person.
+    """One pose of a person."""
 
-    Attributes:
-        rotations: (19, 3, 3) rotation of every joint relative to its parent; the pelvis turns the whole person.
-        translation: (3,) x and y of the pelvis in body heights from where the person stands, and the height of the
-            lower ankle above standing height, in body heights too (0 = on the ground).
-    """
-
-    rotations: np.ndarray
+    rotations: np.ndarray  # (19, 3, 3) of every joint relative to its parent; the pelvis turns the whole person
+    # (3,) in body heights: x and y of the pelvis from where the person stands, and the height of the lower ankle above
+    # its standing height (0 = on the ground).
     translation: np.ndarray
 
 
 def neutral_pose() -> Pose:
-    """Standing upright, arms hanging."""
+    """Pose of standing upright, arms hanging."""
     return Pose(np.tile(np.eye(3, dtype=np.float32), (len(JOINTS), 1, 1)), np.zeros(3, np.float32))
 
 
@@ -86,7 +81,7 @@ def _angle_signs(name: str) -> tuple[int, int, int]:
 
 
 def align_rotation(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The smallest rotation (3, 3) that turns direction `source` (3,) into `target` (3,), not its opposite."""
+    """Smallest rotation (3, 3) that turns direction `source` (3,) into `target` (3,), not its opposite."""
     source, target = source / np.linalg.norm(source), target / np.linalg.norm(target)
     x, y, z = np.cross(source, target)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -113,7 +108,6 @@ def pose_joints(joints: np.ndarray, neutral: np.ndarray, pose: Pose, height: flo
     Args:
         joints: (19, 3) at rest, metres, soles at z = 0.
         neutral: (19, 3, 3) from `rest_to_neutral`.
-        pose: what the body does.
         height: of the standing body, metres.
     """
     world = np.empty((len(JOINTS), 3, 3))

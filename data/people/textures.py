@@ -1,6 +1,6 @@
 """Painting of the rendered people's textures: woven patterns, a logo, a face, hair.
 
-Every painter returns (size, size, 3) float RGB in [0, 255], rows v and columns u as `data.clothes` defines them.
+Every painter returns (size, size, 3) float RGB in [0, 255], rows v and columns u as in `data.people.clothes`.
 """
 
 import cv2
@@ -13,12 +13,7 @@ PART_SIZES = {"torso": (0.95, 0.76), "sleeve": (0.30, 0.6), "leg": (0.5, 0.86), 
 
 
 def paint_texture(outfit: Outfit, face_marks: np.ndarray, size: int) -> np.ndarray:
-    """Paint every part: (parts, size, size, 3) uint8.
-
-    Args:
-        face_marks: (6, 2) texture coordinates on the head of nose, left and right eye, left and right ear, mouth.
-        size: texels along u and v.
-    """
+    """Textures of all parts, (parts, size, size, 3) uint8; `face_marks` as in `data.people.bodies.Topology`."""
     texture = np.empty((len(PARTS), size, size, 3), np.uint8)
     for index, name in enumerate(PARTS):
         texture[index] = np.minimum(_paint_part(name, outfit, face_marks, size), 255)
@@ -26,23 +21,23 @@ def paint_texture(outfit: Outfit, face_marks: np.ndarray, size: int) -> np.ndarr
 
 
 def _paint_part(name: str, outfit: Outfit, face_marks: np.ndarray, size: int) -> np.ndarray:
-    kind = name.rpartition("_")[2]
-    if kind == "head":
+    part = name.rpartition("_")[2]
+    if part == "head":
         return _paint_head(outfit, face_marks, size)
-    if kind == "torso":
+    if part == "torso":
         return _paint_torso(outfit, size)
-    if kind == "sleeve":
-        return _paint_limb(getattr(outfit, name), outfit.sleeve_length, kind, outfit.skin, size)
-    if kind == "leg":
+    if part == "sleeve":
+        return _paint_limb(getattr(outfit, name), outfit.sleeve_length, part, outfit.skin, size)
+    if part == "leg":
         length = 0.0 if outfit.bottom == "skirt" else outfit.leg_length
-        return _paint_limb(getattr(outfit, name), length, kind, outfit.skin, size)
-    if kind == "shoe":
+        return _paint_limb(getattr(outfit, name), length, part, outfit.skin, size)
+    if part == "shoe":
         return _paint_shoe(getattr(outfit, name), size)
-    if kind == "eye":
+    if part == "eye":
         return _paint_eye(outfit.eyes, size)
-    if kind == "skirt" and outfit.bottom == "skirt":
-        return weave(outfit.skirt, *_metres(kind, size))
-    if kind == "hair":
+    if part == "skirt" and outfit.bottom == "skirt":
+        return weave(outfit.skirt, *_metres(part, size))
+    if part == "hair":
         return _strands(outfit.hair, size)
     return _plain(outfit.skin, size)
 
@@ -59,9 +54,9 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return centres[None, :], centres[:, None]
 
 
-def _metres(kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _metres(part: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     u, v = _grid(size)
-    width, length = PART_SIZES[kind]
+    width, length = PART_SIZES[part]
     return (u - 0.5) * width, v * length
 
 
@@ -74,7 +69,7 @@ def weave(fabric: Fabric, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _pattern(fabric: Fabric, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which colour, 0 to 2, at coordinates in grains; broadcasts to (rows, columns)."""
+    """Index of the colour, 0 to 2, at coordinates in grains; broadcasts to (rows, columns)."""
     if fabric.pattern == "rings":
         return b % 2 < 1
     if fabric.pattern == "stripes":
@@ -113,9 +108,9 @@ def _paint_torso(outfit: Outfit, size: int) -> np.ndarray:
     return painted
 
 
-def _paint_limb(fabric: Fabric, length: float, kind: str, skin: np.ndarray, size: int) -> np.ndarray:
+def _paint_limb(fabric: Fabric, length: float, part: str, skin: np.ndarray, size: int) -> np.ndarray:
     painted = _plain(skin, size)
-    x, y = _metres(kind, size)
+    x, y = _metres(part, size)
     end = round(length * size)
     painted[:end] = weave(fabric, x, y[:end])
     return painted

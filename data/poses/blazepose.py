@@ -1,14 +1,27 @@
-"""BlazePose as a pose estimator: several persons, turned persons, tracking through a video, person masks."""
+"""BlazePose as a pose estimator: several persons, turned persons, tracking through a video, person masks.
+
+The detector is trained on upright people who fill a good part of the image. Turning the image finds those who lie,
+bend or stand on their heads; tiles find small ones. What many rotations agree on is seldom wrong.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 
-from data.poses.blazepose_networks import COCO_FROM_BLAZEPOSE, DetectorNet, LandmarkNet, Landmarks, Roi
-from data.poses.blazepose_search import THOROUGH, TURNED, UPRIGHT, SearchPlan, find_candidates
+from data.poses.blazepose_networks import (
+    COCO_FROM_BLAZEPOSE,
+    DETECTOR_SIDE,
+    Detection,
+    DetectorNet,
+    LandmarkNet,
+    Landmarks,
+    Roi,
+)
 from data.poses.person import (
     COCO_SIGMAS,
     PersonEstimate,
@@ -22,19 +35,37 @@ from data.poses.weights import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, model_
 
 _LEAST_PERSON = 0.5  # below this the landmark network says that the region shows no person
 _LEAST_IN_TILE = 0.5  # a tile that shows a vase as large as a person asks for surer landmarks
-_SETTLING_LOOKS = 3  # a region from the detector is rough: each look centres, turns and scales it better
-# A still is looked at again with the region turned (radians) and scaled a little; the mean halves the noise.
-_STILL_LOOKS = ((0.0, 1.0), (-0.15, 1.0), (0.15, 1.0), (-0.3, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 1.1))
+_SETTLING_PASSES = 3  # a region from the detector is rough: each pass centres, turns and scales it better
+# Turns (radians) and scales of the region in the passes over a still, whose mean halves the noise.
+_STILL_PASSES = ((0.0, 1.0), (-0.15, 1.0), (0.15, 1.0), (-0.3, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 1.1))
 _SEARCH_INTERVAL = 10  # frames between thorough searches of a video for somebody who is missing
 _SHARPNESS = (0.2, 0.6)  # of a heatmap's peak: worth nothing, worth full trust
 _AREA_ROOT = 0.35  # root of a person's area in units of the side of the region around them, for COCO's keypoint scale
+_ALL_ROTATIONS = tuple(math.radians(30 * step) for step in range(12))
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """Thoroughness of a search for persons; rotations are those of the persons, radians clockwise."""
+
+    rotations: tuple[float, ...]
+    # Of the detector's evidence times the landmarks' confidence. Twelve rotations that must agree leave few false
+    # alarms, so they may ask for less than a single one.
+    least_confidence: float
+    # Of overlapping tiles of half the size, searched when the whole image shows too few persons; none to save time.
+    tile_rotations: tuple[float, ...] = ()
+
+
+UPRIGHT = SearchPlan(rotations=(0.0,), least_confidence=0.25)
+TURNED = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1)
+THOROUGH = SearchPlan(rotations=_ALL_ROTATIONS, least_confidence=0.1, tile_rotations=_ALL_ROTATIONS[::2])
 
 
 @dataclass(frozen=True, eq=False)
 class _Person(PersonEstimate):
-    """A person in one frame, the soft mask (h, w) in [0, 1], and where to look for them next."""
+    """A person in one frame, and where to search for them next."""
 
-    probability: np.ndarray
+    probability: np.ndarray  # (h, w) soft mask in [0, 1]
     next_roi: Roi
 
 
@@ -56,24 +87,24 @@ class BlazePose:
     def image(self, image: np.ndarray, max_persons: int = 1) -> list[PersonEstimate]:
         """Persons in a still (h, w, 3) uint8 RGB, at whatever angle they are, the most prominent first."""
         found = self._search(image, THOROUGH, max_persons)
-        return _with_exclusive_masks([self._look_closely(image, person) for person in found])
+        return _with_exclusive_masks([self._refine(image, person) for person in found])
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not seen.
+        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not visible.
 
         A person is followed from frame to frame. Frames in which somebody is missing are searched: at all rotations
         when a person has just been lost and in every tenth frame, upright otherwise.
         """
         persons: list[_Person | None] = [None] * max_persons
         last_seen = persons
-        for number, frame in enumerate(frames):
-            followed = [person and self._look(frame, person.next_roi) for person in persons]
+        for index, frame in enumerate(frames):
+            followed = [person and self._track(frame, person.next_roi) for person in persons]
             distinct = distinct_persons([person for person in followed if person is not None])
             followed = [person if person in distinct else None for person in followed]
             if None in followed:
                 just_lost = followed.count(None) > persons.count(None)
                 plan = UPRIGHT
-                if just_lost or number % _SEARCH_INTERVAL == 0:
+                if just_lost or index % _SEARCH_INTERVAL == 0:
                     plan = TURNED if any(followed) else THOROUGH
                 followed = self._fill_slots(frame, plan, followed, last_seen)
             persons = followed
@@ -84,7 +115,7 @@ class BlazePose:
     def _fill_slots(
         self, frame: np.ndarray, plan: SearchPlan, persons: list[_Person | None], last_seen: list[_Person | None]
     ) -> list[_Person | None]:
-        """`persons` with the empty slots filled by whom a search of the frame finds beside the others."""
+        """`persons` with the empty slots filled by those whom a search of the frame finds beside the others."""
         present = [person for person in persons if person is not None]
         found = self._search(frame, plan, len(persons))
         new = [person for person in found if not any(is_same_person(person, other) for other in present)]
@@ -105,68 +136,134 @@ class BlazePose:
                 person = self._settle(image, candidate.roi)
                 if person is None or (tiled and person.confidence < _LEAST_IN_TILE):
                     continue
-                if person.confidence * candidate.evidence >= plan.least_confidence:
-                    found.append(replace(person, confidence=person.confidence * candidate.evidence))
-            # Who is seen in the whole image is seen better there than in a tile that may cut them.
+                if person.confidence * candidate.score >= plan.least_confidence:
+                    found.append(replace(person, confidence=person.confidence * candidate.score))
+            # Those visible in the whole image are placed better there than in a tile that may cut them.
             known = list(persons)
             persons += [p for p in distinct_persons(found) if not any(is_same_person(p, other) for other in known)]
         return by_prominence(persons, image.shape[1::-1])[:max_persons]
 
     def _settle(self, image: np.ndarray, roi: Roi) -> _Person | None:
         person = None
-        for _ in range(_SETTLING_LOOKS):
-            person = self._look(image, roi)
+        for _ in range(_SETTLING_PASSES):
+            person = self._track(image, roi)
             if person is None:
                 return None
             roi = person.next_roi
         return person
 
-    def _look(self, image: np.ndarray, roi: Roi) -> _Person | None:
+    def _track(self, image: np.ndarray, roi: Roi) -> _Person | None:
         landmarks = self._landmarks(image, roi)
         return _person([landmarks], image.shape[1::-1]) if landmarks.person >= _LEAST_PERSON else None
 
-    def _look_closely(self, image: np.ndarray, person: _Person) -> _Person:
+    def _refine(self, image: np.ndarray, person: _Person) -> _Person:
         roi = person.next_roi
-        looks = [
+        passes = [
             self._landmarks(image, replace(roi, rotation=roi.rotation + turn, side=roi.side * scale))
-            for turn, scale in _STILL_LOOKS
+            for turn, scale in _STILL_PASSES
         ]
-        sure = [look for look in looks if look.person >= _LEAST_PERSON]
+        sure = [landmarks for landmarks in passes if landmarks.person >= _LEAST_PERSON]
         return _person(sure, image.shape[1::-1]) if sure else person
 
 
-def _person(looks: list[Landmarks], size: tuple[int, int]) -> _Person:
-    """The person of one or several looks at nearly the same region of an image of (width, height).
+def find_candidates(
+    detector: DetectorNet, image: np.ndarray, rotations: tuple[float, ...], tiled: bool
+) -> list[Detection]:
+    """Regions of the image (h, w, 3) where the detector finds persons, best supported first.
 
-    Looks are averaged with the fourth power of their heatmaps' sharpness as weight, so a look that is at a loss about
-    a keypoint hardly counts. The score of a keypoint is visibility times presence, times a trust that grows with the
-    sharpness, times how well the looks agree on its place (COCO's object keypoint similarity to their mean); it is 0
-    outside the image.
+    A region's score is the detector's mean over the rotations. `tiled` searches overlapping tiles of half the image's
+    longer side, not the whole image.
     """
-    places = np.stack([look.points[COCO_FROM_BLAZEPOSE] for look in looks])  # (looks, 17, 2)
-    sharpness = np.stack([look.sharpness[COCO_FROM_BLAZEPOSE] for look in looks])
-    seen = np.stack([(look.visibility * look.presence)[COCO_FROM_BLAZEPOSE] for look in looks])
-    weights = np.maximum(sharpness, 0.01) ** 4
+    height, width = image.shape[:2]
+    # Turned by 45 degrees the crop's side is the diagonal; this size keeps it below twice what the detector takes.
+    scale = min(1.0, (2 if tiled else 1) * math.sqrt(2) * DETECTOR_SIDE / max(height, width))
+    small_size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = image if scale == 1 else cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
+    factors = (width / small_size[0], height / small_size[1])
+    hits = []
+    for left, top, tile in _tiles(small) if tiled else [(0, 0, small)]:
+        for index, rotation in enumerate(rotations):
+            for found in detector(tile, rotation):
+                roi = replace(
+                    found.roi,
+                    x=(found.roi.x + left) * factors[0],
+                    y=(found.roi.y + top) * factors[1],
+                    side=found.roi.side * max(factors),
+                )
+                hits.append((index, Detection(roi, found.score)))
+    return _agreeing(hits, len(rotations))
+
+
+def _tiles(image: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """Squares of half the longer side that overlap by half, with the (left, top) of each."""
+    height, width = image.shape[:2]
+    side = math.ceil(max(height, width) / 2)
+    steps = [sorted({round(p) for p in np.linspace(0, n - side, 3)}) if n > side else [0] for n in (width, height)]
+    return [(left, top, image[top : top + side, left : left + side]) for top in steps[1] for left in steps[0]]
+
+
+def _agreeing(hits: list[tuple[int, Detection]], rotations: int) -> list[Detection]:
+    """Candidates from pairs (index of the rotation, detection) that agree.
+
+    A rotation counts once, with its best score, however many tiles hit.
+    """
+    candidates = []
+    waiting = sorted(hits, key=lambda hit: -hit[1].score)
+    while waiting:
+        best = waiting[0][1].roi
+        agreeing = [hit for hit in waiting if _alike(best, hit[1].roi)]
+        scores = {rotation: found.score for rotation, found in reversed(agreeing)}
+        candidates.append(Detection(_mean_roi([found for _, found in agreeing]), sum(scores.values()) / rotations))
+        waiting = [hit for hit in waiting if hit not in agreeing]
+    return sorted(candidates, key=lambda candidate: -candidate.score)
+
+
+def _mean_roi(found: list[Detection]) -> Roi:
+    """Score-weighted mean of regions that are turned alike; sides are averaged as ratios, angles as directions."""
+    weights = np.array([detection.score for detection in found])
+    coords = np.array([(detection.roi.x, detection.roi.y, math.log(detection.roi.side)) for detection in found])
+    x, y, log_side = (weights @ coords / weights.sum()).tolist()
+    directions = np.exp(1j * np.array([detection.roi.rotation for detection in found]))
+    return Roi(x, y, math.exp(log_side), float(np.angle(weights @ directions)))
+
+
+def _alike(a: Roi, b: Roi) -> bool:
+    """True for regions that overlap closely and are turned alike."""
+    turn = math.remainder(a.rotation - b.rotation, 2 * math.pi)
+    distance = math.hypot(a.x - b.x, a.y - b.y)
+    return abs(turn) < math.pi / 4 and distance < 0.2 * max(a.side, b.side) and 0.5 < b.side / a.side < 2
+
+
+def _person(passes: list[Landmarks], size: tuple[int, int]) -> _Person:
+    """Person of one or several passes over nearly the same region of an image of (width, height).
+
+    The score of a keypoint is visibility times presence, times a trust that grows with the heatmap's sharpness, times
+    how well the passes agree on its coordinates (COCO's object keypoint similarity to their mean).
+    """
+    coords = np.stack([landmarks.points[COCO_FROM_BLAZEPOSE] for landmarks in passes])  # (passes, 17, 2)
+    sharpness = np.stack([landmarks.sharpness[COCO_FROM_BLAZEPOSE] for landmarks in passes])
+    visible = np.stack([(landmarks.visibility * landmarks.presence)[COCO_FROM_BLAZEPOSE] for landmarks in passes])
+    weights = np.maximum(sharpness, 0.01) ** 4  # a pass that is at a loss about a keypoint hardly counts
     weights /= weights.sum(axis=0)
-    points = (weights[..., None] * places).sum(axis=0)
-    away = np.linalg.norm(places - points, axis=-1) / (2 * COCO_SIGMAS * _AREA_ROOT * looks[0].roi.side)
+    points = (weights[..., None] * coords).sum(axis=0)
+    away = np.linalg.norm(coords - points, axis=-1) / (2 * COCO_SIGMAS * _AREA_ROOT * passes[0].roi.side)
     trust = np.clip((sharpness - _SHARPNESS[0]) / (_SHARPNESS[1] - _SHARPNESS[0]), 0, 1)
-    scores = (weights * seen * trust * np.exp(-(away**2) / 2)).sum(axis=0)
+    scores = (weights * visible * trust * np.exp(-(away**2) / 2)).sum(axis=0)
     scores = scores_inside(points, np.clip(scores, 0, 1), size)
     inside = scores[scores > 0]
-    probability = np.mean([look.image_mask(size) for look in looks], axis=0)
+    probability = np.mean([landmarks.image_mask(size) for landmarks in passes], axis=0)
     return _Person(
         keypoints=points.astype(np.float32),
         scores=scores,
         mask=probability > 0.5,
-        confidence=float(np.mean([look.person for look in looks]) * (inside.mean() if len(inside) else 0)),
+        confidence=float(np.mean([found.person for found in passes]) * (inside.mean() if len(inside) else 0)),
         probability=probability,
-        next_roi=looks[0].next_roi,
+        next_roi=passes[0].next_roi,
     )
 
 
 def _with_exclusive_masks(persons: list[_Person]) -> list[PersonEstimate]:
-    """The persons with every pixel of their masks given to the likeliest of them."""
+    """Persons with every pixel of their masks given to the likeliest of them."""
     if not persons:
         return []
     likeliest = np.argmax([person.probability for person in persons], axis=0)

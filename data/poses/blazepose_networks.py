@@ -31,28 +31,22 @@ COCO_FROM_BLAZEPOSE = np.array([0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 2
 
 @dataclass(frozen=True)
 class Roi:
-    """Square around a person, turned so that the person stands upright in it.
+    """Square around a person, turned so that the person stands upright in it."""
 
-    Attributes:
-        x, y: centre, the middle of the hips.
-        side: length of a side in pixels.
-        rotation: radians from the upright person to this one, clockwise as seen (y down).
-    """
-
-    x: float
+    x: float  # centre, the middle of the hips
     y: float
-    side: float
-    rotation: float
+    side: float  # pixels
+    rotation: float  # radians from the upright person to this one, clockwise in the image (y down)
 
     @classmethod
     def from_points(cls, hip_centre: np.ndarray, size_point: np.ndarray) -> Roi:
-        """From the middle of the hips and the point above the head on the circle around the whole person."""
+        """Region from the middle of the hips and the point above the head on the circle around the whole person."""
         dx, dy = (float(value) for value in size_point - hip_centre)
         x, y = (float(value) for value in hip_centre)
         return cls(x, y, 2 * _ROI_MARGIN * math.hypot(dx, dy), math.atan2(dx, -dy))
 
     def matrix(self, side: int) -> np.ndarray:
-        """(2, 3): continuous coordinates of a crop of `side` pixels to those of the image."""
+        """(2, 3) from continuous coordinates of a crop of `side` pixels to those of the image."""
         scale = self.side / side
         a, b = scale * math.cos(self.rotation), scale * math.sin(self.rotation)
         half = side / 2
@@ -61,7 +55,7 @@ class Roi:
 
 @dataclass(frozen=True)
 class Detection:
-    """A person found by the detector: where to look for landmarks, and the detector's score in [0, 1]."""
+    """A person found by the detector: the region for landmarks, and the detector's score in [0, 1]."""
 
     roi: Roi
     score: float
@@ -69,48 +63,33 @@ class Detection:
 
 @dataclass(frozen=True)
 class Landmarks:
-    """What the landmark network says of one region.
+    """Outputs of the landmark network for one region."""
 
-    Attributes:
-        points: (33, 2) pixels of the image, centres at integers.
-        visibility: (33,) in [0, 1]: in the image and not hidden.
-        presence: (33,) in [0, 1]: in the image.
-        sharpness: (33,) in [0, 1]: highest value of the landmark's heatmap near it. Where the network is at a loss
-            this stays low (0.2 to 0.5) although visibility and presence are near 1; a sure landmark has 0.6 to 1.
-        person: probability that the region shows a person.
-        mask: (256, 256) float32, probability of the person in the crop.
-        roi: the region that was looked at.
-        next_roi: the region around the person as seen now, for a second look or for the next frame.
-    """
-
-    points: np.ndarray
-    visibility: np.ndarray
-    presence: np.ndarray
+    points: np.ndarray  # (33, 2) pixels of the image, centres at integers
+    visibility: np.ndarray  # (33,) in [0, 1]: in the image and not hidden
+    presence: np.ndarray  # (33,) in [0, 1]: in the image
+    # (33,) in [0, 1]: highest value of the heatmap near the landmark. Where the network is at a loss this stays low
+    # (0.2 to 0.5) although visibility and presence are near 1; a sure landmark has 0.6 to 1.
     sharpness: np.ndarray
-    person: float
-    mask: np.ndarray
-    roi: Roi
-    next_roi: Roi
+    person: float  # probability that the region shows a person
+    mask: np.ndarray  # (256, 256) float32, probability of the person in the crop
+    roi: Roi  # the network's input
+    next_roi: Roi  # around the person as placed now, for a second pass or for the next frame
 
     def image_mask(self, size: tuple[int, int]) -> np.ndarray:
-        """(h, w) float32: probability of the person in an image of `size` (width, height); 0 outside the region."""
+        """(h, w) float32: probability of the person in an image of (width, height); 0 outside the region."""
         return cv2.warpAffine(self.mask, _pixel_matrix(self.roi.matrix(_LANDMARK_SIDE)), size, flags=cv2.INTER_LINEAR)
 
 
 class DetectorNet:
-    """Finds persons who are upright in an image, or in an image turned by a given angle."""
+    """Detector of persons who are upright in an image, or in an image turned by a given angle."""
 
     def __init__(self, path: Path, threads: int):
         self._net = _Net(path, threads)
         self._anchors = _anchor_centres()
 
     def __call__(self, image: np.ndarray, rotation: float = 0.0, threshold: float = 0.5) -> list[Detection]:
-        """Persons whose body is turned by about `rotation` radians (clockwise as seen), surest first.
-
-        Args:
-            image: (h, w, 3) uint8 RGB.
-            threshold: least score of a box.
-        """
+        """Persons turned by about `rotation` radians (clockwise) in an image (h, w, 3) uint8 RGB, surest first."""
         height, width = image.shape[:2]
         sine, cosine = abs(math.sin(rotation)), abs(math.cos(rotation))
         side = max(width * cosine + height * sine, width * sine + height * cosine)
@@ -131,7 +110,7 @@ class DetectorNet:
 
 
 class LandmarkNet:
-    """Places 33 body landmarks and a person mask in a region."""
+    """Network that places 33 body landmarks and a person mask in a region."""
 
     def __init__(self, path: Path, threads: int):
         self._net = _Net(path, threads)
@@ -157,13 +136,10 @@ class LandmarkNet:
 
 
 def crop_region(image: np.ndarray, roi: Roi, side: int) -> np.ndarray:
-    """The region of an image as an upright square of `side` pixels, black outside the image.
-
-    Large regions are averaged down first, so that the crop does not alias.
-    """
+    """Region of an image as an upright square of `side` pixels, black outside the image."""
     matrix = roi.matrix(side)
     factor = int(roi.side / side)
-    if factor >= 2:
+    if factor >= 2:  # averaged down first, so that the crop does not alias
         height, width = image.shape[:2]
         reduced = (max(1, round(width / factor)), max(1, round(height / factor)))
         image = cv2.resize(image, reduced, interpolation=cv2.INTER_AREA)
@@ -180,7 +156,7 @@ def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) ->
         heatmaps: (rows, columns, k) in [0, 1].
 
     Returns:
-        the points (k, 2), and the highest value of the heatmap around each (k,), 0 for points outside the crop.
+        points (k, 2), and the highest value of the heatmap around each (k,), 0 for points outside the crop.
     """
     points = points.astype(np.float64)
     highest = np.zeros(len(points), np.float32)
@@ -196,18 +172,17 @@ def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) ->
         if highest[k] < 0.5:
             continue
         total = window.sum()
-        # The network was trained with cell numbers as coordinates, not cell centres.
+        # The network was trained with cell indices as coordinates, not cell centres.
         points[k, 0] = (window.sum(axis=0) @ np.arange(left, left + window.shape[1])) / total * side / columns
         points[k, 1] = (window.sum(axis=1) @ np.arange(top, top + window.shape[0])) / total * side / rows
     return points, highest
 
 
 def weighted_clusters(boxes: np.ndarray, scores: np.ndarray, overlap: float = 0.3) -> list[np.ndarray]:
-    """Groups of boxes that show the same person, surest first (non-maximum suppression that keeps the suppressed).
+    """Groups of boxes of the same person, surest first: non-maximum suppression that keeps the suppressed.
 
     Args:
         boxes: (n, 4) left, top, right, bottom.
-        scores: (n,).
         overlap: boxes whose IoU with the surest remaining one is above this join it.
 
     Returns:
@@ -261,7 +236,7 @@ def _anchor_centres() -> np.ndarray:
 
 
 def _pixel_matrix(matrix: np.ndarray) -> np.ndarray:
-    """The same map between pixels whose centres are integers, as OpenCV counts."""
+    """Turn a map between continuous coordinates into one between pixels with centres at integers, as in OpenCV."""
     shifted = matrix.copy()
     shifted[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5
     return shifted

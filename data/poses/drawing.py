@@ -1,11 +1,11 @@
-"""Pose images: the OpenPose body-18 figure that pose-driven animators take as input, and overlays for reports."""
+"""Pose images: the OpenPose body-18 figure that pose-driven animators take as input."""
 
 import colorsys
 
 import cv2
 import numpy as np
 
-# OpenPose body-18 order, as indices into the COCO order with the neck appended as number 17.
+# OpenPose body-18 order, as indices into the COCO order with the neck appended at index 17.
 _BODY_FROM_COCO = np.array([0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3])
 
 # Pairs of body-18 joints, in drawing order: shoulders, arms, trunk and legs, neck to nose, face.
@@ -26,19 +26,14 @@ _CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 24, endpoint=False)) for f in (n
 
 
 def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], threshold: float = 0.3) -> np.ndarray:
-    """OpenPose body-18 image of all persons, on black.
+    """OpenPose body-18 image (height, width, 3) uint8 RGB of all persons, on black, anti-aliased.
 
-    The neck is the mean of the shoulders. Limbs are filled ellipses at 0.6 of the colour's brightness, joints filled
-    circles at full brightness; both have half-width 4 in an image whose short side is 512 pixels, in proportion
-    otherwise. Edges are anti-aliased, coordinates sub-pixel.
+    Limbs are filled ellipses, joints filled circles; their width is in proportion to the image's shorter side.
 
     Args:
         keypoints: (persons, 17, 2) COCO keypoints in pixels of this image.
         scores: (persons, 17); keypoints at or below `threshold` are not drawn.
         size: (width, height) of the image.
-
-    Returns:
-        (height, width, 3) uint8 RGB.
     """
     width, height = size
     factor = max(1, min(4, 512 // min(size)))  # limbs of a pixel or two are drawn larger and averaged
@@ -46,35 +41,13 @@ def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], 
     joints, visible = body_joints(keypoints, scores, threshold)
     joints = (joints + 0.5) * factor - 0.5
     half_width = _HALF_WIDTH_AT_512 * min(size) / 512 * factor
-    _draw_limbs(image, joints, visible, half_width, _LIMB_COLOURS)
+    _draw_limbs(image, joints, visible, half_width)
     _draw_joints(image, joints, visible, half_width)
     return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def draw_overlay(
-    image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, opacity: float = 0.8
-) -> np.ndarray:
-    """The image with every person's skeleton drawn over it, in the colours of `draw_pose`.
-
-    Args:
-        image: (h, w, 3) uint8 RGB; it is not changed.
-        keypoints: (persons, 17, 2) COCO keypoints in pixels of the image.
-        scores: (persons, 17).
-        opacity: 1 hides what lies under the skeleton, 0 leaves the image as it is.
-    """
-    drawn = np.ascontiguousarray(image).copy()
-    joints, visible = body_joints(keypoints, scores, threshold)
-    half_width = _HALF_WIDTH_AT_512 * min(image.shape[:2]) / 512
-    _draw_limbs(drawn, joints, visible, 0.75 * half_width, _COLOURS)
-    _draw_joints(drawn, joints, visible, 0.75 * half_width)
-    return cv2.addWeighted(drawn, opacity, image, 1 - opacity, 0)
-
-
 def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """COCO-17 to OpenPose body-18: joints (persons, 18, 2) and whether each is drawn (persons, 18).
-
-    The neck is drawn when both shoulders are. Joints that are not drawn are moved to the origin.
-    """
+    """COCO-17 to OpenPose body-18: joints (persons, 18, 2), and bool (persons, 18) of those that are drawn."""
     keypoints, scores = np.asarray(keypoints, np.float64), np.asarray(scores)
     if keypoints.ndim != 3 or keypoints.shape[1:] != (17, 2) or scores.shape != keypoints.shape[:2]:
         raise ValueError(
@@ -83,15 +56,14 @@ def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> 
         )
     visible = (scores > threshold) & np.isfinite(keypoints).all(axis=-1)
     keypoints = np.where(visible[..., None], keypoints, 0.0)
+    # The neck is the mean of the shoulders, and drawn when both are.
     neck = keypoints[:, 5:7].mean(axis=1, keepdims=True)
     joints = np.concatenate([keypoints, neck], axis=1)[:, _BODY_FROM_COCO]
     visible = np.concatenate([visible, visible[:, 5:7].all(axis=1, keepdims=True)], axis=1)[:, _BODY_FROM_COCO]
     return joints, visible
 
 
-def _draw_limbs(
-    image: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float, colours: list[tuple[int, ...]]
-) -> None:
+def _draw_limbs(image: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float) -> None:
     half_width = max(half_width - _EDGE, 0.0)
     start, end = joints[:, _LIMBS[:, 0]], joints[:, _LIMBS[:, 1]]  # (persons, limbs, 2)
     drawn = visible[:, _LIMBS[:, 0]] & visible[:, _LIMBS[:, 1]]
@@ -102,7 +74,7 @@ def _draw_limbs(
     outline = _fixed_point((start + along)[..., None, :] + outline)
     # Limb by limb, then person by person: where two persons cross, their arms lie over both trunks or under both.
     for limb, person in np.argwhere(drawn.T):
-        cv2.fillConvexPoly(image, outline[person, limb], colours[limb], cv2.LINE_AA, _SHIFT)
+        cv2.fillConvexPoly(image, outline[person, limb], _LIMB_COLOURS[limb], cv2.LINE_AA, _SHIFT)
 
 
 def _draw_joints(image: np.ndarray, joints: np.ndarray, visible: np.ndarray, radius: float) -> None:

@@ -1,4 +1,4 @@
-"""DWPose / RTMPose as a pose estimator, with ONNX files of your own: a YOLOX person detector and a SimCC pose network.
+"""DWPose / RTMPose as a pose estimator, from ONNX files of your own: a YOLOX person detector and a SimCC pose network.
 
     pose.backend=dwpose pose.weights=yolox_l.onnx,dw-ll_ucoco_384.onnx
 
@@ -44,7 +44,7 @@ _ENOUGH = 0.8  # mean keypoint score of an upright person that makes other rotat
 
 @dataclass(frozen=True)
 class BoxScore:
-    """A person box in pixels of the image and its score in [0, 1]."""
+    """Person box in pixels of the image and its score in [0, 1]."""
 
     box: Box
     score: float
@@ -52,10 +52,6 @@ class BoxScore:
 
 class DWPose:
     """Top-down pose estimator: boxes from YOLOX, keypoints from RTMPose. It gives no masks.
-
-    Args:
-        detector, pose: paths of the ONNX files.
-        threads: CPU threads of the networks.
 
     Raises:
         UserError: a file is missing, is not ONNX, or has other inputs and outputs than these networks have.
@@ -67,7 +63,7 @@ class DWPose:
 
     @classmethod
     def from_weights(cls, weights: str | None, threads: int = 2) -> DWPose:
-        """From the setting `pose.weights`: "detector.onnx,pose.onnx"."""
+        """Estimator of the setting `pose.weights`: "detector.onnx,pose.onnx"."""
         paths = [path.strip() for path in (weights or "").split(",") if path.strip()]
         if len(paths) != 2:
             raise UserError(
@@ -77,19 +73,17 @@ class DWPose:
         return cls(*paths, threads=threads)
 
     def image(self, image: np.ndarray, max_persons: int = 1) -> list[PersonEstimate]:
-        """Persons in a still (h, w, 3) uint8 RGB, the most prominent first.
-
-        Both networks are trained on upright people, so the image is tried at other rotations too, unless the upright
-        one shows enough persons clearly.
-        """
+        """Persons in a still (h, w, 3) uint8 RGB, the most prominent first."""
         persons = self._upright(image)
+        # Both networks are trained on upright people, so the image is tried at other rotations too, unless the upright
+        # one shows enough persons clearly.
         if sum(person.confidence >= _ENOUGH for person in persons) < max_persons:
             for rotation in _ROTATIONS[1:]:
                 persons += self._turned(image, rotation)
         return by_prominence(distinct_persons(persons), image.shape[1::-1])[:max_persons]
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not seen."""
+        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not visible."""
         last_seen: list[PersonEstimate | None] = [None] * max_persons
         for frame in frames:
             persons = by_prominence(distinct_persons(self._upright(frame)), frame.shape[1::-1])
@@ -120,7 +114,7 @@ class DWPose:
 
     def _keypoints(self, image: np.ndarray, found: BoxScore) -> PersonEstimate:
         size = self._pose.size
-        matrix = crop_matrix(found.box, size)
+        matrix = box_matrix(found.box, size)
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         crop = cv2.warpAffine(image, matrix, size, flags=flags).astype(np.float32)
         values = ((crop - _MEAN) / _STD).transpose(2, 0, 1)[None]
@@ -133,11 +127,7 @@ class DWPose:
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """The detector's input: BGR 0 to 255, (3, height, width) float32, aspect kept, at the top left, grey elsewhere.
-
-    Returns:
-        the input and the scale from pixels of the image to those of the input.
-    """
+    """Detector's input (3, h, w) float32 BGR of (width, height), the image at the top left, and its scale."""
     scale = min(size[0] / image.shape[1], size[1] / image.shape[0])
     shown = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
@@ -148,9 +138,6 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
 
 def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
     """Person boxes from YOLOX's raw output, surest first, after non-maximum suppression.
-
-    A cell (i, j) of stride s with raw values (x, y, w, h) stands for the box with centre s (j + x, i + y) and size
-    s (exp w, exp h); its score is objectness times the probability of the first class, person.
 
     Args:
         output: (cells, 5 + classes), strides 8, 16, 32, row by row.
@@ -168,6 +155,8 @@ def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> lis
             f"pose.weights: the detector gives {len(output)} boxes for an input of {size[0]}x{size[1]}, YOLOX "
             f"{len(cells)}; export it with undecoded outputs"
         )
+    # A cell (i, j) of stride s with raw values (x, y, w, h) stands for the box with centre s (j + x, i + y) and size
+    # s (exp w, exp h); its score is objectness times the probability of the first class, person.
     scores = output[:, 4] * output[:, 5]
     kept = scores > _LEAST_DETECTION
     centres = (output[kept, :2] + cells[kept]) * strides[kept] / scale
@@ -182,7 +171,7 @@ def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> lis
     return boxes
 
 
-def crop_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
+def box_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
     """(2, 3) from pixels of the pose network's input of (width, height) to pixels of the image.
 
     The box is padded by 1.25 and widened to the input's aspect ratio about its centre.
@@ -194,14 +183,10 @@ def crop_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
 
 
 def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Keypoints from SimCC's two one-dimensional classifications.
+    """Points (k, 2) in pixels of an input of (width, height), and scores (k,), from SimCC's two classifications.
 
     Args:
-        x, y: (1, keypoints, bins); the bins divide the input's width and height, usually two to a pixel.
-        size: (width, height) of the input.
-
-    Returns:
-        points (keypoints, 2) in pixels of the input; scores (keypoints,) in [0, 1], the smaller of the two maxima.
+        x, y: (1, k, bins); the bins divide the input's width and height, usually two to a pixel.
     """
     bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)
     points = bins * (np.asarray(size) / (x.shape[-1], y.shape[-1]))
@@ -209,11 +194,7 @@ def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[n
 
 
 def turn_image(image: np.ndarray, rotation: float) -> tuple[np.ndarray, np.ndarray]:
-    """The whole image turned so that a person at `rotation` radians (clockwise) stands upright, black around it.
-
-    Returns:
-        the turned image, and (2, 3) from pixels of the image to its pixels.
-    """
+    """Image turned whole so that a person at `rotation` radians (clockwise) stands upright; and its matrix (2, 3)."""
     height, width = image.shape[:2]
     c, s = math.cos(rotation), math.sin(rotation)
     size = (math.ceil(width * abs(c) + height * abs(s)), math.ceil(width * abs(s) + height * abs(c)))

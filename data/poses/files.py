@@ -1,6 +1,6 @@
 """Pose files of other tools, read as `Poses`: OpenPose, DWPose and COCO.
 
-| file | what |
+| file | content |
 |---|---|
 | .npz with keypoints, scores, size, fps | `Poses.save` |
 | .npz with keypoints (frames, persons, k, 2 or 3) | arrays of DWPose / RTMPose: k = 17, 26 or 133 |
@@ -40,19 +40,16 @@ _COCO_ORDERS = {
 
 
 class _BadFile(Exception):
-    """What is wrong with a file, for the one line that the user sees."""
+    """Fault of a file, in words for the one line of the `UserError`."""
 
 
 @dataclass
 class _Frames:
-    """Persons per frame as (17, 3) arrays of x, y, score; the size of the image where the file states one.
-
-    `relative`: x and y are parts of the width and height, not pixels.
-    """
+    """Persons per frame as (17, 3) arrays of x, y, score."""
 
     frames: list[list[np.ndarray]] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    relative: bool = False
+    size: tuple[int, int] | None = None  # of the image, where the file states it
+    relative: bool = False  # x and y are parts of the width and height, not pixels
 
 
 def load_poses(
@@ -61,14 +58,10 @@ def load_poses(
     fps: float | None = None,
     argument: str = "poses",
 ) -> Poses:
-    """Read poses from any of the formats above; which one it is shows in the file.
-
-    Persons whom a format lists in no order are followed from frame to frame, the most prominent of the first frame
-    first.
+    """Read poses from any of the formats above, recognised by its content.
 
     Args:
-        size: (width, height) of the image, for formats that do not state it.
-        fps: frames per second, for formats that do not state it; 25 when not given.
+        size, fps: for formats that do not state them; 25 frames per second when not given.
         argument: what the path was given as, for error messages.
 
     Raises:
@@ -218,18 +211,19 @@ def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
     slots = max((len(persons) for persons in read.frames), default=0)
     shape = (len(read.frames), slots)
     keypoints, scores = np.zeros((*shape, 17, 2), np.float32), np.zeros((*shape, 17), np.float32)
+    # Formats list persons in no order, so they are followed from frame to frame.
     last_seen: list[PersonEstimate | None] = [None] * slots
-    for number, persons in enumerate(read.frames):
-        estimates = by_prominence([_estimate(person, size, read.relative) for person in persons], size)
-        placed = assign_slots(last_seen, estimates)
-        last_seen = [now or before for now, before in zip(placed, last_seen, strict=True)]
-        for slot, person in enumerate(placed):
+    for index, persons in enumerate(read.frames):
+        estimates = by_prominence([_person(person, size, read.relative) for person in persons], size)
+        matched = assign_slots(last_seen, estimates)
+        last_seen = [now or before for now, before in zip(matched, last_seen, strict=True)]
+        for slot, person in enumerate(matched):
             if person is not None:
-                keypoints[number, slot], scores[number, slot] = person.keypoints, person.scores
+                keypoints[index, slot], scores[index, slot] = person.keypoints, person.scores
     return Poses(keypoints, scores, size, fps)
 
 
-def _estimate(person: np.ndarray, size: tuple[int, int], relative: bool) -> PersonEstimate:
+def _person(person: np.ndarray, size: tuple[int, int], relative: bool) -> PersonEstimate:
     scores = np.clip(person[:, 2], 0, 1).astype(np.float32)
     points = person[:, :2] * size if relative else person[:, :2]
     points = np.where(scores[:, None] > 0, points, 0).astype(np.float32)

@@ -1,6 +1,7 @@
-"""One estimated person: the 17 COCO keypoints, their scores, an optional mask; and how two estimates compare.
+"""One estimated person: 17 COCO keypoints, scores, an optional mask; boxes, and comparisons of two estimates.
 
-Keypoints are (x, y) pixels, y down, pixel centres at integers. Score 0 means: not visible.
+Keypoints are (x, y) pixels, y down, pixel centres at integers: an image reaches from -0.5 to size - 0.5. Score 0 means
+not visible.
 """
 
 from dataclasses import dataclass
@@ -9,24 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 COCO_KEYPOINTS = (
-    "nose",
-    "left_eye",
-    "right_eye",
-    "left_ear",
-    "right_ear",
-    "left_shoulder",
-    "right_shoulder",
-    "left_elbow",
-    "right_elbow",
-    "left_wrist",
-    "right_wrist",
-    "left_hip",
-    "right_hip",
-    "left_knee",
-    "right_knee",
-    "left_ankle",
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
+    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
     "right_ankle",
-)
+)  # fmt: skip
 
 # Index that exchanges left and right: keypoints[COCO_MIRROR] are the keypoints of the mirrored image, x reflected.
 COCO_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
@@ -62,27 +49,18 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PersonEstimate:
-    """A person that a pose estimator found in one image.
+    """A person that a pose estimator found in one image."""
 
-    Attributes:
-        keypoints: (17, 2) float32, pixels of the image.
-        scores: (17,) float32 in [0, 1].
-        mask: (h, w) bool, True on the person, or None when the estimator gives no mask.
-        confidence: how sure the estimator is that this is a person, in [0, 1].
-    """
-
-    keypoints: np.ndarray
-    scores: np.ndarray
-    mask: np.ndarray | None
-    confidence: float
+    keypoints: np.ndarray  # (17, 2) float32, pixels of the image
+    scores: np.ndarray  # (17,) float32 in [0, 1]
+    mask: np.ndarray | None  # (h, w) bool, True on the person; None when the estimator gives no mask
+    confidence: float  # in [0, 1], that this is a person
 
 
 def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, margin: float = 0.0) -> Box | None:
-    """Smallest box around the visible keypoints, or None when fewer than two are visible.
+    """Smallest box around the keypoints (17, 2) whose score is above `threshold`; None for fewer than two.
 
     Args:
-        keypoints: (17, 2) pixels.
-        scores: (17,); a keypoint is visible when its score is above `threshold`.
         margin: part of the box's longer side added on each side; 0.1 takes in most of the head and the feet.
     """
     visible = np.asarray(keypoints, dtype=np.float64)[np.asarray(scores) > threshold]
@@ -91,6 +69,23 @@ def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3
     low, high = visible.min(axis=0), visible.max(axis=0)
     extra = margin * float((high - low).max())
     return Box(*(low - extra).tolist(), *(high + extra).tolist())
+
+
+def mask_box(mask: np.ndarray) -> Box | None:
+    """Box around the True pixels of a mask (h, w), to their outer edges; None without any."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return None
+    return Box(columns[0] - 0.5, rows[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5)
+
+
+def joint_box(boxes: list[Box], size: tuple[int, int]) -> Box | None:
+    """Smallest box around boxes, cut to an image of (width, height); None without boxes."""
+    if not boxes:
+        return None
+    low = np.clip(np.min([box[:2] for box in boxes], axis=0), -0.5, np.array(size) - 0.5)
+    high = np.clip(np.max([box[2:] for box in boxes], axis=0), -0.5, np.array(size) - 0.5)
+    return Box(*low.tolist(), *high.tolist())
 
 
 def scores_inside(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -121,10 +116,7 @@ def keypoint_similarity(a: PersonEstimate, b: PersonEstimate, threshold: float =
 
 
 def is_same_person(a: PersonEstimate, b: PersonEstimate) -> bool:
-    """Whether two estimates in one image show the same person: similar keypoints, or masks that mostly coincide.
-
-    Without masks, boxes that mostly coincide.
-    """
+    """True for similar keypoints, or masks, or without masks boxes, that mostly coincide."""
     if keypoint_similarity(a, b) > 0.5:
         return True
     if a.mask is None or b.mask is None:
@@ -135,7 +127,7 @@ def is_same_person(a: PersonEstimate, b: PersonEstimate) -> bool:
 
 
 def distinct_persons(estimates: list[PersonEstimate]) -> list[PersonEstimate]:
-    """The estimates without duplicates: of those that show the same person the surest stays. Order is kept."""
+    """Estimates in their order, of those that show the same person only the surest."""
     kept: list[PersonEstimate] = []
     for estimate in sorted(estimates, key=lambda estimate: -estimate.confidence):
         if not any(is_same_person(estimate, other) for other in kept):
@@ -144,44 +136,42 @@ def distinct_persons(estimates: list[PersonEstimate]) -> list[PersonEstimate]:
 
 
 def by_prominence(estimates: list[PersonEstimate], size: tuple[int, int]) -> list[PersonEstimate]:
-    """Persons sorted from the most prominent: large, sure, near the centre of an image of (width, height)."""
+    """Persons sorted by prominence: large, sure, near the centre of an image of (width, height)."""
 
     def prominence(estimate: PersonEstimate) -> float:
         box = person_box(estimate.keypoints, estimate.scores)
         if box is None:
             return 0.0
-        away = np.hypot((box.left + box.right) / size[0] - 1, (box.top + box.bottom) / size[1] - 1) / np.sqrt(2)
-        return max(box.width, box.height) ** 2 * estimate.confidence * (1 - 0.5 * min(1.0, float(away)))
+        off_centre = np.hypot((box.left + box.right) / size[0] - 1, (box.top + box.bottom) / size[1] - 1) / np.sqrt(2)
+        return max(box.width, box.height) ** 2 * estimate.confidence * (1 - 0.5 * min(1.0, float(off_centre)))
 
     return sorted(estimates, key=prominence, reverse=True)
 
 
 def assign_slots(last_seen: list[PersonEstimate | None], found: list[PersonEstimate]) -> list[PersonEstimate | None]:
-    """Give each person found in a frame the slot of the person they are, so that person k stays person k.
+    """Match the persons found in a frame to slots, so that person k stays person k; None for a slot without a match.
 
     Args:
         last_seen: per slot the person as last seen, None for a slot that was never used.
         found: persons of the new frame, the most prominent first.
-
-    Returns:
-        per slot the person found, or None. The nearest pairs are matched first, as long as the person moved by less
-        than the size of their box; others take unused slots in order, then slots of persons who are gone.
     """
     slots: list[PersonEstimate | None] = [None] * len(last_seen)
+    # Nearest pairs first, as long as the person moved by less than the size of their box.
     distances = [
-        (_relative_distance(seen, person), slot, index)
-        for slot, seen in enumerate(last_seen)
+        (_relative_distance(last, person), slot, index)
+        for slot, last in enumerate(last_seen)
         for index, person in enumerate(found)
-        if seen is not None
+        if last is not None
     ]
-    placed: set[int] = set()
+    matched: set[int] = set()
     for distance, slot, index in sorted(distances):
-        if distance < 1 and slots[slot] is None and index not in placed:
+        if distance < 1 and slots[slot] is None and index not in matched:
             slots[slot] = found[index]
-            placed.add(index)
-    unused = [slot for slot, seen in enumerate(last_seen) if seen is None]
-    gone = [slot for slot, seen in enumerate(last_seen) if seen is not None and slots[slot] is None]
-    others = [person for index, person in enumerate(found) if index not in placed]
+            matched.add(index)
+    # Others take unused slots in order, then slots of persons who are gone.
+    unused = [slot for slot, last in enumerate(last_seen) if last is None]
+    gone = [slot for slot, last in enumerate(last_seen) if last is not None and slots[slot] is None]
+    others = [person for index, person in enumerate(found) if index not in matched]
     for slot, person in zip(unused + gone, others, strict=False):
         slots[slot] = person
     return slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,46 +10,25 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
+from core.config import check_config
 from core.errors import UserError
 from core.files import complete_file, existing_file
-from data.poses.blazepose import BlazePose
-from data.poses.dwpose import DWPose
-from data.poses.person import COCO_KEYPOINTS, COCO_MIRROR, Box, PersonEstimate, person_box, scores_inside
+from data.poses.person import Box, PersonEstimate, joint_box, person_box, scores_inside
+from data.transforms import map_points, resize_matrix
 
-__all__ = [
-    "COCO_KEYPOINTS",
-    "COCO_MIRROR",
-    "Box",
-    "PersonEstimate",
-    "PoseConfig",
-    "PoseEstimate",
-    "PoseEstimator",
-    "Poses",
-    "estimate_image",
-    "estimate_poses",
-    "open_estimator",
-    "person_box",
-]
-
-_NAMES = ("keypoints", "scores", "size", "fps")
+_ARRAYS = ("keypoints", "scores", "size", "fps")  # of a pose file
+_MARGIN = 0.1  # of a skeleton's longer side: keypoints end at the eyes, wrists and ankles
 
 
 @dataclass(frozen=True)
 class Poses:
-    """Keypoints of the persons in a clip; an image is a clip of one frame.
+    """Keypoints of the persons in a clip; an image is a clip of one frame."""
 
-    Attributes:
-        keypoints: (frames, persons, 17, 2) float32, pixels (x, y) of a frame, y down, pixel centres at integers,
-            in COCO order. Zero for a person who is missing in a frame.
-        scores: (frames, persons, 17) float32 in [0, 1]; 0 means not visible.
-        size: (width, height) of a frame in pixels.
-        fps: frames per second.
-    """
-
-    keypoints: np.ndarray
-    scores: np.ndarray
-    size: tuple[int, int]
+    keypoints: np.ndarray  # (frames, persons, 17, 2) float32 pixels (x, y), COCO order; zero for a missing person
+    scores: np.ndarray  # (frames, persons, 17) float32 in [0, 1]; 0 means not visible
+    size: tuple[int, int]  # (width, height) of a frame
     fps: float
 
     def __post_init__(self) -> None:
@@ -68,7 +48,7 @@ class Poses:
         fps = float(np.asarray(self.fps).reshape(()))
         if not (np.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be a positive number, got {fps}")
-        for name, value in zip(_NAMES, (keypoints, scores, size, fps), strict=True):
+        for name, value in zip(_ARRAYS, (keypoints, scores, size, fps), strict=True):
             object.__setattr__(self, name, value)
 
     @property
@@ -83,62 +63,66 @@ class Poses:
         return self.frames
 
     def __getitem__(self, frames: int | slice | np.ndarray) -> Poses:
-        """The poses of some frames: a slice, an index array, or one frame, which is kept as a clip of one frame."""
+        """Poses of some frames: a slice, an index array, or one frame, which is kept as a clip of one frame."""
         index = np.arange(self.frames)[frames].reshape(-1)
         return Poses(self.keypoints[index], self.scores[index], self.size, self.fps)
 
     def person(self, index: int) -> Poses:
-        """The poses of one person alone."""
+        """Poses of one person alone."""
         chosen = [np.arange(self.persons)[index]]
         return Poses(self.keypoints[:, chosen], self.scores[:, chosen], self.size, self.fps)
 
     def present(self, threshold: float = 0.0) -> np.ndarray:
-        """(frames, persons) bool: whether any keypoint of the person is above `threshold`."""
+        """(frames, persons) bool: any keypoint of the person is above `threshold`."""
         return (self.scores > threshold).any(axis=-1)
 
-    def mapped(self, matrix: np.ndarray, size: tuple[int, int]) -> Poses:
-        """The poses after an affine map of the image.
+    def box(self, margin: float = _MARGIN) -> Box | None:
+        """Box around the visible keypoints of all persons and frames, cut to the image; None without any.
 
         Args:
-            matrix: (2, 3) or (3, 3), from pixels of this image to pixels of the new one, (x, y), centres at
-                integers.
-            size: (width, height) of the new image. Keypoints that fall outside of it stay as they are; see
-                `clipped`.
+            margin: part of each skeleton's longer side that is added around it, for the top of the head and the feet.
         """
-        matrix = np.asarray(matrix, np.float64)[:2]
-        keypoints = self.keypoints @ matrix[:, :2].T + matrix[:, 2]
+        keypoints, scores = self.keypoints.reshape(-1, 17, 2), self.scores.reshape(-1, 17)
+        boxes = [person_box(*person, margin=margin) for person in zip(keypoints, scores, strict=True)]
+        return joint_box([box for box in boxes if box is not None], self.size)
+
+    def mapped(self, matrix: np.ndarray, size: tuple[int, int]) -> Poses:
+        """Poses after an affine map (2, 3) or (3, 3), from pixels of this image to those of one of (width, height).
+
+        Keypoints that fall outside of the new image stay as they are; see `clipped`.
+        """
+        keypoints = map_points(self.keypoints, np.asarray(matrix, np.float64))
         keypoints = np.where(self.present()[..., None, None], keypoints, 0.0)
         return Poses(keypoints, self.scores, size, self.fps)
 
     def resized(self, size: tuple[int, int]) -> Poses:
-        """The poses after the image was resized to (width, height); edges map to edges."""
-        scale = np.asarray(size, np.float64) / np.asarray(self.size)
-        return self.mapped(np.column_stack([np.diag(scale), (scale - 1) / 2]), size)
+        """Poses after the image was resized to (width, height); edges map to edges."""
+        return self.mapped(resize_matrix(self.size, size), size)
 
     def clipped(self) -> Poses:
-        """The poses with score 0 for every keypoint outside the image."""
+        """Poses with score 0 for every keypoint outside the image."""
         return Poses(self.keypoints, scores_inside(self.keypoints, self.scores, self.size), self.size, self.fps)
 
     def smoothed(self, frames: float) -> Poses:
-        """The poses with every keypoint averaged over time by a Gaussian; scores stay.
+        """Poses with every keypoint averaged over time by a Gaussian of `frames` standard deviation; scores stay.
 
-        Only frames in which the keypoint is visible take part, weighted by its score, so nothing is pulled towards
-        a missing one. The average looks both ways in time: fast motion is flattened but does not lag.
-
-        Args:
-            frames: standard deviation of the Gaussian, in frames.
+        Frames count by the keypoint's score, so nothing is pulled towards a missing one. The average takes both
+        directions of time: fast motion is flattened but does not lag.
         """
-        offsets = np.arange(self.frames)
-        kernel = np.exp(-(((offsets[:, None] - offsets) / max(frames, 1e-6)) ** 2) / 2)
-        weights = np.einsum("ts,spk->tpk", kernel, self.scores)
-        sums = np.einsum("ts,spk,spkc->tpkc", kernel, self.scores, self.keypoints)
-        averages = sums / np.maximum(weights, 1e-12)[..., None]
-        return Poses(np.where(self.scores[..., None] > 0, averages, self.keypoints), self.scores, self.size, self.fps)
+        sigma = max(frames, 1e-6)
+        radius = min(math.ceil(9 * sigma), self.frames)  # beyond, a double sees no difference
+        scores = self.scores.astype(np.float64)
+        weights, sums = (
+            gaussian_filter1d(values, sigma, axis=0, mode="constant", radius=radius)
+            for values in (scores[..., None], scores[..., None] * self.keypoints)
+        )
+        averages = np.divide(sums, weights, out=self.keypoints.astype(np.float64), where=scores[..., None] > 0)
+        return Poses(averages, self.scores, self.size, self.fps)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with the arrays `keypoints`, `scores`, `size` and `fps`."""
         with complete_file(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **{name: np.asarray(getattr(self, name)) for name in _NAMES})
+            np.savez_compressed(file, **{name: np.asarray(getattr(self, name)) for name in _ARRAYS})
 
     @classmethod
     def load(cls, path: str | Path, argument: str = "poses") -> Poses:
@@ -146,47 +130,44 @@ class Poses:
         path = existing_file(path, argument)
         try:
             with np.load(path, allow_pickle=False) as archive:
-                missing = [name for name in _NAMES if name not in archive.files]
+                missing = [name for name in _ARRAYS if name not in archive.files]
                 if missing:
                     raise UserError(
-                        f"{argument}={path} has no array {missing[0]!r}; a pose file holds {', '.join(_NAMES)}"
+                        f"{argument}={path} has no array {missing[0]!r}; a pose file holds {', '.join(_ARRAYS)}"
                     )
-                return cls(**{name: archive[name] for name in _NAMES})
+                return cls(**{name: archive[name] for name in _ARRAYS})
         except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
             raise UserError(f"{argument}={path} is not a pose file: {error}") from None
 
 
 @dataclass
 class PoseConfig:
-    """How poses are estimated.
+    """Settings of pose estimation."""
 
-    Attributes:
-        backend: "blazepose" (files: `python -m data.poses.weights`) or "dwpose" (your own ONNX files).
-        weights: for dwpose "detector.onnx,pose.onnx".
-        heavy: for blazepose the heavy landmark network, about three times slower and less noisy.
-        max_persons: how many persons to look for.
-        smoothing: standard deviation in frames of a Gaussian over time that keypoints are smoothed with; 0 is off.
-        threads: CPU threads of the networks.
-    """
-
-    backend: str = "blazepose"
-    weights: str | None = None
-    heavy: bool = False
+    backend: str = "blazepose"  # or "dwpose", with ONNX files of your own
+    weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
+    heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy
     max_persons: int = 1
-    smoothing: float = 0.0
-    threads: int = 2
+    smoothing: float = 0.0  # standard deviation in frames of `Poses.smoothed`; 0 is off
+    threads: int = 2  # CPU threads of the networks
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if self.max_persons < 1:
+            raise UserError(f"max_persons={self.max_persons} must be at least 1")
+        if not self.smoothing >= 0:
+            raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
+        if self.backend not in ("blazepose", "dwpose"):
+            raise UserError(f"backend={self.backend} must be blazepose or dwpose")
+        if self.backend == "blazepose" and self.weights is not None:
+            raise UserError("weights= belongs to pose.backend=dwpose; blazepose has its own files")
 
 
 @dataclass(frozen=True)
 class PoseEstimate:
-    """Estimated poses and, where the estimator gives them, person masks.
+    """Estimated poses and, where the estimator gives them, person masks (frames, persons, h, w) bool."""
 
-    Attributes:
-        poses: keypoints and scores; `poses.persons` is 0 when nobody was found in any frame.
-        masks: (frames, persons, h, w) bool, True on the person, or None.
-    """
-
-    poses: Poses
+    poses: Poses  # of no persons when nobody was found in any frame
     masks: np.ndarray | None
 
     def require_person(self, argument: str) -> PoseEstimate:
@@ -207,22 +188,20 @@ class PoseEstimator(Protocol):
 
 
 def open_estimator(config: PoseConfig) -> PoseEstimator:
-    """The pose estimator that the configuration names.
+    """Pose estimator that the configuration names.
 
     Raises:
         UserError: an unknown backend, missing model files, settings that contradict each other.
     """
-    if config.max_persons < 1:
-        raise UserError(f"pose.max_persons={config.max_persons} must be at least 1")
-    if not config.smoothing >= 0:
-        raise UserError(f"pose.smoothing={config.smoothing} must be 0 or more frames")
-    if config.backend == "blazepose":
-        if config.weights is not None:
-            raise UserError("pose.weights= belongs to pose.backend=dwpose; blazepose has its own files")
-        return BlazePose(heavy=config.heavy, threads=config.threads)
+    check_config(config, "pose")
+    # Imported here: most programs need poses, few need an estimator, and none needs both.
     if config.backend == "dwpose":
+        from data.poses.dwpose import DWPose
+
         return DWPose.from_weights(config.weights, threads=config.threads)
-    raise UserError(f"pose.backend={config.backend} must be blazepose or dwpose")
+    from data.poses.blazepose import BlazePose
+
+    return BlazePose(heavy=config.heavy, threads=config.threads)
 
 
 def estimate_image(image: np.ndarray, estimator: PoseEstimator, max_persons: int = 1) -> PoseEstimate:

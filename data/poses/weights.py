@@ -1,10 +1,9 @@
-"""The BlazePose model files (Apache-2.0): fetched once into a cache folder, checked by SHA-256.
+"""BlazePose's model files (Apache-2.0): fetched once into a cache folder, checked by SHA-256.
 
     python -m data.poses.weights               # detector and full landmarks, out of the published mediapipe wheel
     python -m data.poses.weights heavy=true    # also the heavy landmarks, out of the npm package @mediapipe/pose
 
-The cache is `~/.cache/tpc-animate`, or the folder that the environment variable TPC_ANIMATE_CACHE names. The wheel is
-only unpacked: mediapipe is neither installed nor imported, so it need not fit the Python in use.
+The cache is `~/.cache/tpc-animate`, or the folder that the environment variable TPC_ANIMATE_CACHE names.
 """
 
 import shutil
@@ -44,7 +43,7 @@ class FetchConfig:
 
 
 def model_folder() -> Path:
-    """The folder of the model files; it need not exist."""
+    """Folder of the model files; it need not exist."""
     return cache_folder() / "blazepose"
 
 
@@ -64,13 +63,13 @@ def model_path(file: ModelFile) -> Path:
 
 
 def fetch_models(heavy: bool = False) -> list[Path]:
-    """Fetch what is not in the cache yet and return the paths of the model files.
+    """Fetch the model files that are not in the cache yet; return the paths of all.
 
     Raises:
         UserError: pip or npm is missing or failed, or a package does not hold the published file.
     """
     wanted = [DETECTOR, FULL_LANDMARKS] + [HEAVY_LANDMARKS] * heavy
-    missing = [file for file in wanted if not _is_complete(file)]
+    missing = [file for file in wanted if not is_published(model_folder() / file.name, file)]
     with tempfile.TemporaryDirectory() as folder:
         from_wheel = [file for file in missing if file is not HEAVY_LANDMARKS]
         if from_wheel:
@@ -93,10 +92,6 @@ def _download_npm_package(folder: Path) -> Path:
 
 def _store(file: ModelFile, content: bytes) -> None:
     store_file(file, content, model_folder() / file.name)
-
-
-def _is_complete(file: ModelFile) -> bool:
-    return is_published(model_folder() / file.name, file)
 
 
 def main(arguments: list[str]) -> None:

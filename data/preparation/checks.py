@@ -1,5 +1,6 @@
-"""What may be wrong with filmed clips, and what to do about it: the checks of `python prepare.py check`."""
+"""Checks of filmed clips for `python prepare.py check`: faults, and advice about them."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -12,35 +13,31 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError
-from data.crops import crop_matrix
 from data.poses.files import load_poses
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
-from data.preparation.clip_facts import CheckConfig, ClipFacts, Finding, Report
-from data.preparation.frame_order import frame_order_findings
 from data.preparation.layouts import SourceClip, find_clips
 from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.preparation.masks import mask_files
-from data.video.images import read_image
+from data.preparation.report import ClipFacts, Finding, Report
+from data.preparation.settings import CheckConfig
+from data.transforms import crop_matrix
+from data.video.images import list_images, read_image
 from data.video.reading import VideoReader
 
 Item = TypeVar("Item")
-VISIBLE = 0.3  # score above which a joint counts as seen
+VISIBLE = 0.3  # score above which a joint counts as visible
 _MANY_MISSING = 0.4  # share of joints
 _MANY_ABSENT = 0.1  # share of frames without anybody
 _JUMP = 0.5  # of the person's height, from one frame to the next
 _ENLARGED = 1.5
 _SLOW, _FAST = 12.0, 65.0  # frames per second
 _OTHER_RATE = 0.2  # relative difference to the middle of all clips
-_MASKS_LOOKED_AT = 8
+_CHECKED_MASKS = 8  # of a clip
 
 
 def check_dataset(config: CheckConfig) -> Report:
-    """Look at every clip of a data set.
-
-    Raises:
-        UserError: no such data set, or settings that cannot work.
-    """
+    """Check every clip of a data set; `UserError` for no such data set, or settings that cannot work."""
     config.check()
     if has_manifest(config.dataset):
         manifest = read_manifest(config.dataset)
@@ -58,12 +55,12 @@ def check_dataset(config: CheckConfig) -> Report:
     return Report(str(config.dataset), layout, found, facts)
 
 
-def _each(look: Callable[[Item, CheckConfig], ClipFacts], clips: list[Item], config: CheckConfig) -> list[ClipFacts]:
-    """Look at every clip, in `config.workers` processes."""
+def _each(check: Callable[[Item, CheckConfig], ClipFacts], clips: list[Item], config: CheckConfig) -> list[ClipFacts]:
+    """Check every clip, in `config.workers` processes."""
     bar = tqdm(total=len(clips), desc="checking clips", unit="clip")
     facts = []
     with ProcessPoolExecutor(config.workers) if config.workers > 1 else nullcontext() as pool:
-        for found in (pool.map if pool else map)(look, clips, repeat(config)):
+        for found in (pool.map if pool else map)(check, clips, repeat(config)):
             facts.append(found)
             bar.update()
     bar.close()
@@ -71,11 +68,11 @@ def _each(look: Callable[[Item, CheckConfig], ClipFacts], clips: list[Item], con
 
 
 def check_source(source: SourceClip, config: CheckConfig) -> ClipFacts:
-    """Look at a clip that has not been prepared: its video, and poses that come with it."""
+    """Check a clip that has not been prepared: its video, and poses that come with it."""
     facts = ClipFacts(source.name, str(source.video), source.split)
     if not source.video.exists():
         advice = "correct the path in the data set's list, or remove the entry"
-        facts.findings.append(Finding("error", "missing", f"{source.video} does not exist", advice))
+        facts.add("error", "missing", f"{source.video} does not exist", advice)
         return facts
     _check_video(facts, source.video, config)
     if source.poses is not None and facts.frames is not None:
@@ -83,27 +80,27 @@ def check_source(source: SourceClip, config: CheckConfig) -> ClipFacts:
             _check_poses(facts, load_poses(source.poses, facts.size, facts.fps))
         except UserError as error:
             advice = "prepare with poses=estimate"
-            facts.findings.append(Finding("error", "poses", str(error), advice))
+            facts.add("error", "poses", str(error), advice)
     _check_length(facts, config)
     return facts
 
 
 def check_prepared(clip: Clip, config: CheckConfig) -> ClipFacts:
-    """Look at a clip of a manifest: its video, poses, masks, and how it would be cut."""
+    """Check a clip of a manifest: its video, poses, masks, and crop."""
     facts = ClipFacts(clip.name, str(clip.video), clip.split)
     again = "run the same preparation again"
     if not clip.video.exists():
         message = f"{clip.video} does not exist any more"
-        facts.findings.append(Finding("error", "missing", message, f"bring it back, or {again}"))
+        facts.add("error", "missing", message, f"bring it back, or {again}")
         return facts
     if not clip.fingerprint.matches(clip.video):
         message = "the video has changed since its poses were made"
-        facts.findings.append(Finding("error", "changed", message, again))
+        facts.add("error", "changed", message, again)
     _check_video(facts, clip.video, replace(config, frame_fps=clip.fps))
     try:
         _check_poses(facts, Poses.load(clip.poses))
     except UserError as error:
-        facts.findings.append(Finding("error", "poses", str(error), again))
+        facts.add("error", "poses", str(error), again)
     _check_masks(facts, clip, again)
     _check_length(facts, config)
     if config.size is not None and facts.size is not None:
@@ -118,64 +115,63 @@ def _check_video(facts: ClipFacts, video: Path, config: CheckConfig) -> None:
             if not reader.constant_rate:
                 message = "frames have different durations; it is read at its mean rate, repeating and dropping frames"
                 advice = "re-encode it at a constant rate if motion looks jerky"
-                facts.findings.append(Finding("warning", "variable rate", message, advice))
+                facts.add("warning", "variable rate", message, advice)
             if config.decode:
                 for _ in reader:
                     pass
     except UserError as error:
         advice = "fetch or export the file again; what is before the damage can be cut out and kept"
-        facts.findings.append(Finding("error", "damaged", str(error), advice))
+        facts.add("error", "damaged", str(error), advice)
     if facts.fps is not None and not _SLOW <= facts.fps <= _FAST:
         message = f"{facts.fps:g} frames per second"
         advice = "use another data.stride for such clips, or re-encode them at 24 to 30"
-        facts.findings.append(Finding("warning", "frame rate", message, advice))
+        facts.add("warning", "frame rate", message, advice)
     if video.is_dir():
-        facts.findings += [Finding(*found) for found in frame_order_findings(video)]
+        facts.findings += frame_order_findings(video)
 
 
 def _check_poses(facts: ClipFacts, poses: Poses) -> None:
-    seen = poses.scores > VISIBLE
-    present = seen.any(axis=-1)
+    visible = poses.scores > VISIBLE
+    present = visible.any(axis=-1)
     facts.persons = poses.persons
     facts.absent_frames = round(float(1 - present.any(axis=1).mean()), 4)
-    facts.missing_joints = round(float(1 - seen[present].mean()), 4) if present.any() else 1.0
+    facts.missing_joints = round(float(1 - visible[present].mean()), 4) if present.any() else 1.0
     if facts.frames is not None and (poses.frames != facts.frames or poses.size != facts.size):
         message = f"poses are of {poses.frames} frames of {poses.size}, the video has {facts.frames} of {facts.size}"
-        facts.findings.append(Finding("error", "poses", message, "prepare it again with poses=estimate"))
+        facts.add("error", "poses", message, "prepare it again with poses=estimate")
         return
     if not present.any():
         advice = "leave the clip out, or try pose.heavy=true"
-        facts.findings.append(Finding("error", "nobody", "no joint is seen in any frame", advice))
+        facts.add("error", "nobody", "no joint is seen in any frame", advice)
         return
     if facts.absent_frames > _MANY_ABSENT:
         message = f"nobody is seen in {facts.absent_frames:.0%} of the frames"
         advice = "training keeps away from these frames; if somebody is there, try pose.heavy=true"
-        facts.findings.append(Finding("warning", "absent", message, advice))
+        facts.add("warning", "absent", message, advice)
     if facts.missing_joints > _MANY_MISSING:
-        rare = np.argsort(seen[present].mean(axis=0), kind="stable")[:3]
-        message = f"{facts.missing_joints:.0%} of the joints are missing, most of all {_names(rare)}"
+        rare = np.argsort(visible[present].mean(axis=0), kind="stable")[:3]
+        names = ", ".join(COCO_KEYPOINTS[joint] for joint in rare)
+        message = f"{facts.missing_joints:.0%} of the joints are missing, most of all {names}"
         advice = "fine for close-ups; otherwise try pose.heavy=true or another estimator"
-        facts.findings.append(Finding("warning", "missing joints", message, advice))
+        facts.add("warning", "missing joints", message, advice)
     if poses.persons > 1:
         message = f"{poses.persons} persons; the keypoints of the first are used, all are drawn"
-        facts.findings.append(
-            Finding("note", "persons", message, "prepare with pose.max_persons=1 for the first alone")
-        )
+        facts.add("note", "persons", message, "prepare with pose.max_persons=1 for the first alone")
     jumps = pose_jumps(poses)
     if len(jumps):
         message = f"the person jumps at {len(jumps)} places, first at frame {jumps[0]}"
         advice = "cut the video there if the scene changes; otherwise look whether the poses follow one person"
-        facts.findings.append(Finding("warning", "jump", message, advice))
+        facts.add("warning", "jump", message, advice)
 
 
 def pose_jumps(poses: Poses) -> np.ndarray:
-    """Frames at which the first person is more than half their height away from where they were a frame before."""
-    seen = poses.scores[:, 0] > VISIBLE
-    points = np.where(seen[..., None], poses.keypoints[:, 0], np.nan)
-    enough = seen.sum(axis=1) >= 3
+    """Frames at which the first person is more than half their height away from their position a frame before."""
+    visible = poses.scores[:, 0] > VISIBLE
+    points = np.where(visible[..., None], poses.keypoints[:, 0], np.nan)
+    enough = visible.sum(axis=1) >= 3
     centres, heights = np.full((poses.frames, 2), np.nan), np.full(poses.frames, np.nan)
     centres[enough] = np.nanmedian(points[enough], axis=1)
-    heights[enough] = [np.ptp(p[s], axis=0).max() for p, s in zip(points[enough], seen[enough], strict=True)]
+    heights[enough] = [np.ptp(p[s], axis=0).max() for p, s in zip(points[enough], visible[enough], strict=True)]
     moved = np.linalg.norm(np.diff(centres, axis=0), axis=1)
     return np.flatnonzero(moved > _JUMP * np.maximum(heights[1:], heights[:-1])) + 1
 
@@ -183,27 +179,25 @@ def pose_jumps(poses: Poses) -> np.ndarray:
 def _check_masks(facts: ClipFacts, clip: Clip, again: str) -> None:
     if clip.masks is None:
         message = "no person masks: every pixel counts as the person's"
-        facts.findings.append(
-            Finding("note", "no masks", message, "prepare with pose.backend=blazepose masks=estimate")
-        )
+        facts.add("note", "no masks", message, "prepare with pose.backend=blazepose masks=estimate")
         return
     missing = [frame for frame in range(clip.frames) if not mask_files(clip.masks, frame)]
     if missing:
         message = f"{len(missing)} of {clip.frames} frames have no mask, first frame {missing[0]}"
-        facts.findings.append(Finding("error", "masks", message, again))
+        facts.add("error", "masks", message, again)
         return
-    looked_at = np.unique(np.linspace(0, clip.frames - 1, min(clip.frames, _MASKS_LOOKED_AT)).astype(int)).tolist()
+    checked = np.unique(np.linspace(0, clip.frames - 1, min(clip.frames, _CHECKED_MASKS)).astype(int)).tolist()
     empty = 0
-    for frame in looked_at:
+    for frame in checked:
         masks = [read_image(file)[..., 0] for file in mask_files(clip.masks, frame)]
         if any(mask.shape != clip.size[::-1] for mask in masks):
             message = f"the mask of frame {frame} is not of the video's size"
-            facts.findings.append(Finding("error", "masks", message, again))
+            facts.add("error", "masks", message, again)
             return
         empty += not any((mask > 127).any() for mask in masks)
-    if empty > len(looked_at) / 2:
-        message = f"{empty} of {len(looked_at)} masks looked at are empty"
-        facts.findings.append(Finding("warning", "masks", message, "look at them; prepare with masks=estimate"))
+    if empty > len(checked) / 2:
+        message = f"{empty} of {len(checked)} masks looked at are empty"
+        facts.add("warning", "masks", message, "look at them; prepare with masks=estimate")
 
 
 def _check_length(facts: ClipFacts, config: CheckConfig) -> None:
@@ -213,7 +207,7 @@ def _check_length(facts: ClipFacts, config: CheckConfig) -> None:
             f"{facts.frames} frames, {needed} are needed for num_frames={config.num_frames} stride={config.stride}"
         )
         advice = "use fewer frames or a smaller stride; training leaves the clip out"
-        facts.findings.append(Finding("error", "too short", message, advice))
+        facts.add("error", "too short", message, advice)
 
 
 def _check_frame(facts: ClipFacts, clip: Clip, size: tuple[int, int], crop: str) -> None:
@@ -222,12 +216,10 @@ def _check_frame(facts: ClipFacts, clip: Clip, size: tuple[int, int], crop: str)
         box = f"{clip.box.width:.0f}x{clip.box.height:.0f} of {clip.size[0]}x{clip.size[1]}"
         message = f"people fill {box} pixels over the whole clip, more than a frame of {size[0]}x{size[1]} shows"
         advice = "use crop=pad, or a size of the video's shape; training with crop=person leaves the clip out"
-        facts.findings.append(Finding("error", "crop", message, advice))
+        facts.add("error", "crop", message, advice)
     elif matrix[0, 0] > _ENLARGED:
         message = f"{clip.size[0]}x{clip.size[1]} pixels would be enlarged {matrix[0, 0]:.1f} times"
-        facts.findings.append(
-            Finding("warning", "small", message, "find a larger version, or train at a smaller size")
-        )
+        facts.add("warning", "small", message, "find a larger version, or train at a smaller size")
 
 
 def _compare_rates(clips: list[ClipFacts]) -> None:
@@ -236,7 +228,7 @@ def _compare_rates(clips: list[ClipFacts]) -> None:
     for clip in clips:
         if clip.fps is not None and abs(clip.fps / middle - 1) > _OTHER_RATE:
             message = f"{clip.fps:g} frames per second, most clips have {middle:g}: a stride spans another time"
-            clip.findings.append(Finding("warning", "other rate", message, f"re-encode it at {middle:g}"))
+            clip.add("warning", "other rate", message, f"re-encode it at {middle:g}")
 
 
 def _compare_contents(facts: list[ClipFacts], clips: list[Clip]) -> None:
@@ -249,8 +241,42 @@ def _compare_contents(facts: list[ClipFacts], clips: list[Clip]) -> None:
             leaks = any(other.split != clip.split for other in same)
             message = f"the same video as {same[0].name}" + (", which is in the other part" if leaks else "")
             severity = "error" if leaks else "warning"
-            fact.findings.append(Finding(severity, "duplicate", message, "remove one of the two"))
+            fact.add(severity, "duplicate", message, "remove one of the two")
 
 
-def _names(joints: np.ndarray) -> str:
-    return ", ".join(COCO_KEYPOINTS[joint] for joint in joints)
+def frame_order_findings(folder: Path) -> list[Finding]:
+    """Faults of the names of a folder of frames; empty when they are numbered without gaps.
+
+    Frames are read in the order of the numbers, whatever their padding.
+    """
+    names = [file.name for file in list_images(folder)]
+    numbers = [re.findall(r"\d+", Path(name).stem) for name in names]
+    if not names or not all(numbers):
+        unnumbered = sum(not found for found in numbers)
+        message = f"{unnumbered} of {len(names)} frames have no number in their names; they are read by name"
+        return [Finding("warning", "order", message, "number the frames in the order of time")] if names else []
+    last = np.array([int(found[-1]) for found in numbers])
+    findings: list[Finding] = []
+    values, counts = np.unique(last, return_counts=True)
+    if (counts > 1).any():
+        doubled = int(values[counts > 1][0])
+        message = f"{int((counts > 1).sum())} numbers occur more than once, first {doubled}"
+        findings.append(
+            Finding("error", "order", message, "remove the copies, such as frame_1.jpg beside frame_1.png")
+        )
+    elif (np.diff(last) < 0).any():
+        message = "the numbers do not grow in the order of the names"
+        findings.append(Finding("error", "order", message, "give all frames one pattern of names, such as 000000.png"))
+    steps = np.diff(values)
+    usual = int(np.median(steps)) if len(steps) else 1
+    gaps = np.flatnonzero(steps > usual)
+    if len(gaps):
+        before, after = int(values[gaps[0]]), int(values[gaps[0] + 1])
+        message = f"{len(gaps)} gaps in the numbers, first between {before} and {after}: the motion jumps there"
+        findings.append(Finding("warning", "gaps", message, "bring the missing frames back, or make two clips of it"))
+    if sorted(names) != names:
+        message = "the numbers are not padded; they are read by number here, but tools that sort by name mix them up"
+        findings.append(
+            Finding("note", "padding", message, "rename to frame_000000.png, ... before using other tools")
+        )
+    return findings

@@ -1,16 +1,15 @@
-"""The clips of a folder of filmed people: prepared ones of its manifest, or videos with pose files beside them."""
+"""Clips of a folder of filmed people: prepared ones of its manifest, or videos with pose files beside them."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from core.errors import UserError
-from data.crops import crop_matrix, skeleton_box
 from data.poses.poses import Poses
 from data.preparation.layouts import VIDEO_SUFFIXES
 from data.preparation.manifest import Clip, has_manifest, read_manifest
+from data.transforms import crop_matrix
 from data.video.reading import VideoReader
 
 _SHOWN_NAMES = 3
@@ -18,20 +17,16 @@ _SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class UsableClip:
-    """A clip of a folder and the (3, 3) map from its pixels to the model's frame."""
+    """A clip that fits the model's frame."""
 
     clip: Clip
-    matrix: np.ndarray
+    matrix: np.ndarray  # (3, 3), from its pixels to the frame
 
 
 def usable_clips(
     root: Path, size: tuple[int, int], crop: str, split: str | None = None
 ) -> tuple[list[UsableClip], dict[str, str]]:
-    """The clips of a folder that can be cut to the model's frame, and name -> reason of the others.
-
-    Raises:
-        UserError: no such folder, or there are neither a manifest nor pose files in it.
-    """
+    """Clips of a folder that can be cut to the model's frame, and name -> reason of the others; see `list_clips`."""
     clips, left_out = list_clips(root)
     heldout = [clip for clip in clips if clip.split == "heldout"]
     if split == "train":
@@ -49,7 +44,7 @@ def usable_clips(
 
 
 def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
-    """The clips of a prepared folder, or of a folder of videos with pose files; name -> reason of those left out.
+    """Clips of a prepared folder, or of a folder of videos with pose files; and name -> reason of those left out.
 
     Raises:
         UserError: no such folder, or there are neither a manifest nor pose files in it.
@@ -84,7 +79,7 @@ def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
 
 
 def video_of(pose_file: Path) -> Path | None:
-    """The video beside a pose file."""
+    """Video beside a pose file, or None."""
     return next((path for ext in VIDEO_SUFFIXES if (path := pose_file.with_suffix(ext)).is_file()), None)
 
 
@@ -106,13 +101,14 @@ def read_frames(clip: Clip, frames: list[int]) -> np.ndarray:
 
 
 def summarize(left_out: dict[str, str], clips: int) -> str:
-    """How many clips are left out and why, reasons by number, each with the first few names."""
-    kinds = {name: reason.split(":")[0] for name, reason in left_out.items()}
+    """One line that counts the clips that are left out by reason, the most frequent first, with a few names."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason.split(":")[0], []).append(name)
     parts = []
-    for kind, count in Counter(kinds.values()).most_common():
-        names = [name for name, of_kind in kinds.items() if of_kind == kind]
-        more = ", ..." if len(names) > _SHOWN_NAMES else ""
-        parts.append(f"{count} {kind} ({', '.join(names[:_SHOWN_NAMES])}{more})")
+    for reason, found in sorted(names.items(), key=lambda item: -len(item[1])):
+        more = ", ..." if len(found) > _SHOWN_NAMES else ""
+        parts.append(f"{len(found)} {reason} ({', '.join(found[:_SHOWN_NAMES])}{more})")
     return f"{len(left_out)} of {clips} clips are left out: {'; '.join(parts)}"
 
 
@@ -127,7 +123,7 @@ def _unlisted_clip(name: str, video: Path, path: Path) -> Clip:
         frames=poses.frames,
         fps=poses.fps,
         size=poses.size,
-        box=skeleton_box(poses),
+        box=poses.box(),
         split=None,
         fingerprint=None,
     )

@@ -1,6 +1,6 @@
-"""Data sets of other projects, as lists of clips: what is a video, what belongs to it, which part is held out.
+"""Data sets of other projects as lists of clips: videos, what belongs to them, and the part that is held out.
 
-| layout | what is there |
+| layout | files |
 |---|---|
 | moore | `*_meta.json`: a list of {"video_path", "kps_path"} |
 | musepose | the same in `meta/`, beside folders of videos and their `_dwpose` and `_dwpose_keypoints` folders |
@@ -16,6 +16,7 @@ poses are estimated again. Pickled keypoints (MusePose's .npy) are not read: unp
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,31 +33,22 @@ _HELD_OUT = ("test", "val", "valid", "validation", "heldout")
 
 @dataclass(frozen=True)
 class SourceClip:
-    """A clip as another project keeps it.
+    """A clip as another project keeps it."""
 
-    Attributes:
-        name: unique within the data set; may contain "/".
-        video: a video file or a folder of frames. It need not exist: lists of other projects go out of date.
-        layout: where it was found, a key of `LAYOUTS`.
-        split: "train" or "heldout" where the data set says so.
-        poses: keypoints that `data.pose_files` reads, or None.
-        masks: a folder of person masks, one or more a frame, or None.
-    """
-
-    name: str
-    video: Path
-    layout: str
-    split: str | None = None
-    poses: Path | None = None
-    masks: Path | None = None
+    name: str  # unique within the data set; may contain "/"
+    video: Path  # file or folder of frames; it need not exist: lists of other projects go out of date
+    layout: str  # a key of `LAYOUTS`
+    split: str | None = None  # "train" or "heldout" where the data set says so
+    poses: Path | None = None  # keypoints that `data.poses.files` reads
+    masks: Path | None = None  # folder of person masks, one or more a frame
 
 
 def find_clips(source: str | Path, layout: str = "auto", argument: str = "source") -> list[SourceClip]:
-    """The clips of a data set, in natural order of their names.
+    """Clips of a data set, in natural order of their names.
 
     Args:
         source: a folder, or a list of clips (.json) for moore and musepose.
-        layout: a key of `LAYOUTS`; "auto" looks at what is there.
+        layout: a key of `LAYOUTS`, or "auto".
         argument: what the path was given as, for error messages.
 
     Raises:
@@ -77,11 +69,7 @@ def find_clips(source: str | Path, layout: str = "auto", argument: str = "source
 
 
 def detect_layout(source: Path, argument: str = "source") -> str:
-    """The layout that a folder or file has.
-
-    Raises:
-        UserError: none that is known.
-    """
+    """Layout of a folder or file; `UserError` for none that is known."""
     if source.is_file():
         if source.suffix.lower() == ".json":
             return "moore"
@@ -108,10 +96,10 @@ def _moore(source: Path) -> Iterator[SourceClip]:
     if not files:
         raise UserError(f"source={source} holds no list of clips, *_meta.json")
     for file in files:
-        for number, entry in enumerate(_entries(file)):
+        for index, entry in enumerate(_entries(file)):
             video = entry.get("video_path") if isinstance(entry, dict) else None
             if not isinstance(video, str):
-                raise UserError(f"{file}: entry {number} has no 'video_path'")
+                raise UserError(f"{file}: entry {index} has no 'video_path'")
             path = _resolve(video, file)
             yield SourceClip(f"{path.parent.name}/{path.stem}" if path.parent.name else path.stem, path, "moore")
 
@@ -197,7 +185,7 @@ def _entries(file: Path) -> list[Any]:
 
 
 def _resolve(path: str, listed_in: Path) -> Path:
-    """A path of a list: as it stands, or below one of the folders above the list, where such lists are made."""
+    """Path of a list's entry: as it stands, or below one of the folders above the list, where such lists are made."""
     given = Path(path)
     if given.is_absolute() or given.exists():
         return given
@@ -243,10 +231,8 @@ def _frame_folders(root: Path) -> Iterator[Path]:
 
 
 def _with_unique_names(clips: list[SourceClip]) -> list[SourceClip]:
-    """The clips with names of their own: those that share one get the video's suffix or a number behind it."""
-    taken: dict[str, int] = {}
-    for clip in clips:
-        taken[clip.name] = taken.get(clip.name, 0) + 1
+    """Clips with names of their own: those that share one get the video's suffix or a number behind it."""
+    taken = Counter(clip.name for clip in clips)
     used: set[str] = set()
     result = []
     for clip in clips:

@@ -14,13 +14,10 @@ from data.video.images import list_images, read_image
 
 
 class MaskWriter:
-    """Writes the masks of a clip's persons as they are found, into a folder that is not yet complete.
+    """Writer of the masks of a clip's persons as they are found, into a folder that is not yet complete."""
 
-    Which of the slots of an estimator are taken is known only at the end, so `finish` gives the files their names.
-    """
-
-    def __init__(self, folder: Path, size: tuple[int, int], slots: int):
-        self._folder, self._size, self._slots = folder, size, slots
+    def __init__(self, folder: Path, size: tuple[int, int]):
+        self._folder, self._size = folder, size
         self._written: set[tuple[int, int]] = set()
 
     def write(self, frame: int, slot: int, mask: np.ndarray) -> None:
@@ -30,11 +27,12 @@ class MaskWriter:
 
     @property
     def empty(self) -> bool:
-        """Whether no mask was written."""
+        """True when no mask was written."""
         return not self._written
 
     def finish(self, frames: int) -> None:
         """Number the taken slots without gaps; frames in which a person is missing get an empty mask."""
+        # Only now it is known which of the estimator's slots are taken.
         used = sorted({slot for _, slot in self._written})
         nobody = np.zeros(self._size[::-1], bool)
         for person, slot in enumerate(used):
@@ -50,13 +48,13 @@ class MaskWriter:
 
 
 def mask_files(folder: Path, frame: int) -> list[Path]:
-    """The mask files of a frame, one a person."""
+    """Mask files of a frame, one a person."""
     single = folder / f"{frame:06d}.png"
     return [single] if single.is_file() else sorted(folder.glob(f"{frame:06d}_p*.png"))
 
 
 def read_union(folder: Path | None, frame: int, size: tuple[int, int]) -> np.ndarray:
-    """All persons of a frame, (h, w) uint8; without a folder every pixel counts as theirs.
+    """Mask of all persons of a frame, (h, w) uint8; without a folder every pixel counts as theirs.
 
     Raises:
         UserError: no mask of that frame, or not of the video's (width, height).
@@ -73,14 +71,10 @@ def read_union(folder: Path | None, frame: int, size: tuple[int, int]) -> np.nda
 
 
 def numbered_masks(source: Path, frames: int) -> list[list[Path]]:
-    """The mask files of every frame of a folder in another tool's numbering, in natural order.
-
-    Raises:
-        UserError: not as many masks as frames.
-    """
+    """Mask files of every frame of a folder in any tool's numbering; `UserError` when some are missing."""
     if mask_files(source, 0):
         files = [mask_files(source, frame) for frame in range(frames)]
-        missing = [number for number, found in enumerate(files) if not found]
+        missing = [index for index, found in enumerate(files) if not found]
         if missing:
             raise UserError(f"{source} holds no mask of frame {missing[0]}; {len(missing)} of {frames} are missing")
         return files

@@ -1,45 +1,39 @@
 """Preparation of filmed clips: poses and person masks beside a record of where everything comes from.
 
 A clip is done when its record says so, and the record is written last, so a run that is killed at any moment goes on
-with the clip it was at. A clip is made again when its video, what is given with it, or the settings change.
+with the clip it was at. A record stays valid as long as the video, what is given with it and the settings are what
+they were; then the clip is not made again.
 """
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from core.config import config_dict
 from core.errors import UserError
 from core.files import complete_folder, remove_partial
-from data.crops import joint_box, mask_box, skeleton_box
 from data.poses.files import load_poses
-from data.poses.person import Box
+from data.poses.person import Box, joint_box, mask_box
 from data.poses.poses import PoseConfig, PoseEstimator, Poses
 from data.preparation.layouts import SourceClip
-from data.preparation.manifest import read_record, record_path, stored_path, write_record
+from data.preparation.manifest import Fingerprint, read_record, record_path, stored_path, write_record
 from data.preparation.masks import MaskWriter, import_masks, mask_files, numbered_masks
-from data.preparation.provenance import (
-    PrepareConfig,
-    input_fingerprints,
-    is_current,
-    masks_path,
-    poses_path,
-    provenance,
-    refresh,
-    wanted_inputs,
-)
+from data.preparation.settings import PrepareConfig
 from data.video.images import read_image
 from data.video.reading import VideoReader
 
 OpenEstimator = Callable[[], PoseEstimator]
+_ESTIMATED = "estimated: "
 
 
 @dataclass
-class Progress:
-    """What a run did: clips that were done before, clips prepared now, and name -> reason of unusable ones."""
+class PreparedClips:
+    """Counts of a run: clips that were done before, clips prepared now, and name -> reason of unusable ones."""
 
     done_before: int = 0
     prepared: int = 0
@@ -55,9 +49,21 @@ class _Made:
     masks: Path | None
 
 
+def hold_out(clips: list[SourceClip], share: float) -> list[SourceClip]:
+    """Clips with a share of those that have no part marked as held out, the same ones whatever else is there."""
+    if not share:
+        return clips
+    return [clip if clip.split else replace(clip, split=_drawn_split(clip.name, share)) for clip in clips]
+
+
+def _drawn_split(name: str, share: float) -> str:
+    value = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
+    return "heldout" if value < share else "train"
+
+
 def prepare_clips(
     clips: list[SourceClip], output: Path, config: PrepareConfig, open_estimator: OpenEstimator, position: int = 0
-) -> Progress:
+) -> PreparedClips:
     """Prepare clips that are not prepared yet; those that cannot be used are recorded with the reason.
 
     Args:
@@ -74,40 +80,41 @@ def prepare_clips(
             opened.append(open_estimator())
         return opened[0]
 
-    progress = Progress()
+    counts = PreparedClips()
     bar = tqdm(clips, desc="preparing clips", unit="clip", position=position)
     for clip in bar:
         record = read_record(output, clip.name)
-        clip = wanted_inputs(clip, output, config, record)
-        if record is not None and is_current(record, clip, output, config):
-            progress.done_before += 1
-            if refresh(record, clip, output, config):
+        clip = _wanted_inputs(clip, output, config, record)
+        if record is not None and _is_current(record, clip, output, config):
+            counts.done_before += 1
+            if _refresh(record, clip, output, config):
                 write_record(output, record)
         else:
             record = _prepare(clip, output, config, estimator)
-            progress.prepared += 1
+            counts.prepared += 1
         if "left_out" in record:
-            progress.left_out[clip.name] = record["left_out"]
-        bar.set_postfix(left_out=len(progress.left_out))
-    return progress
+            counts.left_out[clip.name] = record["left_out"]
+        bar.set_postfix(left_out=len(counts.left_out))
+    return counts
 
 
 def _prepare(clip: SourceClip, output: Path, config: PrepareConfig, estimator: OpenEstimator) -> dict[str, Any]:
     """Make a clip's files and its record."""
-    record = provenance(clip, output, config)
+    record = _provenance(clip, output, config)
     # Opened here: that it cannot be is no fault of the clip's.
     needed = clip.poses is None or (clip.masks is None and config.masks == "estimate")
     opened = estimator() if needed else None
+    poses_file = _poses_path(output, clip.name)
     try:
-        for path in (poses_path(output, clip.name), masks_path(output, clip.name), record_path(output, clip.name)):
+        for path in (poses_file, _masks_path(output, clip.name), record_path(output, clip.name)):
             remove_partial(path)
         # A started record tells the next run that pose files beside the video are its own, not given ones.
         write_record(output, {**record, "state": "started"})
         try:
-            record["inputs"] = input_fingerprints(clip)
+            record["inputs"] = _input_fingerprints(clip)
             made = _make(clip, output, config, opened)
             record |= {
-                "poses": stored_path(poses_path(output, clip.name), output),
+                "poses": stored_path(poses_file, output),
                 "masks": stored_path(made.masks, output) if made.masks else None,
                 "frames": made.poses.frames,
                 "fps": made.poses.fps,
@@ -126,7 +133,7 @@ def _prepare(clip: SourceClip, output: Path, config: PrepareConfig, estimator: O
 
 def _make(clip: SourceClip, output: Path, config: PrepareConfig, estimator: PoseEstimator | None) -> _Made:
     """Read every frame of a clip, so that damage shows now and not in training; estimate what is not given."""
-    target = masks_path(output, clip.name)
+    target = _masks_path(output, clip.name)
     with VideoReader(clip.video, config.frame_fps if clip.video.is_dir() else None, argument="clip") as reader:
         poses = _given_poses(clip.poses, reader) if clip.poses is not None else None
         masks, box = None, None
@@ -139,13 +146,13 @@ def _make(clip: SourceClip, output: Path, config: PrepareConfig, estimator: Pose
             poses = made.poses if poses is None else poses
             masks, box = masks or made.masks, box or made.box
         else:
-            for _ in _shown(reader):
+            for _ in _with_bar(reader):
                 pass
     if not poses.present().any():
         raise UserError(f"{clip.video}: nobody was found in any of {poses.frames} frames")
-    if clip.poses != poses_path(output, clip.name):
-        poses.save(poses_path(output, clip.name))
-    skeletons = skeleton_box(poses, margin=0.0) if masks else skeleton_box(poses)
+    if clip.poses != _poses_path(output, clip.name):
+        poses.save(_poses_path(output, clip.name))
+    skeletons = poses.box(margin=0.0) if masks else poses.box()
     return _Made(poses, joint_box([one for one in (box, skeletons) if one is not None], poses.size), masks)
 
 
@@ -155,7 +162,7 @@ def _estimate(reader: VideoReader, masks: Path | None, config: PoseConfig, estim
         poses, boxes = _follow(reader, None, config, estimator)
         return _Made(poses, joint_box(boxes, reader.size), None)
     with complete_folder(masks) as folder:
-        writer = MaskWriter(folder, reader.size, config.max_persons)
+        writer = MaskWriter(folder, reader.size)
         poses, boxes = _follow(reader, writer, config, estimator)
         writer.finish(len(reader))
     if writer.empty:  # not every estimator gives masks
@@ -170,13 +177,13 @@ def _follow(
     frames, slots = len(reader), config.max_persons
     keypoints, scores = np.zeros((frames, slots, 17, 2), np.float32), np.zeros((frames, slots, 17), np.float32)
     boxes: list[Box] = []
-    for number, persons in enumerate(estimator.video(_shown(reader), slots)):
+    for index, persons in enumerate(estimator.video(_with_bar(reader), slots)):
         for slot, person in enumerate(persons):
             if person is None:
                 continue
-            keypoints[number, slot], scores[number, slot] = person.keypoints, person.scores
+            keypoints[index, slot], scores[index, slot] = person.keypoints, person.scores
             if writer is not None and person.mask is not None:
-                writer.write(number, slot, person.mask)
+                writer.write(index, slot, person.mask)
                 box = mask_box(person.mask)
                 boxes.extend([] if box is None else [box])
     used = [slot for slot in range(slots) if (scores[:, slot] > 0).any()]
@@ -184,8 +191,8 @@ def _follow(
     return (poses.smoothed(config.smoothing) if config.smoothing else poses), boxes
 
 
-def _shown(reader: VideoReader) -> tqdm:
-    """The frames of a video under a progress bar of their own, on terminals."""
+def _with_bar(reader: VideoReader) -> tqdm:
+    """Frames of a video under a progress bar of their own, on terminals."""
     return tqdm(reader, desc=reader.path.name, total=len(reader), unit="frame", leave=False, disable=None)
 
 
@@ -200,7 +207,7 @@ def _given_poses(path: Path, reader: VideoReader) -> Poses:
 
 
 def _given_masks(given: Path, target: Path, frames: int, size: tuple[int, int]) -> Path:
-    """Given masks in our numbering; those that lie where ours would go are only looked at."""
+    """Given masks in our numbering; those that lie where ours would go are only counted."""
     if given == target:
         numbered_masks(target, frames)
     else:
@@ -212,3 +219,84 @@ def _box_of_masks(masks: Path, frames: int, size: tuple[int, int]) -> Box | None
     files = (file for frame in range(frames) for file in mask_files(masks, frame))
     boxes = [mask_box(read_image(file)[..., 0] >= 128) for file in files]
     return joint_box([box for box in boxes if box is not None], size)
+
+
+def _poses_path(output: Path, name: str) -> Path:
+    return output / f"{name}.npz"
+
+
+def _masks_path(output: Path, name: str) -> Path:
+    return output / f"{name}_masks"
+
+
+def _wanted_inputs(clip: SourceClip, output: Path, config: PrepareConfig, record: dict[str, Any] | None) -> SourceClip:
+    """Clip with the given poses and masks that are to be used; `UserError` before files of others are overwritten.
+
+    Files that an earlier run of this command put beside the video are not given by anybody.
+    """
+    poses = None if config.poses == "estimate" else clip.poses
+    masks = clip.masks if config.masks == "auto" else None
+    poses_target, masks_target = _poses_path(output, clip.name), _masks_path(output, clip.name)
+    if record is None:
+        targets = [(poses, poses_target)] + [(masks, masks_target)] * (config.masks != "none")
+        for given, target in targets:
+            if target.exists() and given != target:
+                raise UserError(f"{target} was not made by prepare.py and would be overwritten; give another output=")
+        return replace(clip, poses=poses, masks=masks)
+    own_poses = poses == poses_target and record.get("keypoints") != stored_path(poses, output)
+    own_masks = masks == masks_target and record.get("given_masks") is None
+    return replace(clip, poses=None if own_poses else poses, masks=None if own_masks else masks)
+
+
+def _provenance(clip: SourceClip, output: Path, config: PrepareConfig) -> dict[str, Any]:
+    """Fields of a record that are known before anything is made."""
+    estimator = f"{_ESTIMATED}{config.pose.backend}{' heavy' if config.pose.heavy else ''}"
+    return {
+        "name": clip.name,
+        "video": stored_path(clip.video, output),
+        "layout": clip.layout,
+        "origin": config.origin,
+        "split": clip.split,
+        "keypoints": stored_path(clip.poses, output) if clip.poses else estimator,
+        "given_masks": stored_path(clip.masks, output) if clip.masks else None,
+        "settings": _settings(config),
+    }
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    settings = config_dict(config)
+    pose = {name: value for name, value in settings["pose"].items() if name != "threads"}
+    return {"pose": pose, "masks": settings["masks"], "frame_fps": settings["frame_fps"]}
+
+
+def _input_paths(clip: SourceClip) -> dict[str, Path]:
+    paths = {"video": clip.video, "poses": clip.poses, "masks": clip.masks}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _input_fingerprints(clip: SourceClip) -> dict[str, dict[str, str]]:
+    return {name: asdict(Fingerprint.of(path)) for name, path in _input_paths(clip).items()}
+
+
+def _is_current(record: dict[str, Any], clip: SourceClip, output: Path, config: PrepareConfig) -> bool:
+    """True for a finished record of the same settings whose inputs have the same content, wherever they are now."""
+    if record.get("state") != "done" or record.get("settings") != _settings(config):
+        return False
+    prints, paths = record.get("inputs"), _input_paths(clip)
+    if prints is None:  # the video could not be read at all
+        return not clip.video.exists()
+    if record["keypoints"].startswith(_ESTIMATED) != (clip.poses is None) or prints.keys() != paths.keys():
+        return False
+    if not all(Fingerprint(**prints[name]).matches(path) for name, path in paths.items()):
+        return False
+    return "left_out" in record or (output / record["poses"]).is_file()
+
+
+def _refresh(record: dict[str, Any], clip: SourceClip, output: Path, config: PrepareConfig) -> bool:
+    """Bring a current record up to date where words, paths or times of change differ; True when it has changed."""
+    before = dict(record)
+    record |= _provenance(clip, output, config)
+    paths = _input_paths(clip)
+    if not all(Fingerprint(**stored).is_fresh(paths[name]) for name, stored in record.get("inputs", {}).items()):
+        record["inputs"] = _input_fingerprints(clip)
+    return record != before

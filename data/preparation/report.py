@@ -1,15 +1,58 @@
-"""Reports of checked data sets: JSON for programs, a table for people."""
+"""Facts about the clips of a data set, filled in by checks, and their reports in JSON and as a table."""
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.files import complete_file, output_folder, write_json
-from data.preparation.clip_facts import ClipFacts, Report
 
 _SHOWN_CLIPS = 60
 _ORDER = {"error": 0, "warning": 1, "note": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a clip; `kind` is a short name, the same for all findings of a sort."""
+
+    severity: str  # "error": training leaves the clip out, or should; "warning"; "note": good to know
+    kind: str
+    message: str
+    advice: str
+
+
+@dataclass
+class ClipFacts:
+    """Facts about a clip; None where they could not be found out."""
+
+    name: str
+    video: str
+    split: str | None = None
+    frames: int | None = None
+    fps: float | None = None
+    size: tuple[int, int] | None = None  # (width, height) in pixels
+    persons: int | None = None
+    missing_joints: float | None = None  # share of joints of present persons that are not visible
+    absent_frames: float | None = None  # share without anybody
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, severity: str, kind: str, message: str, advice: str) -> None:
+        self.findings.append(Finding(severity, kind, message, advice))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts of all clips of a data set."""
+
+    dataset: str
+    layout: str
+    found: int  # clips of its source
+    clips: list[ClipFacts]
+
+    @property
+    def errors(self) -> int:
+        """Number of clips with an error."""
+        return sum(any(finding.severity == "error" for finding in clip.findings) for clip in self.clips)
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -26,7 +69,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 def summary(report: Report) -> dict[str, Any]:
     """Numbers of the whole data set."""
     known = [clip for clip in report.clips if clip.frames is not None]
-    kinds = Counter(f"{found.severity}: {found.kind}" for clip in report.clips for found in clip.findings)
+    findings = Counter(f"{found.severity}: {found.kind}" for clip in report.clips for found in clip.findings)
     return {
         "dataset": report.dataset,
         "layout": report.layout,
@@ -39,12 +82,12 @@ def summary(report: Report) -> dict[str, Any]:
         "longest": max((clip.frames for clip in known), default=0),
         "fps": dict(Counter(f"{clip.fps:g}" for clip in known).most_common()),
         "sizes": dict(Counter(f"{clip.size[0]}x{clip.size[1]}" for clip in known).most_common()),
-        "findings": dict(kinds.most_common()),
+        "findings": dict(findings.most_common()),
     }
 
 
 def report_table(report: Report, shown: int = _SHOWN_CLIPS) -> str:
-    """Summary, a row for each clip, those with errors first, and what to do about every kind of finding."""
+    """Summary, a row for each clip, those with errors first, and advice for every kind of finding."""
     numbers = summary(report)
     usable = numbers["checked"] - numbers["errors"]
     lines = [
@@ -83,15 +126,15 @@ def _row(clip: ClipFacts) -> tuple[str, ...]:
 
 def _details(clips: list[ClipFacts]) -> list[str]:
     """Every kind of finding once, with an example and what to do."""
-    lines, told = [], set()
-    found = [(finding, clip.name) for clip in clips for finding in clip.findings]
-    counts = Counter((finding.severity, finding.kind) for finding, _ in found)
-    for finding, name in sorted(found, key=lambda pair: _ORDER[pair[0].severity]):
-        kind = (finding.severity, finding.kind)
-        if kind not in told:
-            told.add(kind)
-            times = f"{counts[kind]} clips, such as {name}" if counts[kind] > 1 else name
-            lines.append(f"* {finding.severity}: {finding.kind} ({times}): {finding.message}. -> {finding.advice}")
+    examples: dict[tuple[str, str], list[tuple[Finding, str]]] = {}
+    for clip in clips:
+        for finding in clip.findings:
+            examples.setdefault((finding.severity, finding.kind), []).append((finding, clip.name))
+    lines = []
+    for (severity, kind), found in sorted(examples.items(), key=lambda item: _ORDER[item[0][0]]):
+        finding, name = found[0]
+        times = f"{len(found)} clips, such as {name}" if len(found) > 1 else name
+        lines.append(f"* {severity}: {kind} ({times}): {finding.message}. -> {finding.advice}")
     return ["", *lines] if lines else []
 
 

@@ -1,0 +1,127 @@
+"""Settings of the tasks of `prepare.py`, and the part of the work that is one process's.
+
+They need no network library, so that `prepare.py --help` starts at once.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from omegaconf import MISSING
+
+from core.errors import UserError
+from data.poses.poses import PoseConfig
+from data.transforms import CROPS
+
+Item = TypeVar("Item")
+DTYPES = ("float32", "float16")
+_CHOICES = {"poses": ("auto", "estimate"), "masks": ("auto", "estimate", "none")}
+
+
+@dataclass
+class PrepareConfig:
+    """`prepare.py`: poses and masks of the clips of a data set."""
+
+    source: str = MISSING  # folder of the data set, or its list of clips (`*_meta.json`)
+    output: str = MISSING  # folder for poses, masks, records and manifest; may be the source itself
+    layout: str = "auto"  # a key of `data.preparation.layouts.LAYOUTS`; auto recognises it
+    poses: str = "auto"  # auto takes keypoints that come with the data set and estimates the others; estimate: all
+    masks: str = "auto"  # auto takes given ones, and estimates them where poses are estimated; estimate; none
+    frame_fps: float = 30.0  # frames per second of folders of frames, which do not say so themselves
+    heldout: float = 0.0  # share of the clips of a data set without parts that is kept for validation, by name
+    origin: str | None = None  # words that every record carries: whose data these are, and their licence
+    shard: int = 0  # this run takes every num_shards-th clip from index `shard` on, to spread work over machines;
+    num_shards: int = 1  # processes of `accelerate launch` share it further
+    pose: PoseConfig = field(default_factory=PoseConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)} is not one of {', '.join(allowed)}")
+        if not self.frame_fps > 0:
+            raise UserError(f"frame_fps={self.frame_fps} must be above 0")
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"heldout={self.heldout} must be at least 0 and below 1")
+
+
+@dataclass
+class CheckConfig:
+    """`prepare.py check`: a prepared data set, or one that has not been prepared yet."""
+
+    dataset: str = MISSING  # prepared folder, or a folder of videos or of a known layout
+    output: str | None = None  # for report.json and report.md; None: a prepared data set's own, none for others
+    layout: str = "auto"  # as for preparation, where there is no manifest
+    frame_fps: float = 30.0
+    size: list[int] | None = None  # the model's frame, to find people who would be cut and images to be enlarged
+    crop: str = "person"
+    num_frames: int = 1  # of a clip in training, to find videos that are too short for it
+    stride: int = 1
+    decode: bool = True  # read every frame, which finds all damage; false reads headers alone
+    workers: int = 1  # processes that read clips
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[512,512]")
+        if self.crop not in CROPS:
+            raise UserError(f"crop={self.crop} is not one of {', '.join(CROPS)}")
+        for name in ("num_frames", "stride", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class FeatureConfig:
+    """`prepare.py latents` and `prepare.py embeddings`."""
+
+    dataset: str = MISSING  # prepared folder
+    output: str | None = None  # folder of the features; None: `latents` or `embeddings` in the data set's folder
+    model: str | None = None  # pipeline folder whose VAE or image encoder is used, as training's model.init
+    vae: str | None = None  # a VAE folder in its place, for latents of new networks (model.vae)
+    size: list[int] = field(default_factory=lambda: [512, 512])  # as data.size in training
+    crop: str = "person"  # as data.crop
+    batch_size: int = 8  # frames
+    dtype: str = "float32"  # or float16: half the size, losses then agree to three digits
+    device: str = "auto"  # takes CUDA when there is one
+    shard: int = 0  # as for preparation
+    num_shards: int = 1
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        if len(self.size) != 2 or min(self.size) < 8:
+            raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        if self.crop not in CROPS:
+            raise UserError(f"crop={self.crop} is not one of {', '.join(CROPS)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count`.
+
+    No process waits for another, so none can hang when another dies; what is left is done by running again.
+    """
+
+    index: int = 0
+    count: int = 1
+    row: int = 0  # of this process's progress bar among those of the same machine
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """Items of this part."""
+        return list(items[self.index :: self.count])
+
+    def __str__(self) -> str:
+        return f" (part {self.index + 1} of {self.count})" if self.count > 1 else ""
+
+
+def process_shard(shard: int, num_shards: int) -> Shard:
+    """Part of this process: shard `shard` of `num_shards`, divided among the processes of `accelerate launch`."""
+    if num_shards < 1 or not 0 <= shard < num_shards:
+        raise UserError(f"shard={shard} must be 0 or more and below num_shards={num_shards}")
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Shard(shard * processes + rank, num_shards * processes, int(os.environ.get("LOCAL_RANK", "0")))
