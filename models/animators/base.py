@@ -247,11 +247,7 @@ class Animator(nn.Module, ABC):
         raise NotImplementedError
 
     def forward(self, **inputs: Any) -> Tensor:
-        """`training_prediction` of a `TrainingBatch` of these arguments.
-
-        They arrive as keyword arguments because DDP, FSDP and DeepSpeed move and cast the tensors that they find among
-        them.
-        """
+        """`training_prediction` of these fields of a `TrainingBatch`; DDP and FSDP move and cast their tensors."""
         return self.training_prediction(TrainingBatch(**inputs))
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
