@@ -1,4 +1,4 @@
-"""Feature extractors of the Frechet distances and of LPIPS: how each network wants its images, and what it gives.
+"""Feature extractors of the Frechet distances and of LPIPS, and windows of consecutive frames.
 
 An extractor works in two stages, so that overlapping windows share the first: `prepare` takes single frames, `extract`
 what was prepared, stacked for a batch of frames or of windows.
@@ -28,6 +28,8 @@ from metrics.networks.perceptual import (
 from metrics.networks.resnet3d import ResNet3d50
 
 KINETICS_MEAN = (114.7748, 107.7354, 99.4750)  # RGB mean of Kinetics that the 3D ResNet was trained with
+_NAMES = {"alex": "AlexNet", "vgg": "VGG-16"}
+# Layers with parameters in the published files, in order.
 _CONVOLUTIONS = {
     "alex": ("features.0", "features.3", "features.6", "features.8", "features.10"),
     "vgg": tuple(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
@@ -46,36 +48,22 @@ _SHIFT_TOLERANT_LAYERS = {
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network that turns frames, or windows of frames, into vectors.
+    """A network that turns frames, or windows of frames, into vectors."""
 
-    Attributes:
-        network: what it is and what of it is compared, for reports.
-        dimension: of the vectors.
-        sha256: of its weight file.
-        prepare: frames (n, h, w, 3) uint8 -> tensor (n, ...), one row each frame.
-        extract: prepared frames (n, ...), or for windows (n, t, ...) -> (n, dimension) float32.
-    """
-
-    network: str
-    dimension: int
-    sha256: str
-    prepare: Callable[[np.ndarray], Tensor]
-    extract: Callable[[Tensor], Tensor]
+    network: str  # its name and what of it is compared, for reports
+    dimension: int  # of the vectors
+    sha256: str  # of its weight file
+    prepare: Callable[[np.ndarray], Tensor]  # frames (n, h, w, 3) uint8 -> (n, ...), one row each frame
+    extract: Callable[[Tensor], Tensor]  # prepared frames (n, ...) or windows (n, t, ...) -> (n, dimension) float32
 
 
 @dataclass(frozen=True)
 class ImageDistance:
-    """A learned distance of two images.
+    """A learned distance of two images."""
 
-    Attributes:
-        network: what it is, for reports.
-        sha256: of its weight files.
-        distance: two tensors (n, 3, h, w) -> (n,).
-    """
-
-    network: str
-    sha256: str
-    distance: Callable[[Tensor, Tensor], Tensor]
+    network: str  # its name, for reports
+    sha256: str  # of its weight files
+    distance: Callable[[Tensor, Tensor], Tensor]  # images (n, 3, h, w), twice -> (n,)
 
 
 def image_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -86,19 +74,15 @@ def image_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tens
 def resize_bicubic(frames: np.ndarray, side: int) -> np.ndarray:
     """Frames (n, h, w, 3) uint8 -> (n, side, side, 3) float32: PIL's bicubic filter on each channel, not rounded."""
     resized = np.empty((len(frames), side, side, 3), np.float32)
-    for number, frame in enumerate(frames):
+    for index, frame in enumerate(frames):
         for channel in range(3):
             image = Image.fromarray(frame[..., channel].astype(np.float32))
-            resized[number, ..., channel] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+            resized[index, ..., channel] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
     return resized
 
 
 def inception_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The features of FID, from a state dict as pytorch-fid's or from NVIDIA's TorchScript file.
-
-    pytorch-fid's resizing is that of its package: bilinear to 299 x 299 without antialiasing. The TorchScript file
-    takes pixels as they are and resizes by itself.
-    """
+    """The features of FID, from a state dict as pytorch-fid's or from NVIDIA's TorchScript file."""
     path = weights.find_weights(weights.INCEPTION, folder, "fid")
     if weights.is_torchscript(path):
         program = torch.jit.load(path, map_location=device).eval()
@@ -113,6 +97,7 @@ def inception_features(folder: Path, device: torch.device | str = "cpu") -> Feat
 
     def prepare(frames: np.ndarray) -> Tensor:
         images = image_tensor(frames, device) / 255
+        # pytorch-fid's resizing is without antialiasing.
         return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
 
     return FeatureExtractor(
@@ -172,18 +157,20 @@ def i3d_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExt
 
 
 def vgg_features(device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Stand-in for Inception that needs no download from elsewhere: the last layer of ST-LPIPS's VGG-16.
-
-    Feature vectors are brought to unit length at every position, as LPIPS does, and averaged over positions.
-    """
+    """Stand-in for Inception that needs no download from elsewhere: the last layer of ST-LPIPS's VGG-16."""
     network, sha256 = _shift_tolerant("vgg", device)
 
     def prepare(frames: np.ndarray) -> Tensor:
-        layer = network.features(image_tensor(frames, device) / 127.5 - 1)[-1]
+        layer = network.features(image_tensor(frames, device) / 127.5 - 1)[-1]  # (n, 512, h, w)
+        # Unit length at every position, as LPIPS does.
         return F.normalize(layer, dim=1).mean(dim=(2, 3))
 
     return FeatureExtractor(
-        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the image", 512, sha256, prepare, _identity
+        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the image",
+        512,
+        sha256,
+        prepare,
+        lambda features: features,
     )
 
 
@@ -203,26 +190,20 @@ def vgg_clip_features(frame: FeatureExtractor) -> FeatureExtractor:
 
 
 def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> ImageDistance:
-    """LPIPS with torchvision's convolutions and the heads of lpips 0.1.4.
-
-    Args:
-        net: "alex" or "vgg".
-    """
+    """LPIPS with torchvision's convolutions ("alex" or "vgg") and the heads of lpips 0.1.4."""
     file = {"alex": weights.ALEXNET, "vgg": weights.VGG16}[net]
     path = weights.find_weights(file, folder, f"lpips_{net}")
     heads_path = weights.packaged_path(weights.LPIPS_HEADS[net])
     stack = {"alex": alexnet, "vgg": vgg16}[net]()
     _load_stack(stack, weights.read_state(path), _CONVOLUTIONS[net], path)
     network = PerceptualDistance(stack, _heads(weights.read_state(heads_path))).eval().to(device)
-    name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
-    return ImageDistance(f"LPIPS 0.1, {name}", weights.digest(path), network.requires_grad_(False))
+    return ImageDistance(f"LPIPS 0.1, {_NAMES[net]}", weights.digest(path), network.requires_grad_(False))
 
 
 def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> ImageDistance:
     """ST-LPIPS, whose networks come with a package. Not LPIPS: its values have a scale of their own."""
     network, sha256 = _shift_tolerant(net, device)
-    name = {"alex": "AlexNet", "vgg": "VGG-16"}[net]
-    return ImageDistance(f"ST-LPIPS 0.0, {name}", sha256, network)
+    return ImageDistance(f"ST-LPIPS 0.0, {_NAMES[net]}", sha256, network)
 
 
 def _shift_tolerant(net: str, device: torch.device | str) -> tuple[PerceptualDistance, str]:
@@ -241,12 +222,8 @@ def _load_stack(stack: FeatureStack, state: dict[str, Tensor], names: tuple[str,
         raise weights.unfitting(path, "the network of LPIPS", error) from None
 
 
-def _identity(features: Tensor) -> Tensor:
-    return features
-
-
 def _heads(state: dict[str, Tensor]) -> list[Tensor]:
-    return [state[f"lin{number}.model.1.weight"] for number in range(5)]
+    return [state[f"lin{index}.model.1.weight"] for index in range(5)]
 
 
 def _run_torchscript(program: nn.Module, images: Tensor) -> Tensor:
@@ -254,3 +231,33 @@ def _run_torchscript(program: nn.Module, images: Tensor) -> Tensor:
     wanted = {"return_features": True, "rescale": False, "resize": False}
     known = {argument.name for argument in program.forward.schema.arguments}
     return program(images, **{name: value for name, value in wanted.items() if name in known})
+
+
+def window_starts(num_frames: int, length: int, stride: int) -> range:
+    """First frames of the windows of a clip: whole windows only, so a clip shorter than `length` has none."""
+    if length < 1 or stride < 1:
+        raise ValueError(f"length and stride must be at least 1, got {length} and {stride}")
+    return range(0, max(0, num_frames - length + 1), stride)
+
+
+class WindowBuffer:
+    """The windows of `window_starts` of a clip whose frames come in batches; few frames are held at a time."""
+
+    def __init__(self, length: int, stride: int):
+        window_starts(0, length, stride)  # checks the arguments
+        self.length, self.stride = length, stride
+        self._held: Tensor | None = None
+        self._first = 0  # index of the first frame that is held
+        self._next = 0  # first frame of the next window
+
+    def push(self, frames: Tensor) -> Tensor:
+        """Take in frames (n, ...) and return the windows (m, length, ...) that they complete; m may be 0."""
+        held = frames if self._held is None else torch.cat([self._held, frames])
+        complete = []
+        while self._next + self.length <= self._first + len(held):
+            start = self._next - self._first
+            complete.append(held[start : start + self.length])
+            self._next += self.stride
+        drop = min(len(held), max(0, self._next - self._first))
+        self._held, self._first = held[drop:].clone(), self._first + drop
+        return torch.stack(complete) if complete else frames.new_zeros((0, self.length, *frames.shape[1:]))

@@ -15,13 +15,7 @@ class Moments:
     """Count, mean and covariance of vectors that come in batches, in float64.
 
     Batches are joined with the pairwise update of Chan, Golub and LeVeque (1979), which does not lose digits to large
-    means. Memory is one (dimension, dimension) matrix, whatever the number of vectors. The same batches in the same
-    order give the same bits.
-
-    Attributes:
-        count: vectors seen.
-        mean: (dimension,).
-        scatter: (dimension, dimension), the sum of outer products of deviations from the mean.
+    means. The same batches in the same order give the same bits.
     """
 
     def __init__(self, dimension: int):
@@ -29,7 +23,7 @@ class Moments:
             raise ValueError(f"dimension must be at least 1, got {dimension}")
         self.count = 0
         self.mean = np.zeros(dimension)
-        self.scatter = np.zeros((dimension, dimension))
+        self.scatter = np.zeros((dimension, dimension))  # sum of outer products of deviations from the mean
 
     @property
     def dimension(self) -> int:
@@ -43,11 +37,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     def update(self, vectors: np.ndarray) -> None:
-        """Take in vectors (n, dimension).
-
-        Raises:
-            ValueError: another shape, or values that are not finite.
-        """
+        """Take in vectors (n, dimension)."""
         vectors = np.asarray(vectors, np.float64)
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
             raise ValueError(f"vectors must have the shape (n, {self.dimension}), got {vectors.shape}")
@@ -76,34 +66,21 @@ class Moments:
 
 @dataclass(frozen=True)
 class FrechetDistance:
-    """A distance and what it rests on.
+    """A distance and what it rests on."""
 
-    Attributes:
-        value: the squared Frechet distance, the number that is published as FID or FVD.
-        samples: number of generated and of true vectors.
-        dimension: of a vector.
-        warning: what makes the number doubtful, with the numbers; None when nothing does.
-    """
-
-    value: float
-    samples: tuple[int, int]
-    dimension: int
-    warning: str | None
+    value: float  # the squared Frechet distance, the number that is published as FID or FVD
+    samples: tuple[int, int]  # generated and true vectors
+    dimension: int  # of a vector
+    warning: str | None  # of what makes the number doubtful
 
 
 def frechet_distance(generated: Moments, truth: Moments) -> FrechetDistance:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of vectors.
-
-    (C1 C2)^(1/2) has the trace of the symmetric (R C2 R)^(1/2) with R = C1^(1/2), whose eigenvalues are real and not
-    negative. So singular covariances, of fewer vectors than dimensions, give the right number for these covariances
-    instead of a complex one; that such covariances say little about the sets is what the warning tells.
-
-    Raises:
-        ValueError: fewer than two vectors in a set, or different dimensions.
-    """
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of at least two vectors each."""
     if generated.dimension != truth.dimension:
         raise ValueError(f"dimensions must agree, got {generated.dimension} and {truth.dimension}")
     first, second = generated.covariance, truth.covariance
+    # (C1 C2)^(1/2) has the trace of the symmetric (R C2 R)^(1/2) with R = C1^(1/2), whose eigenvalues are real and not
+    # negative, so singular covariances (of fewer vectors than dimensions) give no complex number.
     root = _symmetric_root(first)
     eigenvalues = scipy.linalg.eigvalsh(_symmetric(root @ second @ root))
     overlap = np.sqrt(np.maximum(eigenvalues, 0)).sum()

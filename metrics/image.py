@@ -48,8 +48,7 @@ def flicker(
 def historical_l1(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
     """The L1 of DisCo's code: the mean absolute difference divided by height times width.
 
-    The same quality gives a quarter of the number at twice the resolution, so values are comparable only between
-    images of one size. Published tables give it in units of 1e-4, at 256 x 256.
+    Values are comparable only between images of one size. Published tables give it in units of 1e-4, at 256 x 256.
     """
     height, width = truth.shape[-3:-1]
     return mean_absolute_error(generated, truth, mask) / (height * width)
@@ -79,11 +78,9 @@ def ssim(
     """Structural similarity of two images (h, w, 3), by scikit-image.
 
     Args:
-        mask: (h, w) bool; the mean is taken over the similarity at these pixels. Each pixel's value comes from a
-            window around it, so pixels near the mask's edge see a little of what lies beyond.
+        mask: (h, w) bool; the mean is taken over the similarity at these pixels, whose windows reach a little beyond.
         variant: "grey-uniform", a 7 x 7 uniform window on the grey image (DisCo); "rgb-gaussian", a Gaussian
-            window of 1.5 pixels on each channel (Wang et al. 2004). Pixels whose window leaves the image do not
-            count.
+            window of 1.5 pixels on each channel (Wang et al. 2004).
     """
     _check(generated, truth, mask)
     if variant not in SSIM_VARIANTS:
@@ -96,7 +93,7 @@ def ssim(
     if variant == "grey-uniform":
         generated, truth = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (generated, truth))
     similarity = structural_similarity(generated, truth, data_range=255, full=True, **settings)[1]
-    edge = (settings["win_size"] - 1) // 2
+    edge = (settings["win_size"] - 1) // 2  # pixels whose window leaves the image do not count
     inside = (slice(edge, -edge),) * 2
     return _mean(similarity[inside], None if mask is None else mask[inside])
 

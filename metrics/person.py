@@ -1,7 +1,6 @@
-"""Measures of the generated person that need no feature network: is the pose right, are the clothes' colours right.
+"""Measures of the generated person's pose and colours that need no feature network.
 
-Keypoints are (17, 2) pixels (x, y) in COCO order with scores (17,) in [0, 1]; who estimates them is the caller's
-business.
+Keypoints are (17, 2) pixels (x, y) in COCO order with scores (17,) in [0, 1].
 """
 
 import cv2
@@ -33,24 +32,18 @@ def keypoint_error(
     height: float,
     threshold: float = 0.3,
 ) -> float:
-    """Mean distance of the keypoints from their targets in units of the person's height.
-
-    Only keypoints that are visible in the target count, each for at most one height. Those that the result lacks count
-    for one height: a person who cannot be found is no success.
+    """Mean distance of the keypoints from their targets in units of the person's height; NaN without targets.
 
     Args:
         keypoints, scores: of the generated image; scores all 0 when nobody was found.
-        target, target_scores: where they should be, in the same pixels.
-        height: of the person in the target, in the same pixels.
+        target, target_scores, height: of the person in the target, in the same pixels.
         threshold: a keypoint is visible when its score is above it.
-
-    Returns:
-        0 is perfect; NaN when the target shows no keypoint or the height is 0.
     """
     wanted = target_scores > threshold
     if not wanted.any() or not height > 0:
         return float("nan")
     distance = np.linalg.norm(keypoints.astype(np.float64) - target, axis=-1) / height
+    # A keypoint that the result lacks counts for one height: a person who cannot be found is no success.
     distance = np.where(scores > threshold, np.minimum(distance, 1.0), 1.0)
     return float(distance[wanted].mean())
 

