@@ -16,8 +16,20 @@ from core.files import complete_file, write_json
 from data.inputs import Reference
 from data.transforms import apply_fit
 from evaluation.attention.figures import looks, looks_row
-from evaluation.attention.maps import BodyTruth, body_points, body_truth, chance, pck, pointing
-from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
+from evaluation.attention.maps import (
+    BACKGROUND,
+    PERSON,
+    SELF,
+    BodyTruth,
+    body_points,
+    body_truth,
+    chance,
+    mean_over,
+    pck,
+    pointing,
+    shares,
+    token_coverage,
+)
 from evaluation.clips import EvaluationClip
 from evaluation.trials import WITH, WITHOUT, Sampler, Trial
 from inference.animate import Animation, Framing, SamplingConfig, animate, framing
@@ -180,7 +192,7 @@ def _looks_image(
     for name in keypoints:
         index = recorded.names.index(name)
         point = recorded.points[frame, index]
-        if np.isnan(point).any() or truth.places[0, frame, index, 0].isnan().any():
+        if np.isnan(point).any() or truth.coords[0, frame, index, 0].isnan().any():
             continue
         chosen = np.unique(np.linspace(0, len(recorded.selection.steps) - 1, columns).round().astype(int)).tolist()
         calibration = animation.calibration

@@ -19,10 +19,10 @@ from evaluation.attention.grids import (
     over_layers,
     part_numbers,
     pointings,
-    seen_in_both,
     share_means,
     short_layer,
     truths,
+    visible_in_both,
 )
 from evaluation.attention.maps import Pointing, pointing
 from models.attention.run import AttentionConfig
@@ -51,7 +51,7 @@ def test_every_keypoint_is_of_one_part():
 
 
 def test_keypoints_seen_in_both(run, reference):
-    seen = seen_in_both(run, reference, frame=1)
+    seen = visible_in_both(run, reference, frame=1)
     assert seen
     for number, name in enumerate(COCO_KEYPOINTS):
         shown = not np.isnan(run.plain.recorded.points[1, number]).any() and reference.scores[0, 0, number] >= 0.3
@@ -59,7 +59,7 @@ def test_keypoints_seen_in_both(run, reference):
 
 
 def test_rows_through_denoising(run, reference):
-    keypoint = seen_in_both(run, reference, frame=1)[0]
+    keypoint = visible_in_both(run, reference, frame=1)[0]
     image = denoising_rows(run, reference, keypoint, 1, [0, 2], height=64)
     other = denoising_rows(run, reference, keypoint, 1, [0, 1], height=64)
     assert image.dtype == np.uint8 and image.shape[0] > 2 * 64 and image.shape[1] >= 3 * 64

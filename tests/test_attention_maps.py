@@ -10,9 +10,31 @@ from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
-from evaluation.attention.figures import images_seen, layer_mean, looks, looks_row, mark, overlay, stacked
-from evaluation.attention.maps import BodyTruth, Pointing, body_points, body_truth, chance, pck, pointing, pointing_of
-from evaluation.attention.shares import BACKGROUND, PERSON, SELF, mean_over, shares, token_coverage
+from evaluation.attention.figures import (
+    attended_images,
+    layer_mean,
+    mark,
+    overlay,
+    point_maps,
+    point_maps_row,
+    stacked,
+)
+from evaluation.attention.maps import (
+    BACKGROUND,
+    PERSON,
+    SELF,
+    BodyTruth,
+    Pointing,
+    body_points,
+    body_truth,
+    chance,
+    mean_over,
+    pck,
+    pointing,
+    pointing_of,
+    shares,
+    token_coverage,
+)
 from models.attention import measures
 from models.attention.record import RecordedAttention
 from models.attention.run import AttentionConfig, AttentionRun, LayerShape, select
@@ -198,21 +220,21 @@ class TestTruth:
             for frame, image in enumerate(calibration.index(step)[:, 0]):
                 source = np.flatnonzero(calibration.member[:, 0] == image)[0]
                 drawn.add((frame, source))
-                assert np.abs(truth.places[step, frame, :, 1].numpy() - driving.keypoints[source, 0]).max() < 0.1
+                assert np.abs(truth.coords[step, frame, :, 1].numpy() - driving.keypoints[source, 0]).max() < 0.1
                 ratio = truth.heights[step, frame, :, 1] / truth.heights[step, frame, :, 0]
                 shown = np.argwhere(calibration.images[int(image)][..., 0] > 127).mean(axis=0)[::-1]
-                assert truth.places[step, frame, 12, 1].numpy() == pytest.approx(shown, abs=0.6)
+                assert truth.coords[step, frame, 12, 1].numpy() == pytest.approx(shown, abs=0.6)
                 scale = np.ptp(driving.keypoints[source, 0, :, 1]) / np.ptp(reference.keypoints[0, 0, :, 1])
                 assert ratio.numpy() == pytest.approx(scale, rel=1e-3)
         assert any(frame != source for frame, source in drawn) == (propagation == "iterative")
         expected = map_points(reference.keypoints[0, 0], fit_matrix(reference.size, SIZE, "contain"))
-        assert truth.places[1, 2, :, 0].numpy() == pytest.approx(expected, abs=1e-4)
+        assert truth.coords[1, 2, :, 0].numpy() == pytest.approx(expected, abs=1e-4)
         averaged = self.recorded(driving, mean=("steps",))
         if propagation == "iterative":
             with pytest.raises(UserError, match="mean: steps saw different calibrated images"):
                 body_truth(averaged, reference, calibration)
         else:
-            assert torch.equal(body_truth(averaged, reference, calibration).places[0], truth.places[0])
+            assert torch.equal(body_truth(averaged, reference, calibration).coords[0], truth.coords[0])
 
     def test_several_persons_and_points_that_are_missing(self):
         scores = np.ones((2, 2, 17))
@@ -224,7 +246,7 @@ class TestTruth:
         assert not np.isnan(points[0]).any() and not np.isnan(points[1, :17]).any()
         assert np.isnan(points[1, 17:]).all(), "outside the image"
         recorded = self.recorded(driving, images=1)
-        swapped = body_truth(recorded, driving[0], persons=[1, 0]).places[0, 0, :, 0]
+        swapped = body_truth(recorded, driving[0], persons=[1, 0]).coords[0, 0, :, 0]
         assert swapped[:17].numpy() == pytest.approx(driving.keypoints[0, 1], abs=1e-4)
         with pytest.raises(UserError, match="persons=.*the reference shows 1"):
             body_truth(recorded, driving.person(0)[0])
@@ -235,7 +257,7 @@ class TestTruth:
             body_truth(whole, driving[0])
 
     def test_from_record_to_accuracy(self):
-        """Every keypoint looks at itself but the wrists, which look at the nose."""
+        """Every keypoint attends to itself but the wrists, which look at the nose."""
         driving, reference = standing([(0, 0, 0.9), (4, 0, 0.9)]), standing([(-10, 6, 0.6)])
         recorded = self.recorded(driving, images=1, steps=1)
         places = reference.keypoints[0, 0].astype(np.float64)
@@ -306,15 +328,15 @@ class TestImages:
     def test_a_row_of_figure_2(self):
         recorded, reference = self.recorded(), np.full((128, 128, 3), 90, np.uint8)
         truth = body_truth(recorded, standing([(0, 0, 0.5)]))
-        found = looks(recorded, truth, reference, None, "left_wrist", 0, [0, 2])
+        found = point_maps(recorded, truth, reference, None, "left_wrist", 0, [0, 2])
         assert [look.name for look in found] == ["reference"] * 2 and found[0].share == pytest.approx(0.5, abs=1e-3)
         assert found[0].truth == pytest.approx(standing([(0, 0, 0.5)]).keypoints[0, 0, 9], abs=1e-4)
-        row = looks_row(found, reference, recorded.points[0, 9], "left wrist", [0, 2], height=96)
+        row = point_maps_row(found, reference, recorded.points[0, 9], "left wrist", [0, 2], height=96)
         assert row.shape[1] == 3 * (96 + 4) and row.shape[2] == 3
         both = stacked([row, row[:, :150]])
         assert both.shape == (2 * row.shape[0], row.shape[1], 3) and (both[row.shape[0] :, 150:] == 255).all()
         with pytest.raises(UserError, match="step=5 was not recorded"):
-            looks(recorded, truth, reference, None, "nose", 0, [5])
+            point_maps(recorded, truth, reference, None, "nose", 0, [5])
 
     def test_which_image_is_shown(self):
         """The one that gets most, or the one that is asked for."""
@@ -328,12 +350,12 @@ class TestImages:
         recorded = recorded_from({"mid": maps}, points, tuple(names), images=2)
         truth = body_truth(recorded, standing([(0, 0, 0.5)]), calibration)
         grey = np.full((128, 128, 3), 90, np.uint8)
-        (most,) = looks(recorded, truth, grey, calibration, "nose", 0, [0])
-        (asked,) = looks(recorded, truth, grey, calibration, "nose", 0, [0], image=1)
+        (most,) = point_maps(recorded, truth, grey, calibration, "nose", 0, [0])
+        (asked,) = point_maps(recorded, truth, grey, calibration, "nose", 0, [0], image=1)
         assert (most.name, asked.name) == ("reference", "calibrated")
         assert (most.share, asked.share) == (pytest.approx(0.4, abs=1e-3), pytest.approx(0.2, abs=1e-3))
         assert most.image is grey and np.array_equal(asked.image, calibration.images[0])
-        assert asked.truth == pytest.approx(truth.places[0, 0, 0, 1].numpy()) and not np.allclose(
+        assert asked.truth == pytest.approx(truth.coords[0, 0, 0, 1].numpy()) and not np.allclose(
             asked.truth, most.truth
         )
 
@@ -345,7 +367,7 @@ class TestImages:
         image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
         config = CalibrationConfig(propagation="off", max_gap=0)
         calibration = calibrate(image, standing([(0, 0, 0.5)]), driving, SIZE, config)
-        seen = images_seen(image, calibration, 0, 0)
+        seen = attended_images(image, calibration, 0, 0)
         assert seen[0] is image and np.array_equal(seen[1], calibration.images[int(calibration.member[0, 0])])
-        assert (images_seen(image, calibration, 0, 1)[1] == 128).all()
-        assert len(images_seen(image, None, 0, 1)) == 1
+        assert (attended_images(image, calibration, 0, 1)[1] == 128).all()
+        assert len(attended_images(image, None, 0, 1)) == 1

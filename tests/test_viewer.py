@@ -10,7 +10,7 @@ import pytest
 
 import viewer.__main__
 from core.errors import UserError
-from evaluation.attention.figures import images_seen, layer_mean, overlay
+from evaluation.attention.figures import attended_images, layer_mean, overlay
 from evaluation.attention.recorded_runs import affordable_steps, load_inputs, record_both, spread_steps
 from inference.animate import animate
 from models.attention.run import AttentionConfig
@@ -122,7 +122,7 @@ class TestImages:
         view = side_view(run, run.calibrated, choice)
         weaker = int(maps.max(axis=(1, 2)).argmin())
         last = run.calibrated.recorded.selection.steps[-1]
-        seen = images_seen(run.reference, run.calibrated.calibration, last, 0)[weaker]
+        seen = attended_images(run.reference, run.calibrated.calibration, last, 0)[weaker]
         shown = (view.reference, view.calibrated)[weaker]
         assert (shown == overlay(enlarged(seen), maps[weaker], maps.max())).all()
         assert (shown != overlay(enlarged(seen), maps[weaker])).any(), "not stretched to the strongest colour"

@@ -1,1 +1,1 @@
-"""The page that `viewer/__main__.py` serves: look into reference attention, and animate a photograph."""
+"""The page that `python -m viewer` serves: reference attention of a clicked point, and animation of a photograph."""

@@ -1,4 +1,4 @@
-"""Look into reference attention in a browser: click a point of a frame and see where it looks, without and with TPC.
+"""Show reference attention in a browser: click a point of a frame and see what it attends to, without and with TPC.
 
     pip install -r requirements-viewer.txt
     python -m viewer [model=path/to/pipeline] [port=7860] [server_name=127.0.0.1] [key=value ...]
@@ -21,11 +21,11 @@ from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipelin
 
 @dataclass
 class ViewerConfig:
-    """What is served, and where.
+    """The model that is served, and where.
 
     model: saved pipeline folder; null is the shipped small model.
     lora: folder of low-rank adapters; lora_scale: their weight.
-    port: of the page; server_name: address to listen at, 0.0.0.0 for other machines, who then all can use it.
+    port: of the page; server_name: address to listen at, 0.0.0.0 for other machines, which then all can use it.
     memory_mib: of recorded attention for each of the last few open pages; longer runs keep fewer denoising steps.
     device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
     """
@@ -50,7 +50,6 @@ class ViewerConfig:
 
 def main(arguments: list[str]) -> None:
     config = load_config(ViewerConfig, arguments)
-    config.check()
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`")
     device, dtype = choose_device(config.device, config.dtype)

@@ -24,7 +24,7 @@ HEIGHT = 300
 
 
 class AnimateTab:
-    """Draws the tab and answers its events; nothing of a session is kept here."""
+    """The tab's components and the answers to its events; nothing of a session is kept here."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -65,7 +65,7 @@ class AnimateTab:
         progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio tells by the default what to fill in
     ) -> tuple[str, str, str, str, str]:
         """Paths of the videos without and with TPC, a report, the strip's path, and that of the comparison."""
-        watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
+        watch = ReportingStopwatch(progress, STAGES)
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
             with watch.stage(STAGES[0]):
@@ -96,7 +96,7 @@ def video_player(name: str, label: str | None, height: int | None) -> gr.Video:
 
 
 def report_of(animation: Animation, watch: Stopwatch) -> str:
-    """What TPC did and how long everything took, in one paragraph."""
+    """A paragraph with the frames by status and the seconds."""
     done = animation.calibration.summary()
     counts = ", ".join(f"{done[name]} {name}" for name in ("calibrated", "interpolated", "uncalibrated"))
     took = f"{len(animation.result)} frames: {counts}. {sum(watch.seconds.values()):.0f} seconds."

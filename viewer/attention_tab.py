@@ -1,4 +1,4 @@
-"""The tab where a click on a frame shows where it looks, without and with TPC."""
+"""The tab where a click on a frame shows what it attends to, without and with TPC."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,16 +27,12 @@ EXPLANATION = (
     "and, with TPC, in the calibrated image. Red is the most, grey nothing; heads are averaged."
 )
 STAGES = ("reading and poses", "sampling without TPC", "calibration", "sampling with TPC")
-IN_ORDER = "looking"  # events of one name wait for each other, so the page ends with the last one's images
+IN_ORDER = "showing"  # events of one name wait for each other, so the page ends with the last one's images
 NO_RUN = "There is no animation yet; press Run first."
 
 
 class AttentionTab:
-    """Draws the tab and answers its events; nothing of a session is kept here.
-
-    Args:
-        machine: what all sessions use.
-    """
+    """The tab's components and the answers to its events; nothing of a session is kept here."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -59,24 +55,12 @@ class AttentionTab:
             concurrency_id=ONE_AT_A_TIME,
             show_progress_on=[self.images["plain"], self.images["calibrated"]],
         )
+        quick = {"show_progress": "hidden", "concurrency_id": IN_ORDER}
         state = [self.run, self.point, *choices]
         for choice in choices:
-            choice.input(
-                self.show,
-                state,
-                self.shown,
-                show_progress="hidden",
-                trigger_mode="always_last",
-                concurrency_id=IN_ORDER,
-            )
+            choice.input(self.show, state, self.shown, trigger_mode="always_last", **quick)
         for name in ("plain", "calibrated", "driving"):
-            self.images[name].select(
-                self.click,
-                [self.run, *choices],
-                [self.point, *self.shown],
-                show_progress="hidden",
-                concurrency_id=IN_ORDER,
-            )
+            self.images[name].select(self.click, [self.run, *choices], [self.point, *self.shown], **quick)
 
     def _draw_choices(self) -> None:
         with gr.Row():
@@ -87,7 +71,7 @@ class AttentionTab:
             with gr.Column(min_width=160):
                 self.layer = gr.Slider(1, 2, 1, step=1, label="Layer, in the order they run", elem_id="layer")
                 self.all_layers = gr.Checkbox(True, label="Mean over layers", elem_id="all-layers", container=False)
-        self.place = gr.Markdown(NO_RUN, elem_id="where")
+        self.where = gr.Markdown(NO_RUN, elem_id="where")
 
     def _draw_images(self) -> None:
         first = notice("Press Run, then click here.")
@@ -110,20 +94,14 @@ class AttentionTab:
                         gr.Markdown(f"**{names[name]}**")
                         empty = first if name in ("plain", "calibrated", "driving") else notice("")
                         # A label of the component's own would lie over the corner of the image.
-                        self.images[name] = gr.Image(
-                            empty,
-                            show_label=False,
-                            interactive=False,
-                            buttons=[],
-                            format="png",
-                            elem_id=name.replace(" ", "-"),
-                        )
+                        shown = {"show_label": False, "interactive": False, "buttons": [], "format": "png"}
+                        self.images[name] = gr.Image(empty, elem_id=name.replace(" ", "-"), **shown)
             self.captions[row[0]] = gr.Markdown("", elem_id=f"{row[0]}-caption")
 
     @property
     def shown(self) -> list[gr.components.Component]:
         """Components in the order of `_shown_values`."""
-        return [self.place, *self.images.values(), *self.captions.values()]
+        return [self.where, *self.images.values(), *self.captions.values()]
 
     def animate(
         self,
@@ -138,7 +116,7 @@ class AttentionTab:
         progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio tells by the default what to fill in
     ) -> list[Any]:
         """Run both animations and record them; new values of all components."""
-        watch = ReportingStopwatch(lambda stage: progress((STAGES.index(stage), len(STAGES)), desc=stage))
+        watch = ReportingStopwatch(progress, STAGES)
         machine = self.machine
         with one_line_errors():
             sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
@@ -152,16 +130,8 @@ class AttentionTab:
             point = first_point(run)
             values = self._shown_values(run, Choice(point=point))
         layers = run.plain.recorded.layers
-        return [
-            run,
-            point,
-            slider_of(len(run.driving)),
-            slider_of(len(kept)),
-            True,
-            slider_of(len(layers)),
-            True,
-            *values,
-        ]
+        sliders = [slider_of(len(run.driving)), slider_of(len(kept)), True, slider_of(len(layers)), True]
+        return [run, point, *sliders, *values]
 
     def show(self, run: RecordedRun | None, point: tuple[float, float] | None, *choices: Any) -> list[Any]:
         """New values of the images for other choices."""
@@ -197,21 +167,14 @@ def choice_of(
     layer: int,
     all_layers: bool,
 ) -> Choice:
-    """The page's controls, which count from 1, as a choice; steps count those that were recorded.
-
-    Raises:
-        UserError: nothing was run yet, or a number is beyond what the run has.
-    """
+    """The page's controls, which count from 1, as a choice; steps count those that were recorded."""
     if run is None:
         raise UserError(NO_RUN)
     steps, layers = run.plain.recorded.selection.steps, run.plain.recorded.layers
-    for name, number, count in (
-        ("frame", frame, len(run.driving)),
-        ("step", step, len(steps)),
-        ("layer", layer, len(layers)),
-    ):
-        if not 1 <= number <= count:
-            raise UserError(f"{name}={number} is out of range; there are 1 to {count}")
+    counts = {"frame": len(run.driving), "step": len(steps), "layer": len(layers)}
+    for (name, count), value in zip(counts.items(), (frame, step, layer), strict=True):
+        if not 1 <= value <= count:
+            raise UserError(f"{name}={value} is out of range; there are 1 to {count}")
     return Choice(
         int(frame) - 1,
         None if all_steps else steps[int(step) - 1],

@@ -1,7 +1,7 @@
-"""Parts that both tabs of the page have: inputs, settings, and errors as one line."""
+"""Parts that both tabs of the page share: inputs, settings, and errors as one line."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +27,12 @@ ONE_AT_A_TIME = "sampling"  # the pipeline's scheduler belongs to one run at a t
 
 @dataclass(frozen=True)
 class Machine:
-    """What every session of the page uses and none changes.
+    """The model and the limits that every session of the page uses and none changes."""
 
-    Attributes:
-        pipeline: used by one run at a time.
-        pose: how poses are estimated.
-        limit_bytes: of one session's recorded attention.
-        folder: for videos; removed with the server.
-    """
-
-    pipeline: AnimationPipeline
+    pipeline: AnimationPipeline  # used by one run at a time
     pose: PoseConfig
-    limit_bytes: int
-    folder: Path
+    limit_bytes: int  # of one session's recorded attention
+    folder: Path  # of videos; removed with the server
 
 
 @dataclass(frozen=True)
@@ -67,22 +60,22 @@ class Settings:
 
 
 class ReportingStopwatch(Stopwatch):
-    """A stopwatch that says which stage begins."""
+    """A stopwatch that shows in the page which stage begins."""
 
-    def __init__(self, report: Callable[[str], None]):
+    def __init__(self, progress: gr.Progress, stages: Sequence[str]):
         super().__init__()
-        self.report = report
+        self.progress, self.stages = progress, stages
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.report(name)
+        self.progress((self.stages.index(name), len(self.stages)), desc=name)
         with super().stage(name):
             yield
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Show what a user can put right as one line in the page, with files by their names only."""
+    """Show user errors as one line in the page, with files by their names only."""
     try:
         yield
     except UserError as error:
@@ -90,18 +83,15 @@ def one_line_errors() -> Iterator[None]:
 
 
 def without_folders(message: str) -> str:
-    """A message whose `argument=path` names the file alone: a page's user does not know the server's folders."""
+    """A message whose `argument=path` names the file alone."""
+    # A page's user does not know the server's folders.
     return re.sub(r"=\S*[/\\](?=[^/\\\s])", "=", message)
 
 
 def chosen(
     preset: str, frames: int, stride: int, steps: int, guidance: float, seed: float | None
 ) -> tuple[SamplingConfig, CalibrationConfig]:
-    """The values of `Settings` as configurations.
-
-    Raises:
-        UserError: values that cannot work.
-    """
+    """The values of `Settings` as configurations."""
     if seed is None or seed != int(seed) or not 0 <= seed < 2**63:
         raise UserError("seed must be a whole number from 0")
     sampling = SamplingConfig(
@@ -114,16 +104,12 @@ def chosen(
 def read_inputs(
     machine: Machine, image: str | None, clip: str | None, sampling: SamplingConfig
 ) -> tuple[Reference, Driving]:
-    """The chosen image and clip with their poses.
-
-    Raises:
-        UserError: none was chosen, it cannot be read, or nobody is in it.
-    """
+    """The chosen image and clip with their poses."""
     return load_inputs(required(image, "reference"), required(clip, "driving"), sampling, machine.pose)
 
 
 def choose_inputs(tab: str) -> Inputs:
-    """Draw the choice of an image and a clip, with the samples at hand; bad files are refused as they come in."""
+    """Draw the choice of an image and a clip; bad files are refused as they come in."""
     image = SAMPLE_IMAGES["Rendered person"]
     image_path, clip_path = gr.State(str(image)), gr.State(str(SAMPLE_CLIP))
     shown = gr.Image(

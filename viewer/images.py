@@ -1,7 +1,6 @@
-"""What the attention tab shows: a result with the chosen point, and where it looks, as images and words.
+"""Images and words of the attention tab: a result with the chosen point, and what it attends to.
 
-Images are enlarged to a fixed height, so that a small model's frames can be clicked; places are (x, y) pixels, pixel
-centres at integers.
+Images are enlarged to a fixed height, so that a small model's frames can be clicked.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import cv2
 import numpy as np
 
 from core.errors import UserError
-from evaluation.attention.figures import TRUE_PLACE, images_seen, layer_mean, mark, overlay
+from evaluation.attention.figures import TRUE_COORDS, at_height, attended_images, layer_mean, mark, overlay
 from evaluation.attention.grids import short_layer
 from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
 from inference.comparison import MARGIN
@@ -21,66 +20,47 @@ PAPER = 246
 
 @dataclass(frozen=True)
 class Choice:
-    """What is looked at.
+    """The query and the maps that are shown."""
 
-    Attributes:
-        frame: number of the frame, 0 first.
-        step: denoising step, 0 first; None: the mean over the recorded steps.
-        layer: name; None: the mean over layers.
-        point: (x, y) in pixels of the model's frame; None: no point is chosen yet.
-    """
-
-    frame: int = 0
-    step: int | None = None
-    layer: str | None = None
-    point: tuple[float, float] | None = None
+    frame: int = 0  # 0 first
+    step: int | None = None  # denoising step, 0 first; None: the mean over the recorded steps
+    layer: str | None = None  # name; None: the mean over layers
+    point: tuple[float, float] | None = None  # (x, y) pixels of the model's frame; None: none is chosen yet
 
 
 @dataclass(frozen=True)
 class SideView:
-    """One result, enlarged, (h, w, 3) uint8 RGB each.
+    """One result, enlarged, (h, w, 3) uint8 RGB each."""
 
-    Attributes:
-        result: the frame with the chosen point.
-        reference: the reference under the attention to it.
-        calibrated: the calibrated images, side by side, under theirs; None without TPC.
-        caption: how attention is divided.
-    """
-
-    result: np.ndarray
-    reference: np.ndarray
-    calibrated: np.ndarray | None
-    caption: str
+    result: np.ndarray  # the frame with the chosen point
+    reference: np.ndarray  # under the attention to it
+    calibrated: np.ndarray | None  # calibrated images, side by side, under theirs; None without TPC
+    caption: str  # shares of attention
 
 
 def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
-    """A result and where its chosen point looks; plain images as long as no point is chosen.
-
-    One colour scale holds for the reference and the calibrated images of a side. With the mean over steps, calibrated
-    images are those of the last recorded step.
-
-    Raises:
-        UserError: a frame, step or layer that was not recorded.
-    """
+    """A result and the attention of its chosen point; plain images as long as no point is chosen."""
     if choice.frame not in side.recorded.selection.frames:
         raise UserError(f"frame={choice.frame + 1} was not recorded")
+    # With the mean over steps, calibrated images are those of the last recorded one.
     step = side.recorded.selection.steps[-1] if choice.step is None else choice.step
-    seen = images_seen(run.reference, side.calibration, step, choice.frame)
+    shown = [enlarged(image) for image in attended_images(run.reference, side.calibration, step, choice.frame)]
     result = enlarged(side.frames[choice.frame])
     if choice.point is None:
-        shown, caption = [enlarged(image) for image in seen], "Click a point of a frame to see where it looks."
+        caption = "Click a point of a frame to see where it looks."
     else:
         layers = None if choice.layer is None else [choice.layer]
         maps = layer_mean(side.recorded, choice.point, choice.step, choice.frame, layers=layers)
-        shown = [overlay(enlarged(image), density, maps.max()) for image, density in zip(seen, maps, strict=True)]
-        result = mark(result, np.array(choice.point), scale_of(side.frames), TRUE_PLACE, cross=False)
+        # One colour scale for the reference and the calibrated images of a side.
+        shown = [overlay(image, density, maps.max()) for image, density in zip(shown, maps, strict=True)]
+        result = mark(result, np.array(choice.point), scale_of(side.frames), TRUE_COORDS, cross=False)
         caption = division(maps)
     calibrated = beside(shown[1:]) if side.calibration is not None else None
     return SideView(result, shown[0], calibrated, caption)
 
 
 def division(maps: np.ndarray) -> str:
-    """How one point's attention is divided, in percent, of maps (k, h, w) over the images."""
+    """Shares of one point's attention in percent, from its maps (k, h, w) over the images."""
     given = maps.sum(axis=(1, 2))
     parts = [f"itself (its own frame) {1 - given.sum():.0%}", f"reference {given[0]:.0%}"]
     several = len(given) > 2
@@ -94,8 +74,8 @@ def where(run: RecordedRun, choice: Choice) -> str:
     recorded = run.calibrated.recorded
     step = "mean over steps"
     if choice.step is not None:
-        number = recorded.selection.place("steps", choice.step)
-        step = f"step {choice.step + 1} (t = {recorded.timesteps[number]})"
+        timestep = recorded.timesteps[recorded.selection.place("steps", choice.step)]
+        step = f"step {choice.step + 1} (t = {timestep})"
     layer = "mean over layers"
     if choice.layer is not None:
         rows, columns = recorded.grid(choice.layer)
@@ -112,40 +92,33 @@ def first_point(run: RecordedRun) -> tuple[float, float]:
 
 
 def point_of_click(run: RecordedRun, index: tuple[float, float]) -> tuple[float, float]:
-    """The place in the model's frame of a click at (x, y) in an enlarged image."""
+    """The (x, y) in the model's frame of a click at (x, y) in an enlarged image; pixel centres are at integers."""
     scale = scale_of(run.driving)
     height, width = run.reference.shape[:2]
-    x, y = ((float(place) + 0.5) / scale - 0.5 for place in index)
+    x, y = ((float(coord) + 0.5) / scale - 0.5 for coord in index)
     return min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
     """An image (h, w, 3) uint8 at the height of the page's images."""
-    width = max(1, round(image.shape[1] * HEIGHT / image.shape[0]))
-    return cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    return at_height(image, HEIGHT)
 
 
 def scale_of(frames: np.ndarray) -> float:
-    """How much `enlarged` enlarges frames (f, H, W, 3)."""
+    """The factor by which `enlarged` enlarges frames (f, H, W, 3)."""
     return HEIGHT / frames.shape[1]
 
 
 def beside(images: list[np.ndarray]) -> np.ndarray:
     """Images of one height side by side, with white between them."""
-    last = len(images) - 1
-    return np.concatenate(
-        [
-            np.pad(image, ((0, 0), (0, MARGIN * (number < last)), (0, 0)), constant_values=255)
-            for number, image in enumerate(images)
-        ],
-        axis=1,
-    )
+    apart = [np.pad(image, ((0, 0), (0, MARGIN), (0, 0)), constant_values=255) for image in images]
+    return np.concatenate(apart, axis=1)[:, :-MARGIN]
 
 
 def notice(text: str) -> np.ndarray:
     """A light image (HEIGHT, HEIGHT, 3) with a line of text, where there is nothing to show yet."""
     image = np.full((HEIGHT, HEIGHT, 3), PAPER, np.uint8)
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
-    place = (HEIGHT - width) // 2, (HEIGHT + height) // 2
-    cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (110, 110, 110), 1, cv2.LINE_AA)
+    corner = (HEIGHT - width) // 2, (HEIGHT + height) // 2
+    cv2.putText(image, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (110, 110, 110), 1, cv2.LINE_AA)
     return image

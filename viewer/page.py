@@ -1,4 +1,4 @@
-"""The viewer's page, and how it is served."""
+"""The viewer's page, and its server."""
 
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,11 @@ def build_page(machine: Machine) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, server_name: str, port: int, folder: Path, wait: bool = True) -> str:
-    """Serve the page; with `wait` until it is interrupted.
+    """Serve the page, with `wait` until it is interrupted, and return its address.
 
     Args:
-        server_name: address to listen at; port: 0 takes a free one.
-        folder: where videos of runs lie.
-
-    Returns:
-        The page's address.
-
-    Raises:
-        UserError: the port or the address cannot be used.
+        port: 0 takes a free one.
+        folder: of the videos of runs.
     """
     options: dict[str, Any] = {} if port == 0 else {"server_port": port}
     try:

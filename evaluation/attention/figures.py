@@ -1,6 +1,6 @@
 """Images of recorded attention: maps over the images they are of, and rows through denoising (Figure 2).
 
-Shapes use k = images that may be looked at, h, w = a layer's grid, H, W = image size. Places are (x, y) pixels.
+Shapes use k = attended images, h, w = a layer's grid, H, W = image size. Coordinates are (x, y) pixels.
 """
 
 from collections.abc import Sequence
@@ -18,27 +18,19 @@ from tpc import Calibration
 
 COLOURS = "turbo"
 GREY = 128
-TRUE_PLACE, STRONGEST = (255, 255, 255), (255, 0, 160)
+TRUE_COORDS, STRONGEST = (255, 255, 255), (255, 0, 160)
 CELL = 192  # pixels of an image's height
 
 
 @dataclass(frozen=True)
-class Look:
-    """Where one point looks at one step.
+class PointMap:
+    """Attention of one point at one step to one image."""
 
-    Attributes:
-        image: (H, W, 3) uint8, the reference or a calibrated image.
-        density: (H, W), attention over it.
-        truth: (2,) where the point is in it, or NaN.
-        name: of the image.
-        share: part of all attention that the image gets.
-    """
-
-    image: np.ndarray
-    density: np.ndarray
-    truth: np.ndarray
-    name: str
-    share: float
+    image: np.ndarray  # (H, W, 3) uint8, the reference or a calibrated image
+    density: np.ndarray  # (H, W)
+    truth: np.ndarray  # (2,), the point's coordinates in the image, or NaN
+    name: str  # of the image
+    share: float  # part of all attention that the image gets
 
 
 def layer_mean(
@@ -49,9 +41,9 @@ def layer_mean(
     head: int | None = None,
     layers: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(k, H, W) attention of one query over all images, the mean over layers, upsampled to the images' size.
+    """(k, H, W) attention of one query to all images, the mean over layers, upsampled to the images' size.
 
-    Its sum is what the query does not give to its own frame. Arguments as in `RecordedAttention.query_map`.
+    The sum is 1 minus the attention to its own frame. Arguments as in `RecordedAttention.query_map`.
     """
     width, height = recorded.selection.size
     total = np.zeros((recorded.selection.images, height, width), np.float32)
@@ -71,12 +63,11 @@ def upsampled(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, density: np.ndarray, peak: float | None = None, strength: float = 0.8) -> np.ndarray:
-    """An image (H, W, 3) uint8 under the colours of a map.
+    """An image (H, W, 3) uint8 under the colours of a map (h, w) of any size; grey where there is no attention.
 
     Args:
-        density: (h, w) of any size.
         peak: attention that gets the strongest colour; None: the largest there is.
-        strength: opacity of the strongest colour; where there is no attention, the image shows in grey.
+        strength: opacity of the strongest colour.
     """
     density = upsampled(density, image.shape[1::-1])
     peak = float(density.max()) if peak is None else peak
@@ -87,12 +78,12 @@ def overlay(image: np.ndarray, density: np.ndarray, peak: float | None = None, s
     return (grey * (1 - alpha) + colour * alpha).round().astype(np.uint8)
 
 
-def mark(image: np.ndarray, place: np.ndarray, scale: float, colour: tuple[int, int, int], cross: bool) -> np.ndarray:
-    """An image with a circle or a cross at a place of the image before it was enlarged by `scale`; none for NaN."""
-    if np.isnan(place).any():
+def mark(image: np.ndarray, coords: np.ndarray, scale: float, colour: tuple[int, int, int], cross: bool) -> np.ndarray:
+    """An image with a circle or a cross at coordinates before it was enlarged by `scale`; none for NaN."""
+    if np.isnan(coords).any():
         return image
     image = image.copy()
-    centre = tuple(int(round(v)) for v in (np.asarray(place) + 0.5) * scale - 0.5)
+    centre = tuple(int(round(v)) for v in (np.asarray(coords) + 0.5) * scale - 0.5)
     size = max(4, image.shape[0] // 24)
     for ink, thickness in (((0, 0, 0), 4), (colour, 2)):
         if cross:
@@ -102,17 +93,22 @@ def mark(image: np.ndarray, place: np.ndarray, scale: float, colour: tuple[int, 
     return image
 
 
-def marked_overlay(look: Look, height: int = CELL) -> np.ndarray:
-    """A look as an image: a circle where the point truly is, a cross where most attention falls."""
-    scale = height / look.image.shape[0]
-    size = (max(1, round(look.image.shape[1] * scale)), height)
-    shown = overlay(cv2.resize(look.image, size, interpolation=cv2.INTER_CUBIC), look.density)
-    row, column = np.unravel_index(int(look.density.argmax()), look.density.shape)
+def at_height(image: np.ndarray, height: int) -> np.ndarray:
+    """An image (H, W, 3) uint8, smoothly resized to a height."""
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def marked_overlay(found: PointMap, height: int = CELL) -> np.ndarray:
+    """An image under a point's attention: a circle at the true coordinates, a cross at the strongest attention."""
+    scale = height / found.image.shape[0]
+    shown = overlay(at_height(found.image, height), found.density)
+    row, column = np.unravel_index(int(found.density.argmax()), found.density.shape)
     shown = mark(shown, np.array([column, row], np.float64), scale, STRONGEST, cross=True)
-    return mark(shown, look.truth, scale, TRUE_PLACE, cross=False)
+    return mark(shown, found.truth, scale, TRUE_COORDS, cross=False)
 
 
-def looks(
+def point_maps(
     recorded: RecordedAttention,
     truth: BodyTruth,
     reference: np.ndarray,
@@ -122,55 +118,49 @@ def looks(
     steps: Sequence[int],
     layers: Sequence[str] | None = None,
     image: int | None = None,
-) -> list[Look]:
-    """Where a point of one frame looks at some steps, the mean over layers.
+) -> list[PointMap]:
+    """Attention of a point of one frame at some steps, the mean over layers.
 
     Args:
         reference: (H, W, 3) uint8, as the model gets it.
-        calibration: what the run was given.
-        image: number of the image that is shown, 0 the reference; None: the one that gets most at each step.
-
-    Raises:
-        UserError: a point that is not visible, or a step or frame that was not recorded.
+        calibration: of the run.
+        image: index of the image that is shown, 0 the reference; None: the one that gets most at each step.
     """
     if recorded.selection.mean and set(recorded.selection.mean) != {"heads"}:
         raise UserError("mean: images through denoising need steps and frames apart")
-    number = recorded.query_number(recorded.layers[0], point)
+    selection, query = recorded.selection, recorded.query_number(recorded.layers[0], point)
     found = []
     for step in steps:
         density = layer_mean(recorded, point, step, frame, layers=layers)
         given = density.sum((1, 2))
-        seen = int(given.argmax()) if image is None else image
-        place = recorded.selection.place("steps", step), recorded.selection.place("frames", frame), number, seen
-        shown = images_seen(reference, calibration, step, frame)[seen]
-        name = "reference" if seen == 0 else "calibrated"
-        found.append(Look(shown, density[seen], truth.places[place].numpy(), name, float(given[seen])))
+        attended = int(given.argmax()) if image is None else image
+        at = selection.place("steps", step), selection.place("frames", frame), query, attended
+        shown = attended_images(reference, calibration, step, frame)[attended]
+        name = "reference" if attended == 0 else "calibrated"
+        found.append(PointMap(shown, density[attended], truth.coords[at].numpy(), name, float(given[attended])))
     return found
 
 
-def images_seen(reference: np.ndarray, calibration: Calibration | None, step: int, frame: int) -> list[np.ndarray]:
-    """The k images that a frame could look at in a step, (H, W, 3) uint8; grey for an uncalibrated person."""
+def attended_images(reference: np.ndarray, calibration: Calibration | None, step: int, frame: int) -> list[np.ndarray]:
+    """The k images that a frame can attend to in a step, (H, W, 3) uint8; grey for an uncalibrated person."""
     images = [reference]
     for image in () if calibration is None else calibration.index(step)[frame]:
         images.append(np.full_like(reference, GREY) if image < 0 else calibration.images[int(image)])
     return images
 
 
-def looks_row(
-    found: Sequence[Look], frame: np.ndarray, point: np.ndarray, label: str, steps: Sequence[int], height: int = CELL
+def point_maps_row(
+    found: Sequence[PointMap],
+    frame: np.ndarray,
+    point: np.ndarray,
+    label: str,
+    steps: Sequence[int],
+    height: int = CELL,
 ) -> np.ndarray:
-    """One row of Figure 2: the frame with the point, then where it looks, step by step.
-
-    Args:
-        frame: (H, W, 3) uint8; point: (2,) in its pixels.
-    """
-    scale = height / frame.shape[0]
-    size = (max(1, round(frame.shape[1] * scale)), height)
-    asked = mark(cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC), point, scale, TRUE_PLACE, cross=False)
-    labels = [label] + [
-        f"step {step + 1}: {look.name} {look.share:.0%}" for step, look in zip(steps, found, strict=True)
-    ]
-    return labelled_row([asked, *(marked_overlay(look, height) for look in found)], labels, height)
+    """One row of Figure 2: a frame (H, W, 3) uint8 with the point (2,), then what it attends to, step by step."""
+    query = mark(at_height(frame, height), point, height / frame.shape[0], TRUE_COORDS, cross=False)
+    labels = [f"step {step + 1}: {shown.name} {shown.share:.0%}" for step, shown in zip(steps, found, strict=True)]
+    return labelled_row([query, *(marked_overlay(shown, height) for shown in found)], [label, *labels], height)
 
 
 def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,10 +13,9 @@ from torch import Tensor
 from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
-from evaluation.attention.figures import looks, looks_row, stacked
-from evaluation.attention.maps import BodyTruth, Pointing, body_truth, pck, pointing
+from evaluation.attention.figures import point_maps, point_maps_row, stacked
+from evaluation.attention.maps import BodyTruth, Pointing, body_truth, mean_over, pck, pointing, shares
 from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
-from evaluation.attention.shares import mean_over, shares
 
 PARTS = {
     "head": ("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
@@ -24,22 +23,22 @@ PARTS = {
     "arms": ("left_elbow", "right_elbow", "left_wrist", "right_wrist"),
     "legs": ("left_knee", "right_knee", "left_ankle", "right_ankle"),
 }
+PART_INDICES = {part: [COCO_KEYPOINTS.index(name) for name in names] for part, names in PARTS.items()}
 
 
 def truths(run: RecordedRun, reference: Poses, reference_map: np.ndarray | None = None) -> dict[str, BodyTruth]:
-    """The true places of a run's recorded keypoints, for each of its sides; see `body_truth`."""
+    """The true coordinates of a run's recorded keypoints by side, see `body_truth`."""
     return {
         name: body_truth(side.recorded, reference, side.calibration, reference_map) for name, side in run.sides.items()
     }
 
 
-def seen_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
+def visible_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
     """Names of recorded keypoints that a frame and the reference show."""
-    names = run.plain.recorded.names
-    places = truths(run, reference)["without TPC"].places[0, run.plain.recorded.selection.place("frames", frame), :, 0]
-    in_frame = ~np.isnan(run.plain.recorded.points[frame]).any(axis=-1)
-    in_reference = ~places.isnan().any(-1).numpy()
-    return [name for name, seen in zip(names, in_frame & in_reference, strict=True) if seen]
+    recorded = run.plain.recorded
+    coords = truths(run, reference)["without TPC"].coords[0, recorded.selection.place("frames", frame), :, 0]
+    visible = ~np.isnan(recorded.points[frame]).any(axis=-1) & ~coords.isnan().any(-1).numpy()
+    return [name for name, shown in zip(recorded.names, visible, strict=True) if shown]
 
 
 def denoising_rows(
@@ -47,24 +46,21 @@ def denoising_rows(
 ) -> np.ndarray:
     """A keypoint of one frame through denoising, a row for each side, as in Figure 2; (h, w, 3) uint8.
 
-    A circle marks the keypoint's true place, a cross the strongest attention; the image shown is the one of
+    A circle marks the keypoint's true coordinates, a cross the strongest attention; the image shown is the one of
     reference and calibrated image that gets most.
-
-    Raises:
-        UserError: the keypoint is not visible in the frame, or something was not recorded.
     """
     rows = []
     found = truths(run, reference)
     for name, side in run.sides.items():
-        number = side.recorded.query_number(side.recorded.layers[0], keypoint)
-        seen = looks(side.recorded, found[name], run.reference, side.calibration, keypoint, frame, steps)
-        point = side.recorded.points[frame, number]
-        rows.append(looks_row(seen, side.frames[frame], point, name, steps, height))
+        query = side.recorded.query_number(side.recorded.layers[0], keypoint)
+        maps = point_maps(side.recorded, found[name], run.reference, side.calibration, keypoint, frame, steps)
+        point = side.recorded.points[frame, query]
+        rows.append(point_maps_row(maps, side.frames[frame], point, name, steps, height))
     return stacked(rows)
 
 
 def pointings(run: RecordedRun, reference: Poses, radius: float = 0.15) -> dict[str, dict[str, Pointing]]:
-    """How every layer of both sides points: side -> layer -> `Pointing`, heads averaged."""
+    """`Pointing` of every layer of both sides, heads averaged: side -> layer -> it."""
     found = truths(run, reference)
     return {
         name: {layer: pointing(side.recorded, found[name], layer, radius) for layer in side.recorded.layers}
@@ -82,37 +78,22 @@ def over_layers(by_layer: Mapping[str, Pointing], measure: str, radius: float = 
 
 
 def accuracy_by_part(by_layer: Mapping[str, Pointing], radius: float = 0.15) -> dict[str, float]:
-    """Pointing accuracy by part of the body, mean over layers, steps and frames; parts that are not seen are left out.
-
-    The first person of the recording counts.
-    """
+    """Pointing accuracy by visible part of the body of the first person, mean over layers, steps and frames."""
     accuracy = over_layers(by_layer, "accuracy", radius)
-    means = {part: accuracy[..., numbers].nanmean().item() for part, numbers in part_numbers().items()}
+    means = {part: accuracy[..., indices].nanmean().item() for part, indices in PART_INDICES.items()}
     return {part: mean for part, mean in means.items() if not np.isnan(mean)}
 
 
 def layer_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> np.ndarray:
     """(layers, s) pointing accuracy of a side's layers, heads averaged, over frames and keypoints."""
-    return (
-        over_layers(pointings(run, reference, radius)[known_side(run, side)], "accuracy", radius)
-        .nanmean((2, 3))
-        .numpy()
-    )
+    by_layer = pointings(run, reference, radius)[known_side(run, side)]
+    return over_layers(by_layer, "accuracy", radius).nanmean((2, 3)).numpy()
 
 
 def share_means(side: RecordedSide, mask: np.ndarray) -> dict[str, float]:
-    """How the attention of the recorded points is divided: what gets it -> mean share; they sum to 1.
-
-    Args:
-        mask: (H, W) bool, the persons in the model's reference image.
-    """
+    """Mean `shares` of the recorded points over layers, with the persons' mask (H, W) in the model's reference."""
     layers = [shares(side.recorded, layer, mask) for layer in side.recorded.layers]
     return {part: float(np.mean([mean_over(found[part]) for found in layers])) for part in layers[0]}
-
-
-def part_numbers() -> dict[str, list[int]]:
-    """Numbers of the keypoints of each part of the body."""
-    return {part: [COCO_KEYPOINTS.index(name) for name in names] for part, names in PARTS.items()}
 
 
 def known_side(run: RecordedRun, side: str) -> str:
@@ -125,17 +106,14 @@ def known_side(run: RecordedRun, side: str) -> str:
 def short_layer(layer: str) -> str:
     """A layer's name without the parts that all layers share: "up 0.1" for up_blocks.0.attentions.1...attn1."""
     block, *rest = layer.split(".")
-    numbers = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
-    return f"{block.split('_')[0]} {'.'.join(numbers)}"
+    indices = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
+    return f"{block.split('_')[0]} {'.'.join(indices)}"
 
 
 def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> dict[str, np.ndarray]:
     """Pointing accuracy of every head of every layer: part of the body -> (layers, heads), over steps and frames.
 
-    Needs heads apart. NaN where no keypoint of the part is visible in frames and reference.
-
-    Raises:
-        UserError: a side that the run does not have, or the mean over heads was recorded.
+    NaN where no keypoint of the part is visible in frames and reference.
     """
     recorded = run.sides[known_side(run, side)].recorded
     if "heads" in recorded.selection.mean:
@@ -144,8 +122,8 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
     found = {part: [] for part in PARTS}
     for layer in recorded.layers:
         accuracy = pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius)  # (s, f, a, p)
-        for part, numbers in part_numbers().items():
-            found[part].append(accuracy[..., numbers].nanmean((0, 1, 3)).numpy())
+        for part, indices in PART_INDICES.items():
+            found[part].append(accuracy[..., indices].nanmean((0, 1, 3)).numpy())
     heads = max(len(row) for rows in found.values() for row in rows)
     return {
         part: np.stack([np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in rows])
@@ -183,9 +161,9 @@ def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figur
     figure = Figure(figsize=(3 + 1.2 * len(groups), 2.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(values)
-    for number, (name, inner) in enumerate(values.items()):
-        places = [groups.index(group) + (number - (len(values) - 1) / 2) * width for group in inner]
-        axes.bar(places, list(inner.values()), width, label=name)
+    for index, (name, inner) in enumerate(values.items()):
+        lefts = [groups.index(group) + (index - (len(values) - 1) / 2) * width for group in inner]
+        axes.bar(lefts, list(inner.values()), width, label=name)
     axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axes.set_ylabel(label)
     figure.legend(loc="outside right upper", frameon=False)

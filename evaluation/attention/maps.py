@@ -1,4 +1,4 @@
-"""What recorded attention says: where a point of the body looks, and where it should.
+"""Recorded attention against the truth: where a point of the body attends, and where it should; shares of attention.
 
     names, points = body_points(driving.poses, frame_map, size)
     with AttentionRecording(AttentionConfig(mean=["heads"]), points, names) as recording:
@@ -6,11 +6,11 @@
     truth = body_truth(recording.result, reference.poses, calibration)
     pointing(recording.result, truth, layer).accuracy(radius=0.15)
 
-A point is a keypoint of a person in a driving frame; its true place is the same keypoint in the reference, and in a
-calibrated image the place to which the calibration's transform moves that. Distances are in body heights of the person
+A point is a keypoint of a person in a driving frame. Its true coordinates are those of the same keypoint in the
+reference; the calibration's transform moves them into a calibrated image. Distances are in body heights of the person
 as the image shows them, so images of small and of large persons compare.
 
-Shapes use s = steps, f = frames, a = heads, p = points, k = images that may be looked at (the reference, then a
+Shapes use s = steps, f = frames, a = heads, p = points or queries, k = attended images (the reference, then a
 calibrated image a person), h, w = a layer's grid, r = h*w tokens of an image.
 """
 
@@ -32,10 +32,12 @@ from models.attention.measures import (
     entropy,
     mass_within,
     normalised,
+    region_share,
     token_coords,
     value_at_argmax,
 )
 from models.attention.record import RecordedAttention
+from models.attention.tokens import pool_masks
 from tpc import Calibration
 from tpc.silhouettes import body_height, visible
 
@@ -45,40 +47,26 @@ JOINTS = len(COCO_KEYPOINTS)
 
 @dataclass(frozen=True)
 class BodyTruth:
-    """Where the points of a recording are in the images they may look at.
+    """Coordinates of a recording's points in the attended images, in pixels of the model's frame."""
 
-    Attributes:
-        places: (s, f, p, k, 2) in pixels of the model's frame, (x, y); NaN where the image does not show the point,
-            or is not of its person.
-        heights: (s, f, p, k) body height of the point's person in the image, pixels; NaN where it is not of them.
-        size: (width, height) of the images.
-    """
-
-    places: Tensor
-    heights: Tensor
-    size: tuple[int, int]
+    coords: Tensor  # (s, f, p, k, 2), (x, y); NaN where the image does not show the point, or is not of its person
+    heights: Tensor  # (s, f, p, k), body height of the point's person in the image; NaN where it is not of them
+    size: tuple[int, int]  # (width, height) of the images
 
 
 @dataclass(frozen=True)
 class Pointing:
-    """How attention points in one layer; NaN where a point is not visible in the frame or in the reference.
+    """Attention of one layer against the truth, in body heights; NaN where frame or reference hide a point."""
 
-    Attributes:
-        strongest: (s, f, a, p) distance of the strongest token of all images from the true place in its image, in
-            body heights; 0 when the token holds it.
-        offset: (s, f, a, p, 2) from the true place to the centroid, in the image that gets most, body heights.
-        entropy: (s, f, a, p) of attention over all images, nats.
-        near: (s, f, a, p) part of attention to images that falls on tokens within the `radius` that was asked for.
-    """
-
+    # (s, f, a, p), from the true coordinates to the strongest token of all images; 0 when the token holds them
     strongest: Tensor
-    offset: Tensor
-    entropy: Tensor
-    near: Tensor
+    offset: Tensor  # (s, f, a, p, 2), from the true coordinates to the centroid in the image that gets most
+    entropy: Tensor  # (s, f, a, p), of attention over all images, nats
+    near: Tensor  # (s, f, a, p), part of attention to images that falls within the `radius` that was asked for
 
     @property
     def centroid(self) -> Tensor:
-        """(s, f, a, p) distance of the centroid from the true place, body heights."""
+        """(s, f, a, p) distance of the centroid from the true coordinates."""
         return self.offset.norm(dim=-1)
 
     def accuracy(self, radius: float, by: str = "strongest") -> Tensor:
@@ -94,33 +82,28 @@ class Pointing:
 def body_points(
     poses: Poses, frame_map: np.ndarray, size: tuple[int, int], threshold: float = SCORE
 ) -> tuple[list[str], np.ndarray]:
-    """Names and places (f, persons*17, 2) of keypoints in the model's frame, for `AttentionRecording`.
+    """Names and coordinates (f, persons*17, 2) of keypoints in the model's frame, for `AttentionRecording`.
 
-    Keypoints below the threshold or outside the frame are NaN. Persons after the first have their number in the name.
+    Keypoints below the threshold or outside the frame are NaN.
 
     Args:
-        frame_map: (3, 3), pixels of the driving clip to the model's frame.
-        size: (width, height) of the model's frame.
+        frame_map: (3, 3), pixels of the driving clip to the model's frame of `size` (width, height).
     """
     moved = poses.mapped(frame_map, size).clipped()
-    seen = visible(moved.scores, moved.keypoints, threshold)
-    points = np.where(seen[..., None], moved.keypoints, np.nan).reshape(poses.frames, -1, 2)
+    shown = visible(moved.scores, moved.keypoints, threshold)
+    points = np.where(shown[..., None], moved.keypoints, np.nan).reshape(poses.frames, -1, 2)
     names = [f"{name} {person}" if person else name for person in range(poses.persons) for name in COCO_KEYPOINTS]
     return names, points.astype(np.float32)
 
 
 def require_reference(recorded: RecordedAttention) -> None:
-    """Refuse recordings in which no map of the reference can be read.
-
-    Raises:
-        UserError: calibrated images took the reference's place, or an image's tokens have no place in it.
-    """
+    """Refuse recordings in which no map of the reference can be read."""
     if recorded.selection.replaced:
         raise UserError("tpc.attach=replace shows no reference beside calibrated images; record with tpc.attach=add")
     for name, shape in recorded.selection.layers.items():
         if shape.layout.grid is None:
             raise UserError(
-                f"{name} sees tokens that mix the whole image, so its attention points nowhere in it; what each "
+                f"{name} attends to tokens that mix the whole image, so it points nowhere in it; what each "
                 "image gets in all is in the recording's maps"
             )
 
@@ -133,17 +116,13 @@ def body_truth(
     persons: Sequence[int] | None = None,
     threshold: float = SCORE,
 ) -> BodyTruth:
-    """Where the points of `body_points` are in the reference and in the calibrated images.
+    """Coordinates of the points of `body_points` in the reference and in the calibrated images.
 
     Args:
         reference: pose of the reference, in its own pixels; one frame.
-        calibration: what the run was given.
+        calibration: of the run.
         reference_map: (3, 3), pixels of the reference to the model's frame; None: it is fitted in whole.
-        persons: which person of the reference every person of the points is; None: in order.
-
-    Raises:
-        UserError: no map of the reference, points that are not 17 keypoints a person, persons that the reference does
-            not show, or a running mean over steps or frames while the calibrated image changes.
+        persons: index in the reference of every person of the points; None: in order.
     """
     require_reference(recorded)
     selection = recorded.selection
@@ -157,33 +136,30 @@ def body_truth(
     if reference_map is None:
         reference_map = fit_matrix(reference.size, selection.size, "contain")
     steps, frames = selection.shape(recorded.layers[0])[:2]
-    places = np.full((steps, frames, selection.points, selection.images, 2), np.nan)
-    heights = np.full(places.shape[:-1], np.nan)
+    coords = np.full((steps, frames, selection.points, selection.images, 2), np.nan)
+    heights = np.full(coords.shape[:-1], np.nan)
     matrices = image_matrices(recorded, calibration, reference_map)
-    for number, person in enumerate(persons):
-        rows = slice(number * JOINTS, (number + 1) * JOINTS)
+    for index, person in enumerate(persons):
+        rows = slice(index * JOINTS, (index + 1) * JOINTS)
         keypoints = map_points(reference.keypoints[0, person].astype(np.float64), reference_map)
-        seen = visible(reference.scores[0, person], keypoints, threshold)
-        height = body_height(keypoints, seen) or np.nan
-        shown = np.where(seen[:, None], keypoints, np.nan)
-        places[:, :, rows, 0], heights[:, :, rows, 0] = shown, height
+        known = visible(reference.scores[0, person], keypoints, threshold)
+        height = body_height(keypoints, known) or np.nan
+        shown = np.where(known[:, None], keypoints, np.nan)  # (17, 2)
+        coords[:, :, rows, 0], heights[:, :, rows, 0] = shown, height
         if selection.images > 1:
             moves = matrices[:, :, person]  # (s, f, 3, 3)
-            places[:, :, rows, 1 + person] = shown @ moves[..., :2, :2].mT + moves[..., None, :2, 2]
-            scale = np.sqrt(np.abs(np.linalg.det(moves[..., :2, :2])))
+            coords[:, :, rows, 1 + person] = shown @ moves[..., :2, :2].mT + moves[..., None, :2, 2]
+            scale = np.sqrt(np.abs(np.linalg.det(moves[..., :2, :2])))  # (s, f)
             heights[:, :, rows, 1 + person] = (scale * height)[..., None]
-    return BodyTruth(torch.from_numpy(places), torch.from_numpy(heights), selection.size)
+    return BodyTruth(torch.from_numpy(coords), torch.from_numpy(heights), selection.size)
 
 
 def image_matrices(
     recorded: RecordedAttention, calibration: Calibration | None, reference_map: np.ndarray
 ) -> np.ndarray:
-    """(s, f, persons, 3, 3): from the reference to the calibrated image each frame saw, both in the model's frame.
+    """(s, f, persons, 3, 3): from the reference to each frame's calibrated image, both in the model's frame.
 
-    NaN where a person is not calibrated.
-
-    Raises:
-        UserError: the mean over steps or frames was recorded, and they saw different images.
+    NaN where a person is not calibrated. A mean over steps or frames with different calibrated images is refused.
     """
     selection = recorded.selection
     persons = selection.images - 1
@@ -196,7 +172,7 @@ def image_matrices(
     for axis, name in enumerate(("steps", "frames")):
         if name in selection.mean:
             if (images != images.take([0], axis)).any():
-                raise UserError(f"mean: {name} saw different calibrated images, which have no common true place")
+                raise UserError(f"mean: {name} have different calibrated images, which have no common true place")
             images = images.take([0], axis)
     to_model = np.linalg.inv(reference_map)
     found = np.full((*images.shape, 3, 3), np.nan)
@@ -217,50 +193,47 @@ def layer_maps(recorded: RecordedAttention, layer: str, mean_heads: bool = True)
 def pointing(
     recorded: RecordedAttention, truth: BodyTruth, layer: str, radius: float = 0.15, mean_heads: bool = True
 ) -> Pointing:
-    """How the attention of one layer points; heads apart without `mean_heads`."""
+    """Attention of one layer against the truth; heads apart without `mean_heads`."""
     return pointing_of(layer_maps(recorded, layer, mean_heads), truth, recorded.grid(layer), radius)
 
 
 def pointing_of(maps: Tensor, truth: BodyTruth, grid: tuple[int, int], radius: float = 0.15) -> Pointing:
-    """How attention maps (s, f, a, p, k, r) point; everything but `strongest` is differentiable in them.
-
-    All images are one field of view: with exclusive masks a point on a calibrated person does not see the reference.
-    """
+    """Attention maps (s, f, a, p, k, r) against the truth; everything but `strongest` is differentiable in them."""
     width, height = truth.size
-    places = token_coords(truth.places.to(maps), (height, width), grid)[:, :, None]  # (s, f, 1, p, k, 2)
-    # Pixels are square, tokens of rounded grids nearly so.
+    coords = token_coords(truth.coords.to(maps), (height, width), grid)[:, :, None]  # (s, f, 1, p, k, 2)
+    # Tokens a body height: pixels are square, tokens of rounded grids nearly so.
     unit = (truth.heights.to(maps) * (grid[0] * grid[1] / (height * width)) ** 0.5)[:, :, None]
-    gaps = (edge_distances(places, grid) / unit[..., None]).nan_to_num(nan=torch.inf).flatten(-2)
+    gaps = (edge_distances(coords, grid) / unit[..., None]).nan_to_num(nan=torch.inf).flatten(-2)
     given = maps.sum(-1)  # (s, f, a, p, k)
-    total = given.sum(-1)
-    known = (total > EPS) & ~places[..., 0, 0].isnan()
-    everywhere = normalised(maps, dim=(-2, -1)).flatten(-2)
+    known = (given.sum(-1) > EPS) & ~coords[..., 0, 0].isnan()  # (s, f, a, p)
+    # All images are one field of view: with exclusive masks a point on a calibrated person does not see the reference.
+    everywhere = normalised(maps, dim=(-2, -1)).flatten(-2)  # (s, f, a, p, k*r)
     gaps = gaps.expand_as(everywhere)
-    best = given.argmax(-1)[..., None, None]
-    chosen = maps.gather(-2, best.expand(*maps.shape[:-2], 1, maps.shape[-1]))[..., 0, :]
-    expected = places.expand(*given.shape, 2).gather(-2, best.expand(*best.shape[:-1], 2))[..., 0, :]
+    best = given.argmax(-1)[..., None, None]  # (s, f, a, p, 1, 1)
+    chosen = maps.gather(-2, best.expand(*maps.shape[:-2], 1, maps.shape[-1]))[..., 0, :]  # (s, f, a, p, r)
+    expected = coords.expand(*given.shape, 2).gather(-2, best.expand(*best.shape[:-1], 2))[..., 0, :]
     scale = unit.expand_as(given).gather(-1, best[..., 0])
     offset = (centroid(normalised(chosen), grid) - expected) / scale
     return Pointing(
-        _where(known, value_at_argmax(everywhere.nan_to_num(), gaps)),
-        _where(known[..., None], offset),
-        _where(known, entropy(everywhere)),
-        _where(known, mass_within(everywhere, gaps, radius)),
+        torch.where(known, value_at_argmax(everywhere.nan_to_num(), gaps), torch.nan),
+        torch.where(known[..., None], offset, torch.nan),
+        torch.where(known, entropy(everywhere), torch.nan),
+        torch.where(known, mass_within(everywhere, gaps, radius), torch.nan),
     )
 
 
 def chance(recorded: RecordedAttention, truth: BodyTruth, layer: str, person: np.ndarray, radius: float) -> Tensor:
-    """(s, f, p) accuracy of a look at a random token of the person in the reference, to compare `accuracy` with.
+    """(s, f, p) `accuracy` of attention to a random token of the person in the reference.
 
     Args:
-        person: (r,) part of every reference token that the person covers, see `tpc.attach.pool_masks`.
+        person: (r,) part of every reference token that the person covers, see `token_coverage`.
     """
     grid, (width, height) = recorded.grid(layer), truth.size
-    places = token_coords(truth.places[..., 0, :], (height, width), grid)
+    coords = token_coords(truth.coords[..., 0, :], (height, width), grid)
     unit = truth.heights[..., 0] * (grid[0] * grid[1] / (height * width)) ** 0.5
-    gaps = edge_distances(places, grid) / unit[..., None]
+    gaps = edge_distances(coords, grid) / unit[..., None]
     found = mass_within(normalised(torch.as_tensor(person).to(gaps)), gaps, radius)
-    return _where(~places[..., 0].isnan(), found)
+    return torch.where(~coords[..., 0].isnan(), found, torch.nan)
 
 
 def pck(distances: Tensor, radii: Sequence[float]) -> np.ndarray:
@@ -271,5 +244,47 @@ def pck(distances: Tensor, radii: Sequence[float]) -> np.ndarray:
     return np.array([float((known <= radius).float().mean()) for radius in radii])
 
 
-def _where(known: Tensor, values: Tensor) -> Tensor:
-    return torch.where(known, values, torch.nan)
+SELF, PERSON, BACKGROUND = "self", "reference person", "reference background"
+
+
+def shares(
+    recorded: RecordedAttention, layer: str, reference_mask: np.ndarray, mean_heads: bool = True
+) -> dict[str, Tensor]:
+    """(s, f, a, p) attention of every query to `SELF` (and class tokens, see `RecordedAttention.own`), `PERSON`,
+    `BACKGROUND`, and "calibrated 0" ... for every person; they sum to 1.
+
+    Args:
+        reference_mask: (H, W) bool, the persons in the model's reference image.
+    """
+    require_reference(recorded)
+    maps = layer_maps(recorded, layer, mean_heads)
+    own = torch.from_numpy(np.asarray(recorded.own[layer]))
+    found = {SELF: own.mean(dim=2, keepdim=True) if mean_heads else own}
+    return found | image_shares(maps, token_coverage(reference_mask, recorded.grid(layer)))
+
+
+def image_shares(maps: Tensor, person: Tensor) -> dict[str, Tensor]:
+    """`shares` without the frame itself, of maps (..., k, r) and persons (r,); differentiable."""
+    found = {
+        PERSON: region_share(maps[..., 0, :], person.to(maps)),
+        BACKGROUND: region_share(maps[..., 0, :], 1 - person.to(maps)),
+    }
+    return found | {f"calibrated {k}": maps[..., 1 + k, :].sum(-1) for k in range(maps.shape[-2] - 1)}
+
+
+def token_coverage(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """(r,) part of every token of a grid that a mask (H, W) bool covers."""
+    return pool_masks(torch.from_numpy(np.ascontiguousarray(mask)), grid)
+
+
+def mean_over(values: Tensor, weights: Tensor | None = None) -> float | None:
+    """Mean over queries (..., p) that are not NaN; None when all are.
+
+    Args:
+        weights: (p,) or (..., p), such as the `token_coverage` of the driving person, or 1 minus it for the
+            background's queries.
+    """
+    known = ~values.isnan()
+    weights = known.to(values.dtype) * (1 if weights is None else weights.to(values))
+    total = float(weights.sum())
+    return float((values.nan_to_num() * weights).sum()) / total if total > 0 else None

@@ -1,4 +1,4 @@
-"""An image animated with a clip, without and with TPC, and what the frames of both results looked at.
+"""An image animated with a clip, without and with TPC, and the recorded attention of both results.
 
     reference, driving = load_inputs("photo.png", "dance.mp4", sampling)
     run = record_both(pipeline, reference, driving, sampling, CalibrationConfig())
@@ -28,51 +28,34 @@ from tpc import Calibration, CalibrationConfig
 
 @dataclass(frozen=True)
 class RecordedSide:
-    """One of the two results.
+    """One of the two results."""
 
-    Attributes:
-        frames: (f, H, W, 3) uint8 RGB.
-        recorded: what their tokens looked at, heads averaged.
-        calibration: what TPC did; None: the result is without it.
-    """
-
-    frames: np.ndarray
-    recorded: RecordedAttention
-    calibration: Calibration | None
+    frames: np.ndarray  # (f, H, W, 3) uint8 RGB
+    recorded: RecordedAttention  # heads averaged
+    calibration: Calibration | None  # None: the result is without TPC
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Both results of the same image, clip and noise.
+    """Both results of the same image, clip and noise."""
 
-    Attributes:
-        reference: (H, W, 3) uint8 RGB, as the model gets it; poses: (f, H, W, 3), the pose images.
-        driving: (f, H, W, 3), the clip in the model's frame; the pose images where only poses were given.
-        keypoints: (f, p, 2) where the body is in the frames, see `evaluation.attention.maps.body_points`.
-        plain, calibrated: results without and with TPC.
-    """
-
-    reference: np.ndarray
-    poses: np.ndarray
-    driving: np.ndarray
-    keypoints: np.ndarray
-    plain: RecordedSide
-    calibrated: RecordedSide
+    reference: np.ndarray  # (H, W, 3) uint8 RGB, as the model gets it
+    poses: np.ndarray  # (f, H, W, 3), the pose images
+    driving: np.ndarray  # (f, H, W, 3), the clip in the model's frame; the pose images where only poses were given
+    keypoints: np.ndarray  # (f, p, 2), see `evaluation.attention.maps.body_points`
+    plain: RecordedSide  # without TPC
+    calibrated: RecordedSide  # with TPC
 
     @property
     def sides(self) -> dict[str, RecordedSide]:
-        """Both results by what to call them."""
+        """Both results by their names in figures."""
         return {"without TPC": self.plain, "with TPC": self.calibrated}
 
 
 def load_inputs(
     image: str | Path, clip: str | Path, sampling: SamplingConfig, pose: PoseConfig | None = None
 ) -> tuple[Reference, Driving]:
-    """Read an image and a clip and estimate their poses and masks.
-
-    Raises:
-        UserError: unreadable files, or nobody in them.
-    """
+    """Read an image and a clip and estimate their poses and masks."""
     pose = pose or PoseConfig()
     estimator = cache(lambda: open_estimator(pose))
     reference = load_reference(image, None, None, estimator, pose.max_persons)
@@ -96,13 +79,10 @@ def record_both(
     """Animate without and with TPC and record the attention of both.
 
     Args:
-        config: what is recorded; None: every step and layer, heads averaged.
-        keypoints_only: record what the keypoints of the clip's persons look at, under their names, in place of every
-            query token.
+        config: None: every step and layer, heads averaged.
+        keypoints_only: record the keypoints of the clip's persons as queries, under their names, in place of every
+            token.
         watch: gets the seconds of every stage.
-
-    Raises:
-        UserError: a size that the model cannot do, or a recording above the configuration's limit.
     """
     config = config or AttentionConfig(mean=["heads"])
     alone = replace(sampling, compare=False)
@@ -125,11 +105,7 @@ def record_both(
 def affordable_steps(
     pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig, limit_bytes: int
 ) -> list[int]:
-    """The most denoising steps, spread evenly to the last one, that `record_both` can keep of every query token.
-
-    Raises:
-        UserError: the limit is too low for one step.
-    """
+    """The most denoising steps, spread evenly to the last one, that `record_both` can keep of every query token."""
     size = framing(pipeline, reference, driving, sampling).size
     run = pipeline.attention_run(driving.poses.frames, size, sampling.steps)
     both = run, replace(run, images=1 + reference.poses.persons)
