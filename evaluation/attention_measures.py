@@ -15,7 +15,7 @@ from torch import Tensor
 from core.files import complete_file, write_json
 from data.inputs import Reference
 from data.transforms import apply_fit
-from evaluation.attention.figures import looks, looks_row
+from evaluation.attention.figures import point_maps, point_maps_row
 from evaluation.attention.maps import (
     BACKGROUND,
     PERSON,
@@ -198,8 +198,8 @@ def _looks_image(
         calibration = animation.calibration
         # On the outline much attention goes to the reference's background; the question is where on the body.
         image = int(calibration is not None and calibration.member[frame, 0] >= 0)
-        found = looks(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
-        return looks_row(found, animation.result[frame], point, name.replace("_", " "), chosen)
+        found = point_maps(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
+        return point_maps_row(found, animation.result[frame], point, name.replace("_", " "), chosen)
     return None
 
 

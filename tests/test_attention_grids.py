@@ -7,6 +7,7 @@ import torch
 from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
 from evaluation.attention.grids import (
+    PART_INDICES,
     PARTS,
     accuracy_by_part,
     denoising_rows,
@@ -17,7 +18,6 @@ from evaluation.attention.grids import (
     lines_by_radius,
     lines_by_step,
     over_layers,
-    part_numbers,
     pointings,
     share_means,
     short_layer,
@@ -47,7 +47,7 @@ def reference(inputs):
 
 def test_every_keypoint_is_of_one_part():
     assert sorted(name for names in PARTS.values() for name in names) == sorted(COCO_KEYPOINTS)
-    assert sorted(number for numbers in part_numbers().values() for number in numbers) == list(range(17))
+    assert sorted(number for numbers in PART_INDICES.values() for number in numbers) == list(range(17))
 
 
 def test_keypoints_seen_in_both(run, reference):
@@ -98,7 +98,7 @@ def test_layers_and_parts_agree_with_the_whole(run, reference):
     by_layer = layer_accuracy(run, reference, "without TPC")
     assert np.allclose(by_layer, accuracy.nanmean((2, 3)))
     parts = accuracy_by_part(layers)
-    known = {part: int((~accuracy[..., numbers].isnan()).sum()) for part, numbers in part_numbers().items()}
+    known = {part: int((~accuracy[..., numbers].isnan()).sum()) for part, numbers in PART_INDICES.items()}
     assert set(parts) == {part for part, count in known.items() if count}
     whole = sum(parts[part] * known[part] for part in parts) / sum(known.values())
     assert whole == pytest.approx(float(accuracy.nanmean()))
