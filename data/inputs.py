@@ -1,4 +1,4 @@
-"""What a user gives to animate: a reference image and a driving video, with poses and masks given or estimated."""
+"""Inputs of an animation: a reference image and a driving video, with poses and masks given or estimated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,36 +17,22 @@ SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.pe
 
 @dataclass(frozen=True)
 class Reference:
-    """The image whose person is animated.
+    """Image whose person is animated."""
 
-    Attributes:
-        image: (h, w, 3) uint8 RGB.
-        poses: one frame; None when neither given nor wanted.
-        masks: (persons, h, w) bool, or None.
-    """
-
-    image: np.ndarray
-    poses: Poses | None
-    masks: np.ndarray | None
+    image: np.ndarray  # (h, w, 3) uint8 RGB
+    poses: Poses | None  # one frame; None when neither given nor wanted
+    masks: np.ndarray | None  # (persons, h, w) bool
 
 
 @dataclass(frozen=True)
 class Driving:
-    """The motion.
+    """Motion of f frames."""
 
-    Attributes:
-        frames: (f, h, w, 3) uint8 RGB, or None when only poses were given.
-        poses: f frames; None when there are pose images and no poses were given or wanted.
-        masks: (f, persons, h, w) bool, or None.
-        images: pose images as the model takes them (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn.
-        image_fps: frames per second of the pose images.
-    """
-
-    frames: np.ndarray | None
-    poses: Poses | None
-    masks: np.ndarray | None
-    images: np.ndarray | None = None
-    image_fps: float = 0.0
+    frames: np.ndarray | None  # (f, h, w, 3) uint8 RGB; None when only poses were given
+    poses: Poses | None  # None when there are pose images and no poses were given or wanted
+    masks: np.ndarray | None  # (f, persons, h, w) bool
+    images: np.ndarray | None = None  # pose images (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn
+    image_fps: float = 0.0  # frames per second of the pose images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,10 +54,9 @@ def load_reference(
     """Read the reference image; estimate its poses and masks unless they are given.
 
     Args:
-        path: image.
         poses: pose file, or None to estimate.
         mask: 8-bit image, 255 = person; a folder with p0.png, p1.png for several persons; or None.
-        estimator: makes the pose estimator, called only when it is needed; None leaves `poses` None without a file.
+        estimator: opens the pose estimator when it is needed; None leaves `poses` None without a file.
 
     Raises:
         UserError: unreadable files, sizes that disagree, an image without a person.
@@ -111,17 +96,16 @@ def load_driving(
         path: video, or None when poses are given.
         poses: pose file of all frames of the video, or None to estimate.
         masks: folder with 000000.png (one person) or 000000_p0.png; or None.
-        max_frames: frames to use, counted after `stride`.
-        stride: use every stride-th frame.
+        max_frames: counted after every stride-th frame was taken.
         images: video or folder of pose images, one for each frame of the video and of its shape; or None.
-        poses_wanted: False leaves out what is not needed beside `images`: the video, its poses and masks.
+        poses_wanted: False reads `images` alone.
 
     Raises:
         UserError: unreadable files, counts or sizes that disagree, a video without a person.
     """
-    shown = None if images is None else strided_video(images, "pose_images", max_frames, stride)
-    if shown is not None and not poses_wanted:
-        return Driving(None, None, None, shown.frames, shown.fps)
+    pose_images = None if images is None else strided_video(images, "pose_images", max_frames, stride)
+    if pose_images is not None and not poses_wanted:
+        return Driving(None, None, None, pose_images.frames, pose_images.fps)
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
     video = None if path is None else strided_video(path, "driving", max_frames, stride)
@@ -139,13 +123,15 @@ def load_driving(
     used = found.poses
     if not (used.scores > 0).any():
         raise UserError(f"driving_poses={poses}: no keypoint of any frame has a score above 0")
-    if shown is not None:
-        used = matching_images(used, shown, images)
+    if pose_images is not None:
+        used = matching_images(used, pose_images, images)
     person_masks = None if found.masks is None else found.masks[: used.frames]
     if masks is not None:
         person_masks = read_driving_masks(Path(masks), used.frames, used.persons, used.size, stride)
     frames = None if video is None else video.frames[: used.frames]
-    return Driving(frames, used, person_masks, *(() if shown is None else (shown.frames[: used.frames], shown.fps)))
+    if pose_images is None:
+        return Driving(frames, used, person_masks)
+    return Driving(frames, used, person_masks, pose_images.frames[: used.frames], pose_images.fps)
 
 
 def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
@@ -156,11 +142,7 @@ def strided_video(path: str | Path, argument: str, max_frames: int | None, strid
 
 
 def given_poses(path: str | Path, video: Video | None, max_frames: int | None, stride: int) -> Poses:
-    """Every stride-th frame of a pose file, in pixels of the video and no more than it has.
-
-    Args:
-        video: what `strided_video` read with the same numbers, or None.
-    """
+    """Every stride-th frame of a pose file, in pixels of the `strided_video` and no more than it has."""
     size, fps = (video.size, video.fps * stride) if video else (None, None)
     poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
     used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
@@ -168,11 +150,7 @@ def given_poses(path: str | Path, video: Video | None, max_frames: int | None, s
 
 
 def matching_images(poses: Poses, images: Video, path: str | Path) -> Poses:
-    """The poses that pose images go with; the last few may lack an image, as tools often lose a frame.
-
-    Raises:
-        UserError: other numbers or another shape.
-    """
+    """Poses cut to the number of pose images; the last few may lack one, as tools often lose a frame."""
     frames = len(images.frames)
     if abs(poses.frames - frames) > max(2, poses.frames // 50):
         raise UserError(f"pose_images={path} has {frames} frames, the driving clip has {poses.frames}")
@@ -181,11 +159,7 @@ def matching_images(poses: Poses, images: Video, path: str | Path) -> Poses:
 
 
 def fitting_poses(poses: Poses, size: tuple[int, int], argument: str) -> Poses:
-    """Poses in an image's pixels: resized when they are of the image at another resolution.
-
-    Raises:
-        UserError: the aspect ratios differ by more than rounding.
-    """
+    """Poses in an image's pixels, resized when they are of the image at another resolution."""
     if poses.size == tuple(size):
         return poses
     require_shape(poses.size, size, argument)

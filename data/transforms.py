@@ -25,11 +25,9 @@ def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, 
 
 
 def fit_matrix(source: tuple[int, int], target: tuple[int, int], mode: str = "cover") -> np.ndarray:
-    """Similarity without rotation (3, 3) that centres an image in a frame.
+    """Similarity without rotation (3, 3) that centres an image of (width, height) in a frame.
 
-    Args:
-        source, target: (width, height) in pixels.
-        mode: "cover" fills the frame and cuts what sticks out; "contain" shows everything and leaves borders.
+    Mode "cover" fills the frame and cuts what sticks out; "contain" shows everything and leaves borders.
     """
     if mode not in FIT_MODES:
         raise ValueError(f"mode must be one of {FIT_MODES}, got {mode!r}")
@@ -48,15 +46,10 @@ def resize_matrix(source: tuple[int, int], target: tuple[int, int]) -> np.ndarra
 
 
 def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | None, mode: str) -> np.ndarray | None:
-    """Similarity without rotation (3, 3) from an image to the model's frame.
+    """Similarity without rotation (3, 3) from an image of (width, height) to the model's frame, by one of `CROPS`.
 
-    Args:
-        source, target: (width, height) in pixels.
-        box: around everybody over the whole clip; None: nobody to mind.
-        mode: one of `CROPS`.
-
-    Returns:
-        None when the box does not fit into the largest window of the target's shape (mode "person").
+    None when the box around everybody over the whole clip does not fit into the largest window of the target's shape
+    (mode "person").
     """
     if mode not in CROPS:
         raise ValueError(f"mode must be one of {CROPS}, got {mode!r}")
@@ -69,7 +62,7 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
     starts = []
     for side, length, (low, high) in zip(source, target, ends, strict=True):
         window = length / scale
-        start = (side - window) / 2  # in units of pixels from the image's edge
+        start = (side - window) / 2  # pixels from the image's edge
         if box is not None and window <= side:
             if high - low > window + _TOLERANCE:
                 return None
@@ -82,8 +75,7 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
 def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: str = "replicate") -> np.ndarray:
     """Resample an image or mask (h, w[, 3]) uint8 by a `fit_matrix` or `crop_matrix` into a frame of (width, height).
 
-    Args:
-        border: "replicate" the outermost pixels, or "zero", where the image does not reach.
+    Where the image does not reach, `border` decides: "replicate" the outermost pixels, or "zero".
     """
     scale = matrix[0, 0]
     if scale < 1:

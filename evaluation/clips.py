@@ -14,9 +14,8 @@ from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
 from data.poses.poses import Poses
-from data.preparation.clips import video_of
+from data.preparation.clips import read_union, video_of
 from data.preparation.manifest import has_manifest, read_manifest
-from data.preparation.masks import read_union
 from data.transforms import apply_fit, fit_matrix
 from data.video.images import natural_order
 from data.video.reading import VideoReader

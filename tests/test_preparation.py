@@ -15,9 +15,9 @@ import pytest
 from core.errors import UserError
 from data.poses.person import Box
 from data.poses.poses import PoseConfig, Poses
+from data.preparation.clips import read_union
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import Fingerprint, Manifest, read_manifest, read_record, record_path, write_manifest
-from data.preparation.masks import read_union
 from data.preparation.prepare import PreparedClips, hold_out, prepare_clips
 from data.preparation.settings import PrepareConfig, Shard, process_shard
 from tests.filmed import FRAME, FigureEstimator, Film, figure_film, save_frames, save_prepared_videos, save_video

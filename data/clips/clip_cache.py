@@ -36,9 +36,7 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
     """Make the cache of all clips of a data set in `folder`, unless it is there already.
 
     Args:
-        clips: items as in `data.clips.rendered`.
         description: everything the items depend on, as JSON values.
-        workers: loader processes.
     """
     folder = Path(folder)
     index = folder / INDEX

@@ -71,7 +71,7 @@ class FeatureCache:
         return f"other {changed[0]}" if changed else None
 
     def write(self, name: str, features: dict[str, Tensor], inputs: FeatureInputs) -> None:
-        """Keep the features of a clip, tensors with a row for each frame; the file appears when it is complete."""
+        """Write the features of a clip, tensors with a row for each frame; the file appears when it is complete."""
         frames = {len(value) for value in features.values()}
         if len(frames) != 1:
             raise ValueError(f"features must have a row for each frame, got {sorted(frames)} rows")

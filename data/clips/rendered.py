@@ -59,8 +59,7 @@ class RenderedPeople(Dataset):
 
     Args:
         size: (width, height) in pixels.
-        num_frames: of a clip; 1 for single images.
-        fps: of the motion before every `stride`-th frame is taken.
+        fps: of the motion, before every `stride`-th frame is taken.
         split: "train" or "heldout"; they share no body, no outfit and no clip.
         length: number of clips.
         cameras: in place of the framing of `people`.

@@ -20,10 +20,9 @@ from core.errors import UserError
 from data.clips.feature_cache import FeatureCache
 from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, pixel_tensor
 from data.poses.poses import Poses
-from data.preparation.clips import UsableClip, read_frames, summarize, usable_clips
+from data.preparation.clips import UsableClip, read_frames, read_union, summarize, usable_clips
 from data.preparation.layouts import VIDEO_SUFFIXES
 from data.preparation.manifest import Clip, Fingerprint
-from data.preparation.masks import read_union
 from data.transforms import CROPS, apply_fit, resize_matrix
 from data.video.images import list_images
 from data.video.reading import VideoReader
@@ -45,8 +44,6 @@ class VideoFolder(Dataset):
     Args:
         root: the folder, or its manifest; videos may lie in folders below it.
         size: (width, height) in pixels.
-        num_frames: of a clip; 1 for single images.
-        stride: step between the frames of a clip.
         length: number of items, a walk through all clips again and again, each time in another order; None: as many
             as there are clips.
         crop: one of `data.transforms.CROPS`.

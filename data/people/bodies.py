@@ -119,9 +119,7 @@ def random_identity(
 def build_person(identity: Identity, library: PeopleLibrary, texture_size: int = 256) -> Person:
     """Dress the identity's body.
 
-    Args:
-        texture_size: side of the square texture of each part in texels; 256 suits persons up to 512 px high,
-            128 is enough below 200 px.
+    `texture_size` is the side of each part's square texture: 256 suits persons up to 512 px high, 128 below 200 px.
     """
     if identity.body not in library.bodies:
         raise ValueError(f"identity.body must be one of the library's bodies, got {identity.body!r}")

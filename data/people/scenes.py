@@ -87,8 +87,7 @@ def misaligned_reference(
     """Scene's reference with the person framed otherwise than in the clip.
 
     Args:
-        scale: factor on the person's size.
-        rotation: turn added in the image plane, radians, clockwise as seen.
+        rotation: turn added in the image plane, radians, clockwise.
         shift: added to the person's position, as shares of the image's width and height.
         background: (h, w, 3) uint8, of any size, which the reference then has; None: the scene's own.
     """

@@ -57,9 +57,8 @@ def axis_rotation(axis: int, angle: np.ndarray) -> np.ndarray:
 
 
 def rotations_from_angles(angles: np.ndarray) -> np.ndarray:
-    """Joint rotations (..., 19, 3, 3) from anatomical angles (..., 19, 3) in radians.
+    """Joint rotations (..., 19, 3, 3) from anatomical angles (..., 19, 3) in radians: `bend`, `side` and `twist`.
 
-    The three angles of a joint are `bend`, `side` and `twist`:
         bend: trunk, neck and head forward; arm, forearm and thigh forward (flexion); shin backward (knee flexion);
             toes up.
         side: limbs away from the body's middle; clavicle up; trunk and head towards the person's left.
@@ -103,8 +102,6 @@ def rest_to_neutral(joints: np.ndarray) -> np.ndarray:
 def pose_joints(joints: np.ndarray, neutral: np.ndarray, pose: Pose, height: float) -> np.ndarray:
     """Skinning transforms (19, 3, 4), rest -> world, of a posed body.
 
-    The ground is z = 0: the lower ankle is put at its standing height, plus `pose.translation[2]`.
-
     Args:
         joints: (19, 3) at rest, metres, soles at z = 0.
         neutral: (19, 3, 3) from `rest_to_neutral`.
@@ -119,6 +116,7 @@ def pose_joints(joints: np.ndarray, neutral: np.ndarray, pose: Pose, height: flo
         world[joint] = world[parent] @ pose.rotations[joint]
         bone = neutral[parent] @ (joints[joint] - joints[parent])
         position[joint] = position[parent] + world[parent] @ bone
+    # The ground is z = 0: the lower ankle is put at its standing height, plus the translation's.
     ankles = [JOINT_INDEX["left_foot"], JOINT_INDEX["right_foot"]]
     position[:, :2] += pose.translation[:2] * height
     position[:, 2] += ANKLE_HEIGHT * height + pose.translation[2] * height - position[ankles, 2].min()

@@ -72,12 +72,7 @@ class _Person(PersonEstimate):
 class BlazePose:
     """Pose estimator with the published BlazePose networks on the CPU.
 
-    Args:
-        heavy: the heavy landmark network: about three times slower and less noisy than the full one.
-        threads: CPU threads of the networks.
-
-    Raises:
-        UserError: a model file is missing; the message says how to fetch it.
+    The heavy landmark network is about three times slower and less noisy than the full one.
     """
 
     def __init__(self, heavy: bool = False, threads: int = 2):
@@ -90,11 +85,7 @@ class BlazePose:
         return _with_exclusive_masks([self._refine(image, person) for person in found])
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not visible.
-
-        A person is followed from frame to frame. Frames in which somebody is missing are searched: at all rotations
-        when a person has just been lost and in every tenth frame, upright otherwise.
-        """
+        """Persons in each frame, in fixed slots: a list of `max_persons`, None for those who are not visible."""
         persons: list[_Person | None] = [None] * max_persons
         last_seen = persons
         for index, frame in enumerate(frames):
@@ -102,6 +93,7 @@ class BlazePose:
             distinct = distinct_persons([person for person in followed if person is not None])
             followed = [person if person in distinct else None for person in followed]
             if None in followed:
+                # Searched at all rotations when a person has just been lost and in every tenth frame, else upright.
                 just_lost = followed.count(None) > persons.count(None)
                 plan = UPRIGHT
                 if just_lost or index % _SEARCH_INTERVAL == 0:

@@ -51,11 +51,7 @@ class BoxScore:
 
 
 class DWPose:
-    """Top-down pose estimator: boxes from YOLOX, keypoints from RTMPose. It gives no masks.
-
-    Raises:
-        UserError: a file is missing, is not ONNX, or has other inputs and outputs than these networks have.
-    """
+    """Top-down pose estimator: boxes from YOLOX, keypoints from RTMPose. It gives no masks."""
 
     def __init__(self, detector: str | Path, pose: str | Path, threads: int = 2):
         self._detector = _OnnxNet(detector, "YOLOX detector", outputs=1, threads=threads)
@@ -83,7 +79,7 @@ class DWPose:
         return by_prominence(distinct_persons(persons), image.shape[1::-1])[:max_persons]
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for who is not visible."""
+        """Persons in each frame, in fixed slots: a list of `max_persons`, None for those who are not visible."""
         last_seen: list[PersonEstimate | None] = [None] * max_persons
         for frame in frames:
             persons = by_prominence(distinct_persons(self._upright(frame)), frame.shape[1::-1])

@@ -209,18 +209,14 @@ def _triplets(values: Any) -> np.ndarray:
 
 def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
     slots = max((len(persons) for persons in read.frames), default=0)
-    shape = (len(read.frames), slots)
-    keypoints, scores = np.zeros((*shape, 17, 2), np.float32), np.zeros((*shape, 17), np.float32)
     # Formats list persons in no order, so they are followed from frame to frame.
     last_seen: list[PersonEstimate | None] = [None] * slots
-    for index, persons in enumerate(read.frames):
+    tracks = []
+    for persons in read.frames:
         estimates = by_prominence([_person(person, size, read.relative) for person in persons], size)
-        matched = assign_slots(last_seen, estimates)
-        last_seen = [now or before for now, before in zip(matched, last_seen, strict=True)]
-        for slot, person in enumerate(matched):
-            if person is not None:
-                keypoints[index, slot], scores[index, slot] = person.keypoints, person.scores
-    return Poses(keypoints, scores, size, fps)
+        tracks.append(assign_slots(last_seen, estimates))
+        last_seen = [now or before for now, before in zip(tracks[-1], last_seen, strict=True)]
+    return Poses.of_persons(tracks, size, fps)
 
 
 def _person(person: np.ndarray, size: tuple[int, int], relative: bool) -> PersonEstimate:

@@ -51,6 +51,17 @@ class Poses:
         for name, value in zip(_ARRAYS, (keypoints, scores, size, fps), strict=True):
             object.__setattr__(self, name, value)
 
+    @classmethod
+    def of_persons(cls, slots: list[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> Poses:
+        """Poses of persons by frame and slot, with as many slots in each frame; None for a missing person."""
+        shape = (len(slots), len(slots[0]) if slots else 0)
+        keypoints, scores = np.zeros((*shape, 17, 2), np.float32), np.zeros((*shape, 17), np.float32)
+        for frame, persons in enumerate(slots):
+            for slot, person in enumerate(persons):
+                if person is not None:
+                    keypoints[frame, slot], scores[frame, slot] = person.keypoints, person.scores
+        return cls(keypoints, scores, size, fps)
+
     @property
     def frames(self) -> int:
         return self.keypoints.shape[0]
@@ -188,11 +199,7 @@ class PoseEstimator(Protocol):
 
 
 def open_estimator(config: PoseConfig) -> PoseEstimator:
-    """Pose estimator that the configuration names.
-
-    Raises:
-        UserError: an unknown backend, missing model files, settings that contradict each other.
-    """
+    """Pose estimator that the configuration names; `UserError` for missing model files."""
     check_config(config, "pose")
     # Imported here: most programs need poses, few need an estimator, and none needs both.
     if config.backend == "dwpose":
@@ -242,17 +249,16 @@ def estimate_poses(
 
 
 def _collect(slots: list[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
-    shape = (len(slots), len(slots[0]))
-    keypoints, scores = np.zeros((*shape, 17, 2), np.float32), np.zeros((*shape, 17), np.float32)
-    masked = any(person is not None and person.mask is not None for persons in slots for person in persons)
-    masks = np.zeros((*shape, size[1], size[0]), bool) if masked else None
-    for frame, persons in enumerate(slots):
-        for slot, person in enumerate(persons):
-            if person is not None:
-                keypoints[frame, slot], scores[frame, slot] = person.keypoints, person.scores
-                if person.mask is not None:
-                    masks[frame, slot] = person.mask
-    return PoseEstimate(Poses(keypoints, scores, size, fps), masks)
+    masks = {
+        (frame, slot): person.mask
+        for frame, persons in enumerate(slots)
+        for slot, person in enumerate(persons)
+        if person is not None and person.mask is not None
+    }
+    stacked = np.zeros((len(slots), len(slots[0]), size[1], size[0]), bool) if masks else None
+    for index, mask in masks.items():
+        stacked[index] = mask
+    return PoseEstimate(Poses.of_persons(slots, size, fps), stacked)
 
 
 def _real_array(name: str, value: np.ndarray) -> np.ndarray:

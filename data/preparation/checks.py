@@ -16,9 +16,9 @@ from core.errors import UserError
 from data.poses.files import load_poses
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
+from data.preparation.clips import mask_files
 from data.preparation.layouts import SourceClip, find_clips
 from data.preparation.manifest import Clip, has_manifest, read_manifest
-from data.preparation.masks import mask_files
 from data.preparation.report import ClipFacts, Finding, Report
 from data.preparation.settings import CheckConfig
 from data.transforms import crop_matrix

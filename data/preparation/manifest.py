@@ -63,7 +63,7 @@ class Clip:
     name: str  # unique within the data set
     video: Path  # file, or folder of frames
     poses: Path  # of `data.poses.poses.Poses`, one pose a frame
-    masks: Path | None  # folder, see `data.preparation.masks`; None: every pixel counts as the person's
+    masks: Path | None  # folder, see `data.preparation.clips`; None: every pixel counts as the person's
     frames: int
     fps: float
     size: tuple[int, int]

@@ -11,18 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from core.config import config_dict
 from core.errors import UserError
 from core.files import complete_folder, remove_partial
 from data.poses.files import load_poses
-from data.poses.person import Box, joint_box, mask_box
+from data.poses.person import Box, PersonEstimate, joint_box, mask_box
 from data.poses.poses import PoseConfig, PoseEstimator, Poses
+from data.preparation.clips import MaskWriter, import_masks, mask_files, numbered_masks
 from data.preparation.layouts import SourceClip
 from data.preparation.manifest import Fingerprint, read_record, record_path, stored_path, write_record
-from data.preparation.masks import MaskWriter, import_masks, mask_files, numbered_masks
 from data.preparation.settings import PrepareConfig
 from data.video.images import read_image
 from data.video.reading import VideoReader
@@ -174,20 +173,18 @@ def _follow(
     reader: VideoReader, writer: MaskWriter | None, config: PoseConfig, estimator: PoseEstimator
 ) -> tuple[Poses, list[Box]]:
     """Poses of a clip, and the boxes of the masks that were written."""
-    frames, slots = len(reader), config.max_persons
-    keypoints, scores = np.zeros((frames, slots, 17, 2), np.float32), np.zeros((frames, slots, 17), np.float32)
+    tracks: list[list[PersonEstimate | None]] = []
     boxes: list[Box] = []
-    for index, persons in enumerate(estimator.video(_with_bar(reader), slots)):
+    for index, persons in enumerate(estimator.video(_with_bar(reader), config.max_persons)):
         for slot, person in enumerate(persons):
-            if person is None:
-                continue
-            keypoints[index, slot], scores[index, slot] = person.keypoints, person.scores
-            if writer is not None and person.mask is not None:
+            if writer is not None and person is not None and person.mask is not None:
                 writer.write(index, slot, person.mask)
                 box = mask_box(person.mask)
                 boxes.extend([] if box is None else [box])
-    used = [slot for slot in range(slots) if (scores[:, slot] > 0).any()]
-    poses = Poses(keypoints[:, used], scores[:, used], reader.size, reader.fps)
+        tracks.append([person and PersonEstimate(person.keypoints, person.scores, None, 0.0) for person in persons])
+    poses = Poses.of_persons(tracks, reader.size, reader.fps)
+    used = poses.present().any(axis=0)
+    poses = Poses(poses.keypoints[:, used], poses.scores[:, used], reader.size, reader.fps)
     return (poses.smoothed(config.smoothing) if config.smoothing else poses), boxes
 
 

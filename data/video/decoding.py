@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,25 +23,6 @@ _DECORD_PIXELS = ("yuv420p",)
 _SEEK_COST = 12
 
 
-@dataclass(frozen=True)
-class StreamFacts:
-    """Facts from the header, the packets and the first frame of a video stream; names are FFmpeg's."""
-
-    container: str  # file format
-    codec: str
-    pixels: str  # pixel format
-    decoder: str | None  # to use in place of FFmpeg's own
-    stored_size: tuple[int, int]  # (width, height) of the decoded frames
-    shown_size: tuple[int, int]  # with the pixel aspect ratio and the rotation applied
-    quarter_turns: int  # counter-clockwise, from the decoded to the shown image
-    ticks: np.ndarray | None  # (frames,) presentation time stamps in order; None when the file gives none
-    times: np.ndarray  # (declared,) seconds at which each frame begins, the first at 0
-    count: int  # frames in the file
-    declared: int  # frames that the header announces; above `count` when the file is cut short
-    duration: float  # seconds
-    nominal_fps: float  # by the header
-
-
 class VideoFile:
     """Stored frames of a video file as RGB images, in one form with `FolderOfFrames`.
 
@@ -55,19 +35,59 @@ class VideoFile:
 
     def __init__(self, path: str | Path, argument: str):
         self._path, self._name = Path(path), f"{argument}={path}"
-        self._facts = facts = self._read_facts()
-        self.times, self.duration, self.nominal_fps = facts.times, facts.duration, facts.nominal_fps
-        self.size = facts.shown_size
+        with self._opened() as (container, stream):
+            self._read_first_frame(container, stream)
+        with self._opened() as (container, stream):
+            self._read_times(container, stream)
         self._decord = None
+
+    def _read_first_frame(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        codec = stream.codec_context.name
+        # To use in place of FFmpeg's own.
+        self._decoder = _ALPHA_DECODERS.get(codec) if stream.metadata.get("alpha_mode") == "1" else None
+        try:
+            frame = next(self._decoded(container, stream), None)
+        except FFmpegError as error:
+            raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
+        if frame is None:
+            raise UserError(f"{self._name} is a video without frames")
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        self._unturned_size = (max(1, round(frame.width * aspect)), frame.height)
+        self._quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, from the decoded image
+        self.size = self._unturned_size[::-1] if self._quarter_turns % 2 else self._unturned_size  # (width, height)
+        self._indexed_format = container.format.name in _INDEXED_FORMATS
         self._decord_may_read = (
-            facts.container in _INDEXED_FORMATS
-            and facts.codec in _DECORD_CODECS
-            and facts.pixels in _DECORD_PIXELS
-            and facts.decoder is None
-            and facts.ticks is not None
-            and facts.stored_size == facts.shown_size
-            and facts.quarter_turns == 0
+            self._indexed_format
+            and codec in _DECORD_CODECS
+            and frame.format.name in _DECORD_PIXELS
+            and self._decoder is None
+            and self.size == (frame.width, frame.height)
+            and self._quarter_turns == 0
         )
+
+    def _read_times(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        """Read the times of the frames from the packets alone, without decoding."""
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        tick = float(stream.time_base)
+        nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+        stamps = [packet.pts for packet in packets]
+        if None in stamps or len(set(stamps)) < len(stamps):
+            ticks, missing = None, 0  # the file gives no presentation time stamps
+            duration, times = len(packets) * nominal, np.arange(len(packets)) * nominal
+        else:
+            last = max(packets, key=lambda packet: packet.pts)
+            ticks = np.sort(np.array(stamps, dtype=np.int64))
+            times = (ticks - ticks[0]) * tick
+            last_duration = last.duration * tick if last.duration else nominal
+            duration = float(times[-1]) + last_duration
+            missing = _missing_frames(container, stream, len(packets), duration, nominal)
+            times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])
+        self._ticks = ticks  # (count,) presentation time stamps in order, or None
+        self._count = len(packets)  # frames in the file; fewer than `times` when it is cut short
+        self.times = times  # (frames,) seconds at which each frame begins, the first at 0
+        self.duration = duration + missing * nominal  # seconds
+        self.nominal_fps = 1 / nominal  # by the header
+        self._decord_may_read = self._decord_may_read and ticks is not None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decord": None}  # an open decoder cannot travel to another process
@@ -85,13 +105,13 @@ class VideoFile:
                 yield image if previous is None else previous
             yield image
             expected = index + 1
-        if expected < self._facts.declared:
+        if expected < len(self.times):
             raise self._stopped(expected)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
         """Frames by index, in that order."""
-        if (indices >= self._facts.count).any():
-            raise self._stopped(self._facts.count)
+        if (indices >= self._count).any():
+            raise self._stopped(self._count)
         frames = self._pick_with_decord(indices) if self._decord_may_read else None
         return self._pick_by_seeking(indices) if frames is None else frames
 
@@ -107,7 +127,7 @@ class VideoFile:
         try:
             if self._decord is None:
                 self._decord = decord.VideoReader(str(self._path), num_threads=1)
-            if len(self._decord) == self._facts.count:
+            if len(self._decord) == self._count:
                 return list(self._decord.get_batch(indices.tolist()).asnumpy())
         except (RuntimeError, decord.DECORDError):
             pass  # damaged: seeking finds out where
@@ -130,7 +150,7 @@ class VideoFile:
 
     def _decode_from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Pairs of index and decoded frame, from `first` on."""
-        seeking = first > 0 and self._facts.ticks is not None and self._facts.container in _INDEXED_FORMATS
+        seeking = first > 0 and self._ticks is not None and self._indexed_format
         index = -1
         try:
             for index, frame in self._indexed(seek_to=first if seeking else None):
@@ -142,28 +162,27 @@ class VideoFile:
             raise self._stopped(max(index + 1, first), error.strerror) from None
 
     def _indexed(self, seek_to: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-        ticks = self._facts.ticks
+        ticks = self._ticks
         with self._opened() as (container, stream):
             if seek_to is not None:
                 container.seek(int(ticks[seek_to]), stream=stream, backward=True)
-            for position, frame in enumerate(_decoded(container, stream, self._facts.decoder)):
+            for position, frame in enumerate(self._decoded(container, stream)):
                 index = position if ticks is None else int(np.searchsorted(ticks, frame.pts, side="right")) - 1
                 if index >= 0:  # frames that an edit list hides come before the first
                     yield index, frame
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
-        turned = self._facts.quarter_turns % 2
-        width, height = self._facts.shown_size[::-1] if turned else self._facts.shown_size
+        width, height = self._unturned_size
         if any(component.is_alpha for component in frame.format.components):
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
             image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         else:
             image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(image, self._facts.quarter_turns))
+        return np.ascontiguousarray(np.rot90(image, self._quarter_turns))
 
     def _stopped(self, index: int, reason: str = "the file is damaged or cut short") -> UserError:
-        return UserError(f"{self._name}: decoding stopped at frame {index} of {self._facts.declared} ({reason})")
+        return UserError(f"{self._name}: decoding stopped at frame {index} of {len(self.times)} ({reason})")
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
@@ -176,69 +195,14 @@ class VideoFile:
                 raise UserError(f"{self._name} has no video stream")
             yield container, container.streams.video[0]
 
-    def _read_facts(self) -> StreamFacts:
-        with self._opened() as (container, stream):
-            codec = stream.codec_context
-            decoder = _ALPHA_DECODERS.get(codec.name) if stream.metadata.get("alpha_mode") == "1" else None
-            try:
-                frame = next(_decoded(container, stream, decoder), None)
-            except FFmpegError as error:
-                raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
-            if frame is None:
-                raise UserError(f"{self._name} is a video without frames")
-            aspect = Fraction(stream.sample_aspect_ratio or 1)
-            shown = (max(1, round(frame.width * aspect)), frame.height)
-            quarter_turns = round(frame.rotation / 90) % 4
-            facts = {
-                "container": container.format.name,
-                "codec": codec.name,
-                "pixels": frame.format.name,
-                "decoder": decoder,
-                "stored_size": (frame.width, frame.height),
-                "shown_size": shown[::-1] if quarter_turns % 2 else shown,
-                "quarter_turns": quarter_turns,
-            }
-        with self._opened() as (container, stream):
-            return StreamFacts(**facts, **_read_times(container, stream))
-
-
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, decoder: str | None
-) -> Iterator[av.VideoFrame]:
-    if decoder is None:
-        stream.codec_context.thread_count = 1  # starting more costs more than they gain in clips of a few seconds
-        yield from container.decode(stream)
-        return
-    context = av.CodecContext.create(decoder, "r")
-    for packet in container.demux(stream):
-        yield from context.decode(packet if packet.size else None)
-
-
-def _read_times(container: av.container.InputContainer, stream: av.VideoStream) -> dict:
-    """Those `StreamFacts` about time that the packets tell without decoding."""
-    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    tick = float(stream.time_base)
-    nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-    stamps = [packet.pts for packet in packets]
-    if None in stamps or len(set(stamps)) < len(stamps):
-        ticks, missing = None, 0
-        duration, seconds = len(packets) * nominal, np.arange(len(packets)) * nominal
-    else:
-        last = max(packets, key=lambda packet: packet.pts)
-        ticks = np.sort(np.array(stamps, dtype=np.int64))
-        seconds = (ticks - ticks[0]) * tick
-        last_duration = last.duration * tick if last.duration else nominal
-        duration = float(seconds[-1]) + last_duration
-        missing = _missing_frames(container, stream, len(packets), duration, nominal)
-        seconds = np.concatenate([seconds, seconds[-1] + nominal * np.arange(1, missing + 1)])
-    return {
-        "ticks": ticks,
-        "times": seconds,
-        "count": len(packets),
-        "declared": len(packets) + missing,
-        "duration": duration + missing * nominal,
-        "nominal_fps": 1 / nominal,
-    }
+    def _decoded(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+        if self._decoder is None:
+            stream.codec_context.thread_count = 1  # starting more costs more than they gain in clips of a few seconds
+            yield from container.decode(stream)
+            return
+        context = av.CodecContext.create(self._decoder, "r")
+        for packet in container.demux(stream):
+            yield from context.decode(packet if packet.size else None)
 
 
 def _missing_frames(

@@ -40,7 +40,6 @@ class VideoReader:
     repeated or left out. The file's rotation and pixel aspect ratio are applied, transparency is laid over white.
 
     Args:
-        path: a video file, an animated image, a still image or a folder of images.
         fps: rate to read at; None takes the average rate of the video (25 for folders and stills).
         argument: what the path was given as, for error messages.
 
@@ -90,11 +89,7 @@ class VideoReader:
                 return
 
     def get(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames by index, in this order, (len(indices), h, w, 3); negative indices count from the end.
-
-        Raises:
-            IndexError: an index outside the video.
-        """
+        """Frames by index, in this order, (len(indices), h, w, 3); negative indices count from the end."""
         stored = self._stored[np.asarray(indices, dtype=np.int64).reshape(-1)]
         width, height = self.size
         return np.stack(self._source.pick(stored)) if len(stored) else np.zeros((0, height, width, 3), np.uint8)
