@@ -23,7 +23,7 @@ from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext, fused_layers
 from models.attention.layers import token_levels, unet_layers
 from models.attention.processors import set_reference_processors
-from models.checkpoints.sizes import (
+from models.checkpoints.networks import (
     MotionSizes,
     UNetSizes,
     make_control_net,

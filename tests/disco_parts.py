@@ -8,11 +8,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from models.animators.disco.checkpoint import CLIP, POSITIONS, VAE, disco_manifest, load_disco
 from models.animators.disco.model import DiscoPipeline
 from models.animators.disco.networks import DiscoControlNet, DiscoUNet
-from models.checkpoints.autoencoder import old_names
+from models.checkpoints.convert import published_scheduler
 from models.checkpoints.loading import shapes_of
-from models.checkpoints.sizes import UNetSizes, control_net_arguments, unet_arguments
-from models.checkpoints.synthetic import synthetic_tensors
-from models.schedules import published_scheduler
+from models.checkpoints.names import old_names
+from models.checkpoints.networks import UNetSizes, control_net_arguments, unet_arguments
+from models.checkpoints.verify import synthetic_tensors
 
 SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)
 POSE_CHANNELS = (8, 16, 16)  # factor 4, as the VAE

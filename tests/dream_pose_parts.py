@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from models.animators.dream_pose.checkpoint import dream_pose_unet_manifest, load_adapter, load_dream_pose_unet
+from models.animators.dream_pose.checkpoint import (
+    dream_pose_unet_manifest,
+    load_adapter,
+    load_dream_pose_unet,
+    null_latents,
+)
 from models.animators.dream_pose.model import DreamPosePipeline
-from models.checkpoints.autoencoder import load_autoencoder, make_autoencoder, old_names
-from models.checkpoints.convert_dream_pose import null_latents
-from models.checkpoints.loading import shapes_of
-from models.checkpoints.sizes import Shapes, UNetSizes
-from models.checkpoints.synthetic import synthetic_tensors
-from models.schedules import published_scheduler
+from models.checkpoints.convert import published_scheduler
+from models.checkpoints.loading import Shapes, shapes_of
+from models.checkpoints.names import old_names
+from models.checkpoints.networks import UNetSizes, load_autoencoder, make_autoencoder
+from models.checkpoints.verify import synthetic_tensors
 
 TOKENS, WIDTH, GRID = 5, 16, (5, 4)
 FRAMES, SIZE, LATENTS = 6, (20, 16), (10, 8)  # (height, width)

@@ -10,22 +10,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from models.animators.animate_anyone.checkpoint import pose_guider_manifest
+from models.animators.magic_animate.checkpoint import appearance_encoder_manifest, empty_prompt
 from models.animators.magic_animate.model import MagicAnimatePipeline
-from models.checkpoints.convert_magic_animate import empty_prompt
-from models.checkpoints.manifests import (
+from models.checkpoints.convert import families, published_scheduler
+from models.checkpoints.networks import (
+    MotionSizes,
+    UNetSizes,
     animated_unet_manifest,
-    appearance_encoder_manifest,
     control_net_manifest,
+    load_control_net,
+    load_denoising_unet,
+    load_reference_net,
     motion_manifest,
-    pose_guider_manifest,
     reference_unet_manifest,
     unet_manifest,
 )
-from models.checkpoints.networks import load_control_net, load_denoising_unet, load_reference_net
-from models.checkpoints.sizes import MotionSizes, UNetSizes
-from models.checkpoints.sources import WINDOWS
-from models.checkpoints.synthetic import synthetic_tensors
-from models.schedules import published_scheduler
+from models.checkpoints.verify import synthetic_tensors
 
 SIZES = UNetSizes(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=16)
 MOTION = MotionSizes()
@@ -122,7 +123,7 @@ def small_magic_pipeline() -> MagicAnimatePipeline:
         control_net=load_control_net(published_tensors("densepose_controlnet"), "densepose_controlnet"),
         prompt=empty_prompt(small_text_encoder()),
         scheduler=published_scheduler("magic_animate"),
-        window_size=WINDOWS["magic_animate"],
+        window_size=families()["magic_animate"].window,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

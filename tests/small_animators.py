@@ -7,13 +7,13 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from models.animators.registry import animator_class
 from models.pipeline import AnimationPipeline
 from tests.networks import TINY
 from tests.test_animators import calibration
 from tpc import Calibration
 from training.build import make_pipeline
 from training.config import NoiseConfig
-from training.kinds import KINDS
 
 SIZE, LATENTS, FRAMES = (32, 24), (6, 8), 4
 
@@ -23,7 +23,7 @@ def small_pipeline(kind: str, temporal: bool = False) -> AnimationPipeline:
     """Every parameter random, so that no path is a no-op; not to be changed.
 
     Args:
-        kind: of `training.kinds.KINDS`.
+        kind: of `models.animators.registry.ANIMATORS`.
         temporal: with what the stage of clips adds.
     """
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def small_pipeline(kind: str, temporal: bool = False) -> AnimationPipeline:
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
     )
-    model = KINDS[kind](TINY, 4, 32)
+    model = animator_class(kind).small(TINY, 4, 32)
     if temporal:
         model.prepare_stage("motion")
     for parameter in model.parameters():

@@ -7,9 +7,9 @@ import infer
 from core.config import load_config
 from core.errors import UserError
 from inference.animate import SamplingConfig
+from models.animators.registry import ANIMATORS
 from models.schedules import noise_level
 from tests.small_animators import calibrated, sample, small_pipeline
-from training.kinds import KINDS
 
 STEPS = 4
 SETTINGS = {
@@ -19,7 +19,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(ANIMATORS))
 def pipeline(request):
     return small_pipeline(request.param)
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from models.animators.base import Animator
-from models.animators.registry import PIPELINES
+from models.animators.registry import ANIMATORS, animator_class, pipeline_of
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig
 from tests.networks import TINY
@@ -18,7 +18,6 @@ from tpc.augmentation import CalibratedTrainingConfig
 from training.build import make_pipeline, make_scheduler, set_trainable
 from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.kinds import KINDS
 from training.noise import sample_generators
 from training.objective import diffusion_loss
 from training.traits import TrainingTraits
@@ -37,11 +36,11 @@ def vae() -> AutoencoderTiny:
     ).eval()
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(ANIMATORS))
 def model(request) -> Animator:
     """Small networks, every parameter random, so that no path is a no-op."""
     torch.manual_seed(1)
-    made = KINDS[request.param](TINY, 4, 32)
+    made = animator_class(request.param).small(TINY, 4, 32)
     for parameter in made.parameters():
         if parameter.numel() and parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -78,7 +77,7 @@ def run(pipeline, inputs, **arguments) -> torch.Tensor:
 def test_every_model_animates_with_and_without_tpc(model, vae, inputs):
     pipeline = make_pipeline(vae, model, NoiseConfig())
     pipeline.set_progress_bar_config(disable=True)
-    assert PIPELINES[type(pipeline).__name__] is type(pipeline) and type(pipeline.animator) is type(model)
+    assert pipeline_of(type(model)) is type(pipeline) and type(pipeline.animator) is type(model)
     base = run(pipeline, inputs)
     assert base.shape == (1, 4, FRAMES, 6, 8) and base.isfinite().all()
     assert not torch.allclose(base, run(pipeline, inputs, guidance_scale=1.0), atol=1e-4)

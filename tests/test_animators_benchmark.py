@@ -11,11 +11,11 @@ from core.errors import UserError
 from evaluation.tasks.animators import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
 from evaluation.tasks.misalignment import Values
 from evaluation.trials import Variant
+from models.animators.registry import ANIMATORS, animator_class
 from tests.networks import TINY
 from tests.training_runs import make_vae
 from training.build import load_vae, make_pipeline
 from training.config import NoiseConfig
-from training.kinds import KINDS
 
 KIND_CLIPS = {"aligned": ["a"], "scale": ["b", "c"], "rotation": ["d"]}
 
@@ -25,10 +25,10 @@ def models(tmp_path_factory) -> list[str]:
     """Pipeline folders of new tiny networks of every kind."""
     folder = tmp_path_factory.mktemp("models")
     vae = load_vae(make_vae(folder / "vae"))
-    for kind, small in KINDS.items():
+    for kind in ANIMATORS:
         torch.manual_seed(0)
-        make_pipeline(vae, small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
-    return [str(folder / kind) for kind in KINDS]
+        make_pipeline(vae, animator_class(kind).small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
+    return [str(folder / kind) for kind in ANIMATORS]
 
 
 def known_values() -> Values:

@@ -9,23 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import with_motion
+from models.animators.magic_animate.checkpoint import empty_prompt
 from models.animators.magic_animate.model import MagicAnimatePipeline
 from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
-from models.checkpoints.convert import convert
-from models.checkpoints.convert_magic_animate import empty_prompt
-from models.checkpoints.manifests import (
-    reference_unet_manifest,
-)
+from models.checkpoints.convert import convert, convert_config, families, published_scheduler
 from models.checkpoints.names import module_names
-from models.checkpoints.networks import (
-    with_motion,
-)
-from models.checkpoints.sizes import UNetSizes
-from models.checkpoints.sources import WINDOWS, ConvertConfig
-from models.checkpoints.synthetic import synthetic_tensors
+from models.checkpoints.networks import UNetSizes, reference_unet_manifest
+from models.checkpoints.verify import synthetic_tensors
 from models.pipeline import AnimationPipeline
-from models.schedules import SCHEDULES, published_scheduler
 from tests.published import (
     published_tensors,
     small_text_encoder,
@@ -56,7 +49,7 @@ def test_animate_anyone_becomes_a_pipeline(weights, tmp_path):
 
 
 def test_magic_animate_becomes_a_pipeline(weights, tmp_path):
-    convert(ConvertConfig("magic_animate", str(tmp_path / "p"), weights=str(weights)))
+    convert(convert_config("magic_animate", str(tmp_path / "p"), weights=str(weights)))
     pipeline = load_pipeline(tmp_path / "p")
     assert type(pipeline) is MagicAnimatePipeline and pipeline.config.window_size == 16
     assert pipeline.denoising_unet.config.norm_scope == "clip" and pipeline.config.fusion_blocks == "midup"
@@ -69,7 +62,9 @@ def assert_same_schedule(pipeline, family) -> None:
     """A pipeline folder samples with its family's own table."""
     expected = published_scheduler(family)
     assert torch.equal(pipeline.scheduler.alphas_cumprod, expected.alphas_cumprod)
-    assert {name: pipeline.scheduler.config[name] for name in SCHEDULES[family]} == SCHEDULES[family]
+    assert {name: pipeline.scheduler.config[name] for name in families()[family].schedule} == families()[
+        family
+    ].schedule
 
 
 def test_what_is_new_is_said(weights, tmp_path, capsys):
@@ -89,7 +84,7 @@ def test_stable_diffusion_becomes_a_start_for_training(weights, tmp_path):
         "controlnet": str(weights / "densepose_controlnet"),
         "weights": str(weights),
     }
-    convert(ConvertConfig("stable_diffusion", str(tmp_path / "p"), **arguments))
+    convert(convert_config("stable_diffusion", str(tmp_path / "p"), **arguments))
     pipeline = load_pipeline(tmp_path / "p")
     reference, unet = pipeline.reference_net.state_dict(), pipeline.denoising_unet.state_dict()
     assert all(torch.equal(value, unet[name]) for name, value in reference.items())
@@ -122,7 +117,9 @@ def test_schedules_are_those_of_the_table_in_the_notes(family, row):
     scheduler = published_scheduler(family)
     assert scheduler.config.prediction_type == {"velocity": "v_prediction", "noise": "epsilon"}[prediction]
     assert scheduler.config.timestep_spacing == spacing and scheduler.config.steps_offset == 1
-    assert str(WINDOWS[family] or "all the motion modules know") == window and not scheduler.config.clip_sample
+    assert (
+        str(families()[family].window or "all the motion modules know") == window and not scheduler.config.clip_sample
+    )
     power = 2 if betas == "scaled linear" else 1
     ramp = np.linspace(0.00085 ** (1 / power), 0.012 ** (1 / power), 1000) ** power
     roots = np.sqrt(np.cumprod(1 - ramp))
@@ -156,7 +153,7 @@ def test_training_and_inference_use_the_same_table(tiny_pipeline, tmp_path):
 
 def test_half_precision_pipelines_are_half_the_size(weights, tmp_path):
     for dtype in ("float32", "float16"):
-        convert(ConvertConfig("magic_animate", str(tmp_path / dtype), dtype, str(weights)))
+        convert(convert_config("magic_animate", str(tmp_path / dtype), dtype=dtype, weights=str(weights)))
     path = Path("denoising_unet") / "diffusion_pytorch_model.safetensors"
     sizes = [(tmp_path / dtype / path).stat().st_size for dtype in ("float32", "float16")]
     assert 1.9 < sizes[0] / sizes[1] < 2.1
@@ -183,7 +180,7 @@ def test_conversions_that_cannot_be_done(weights, tmp_path, changes, named):
     }
     arguments = {"family": "animate_anyone", "weights": str(weights), "output": str(tmp_path / "p")} | files
     with pytest.raises(UserError, match=named):
-        convert(ConvertConfig(**arguments))
+        convert(convert_config(**arguments))
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +194,7 @@ def test_folders_of_something_else_are_not_replaced(weights, tmp_path, holds):
         kept = output / ("model_index.json" if holds == "other pipeline" else "motion_module.pth")
         kept.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(UserError, match="output=.* is no pipeline folder of this project"):
-        convert(ConvertConfig("magic_animate", str(output), weights=str(weights)))
+        convert(convert_config("magic_animate", str(output), weights=str(weights)))
     assert output.read_text() == "kept" if holds == "file" else kept.is_file()
 
 
@@ -207,12 +204,12 @@ def test_single_file_checkpoints_are_named(weights, tmp_path):
         {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2), "first_stage_model.x": torch.ones(2)}, path
     )
     with pytest.raises(UserError, match="unet=.* is single-file Stable Diffusion; convert it"):
-        convert(ConvertConfig("stable_diffusion", str(tmp_path / "p"), weights=str(weights), unet=str(path)))
+        convert(convert_config("stable_diffusion", str(tmp_path / "p"), weights=str(weights), unet=str(path)))
 
 
 def test_the_same_conversion_again_replaces_the_first(weights, tmp_path):
     for dtype in ("float32", "float16"):
-        notes = convert(ConvertConfig("animate_anyone", str(tmp_path / "p"), dtype, str(weights)))
+        notes = convert(convert_config("animate_anyone", str(tmp_path / "p"), dtype=dtype, weights=str(weights)))
     path = tmp_path / "p" / "reference_net" / "diffusion_pytorch_model.safetensors"
     assert notes == [] and {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
 
@@ -222,13 +219,13 @@ def test_networks_that_do_not_belong_together(weights, tmp_path):
     torch.save(synthetic_tensors(reference_unet_manifest(sizes), 1), tmp_path / "narrow.pth")
     arguments = {"weights": str(weights), "reference_unet": str(tmp_path / "narrow.pth")}
     with pytest.raises(UserError, match="block_out_channels"):
-        convert(ConvertConfig("animate_anyone", str(tmp_path / "p"), **arguments))
+        convert(convert_config("animate_anyone", str(tmp_path / "p"), **arguments))
 
 
 @pytest.mark.parametrize("change", ["lost", "stray"])
 def test_pipeline_folders_are_strict_too(weights, tmp_path, change):
     """The libraries would give a lost motion module random numbers and go on."""
-    convert(ConvertConfig("animate_anyone", str(tmp_path / "p"), weights=str(weights)))
+    convert(convert_config("animate_anyone", str(tmp_path / "p"), weights=str(weights)))
     path = tmp_path / "p" / "denoising_unet" / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     if change == "lost":

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from core.errors import UserError
 from models.checkpoints.files import read_tensors
 from models.checkpoints.networks import (
+    UNetSizes,
     load_reference_net,
 )
-from models.checkpoints.sizes import UNetSizes
 from tests.published import (
     published_tensors,
 )

@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from core.errors import UserError
-from models.checkpoints.names import module_names, position_length
-from models.checkpoints.networks import (
-    load_control_net,
-    load_denoising_unet,
+from models.animators.animate_anyone.checkpoint import (
     load_image_unet,
     load_pose_guider,
-    load_reference_net,
     pose_guider_from_control_net,
     with_motion,
 )
-from models.checkpoints.sizes import UNetSizes
-from models.checkpoints.synthetic import synthetic_tensors
+from models.checkpoints.names import module_names, position_length
+from models.checkpoints.networks import UNetSizes, load_control_net, load_denoising_unet, load_reference_net
+from models.checkpoints.verify import synthetic_tensors
 from tests.published import (
     GUIDER_CHANNELS,
     MANIFESTS,

@@ -9,20 +9,24 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import pose_guider_manifest
+from models.animators.magic_animate.checkpoint import appearance_encoder_manifest
 from models.checkpoints.__main__ import main
-from models.checkpoints.kinds import inspect
+from models.checkpoints.inspect import inspect
 from models.checkpoints.loading import compare, shapes_of
-from models.checkpoints.manifests import (
+from models.checkpoints.names import module_names, published_names
+from models.checkpoints.networks import (
+    MotionSizes,
+    UNetSizes,
     animated_unet_manifest,
-    appearance_encoder_manifest,
     control_net_manifest,
+    make_denoising_unet,
     motion_manifest,
-    pose_guider_manifest,
+    motion_sizes,
     reference_unet_manifest,
     unet_manifest,
+    unet_sizes,
 )
-from models.checkpoints.names import module_names, published_names
-from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, motion_sizes, unet_sizes
 from tests.published import (
     MANIFESTS,
     MOTION,

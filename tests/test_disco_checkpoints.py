@@ -13,15 +13,12 @@ from core.errors import UserError
 from models.animators.disco.checkpoint import BACKGROUND, CLIP, POSE, UNET, disco_manifest, load_disco, make_networks
 from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
-from models.checkpoints.autoencoder import current_names, old_names
+from models.checkpoints.convert import published_scheduler
 from models.checkpoints.files import read_tensors
-from models.checkpoints.fixture import Fixture
-from models.checkpoints.kinds import inspect
+from models.checkpoints.inspect import inspect
 from models.checkpoints.loading import shapes_of
-from models.checkpoints.names import is_position_table
-from models.checkpoints.synthetic import synthetic_tensors
-from models.checkpoints.verify import verify
-from models.schedules import published_scheduler
+from models.checkpoints.names import current_names, is_position_table, old_names
+from models.checkpoints.verify import Fixture, synthetic_tensors, verify
 from tests.disco_parts import attribute_tensors, disco_tensors, small_disco_pipeline
 from tests.published import fixtures_folder, published_tensors, small_image_encoder, small_vae
 

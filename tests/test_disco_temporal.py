@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from models.animators.disco.checkpoint import load_disco
 from models.animators.disco.model import DisCo
 from models.animators.disco.networks import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
-from models.checkpoints.synthetic import synthetic_tensors
+from models.checkpoints.verify import synthetic_tensors
 from tests.disco_parts import (
     TOKENS,
     disco_shapes,

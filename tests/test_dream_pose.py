@@ -21,7 +21,7 @@ from models.animators.dream_pose.networks import (
     portrait_grid,
 )
 from models.attention.context import same_reference
-from models.checkpoints.sizes import unet_arguments
+from models.checkpoints.networks import unet_arguments
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, SIZES, TOKENS, WIDTH, noise, small_pipeline
 from tests.networks import TINY
 

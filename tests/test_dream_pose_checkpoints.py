@@ -18,13 +18,12 @@ from models.animators.dream_pose.checkpoint import (
 from models.animators.dream_pose.model import DreamPosePipeline
 from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
-from models.checkpoints.autoencoder import load_autoencoder, make_autoencoder, old_names
-from models.checkpoints.convert import convert
+from models.checkpoints.convert import convert, convert_config
 from models.checkpoints.files import read_tensors
-from models.checkpoints.kinds import inspect
+from models.checkpoints.inspect import inspect
 from models.checkpoints.loading import shapes_of
-from models.checkpoints.sizes import UNetSizes, unet_arguments
-from models.checkpoints.sources import ConvertConfig
+from models.checkpoints.names import old_names
+from models.checkpoints.networks import UNetSizes, load_autoencoder, make_autoencoder, unet_arguments
 from models.checkpoints.verify import read_fixture, verify
 from models.vae import vae_encode
 from tests.dream_pose_parts import GRID, SIZES, TOKENS, WIDTH, published, small_image_encoder, write_weights
@@ -148,7 +147,7 @@ def test_files_become_a_pipeline(weights, tmp_path, capsys):
 
 
 def test_half_precision_folder_loads(weights, tmp_path):
-    convert(ConvertConfig("dreampose", str(tmp_path / "p"), "float16", weights=str(weights)))
+    convert(convert_config("dreampose", str(tmp_path / "p"), dtype="float16", weights=str(weights)))
     pipeline = load_pipeline(tmp_path / "p", torch.float32)
     assert pipeline.denoising_unet.dtype == torch.float32 and pipeline.adapter.null_latents.isfinite().all()
 
@@ -159,12 +158,12 @@ def test_the_last_epoch_is_taken_and_epochs_must_agree(weights, tmp_path):
     for path in weights.iterdir():
         (folder / path.name).symlink_to(path)
     (folder / "unet_epoch_9.pth").write_bytes(b"never opened")
-    convert(ConvertConfig("dreampose", str(tmp_path / "p"), weights=str(folder)))
+    convert(convert_config("dreampose", str(tmp_path / "p"), weights=str(folder)))
     (folder / "adapter_119.pth").symlink_to(weights / "adapter_20.pth")
     with pytest.raises(UserError, match="unet_epoch_20.pth and adapter_119.pth .* not of the same epoch"):
-        convert(ConvertConfig("dreampose", str(tmp_path / "q"), weights=str(folder)))
+        convert(convert_config("dreampose", str(tmp_path / "q"), weights=str(folder)))
     given = {"unet": str(folder / "unet_epoch_20.pth"), "adapter": str(folder / "adapter_119.pth")}
-    convert(ConvertConfig("dreampose", str(tmp_path / "r"), weights=str(folder), **given))
+    convert(convert_config("dreampose", str(tmp_path / "r"), weights=str(folder), **given))
 
 
 def test_stable_diffusion_is_a_start_for_training(weights, tmp_path):
@@ -174,7 +173,7 @@ def test_stable_diffusion_is_a_start_for_training(weights, tmp_path):
     unet.save_pretrained(tmp_path / "unet")
     full_clip().save_pretrained(tmp_path / "clip-vit-base-patch32")
     notes = convert(
-        ConvertConfig(
+        convert_config(
             "dreampose",
             str(tmp_path / "p"),
             weights=str(tmp_path),
@@ -209,7 +208,7 @@ def test_networks_that_do_not_fit_are_named(weights, tmp_path):
     wide = small_image_encoder().config
     wide.patch_size = 4
     type(small_image_encoder())(wide).save_pretrained(tmp_path / "wide")
-    config = ConvertConfig(
+    config = convert_config(
         "dreampose", str(tmp_path / "p"), weights=str(weights), image_encoder=str(tmp_path / "wide")
     )
     with pytest.raises(UserError, match="image_encoder= gives 17 tokens of 16 channels, the adapter takes 5 of 16"):

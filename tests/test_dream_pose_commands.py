@@ -15,7 +15,7 @@ from core.errors import UserError
 from data.video.reading import read_video
 from models.animators.dream_pose.model import DreamPose, DreamPosePipeline
 from models.animators.registry import load_pipeline
-from models.schedules import published_scheduler
+from models.checkpoints.convert import published_scheduler
 from tests.clips import given, save_rendered_pair
 from tests.dream_pose_parts import small_pipeline
 from tests.networks import TINY

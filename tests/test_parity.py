@@ -11,19 +11,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import pose_guider_manifest
+from models.animators.magic_animate.checkpoint import appearance_encoder_manifest
 from models.checkpoints.__main__ import main
-from models.checkpoints.manifests import (
+from models.checkpoints.names import module_names
+from models.checkpoints.networks import (
     animated_unet_manifest,
-    appearance_encoder_manifest,
     control_net_manifest,
     motion_manifest,
-    pose_guider_manifest,
     reference_unet_manifest,
     unet_manifest,
 )
-from models.checkpoints.names import module_names
-from models.checkpoints.synthetic import sinusoids, synthetic_array, synthetic_tensors
-from models.checkpoints.verify import COMPUTE, Fixture, Result, read_fixture, verify
+from models.checkpoints.verify import (
+    Fixture,
+    Result,
+    compute,
+    read_fixture,
+    sinusoids,
+    synthetic_array,
+    synthetic_tensors,
+    verify,
+)
 from models.norms import ClipGroupNorm
 from models.unets import MotionModule
 from tests.published import fixtures_folder
@@ -228,7 +236,7 @@ def own_fixture(config: dict, inputs: dict[str, Tensor], meanings: dict[str, str
         }
     bare = Fixture(config, shapes, dict.fromkeys(shapes, 7), meanings, {}, inputs, {})
     with torch.inference_mode():
-        expected = {name: value.contiguous().clone() for name, value in COMPUTE[frozenset(shapes)](bare)}
+        expected = {name: value.contiguous().clone() for name, value in compute(bare).items()}
     return Fixture(config, shapes, bare.seeds, meanings, dict.fromkeys(expected, 1e-4), inputs, expected)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.poses.poses import Poses
-from models.animators.registry import COMPONENTS, load_pipeline
+from models.animators.registry import load_pipeline
 from models.attention.processors import reference_layers
 from models.images import REFERENCE, ImageBatch, as_mask
 from models.pipeline import AnimationPipeline, as_images
@@ -313,7 +313,9 @@ def test_save_and_load_give_the_same_frames(tiny_pipeline, reference, poses, tmp
     assert torch.allclose(run(tiny_pipeline, reference, poses), run(loaded, reference, poses), atol=1e-4)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(
+    "component", ["vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler"]
+)
 def test_missing_component_is_named(tiny_pipeline, tmp_path, component):
     tiny_pipeline.save_pretrained(tmp_path / "p")
     for file in (tmp_path / "p" / component).iterdir():

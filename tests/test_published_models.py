@@ -15,25 +15,28 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 import infer
 from core.errors import UserError, run_command
 from data.video.reading import read_video
-from models.animators.registry import load_pipeline
-from models.checkpoints.__main__ import main
-from models.checkpoints.convert import convert
-from models.checkpoints.convert_animate_anyone import MUSEPOSE_LENGTH
-from models.checkpoints.folders import load_folder
-from models.checkpoints.kinds import inspect
-from models.checkpoints.manifests import animated_unet_manifest, motion_manifest
-from models.checkpoints.names import module_names
-from models.checkpoints.networks import (
-    load_control_net,
-    load_denoising_unet,
+from models.animators.animate_anyone.checkpoint import (
+    MUSEPOSE_LENGTH,
     load_pose_guider,
-    load_reference_net,
     pose_guider_from_control_net,
     with_motion,
 )
-from models.checkpoints.sizes import MotionSizes, UNetSizes
-from models.checkpoints.sources import ConvertConfig, Sources
-from models.checkpoints.synthetic import synthetic_tensors
+from models.animators.registry import load_pipeline
+from models.checkpoints.__main__ import main
+from models.checkpoints.convert import Sources, convert, convert_config
+from models.checkpoints.inspect import inspect
+from models.checkpoints.loading import load_folder
+from models.checkpoints.names import module_names
+from models.checkpoints.networks import (
+    MotionSizes,
+    UNetSizes,
+    animated_unet_manifest,
+    load_control_net,
+    load_denoising_unet,
+    load_reference_net,
+    motion_manifest,
+)
+from models.checkpoints.verify import synthetic_tensors
 from tests.clips import save_rendered_pair
 from tests.published import (
     SIZES,
@@ -123,14 +126,14 @@ def test_musepose_computes_its_position_tables(weights, tmp_path):
     motion = {name: value for name, value in published_tensors("motion_module").items() if not name.endswith(".pe")}
     torch.save(motion, tmp_path / "motion.pth")
     arguments = {"weights": str(weights), "motion_module": str(tmp_path / "motion.pth")}
-    convert(ConvertConfig("musepose", str(tmp_path / "model"), **arguments))
+    convert(convert_config("musepose", str(tmp_path / "model"), **arguments))
     unet = load_pipeline(tmp_path / "model").denoising_unet
     assert unet.config.motion_max_seq_length == MUSEPOSE_LENGTH == 128
     assert all(value.shape[1] == 128 for name, value in unet.state_dict().items() if name.endswith(".pe"))
     del motion[next(iter(motion))]
     torch.save(motion, tmp_path / "motion.pth")
     with pytest.raises(UserError, match="missing 1: "):
-        convert(ConvertConfig("musepose", str(tmp_path / "again"), **arguments))
+        convert(convert_config("musepose", str(tmp_path / "again"), **arguments))
 
 
 def test_musepose_beside_animate_anyone(tmp_path):
@@ -139,7 +142,7 @@ def test_musepose_beside_animate_anyone(tmp_path):
         (folder / "pose_guider.pth").touch()
     (tmp_path / "image_encoder").mkdir()
     for family, expected in (("musepose", "MusePose/pose_guider.pth"), ("animate_anyone", "pose_guider.pth")):
-        sources = Sources(ConvertConfig(family, "out", weights=str(tmp_path)))
+        sources = Sources(convert_config(family, "out", weights=str(tmp_path)))
         assert sources.path("pose_guider") == tmp_path / expected
         assert sources.path("image_encoder") == tmp_path / "image_encoder"
 
@@ -159,7 +162,7 @@ def test_wrapped_files_give_the_same_networks(weights, tmp_path, wrapping):
         files[file] = str(tmp_path / f"{file}.pth")
         torch.save(WRAPPINGS[wrapping](published_tensors(file)), files[file])
     main(["inspect", *files.values()])
-    convert(ConvertConfig("animate_anyone", str(tmp_path / "model"), weights=str(weights), **files))
+    convert(convert_config("animate_anyone", str(tmp_path / "model"), weights=str(weights), **files))
     pipeline = load_pipeline(tmp_path / "model")
     unet = module_names(with_motion(published_tensors("denoising_unet"), published_tensors("motion_module")))
     for network, published in (
@@ -176,7 +179,7 @@ def test_wrapped_files_give_the_same_networks(weights, tmp_path, wrapping):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["animate_anyone", "magic_animate"])
 def test_half_precision_pipelines_animate(weights, tmp_path, family, dtype):
-    convert(ConvertConfig(family, str(tmp_path / "model"), dtype, str(weights)))
+    convert(convert_config(family, str(tmp_path / "model"), dtype=dtype, weights=str(weights)))
     frames = {}
     for name in (dtype, "float32"):
         pipeline = load_pipeline(tmp_path / "model", getattr(torch, name))

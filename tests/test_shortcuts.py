@@ -17,7 +17,7 @@ from models.animators.animate_anyone.model import pose_features
 from models.animators.magic_animate.networks import ControlCondition, control_residuals
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
-from models.checkpoints.sizes import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
+from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.images import ImageBatch, ImageSequence, as_images
 from models.reference_images import ReferenceImages
 from models.vae import vae_decode, vae_encode

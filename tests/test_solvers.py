@@ -5,10 +5,11 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 
 from core.errors import UserError
-from models.schedules import SCHEDULES, SOLVERS, published_scheduler, with_solver
+from models.checkpoints.convert import families, published_scheduler
+from models.schedules import SOLVERS, with_solver
 
 MEAN, DEVIATION = 1.5, 0.6  # of the data
-FAMILIES = sorted(SCHEDULES)
+FAMILIES = sorted(families())
 
 
 def solver_error(scheduler: SchedulerMixin, own: DDIMScheduler, steps: int) -> float:

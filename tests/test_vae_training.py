@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import training.vae
 from core.config import load_config
 from core.errors import UserError
-from models.checkpoints.autoencoder import load_autoencoder
+from models.checkpoints.networks import load_autoencoder
 from tests.dream_pose_parts import published
 from tests.training_runs import make_vae, start_two
 from training.config import OptimizerConfig

@@ -11,12 +11,19 @@ from torch import nn
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.animators.registry import PIPELINES, load_pipeline, pipeline_of, read_index
+from models.animators.registry import (
+    ANIMATORS,
+    animator_class,
+    load_pipeline,
+    pipeline_class,
+    pipeline_of,
+    read_index,
+    saved_class,
+)
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
 from models.vae import VAE
-from training.config import NoiseConfig, TrainConfig
-from training.kinds import new_animator
+from training.config import ModelConfig, NoiseConfig, TrainConfig
 
 
 def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
@@ -88,22 +95,33 @@ def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
     Raises:
         UserError: a folder that is missing, lacks a component, or is of a model that cannot be trained.
     """
-    trainable_kind(key, folder, read_index(Path(folder)).get("_class_name"))
+    trainable_class(key, folder, read_index(Path(folder)))
     pipeline = load_pipeline(folder)
     return pipeline.vae, pipeline.animator
 
 
-def trainable_kind(key: str, folder: str | Path, name: str | None) -> type[Animator]:
-    """The animator of a pipeline class, which must be one that can be trained.
+def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> Animator:
+    """Randomly initialised networks of `model.animator`.
+
+    Raises:
+        UserError: another name, or sizes that do not go together.
+    """
+    if config.animator not in ANIMATORS:
+        raise UserError(f"model.animator={config.animator} is not one of {', '.join(ANIMATORS)}")
+    return animator_class(config.animator).small(config, latent_channels, image_size)
+
+
+def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type[Animator]:
+    """The animator of a pipeline folder, which must be one that can be trained.
 
     Args:
         key: of the configuration; folder: of the pipeline; for messages.
-        name: of the class.
+        index: of the folder.
     """
-    pipeline = PIPELINES.get(name)
+    pipeline = saved_class(index)
     if pipeline is None or not pipeline.animator_cls.trainable:
-        known = [name for name, cls in PIPELINES.items() if cls.animator_cls.trainable]
-        raise UserError(f"{key}={folder} is a {name}; train.py trains {', '.join(known)}")
+        known = [cls.__name__ for cls in map(pipeline_class, ANIMATORS) if cls.animator_cls.trainable]
+        raise UserError(f"{key}={folder} is a {index.get('_class_name')}; train.py trains {', '.join(known)}")
     return pipeline.animator_cls
 
 

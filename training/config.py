@@ -213,7 +213,7 @@ class AugmentationConfig:
 class ModelConfig:
     """The networks: a saved pipeline folder to start from, or the sizes of new ones.
 
-    animator: of new networks, see `training/kinds.py`; a folder says itself what it is.
+    animator: of new networks, a name of `models.animators.registry.ANIMATORS`; a folder says itself what it is.
     init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
     vae: folder of a trained VAE, needed when init is null.
     start: pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random:

@@ -10,20 +10,14 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
-from models.animators.registry import NETWORKS, read_index
-from models.checkpoints.sizes import (
-    MotionSizes,
-    UNetSizes,
-    make_denoising_unet,
-    make_pose_guider,
-    make_reference_net,
-)
+from models.animators.registry import component_classes, read_index, saved_class
+from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.vae import VAE
-from training.build import trainable_kind, vae_kind
+from training.build import new_animator, trainable_class, vae_kind
 from training.config import TrainConfig
-from training.kinds import PUBLISHED, new_animator
 
 # Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
 PUBLISHED_VAE = {
@@ -42,6 +36,7 @@ PUBLISHED_IMAGE_ENCODER = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+PUBLISHED = "animate_anyone"  # whose published sizes are known without any folder
 POSE_CHANNELS = (16, 32, 96, 256)
 
 
@@ -77,22 +72,23 @@ def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
 def folder_networks(folder: Path) -> tuple[VAE, Animator]:
     """The networks of a pipeline folder, from its configuration files."""
     index = read_index(folder)
-    kind = trainable_kind("model.init", folder, index.get("_class_name"))
+    animator, pipeline = trainable_class("model.init", folder, index), saved_class(index)
     arguments = {}
-    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+    for name, parameter in list(inspect.signature(animator.__init__).parameters.items())[1:]:
         if parameter.default is inspect.Parameter.empty:
-            arguments[name] = described(folder, name, index.get(name))
+            arguments[name] = described(folder, name, index.get(name), component_classes(pipeline, name))
         elif name in index:
             arguments[name] = index[name]
-    return described(folder, "vae", index.get("vae")), kind(**arguments)
+    vae = described(folder, "vae", index.get("vae"), component_classes(pipeline, "vae"))
+    return vae, animator(**arguments)
 
 
-def described(folder: Path, name: str, entry: list[str] | None) -> nn.Module:
+def described(folder: Path, name: str, entry: list[str] | None, classes: dict[str, type]) -> nn.Module:
     """One network of a pipeline folder without weights; `entry` is its [library, class] in the index, if there."""
     settings = component_config(folder, name)
-    if not isinstance(entry, list) or entry[-1] not in NETWORKS:
-        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(NETWORKS)}")
-    network = NETWORKS[entry[-1]]
+    if not isinstance(entry, list) or entry[-1] not in classes:
+        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(classes)}")
+    network = classes[entry[-1]]
     if issubclass(network, PreTrainedModel):
         return network(network.config_class(**settings))
     return network.from_config(settings)

@@ -23,7 +23,8 @@ from data.transforms import apply_fit
 from data.video.reading import VideoReader
 from models.animators.animate_anyone.model import image_context
 from models.animators.base import Animator
-from models.animators.registry import choose_device, load_component, read_index
+from models.animators.registry import choose_device, component_classes, load_component, read_index
+from models.pipeline import AnimationPipeline
 from models.vae import VAE, vae_posterior, vae_scale_factor
 from training.build import load_vae
 from training.config import TrainConfig
@@ -162,7 +163,8 @@ def load_network(kind: str, config: FeatureConfig) -> nn.Module:
     if config.model is None:
         raise UserError("model= (a pipeline folder) is required" + (" or vae=, a VAE folder" * (kind == "latents")))
     folder, name = Path(config.model), {"latents": "vae", "embeddings": "image_encoder"}[kind]
-    network = load_component(folder, name, read_index(folder).get(name), torch.float32)
+    classes = component_classes(AnimationPipeline, name)
+    network = load_component(folder, name, read_index(folder).get(name), classes, torch.float32)
     return network.requires_grad_(False).eval()
 
 

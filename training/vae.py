@@ -25,7 +25,7 @@ from tqdm import tqdm
 from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
-from models.checkpoints.folders import load_folder
+from models.checkpoints.loading import load_folder
 from models.vae import VAE, vae_decode, vae_encode
 from training.build import vae_kind
 from training.data import make_dataset, make_loader

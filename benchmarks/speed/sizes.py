@@ -7,16 +7,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.registry import load_pipeline
-from models.checkpoints.sizes import (
-    MotionSizes,
-    UNetSizes,
-    make_denoising_unet,
-    make_pose_guider,
-    make_reference_net,
-)
+from models.checkpoints.convert import published_scheduler
+from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.pipeline import AnimationPipeline
-from models.schedules import published_scheduler
 
 POSE_CHANNELS = (16, 32, 96, 256)
 PIXELS = 8  # of an image's side per latent

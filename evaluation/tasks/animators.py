@@ -36,7 +36,14 @@ from evaluation.report import (
 from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, Values, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
-from models.animators.registry import PIPELINES, SMALL_ANIMATORS, choose_device, load_pipeline, read_index
+from models.animators.registry import (
+    SMALL_ANIMATORS,
+    choose_device,
+    load_pipeline,
+    pipeline_names,
+    read_index,
+    saved_class,
+)
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
@@ -67,18 +74,20 @@ def model_names(config: AnimatorsConfig) -> list[str]:
     Raises:
         UserError: no model, a folder that is no pipeline, or names that do not tell the models apart.
     """
-    names = config.names or [PIPELINES[cls].animator_cls.__name__ for cls in map(pipeline_class, config.models)]
+    names = config.names or [animator_name(model) for model in config.models]
     if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
     return names
 
 
-def pipeline_class(model: str) -> str:
-    """Name of the pipeline class in a folder."""
-    cls = read_index(Path(model)).get("_class_name")
-    if cls not in PIPELINES:
-        raise UserError(f"models={model} is a {cls}; the pipelines known here are {', '.join(PIPELINES)}")
-    return cls
+def animator_name(model: str) -> str:
+    """Name of the animator's class in a pipeline folder."""
+    index = read_index(Path(model))
+    cls = saved_class(index)
+    if cls is None:
+        known = ", ".join(pipeline_names())
+        raise UserError(f"models={model} is a {index.get('_class_name')}; the pipelines known here are {known}")
+    return cls.animator_cls.__name__
 
 
 def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:

@@ -1,65 +1,64 @@
-"""Saved pipelines: a folder with one sub-folder a component, as `save_pretrained` of diffusers writes it."""
+"""The animators, and their saved pipelines: a folder with a sub-folder for each component, as diffusers writes it."""
 
-import inspect
 import json
+from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, SchedulerMixin
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+from diffusers import SchedulerMixin
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.animators.disco.model import DiscoPipeline
-from models.animators.disco.networks import DiscoControlNet, DiscoUNet, TokenProjection
-from models.animators.dream_pose.model import DreamPosePipeline
-from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter
-from models.animators.magic_animate.model import MagicAnimatePipeline
-from models.animators.magic_animate.networks import PromptEmbedding
-from models.checkpoints.folders import load_folder
+from models.checkpoints.loading import load_folder
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import load_lora
 from models.pipeline import AnimationPipeline
-from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 
+# One line an animator: name, as `model.animator=` takes it -> module and class of its pipeline, imported when needed.
+# Beside the animator's module, `checkpoint.py` may list the published files it can be made of.
+ANIMATORS = {
+    "animate_anyone": "models.pipeline:AnimationPipeline",
+    "magic_animate": "models.animators.magic_animate.model:MagicAnimatePipeline",
+    "disco": "models.animators.disco.model:DiscoPipeline",
+    "dream_pose": "models.animators.dream_pose.model:DreamPosePipeline",
+}
 SHIPPED_MODEL = Path(__file__).parents[2] / "assets" / "tiny_model"
-# Smaller ones, of each kind one, for comparisons; see their README.
+# Smaller ones, one of each animator, for comparisons; see their README.
 SMALL_ANIMATORS = tuple(
     SHIPPED_MODEL.parent / "small_animators" / name
     for name in ("animate_anyone", "magic_animate", "disco", "dream_pose")
 )
-# Saved values of earlier releases that have another name today: (key of the index, value) -> value.
-OLD_VALUES = {("null_tokens", "empty_picture"): "empty_image"}
-COMPONENTS = ("vae", "image_encoder", "reference_net", "denoising_unet", "pose_guider", "scheduler")
-PIPELINES = {
-    kind.__name__: kind for kind in (AnimationPipeline, MagicAnimatePipeline, DiscoPipeline, DreamPosePipeline)
-}
-NETWORKS = {
-    kind.__name__: kind
-    for kind in (
-        AutoencoderKL,
-        AutoencoderTiny,
-        CLIPVisionModel,
-        CLIPVisionModelWithProjection,
-        ControlNetModel,
-        DenoisingUNet,
-        DiscoControlNet,
-        DiscoUNet,
-        DreamPoseUNet,
-        ImageAdapter,
-        PoseGuider,
-        PromptEmbedding,
-        ReferenceNet,
-        TokenProjection,
-    )
-}
+# Values in folders of earlier releases that have another name today: key of model_index.json -> old -> new.
+OLD_VALUES = {"null_tokens": {"empty_picture": "empty_image"}}
+
+
+def pipeline_class(name: str) -> type[AnimationPipeline]:
+    """The pipeline class of a line of `ANIMATORS`."""
+    module, _, cls = ANIMATORS[name].partition(":")
+    return getattr(import_module(module), cls)
+
+
+def animator_class(name: str) -> type[Animator]:
+    return pipeline_class(name).animator_cls
 
 
 def pipeline_of(animator: type[Animator]) -> type[AnimationPipeline]:
     """The pipeline class of an animator's class."""
-    return next(kind for kind in PIPELINES.values() if kind.animator_cls is animator)
+    return next(cls for cls in map(pipeline_class, ANIMATORS) if cls.animator_cls is animator)
+
+
+def pipeline_names() -> dict[str, str]:
+    """Names of the pipelines' classes, which their folders hold -> names of the animators."""
+    return {line.partition(":")[2]: name for name, line in ANIMATORS.items()}
+
+
+def saved_class(index: dict[str, Any]) -> type[AnimationPipeline] | None:
+    """The pipeline class of a folder's index; None: it is of another project."""
+    name = pipeline_names().get(index.get("_class_name"))
+    return None if name is None else pipeline_class(name)
 
 
 def load_pipeline(
@@ -68,7 +67,7 @@ def load_pipeline(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
 ) -> AnimationPipeline:
-    """Load a pipeline from a local folder; nothing is downloaded, and every tensor must be there.
+    """A pipeline from a local folder; nothing is downloaded, and every tensor must be there.
 
     Args:
         lora: folder of adapters that are added to the weights; those in the pipeline folder's own `lora` always are.
@@ -79,17 +78,17 @@ def load_pipeline(
     """
     folder = Path(folder)
     index = read_index(folder)
-    kind = PIPELINES.get(index.get("_class_name"))
-    if kind is None:
-        known = ", ".join(PIPELINES)
+    cls = saved_class(index)
+    if cls is None:
+        known = ", ".join(pipeline_names())
         raise UserError(f"model={folder} is a {index.get('_class_name')}; the pipelines known here are {known}")
     arguments = {}
-    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
-        if parameter.default is inspect.Parameter.empty:
-            arguments[name] = load_component(folder, name, index.get(name), dtype)
+    for name, parameter in list(signature(cls.__init__).parameters.items())[1:]:
+        if parameter.default is Parameter.empty:
+            arguments[name] = load_component(folder, name, index.get(name), component_classes(cls, name), dtype)
         elif name in index:
             arguments[name] = index[name]
-    pipeline = kind(**arguments)
+    pipeline = cls(**arguments)
     for adapters in (folder / LORA_FOLDER if (folder / LORA_FOLDER).is_dir() else None, lora):
         if adapters is not None:
             load_lora(pipeline, adapters, lora_scale)
@@ -97,7 +96,7 @@ def load_pipeline(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The contents of `model_index.json`, values of earlier releases under their names of today."""
+    """The contents of `model_index.json`, in the words of today."""
     if not folder.is_dir():
         raise UserError(f"model={folder} does not exist; give a pipeline folder (train.py writes output/pipeline)")
     path = folder / "model_index.json"
@@ -109,36 +108,45 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"model={folder}: model_index.json is not valid JSON") from None
     if not isinstance(index, dict):
         raise UserError(f"model={folder}: model_index.json is not a pipeline's index")
-    return {key: OLD_VALUES.get((key, str(value)), value) for key, value in index.items()}
+    for key, values in OLD_VALUES.items():
+        if key in index:
+            index[key] = values.get(str(index[key]), index[key])
+    return index
 
 
-def load_component(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> Any:
+def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str, type]:
+    """Classes that a component may have by their names: the annotation of the constructor's argument."""
+    annotation = get_type_hints(pipeline.__init__)[name]
+    return {cls.__name__: cls for cls in get_args(annotation) or (annotation,)}
+
+
+def load_component(folder: Path, name: str, entry: Any, classes: dict[str, type], dtype: torch.dtype) -> Any:
     """One network or the scheduler; `entry` is its [library, class] in the index."""
     files = {path.suffix for path in (folder / name).glob("*")}
     if not isinstance(entry, list) or len(entry) != 2 or ".json" not in files:
         raise UserError(f"model={folder}: component {name} is missing or incomplete")
     if name == "scheduler":
-        kind = getattr(diffusers, str(entry[1]), None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        cls = getattr(diffusers, str(entry[1]), None)
+        if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
             raise UserError(f"model={folder}: component {name} is a {entry[1]}, which diffusers does not have")
         try:
-            return kind.from_pretrained(folder / name)
+            return cls.from_pretrained(folder / name)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"model={folder}: component {name} cannot be loaded: {error}") from None
-    if entry[1] not in NETWORKS:
-        raise UserError(f"model={folder}: component {name} is a {entry[1]}, not one of {', '.join(NETWORKS)}")
+    if entry[1] not in classes:
+        raise UserError(f"model={folder}: component {name} is a {entry[1]}, not one of {', '.join(classes)}")
     if ".safetensors" not in files:
         raise UserError(f"model={folder}: component {name} is missing or incomplete")
-    return load_folder(NETWORKS[entry[1]], folder / name, f"model={folder}: component {name}", dtype)
+    return load_folder(classes[entry[1]], folder / name, f"model={folder}: component {name}", dtype)
 
 
 def choose_device(device: str, dtype: str, process: int = 0) -> tuple[torch.device, torch.dtype]:
-    """Device and number format of inference.
+    """Device and dtype of inference.
 
     Args:
         device: "auto" takes CUDA when there is one, or a torch device.
         dtype: "auto" takes bfloat16 on CUDA and float32 elsewhere, or "float32", "bfloat16", "float16".
-        process: number of this process on its machine, which gets the CUDA device of that number.
+        process: index of this process on its machine, which gets the CUDA device of that index.
 
     Raises:
         UserError: a device that torch does not know or this machine does not have, or another dtype.

@@ -6,17 +6,16 @@ python -m models.checkpoints verify fixture=PATH/moore_tiny         known answer
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import MISSING
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from models.checkpoints.convert import convert
+from models.checkpoints.convert import ConvertConfig, convert, families, published_family
 from models.checkpoints.files import read_tensors
-from models.checkpoints.kinds import inspect, inspect_folder
-from models.checkpoints.sources import ConvertConfig
+from models.checkpoints.inspect import inspect, inspect_folder
 from models.checkpoints.verify import read_fixture, verify
 
 USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"
@@ -35,12 +34,12 @@ def inspect_command(arguments: list[str]) -> None:
         raise UserError(f"inspect needs files: {USAGE}")
     complete = True
     for path in arguments:
-        if (kind := inspect_folder(Path(path))) is not None:
-            print(f"{path}: {kind}\n  complete")
+        if (cls := inspect_folder(Path(path))) is not None:
+            print(f"{path}: {cls}\n  complete")
             continue
         found = inspect(read_tensors(path, "file"), path)
-        numbers = f"{found.tensors} tensors, {found.elements:,} elements, {' '.join(found.dtypes)}"
-        print(f"{path}: {found.kind}; {numbers}" + (f"; {found.detail}" if found.detail else ""))
+        counts = f"{found.tensors} tensors, {found.elements:,} elements, {' '.join(found.dtypes)}"
+        print(f"{path}: {found.kind}; {counts}" + (f"; {found.detail}" if found.detail else ""))
         lines = found.mismatch.lines() if found.mismatch else ["complete" if found.known else "not compared"]
         print("\n".join(f"  {line}" for line in lines))
         complete = complete and not found.mismatch and found.kind != "unknown"
@@ -59,7 +58,12 @@ def verify_command(arguments: list[str]) -> None:
 
 def convert_command(arguments: list[str]) -> None:
     """Write a pipeline folder."""
-    config = load_config(ConvertConfig, arguments)
+    named = [argument.removeprefix("family=") for argument in arguments if argument.startswith("family=")]
+    if not named and {"-h", "--help"} & set(arguments):
+        for family in families().values():
+            print(f"family={family.name}: {' '.join(f'{key.name}=' for key in fields(family.config))}")
+        return
+    config = load_config(published_family(named[-1]).config if named else ConvertConfig, arguments)
     notes = convert(config)
     print(f"pipeline folder: {config.output}")
     print("\n".join(f"  {note}" for note in notes), end="\n" if notes else "")

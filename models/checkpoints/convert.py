@@ -1,59 +1,207 @@
-"""From published files to a pipeline folder that `infer.py model=` and `train.py model.init=` take."""
+"""From published files to a pipeline folder that `infer.py model=` and `train.py model.init=` take.
 
-from collections.abc import Callable
+A family is one published model. Its files, and how they become a pipeline, are said once: in `checkpoint.py` of its
+animator's folder, as one of `FAMILIES`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from omegaconf import MISSING
+from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import complete_folder
-from models.animators.registry import PIPELINES, read_index
-from models.checkpoints.convert_animate_anyone import animate_anyone, stable_diffusion
-from models.checkpoints.convert_disco import disco
-from models.checkpoints.convert_dream_pose import dream_pose
-from models.checkpoints.convert_magic_animate import magic_animate
-from models.checkpoints.sources import DTYPES, ConvertConfig, Sources
+from models.animators.registry import ANIMATORS, animator_class, read_index, saved_class
+from models.checkpoints.files import read_tensors
+from models.checkpoints.loading import Mismatch, Shapes, load_folder
 from models.pipeline import AnimationPipeline
 
-# Family -> what makes a pipeline of its files. A new family adds a line here, its files to `sources.ConvertConfig` and
-# `sources.PLACES`, and its schedule to `models.schedules`.
-BUILDERS: dict[str, Callable[[Sources], AnimationPipeline]] = {
-    "animate_anyone": animate_anyone,
-    "musepose": animate_anyone,
-    "magic_animate": magic_animate,
-    "dreampose": dream_pose,
-    "disco": disco,
-    "stable_diffusion": stable_diffusion,
+# Names in Stability's own single-file format begin with this.
+SINGLE_FILE = "model.diffusion_model."
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Schedule of Stable Diffusion 1 itself. The last step goes to the cleanest level that was trained.
+IMAGE_SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "timestep_spacing": "leading",
+    "set_alpha_to_one": False,
 }
 
 
-def convert(config: ConvertConfig) -> list[str]:
-    """Load everything strictly, then write the folder, which appears when it is complete.
+@dataclass
+class ConvertConfig:
+    """`convert`; families add a key for each of their files, see `published_file`.
 
-    Returns:
-        What the user should know about the result, in sentences; often none.
+    family: name of a family.
+    output: the folder to write.
+    dtype: of the weights written: float32, float16 or bfloat16.
+    weights: folder that holds the files under their published names.
+    """
+
+    family: str = MISSING
+    output: str = MISSING
+    dtype: str = "float32"
+    weights: str | None = None
+
+    def check(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+
+
+def published_file(*places: str) -> Any:
+    """A key that names a file; places: patterns in `weights=`, of which the first that exists is taken."""
+    return field(default=None, metadata={"places": places})
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file is, its sizes in words, and its difference from what such a file holds; None: not compared."""
+
+    kind: str
+    detail: str = ""
+    mismatch: Mismatch | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published model.
+
+    Attributes:
+        config: keys of `convert`, and where the publishers' instructions put the files.
+        make: the pipeline from its files.
+        schedule: settings of DDIM that its inference uses.
+        window: frames that it was trained on at a time; None: as many as it knows.
+        folder: in `weights=`, where its files may lie in place of `weights=` itself.
+        recognisers: of its files by their tensors' shapes, for `inspect`; None: another file.
+        fixture: names of the files that a fixture of known answers describes.
+        outputs: (name, result) for every output that follows from a `verify.Fixture`.
+    """
+
+    name: str
+    config: type[ConvertConfig]
+    make: Callable[["Sources"], AnimationPipeline]
+    schedule: Mapping[str, Any]
+    window: int | None = None
+    folder: str = ""
+    recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()
+    fixture: frozenset[str] = frozenset()
+    outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None
+
+    def scheduler(self) -> DDIMScheduler:
+        settings = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "clip_sample": False}
+        return DDIMScheduler(num_train_timesteps=1000, **settings, **self.schedule)
+
+
+def families() -> dict[str, Family]:
+    """Every family by its name, in the order of the animators."""
+    found = {}
+    for name in ANIMATORS:
+        folder = animator_class(name).__module__.rpartition(".")[0]
+        if folder and find_spec(f"{folder}.checkpoint"):
+            found |= {family.name: family for family in import_module(f"{folder}.checkpoint").FAMILIES}
+    return found
+
+
+def published_family(name: str) -> Family:
+    """
+    Raises:
+        UserError: there is none of this name.
+    """
+    known = families()
+    if name not in known:
+        raise UserError(f"family={name} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def published_scheduler(family: str) -> DDIMScheduler:
+    """DDIM with the betas, prediction type and spacing of a family."""
+    known = families()
+    if family not in known:
+        raise ValueError(f"family must be one of {', '.join(known)}, got {family!r}")
+    return known[family].scheduler()
+
+
+def convert_config(family: str, output: str, **keys: Any) -> ConvertConfig:
+    """What `convert family=... output=...` with these keys means."""
+    return published_family(family).config(family, output, **keys)
+
+
+class Sources:
+    """The files that a conversion names.
+
+    Attributes:
+        notes: what the user should know about the result, in sentences.
+    """
+
+    def __init__(self, config: ConvertConfig):
+        self.config, self.family = config, published_family(config.family)
+        self.dtype = DTYPES[config.dtype]
+        self.notes: list[str] = []
+
+    def path(self, name: str, required: bool = True) -> Path | None:
+        """The file or folder given as `name=`, or found in `weights=`; of several epochs the last."""
+        if (given := getattr(self.config, name)) is not None:
+            return Path(given)
+        if self.config.weights is not None:
+            places = next(key.metadata["places"] for key in fields(self.config) if key.name == name)
+            folder = Path(self.config.weights)
+            folders = (folder / self.family.folder, folder) if self.family.folder else (folder,)
+            for found in (list(folder.glob(place)) for folder in folders for place in places):
+                if found:
+                    return max(found, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
+        if required:
+            where = f" and not in weights={self.config.weights}" if self.config.weights else ""
+            raise UserError(f"{name}= is required for family={self.config.family}{where}")
+        return None
+
+    def tensors(self, name: str) -> tuple[dict[str, Tensor], str]:
+        """Tensors of a file, and the file's name for errors."""
+        path = self.path(name)
+        tensors = read_tensors(path, name)
+        if any(key.startswith(SINGLE_FILE) for key in tensors):
+            raise UserError(f"{name}={path} is single-file Stable Diffusion; convert it to a diffusers folder first")
+        return tensors, f"{name}={path}"
+
+    def load(self, name: str, load: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+        """The network that a loader of tensors makes of a file."""
+        return load(*self.tensors(name), dtype=self.dtype, **arguments)
+
+    def load_folder(
+        self, name: str, cls: type[nn.Module], dtype: torch.dtype | None = None, others: tuple[str, ...] = ()
+    ) -> nn.Module:
+        """A network from a folder of diffusers or transformers."""
+        path = self.path(name)
+        return load_folder(cls, path, f"{name}={path}", dtype or self.dtype, others)
+
+
+def convert(config: ConvertConfig) -> list[str]:
+    """Load everything strictly, then write the folder, which appears when it is complete; returns `Sources.notes`.
 
     Raises:
         UserError: an unknown family or dtype, a missing file, one that does not fit, or an output folder that holds
             something else than an earlier result.
     """
-    if config.family not in BUILDERS:
-        raise UserError(f"family={config.family} is not one of {', '.join(BUILDERS)}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
-    check_output(Path(config.output))
+    family = published_family(config.family)
+    config.check()
+    output = Path(config.output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        try:
+            ours = saved_class(read_index(output)) is not None
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(f"output={output} exists and is no pipeline folder of this project; give a new folder")
     sources = Sources(config)
-    pipeline = BUILDERS[config.family](sources)
-    with complete_folder(config.output) as folder:
+    pipeline = family.make(sources)
+    with complete_folder(output) as folder:
         pipeline.save_pretrained(folder)
     return sources.notes
-
-
-def check_output(output: Path) -> None:
-    """Refuse a folder that would be replaced although it is no pipeline of ours, such as that of the weights."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        ours = read_index(output).get("_class_name") in PIPELINES
-    except UserError:
-        ours = False
-    if not ours:
-        raise UserError(f"output={output} exists and is no pipeline folder of this project; give a new folder")

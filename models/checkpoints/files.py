@@ -1,7 +1,7 @@
 """Tensors of a checkpoint file, read without running its code and without a copy in memory.
 
-Files are mapped into memory: a tensor is read from disk where it is used, and a network that takes the tensors as its
-parameters (`load_state_dict(..., assign=True)`) needs no second copy of a file of several gigabytes.
+Files are mapped: a network that takes the tensors as its parameters (`load_state_dict(..., assign=True)`) needs no
+second copy of a file of several gigabytes.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import UserError
 
-# What trainers put the tensors under, and what they put before each name.
+# Dictionaries that trainers put the tensors in, and what they put before each name.
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
 # First parts of the names in the files that are read here. What all names have before them is a prefix of a trainer.
@@ -43,27 +43,21 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
-    """Name -> tensor of a checkpoint file or of a folder that holds one.
-
-    Wrappers such as `{"state_dict": ...}` are opened, and prefixes that parallel or compiled training puts before
-    names, and any prefix of all names, are taken off. Tensors are mapped from the file, in its dtype, on the CPU.
+    """Name -> tensor of a checkpoint file, in its dtype, on the CPU, without what trainers put around names.
 
     Args:
         path: .safetensors, a torch file of any suffix, a `.index.json` of shards, or a folder of diffusers or
             transformers.
-        argument: what the user calls this file, for errors.
+        argument: the user's name for this file, for errors.
 
     Raises:
-        UserError: the file is missing, cut short, of another kind, or holds more than tensors.
+        UserError: the file is missing, cut short, of another sort, or holds more than tensors.
     """
     file = weights_file(Path(path), f"{argument}={path}")
     what = f"{argument}={file}"
-    return plain_names(_read(file, what), what)
-
-
-def check_readable(folder: Path, what: str) -> None:
-    """Raise the errors of `read_tensors` for the weights of a folder; `what` names it in them."""
-    _read(weights_file(folder, what), what)
+    tensors = without_prefixes(read_file(file, what), what, PREFIXES)
+    prefix = common_prefix(list(tensors))
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def weights_file(path: Path, what: str) -> Path:
@@ -78,8 +72,45 @@ def weights_file(path: Path, what: str) -> Path:
     return found[0]
 
 
-def unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
-    """The dictionary of tensors inside what trainers save beside it (step counters, optimiser states)."""
+def common_prefix(names: list[str]) -> str:
+    """What all names have before one of `ROOTS`, such as "denoising_unet."; empty when they have not."""
+    parts = names[0].split(".") if names else []
+    roots = [index for index, part in enumerate(parts) if part in ROOTS]
+    prefix = "".join(f"{part}." for part in parts[: roots[0]]) if roots else ""
+    rests = [name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)]
+    return prefix if len(rests) == len(names) and ROOTS.issuperset(rests) else ""
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors by names without these prefixes, in whatever order and number they come."""
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while short.startswith(prefixes):
+            short = short.removeprefix(next(prefix for prefix in prefixes if short.startswith(prefix)))
+        if short in stripped:
+            raise UserError(f"{what} names {short} twice, with and without a prefix")
+        stripped[short] = tensor
+    return stripped
+
+
+def read_file(path: Path, what: str) -> dict[str, Tensor]:
+    """Tensors of a file or of its shards, under the names they have there; `what` names it in errors."""
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, what)
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{what} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{what} is not a complete safetensors file: {error}") from None
+    return _unwrapped(_torch_load(path, what), what)
+
+
+def _unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
+    """The tensors among what trainers save beside them, such as step counters and optimiser states."""
     while isinstance(loaded, Mapping):
         inner = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)]
         if not inner:
@@ -93,70 +124,22 @@ def unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def plain_names(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """Names without the prefixes that trainers put before them."""
-    tensors = without_prefixes(tensors, what, PREFIXES)
-    prefix = common_prefix(list(tensors))
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-def common_prefix(names: list[str]) -> str:
-    """What all names have before one of `ROOTS`, such as "denoising_unet."; empty when they have not."""
-    parts = names[0].split(".") if names else []
-    places = [place for place, part in enumerate(parts) if part in ROOTS]
-    prefix = "".join(f"{part}." for part in parts[: places[0]]) if places else ""
-    rests = [name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)]
-    return prefix if len(rests) == len(names) and ROOTS.issuperset(rests) else ""
-
-
-def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Names with these prefixes, in any order and number, taken off."""
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = name
-        while short.startswith(prefixes):
-            short = short.removeprefix(next(prefix for prefix in prefixes if short.startswith(prefix)))
-        if short in stripped:
-            raise UserError(f"{what} names {short} twice, with and without a prefix")
-        stripped[short] = tensor
-    return stripped
-
-
-def _read(path: Path, what: str) -> dict[str, Tensor]:
-    """Tensors of a file or of its shards, under the names they have there."""
-    if path.name.endswith(".index.json"):
-        return _read_shards(path, what)
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{what} is a Git LFS pointer, not the weights; run `git lfs pull`")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{what} is not a complete safetensors file: {error}") from None
-    return unwrapped(_torch_load(path, what), what)
-
-
 def _torch_load(path: Path, what: str) -> Any:
     """`torch.load` of tensors and plain containers only; code in the file is refused, not run."""
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = "holds objects other than tensors, which could run code" if _is_pickle(path) else "is no checkpoint"
+        with open(path, "rb") as file:
+            start = file.read(2)
+        pickled = start == b"PK" or start[:1] == b"\x80"  # a zip archive, or a pickle of protocol 2 or later
+        reason = "holds objects other than tensors, which could run code" if pickled else "is no checkpoint"
         detail = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         raise UserError(f"{what} {reason}; it is not opened. {detail}".rstrip()) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         sentence = str(error).split("\n")[0].split(". ")[0]
         reason = sentence if sentence and not isinstance(error, KeyError) else type(error).__name__
         raise UserError(f"{what} is damaged or no checkpoint: {reason}") from None
-
-
-def _is_pickle(path: Path) -> bool:
-    """A zip archive or the first two bytes of a pickle of protocol 2 or later."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    return start == b"PK" or start[:1] == b"\x80"
 
 
 def _read_shards(index: Path, what: str) -> dict[str, Tensor]:
@@ -169,5 +152,5 @@ def _read_shards(index: Path, what: str) -> dict[str, Tensor]:
         shard = index.with_name(name)
         if not shard.is_file():
             raise UserError(f"{what}: {shard} does not exist")
-        tensors |= _read(shard, f"{what}: {name}")
+        tensors |= read_file(shard, f"{what}: {name}")
     return tensors

@@ -1,58 +1,61 @@
-"""Strict loading: every missing, unexpected or misshapen tensor is named and stops the load."""
+"""Strict loading of networks: every missing, unexpected or misshapen tensor is named and stops the load."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from core.errors import UserError
+from models.checkpoints.files import read_file, weights_file
 from models.checkpoints.names import is_position_table, position_table
 
 Module = TypeVar("Module", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What differs between the tensors that are wanted and those that a file has. False when nothing does."""
+    """Differences between the tensors that are wanted and those that a file has; False when there are none."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.misshapen)
+        return len(self) > 0
 
     def __len__(self) -> int:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
-    def lines(self, shown: int = 5) -> list[str]:
-        """One line for each kind of difference: its count and first names."""
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
-        return [f"{kind} {len(names)}: {_first(names, shown)}" for kind, names in parts.items() if names]
+    def lines(self) -> list[str]:
+        """One line for each sort of difference: its count and first names."""
+        return [f"{sort} {len(names)}: {_first(names)}" for sort, names in vars(self).items() if names]
 
 
-def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Mismatch:
-    """Both are name -> shape."""
+def compare(wanted: Shapes, found: Shapes) -> Mismatch:
     return Mismatch(
         missing=tuple(name for name in wanted if name not in found),
         unexpected=tuple(name for name in found if name not in wanted),
         misshapen=tuple(
-            misshapen(name, found[name], wanted[name])
+            _misshapen(name, found[name], wanted[name])
             for name in wanted
             if name in found and tuple(found[name]) != tuple(wanted[name])
         ),
     )
 
 
-def misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> str:
-    """How a tensor of another shape is named."""
-    return f"{name} {list(found)} instead of {list(wanted)}"
-
-
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def on_meta(make: Callable[..., Module], *arguments: Any, **settings: Any) -> Module:
+    """A network without memory, to be given a file's tensors."""
+    with torch.device("meta"):
+        return make(*arguments, **settings)
 
 
 def load_strictly(
@@ -60,43 +63,83 @@ def load_strictly(
     tensors: Mapping[str, Tensor],
     what: str,
     dtype: torch.dtype = torch.float32,
-    unread: Iterable[str] = (),
+    unused: Iterable[str] = (),
 ) -> Module:
-    """Make `tensors` the parameters of a network that was built on the meta device.
+    """A network `on_meta` whose parameters become `tensors`, in evaluation mode.
 
-    Nothing is copied that has the right dtype already: parameters are then the tensors themselves, for example parts
-    of a mapped file. Others are converted one by one. Position tables are computed, not loaded.
+    Tensors of the right dtype are not copied: they may be parts of a mapped file. Position tables are computed.
 
     Args:
-        module: network on the meta device; it is changed and returned.
-        tensors: name -> tensor, names of the module.
+        tensors: under the names of the module.
         what: the file, for errors.
-        unread: parameters that no result depends on; they may be missing and are then zeros.
+        unused: parameters that no result depends on; they may be missing and are then zeros.
 
     Raises:
         UserError: names or shapes differ, or a tensor holds no floating-point numbers.
     """
     state = module.state_dict()
-    wanted = {name: tuple(value.shape) for name, value in state.items() if not is_position_table(name)}
-    missing_unread = set(unread) - tensors.keys()
-    wanted = {name: shape for name, shape in wanted.items() if name not in missing_unread}
-    mismatch = compare(wanted, shapes_of(tensors))
+    zeros = set(unused) - tensors.keys()
+    wanted = {n: value for n, value in state.items() if n not in zeros and not is_position_table(n)}
+    mismatch = compare(shapes_of(wanted), shapes_of(tensors))
     if mismatch:
         raise UserError(f"{what} does not fit {type(module).__name__}: {'; '.join(mismatch.lines())}")
     strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange:
-        raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {_first(strange, 5)}")
+        raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {_first(strange)}")
 
     complete = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, value in state.items():
         if is_position_table(name):
             complete[name] = position_table(*value.shape[1:]).to(dtype)
-        elif name in missing_unread:
+        elif name in zeros:
             complete[name] = torch.zeros(value.shape, dtype=dtype)
     module.load_state_dict(complete, strict=True, assign=True)
     return module.eval()
 
 
-def _first(names: Iterable[str], shown: int) -> str:
+def load_folder(
+    cls: type[Module],
+    folder: str | Path,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+    others: tuple[str, ...] = (),
+) -> Module:
+    """`cls.from_pretrained` of a local folder of diffusers or transformers, as strict as `load_strictly`.
+
+    Args:
+        what: the folder as the user knows it, for errors.
+        others: first parts of the names of tensors of other networks, which the folder may hold too.
+
+    Raises:
+        UserError: no such folder, or its weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{what} is not a folder of {cls.__name__}: it has no config.json")
+    weights = weights_file(folder, what)
+    read_file(weights, what)  # the libraries' own errors of a damaged file, or of one with code in it, are tracebacks
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if ".fp16." in weights.name:
+        options["variant"] = "fp16"  # the only weights there are
+    try:
+        module, info = cls.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded as {cls.__name__}: {error}") from None
+    # The libraries give missing tensors random values and go on.
+    mismatch = Mismatch(
+        missing=tuple(sorted(info["missing_keys"])),
+        unexpected=tuple(sorted(name for name in info["unexpected_keys"] if not name.startswith(others))),
+        misshapen=tuple(sorted(_misshapen(*entry) for entry in info["mismatched_keys"])),
+    )
+    if mismatch:
+        raise UserError(f"{what} does not fit {cls.__name__}: {'; '.join(mismatch.lines())}")
+    return module.eval()
+
+
+def _misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{name} {list(found)} instead of {list(wanted)}"
+
+
+def _first(names: Iterable[str], shown: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -1,31 +1,23 @@
-"""Networks of the published animators from the tensors of their files, strictly.
+"""Networks of the Stable Diffusion 1 family: sizes from a file, what a file of these sizes holds, strict loading.
 
-Each function takes name -> tensor as `files.read_tensors` returns it. Sizes are read from the shapes unless given, so
-smaller or wider networks of the same scheme load as well; heads and norm groups are those of Stable Diffusion 1.
+Tensors are as `files.read_tensors` gives them. Loaders read sizes from shapes, so smaller or wider networks of the
+same scheme load as well; heads and norm groups, which shapes do not tell, are those of Stable Diffusion 1. Names and
+shapes in a file (its manifest) are not listed: they follow from the network, built without memory.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from diffusers import ControlNetModel
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, ControlNetModel
+from torch import Tensor
 
 from core.errors import UserError
 from models.checkpoints.files import without_prefixes
-from models.checkpoints.loading import load_strictly, shapes_of
-from models.checkpoints.names import MOTION, module_names, position_length, position_table
-from models.checkpoints.sizes import (
-    MotionSizes,
-    UNetSizes,
-    make_control_net,
-    make_denoising_unet,
-    make_pose_guider,
-    make_reference_net,
-    motion_sizes,
-    pose_guider_channels,
-    unet_sizes,
-)
-from models.unets import DenoisingUNet, MotionModule, PoseGuider, ReferenceNet
+from models.checkpoints.loading import Shapes, load_strictly, on_meta, shapes_of
+from models.checkpoints.names import MOTION, current_names, module_names, position_length, published_names
+from models.unets import DenoisingUNet, ReferenceNet
 
 Tensors = Mapping[str, Tensor]
 # The ReferenceNet has no output; complete Stable Diffusion UNets do.
@@ -34,19 +26,204 @@ EMBEDDING = "controlnet_cond_embedding."
 UNET_PREFIXES = ("module.", "unet.")
 
 
+@dataclass(frozen=True)
+class UNetSizes:
+    """Sizes of a UNet or ControlNet; defaults are Stable Diffusion 1.5.
+
+    Attributes:
+        attention: by level, finest first, whether it has spatial transformers.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    num_attention_heads: int = 8
+    norm_num_groups: int = 32
+    use_linear_projection: bool = False
+
+    def __str__(self) -> str:
+        return f"widths {joined(self.block_out_channels)}, context {self.cross_attention_dim}"
+
+
+@dataclass(frozen=True)
+class MotionSizes:
+    """Sizes of motion modules; defaults are AnimateDiff v2, which AnimateAnyone has."""
+
+    max_seq_length: int = 32
+    mid_block: bool = True
+    layers: int = 1
+    num_attention_heads: int = 8
+    norm_num_groups: int = 32  # at any width
+
+    def __str__(self) -> str:
+        return f"{self.max_seq_length} frames, {'with' if self.mid_block else 'no'} middle block"
+
+
+def joined(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def count(shapes: Shapes, template: str) -> int:
+    """How many of template.format(0), template.format(1), ... there are, up to the first that is missing."""
+    found = 0
+    while template.format(found) in shapes:
+        found += 1
+    return found
+
+
+def unet_sizes(shapes: Shapes) -> UNetSizes:
+    """Sizes of a UNet or ControlNet; what its tensors do not tell is Stable Diffusion 1.5's."""
+    found: dict[str, Any] = {}
+    levels = range(count(shapes, "down_blocks.{}.resnets.0.conv1.weight"))
+    if levels:
+        found["block_out_channels"] = tuple(
+            shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels
+        )
+        found["attention"] = tuple(
+            any(name.startswith(f"down_blocks.{level}.attentions.") for name in shapes) for level in levels
+        )
+        found["layers_per_block"] = count(shapes, "down_blocks.0.resnets.{}.conv1.weight")
+    if len(shapes.get("conv_in.weight", ())) == 4:
+        found["in_channels"] = found["out_channels"] = shapes["conv_in.weight"][1]
+    if "conv_out.weight" in shapes:
+        found["out_channels"] = shapes["conv_out.weight"][0]
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight") and ".attentions." in name:
+            found["cross_attention_dim"] = shape[1]
+        if name.endswith(".proj_in.weight") and ".attentions." in name:
+            found["use_linear_projection"] = len(shape) == 2
+    return UNetSizes(**found)
+
+
+def is_image_unet(shapes: Shapes) -> bool:
+    return any(name.startswith("up_blocks.") for name in shapes) and not any(MOTION in name for name in shapes)
+
+
+def motion_sizes(shapes: Shapes, max_seq_length: int) -> MotionSizes:
+    """Sizes of motion modules with names of this project, whose position tables have this length."""
+    sizes = MotionSizes(max_seq_length, any(name.startswith("mid_block.motion_modules.") for name in shapes))
+    layers = count(shapes, "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight")
+    return replace(sizes, layers=layers) if layers else sizes
+
+
+def embedding_channels(shapes: Shapes, prefix: str = "") -> tuple[int, ...]:
+    """Widths of a pose guider, or of a ControlNet's conditioning embedding, whose names begin with `prefix`."""
+    blocks = count(shapes, prefix + "blocks.{}.weight")
+    if f"{prefix}conv_in.weight" not in shapes or not blocks:
+        return (16, 32, 96, 256)
+    widths = [shapes[f"{prefix}blocks.{block}.weight"][0] for block in range(1, blocks, 2)]
+    return (shapes[f"{prefix}conv_in.weight"][0], *widths)
+
+
+def unet_arguments(sizes: UNetSizes, suffix: str = "2D") -> dict[str, Any]:
+    """Arguments of diffusers' UNets, but for their heads; suffix: "2D" or "Motion", of their blocks' classes."""
+    down = [f"{'CrossAttn' if attention else ''}DownBlock{suffix}" for attention in sizes.attention]
+    up = [f"{'CrossAttn' if attention else ''}UpBlock{suffix}" for attention in reversed(sizes.attention)]
+    return {
+        "sample_size": 64,
+        "in_channels": sizes.in_channels,
+        "out_channels": sizes.out_channels,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "block_out_channels": sizes.block_out_channels,
+        "layers_per_block": sizes.layers_per_block,
+        "cross_attention_dim": sizes.cross_attention_dim,
+        "norm_num_groups": sizes.norm_num_groups,
+        "use_linear_projection": sizes.use_linear_projection,
+    }
+
+
+def control_net_arguments(sizes: UNetSizes, channels: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of `ControlNetModel`; channels: widths of its conditioning embedding."""
+    arguments = unet_arguments(sizes)
+    for name in ("up_block_types", "out_channels", "sample_size"):
+        del arguments[name]
+    # diffusers' misnomer: this is the number of heads
+    return arguments | {
+        "attention_head_dim": sizes.num_attention_heads,
+        "conditioning_embedding_out_channels": channels,
+    }
+
+
+def make_reference_net(sizes: UNetSizes) -> ReferenceNet:
+    return ReferenceNet(attention_head_dim=sizes.num_attention_heads, **unet_arguments(sizes))
+
+
+def make_denoising_unet(sizes: UNetSizes, motion: MotionSizes, norm_scope: str) -> DenoisingUNet:
+    """The denoising UNet as the published code computes it: its motion modules act on single frames too."""
+    return DenoisingUNet(
+        num_attention_heads=sizes.num_attention_heads,
+        motion_num_attention_heads=motion.num_attention_heads,
+        motion_max_seq_length=motion.max_seq_length,
+        temporal_transformer_layers_per_block=motion.layers,
+        temporal_transformer_layers_per_mid_block=motion.layers,
+        use_motion_mid_block=motion.mid_block,
+        norm_scope=norm_scope,
+        motion_norm_num_groups=motion.norm_num_groups,
+        motion_on_single_frames=True,
+        **unet_arguments(sizes, "Motion"),
+    )
+
+
+def make_control_net(sizes: UNetSizes, channels: tuple[int, ...]) -> ControlNetModel:
+    return ControlNetModel(**control_net_arguments(sizes, channels))
+
+
+def make_autoencoder(shapes: Shapes, norm_num_groups: int = 32) -> AutoencoderKL:
+    """VAE of these shapes, names of today; scale factor 0.18215, as in Stable Diffusion."""
+    levels = range(count(shapes, "encoder.down_blocks.{}.resnets.0.conv1.weight"))
+    widths = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels]
+    widths = widths or [128, 256, 512, 512]
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=tuple(widths),
+        layers_per_block=count(shapes, "encoder.down_blocks.0.resnets.{}.conv1.weight") or 2,
+        latent_channels=shapes.get("decoder.conv_in.weight", (0, 4))[1],
+        norm_num_groups=norm_num_groups,
+        sample_size=512,
+        scaling_factor=0.18215,
+    )
+
+
+def animated_unet_manifest(sizes: UNetSizes, motion: MotionSizes) -> Shapes:
+    """Published name -> shape of an image UNet with motion modules, MagicAnimate's `temporal_attention.ckpt`."""
+    return published_names(shapes_of(on_meta(make_denoising_unet, sizes, motion, "frame").state_dict()))
+
+
+def motion_manifest(sizes: UNetSizes, motion: MotionSizes) -> Shapes:
+    """Motion modules alone, AnimateDiff's files and AnimateAnyone's `motion_module.pth`."""
+    return {name: shape for name, shape in animated_unet_manifest(sizes, motion).items() if MOTION in name}
+
+
+def unet_manifest(sizes: UNetSizes) -> Shapes:
+    """A Stable Diffusion UNet, which AnimateAnyone's `denoising_unet.pth` is too."""
+    return {name: shape for name, shape in animated_unet_manifest(sizes, MotionSizes()).items() if MOTION not in name}
+
+
+def reference_unet_manifest(sizes: UNetSizes) -> Shapes:
+    """The same without output layers, AnimateAnyone's `reference_unet.pth`."""
+    return {name: shape for name, shape in unet_manifest(sizes).items() if not name.startswith(OUTPUT_LAYERS)}
+
+
+def control_net_manifest(sizes: UNetSizes, channels: tuple[int, ...]) -> Shapes:
+    return shapes_of(on_meta(make_control_net, sizes, channels).state_dict())
+
+
 def load_reference_net(
     tensors: Tensors, what: str, sizes: UNetSizes | None = None, dtype: torch.dtype = torch.float32
 ) -> ReferenceNet:
-    """ReferenceNet from `reference_unet.pth` of AnimateAnyone, the `appearance_encoder` of MagicAnimate, or a UNet.
+    """ReferenceNet from AnimateAnyone's `reference_unet.pth`, MagicAnimate's `appearance_encoder`, or a UNet.
 
-    The first lacks the output layers, the second also the 20 tensors after the last write, which nothing reads.
+    The first lacks the output layers, the second also the 20 tensors after the last write, which have no effect.
     """
     tensors = without_prefixes(tensors, what, UNET_PREFIXES)
-    sizes = sizes or unet_sizes(shapes_of(tensors))
-    with torch.device("meta"):
-        network = make_reference_net(sizes)
+    network = on_meta(make_reference_net, sizes or unet_sizes(shapes_of(tensors)))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTPUT_LAYERS)}
-    return load_strictly(network, tensors, what, dtype, unread=network.unused_parameters())
+    return load_strictly(network, tensors, what, dtype, network.unused_parameters())
 
 
 def load_denoising_unet(
@@ -58,9 +235,7 @@ def load_denoising_unet(
     dtype: torch.dtype = torch.float32,
     length: int | None = None,
 ) -> DenoisingUNet:
-    """Denoising UNet from one dictionary with the tensors of the image UNet and of the motion modules.
-
-    That is MagicAnimate's `temporal_attention.ckpt`, or AnimateAnyone's two files together: see `with_motion`.
+    """Denoising UNet from the tensors of the image UNet and of the motion modules.
 
     Args:
         length: frames of the position tables, for models whose own code computes them and ignores the file's; None:
@@ -72,60 +247,8 @@ def load_denoising_unet(
         raise UserError(f"{what} has position tables of {length} frames instead of {motion.max_seq_length}")
     tensors = module_names(tensors)
     shapes = shapes_of(tensors)
-    with torch.device("meta"):
-        network = make_denoising_unet(sizes or unet_sizes(shapes), motion or motion_sizes(shapes, length), norm_scope)
-    return load_strictly(network, tensors, what, dtype)
-
-
-def with_motion(unet: Tensors, motion_module: Tensors) -> dict[str, Tensor]:
-    """The tensors of an image UNet and of a motion-module file in one dictionary.
-
-    Only motion modules are taken from the second; trainers save further entries beside them.
-    """
-    image = {name: tensor for name, tensor in unet.items() if MOTION not in name}
-    return image | {name: tensor for name, tensor in motion_module.items() if MOTION in name}
-
-
-def load_image_unet(tensors: Tensors, what: str, dtype: torch.dtype = torch.float32) -> DenoisingUNet:
-    """Denoising UNet from an image UNet, with new motion modules, which change nothing before they are trained."""
-    sizes = unet_sizes(shapes_of(tensors))
-    with torch.device("meta"):
-        network = make_denoising_unet(sizes, MotionSizes(), norm_scope="frame")
-    new = {}
-    for name, module in network.named_modules():
-        if isinstance(module, MotionModule):
-            reset_motion_module(module.to_empty(device="cpu"))
-            new |= {f"{name}.{entry}": value for entry, value in module.state_dict().items()}
-    return load_strictly(network, with_motion(tensors, module_names(new)), what, dtype)
-
-
-def reset_motion_module(module: MotionModule) -> None:
-    """New random weights, output projection zero."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.LayerNorm, nn.GroupNorm)):
-            part.reset_parameters()
-    nn.init.zeros_(module.proj_out.weight)
-    nn.init.zeros_(module.proj_out.bias)
-    for block in module.transformer_blocks:
-        block.pos_embed.pe = position_table(*block.pos_embed.pe.shape[1:])
-
-
-def load_pose_guider(tensors: Tensors, what: str, dtype: torch.dtype = torch.float32) -> PoseGuider:
-    """Pose guider from `pose_guider.pth`."""
-    shapes = shapes_of(tensors)
-    width = shapes["conv_out.weight"][0] if "conv_out.weight" in shapes else UNetSizes().block_out_channels[0]
-    with torch.device("meta"):
-        network = make_pose_guider(width, pose_guider_channels(shapes))
-    return load_strictly(network, tensors, what, dtype)
-
-
-def pose_guider_from_control_net(tensors: Tensors, what: str, dtype: torch.dtype = torch.float32) -> PoseGuider:
-    """Pose guider to start training from: a ControlNet's conditioning embedding, its last convolution zero."""
-    embedding = {name.removeprefix(EMBEDDING): value for name, value in tensors.items() if name.startswith(EMBEDDING)}
-    for name in ("conv_out.weight", "conv_out.bias"):
-        if name in embedding:
-            embedding[name] = torch.zeros_like(embedding[name])
-    return load_pose_guider(embedding, what, dtype)
+    sizes, motion = sizes or unet_sizes(shapes), motion or motion_sizes(shapes, length)
+    return load_strictly(on_meta(make_denoising_unet, sizes, motion, norm_scope), tensors, what, dtype)
 
 
 def load_control_net(
@@ -133,7 +256,24 @@ def load_control_net(
 ) -> ControlNetModel:
     """ControlNet of Stable Diffusion 1, for example MagicAnimate's `densepose_controlnet`."""
     shapes = shapes_of(tensors)
-    embedding = {name.removeprefix(EMBEDDING): shape for name, shape in shapes.items() if name.startswith(EMBEDDING)}
-    with torch.device("meta"):
-        network = make_control_net(sizes or unet_sizes(shapes), pose_guider_channels(embedding))
+    network = on_meta(make_control_net, sizes or unet_sizes(shapes), embedding_channels(shapes, EMBEDDING))
     return load_strictly(network, tensors, what, dtype)
+
+
+def load_autoencoder(
+    tensors: Tensors, what: str, dtype: torch.dtype = torch.float32, norm_num_groups: int = 32
+) -> AutoencoderKL:
+    """VAE of Stable Diffusion 1 from tensors with the names of any release."""
+    tensors = current_names(tensors)
+    network = on_meta(make_autoencoder, shapes_of(tensors), norm_num_groups)
+    return load_strictly(network, tensors, what, dtype)
+
+
+def check_reference_net(reference_net: ReferenceNet, denoising_unet: DenoisingUNet, vae: AutoencoderKL) -> None:
+    """Refuse networks that do not belong together."""
+    ours, theirs = denoising_unet.config, reference_net.config
+    for name in ("block_out_channels", "layers_per_block", "in_channels", "cross_attention_dim"):
+        if ours[name] != theirs[name]:
+            raise UserError(f"{name} is {theirs[name]} in the reference net and {ours[name]} in the denoising UNet")
+    if vae.config.latent_channels != ours.in_channels:
+        raise UserError(f"vae= has {vae.config.latent_channels} latent channels, the UNets take {ours.in_channels}")

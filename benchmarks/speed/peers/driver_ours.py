@@ -18,8 +18,7 @@ from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
 from benchmarks.speed.training import TrainingStep
 from core.files import complete_folder
 from models.animators.registry import load_pipeline
-from models.checkpoints.convert import BUILDERS
-from models.checkpoints.sources import ConvertConfig, Sources
+from models.checkpoints.convert import Sources, convert_config
 from models.images import ImageBatch
 from models.pipeline import AnimationPipeline
 from training.config import NoiseConfig, TrainConfig
@@ -27,8 +26,8 @@ from training.config import NoiseConfig, TrainConfig
 
 def load(job: Job, dtype: str) -> AnimationPipeline:
     """The pipeline that `convert` would write, on the job's device."""
-    config = ConvertConfig(job.settings["family"], output="", weights=str(job.folder), dtype=dtype)
-    pipeline = BUILDERS[config.family](Sources(config))
+    sources = Sources(convert_config(job.settings["family"], output="", weights=str(job.folder), dtype=dtype))
+    pipeline = sources.family.make(sources)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(job.device)
 

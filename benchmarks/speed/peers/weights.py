@@ -14,17 +14,18 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.speed.sizes import PIXELS, POSE_CHANNELS, SpeedSizes, make_image_encoder, make_vae
 from core.files import complete_folder, write_json
-from models.checkpoints.manifests import (
+from models.animators.animate_anyone.checkpoint import pose_guider_manifest
+from models.animators.magic_animate.checkpoint import appearance_encoder_manifest
+from models.checkpoints.loading import Shapes
+from models.checkpoints.networks import (
+    MotionSizes,
     animated_unet_manifest,
-    appearance_encoder_manifest,
     control_net_manifest,
     motion_manifest,
-    pose_guider_manifest,
     reference_unet_manifest,
     unet_manifest,
 )
-from models.checkpoints.sizes import MotionSizes, Shapes
-from models.checkpoints.synthetic import synthetic_tensors
+from models.checkpoints.verify import synthetic_tensors
 from training.noise import draw, sample_generators
 
 SETTINGS, INPUTS = "settings.json", "inputs"
@@ -43,7 +44,7 @@ class PeerSettings:
     """What a driver reads beside the weights. One window takes all frames, so that window rules do not matter."""
 
     family: str  # of `models.checkpoints.convert`
-    unet: dict[str, Any]  # `models.checkpoints.sizes.UNetSizes` as a dictionary
+    unet: dict[str, Any]  # `models.checkpoints.networks.UNetSizes` as a dictionary
     pose_channels: tuple[int, ...]  # widths of the pose guider, or of the ControlNet's embedding
     latent_size: tuple[int, int]  # (h, w)
     dtype: str

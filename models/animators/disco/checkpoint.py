@@ -1,6 +1,6 @@
-"""DisCo's networks from the tensors of its one file, strictly.
+"""DisCo's one published file, `mp_rank_00_model_states.pt`, and Stable Diffusion's to train from.
 
-`mp_rank_00_model_states.pt` is DeepSpeed's; under `module` it has
+The file is DeepSpeed's; under `module` it has
 
     unet.                   Stable Diffusion's UNet
     controlnet.nets.0.      ControlNet of the pose
@@ -10,13 +10,14 @@
     refer_clip_proj.        the projection of all of its tokens
 
 Files of the attribute pre-training have one ControlNet, that of the background, under `controlnet.`. Files of the
-temporal variant have `tem_*` tensors in ResNets and transformers, and a norm in each transformer that nothing uses.
+temporal variant have `tem_*` tensors in ResNets and transformers, and a norm in each transformer that has no effect.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -24,29 +25,62 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.animators.disco.networks import DiscoControlNet, DiscoUNet, TokenProjection
-from models.checkpoints.autoencoder import current_names, load_autoencoder, make_autoencoder, old_names
-from models.checkpoints.loading import compare, load_strictly, shapes_of
-from models.checkpoints.recognised import Recognised, unet_detail
-from models.checkpoints.sizes import (
-    Shapes,
+from models.animators.disco.model import NULL_TOKENS, SOURCE, DisCo, DiscoPipeline
+from models.animators.disco.networks import (
+    EMBEDDING_WIDTHS,
+    DiscoControlNet,
+    DiscoUNet,
+    TokenProjection,
+    new_control_net,
+)
+from models.attention.context import ReferenceContext
+from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
+from models.checkpoints.names import current_names, old_names
+from models.checkpoints.networks import (
+    EMBEDDING,
+    Tensors,
     UNetSizes,
     control_net_arguments,
     count,
-    pose_guider_channels,
+    embedding_channels,
+    load_autoencoder,
+    make_autoencoder,
     unet_arguments,
     unet_sizes,
 )
+from models.checkpoints.verify import Fixture
+from models.vae import vae_scale_factor
 
 UNET, POSE, BACKGROUND = "unet.", "controlnet.nets.0.", "controlnet.nets.1."
 VAE, CLIP, PROJECTION = "vae.", "clip_image_encoder.", "refer_clip_proj."
 PARTS = (UNET, POSE, BACKGROUND, VAE, CLIP, PROJECTION)
 ONE_CONTROL_NET = "controlnet."
-# The numbers 0, 1, 2, ..., which older releases of transformers saved.
+# The integers 0, 1, 2, ..., which older releases of transformers saved.
 POSITIONS = "vision_model.embeddings.position_ids"
 # Norm that the published temporal block has and does not use.
 UNUSED_NORM = re.compile(r"\.transformer_blocks\.\d+\.tem_norm\.")
 LATENT_SIDE = 32  # trained on 256 x 256 pixels
+
+
+@dataclass
+class DiscoFiles(ConvertConfig):
+    """`convert family=disco`: checkpoint, in which everything is; or unet, image_encoder and vae to train a new one.
+
+    null_tokens: context of the unconditional half of guidance: "empty_image" for models trained with dropped
+        references (drop_ref above 0), "zeros" for the others.
+    """
+
+    checkpoint: str | None = published_file("mp_rank_00_model_states.pt")
+    unet: str | None = published_file("unet", "stable-diffusion-v1-5/unet")
+    image_encoder: str | None = published_file("image_encoder")
+    vae: str | None = published_file("sd-vae-ft-mse", "vae")
+    null_tokens: str = "empty_image"
+
+    def check(self) -> None:
+        super().check()
+        if self.null_tokens not in NULL_TOKENS:
+            raise UserError(f"null_tokens={self.null_tokens} is not one of {', '.join(NULL_TOKENS)}")
 
 
 @dataclass(frozen=True)
@@ -62,17 +96,14 @@ class DiscoWeights:
 
 
 def load_disco(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     what: str,
     sizes: UNetSizes | None = None,
     clip: CLIPVisionConfig | None = None,
     vae_norm_groups: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> DiscoWeights:
-    """All networks of a file as `files.read_tensors` returns it; sizes are read from the shapes unless given.
-
-    Args:
-        vae_norm_groups: which shapes do not tell.
+    """All networks of a file.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors.
@@ -81,21 +112,18 @@ def load_disco(
     strange = next(iter(parts.pop("", {})), None)
     if strange is not None:
         raise UserError(f"{what} is not DisCo's: it has {strange}")
-    shapes = {prefix: shapes_of(part) for prefix, part in parts.items()}
-    with torch.device("meta"):
-        networks = make_networks(shapes, sizes, clip)
+    networks = make_networks({prefix: shapes_of(part) for prefix, part in parts.items()}, sizes, clip)
+    if not parts[POSE]:
+        del networks[POSE]
     loaded = {
-        prefix: load_strictly(networks[prefix], used_tensors(prefix, parts[prefix]), f"{what}, {prefix}*", dtype)
-        for prefix in (UNET, BACKGROUND, CLIP, PROJECTION)
+        prefix: load_strictly(network, used_tensors(prefix, parts[prefix]), f"{what}, {prefix}*", dtype)
+        for prefix, network in networks.items()
     }
     embeddings = loaded[CLIP].vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    pose = None
-    if parts[POSE]:
-        pose = load_strictly(networks[POSE], used_tensors(POSE, parts[POSE]), f"{what}, {POSE}*", dtype)
     return DiscoWeights(
         unet=loaded[UNET],
-        pose_control_net=pose,
+        pose_control_net=loaded.get(POSE),
         background_control_net=loaded[BACKGROUND],
         image_encoder=loaded[CLIP],
         token_projection=loaded[PROJECTION],
@@ -103,9 +131,9 @@ def load_disco(
     )
 
 
-def split_parts(entries: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Prefix -> entries without it; under "" what has none of the known prefixes. Also for name -> shape."""
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in PARTS}
+def split_parts(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Prefix -> entries without it; under "" what has none of the known prefixes."""
+    parts: dict[str, dict[str, Any]] = {prefix: {} for prefix in PARTS}
     for name, entry in entries.items():
         if name.startswith(ONE_CONTROL_NET) and not name.startswith((POSE, BACKGROUND)):
             name = BACKGROUND + name.removeprefix(ONE_CONTROL_NET)
@@ -114,8 +142,8 @@ def split_parts(entries: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def used_tensors(prefix: str, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a part under the names of its network, without those that nothing uses."""
+def used_tensors(prefix: str, part: Tensors) -> dict[str, Tensor]:
+    """The tensors of a part under the names of its network, without those that have no effect."""
     if prefix == PROJECTION:
         return {f"linear.{name}": tensor for name, tensor in part.items()}
     return {name: tensor for name, tensor in part.items() if name != POSITIONS and not UNUSED_NORM.search(name)}
@@ -124,34 +152,26 @@ def used_tensors(prefix: str, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def make_networks(
     parts: Mapping[str, Shapes], sizes: UNetSizes | None = None, clip: CLIPVisionConfig | None = None
 ) -> dict[str, torch.nn.Module]:
-    """Prefix -> network of these shapes, but for the VAE."""
-    sizes = sizes or unet_sizes(parts[UNET])
+    """Prefix -> network of these shapes, without memory; all but the VAE."""
+    sizes, clip = sizes or unet_sizes(parts[UNET]), clip or clip_config(parts[CLIP])
     temporal = is_temporal(parts)
-    embedding = "controlnet_cond_embedding."
-    channels = pose_guider_channels(
-        {name.removeprefix(embedding): shape for name, shape in parts[POSE].items() if name.startswith(embedding)}
-    )
-    clip = clip or clip_config(parts[CLIP])
+    control_net = control_net_arguments(sizes, embedding_channels(parts[POSE], EMBEDDING)) | {"temporal": temporal}
+    background = {"latent_conditioning": True, "conditioning_channels": sizes.in_channels}
     return {
-        UNET: DiscoUNet(
-            temporal=temporal,
-            attention_head_dim=sizes.num_attention_heads,
-            **unet_arguments(sizes, "2D") | {"sample_size": LATENT_SIDE},
-        ),
-        POSE: DiscoControlNet(temporal=temporal, **control_net_arguments(sizes, channels)),
-        BACKGROUND: DiscoControlNet(
-            temporal=temporal,
-            latent_conditioning=True,
-            conditioning_channels=sizes.in_channels,
-            **control_net_arguments(sizes, channels),
-        ),
-        CLIP: CLIPVisionModelWithProjection(clip),
-        PROJECTION: TokenProjection(clip.hidden_size, sizes.cross_attention_dim),
+        UNET: on_meta(make_unet, sizes, temporal),
+        POSE: on_meta(DiscoControlNet, **control_net),
+        BACKGROUND: on_meta(DiscoControlNet, **control_net, **background),
+        CLIP: on_meta(CLIPVisionModelWithProjection, clip),
+        PROJECTION: on_meta(TokenProjection, clip.hidden_size, sizes.cross_attention_dim),
     }
 
 
+def make_unet(sizes: UNetSizes, temporal: bool = False) -> DiscoUNet:
+    arguments = unet_arguments(sizes) | {"sample_size": LATENT_SIDE}
+    return DiscoUNet(temporal=temporal, attention_head_dim=sizes.num_attention_heads, **arguments)
+
+
 def is_temporal(parts: Mapping[str, Shapes]) -> bool:
-    """Whether the UNet is the temporal variant's."""
     return any(".tem_conv." in name for name in parts[UNET])
 
 
@@ -179,33 +199,22 @@ def disco_manifest(shapes: Shapes) -> Shapes:
     Files of the attribute pre-training have their ControlNet under `controlnet.nets.1.` in it.
     """
     parts = split_parts(shapes)
-    with torch.device("meta"):
-        networks = make_networks(parts)
-        vae = make_autoencoder(parts[VAE])
+    networks, vae = make_networks(parts), on_meta(make_autoencoder, parts[VAE])
     if not parts[POSE]:
         del networks[POSE]
     wanted = {f"{VAE}{name}": shape for name, shape in old_names(shapes_of(vae.state_dict())).items()}
     for prefix, network in networks.items():
-        named = {name.removeprefix("linear."): tensor for name, tensor in network.state_dict().items()}
-        wanted |= {f"{prefix}{name}": shape for name, shape in with_unused(shapes_of(named)).items()}
+        for name, shape in shapes_of(network.state_dict()).items():
+            wanted[prefix + name.removeprefix("linear.")] = shape
+            block, norm, part = name.partition(".norm2.")
+            if norm and f"{block}.tem_attn.to_q.weight" in network.state_dict():
+                wanted[f"{prefix}{block}.tem_norm.{part}"] = shape
     return wanted
 
 
-def with_unused(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of a network and of the norms that its file has in addition."""
-    unused = {
-        name.replace(".norm2.", ".tem_norm."): shape
-        for name, shape in shapes.items()
-        if ".norm2." in name and f"{name.split('.norm2.')[0]}.tem_attn.to_q.weight" in shapes
-    }
-    return {**shapes, **unused}
-
-
 def recognise_disco(shapes: Shapes) -> Recognised | None:
-    """DisCo's file: image model, temporal variant, or attribute pre-training."""
-    if not any(name.startswith((PROJECTION, CLIP)) for name in shapes) or not any(
-        name.startswith(UNET) for name in shapes
-    ):
+    """Image model, temporal variant, or attribute pre-training."""
+    if not all(any(name.startswith(part) for name in shapes) for part in ((PROJECTION, CLIP), UNET)):
         return None
     parts = split_parts(shapes)
     found = {f"{prefix}{name}": shape for prefix, part in parts.items() for name, shape in part.items()}
@@ -215,4 +224,94 @@ def recognise_disco(shapes: Shapes) -> Recognised | None:
         variant = "attribute pre-training, no pose ControlNet"
     # The VAE's attention may have the names of today.
     mismatch = compare(current_names(disco_manifest(shapes)), current_names(found))
-    return Recognised(f"DisCo ({variant})", unet_detail(unet_sizes(parts[UNET])), mismatch)
+    return Recognised(f"DisCo ({variant})", str(unet_sizes(parts[UNET])), mismatch)
+
+
+def make_disco(sources: Sources) -> DiscoPipeline:
+    """The image model, its temporal variant, what attribute pre-training left, or base weights to train one from."""
+    if sources.path("checkpoint", required=sources.config.unet is None) is None:
+        weights = base_weights(sources)
+    else:
+        weights = sources.load("checkpoint", load_disco)
+    pose_control_net = weights.pose_control_net
+    if pose_control_net is None:
+        sources.notes.append("the pose ControlNet is new: until it is trained, poses have no effect")
+        # Each width after the first halves the pose images, which must end as small as the latents.
+        widths = EMBEDDING_WIDTHS[: vae_scale_factor(weights.vae).bit_length()]
+        pose_control_net = new_control_net(weights.unet, False, widths).eval()
+    return DiscoPipeline(
+        **vars(weights) | {"pose_control_net": pose_control_net},
+        scheduler=sources.family.scheduler(),
+        null_tokens=sources.config.null_tokens,
+        window_size=sources.family.window,
+    )
+
+
+def base_weights(sources: Sources) -> DiscoWeights:
+    """Start of the published training: the UNet of sd-image-variations, a ControlNet of the background made of it, and
+    CLIP's own projection for all of its tokens."""
+    tensors, what = sources.tensors("unet")
+    image_encoder = sources.load_folder("image_encoder", CLIPVisionModelWithProjection)
+    projection = image_encoder.visual_projection.weight
+    unet = load_strictly(on_meta(make_unet, unet_sizes(shapes_of(tensors))), tensors, what, sources.dtype)
+    if unet.config.cross_attention_dim != len(projection):
+        context = unet.config.cross_attention_dim
+        raise UserError(f"image_encoder= gives {len(projection)} channels, unet='s cross-attention takes {context}")
+    token_projection = TokenProjection(*projection.shape[::-1]).to(sources.dtype).eval()
+    token_projection.linear.load_state_dict({"weight": projection})
+    sources.notes.append("the background ControlNet is new: until it is trained, the background has no effect")
+    return DiscoWeights(
+        unet=unet,
+        pose_control_net=None,
+        background_control_net=new_control_net(unet, True).eval(),
+        image_encoder=image_encoder,
+        token_projection=token_projection,
+        vae=sources.load_folder("vae", AutoencoderKL),
+    )
+
+
+def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    """Known answers of the image model."""
+    weights = load_disco(
+        fixture.checkpoint("module"),
+        "module",
+        fixture.unet_sizes(),
+        CLIPVisionConfig(**fixture.config["clip"]),
+        fixture.config["vae"].get("norm_num_groups", 32),
+    )
+    networks = vars(weights).copy()
+    vae = networks.pop("vae")
+    model = DisCo(**networks)
+    inputs = fixture.inputs
+    latents, timestep = inputs["noisy_latents"], inputs["timestep"]
+    tokens, null = model.encode_tokens(inputs["foreground_images"]), model.encode_null()
+    yield "image_tokens", tokens
+    yield "image_tokens_null", null.expand(len(tokens), -1, -1)
+
+    # One reference may serve several samples.
+    seen = ReferenceContext({SOURCE: tokens}, torch.arange(len(latents))[:, None] % len(tokens))
+    attending = {"cross_attention_kwargs": {"reference": seen}, "return_dict": False}
+    conditions = (inputs["pose_images"], inputs["background_latents"])
+    for index, network in enumerate((model.pose_control_net, model.background_control_net)):
+        yield f"control_mid_net{index}", network(latents, timestep, null, conditions[index], **attending)[1]
+    for index, residual in enumerate(model.control_residuals(latents, timestep, null, *conditions, seen)):
+        yield f"control_residual_{index:02d}", residual
+    yield "prediction_without_control", model.unet(latents, timestep, null, **attending)[0]
+    yield "guidance_cond", model.predict_frames(latents, timestep, null, *conditions, seen)
+    yield "guidance_uncond", model.predict_frames(latents, timestep, null, *conditions, None)
+    yield "vae_mean", vae.encode(inputs["vae_images"]).latent_dist.mean
+    yield "vae_decoded", vae.decode(inputs["vae_latents"]).sample
+
+
+FAMILIES = (
+    Family(
+        name="disco",
+        config=DiscoFiles,
+        make=make_disco,
+        schedule=IMAGE_SCHEDULE,
+        window=16,
+        recognisers=(recognise_disco,),
+        fixture=frozenset({"module"}),
+        outputs=outputs,
+    ),
+)

@@ -1,29 +1,69 @@
-"""DreamPose's networks from the tensors of its files, and what these files are.
+"""DreamPose's published files, and Stable Diffusion's to train from.
 
-`unet_epoch_<n>.pth` is a Stable Diffusion UNet whose first convolution takes five poses beside the latents,
-`adapter_<n>.pth` the four tensors of `ImageAdapter`, `vae_<n>.pth` a VAE whose decoder was fine-tuned to a person.
+unet_epoch_<n>.pth      a Stable Diffusion UNet whose first convolution takes five poses beside the latents
+adapter_<n>.pth         the four tensors of `ImageAdapter`
+vae_<n>.pth             a VAE whose decoder was fine-tuned to a person
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
+from transformers import CLIPVisionModel
 
 from core.errors import UserError
-from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, portrait_grid
-from models.checkpoints.loading import compare, load_strictly, shapes_of
-from models.checkpoints.recognised import Recognised, unet_detail
-from models.checkpoints.sizes import Shapes, UNetSizes, unet_arguments, unet_sizes
+from models.animators.dream_pose.model import DreamPosePipeline
+from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, portrait_grid
+from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
+from models.checkpoints.networks import Tensors, UNetSizes, load_autoencoder, unet_arguments, unet_sizes
+from models.checkpoints.verify import Fixture
+from models.vae import vae_encode, vae_scale_factor
 
 POSES = 5
-# Channels of a pose image that are used, by their number: U and V of (part, U, V), or all of a coloured figure.
+# Channels of a pose image that are used, by their count: U and V of (part, U, V), or all of a coloured figure.
 IMAGE_CHANNELS = {2: (1, 2), 3: (0, 1, 2)}
 # What the published file lacks: it follows from the VAE.
 NULL_LATENTS = "null_latents"
+# A folder of all of CLIP serves as image encoder as well; this is what the image's tokens do not need of it.
+OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
+@dataclass
+class DreamPoseFiles(ConvertConfig):
+    """`convert family=dreampose`; with the unet of Stable Diffusion and no adapter: a new one."""
+
+    unet: str | None = published_file("unet_epoch_*.pth", "unet", "stable-diffusion-v1-5/unet")
+    adapter: str | None = published_file("adapter_*.pth")
+    vae: str | None = published_file("vae_*.pth", "sd-vae-ft-mse", "vae")
+    image_encoder: str | None = published_file("image_encoder", "clip-vit-base-patch32")
+
+
+def make_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -> DreamPoseUNet:
+    return DreamPoseUNet(
+        attention_head_dim=sizes.num_attention_heads,
+        poses=poses,
+        pose_channels=channels,
+        pose_kind="OpenPose" if len(channels) == 3 else "DensePose",
+        **unet_arguments(sizes),
+    )
+
+
+def pose_channels(sizes: UNetSizes) -> tuple[int, ...] | None:
+    """Channels of a pose image that a UNet of these sizes uses; None: it is not DreamPose's.
+
+    One channel is not taken for a pose's: UNets for inpainting have five channels too many.
+    """
+    channels, rest = divmod(sizes.in_channels - sizes.out_channels, POSES)
+    return None if rest else IMAGE_CHANNELS.get(channels)
 
 
 def load_dream_pose_unet(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     what: str,
     sizes: UNetSizes | None = None,
     dtype: torch.dtype = torch.float32,
@@ -42,37 +82,26 @@ def load_dream_pose_unet(
             f"{what} takes {sizes.in_channels} input channels; DreamPose's takes {sizes.out_channels} of the latents "
             f"and {POSES} poses of 2 or 3 channels"
         )
-    with torch.device("meta"):
-        network = make_dream_pose_unet(sizes, channels, poses)
-    return load_strictly(network, tensors, what, dtype)
+    return load_strictly(on_meta(make_unet, sizes, channels, poses), tensors, what, dtype)
 
 
-def widened(tensors: Mapping[str, Tensor], channels: int = 2) -> dict[str, Tensor]:
-    """The tensors of a Stable Diffusion UNet with zeros for new pose channels, which therefore change nothing yet.
-
-    Args:
-        channels: of one pose.
-    """
+def widened(tensors: Tensors, channels: int = 2) -> dict[str, Tensor]:
+    """Tensors of a Stable Diffusion UNet with zeros for new pose channels, which therefore change nothing yet."""
     kernel = tensors["conv_in.weight"]
     new = kernel.new_zeros(kernel.shape[0], POSES * channels, *kernel.shape[2:])
     return {**tensors, "conv_in.weight": torch.cat([kernel, new], dim=1)}
 
 
 def load_adapter(
-    tensors: Mapping[str, Tensor],
-    what: str,
-    dtype: torch.dtype = torch.float32,
-    latent_grid: tuple[int, int] | None = None,
+    tensors: Tensors, what: str, dtype: torch.dtype = torch.float32, latent_grid: tuple[int, int] | None = None
 ) -> ImageAdapter:
     """Adapter from `adapter_<n>.pth`, its null latents zero.
 
     Args:
         latent_grid: (rows, columns) of its pooled latents; None: 5 : 4 as far as their number allows.
     """
-    arguments = adapter_arguments(shapes_of(tensors), latent_grid)
-    with torch.device("meta"):
-        network = ImageAdapter(**arguments)
-    return load_strictly(network, tensors, what, dtype, unread=(NULL_LATENTS,))
+    network = on_meta(ImageAdapter, **adapter_arguments(shapes_of(tensors), latent_grid))
+    return load_strictly(network, tensors, what, dtype, unused=(NULL_LATENTS,))
 
 
 def adapter_arguments(shapes: Shapes, latent_grid: tuple[int, int] | None = None) -> dict:
@@ -88,35 +117,13 @@ def adapter_arguments(shapes: Shapes, latent_grid: tuple[int, int] | None = None
     }
 
 
-def pose_channels(sizes: UNetSizes) -> tuple[int, ...] | None:
-    """Channels of a pose image that a UNet of these sizes uses; None: it is not DreamPose's.
-
-    One channel is not taken for a pose's: UNets for inpainting have five channels too many.
-    """
-    number, rest = divmod(sizes.in_channels - sizes.out_channels, POSES)
-    return None if rest else IMAGE_CHANNELS.get(number)
-
-
-def make_dream_pose_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -> DreamPoseUNet:
-    return DreamPoseUNet(
-        attention_head_dim=sizes.num_attention_heads,
-        poses=poses,
-        pose_channels=channels,
-        pose_kind="OpenPose" if len(channels) == 3 else "DensePose",
-        **unet_arguments(sizes, "2D"),
-    )
-
-
 def dream_pose_unet_manifest(sizes: UNetSizes) -> Shapes:
-    """`unet_epoch_<n>.pth`."""
-    with torch.device("meta"):
-        return shapes_of(make_dream_pose_unet(sizes, pose_channels(sizes)).state_dict())
+    return shapes_of(on_meta(make_unet, sizes, pose_channels(sizes)).state_dict())
 
 
 def adapter_manifest(shapes: Shapes) -> Shapes:
     """`adapter_<n>.pth` of the sizes that these shapes tell."""
-    with torch.device("meta"):
-        entries = shapes_of(ImageAdapter(**adapter_arguments(shapes)).state_dict())
+    entries = shapes_of(on_meta(ImageAdapter, **adapter_arguments(shapes)).state_dict())
     return {name: shape for name, shape in entries.items() if name != NULL_LATENTS}
 
 
@@ -127,7 +134,7 @@ def recognise_unet(shapes: Shapes) -> Recognised | None:
     channels = pose_channels(sizes)
     if channels is None:
         return None
-    detail = f"{unet_detail(sizes)}, {POSES} poses of {len(channels)} channels"
+    detail = f"{sizes}, {POSES} poses of {len(channels)} channels"
     return Recognised("DreamPose unet_epoch", detail, compare(dream_pose_unet_manifest(sizes), shapes))
 
 
@@ -138,3 +145,123 @@ def recognise_adapter(shapes: Shapes) -> Recognised | None:
     rows, columns = arguments["latent_grid"]
     detail = f"{arguments['clip_tokens']} tokens, latents of {rows} x {columns}"
     return Recognised("DreamPose adapter", detail, compare(adapter_manifest(shapes), shapes))
+
+
+def make_dream_pose(sources: Sources) -> DreamPosePipeline:
+    """DreamPose as published; or, from a UNet without pose channels, the weights that its training starts with."""
+    tensors, what = sources.tensors("unet")
+    sizes = unet_sizes(shapes_of(tensors))
+    image_encoder = sources.load_folder("image_encoder", CLIPVisionModel, others=OTHER_CLIP_PARTS)
+    if sizes.in_channels == sizes.out_channels:
+        tensors = widened(tensors)
+        adapter = ImageAdapter(clip_token_count(image_encoder), image_encoder.config.hidden_size, sizes.out_channels)
+        adapter = adapter.eval().to(sources.dtype)
+        sources.notes.append(
+            "the UNet's pose channels and the adapter are new: until they are trained, poses and the "
+            "VAE's view of the reference have no effect"
+        )
+    else:
+        check_epochs(sources)
+        adapter = sources.load("adapter", load_adapter)
+    denoising_unet = load_dream_pose_unet(tensors, what, dtype=sources.dtype)
+    # float32 until the null latents are made
+    if sources.path("vae").is_dir():
+        vae = sources.load_folder("vae", AutoencoderKL, torch.float32)
+    else:
+        vae = load_autoencoder(*sources.tensors("vae"))
+    check_fit(denoising_unet, adapter, image_encoder, vae)
+    adapter.null_latents.data = null_latents(vae, adapter)
+    return DreamPosePipeline(
+        vae=vae.to(sources.dtype),
+        image_encoder=image_encoder,
+        adapter=adapter,
+        denoising_unet=denoising_unet,
+        scheduler=sources.family.scheduler(),
+        window_size=sources.family.window,
+    )
+
+
+def check_epochs(sources: Sources) -> None:
+    """Refuse a UNet and an adapter that were found in `weights=` and are not of the same epoch."""
+    found = [sources.path(name).name for name in ("unet", "adapter")]
+    epochs = {re.findall(r"\d+", name)[-1] for name in found if re.findall(r"\d+", name)}
+    if sources.config.unet is None and sources.config.adapter is None and len(epochs) > 1:
+        raise UserError(
+            f"{' and '.join(found)} in weights={sources.config.weights} are not of the same epoch; "
+            "give unet= and adapter="
+        )
+
+
+@torch.no_grad()
+def null_latents(vae: AutoencoderKL, adapter: ImageAdapter) -> Tensor:
+    """The adapter's pooled latents of the empty image, grey, (latent channels, rows, columns)."""
+    height, width = (2 * vae_scale_factor(vae) * cells for cells in adapter.config.latent_grid)
+    grey = torch.zeros(1, vae.config.in_channels, height, width)
+    return adapter.pooled(vae_encode(vae, grey))[0].to(adapter.dtype)
+
+
+def clip_token_count(image_encoder: CLIPVisionModel) -> int:
+    """Tokens of an image: its patches and one for all of it."""
+    return (image_encoder.config.image_size // image_encoder.config.patch_size) ** 2 + 1
+
+
+def check_fit(unet: DreamPoseUNet, adapter: ImageAdapter, image_encoder: CLIPVisionModel, vae: AutoencoderKL) -> None:
+    """Refuse networks that do not belong together."""
+    tokens, channels = adapter.config.clip_tokens, adapter.config.channels
+    if (clip_token_count(image_encoder), image_encoder.config.hidden_size) != (tokens, channels):
+        found = f"{clip_token_count(image_encoder)} tokens of {image_encoder.config.hidden_size}"
+        raise UserError(f"image_encoder= gives {found} channels, the adapter takes {tokens} of {channels}")
+    if unet.config.cross_attention_dim != channels:
+        wanted = unet.config.cross_attention_dim
+        raise UserError(f"the adapter gives {channels} channels, the UNet's cross-attention takes {wanted}")
+    latents = vae.config.latent_channels
+    for name, wanted in (("UNet", unet.config.out_channels), ("adapter", adapter.config.latent_channels)):
+        if latents != wanted:
+            raise UserError(f"vae= has {latents} latent channels, the {name} takes {wanted}")
+
+
+def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    inputs, config = fixture.inputs, fixture.config
+    unet = load_dream_pose_unet(
+        fixture.checkpoint("unet"),
+        "unet",
+        fixture.unet_sizes(),
+        poses=config["poses"],
+        channels=tuple(range(config["pose_channels"])),
+    )
+    rows, columns = inputs["image_latents"].shape[-2:]
+    adapter = load_adapter(fixture.checkpoint("adapter"), "adapter", latent_grid=(rows // 2, columns // 2))
+    norm_num_groups = config.get("vae", {}).get("norm_num_groups", 32)
+    vae = load_autoencoder(fixture.checkpoint("vae"), "vae", norm_num_groups=norm_num_groups)
+
+    image = adapter(inputs["clip_tokens"], inputs["image_latents"])
+    null = adapter(inputs["clip_tokens_null"], inputs["image_latents_null"])
+    yield "image_tokens", image
+    yield "image_tokens_null", null
+
+    latents, timestep = inputs["noisy_latents"], inputs["timestep"]
+    # The fixture's poses are as the network takes them, five of every frame; clips have one frame here.
+    poses = F.interpolate(inputs["poses"], latents.shape[-2:], mode="nearest")[:, None]
+    absent = torch.zeros_like(poses)
+    branches = {"null": (absent, null), "image": (absent, image), "image_pose": (poses, image)}
+    predictions = {name: unet(latents[:, :, None], timestep, *branch)[:, :, 0] for name, branch in branches.items()}
+    for name, prediction in predictions.items():
+        yield f"prediction_{name}", prediction
+    weights = branch_weights(config["guidance_image"], config["guidance_pose"])
+    yield "guided", sum(weight * prediction for weight, prediction in zip(weights, predictions.values(), strict=True))
+
+    yield "vae_mean", vae.encode(inputs["vae_images"]).latent_dist.mean
+    yield "vae_decoded", vae.decode(inputs["vae_latents"]).sample
+
+
+FAMILIES = (
+    Family(
+        name="dreampose",
+        config=DreamPoseFiles,
+        make=make_dream_pose,
+        schedule=IMAGE_SCHEDULE,
+        recognisers=(recognise_adapter, recognise_unet),
+        fixture=frozenset({"unet", "adapter", "vae"}),
+        outputs=outputs,
+    ),
+)

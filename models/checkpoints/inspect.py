@@ -1,0 +1,108 @@
+"""What a checkpoint file is: the closest of the known sorts, and what it lacks or has too much."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+from models.checkpoints.convert import SINGLE_FILE, Recognised, families
+from models.checkpoints.files import without_prefixes
+from models.checkpoints.loading import Shapes, compare, load_folder, on_meta, shapes_of
+from models.checkpoints.names import VAE_NAMES, current_names, old_names
+from models.checkpoints.networks import (
+    EMBEDDING,
+    UNET_PREFIXES,
+    control_net_manifest,
+    embedding_channels,
+    is_image_unet,
+    joined,
+    make_autoencoder,
+    unet_manifest,
+    unet_sizes,
+)
+
+# Files that are known by a name and not taken apart.
+OTHER_FILES = {
+    "vision_model.": "CLIP image encoder",
+    "text_model.": "CLIP text encoder",
+    SINGLE_FILE: "single-file Stable Diffusion; convert it to a diffusers folder first",
+}
+# Folders whose configuration defines the network.
+FOLDER_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)}
+
+
+@dataclass(frozen=True)
+class Inspection(Recognised):
+    """The same with what the file holds."""
+
+    tensors: int = 0
+    elements: int = 0
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        return self.mismatch is not None
+
+
+def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
+    """The known file that is closest in its tensors' names and shapes, of several equally close ones the first."""
+    recognisers = [recognise for family in families().values() for recognise in family.recognisers]
+    plain = without_prefixes(tensors, what, UNET_PREFIXES)
+    named = [shapes_of(plain)] if plain.keys() == tensors.keys() else [shapes_of(tensors), shapes_of(plain)]
+    asked = [recognise(shapes) for recognise in (*recognisers, control_net, autoencoder, unet) for shapes in named]
+    found = min(filter(None, asked), key=lambda one: len(one.mismatch), default=None)
+    if found is None:
+        others = [kind for prefix, kind in OTHER_FILES.items() if any(name.startswith(prefix) for name in plain)]
+        found = Recognised(others[0]) if others else Recognised("unknown", f"first names {', '.join(list(plain)[:3])}")
+    return Inspection(
+        **vars(found),
+        tensors=len(tensors),
+        elements=sum(tensor.numel() for tensor in tensors.values()),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+    )
+
+
+def inspect_folder(folder: Path) -> str | None:
+    """The class of a folder that its own configuration defines, after a check that its weights fit; None for others.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = config.get("_class_name") or config["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if name not in FOLDER_CLASSES:
+        return None
+    load_folder(FOLDER_CLASSES[name], folder, str(folder))
+    return name
+
+
+def control_net(shapes: Shapes) -> Recognised | None:
+    if not any(name.startswith(EMBEDDING) for name in shapes):
+        return None
+    sizes = unet_sizes(shapes)
+    wanted = control_net_manifest(sizes, embedding_channels(shapes, EMBEDDING))
+    return Recognised("ControlNet", str(sizes), compare(wanted, shapes))
+
+
+def autoencoder(shapes: Shapes) -> Recognised | None:
+    if not any(name.startswith(("decoder.", "encoder.down_blocks.", "encoder.conv_in.")) for name in shapes):
+        return None
+    network = on_meta(make_autoencoder, current_names(shapes))
+    wanted = shapes_of(network.state_dict())
+    old = any(name in found for found in shapes for name, _ in VAE_NAMES)
+    detail = f"widths {joined(network.config.block_out_channels)}, names of {'older releases' if old else 'today'}"
+    return Recognised("autoencoder", detail, compare(old_names(wanted) if old else wanted, shapes))
+
+
+def unet(shapes: Shapes) -> Recognised | None:
+    if not is_image_unet(shapes):
+        return None
+    sizes = unet_sizes(shapes)
+    kind = "Stable Diffusion UNet (AnimateAnyone denoising_unet)"
+    return Recognised(kind, str(sizes), compare(unet_manifest(sizes), shapes))
