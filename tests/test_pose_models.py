@@ -1,6 +1,7 @@
 import pytest
 
 from core.errors import UserError
+from core.packages import store_file
 from data.poses import weights as pose_models
 from data.poses.blazepose import BlazePose
 from data.poses.weights import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, ModelFile, model_folder, model_path
@@ -29,10 +30,10 @@ def test_missing_and_damaged_models_say_how_to_fetch_them(tmp_path, monkeypatch)
 def test_files_are_stored_only_when_they_are_the_published_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("TPC_ANIMATE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="not the published file"):
-        pose_models._store(DETECTOR, b"something else")
+        store_file(DETECTOR, b"something else", model_folder() / DETECTOR.name)
     assert not model_folder().exists()
     file = ModelFile("inside/a.tflite", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")  # of "abc"
-    pose_models._store(file, b"abc")
+    store_file(file, b"abc", model_folder() / file.name)
     assert model_path(file).read_bytes() == b"abc"
     assert [path.name for path in model_folder().iterdir()] == ["a.tflite"]
 
