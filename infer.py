@@ -13,6 +13,7 @@ Writes to `output`:
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from core.config import config_dict, load_config, save_config
@@ -20,7 +21,7 @@ from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder
 from core.processes import process_state
 from data.inputs import SAMPLES, load_driving, load_reference
-from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from data.poses.poses import PoseConfig, open_estimator
 from inference.animate import SamplingConfig, Stopwatch, animate, write_animation
 from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
 from models.pipeline import AnimationPipeline
@@ -29,14 +30,14 @@ from tpc import CalibrationConfig
 
 @dataclass
 class TPCOptions(CalibrationConfig):
-    """Calibration, and whether it is used at all."""
+    """Calibration, which `enabled` switches on."""
 
     enabled: bool = True
 
 
 @dataclass
 class InferConfig(SamplingConfig):
-    """What to animate, and how; `SamplingConfig` has everything about sampling.
+    """Inputs, model and calibration; `SamplingConfig` has everything about sampling.
 
     reference, driving: image and video; both absent: the shipped samples.
     pose_images: video or folder of pose images as the model takes them, one for each frame of the driving video:
@@ -67,24 +68,22 @@ class InferConfig(SamplingConfig):
     tpc: TPCOptions = field(default_factory=TPCOptions)
 
 
-PAIR_KEYS = (
-    "reference",
-    "driving",
-    "output",
-    "reference_poses",
-    "driving_poses",
-    "pose_images",
-    "reference_mask",
-    "driving_masks",
-)
+PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")
+PAIR_KEYS += ("reference_mask", "driving_masks")
 
 
-def sample_jobs(config: InferConfig) -> list[InferConfig]:
-    """The two shipped samples: a rendered person, turned and small, and a photograph, both with the same clip."""
-    driving = str(SAMPLES / "dance.mp4")
+def jobs_of(config: InferConfig) -> list[InferConfig]:
+    """One configuration for each pair: those of the list, the given one, or the shipped samples."""
+    if config.pairs is not None:
+        return listed_jobs(config)
+    if any((config.reference, config.driving, config.driving_poses, config.pose_images)):
+        return [config]
+    # A rendered person, turned and small, and a photograph.
+    samples, driving = (SAMPLES / "rendered.png", SAMPLES / "photo.jpg"), str(SAMPLES / "dance.mp4")
+    outputs = [str(Path(config.output) / file.stem) for file in samples]
     return [
-        replace(config, reference=str(file), driving=driving, output=str(Path(config.output) / file.stem))
-        for file in (SAMPLES / "rendered.png", SAMPLES / "photo.jpg")
+        replace(config, reference=str(file), driving=driving, output=output)
+        for file, output in zip(samples, outputs, strict=True)
     ]
 
 
@@ -92,17 +91,17 @@ def listed_jobs(config: InferConfig) -> list[InferConfig]:
     """One configuration for each line of `pairs`."""
     jobs = []
     path = existing_file(config.pairs, "pairs")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             pair = json.loads(line)
         except ValueError:
-            raise UserError(f"pairs={path}, line {number}: not valid JSON") from None
+            raise UserError(f"pairs={path}, line {row}: not valid JSON") from None
         unknown = set(pair) - set(PAIR_KEYS) if isinstance(pair, dict) else {"the line"}
         if unknown:
-            raise UserError(f"pairs={path}, line {number}: {sorted(unknown)[0]} is none of {', '.join(PAIR_KEYS)}")
-        pair.setdefault("output", str(Path(config.output) / f"{number:04d}"))
+            raise UserError(f"pairs={path}, line {row}: {sorted(unknown)[0]} is none of {', '.join(PAIR_KEYS)}")
+        pair.setdefault("output", str(Path(config.output) / f"{row:04d}"))
         jobs.append(replace(config, pairs=None, **pair))
     if not jobs:
         raise UserError(f"pairs={path} holds no line")
@@ -111,19 +110,10 @@ def listed_jobs(config: InferConfig) -> list[InferConfig]:
     return jobs
 
 
-def jobs_of(config: InferConfig) -> list[InferConfig]:
-    """Everything to animate."""
-    if config.pairs is not None:
-        return listed_jobs(config)
-    if not any((config.reference, config.driving, config.driving_poses, config.pose_images)):
-        return sample_jobs(config)
-    if config.reference is None:
-        raise UserError("reference= is required beside driving=")
-    return [config]
-
-
 def check_inputs(job: InferConfig) -> None:
-    """What can be known before the model is loaded."""
+    """Refuse missing inputs, as far as they are known before the model is loaded."""
+    if job.reference is None:
+        raise UserError("reference= is required beside driving=")
     existing_file(job.reference, "reference")
     if job.driving is None and job.driving_poses is None:
         if job.pose_images is None:
@@ -134,7 +124,7 @@ def check_inputs(job: InferConfig) -> None:
 
 
 def check_pose_images(job: InferConfig, pipeline: AnimationPipeline) -> None:
-    """Refuse to give a model drawn figures that it cannot read."""
+    """Refuse a model that cannot read drawn figures where no images were given."""
     if job.pose_images is None and pipeline.pose_kind != "OpenPose":
         kind = f"model={job.model} reads {pipeline.pose_kind} images"
         raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
@@ -143,16 +133,14 @@ def check_pose_images(job: InferConfig, pipeline: AnimationPipeline) -> None:
 def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
     """Animate one pair and write its results."""
     output, watch = Path(job.output), Stopwatch()
-
-    def estimator() -> PoseEstimator:
-        return open_estimator(job.pose)
-
+    estimator = partial(open_estimator, job.pose)
+    masked = pipeline.animator_cls.needs_mask and not job.reference_mask
     with watch.stage("reading and poses"):
         reference = load_reference(
             job.reference,
             job.reference_poses,
             job.reference_mask,
-            estimator if job.tpc.enabled or (pipeline.animator_cls.needs_mask and not job.reference_mask) else None,
+            estimator if job.tpc.enabled or masked else None,
             job.pose.max_persons,
         )
         driving = load_driving(
@@ -179,7 +167,6 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
 
 def main(arguments: list[str]) -> None:
     config = load_config(InferConfig, arguments)
-    config.check()
     state = process_state(config.device)
     jobs = jobs_of(config)
     for job in jobs:

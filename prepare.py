@@ -1,4 +1,4 @@
-"""Prepare filmed people for training, and look at what there is.
+"""Prepare filmed people for training, and report what is wrong with them.
 
     python prepare.py source=videos/ output=dataset/ [layout=auto] [key=value ...]    poses, masks and a manifest
     python prepare.py check dataset=dataset/ [size=[512,512]] [num_frames=24]         what is wrong, and what to do
@@ -11,12 +11,13 @@ among machines (`num_shards=4 shard=0`); `check` runs once. Known layouts of dat
 
 import difflib
 import sys
+from functools import partial
 from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import output_folder
-from data.poses.poses import PoseEstimator, open_estimator
+from data.poses.poses import open_estimator
 from data.preparation.checks import check_dataset
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import has_manifest, write_manifest
@@ -26,17 +27,12 @@ from data.preparation.settings import CheckConfig, FeatureConfig, PrepareConfig,
 
 
 def prepare(arguments: list[str]) -> None:
-    """Poses and masks of a data set's clips, and their manifest."""
+    """Estimate poses and masks of a data set's clips, and write their manifest."""
     config = load_config(PrepareConfig, arguments)
-    config.check()
     shard = process_shard(config.shard, config.num_shards)
     clips = hold_out(find_clips(Path(config.source).absolute(), config.layout), config.heldout)
     output = output_folder(config.output).absolute()
-
-    def estimator() -> PoseEstimator:
-        return open_estimator(config.pose)
-
-    done = prepare_clips(shard.part(clips), output, config, estimator, shard.row)
+    done = prepare_clips(shard.part(clips), output, config, partial(open_estimator, config.pose), shard.row)
     manifest = write_manifest(output, [clip.name for clip in clips], clips[0].layout, str(config.source))
     print(f"layout {clips[0].layout}: {done.prepared} clips prepared, {done.done_before} were done before{shard}")
     for name, reason in done.left_out.items():
@@ -61,7 +57,7 @@ def check(arguments: list[str]) -> None:
 
 
 def features(kind: str, arguments: list[str]) -> None:
-    """Cached features of one kind."""
+    """Cache the latents or the embeddings of a data set's clips."""
     # Networks take seconds to import, which the other tasks need not wait for.
     from training.features import make_features
 

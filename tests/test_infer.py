@@ -97,7 +97,11 @@ def test_same_seed_same_images_and_without_tpc_no_calibration(result, model, inp
 def test_driving_poses_alone_are_enough(model, inputs, tmp_path):
     arguments = [a for a in given(inputs) if not a.startswith(("driving=", "driving_masks="))]
     infer.main([*arguments, model, f"output={tmp_path / 'o'}", *QUICK])
-    assert (tmp_path / "o" / "result.json").is_file()
+    written = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert written["frames"] == 3 and written["calibration"]["calibrated"] == 3
+    assert written["configuration"]["driving"] is None
+    assert read_video(tmp_path / "o" / "animation.mp4").frames.shape == (3, 32, 32, 3)
+    assert len(json.loads((tmp_path / "o" / "calibration" / "calibration.json").read_text())["frames"]) == 3
 
 
 @pytest.fixture(scope="module")
