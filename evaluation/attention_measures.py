@@ -61,18 +61,13 @@ FEWEST_POINTS = 3  # that a correlation is computed of
 
 @dataclass(frozen=True)
 class MeasuredAttention:
-    """The attention of one animation; means over frames and keypoints.
-
-    Attributes:
-        steps: measure -> (layers, steps), NaN where there is nothing. Drift is of the step after.
-        pck: "strongest" and "centroid" -> (radii,) share of the distances that are at most each radius, mean over
-            layers.
-        keypoints: name -> pointing accuracy of the maximum, mean over layers, steps and frames; None: never visible.
-    """
+    """The attention of one animation; means over frames and keypoints."""
 
     layers: tuple[str, ...]
-    steps: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]  # measure -> (layers, steps), NaN where there is nothing; drift is of the step after
+    # "strongest" and "centroid" -> (radii,) share of the distances that are at most each radius, mean over layers
     pck: dict[str, np.ndarray]
+    # Name -> pointing accuracy of the maximum, mean over layers, steps and frames; None: never visible
     keypoints: dict[str, float | None]
 
     def mean(self, measure: str) -> float | None:
@@ -213,18 +208,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the table: the trials of one subset, without or with TPC, by clip and seed.
+    """A row of the table: the trials of one subset, without or with TPC, by clip and seed."""
 
-    Attributes:
-        subset: of `ATTENTION_SUBSETS`.
-        condition: label of the variant.
-        example: the clip that images show: of misaligned clips the one whose reference is turned most, of aligned
-            ones that whose is turned least.
-    """
-
-    subset: str
-    condition: str
+    subset: str  # of `ATTENTION_SUBSETS`
+    condition: str  # label of the variant
     outcomes: dict[tuple[str, int], Outcome]
+    # The clip that images show: of misaligned clips the one whose reference is turned most, of aligned ones that whose
+    # is turned least
     example: str
 
     @property

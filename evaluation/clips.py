@@ -55,7 +55,6 @@ class ClipsConfig:
     )
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         some = int(self.dataset == RENDERED)  # "all" of rendered clips would have no end
         lowest = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
         for name, value in lowest.items():
@@ -65,15 +64,11 @@ class ClipsConfig:
 
 @dataclass(frozen=True)
 class EvaluationClip:
-    """A reference and a driving clip of the same person; the driving frames are the ground truth.
-
-    Attributes:
-        reference, driving: inputs of the animation; `driving.frames` and `driving.masks` are given.
-    """
+    """A reference and a driving clip of the same person."""
 
     name: str
     reference: Reference
-    driving: Driving
+    driving: Driving  # with frames, the ground truth, and masks
 
     def truth(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """True frames (f, h, w, 3) uint8 and person masks (f, h, w) bool at a model's (width, height)."""
@@ -103,11 +98,7 @@ class PosedClipSet(ClipSet, Protocol):
 
 
 def open_clips(config: ClipsConfig) -> PosedClipSet:
-    """The clips that a configuration names.
-
-    Raises:
-        UserError: a folder that does not exist or holds no clip.
-    """
+    """The clips that a configuration names."""
     return RenderedClips(config) if config.dataset == RENDERED else FilmedClips(config)
 
 

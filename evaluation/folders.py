@@ -24,19 +24,12 @@ def file_stamps(files: Iterable[Path]) -> list[list]:
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """One clip: a video file, or images in order.
+    """One clip: a video file, or images in order."""
 
-    Attributes:
-        name: what it is matched by.
-        argument: what the folder was given as, for error messages.
-        video: or None.
-        images: when there is no video.
-    """
-
-    name: str
-    argument: str
+    name: str  # what it is matched by
+    argument: str  # what the folder was given as, for error messages
     video: Path | None = None
-    images: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()  # where there is no video
 
     @property
     def path(self) -> Path:
@@ -65,14 +58,10 @@ class ClipFiles:
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """The masks of a clip: for every frame one image, or one for each person (000000_p0.png, 000000_p1.png).
-
-    Attributes:
-        images: 8 bit, 255 = person.
-    """
+    """The masks of a clip: for every frame one image, or one for each person (000000_p0.png, 000000_p1.png)."""
 
     name: str
-    images: tuple[tuple[Path, ...], ...]
+    images: tuple[tuple[Path, ...], ...]  # 8 bit, 255 = person
     argument: str = "masks"
 
     @property
@@ -113,11 +102,7 @@ class ClipPair:
 
 
 def pair_clips(generated: str | Path, truth: str | Path, masks: str | Path | None = None) -> list[ClipPair]:
-    """Match generated and true clips by name; one clip each is a pair whatever the names.
-
-    Raises:
-        UserError: clips that only one side has, other numbers of frames, other names of frames, all named.
-    """
+    """Match generated and true clips by name; one clip each is a pair whatever the names."""
     ours, theirs = find_clips(generated, "generated"), find_clips(truth, "truth")
     # Masks may lie beside the true clips, as `prepare.py` and the training data have them.
     theirs = {name: clip for name, clip in theirs.items() if not name.endswith(MASKS_SUFFIX) or name in ours}
@@ -160,9 +145,6 @@ def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
 
     A video is one clip. A folder holds either clips (videos, folders of images, folders of `infer.py` results), or
     images: those whose names agree up to the last number are one clip, such as `dance_0001.png` of `dance`.
-
-    Raises:
-        UserError: nothing there, or nothing that is a clip.
     """
     path = Path(path)
     if not path.exists():
@@ -201,11 +183,7 @@ def _numbered_images(folder: Path, argument: str) -> dict[str, ClipFiles]:
 
 
 def find_masks(path: str | Path) -> dict[str, MaskFiles]:
-    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or images of one clip.
-
-    Raises:
-        UserError: nothing there, or nothing that is a mask.
-    """
+    """The masks below a folder by the name of their clip: folders `name` or `name_masks`, or images of one clip."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"masks={path} is not a folder")

@@ -33,18 +33,12 @@ SCORE_THRESHOLD = 0.3  # of keypoints that persons are compared by
 
 @dataclass(frozen=True)
 class FramePair:
-    """One frame in the protocol's form.
+    """One frame in the protocol's form."""
 
-    Attributes:
-        generated, truth: (h, w, 3) uint8.
-        mask: (h, w) bool, True on the person; None when regions are not measured.
-        person: values of the measures of kind "person", see `person_values`.
-    """
-
-    generated: np.ndarray
-    truth: np.ndarray
-    mask: np.ndarray | None = None
-    person: dict[str, float] | None = None
+    generated: np.ndarray  # (h, w, 3) uint8
+    truth: np.ndarray  # (h, w, 3) uint8
+    mask: np.ndarray | None = None  # (h, w) bool, True on the person; None when regions are not measured
+    person: dict[str, float] | None = None  # values of the measures of kind "person", see `person_values`
 
     def region(self, region: str) -> np.ndarray | None:
         """Mask of a region; None for the whole image."""
@@ -172,17 +166,11 @@ def _feature_file(folder: Path, measure: str, region: str, side: str) -> Path:
 
 @dataclass(frozen=True)
 class Number:
-    """One number of a result.
+    """One number of a result."""
 
-    Attributes:
-        value: None when nothing could be measured.
-        samples: frames or windows that it rests on, of each side.
-        warning: what makes it doubtful, or None.
-    """
-
-    value: float | None
-    samples: int
-    warning: str | None = None
+    value: float | None  # None when nothing could be measured
+    samples: int  # frames or windows that it rests on, of each side
+    warning: str | None = None  # what makes it doubtful, or None
 
     def plain(self) -> dict[str, Any]:
         """Only dicts, lists and scalars, as in JSON."""

@@ -36,7 +36,6 @@ class ProtocolConfig:
     batch_size: int = 8
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if self.protocol not in PROTOCOLS:
             raise UserError(f"protocol={self.protocol} must be one of {', '.join(PROTOCOLS)}")
         if self.features not in FEATURES:
@@ -47,24 +46,16 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class MetricSuite:
-    """A protocol with the networks of its measures.
-
-    Attributes:
-        measures: names, in the order of tables.
-        regions: those of `REGIONS` that are measured.
-        distances: of the measures of kind "distance".
-        extractors: of the measures of kind "frames" and "windows".
-        batch_size: frames at a time.
-        device: of the networks.
-    """
+    """A protocol with the networks of its measures."""
 
     protocol: Protocol
-    measures: tuple[str, ...]
-    regions: tuple[str, ...]
-    distances: dict[str, ImageDistance] = field(default_factory=dict)
+    measures: tuple[str, ...]  # names, in the order of tables
+    regions: tuple[str, ...]  # those of `REGIONS` that are measured
+    distances: dict[str, ImageDistance] = field(default_factory=dict)  # of the measures of kind "distance"
+    # Of the measures of kind "frames" and "windows"
     extractors: dict[str, FeatureExtractor] = field(default_factory=dict)
-    batch_size: int = 8
-    device: torch.device | str = "cpu"
+    batch_size: int = 8  # frames at a time
+    device: torch.device | str = "cpu"  # of the networks
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the measures of one kind."""

@@ -46,17 +46,11 @@ _library = cache(load_people)
 
 @dataclass(frozen=True)
 class Placement:
-    """Size, turn and shift of a person against the camera of the scene.
+    """Size, turn and shift of a person against the camera of the scene."""
 
-    Attributes:
-        scale: factor on the person's size.
-        rotation_deg: turn added in the image plane, clockwise as seen.
-        shift: as shares of the image's width and height.
-    """
-
-    scale: float = 1.0
-    rotation_deg: float = 0.0
-    shift: tuple[float, float] = (0.0, 0.0)
+    scale: float = 1.0  # factor on the person's size
+    rotation_deg: float = 0.0  # turn added in the image plane, clockwise as seen
+    shift: tuple[float, float] = (0.0, 0.0)  # as shares of the image's width and height
 
     def towards(self, other: "Placement", part: float) -> "Placement":
         """The placement `part` of the way to another one; scales in their logarithm."""
@@ -74,49 +68,32 @@ class Placement:
 
 @dataclass(frozen=True)
 class PersonSpec:
-    """One person of a clip.
+    """One person of a clip."""
 
-    Attributes:
-        scene: index of the scene that the person, the motion and the light are taken from.
-        reference: placement in the reference.
-        start, end: placement in the first and in the last frame.
-    """
-
-    scene: int
+    scene: int  # index of the scene that the person, the motion and the light are taken from
     reference: Placement
-    start: Placement
-    end: Placement
+    start: Placement  # in the first frame
+    end: Placement  # in the last frame
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """One clip; the first person's scene gives the background.
-
-    Attributes:
-        persons: the one farthest back first.
-        digest: of what is drawn, see `digest_of`; empty for clips that are not in a manifest.
-    """
+    """One clip; the first person's scene gives the background."""
 
     name: str
-    persons: tuple[PersonSpec, ...]
-    digest: str = ""
+    persons: tuple[PersonSpec, ...]  # the one farthest back first
+    digest: str = ""  # of what is drawn, see `digest_of`; empty for clips that are not in a manifest
 
 
 @dataclass(frozen=True)
 class ClipManifest:
-    """The clips of one kind.
-
-    Attributes:
-        seed: of the scenes.
-        frames, stride: of every clip, at 24 frames a second.
-        size: (width, height) in pixels.
-    """
+    """The clips of one kind."""
 
     kind: str
-    seed: int
-    frames: int
+    seed: int  # of the scenes
+    frames: int  # of every clip, at 24 frames a second
     stride: int
-    size: tuple[int, int]
+    size: tuple[int, int]  # (width, height) in pixels
     clips: tuple[ClipSpec, ...]
 
     def scenes(self) -> RenderedPeople:
@@ -222,11 +199,7 @@ class MisalignedClips:
         return clip.reference.poses, clip.driving.poses
 
     def clip(self, name: str) -> EvaluationClip:
-        """Render a clip.
-
-        Raises:
-            UserError: people no longer look or move as when the manifest was made.
-        """
+        """Render a clip."""
         manifest, spec = self._found[name]
         drawn = draw(manifest, spec)
         if spec.digest and digest_of(drawn) != spec.digest:

@@ -32,7 +32,6 @@ class ThresholdConfig:
     score: float = 0.3
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         for name, high in (("angle", np.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
             value = getattr(self, name)
             if not 0 <= value <= high:
@@ -43,38 +42,24 @@ class ThresholdConfig:
 
 @dataclass(frozen=True)
 class Misalignment:
-    """A reference against every frame of a clip; NaN where keypoints are missing.
+    """A reference against every frame of a clip; NaN where keypoints are missing."""
 
-    Attributes:
-        angle: (frames,) radians in [-pi, pi], from the reference's pelvis-to-nose line to the frame's.
-        box_iou: (frames,) of the boxes around the visible keypoints.
-        unturned_iou: (frames,) the same after the reference was turned by `angle` about its pelvis: what the angle
-            does not explain.
-    """
-
-    angle: np.ndarray
-    box_iou: np.ndarray
+    angle: np.ndarray  # (frames,) radians in [-pi, pi], from the reference's pelvis-to-nose line to the frame's
+    box_iou: np.ndarray  # (frames,) of the boxes around the visible keypoints
+    # (frames,) the same after the reference was turned by `angle` about its pelvis: what the angle does not explain
     unturned_iou: np.ndarray
 
 
 @dataclass(frozen=True)
 class ClipSplit:
-    """The subset that a clip belongs to.
-
-    Attributes:
-        misaligned: or original.
-        kinds: of `KINDS`, those that apply.
-        angle_deg: median over frames of the absolute angle, None when it is never known.
-        box_iou: median over frames.
-        misaligned_frames: of how many frames.
-    """
+    """The subset that a clip belongs to."""
 
     name: str
-    misaligned: bool
-    kinds: tuple[str, ...]
-    angle_deg: float | None
-    box_iou: float | None
-    misaligned_frames: int
+    misaligned: bool  # or original
+    kinds: tuple[str, ...]  # of `KINDS`, those that apply
+    angle_deg: float | None  # median over frames of the absolute angle, None when it is never known
+    box_iou: float | None  # median over frames
+    misaligned_frames: int  # of how many frames
     frames: int
 
     @property

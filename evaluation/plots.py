@@ -41,37 +41,24 @@ def _legend_above(figure: Figure) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with a band.
+    """A line with a band."""
 
-    Attributes:
-        label: in the legend.
-        x, mean: (n,).
-        deviation: (n,), half the band's height; None draws no band.
-    """
-
-    label: str
-    x: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray | None = None
+    label: str  # in the legend
+    x: np.ndarray  # (n,)
+    mean: np.ndarray  # (n,)
+    deviation: np.ndarray | None = None  # (n,), half the band's height; None draws no band
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes.
-
-    Attributes:
-        x_label, y_label: with units.
-        marks: x values of dotted lines, with what they mean.
-        ticks: x values that are labelled; None leaves it to matplotlib.
-        log_x: logarithmic horizontal axis.
-    """
+    """One set of axes."""
 
     curves: Sequence[Curve]
-    x_label: str
+    x_label: str  # with its unit
     y_label: str
-    marks: dict[float, str]
-    ticks: Sequence[float] | None = None
-    log_x: bool = False
+    marks: dict[float, str]  # x values of dotted lines, with what they mean
+    ticks: Sequence[float] | None = None  # x values that are labelled; None leaves it to matplotlib
+    log_x: bool = False  # logarithmic horizontal axis
 
 
 def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
@@ -109,22 +96,14 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
 
 @dataclass(frozen=True)
 class Histogram:
-    """One set of axes with a stacked histogram.
+    """One set of axes with a stacked histogram."""
 
-    Attributes:
-        label: of the quantity, with its unit.
-        groups: name -> values.
-        edges: of the bins.
-        ticks: values that are labelled.
-        threshold: value of the dotted line; threshold_label: what is written beside it.
-    """
-
-    label: str
-    groups: dict[str, Sequence[float]]
-    edges: np.ndarray
-    ticks: Sequence[float]
-    threshold: float
-    threshold_label: str
+    label: str  # of the quantity, with its unit
+    groups: dict[str, Sequence[float]]  # name -> values
+    edges: np.ndarray  # of the bins
+    ticks: Sequence[float]  # values that are labelled
+    threshold: float  # value of the dotted line
+    threshold_label: str  # written beside it
 
 
 def draw_histograms(path: Path, histograms: Sequence[Histogram]) -> None:

@@ -40,9 +40,6 @@ def claim_output(
         settings: everything that decides the numbers.
         inputs: what describes the inputs. While the run is not finished they may change: `run_parts` does the parts
             concerned again.
-
-    Raises:
-        UserError: the folder holds another run; the message names what differs.
     """
     if state.is_main_process:
         path = output / RUN_FILE
@@ -105,17 +102,11 @@ def remove_parts(output: Path) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table over seeds.
+    """A number of a table over seeds."""
 
-    Attributes:
-        mean: None when there is nothing.
-        deviation: sample standard deviation over seeds; None for a single one.
-        best: printed in bold.
-    """
-
-    mean: float | None
-    deviation: float | None = None
-    best: bool = False
+    mean: float | None  # None when there is nothing
+    deviation: float | None = None  # sample standard deviation over seeds; None for a single one
+    best: bool = False  # printed in bold
 
     def plain(self) -> dict[str, float | None]:
         """Mean and deviation, as in JSON."""
@@ -124,19 +115,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells with a label each.
+    """Rows of cells with a label each."""
 
-    Attributes:
-        corner: header of the labels.
-        columns: headers.
-        rows: label and cells.
-        caption: what the numbers are.
-    """
-
-    corner: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    caption: str
+    corner: str  # header of the labels
+    columns: tuple[str, ...]  # headers
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]  # label and cells
+    caption: str  # what the numbers are
 
     def plain(self) -> dict[str, dict[str, Any]]:
         """Row -> column -> mean and deviation, as in JSON."""

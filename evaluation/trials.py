@@ -66,24 +66,17 @@ class TrialsConfig:
     pose_noise: float = 0.0
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if self.pose_noise < 0:
             raise UserError(f"pose_noise={self.pose_noise} must not be negative")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of animating.
+    """One way of animating."""
 
-    Attributes:
-        name: fit for a file name; different from those of the other variants of a run.
-        model: pipeline folder.
-        tpc: None runs without calibration.
-    """
-
-    name: str
-    model: str
-    tpc: CalibrationConfig | None = field(compare=False)
+    name: str  # fit for a file name; different from those of the other variants of a run
+    model: str  # pipeline folder
+    tpc: CalibrationConfig | None = field(compare=False)  # None runs without calibration
 
 
 def without_and_with(config: Any) -> list[Variant]:
@@ -120,11 +113,7 @@ def plain_sampler(
 
 
 def all_trials(clips: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int]) -> list[Trial]:
-    """Every clip by every variant with every seed; trials of one model and of one clip are neighbours.
-
-    Raises:
-        UserError: no clip or no seed.
-    """
+    """Every clip by every variant with every seed; trials of one model and of one clip are neighbours."""
     if not clips or not seeds:
         raise UserError(f"nothing to do: {len(clips)} clips, seeds={list(seeds)}")
     models = list(dict.fromkeys(variant.model for variant in variants))
@@ -157,9 +146,6 @@ def run_task(
         write: gets the folder of each trial's measurements, the metric suite and the output folder.
         further: trials beside these, of the same variants and of clips that `clips` can give.
         sampler: animates.
-
-    Raises:
-        UserError: no clip or no seed, or an output folder that another run began.
     """
     state = process_state(config.device)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)

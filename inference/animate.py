@@ -60,7 +60,6 @@ class SamplingConfig:
     solver: str | None = None
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         for name in ("steps", "stride", "num_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,23 +88,14 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Animation:
-    """One animated clip; all images are uint8 RGB at the model's size.
+    """One animated clip; all images are uint8 RGB at the model's size."""
 
-    Attributes:
-        reference: (H, W, 3), the reference as the model gets it.
-        poses: (f, H, W, 3).
-        plain: (f, H, W, 3), the result without TPC; None when it was not asked for.
-        calibrated: (f, H, W, 3), the result with TPC; None when it is off.
-        calibration: what TPC did, or None.
-        fps: frames per second.
-    """
-
-    reference: np.ndarray
-    poses: np.ndarray
-    plain: np.ndarray | None
-    calibrated: np.ndarray | None
-    calibration: Calibration | None
-    fps: float
+    reference: np.ndarray  # (H, W, 3), the reference as the model gets it
+    poses: np.ndarray  # (f, H, W, 3)
+    plain: np.ndarray | None  # (f, H, W, 3), the result without TPC; None when it was not asked for
+    calibrated: np.ndarray | None  # (f, H, W, 3), the result with TPC; None when it is off
+    calibration: Calibration | None  # what TPC did, or None
+    fps: float  # frames per second
 
     @property
     def result(self) -> np.ndarray:
@@ -126,14 +116,10 @@ class Animation:
 
 @dataclass(frozen=True)
 class Framing:
-    """How inputs are brought into the model's frame.
+    """How inputs are brought into the model's frame."""
 
-    Attributes:
-        size: (width, height) of the model's frame in pixels.
-        frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame.
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # (width, height) of the model's frame in pixels
+    # frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame
     frame_map: np.ndarray
     reference_map: np.ndarray
 

@@ -41,7 +41,6 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
             base.check(self)
 
@@ -61,11 +60,7 @@ def run(config: AblationConfig) -> None:
 
 
 def ablation_variants(config: AblationConfig) -> dict[str, Variant]:
-    """Variants by label; the first is without TPC.
-
-    Raises:
-        UserError: an unknown transform, propagation, rule or attachment.
-    """
+    """Variants by label; the first is without TPC."""
     found = {WITHOUT: Variant("without", config.model, None)}
     choices = product(config.transforms, config.subsets, config.propagations, config.attachments)
     for transform, subset, propagation, attach in choices:

@@ -69,11 +69,7 @@ class AnimatorsConfig(MisalignedTrialsConfig):
 
 
 def model_names(config: AnimatorsConfig) -> list[str]:
-    """Names of the models in the table.
-
-    Raises:
-        UserError: no model, a folder that is no pipeline, or names that do not tell the models apart.
-    """
+    """Names of the models in the table."""
     names = config.names or [animator_name(model) for model in config.models]
     if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
@@ -91,11 +87,7 @@ def animator_name(model: str) -> str:
 
 
 def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:
-    """Variants by label: every model without TPC, and with each attachment.
-
-    Raises:
-        UserError: see `model_names`; an attachment that is not known, or named twice.
-    """
+    """Variants by label: every model without TPC, and with each attachment."""
     attachments = config.attachments
     if len(set(attachments)) < len(attachments) or not set(attachments) <= set(ATTACHMENTS):
         raise UserError(f"attachments={attachments} must be different ones of {', '.join(ATTACHMENTS)}")

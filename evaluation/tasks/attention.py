@@ -74,7 +74,6 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         ClipsConfig.check(self)
         TrialsConfig.check(self)
         if not self.radius > 0 or not self.radii or min(self.radii) < 0:

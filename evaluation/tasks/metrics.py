@@ -103,9 +103,6 @@ def frame_pairs(
 
     Args:
         estimators: for the generated and the true clip; adds the measures of the person.
-
-    Raises:
-        UserError: sizes that the protocol cannot bring together, with clip and frame.
     """
     formed = _formed_frames(pair, protocol)
     if estimators is None:

@@ -96,18 +96,13 @@ class MisalignmentConfig(MisalignedTrialsConfig):
     strips: int = 1
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         super().check()
         if self.strips < 0:
             raise UserError(f"strips={self.strips} must not be negative")
 
 
 def variants_of(config: MisalignmentConfig) -> dict[str, Variant]:
-    """Variants by label. Settings in `tpc` beside the preset hold for all presets.
-
-    Raises:
-        UserError: a preset that is not known, settings that cannot work, or something named twice.
-    """
+    """Variants by label. Settings in `tpc` beside the preset hold for all presets."""
     if len(set(config.presets)) < len(config.presets) or any(preset not in PRESETS for preset in config.presets):
         raise UserError(f"presets={config.presets} must be different ones of {', '.join(PRESETS)}")
     if len(set(config.variants)) < len(config.variants):
@@ -151,19 +146,13 @@ def run(config: MisalignmentConfig) -> None:
 
 @dataclass(frozen=True)
 class Values:
-    """Means over the frames of every trial.
+    """Means over the frames of every trial."""
 
-    Attributes:
-        by_trial: (variant, clip, seed) -> measure -> value, None where there is none.
-        by_kind: kind -> its clips.
-        fitting: clip -> the clips that it would be without misalignment.
-        seeds: of the initial noise.
-    """
-
+    # (variant, clip, seed) -> measure -> value, None where there is none
     by_trial: Mapping[tuple[str, str, int], Mapping[str, float | None]]
-    by_kind: Mapping[str, Sequence[str]]
-    fitting: Mapping[str, Sequence[str]]
-    seeds: Sequence[int]
+    by_kind: Mapping[str, Sequence[str]]  # kind -> its clips
+    fitting: Mapping[str, Sequence[str]]  # clip -> the clips that it would be without misalignment
+    seeds: Sequence[int]  # of the initial noise
 
     def by_seed(self, kind: str, variant: str, measure: str, fitting: bool = False) -> list[float | None]:
         """Mean over the clips of a kind, for every seed.

@@ -68,7 +68,6 @@ class SweepConfig(ClipsConfig, TrialsConfig):
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         ClipsConfig.check(self)
         TrialsConfig.check(self)
         if self.angles < 0 or any(not scale > 0 for scale in self.scales):
@@ -79,19 +78,12 @@ class SweepConfig(ClipsConfig, TrialsConfig):
 
 @dataclass(frozen=True)
 class SweptReference:
-    """The reference of a clip, turned or scaled.
+    """The reference of a clip, turned or scaled."""
 
-    Attributes:
-        clip: index of the rendered clip.
-        swept: "angle" or "scale", which of the two is changed.
-        angle_deg: turn of the reference in the image, clockwise, degrees.
-        scale: factor on the person's size.
-    """
-
-    clip: int
-    swept: str
-    angle_deg: float
-    scale: float
+    clip: int  # index of the rendered clip
+    swept: str  # "angle" or "scale", which of the two is changed
+    angle_deg: float  # turn of the reference in the image, clockwise, degrees
+    scale: float  # factor on the person's size
 
     @property
     def name(self) -> str:

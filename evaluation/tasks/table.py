@@ -34,7 +34,6 @@ class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
             base.check(self)
 
@@ -64,11 +63,7 @@ def run(config: TableConfig) -> None:
 
 
 def table_variants(config: TableConfig) -> dict[str, Variant]:
-    """Variants by label: every model without and with TPC.
-
-    Raises:
-        UserError: no model, or names that do not fit them.
-    """
+    """Variants by label: every model without and with TPC."""
     names = config.names or [Path(model).name for model in config.models]
     if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
