@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from benchmarks.speed.measuring import counting
+from benchmarks.speed.sizes import POSE_CHANNELS, SIZES, make_vae
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
@@ -25,7 +25,6 @@ from models.attention.layers import token_levels, unet_layers
 from models.attention.processors import set_reference_processors
 from models.checkpoints.networks import (
     MotionSizes,
-    UNetSizes,
     make_control_net,
     make_denoising_unet,
     make_reference_net,
@@ -36,8 +35,7 @@ from tpc.attach import visibility_flags
 from tpc.config import PROPAGATIONS
 from tpc.propagation import Schedule
 
-CHANNELS = (16, 32, 96, 256)
-SIZES = UNetSizes()
+UNET = SIZES["sd15"].unet
 
 
 @dataclass
@@ -120,7 +118,7 @@ def count(compute: Callable[[], object]) -> float:
 
 def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:
     """The denoising UNet with the published attention. Norms cost nothing here, so their scope does not matter."""
-    unet = make_denoising_unet(SIZES, motion, "frame")
+    unet = make_denoising_unet(UNET, motion, "frame")
 
     def attention_of(layer: str) -> AttnProcessor2_0:
         attends = setting.blocks == "full" or not layer.startswith("down_blocks.")
@@ -163,17 +161,12 @@ def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
     height, width = setting.latent_size
     with torch.device("meta"):
         motion = MotionSizes(24, False) if setting.follows_timestep else MotionSizes()
-        ours, published = make_denoising_unet(SIZES, motion, "frame"), published_unet(setting, motion)
-        reference_net, control_net = make_reference_net(SIZES), make_control_net(SIZES, CHANNELS)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
+        ours, published = make_denoising_unet(UNET, motion, "frame"), published_unet(setting, motion)
+        reference_net, control_net = make_reference_net(UNET), make_control_net(UNET, POSE_CHANNELS)
+        vae = make_vae(SIZES["sd15"])
         latent, image = torch.zeros(1, 4, height, width), torch.zeros(1, 3, 8 * height, 8 * width)
         clip = torch.zeros(1, 4, setting.window, height, width)
-        context = torch.zeros(1, setting.context_tokens, SIZES.cross_attention_dim)
+        context = torch.zeros(1, setting.context_tokens, UNET.cross_attention_dim)
         with torch.no_grad():
             tokens = reference_net(latent, 0, context)
         plain, calibrated = (context_of(setting, tokens, ours, with_tpc) for with_tpc in (False, True))

@@ -17,32 +17,18 @@ HEIGHT = 0.7  # of a standing person, as a share of the image's
 
 @dataclass(frozen=True)
 class Scene:
-    """A reference image and a driving clip of the same persons.
+    """A reference image and a driving clip of the same persons."""
 
-    Attributes:
-        reference: (H, W, 3) uint8 RGB; reference_masks: (p, H, W) bool; reference_poses: of one frame.
-        poses: of f frames; masks: (f, p, H, W) bool.
-        images: (f, H, W, 3) uint8, the drawn poses.
-    """
-
-    reference: np.ndarray
-    reference_poses: Poses
-    reference_masks: np.ndarray
-    poses: Poses
-    masks: np.ndarray
-    images: np.ndarray
+    reference: np.ndarray  # (H, W, 3) uint8 RGB
+    reference_poses: Poses  # one frame
+    reference_masks: np.ndarray  # (p, H, W) bool
+    poses: Poses  # f frames
+    masks: np.ndarray  # (f, p, H, W) bool
+    images: np.ndarray  # (f, H, W, 3) uint8, the drawn poses
 
     def calibration(self, config: CalibrationConfig) -> Calibration:
-        """What TPC hands to the pipeline."""
-        return calibrate(
-            self.reference,
-            self.reference_poses,
-            self.poses,
-            self.poses.size,
-            config,
-            reference_masks=self.reference_masks,
-            driving_masks=self.masks,
-        )
+        inputs = self.reference, self.reference_poses, self.poses, self.poses.size, config
+        return calibrate(*inputs, reference_masks=self.reference_masks, driving_masks=self.masks)
 
 
 def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
@@ -50,17 +36,13 @@ def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
     rng, library, size = np.random.default_rng(seed), load_people(), (side, side)
     people = [build_person(random_identity(rng, library, "heldout"), library) for _ in range(persons)]
     motions = [random_motion(rng, frames, FPS) for _ in people]
-    places = (np.arange(persons) + 0.5) / persons
+    centres = (np.arange(persons) + 0.5) / persons
     height = HEIGHT / max(1.0, 0.6 * persons)
 
     def drawn(frame: int, scale: float, angle: float):
-        return render_people(
-            [
-                Figure(person, motion.pose(frame), Camera(height * scale, angle, (place, 0.5)))
-                for person, motion, place in zip(people, motions, places, strict=True)
-            ],
-            size,
-        )
+        cameras = [Camera(height * scale, angle, (centre, 0.5)) for centre in centres]
+        poses = [motion.pose(frame) for motion in motions]
+        return render_people([Figure(*figure) for figure in zip(people, poses, cameras, strict=True)], size)
 
     reference = drawn(0, 1.0, 0.0)
     shares = np.arange(frames) / max(frames - 1, 1)

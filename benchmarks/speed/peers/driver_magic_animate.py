@@ -29,18 +29,6 @@ def answer_missing_imports() -> None:
         sys.modules["torchvision"] = types.ModuleType("torchvision")
 
 
-def shared_settings(job: Job) -> dict:
-    """Arguments of the three UNets, which are Stable Diffusion's but for these."""
-    sizes = job.settings["unet"]
-    return {
-        "block_out_channels": tuple(sizes["block_out_channels"]),
-        "layers_per_block": sizes["layers_per_block"],
-        "cross_attention_dim": sizes["cross_attention_dim"],
-        "attention_head_dim": sizes["num_attention_heads"],  # diffusers' misnomer
-        "norm_num_groups": sizes["norm_num_groups"],
-    }
-
-
 class Inference:
     """The checkout's pipeline."""
 
@@ -69,10 +57,8 @@ class Inference:
                 return types.SimpleNamespace(cuda=lambda: latents)
 
         published = OmegaConf.load(job.checkout / "configs/inference/inference.yaml")
-        shared, channels = shared_settings(job), tuple(job.settings["pose_channels"])
-        unet = UNet3DConditionModel(
-            sample_size=64, **shared, **OmegaConf.to_container(published.unet_additional_kwargs)
-        )
+        shared, channels = job.unet_settings(), tuple(job.settings["pose_channels"])
+        unet = UNet3DConditionModel(**shared, **OmegaConf.to_container(published.unet_additional_kwargs))
         path = job.folder / "temporal_attention" / "temporal_attention.ckpt"
         unet.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.appearance_encoder = AppearanceEncoderModel(sample_size=64, **shared)

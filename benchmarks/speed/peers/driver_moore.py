@@ -7,11 +7,10 @@ Networks, attention control, pipeline and network configuration are the checkout
 between two batches, on its networks: encoding with VAE and image encoder, noise, prediction, min-SNR loss, backward
 pass, clipping, AdamW.
 
-Equal to ours by what is given from outside: weights, images, in training also noise, timesteps and the draws of the
-posterior. The reference's latents are the posterior's mean in training, too, and no condition is dropped. What differs
-nevertheless: features of the reference are rounded to half precision, as the checkout does in any number format, and
-images for the image encoder to bytes. In bfloat16, for which it was not made, it runs under autocast; its pipeline
-draws the initial noise in bfloat16, too.
+Given from outside and equal to ours: weights, images, in training also noise, timesteps and draws of the posterior.
+The reference's latents are the posterior's mean in training, too, and no condition is dropped. Features of the
+reference are rounded to half precision, as the checkout does in any dtype, and images for the image encoder to
+bytes. In bfloat16, for which it was not made, it runs under autocast and draws the initial noise in bfloat16, too.
 """
 
 import sys
@@ -21,19 +20,6 @@ import torch.nn.functional as F
 from driver_protocol import Driver, Job, StepTimes, load_complete, read_job, serve
 
 STAGES = ("image", "motion")
-
-
-def unet_settings(job: Job) -> dict:
-    """Arguments of both UNets, which are Stable Diffusion's but for these."""
-    sizes = job.settings["unet"]
-    return {
-        "sample_size": 64,
-        "block_out_channels": tuple(sizes["block_out_channels"]),
-        "layers_per_block": sizes["layers_per_block"],
-        "cross_attention_dim": sizes["cross_attention_dim"],
-        "attention_head_dim": sizes["num_attention_heads"],  # diffusers' misnomer
-        "norm_num_groups": sizes["norm_num_groups"],
-    }
 
 
 def read_weights(job: Job, *names: str) -> dict:
@@ -66,10 +52,10 @@ class Networks:
         if motion:
             further = OmegaConf.to_container(published.unet_additional_kwargs)
             files.append("motion_module")
-        self.denoising_unet = UNet3DConditionModel(**unet_settings(job), **further)
+        self.denoising_unet = UNet3DConditionModel(sample_size=64, **job.unet_settings(), **further)
         self.denoising_unet.load_state_dict(read_weights(job, *files))
         # Loaded as the scripts load it, which leaves it in evaluation mode.
-        self.reference_unet = UNet2DConditionModel(**unet_settings(job)).eval()
+        self.reference_unet = UNet2DConditionModel(sample_size=64, **job.unet_settings()).eval()
         self.reference_unet.load_state_dict(read_weights(job, "reference_unet"))
         self.pose_guider = PoseGuider(
             job.settings["unet"]["block_out_channels"][0], block_out_channels=tuple(job.settings["pose_channels"])

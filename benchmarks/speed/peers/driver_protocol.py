@@ -43,6 +43,17 @@ class Job:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.settings["dtype"]]
 
+    def unet_settings(self) -> dict[str, Any]:
+        """Arguments of the UNets in the peers' code, which are Stable Diffusion's but for these."""
+        sizes = self.settings["unet"]
+        return {
+            "block_out_channels": tuple(sizes["block_out_channels"]),
+            "layers_per_block": sizes["layers_per_block"],
+            "cross_attention_dim": sizes["cross_attention_dim"],
+            "attention_head_dim": sizes["num_attention_heads"],  # diffusers' misnomer
+            "norm_num_groups": sizes["norm_num_groups"],
+        }
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one file of inputs, on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
