@@ -22,6 +22,7 @@ from core.files import write_json
 from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext, fused_layers
 from models.attention.layers import token_levels, unet_layers
+from models.attention.masking import Visibility
 from models.attention.processors import set_reference_processors
 from models.checkpoints.networks import (
     MotionSizes,
@@ -146,7 +147,7 @@ def context_of(setting: Setting, tokens: dict[str, Tensor], unet: DenoisingUNet,
     counts = [level.tokens for level in token_levels(unet_layers(unet, setting.latent_size))]
     query = {n: torch.zeros(frames, n, flags) for n in counts}
     key = {n: torch.zeros(frames, (2 + persons) * n, flags) for n in counts}
-    return ReferenceContext({}, index, query, key, projected)
+    return ReferenceContext({}, index, Visibility(query, key), projected)
 
 
 def drawn_images(setting: Setting, groups: int, propagation: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ Shapes use f = frames, i = images, c = channels, h, w = latent size, H, W = imag
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,45 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from models.attention.layers import TokenLevel
+from models.attention.masking import Visibility
 from models.vae import VAE, vae_encode
-from tpc.calibration import Calibration
 
 ENCODE_CHUNK = 8  # images that go through VAE and encoder at a time
 REFERENCE = -1  # index of the reference, beside those of calibrated images
+
+
+class CalibratedClip(Protocol):
+    """Calibrated images of a clip, and the frames that attend to them; `tpc.Calibration` is one.
+
+    Attributes:
+        images: (m, H, W, 3) uint8; masks: (m, H, W) bool, the calibrated person in each. Both are indexed like arrays.
+        reference_masks: (persons, H, W) bool, the persons in the reference.
+        frames, persons: of the clip, and of the reference.
+        size: (width, height) of the images.
+        replaces_reference: a calibrated image takes the reference's place in its frames.
+    """
+
+    images: Sequence[np.ndarray]
+    masks: Sequence[np.ndarray]
+    reference_masks: np.ndarray
+    frames: int
+    persons: int
+    size: tuple[int, int]
+    replaces_reference: bool
+
+    def index(self, step: int) -> np.ndarray:
+        """(frames, persons) int: the calibrated image each frame attends to at a denoising step, -1 = none."""
+
+    def used(self, num_steps: int) -> np.ndarray:
+        """The calibrated images of steps 0 ... num_steps - 1, ascending."""
+
+    def flags(self, frames: range, step: int, levels: Sequence[TokenLevel]) -> Visibility | None:
+        """Flags for consecutive frames at a denoising step; None where nothing is hidden.
+
+        The keys are [own, if any | reference | calibrated image of each person]; with `replaces_reference` [own, if
+        any | calibrated image of each person, or the reference where the person is uncalibrated].
+        """
 
 
 def image_tensor(images: Any, argument: str) -> Tensor:
@@ -125,7 +159,7 @@ class ImageBatch:
     vae: VAE
     reference: Tensor
     mask: Tensor | None = None
-    calibration: Calibration | None = None
+    calibration: CalibratedClip | None = None
     indices: Sequence[int] = (REFERENCE,)
     encoded: dict[int, Tensor] = field(default_factory=dict)
 

@@ -23,12 +23,11 @@ from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionRun
-from models.images import ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
+from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
 from models.schedules import EVERY_LEVEL, check_sampling, guidance_at, with_solver
 from models.vae import VAE, decoded_chunks, vae_decode, vae_scale_factor
 from models.windows import context_windows, step_shift, window_weights
-from tpc import Calibration
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not attend to each other are denoised this many at a time.
@@ -130,13 +129,13 @@ class AnimationPipeline(DiffusionPipeline):
         num_frames: int,
         size: tuple[int, int],
         num_inference_steps: int,
-        calibration: Calibration | None = None,
+        calibration: CalibratedClip | None = None,
     ) -> AttentionRun:
         """The layers and sizes of a `__call__` with these arguments, for `AttentionRecording.estimate`."""
         width, height = size
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         persons = 0 if calibration is None else calibration.persons
-        replaces = persons > 0 and calibration.config.attach == "replace"
+        replaces = persons > 0 and calibration.replaces_reference
         return AttentionRun(
             self.animator.attention_layers(latent_size),
             size,
@@ -151,7 +150,7 @@ class AnimationPipeline(DiffusionPipeline):
         self,
         reference: Any,
         poses: Any,
-        calibration: Calibration | None = None,
+        calibration: CalibratedClip | None = None,
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int = 25,
@@ -268,7 +267,7 @@ class AnimationPipeline(DiffusionPipeline):
             window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)
         return window_size, min(overlap, window_size - 1) if animator.joint_frames else 0
 
-    def check_size(self, num_frames: int, size: tuple[int, int], calibration: Calibration | None) -> None:
+    def check_size(self, num_frames: int, size: tuple[int, int], calibration: CalibratedClip | None) -> None:
         """Raise ValueError for a size that the model cannot take, or another clip's calibration."""
         width, height = size
         factor, multiple = self.vae_scale_factor, self.size_multiple
@@ -310,7 +309,7 @@ class AnimationPipeline(DiffusionPipeline):
         check_sampling(guidance_interval, solver)
 
     def prepare_images(
-        self, reference: Any, mask: Any, calibration: Calibration | None, size: tuple[int, int]
+        self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int]
     ) -> ImageBatch:
         """The images of a run, the reference in the wanted size (width, height) on the networks' device.
 

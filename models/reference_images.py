@@ -3,8 +3,6 @@
 Shapes use f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,10 +10,8 @@ from torch import Tensor
 from models.animators.base import Animator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
-from models.attention.tokens import TokenLevel
 from models.images import ENCODE_CHUNK, REFERENCE, ImageBatch
 from models.vae import vae_scale_factor
-from tpc.attach import Visibility, frame_visibility, gate_flags
 
 # Images whose keys and values are kept: at 784x512 pixels each takes some 80 MB in half precision.
 MAX_IMAGES = 128
@@ -49,15 +45,12 @@ class ReferenceImages:
         self._encoded_at: int | None = None
         self._index: tuple[int, np.ndarray] | None = None
 
-    @property
-    def replaces(self) -> bool:
-        """Whether a calibrated image takes the reference's place in its frames, instead of keeping it company."""
-        return self.calibration is not None and self.calibration.config.attach == "replace"
-
     def start_latents(self) -> Tensor:
         """Latents (1, c, f, h, w) of the image that each frame of a calibrated clip takes as its reference, or
         (1, c, 1, h, w) where all take the reference."""
-        indices = self.index(0).max(axis=1, initial=REFERENCE).tolist() if self.replaces else [REFERENCE]
+        indices = [REFERENCE]
+        if self.calibration is not None and self.calibration.replaces_reference:
+            indices = self.index(0).max(axis=1, initial=REFERENCE).tolist()
         return self.images.select(indices).latents.transpose(0, 1)[None]
 
     def index(self, step: int) -> np.ndarray:
@@ -74,21 +67,19 @@ class ReferenceImages:
         for layer in self.projected.keys() & self.tokens.keys():
             del self.tokens[layer]
         device = self.images.reference.device
-        reference = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
-        context = ReferenceContext(self.tokens, reference, projected=self.projected)
         if self.calibration is None:
-            return context
+            reference = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
+            return ReferenceContext(self.tokens, reference, projected=self.projected)
         index = self.index(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated
         rows = [[self.rows[int(image)] for image in row] for row in index]
-        calibrated = torch.tensor(rows, device=device).reshape(len(frames), -1)
-        if self.replaces:
-            attended, flags = replaced(reference, calibrated, self.levels)
-        else:
-            attended = torch.cat([reference, calibrated], dim=1)
-            flags = frame_visibility(self.calibration, frames, index, None, self.levels).to(device)
-        if flags is None:
-            return replace(context, index=attended)
-        return replace(context, index=attended, query_flags=flags.query, key_flags=flags.key)
+        calibrated = torch.tensor(rows, dtype=torch.long, device=device).reshape(len(frames), -1)
+        flags = self.calibration.flags(frames, step, self.levels)
+        return ReferenceContext(
+            self.tokens,
+            attended_images(calibrated, self.calibration.replaces_reference),
+            None if flags is None else flags.to(device),
+            self.projected,
+        )
 
     def wanted(self, step: int, frames: range, whole_run: bool) -> list[int]:
         """Calibrated images of the run, of the step, or of the window: the widest of these that is not too many."""
@@ -116,21 +107,12 @@ class ReferenceImages:
         self._encoded_at = timestep
 
 
-def replaced(reference: Tensor, calibrated: Tensor, levels: list[TokenLevel]) -> tuple[Tensor, Visibility | None]:
-    """What frames attend to where calibrated images take the reference's place: one image for each person.
-
-    The reference stays in frames where somebody is uncalibrated, once.
+def attended_images(calibrated: Tensor, replaces_reference: bool) -> Tensor:
+    """The images that frames attend to, (f, k): the reference, image 0, and one of each person, or those alone.
 
     Args:
-        reference: (f, 1) long, the reference's row.
-        calibrated: (f, persons) long, rows of calibrated images, 0 for uncalibrated persons.
-
-    Returns:
-        Index (f, k), and flags that hide what would be there twice; None where k is 1.
+        calibrated: (f, persons) long, 0 for uncalibrated persons.
     """
-    if calibrated.shape[1] < 2:
-        return (calibrated if calibrated.shape[1] else reference), None
-    absent = calibrated == 0
-    twice = absent & (absent.cumsum(dim=1) > 1)
-    flags = {level.tokens: gate_flags(twice, level) for level in levels}
-    return calibrated, Visibility({n: q for n, (q, _) in flags.items()}, {n: k for n, (_, k) in flags.items()})
+    if replaces_reference and calibrated.shape[1]:
+        return calibrated
+    return torch.cat([calibrated.new_zeros(len(calibrated), 1), calibrated], dim=1)

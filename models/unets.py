@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from models.attention.context import ReferenceContext, TokenRecord
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
-from models.norms import ClipGroupNorm, clip_norm
 
 
 class ReferenceNet(UNet2DConditionModel):
@@ -62,6 +61,28 @@ class ReferenceNet(UNet2DConditionModel):
         unused = (block.attn1, block.norm2, block.attn2, block.norm3, block.ff, last.proj_out)
         ids = {id(parameter) for module in unused for parameter in module.parameters()}
         return [name for name, parameter in self.named_parameters() if id(parameter) in ids]
+
+
+class ClipGroupNorm(nn.GroupNorm):
+    """GroupNorm with one set of statistics for all frames of a clip, (f, c, h, w) -> same shape.
+
+    Attributes:
+        single_frames: in training mode, each of the frames is a clip of its own. In evaluation they are one clip.
+    """
+
+    single_frames = False
+
+    def forward(self, frames: Tensor) -> Tensor:
+        if self.single_frames and self.training:
+            return super().forward(frames)
+        return super().forward(frames.transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+def clip_norm(norm: nn.GroupNorm) -> ClipGroupNorm:
+    """The same norm, over clips. Its parameters are those of `norm`."""
+    replacement = ClipGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+    replacement.weight, replacement.bias = norm.weight, norm.bias
+    return replacement
 
 
 class MotionModule(AnimateDiffTransformer3D):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from models.animators.base import Animator, Condition
 from models.animators.magic_animate.networks import control_residuals
 from models.attention.context import ReferenceContext
-from models.attention.layers import token_levels
+from models.attention.layers import self_attention_level, token_levels
+from models.attention.masking import Visibility
 from models.attention.processors import PlainProcessor, ReferenceReadProcessor
 from models.images import ImageBatch, ImageSequence, as_images
 from models.pipeline import AnimationPipeline
@@ -194,10 +195,10 @@ def flagged(
     """With the flags of who may see what, if anybody is calibrated."""
     if calibration is None:
         return seen
-    flags = frame_visibility(calibration, window, members_of(calibration, step, window), size, grids)
+    levels = [self_attention_level(grid) for grid in grids]
+    flags = frame_visibility(calibration, window, members_of(calibration, step, window), levels)
     dtype = next(iter(seen.tokens.values())).dtype
-    flags = flags.to(dtype=dtype)
-    return replace(seen, query_flags=flags.query, key_flags=flags.key)
+    return replace(seen, visibility=flags.to(dtype=dtype))
 
 
 def plain_pose(
@@ -244,7 +245,9 @@ def blind_first_half(seen: ReferenceContext, grids: list[tuple[int, int]]) -> Re
     for n in {height * width for height, width in grids}:
         own, others = torch.zeros(2 * frames, n, 1), torch.ones(2 * frames, images * n, 1)
         query[n], key[n] = blind.expand(-1, n, -1), torch.cat([own, others], dim=1)
-        if seen.query_flags is not None:
-            query[n] = torch.cat([query[n].to(seen.query_flags[n]), seen.query_flags[n].repeat(2, 1, 1)], dim=-1)
-            key[n] = torch.cat([key[n].to(seen.key_flags[n]), seen.key_flags[n].repeat(2, 1, 1)], dim=-1)
-    return replace(seen, index=seen.index.repeat(2, 1), query_flags=query, key_flags=key)
+        if seen.visibility is not None:
+            flags = [part.repeat(2, 1, 1) for part in seen.flags(n)]
+            query[n], key[n] = (
+                torch.cat([a.to(b), b], dim=-1) for a, b in zip((query[n], key[n]), flags, strict=True)
+            )
+    return replace(seen, index=seen.index.repeat(2, 1), visibility=Visibility(query, key))

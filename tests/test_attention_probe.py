@@ -6,10 +6,10 @@ import torch
 
 from models.attention.context import same_reference
 from models.attention.layers import token_levels, unet_layers
+from models.attention.masking import masked_attention
 from models.attention.probe import AttentionProbe, attention_rows
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig, attention_run
-from tpc.attach import masked_attention
 
 SIZE, LATENTS = (32, 24), (6, 8)
 LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"

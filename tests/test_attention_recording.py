@@ -112,10 +112,10 @@ def test_it_is_the_plain_softmax(tiny_pipeline, images):
 
 def test_masked_tokens_get_exactly_nothing(tiny_pipeline, images, calibration):
     recorded = record(tiny_pipeline, images, calibration=calibration)
-    grids = [level.queries for level in token_levels(unet_layers(tiny_pipeline.denoising_unet, LATENTS))]
+    levels = token_levels(unet_layers(tiny_pipeline.denoising_unet, LATENTS))
     counts = np.zeros(2)
     for place, step in enumerate(recorded.selection.steps):
-        flags = frame_visibility(calibration, range(FRAMES), calibration.index(step), LATENTS, grids)
+        flags = frame_visibility(calibration, range(FRAMES), calibration.index(step), levels)
         for layer in recorded.layers:
             n = recorded.maps[layer].shape[-1]
             hidden = (flags.query[n] @ flags.key[n].transpose(1, 2) > 0)[..., n:].unflatten(-1, (3, n)).numpy()
@@ -130,7 +130,7 @@ def test_mixed_precision_does_not_round_the_maps():
     query, key = (torch.randn(1, 1, n, 4, generator=torch.Generator().manual_seed(n)) * 3 for n in (4, 8))
     with torch.autocast("cpu", torch.bfloat16), AttentionRecording() as recording:
         recording.begin(run)
-        recording.probe(0, 999, [range(1)], 0).look("a", query, key, None, 1.0)
+        recording.probe(0, 999, [range(1)], 0).record("a", query, key, None, 1.0)
     expected = torch.softmax(query.double() @ key.double().transpose(2, 3), -1)
     assert np.abs(recording.result.maps["a"][0, 0, 0, :, 0] - expected[0, 0, :, 4:].numpy()).max() < 1e-6
 
@@ -201,7 +201,7 @@ class TestWindows:
                 key[:, :, 0] = np.log(1 + number)
                 probe = recording.probe(0, 999, self.WINDOWS, number)
                 for _ in range(0 if probe is None else 2):  # twice, as with gradient checkpointing
-                    probe.look("a", torch.ones(len(window), 1, 1, 1), key, None, 1.0)
+                    probe.record("a", torch.ones(len(window), 1, 1, 1), key, None, 1.0)
         return recording.result
 
     def test_the_nearest(self):
@@ -263,7 +263,7 @@ class TestMemory:
             recording.begin(run)
             query, key = torch.zeros(2, 4, 1600, 8), torch.zeros(2, 4, 4800, 8)
             with Largest() as seen:
-                recording.probe(0, 999, [range(2)], 0).look("a", query, key, None, 1.0)
+                recording.probe(0, 999, [range(2)], 0).record("a", query, key, None, 1.0)
         assert 2**20 < seen.bytes * COPIES <= needed.working_bytes < 64 * 2**20
         maps = recording.result.maps["a"]
         assert maps == pytest.approx(1 / 4800, rel=1e-4) and recording.result.own["a"] == pytest.approx(

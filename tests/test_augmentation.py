@@ -6,7 +6,7 @@ import torch
 from tpc_bodies import body, place, silhouette
 
 from core.errors import UserError
-from tpc.attach import dense_mask
+from models.attention.masking import dense_mask
 from tpc.augmentation import (
     CalibratedTrainingConfig,
     CompositionConfig,

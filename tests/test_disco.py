@@ -13,8 +13,8 @@ from models.animators.disco.model import SOURCE, DisCo
 from models.animators.disco.networks import new_control_net, with_time
 from models.animators.registry import load_pipeline
 from models.attention.context import same_reference
-from models.attention.layers import token_levels
-from models.attention.tokens import KeyLayout
+from models.attention.layers import KeyLayout, token_levels
+from models.attention.masking import dense_mask
 from tests.disco_parts import (
     FRAMES,
     HEIGHT,
@@ -27,7 +27,7 @@ from tests.disco_parts import (
     small_disco_pipeline,
 )
 from tpc import CalibrationConfig, calibrate
-from tpc.attach import dense_mask, frame_visibility
+from tpc.attach import frame_visibility
 
 MASK = np.zeros((HEIGHT, WIDTH), bool)
 MASK[6:20, 8:22] = True
@@ -217,7 +217,7 @@ def test_masks_hide_patches_of_clips_grid(model, calibration):
     levels = token_levels(model.attention_layers(LATENTS))
     assert {level.keys.grid for level in levels} == {(4, 4)} and len({level.queries for level in levels}) == 2
     members = calibration.index(0)
-    seen = frame_visibility(calibration, range(FRAMES), members, LATENTS, levels, "exclusive")
+    seen = frame_visibility(calibration, range(FRAMES), members, levels, "exclusive")
     for level in levels:
         visible = dense_mask(seen, level.tokens)
         assert visible.shape == (FRAMES, level.tokens, 2 * TOKENS)

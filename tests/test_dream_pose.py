@@ -186,7 +186,7 @@ def test_frames_are_asked_once_what_they_look_at(pipeline):
         def __init__(self):
             self.layers = []
 
-        def look(self, layer, query, key, flags, scale):
+        def record(self, layer, query, key, flags, scale):
             self.layers.append(layer)
 
     animator, asked = pipeline.animator, Asked()

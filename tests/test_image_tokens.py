@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from core.errors import UserError
 from evaluation.attention.maps import require_reference
 from models.animators.base import Animator, guided
-from models.attention.context import ReferenceContext, same_reference, without_dropped
-from models.attention.layers import LayerShape, image_token_layers, token_levels
+from models.attention.context import ReferenceContext, same_reference
+from models.attention.layers import KeyLayout, LayerShape, TokenLevel, image_token_layers, token_levels
+from models.attention.masking import Visibility, dense_mask
 from models.attention.probe import AttentionProbe
 from models.attention.processors import set_image_processors
 from models.attention.record import RecordedAttention
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig, AttentionRun
-from models.attention.tokens import KeyLayout, TokenLevel
-from models.reference_images import replaced
+from models.reference_images import attended_images
 from tests.test_shortcuts import calibration_of
-from tpc.attach import dense_mask, frame_visibility, gate_flags, visibility_flags
+from tpc.attach import frame_visibility, gate_flags, replacement_visibility, visibility_flags
 
 FRAMES, LATENTS, TOKENS = 3, (6, 5), 7
 KEYS = KeyLayout((2, 3), whole=1)
@@ -100,14 +100,13 @@ def test_dropped_frames_see_the_null_image_alone(unet):
     seen = ReferenceContext(
         {"images": images},
         torch.tensor([[0, 1]] * FRAMES),
-        {n: query for n, (query, _) in flags.items()},
-        {n: key for n, (_, key) in flags.items()},
+        Visibility({n: query for n, (query, _) in flags.items()}, {n: key for n, (_, key) in flags.items()}),
     )
     nothing = torch.zeros(FRAMES, TOKENS, 8)
     dropped = torch.tensor([False, True, False])
     expected = predict(unet, images[torch.tensor([0, 3, 0])], None)
-    assert torch.allclose(predict(unet, nothing, without_dropped(seen, dropped, 3)), expected, atol=1e-5)
-    plain = without_dropped(same_reference({"images": images[:3]}, 1), dropped, 3)
+    assert torch.allclose(predict(unet, nothing, seen.drop_to_null(dropped, 3)), expected, atol=1e-5)
+    plain = same_reference({"images": images[:3]}, 1).drop_to_null(dropped, 3)
     plain = ReferenceContext({"images": images}, plain.index)
     assert torch.allclose(predict(unet, nothing, plain), predict(unet, images[[0, 3, 2]], None), atol=1e-5)
 
@@ -146,7 +145,7 @@ def test_mixed_tokens_are_there_or_not():
     members = np.full((made.frames, 2), -1)
     members[0] = made.member[0]
     members[1, 0] = made.member[1, 0]
-    flags = frame_visibility(made, range(made.frames), members, None, [level])
+    flags = frame_visibility(made, range(made.frames), members, [level])
     visible = dense_mask(flags, 16).unflatten(-1, (3, 5))
     assert (visible.all(1).all(-1) == visible.any(1).any(-1)).all(), "all queries, all tokens of an image alike"
     expected = torch.cat([torch.ones(made.frames, 1, dtype=torch.bool), torch.from_numpy(members >= 0)], dim=1)
@@ -158,8 +157,8 @@ def test_mixed_tokens_are_there_or_not():
 def test_replacing_shows_each_image_once_and_the_reference_where_somebody_is_uncalibrated(rows):
     level = TokenLevel((2, 2), KeyLayout((2, 1), own=True))
     slots = torch.tensor(rows)
-    index, flags = replaced(torch.zeros(len(rows), 1, dtype=torch.long), slots, [level])
-    assert torch.equal(index, slots)
+    assert torch.equal(attended_images(slots, replaces_reference=True), slots)
+    flags = replacement_visibility(slots.numpy() - 1, [level])
     visible = dense_mask(flags, 4)
     assert visible[..., :4].all(), "a frame always sees itself"
     shown = visible[..., 4:].unflatten(-1, (3, 2))
@@ -171,11 +170,9 @@ def test_replacing_shows_each_image_once_and_the_reference_where_somebody_is_unc
 
 
 def test_one_person_is_replaced_without_flags():
-    reference = torch.zeros(2, 1, dtype=torch.long)
-    index, flags = replaced(reference, torch.tensor([[3], [0]]), [])
-    assert flags is None and index.tolist() == [[3], [0]]
-    index, flags = replaced(reference, torch.zeros(2, 0, dtype=torch.long), [])
-    assert flags is None and torch.equal(index, reference)
+    for slots, expected in ((torch.tensor([[3], [0]]), [[3], [0]]), (torch.zeros(2, 0, dtype=torch.long), [[0], [0]])):
+        assert replacement_visibility(slots.numpy() - 1, []) is None
+        assert attended_images(slots, replaces_reference=True).tolist() == expected
 
 
 def scales(scale, *names: str) -> tuple[float, ...]:
@@ -205,7 +202,7 @@ def test_recorded_maps_have_the_grid_of_the_keys(tmp_path, keys, grid):
     query, key = (torch.randn(frames, heads, n, 4, generator=generator) for n in (queries, count))
     with AttentionRecording(AttentionConfig()) as recording:
         recording.begin(run)
-        recording.probe(0, 10, [range(frames)], 0).look("layer", query, key, None, 0.5)
+        recording.probe(0, 10, [range(frames)], 0).record("layer", query, key, None, 0.5)
     recording.result.save(tmp_path / "recorded")
     expected = (query @ key.transpose(2, 3) * 0.5).softmax(-1)
     shown = expected[..., count - images * keys.tokens :].unflatten(-1, (images, keys.tokens))

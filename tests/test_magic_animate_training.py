@@ -16,7 +16,7 @@ from models.animators.registry import load_pipeline
 from models.attention.context import ReferenceContext, fused_layers, same_reference
 from models.attention.layers import token_levels
 from models.attention.probe import AttentionProbe
-from models.norms import ClipGroupNorm
+from models.unets import ClipGroupNorm
 from tests.clips import save_rendered_pair
 from tests.networks import TINY
 from tests.training_runs import TINY_NETWORKS, make_vae, train, weights

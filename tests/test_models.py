@@ -7,8 +7,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from models.animators.animate_anyone.model import AnimateAnyone, image_context
-from models.attention.context import ReferenceContext, hide_reference, same_reference
+from models.attention.context import ReferenceContext, same_reference
 from models.attention.layers import token_levels, unet_layers
+from models.attention.masking import Visibility
 from models.attention.processors import ReferenceReadProcessor, reference_layers
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet
 from tests.networks import TINY
@@ -73,7 +74,7 @@ def test_reference_attention_is_the_formula(model, masked):
     query_flags = (torch.rand(4, n, 2, generator=generator) < 0.4).float()
     key_flags = (torch.rand(4, n + 2 * r, 2, generator=generator) < 0.4).float()
     key_flags[:, 0] = 0  # every query keeps one visible key
-    context = ReferenceContext({layer: tokens}, index, {n: query_flags}, {n: key_flags})
+    context = ReferenceContext({layer: tokens}, index, Visibility({n: query_flags}, {n: key_flags}))
     if not masked:
         context = ReferenceContext({layer: tokens}, index)
     visible = query_flags @ key_flags.transpose(1, 2) == 0 if masked else None
@@ -92,7 +93,7 @@ def test_hidden_reference_is_no_reference_sample_by_sample(model, inputs):
     tokens = model.reference_net(inputs["reference_latents"], 0, context)
     seen = same_reference(tokens, FRAMES)
     hidden = torch.tensor([True, False]).repeat_interleave(FRAMES)
-    blind = hide_reference(seen, hidden)
+    blind = seen.drop_images(hidden)
     with torch.no_grad():
         mixed = unet(latents, inputs["timestep"], context, pose, blind)
         without = unet(latents, inputs["timestep"], context, pose)
@@ -114,7 +115,7 @@ def test_an_image_seen_twice_is_seen_once(model, inputs):
     key = {n: torch.cat([torch.zeros(2 * n, 1), torch.ones(n, 1)]).expand(FRAMES, -1, -1) for n in query}
     with torch.no_grad():
         once = unet(latents, 5, context, pose, same_reference(tokens, FRAMES))
-        hidden_double = unet(latents, 5, context, pose, ReferenceContext(tokens, index, query, key))
+        hidden_double = unet(latents, 5, context, pose, ReferenceContext(tokens, index, Visibility(query, key)))
         double = unet(latents, 5, context, pose, ReferenceContext(tokens, index))
     assert torch.allclose(once, hidden_double, atol=1e-5)
     assert (once - double).abs().max() > 1e-4

@@ -13,7 +13,7 @@ from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Condition
 from models.attention.context import same_reference
-from models.attention.tokens import KeyLayout, TokenLevel
+from models.attention.layers import KeyLayout, TokenLevel
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig

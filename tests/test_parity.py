@@ -32,8 +32,7 @@ from models.checkpoints.verify import (
     synthetic_tensors,
     verify,
 )
-from models.norms import ClipGroupNorm
-from models.unets import MotionModule
+from models.unets import ClipGroupNorm, MotionModule
 from tests.published import fixtures_folder
 
 CONFIG = {

@@ -16,6 +16,7 @@ from data.poses.poses import Poses
 from models.animators.animate_anyone.model import pose_features
 from models.animators.magic_animate.networks import ControlCondition, control_residuals
 from models.attention.context import ReferenceContext, same_reference
+from models.attention.masking import Visibility
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.images import ImageBatch, ImageSequence, as_images
@@ -291,7 +292,7 @@ def test_masks_hold_in_half_precision(dtype):
     own, seen, hidden = (torch.randn(1, 12, 320, generator=draw).to(dtype) for _ in range(3))
     index = torch.tensor([[0, 1]])
     flags = {12: torch.ones(1, 12, 1)}, {12: torch.cat([torch.zeros(1, 24, 1), torch.ones(1, 12, 1)], dim=1)}
-    masked = ReferenceContext({layer: torch.cat([seen, 100 * hidden])}, index, *flags)
+    masked = ReferenceContext({layer: torch.cat([seen, 100 * hidden])}, index, Visibility(*flags))
     alone = ReferenceContext({layer: seen}, index[:, :1])
     with torch.no_grad():
         result, expected = (processor(attention, own, reference=context) for context in (masked, alone))
@@ -322,7 +323,7 @@ def test_compilation_has_no_graph_breaks(norm_scope):
         assert tokens.keys() == expected.keys()
         assert all(torch.allclose(tokens[layer], expected[layer], atol=1e-5) for layer in expected)
         index = torch.tensor([[0, 1]] * FRAMES)
-        seen = ReferenceContext(tokens, index, query, key, projected={})
+        seen = ReferenceContext(tokens, index, Visibility(query, key), projected={})
         results = [net(noise(), 7, context, reference=seen, **poses) for net in (compiled, unet)]
         assert seen.projected.keys() == tokens.keys() and torch.allclose(*results, atol=1e-5)
         assert not torch.allclose(results[0], unet(noise(), 7, context, **poses), atol=1e-3)

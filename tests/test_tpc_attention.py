@@ -1,23 +1,19 @@
 """Visibility of calibrated tokens: the rules token by token, flags against dense masks, pooling."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tpc_bodies import body, place, poses
 
-from models.attention.tokens import block_pitch
+from models.attention.layers import KeyLayout, TokenLevel, block_pitch, pool_masks, self_attention_level, stage_grids
+from models.attention.masking import Visibility, append_flags, dense_mask, masked_attention
 from tpc import CalibrationConfig, calibrate
-from tpc.attach import (
-    Visibility,
-    append_flags,
-    dense_mask,
-    frame_visibility,
-    level_grids,
-    masked_attention,
-    pool_masks,
-    visibility_flags,
-)
+from tpc.attach import frame_visibility, visibility_flags
 
 PRESETS = ("paper", "release", "exclusive", "scene")
 # One row of tokens: person 0 | outline of person 0 | both persons | person 1 | background | stranger.
@@ -26,6 +22,11 @@ OTHER = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
 REFERENCE = torch.tensor([[[1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]])
 CALIBRATED = torch.tensor([[[0.0, 0.0, 1.0, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]])
 N = 6
+
+
+def levels(count: int) -> list[TokenLevel]:
+    """Reference attention on 12 x 18 tokens and grids of half the sides."""
+    return [self_attention_level(grid) for grid in ((12, 18), (6, 9), (3, 5))[:count]]
 
 
 def visible(preset: str, present=(True, True)) -> np.ndarray:
@@ -116,6 +117,63 @@ def test_threshold_decides_when_a_token_is_a_person():
         visibility_flags(TARGET, OTHER, REFERENCE, CALIBRATED, torch.tensor([[True, True]]), preset="papr")
 
 
+def visible_pair(preset: str, query: dict, key: dict) -> bool:
+    """The rules for one query and one key; `persons` are the calibrated persons that a token is on."""
+    plain = query["uncalibrated"]
+    background = not query["persons"] and not plain
+    outline = bool(query["persons"]) and not plain and not query["covered"]
+    whole_reference, no_bodies = plain or preset == "paper", preset in ("release", "scene") and background
+    if key["image"] == "own":
+        return True
+    if key["image"] == "reference":
+        if whole_reference or key["whole"] or (preset == "exclusive" and background):
+            return True
+        no_bodies = no_bodies or (preset in ("exclusive", "scene") and outline)
+        return no_bodies and not key["body"]
+    if not key["present"]:
+        return False
+    if key["whole"] or key["on_mask"]:
+        return key["image"] in query["persons"] or (preset == "paper" and background)
+    return preset == "scene" and key["body"] and (background or outline)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(PRESETS), st.integers(1, 3), st.booleans(), st.sampled_from([0, 1]), st.integers(0, 2**20))
+def test_the_table_says_what_the_rules_say(preset, persons, own, whole, seed):
+    """Token by token, with uncalibrated persons, strangers, outlines, and tokens of whole images."""
+    generator, n, r = torch.Generator().manual_seed(seed), 7, 5
+    level = torch.tensor([0.0, 0.0, 0.3, 1.0])
+    target, other, reference, calibrated = (
+        level[torch.randint(4, (1, *shape), generator=generator)]
+        for shape in ((persons, n), (n,), (persons, r), (persons, r))
+    )
+    other = other * (torch.rand(1, n, generator=generator) < 0.3)
+    present = torch.rand(1, persons, generator=generator) < 0.7
+    flags = visibility_flags(
+        target, other, reference, calibrated, present, preset=preset, layout=KeyLayout((1, r), whole, own)
+    )
+    mask = dense_mask(Visibility({n: flags[0]}, {n: flags[1]}), n)[0]
+    there = [person for person in range(persons) if present[0, person]]
+    queries = [
+        {
+            "persons": [person for person in there if target[0, person, j] > 0],
+            "uncalibrated": bool(((target[0, :, j] > 0) & ~present[0]).any() or other[0, j] > 0),
+            "covered": bool((target[0, :, j] * present[0]).sum() >= 1 - 1e-6),
+        }
+        for j in range(n)
+    ]
+    body = [any(reference[0, person, j] > 0 for person in there) for j in range(r)]
+    keys = [{"image": "own"}] * (n * own)
+    for image in ("reference", *range(persons)):
+        facts = {"image": image, "present": image in there}
+        keys += [{**facts, "whole": True}] * whole
+        for j in range(r):
+            on_mask = image != "reference" and bool(calibrated[0, image, j] > 0)
+            keys.append({**facts, "whole": False, "body": body[j], "on_mask": on_mask})
+    expected = [[visible_pair(preset, query, key) for key in keys] for query in queries]
+    assert mask.tolist() == expected
+
+
 def random_flags(persons: int, n: int, preset: str, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
     share = lambda *shape: (torch.rand(*shape, generator=g) - 0.5).clamp(min=0)  # noqa: E731
@@ -194,9 +252,10 @@ def test_pooling_gives_the_covered_part_of_every_token(size, grid):
 def test_one_pixel_makes_a_person_token_at_every_level():
     mask = torch.zeros(1, 512, 512, dtype=torch.bool)
     mask[0, 300, 200] = True
-    for grid in level_grids((64, 64), 4):
+    grids = [(64, 64), (32, 32), (16, 16), (8, 8)]
+    for grid in grids:
         assert (pool_masks(mask, grid) > 0).sum() == 1
-    assert [int((pool_masks(mask, grid) > 0.001).sum()) for grid in level_grids((64, 64), 4)] == [
+    assert [int((pool_masks(mask, grid) > 0.001).sum()) for grid in grids] == [
         1,
         1,
         0,
@@ -205,7 +264,9 @@ def test_one_pixel_makes_a_person_token_at_every_level():
 
 
 def test_grids_halve_and_round_up():
-    assert level_grids((98, 64), 4) == [(98, 64), (49, 32), (25, 16), (13, 8)]
+    stage, last = SimpleNamespace(downsamplers=[1]), SimpleNamespace(downsamplers=None)
+    *grids, middle = stage_grids(SimpleNamespace(down_blocks=[stage] * 3 + [last]), 98, 64)
+    assert grids == [(98, 64), (49, 32), (25, 16), (13, 8)] and middle == grids[-1]
     assert [block_pitch(784, t) for t in (98, 49, 25, 13)] == [8, 16, 32, 64]
     assert block_pitch(100, 30) == 4 - 4 and pool_masks(torch.ones(1, 100, 100), (30, 30)).min() == 1
 
@@ -226,7 +287,7 @@ def calibration():
 def test_frames_of_a_clip(calibration, preset):
     frames = np.array([4, 5, 6, 7])
     member = calibration.index(3)[frames]
-    found = frame_visibility(calibration, frames, member, (12, 18), 3, preset)
+    found = frame_visibility(calibration, frames, member, levels(3), preset)
     assert list(found.query) == [216, 54, 15]
     for n, query in found.query.items():
         assert query.shape[:2] == (4, n) and found.key[n].shape == (4, 4 * n, query.shape[-1])
@@ -243,8 +304,8 @@ def test_frames_of_a_clip(calibration, preset):
 
 
 def test_masks_move_with_features_and_windows_agree(calibration):
-    whole = frame_visibility(calibration, np.arange(10), calibration.index(2), (12, 18), 2)
-    window = frame_visibility(calibration, np.arange(3, 7), calibration.index(2)[3:7], (12, 18), 2)
+    whole = frame_visibility(calibration, np.arange(10), calibration.index(2), levels(2))
+    window = frame_visibility(calibration, np.arange(3, 7), calibration.index(2)[3:7], levels(2))
     for n in whole.key:
         assert torch.equal(whole.key[n][3:7], window.key[n]) and torch.equal(whole.query[n][3:7], window.query[n])
     group = calibration.index(2)[:4]
@@ -253,26 +314,25 @@ def test_masks_move_with_features_and_windows_agree(calibration):
 
 
 def test_reference_tokens_may_have_another_grid(calibration):
-    found = frame_visibility(
-        calibration, [0, 1], calibration.index(0)[:2], (12, 18), [(12, 18)], reference_grids=[(16, 16)]
-    )
+    found = frame_visibility(calibration, [0, 1], calibration.index(0)[:2], [self_attention_level((12, 18), (16, 16))])
     assert found.key[216].shape == (2, 216 + 3 * 256, found.query[216].shape[-1])
 
 
 def test_all_frames_uncalibrated_sees_the_whole_reference(calibration):
-    found = frame_visibility(calibration, [0, 1], np.full((2, 2), -1), (12, 18), 2)
+    found = frame_visibility(calibration, [0, 1], np.full((2, 2), -1), levels(2))
     for n in found.query:
         mask = dense_mask(found, n)
         assert mask[..., : 2 * n].all() and not mask[..., 2 * n :].any()
 
 
 def test_wrong_members_and_levels_are_named(calibration):
-    with pytest.raises(ValueError, match="member_index"):
-        frame_visibility(calibration, [0, 1], calibration.index(0), (12, 18), 2)
+    with pytest.raises(ValueError, match="index must be"):
+        frame_visibility(calibration, [0, 1], calibration.index(0), levels(2))
+    twins = [self_attention_level(grid) for grid in ((12, 18), (18, 12))]
     with pytest.raises(ValueError, match="same number of tokens"):
-        frame_visibility(calibration, [0], calibration.index(0)[:1], (12, 18), [(12, 18), (18, 12)])
+        frame_visibility(calibration, [0], calibration.index(0)[:1], twins)
 
 
 def test_to_moves_flags(calibration):
-    found = frame_visibility(calibration, [0], calibration.index(0)[:1], (12, 18), 1).to(dtype=torch.bfloat16)
+    found = frame_visibility(calibration, [0], calibration.index(0)[:1], levels(1)).to(dtype=torch.bfloat16)
     assert found.query[216].dtype == found.key[216].dtype == torch.bfloat16

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from core.config import check_config
 from core.errors import UserError
-from models.attention.tokens import TokenLevel, pool_masks, self_attention_level
-from tpc.attach import Visibility, gate_flags, visibility_flags
+from models.attention.layers import TokenLevel, pool_masks, self_attention_level
+from models.attention.masking import Visibility
+from tpc.attach import gate_flags, visibility_flags
 from tpc.config import VISIBILITIES
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.propagation import group_of_frames

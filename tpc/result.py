@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,10 @@ from core.files import complete_folder
 from tpc.config import CalibrationConfig, resolve
 from tpc.propagation import Schedule
 from tpc.storage import LazyImages, PackedMasks
+
+if TYPE_CHECKING:
+    from models.attention.layers import TokenLevel
+    from models.attention.masking import Visibility
 
 STATUSES = ("calibrated", "interpolated", "uncalibrated")
 NOTABLE_SCALE_RATIO = 1.2
@@ -141,6 +146,18 @@ class Calibration:
         for image in images[1:]:
             shown = np.where(self.masks[image][..., None], self.images[image], shown)
         return shown
+
+    @property
+    def replaces_reference(self) -> bool:
+        """True where a calibrated image takes the reference's place in its frames, instead of standing beside it."""
+        return self.config.attach == "replace"
+
+    def flags(self, frames: range, step: int, levels: Sequence[TokenLevel]) -> Visibility | None:
+        """Flags that hide tokens from consecutive frames at a denoising step; None where nothing is hidden."""
+        # The only import inside a function: geometry loads neither torch nor diffusers.
+        from tpc.attach import calibration_flags
+
+        return calibration_flags(self, frames, step, levels)
 
     def used(self, num_steps: int) -> np.ndarray:
         """(k,) int, ascending: the images that steps 0 ... num_steps - 1 draw. Only these need encoding."""

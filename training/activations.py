@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
+from models.attention.masking import Visibility
 from models.vae import VAE, vae_scale_factor
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
@@ -134,8 +135,10 @@ def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -
         seen = ReferenceContext(
             tokens={},
             index=torch.zeros(batch * frames, 2, dtype=torch.long),
-            query_flags={n: torch.empty(batch * frames, n, FLAGS) for n in keys},
-            key_flags={n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},
+            visibility=Visibility(
+                {n: torch.empty(batch * frames, n, FLAGS) for n in keys},
+                {n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},
+            ),
         )
         shown = batch * images
         found = CalibratedImages(torch.empty(shown, 3, height, width), torch.empty(shown, 1, height, width))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.animators.base import CalibratedImages
 from models.attention.context import ReferenceContext
-from models.attention.tokens import TokenLevel
+from models.attention.layers import TokenLevel
 from models.vae import VAE, vae_encode, vae_posterior
 from tpc.augmentation import (
     CalibratedBatch,
@@ -171,7 +171,7 @@ def calibrated_reference(
     found = CalibratedImages(calibrated.images.flatten(0, 1), calibrated.masks.flatten(0, 1))
     clip = torch.arange(batch_size, device=found.pixels.device)[:, None].expand(-1, frames)
     index = torch.stack([clip, batch_size + clip * images + calibrated.index], dim=-1).flatten(0, 1)
-    return found, ReferenceContext({}, index, flags.query, flags.key)
+    return found, ReferenceContext({}, index, flags)
 
 
 def diffusion_loss(

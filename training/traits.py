@@ -7,8 +7,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.attention.layers import token_levels
-from models.attention.tokens import KeyLayout, TokenLevel
+from models.attention.layers import KeyLayout, TokenLevel, token_levels
 
 
 @dataclass(frozen=True)

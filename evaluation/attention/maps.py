@@ -25,6 +25,7 @@ from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
+from models.attention.layers import pool_masks
 from models.attention.measures import (
     EPS,
     centroid,
@@ -37,7 +38,6 @@ from models.attention.measures import (
     value_at_argmax,
 )
 from models.attention.record import RecordedAttention
-from models.attention.tokens import pool_masks
 from tpc import Calibration
 from tpc.silhouettes import body_height, visible
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from models.animators.small_networks import NetworkSizes
-from models.attention.context import ReferenceContext, same_reference
+from models.attention.context import Probe, ReferenceContext, same_reference
 from models.attention.layers import LayerShape
-from models.attention.probe import Probe
 from models.images import ImageBatch, ImageSequence
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.

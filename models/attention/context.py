@@ -1,54 +1,71 @@
-"""What frames may see of reference images, as a value that travels among a network's arguments.
+"""The reference images that frames attend to, as a value among a network's arguments.
 
 Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
-k = reference images that a frame sees, g = flag channels, c = channels.
+k = reference images that a frame attends to, g = flag channels, c = channels, d = channels of a head.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.probe import Probe
+from models.attention.masking import Visibility
+
+
+class Probe(Protocol):
+    """Records attention to reference images beside the computation, whose result does not depend on it."""
+
+    def record(
+        self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
+    ) -> None:
+        """Record the attention of one layer.
+
+        Args:
+            query: (b*f, heads, n, d).
+            key: (b*f, heads, keys, d), of [own tokens, if any | image 0 | ... | image k-1].
+            flags: of queries (b*f, n, g) and keys (b*f, keys, g); None: all is visible.
+            scale: factor of the logits.
+        """
+
+    def clip(self, rows: slice) -> Self:
+        """A probe of these frames of the batch, for networks that take the clips of a batch one after another."""
 
 
 @dataclass(frozen=True)
 class ReferenceContext:
-    """The reference images that a batch of frames may attend to.
+    """The reference images that a batch of frames attends to.
 
     Attributes:
-        tokens: layer name, or a name that layers share -> (i, r, c), what they see of each of the i different images.
-            In reference attention a layer that is not named sees its own frame only.
-        index: (b*f, k) long, the images that a frame sees; its keys are [own n | image 0: r | ... | image k-1: r], in
-            cross-attention without its own.
-        query_flags: number of query tokens of a layer -> (b*f, n, g), or None when every key is visible.
-        key_flags: the same number -> (b*f, keys, g). A query is blind to a key iff the product of their flags,
-            summed over g, is positive; see `tpc.attention`.
-        projected: layer name -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
+        tokens: layer, or a name that layers share -> (i, r, c), the tokens of the i different images. A layer of
+            reference attention without tokens attends to its own frame only.
+        index: (b*f, k) long, the images of each frame; keys are [own n | image 0: r | ... | image k-1: r], in
+            cross-attention without the own ones.
+        visibility: flags that hide keys from queries; None: every key is visible.
+        projected: layer -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
             own, so contexts that share this dictionary project the tokens once. None: at every call.
-        probe: looks at what queries attend to; None: nobody asks.
+        probe: records attention; None: nothing is recorded.
         dropped: (b*f,) bool, frames that go without images in reference attention; None: no frame does.
     """
 
     tokens: dict[str, Tensor]
     index: Tensor
-    query_flags: dict[int, Tensor] | None = None
-    key_flags: dict[int, Tensor] | None = None
+    visibility: Visibility | None = None
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
     probe: Probe | None = None
     dropped: Tensor | None = None
 
-    def names(self, layer: str) -> bool:
-        """Whether the layer sees reference images."""
+    def has_images(self, layer: str) -> bool:
+        """True where a layer has images to attend to."""
         return layer in self.tokens or (self.projected is not None and layer in self.projected)
 
     def flags(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """Flags of queries and keys in layers of that many query tokens; None when every key is visible."""
-        return None if self.query_flags is None else (self.query_flags[tokens], self.key_flags[tokens])
+        return None if self.visibility is None else (self.visibility.query[tokens], self.visibility.key[tokens])
 
     def probe_flags(self, tokens: int, keys: int) -> tuple[Tensor, Tensor] | None:
-        """`flags` as a probe takes them: frames that go without images are blind to them.
+        """`flags` for a probe, with a channel more that hides the images of dropped frames.
 
         Args:
             keys: of a layer of `tokens` query tokens, its own among them.
@@ -66,25 +83,42 @@ class ReferenceContext:
         """The same images for a further branch of guidance: attention is recorded in one branch alone."""
         return replace(self, probe=None)
 
-    def clip(self, number: int, num_frames: int) -> "ReferenceContext":
-        """What the frames of one clip of the batch see."""
-        rows = slice(number * num_frames, (number + 1) * num_frames)
-
-        def cut(flags: dict[int, Tensor] | None) -> dict[int, Tensor] | None:
-            return None if flags is None else {tokens: value[rows] for tokens, value in flags.items()}
-
+    def clip(self, index: int, num_frames: int) -> "ReferenceContext":
+        """The part of the frames of one clip of the batch."""
+        rows = slice(index * num_frames, (index + 1) * num_frames)
         return replace(
             self,
             index=self.index[rows],
-            query_flags=cut(self.query_flags),
-            key_flags=cut(self.key_flags),
+            visibility=None if self.visibility is None else self.visibility.rows(rows),
             probe=None if self.probe is None else self.probe.clip(rows),
             dropped=None if self.dropped is None else self.dropped[rows],
         )
 
+    def drop_images(self, dropped: Tensor) -> "ReferenceContext":
+        """Condition dropout in reference attention: frames `dropped` (b*f,) bool go without images.
+
+        The graph stays static: such a frame's attention is plain self-attention, to rounding. Images must have as many
+        tokens as frames.
+        """
+        return replace(self, dropped=dropped, visibility=self._lifted(dropped))
+
+    def drop_to_null(self, dropped: Tensor, null_image: int) -> "ReferenceContext":
+        """Condition dropout in cross-attention: frames `dropped` (b*f,) bool attend to the null image alone.
+
+        The graph stays static: attention to several equal images is attention to one of them.
+
+        Args:
+            null_image: its index among the images.
+        """
+        index = torch.where(dropped[:, None], null_image, self.index)
+        return replace(self, index=index, visibility=self._lifted(dropped))
+
+    def _lifted(self, dropped: Tensor) -> Visibility | None:
+        return None if self.visibility is None else self.visibility.lifted(dropped)
+
 
 class TokenRecord:
-    """What a ReferenceNet writes, layer -> (i, r, c).
+    """The tokens that a ReferenceNet writes, layer -> (i, r, c).
 
     Not a dictionary itself: hooks that move a network's arguments between devices, such as diffusers' group
     offloading, rebuild dictionaries, and what is written into such a copy is lost.
@@ -95,7 +129,7 @@ class TokenRecord:
 
 
 def fused_layers(tokens: dict[str, Tensor], blocks: str) -> dict[str, Tensor]:
-    """The tokens that frames get to see.
+    """The tokens that frames attend to.
 
     Args:
         blocks: "full", those of all layers (AnimateAnyone), or "midup", those of the middle and the upward blocks
@@ -109,44 +143,7 @@ def fused_layers(tokens: dict[str, Tensor], blocks: str) -> dict[str, Tensor]:
 
 
 def same_reference(tokens: dict[str, Tensor], num_frames: int) -> ReferenceContext:
-    """Every frame of clip j sees image j: the ordinary case, one reference per clip."""
+    """A context in which every frame of clip j attends to image j."""
     first = next(iter(tokens.values()))
     index = torch.arange(len(first), device=first.device).repeat_interleave(num_frames)[:, None]
     return ReferenceContext(tokens, index)
-
-
-def hide_reference(reference: ReferenceContext, hidden: Tensor) -> ReferenceContext:
-    """Let whole frames go without their images in reference attention, sample by sample, with one static graph.
-
-    Used for condition dropout: such a frame's attention is plain self-attention, to rounding. Images must have as many
-    tokens as frames.
-
-    Args:
-        hidden: (b*f,) bool.
-    """
-    return replace(reference, dropped=hidden, query_flags=without_flags(reference.query_flags, hidden))
-
-
-def without_flags(query_flags: dict[int, Tensor] | None, dropped: Tensor) -> dict[int, Tensor] | None:
-    """Flags of queries by which frames, those that `dropped` (b*f,) bool says, see every key."""
-    if query_flags is None:
-        return None
-    kept = ~dropped[:, None, None]
-    return {n: flags * kept.to(flags.dtype) for n, flags in query_flags.items()}
-
-
-def without_dropped(reference: ReferenceContext, dropped: Tensor, null_image: int) -> ReferenceContext:
-    """Let whole frames see the null image in place of what they would see, with one static graph.
-
-    Used for condition dropout where keys are those of images alone: attention to several equal images is attention to
-    one of them.
-
-    Args:
-        dropped: (b*f,) bool.
-        null_image: its place among the images.
-    """
-    return replace(
-        reference,
-        index=torch.where(dropped[:, None], null_image, reference.index),
-        query_flags=without_flags(reference.query_flags, dropped),
-    )

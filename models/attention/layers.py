@@ -1,17 +1,52 @@
-"""Layers in which frames see reference images: where they are in a network, and what their tokens are.
+"""Layers in which frames attend to reference images: where they are in a network, and what their tokens are.
 
-Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid of tokens.
+Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid of tokens, H, W = image size.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.attention.processors import image_layers, reference_layers
-from models.attention.tokens import KeyLayout, TokenLevel
 
 BLOCKS = ("down", "mid", "up")  # in the order in which they run
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """The keys of a layer: [own n, if any | image 0 | image 1 | ...], each image [whole | h*w of the grid].
+
+    Attributes:
+        grid: (h, w) of an image's tokens that have a position in it; None: no token has.
+        whole: tokens of the whole image, such as CLIP's class token, before the others.
+        own: the frame's own tokens are among the keys, as in self-attention.
+    """
+
+    grid: tuple[int, int] | None
+    whole: int = 0
+    own: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens r of one image."""
+        return self.whole + (0 if self.grid is None else math.prod(self.grid))
+
+
+@dataclass(frozen=True)
+class TokenLevel:
+    """Layers with the same numbers of tokens; queries: (h, w) of the frame's tokens."""
+
+    queries: tuple[int, int]
+    keys: KeyLayout
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens n."""
+        return math.prod(self.queries)
 
 
 @dataclass(frozen=True)
@@ -19,7 +54,7 @@ class LayerShape:
     """A layer's token grid (h, w), heads, and channels of all heads together.
 
     Attributes:
-        keys: what its queries attend to; None: reference attention, images on the layer's own grid.
+        keys: None: reference attention, images on the layer's own grid.
     """
 
     grid: tuple[int, int]
@@ -30,7 +65,7 @@ class LayerShape:
     @property
     def tokens(self) -> int:
         """Query tokens n."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def layout(self) -> KeyLayout:
@@ -39,9 +74,25 @@ class LayerShape:
 
     @property
     def map_grid(self) -> tuple[int, int]:
-        """(h, w) of a map of attention over one image; (1, 1) where tokens have no place and only their sum means
-        something."""
+        """(h, w) of a map of attention over one image; (1, 1) where no token has a position."""
         return self.layout.grid or (1, 1)
+
+
+def self_attention_level(grid: tuple[int, int], image_grid: tuple[int, int] | None = None) -> TokenLevel:
+    """The level of reference attention on a grid (h, w); image_grid: of an image's tokens, None = the same."""
+    return TokenLevel(tuple(grid), KeyLayout(tuple(image_grid or grid), own=True))
+
+
+def token_levels(layers: dict[str, LayerShape]) -> list[TokenLevel]:
+    """The different levels of some layers, finest first.
+
+    Raises:
+        ValueError: layers of as many query tokens that attend to different keys.
+    """
+    levels = {TokenLevel(shape.grid, shape.layout) for shape in layers.values()}
+    if len({level.tokens for level in levels}) < len(levels):
+        raise ValueError(f"layers with as many query tokens must have the same grids and keys, got {levels}")
+    return sorted(levels, key=lambda level: -level.tokens)
 
 
 def unet_layers(
@@ -51,7 +102,7 @@ def unet_layers(
 
     Args:
         latent_size: (h, w).
-        layers: their names; None: all that can see images.
+        layers: their names; None: all.
     """
     return layer_shapes(unet, latent_size, reference_layers(unet) if layers is None else layers, None)
 
@@ -77,8 +128,14 @@ def layer_shapes(
     grids = stage_grids(network, *latent_size)
     shapes = {}
     for name in sorted(names, key=lambda name: BLOCKS.index(name.split("_")[0])):
+        block, index = name.split(".")[:2]
+        if block == "mid_block":
+            grid = grids[-1]
+        else:
+            # Upward blocks resize at their end: each works at the size of the downward block whose features it gets.
+            grid = grids[int(index)] if block == "down_blocks" else grids[-2 - int(index)]
         attention = network.get_submodule(name)
-        shapes[name] = LayerShape(_layer_grid(name, grids), attention.heads, attention.inner_dim, keys)
+        shapes[name] = LayerShape(grid, attention.heads, attention.inner_dim, keys)
     return shapes
 
 
@@ -88,25 +145,31 @@ def stage_grids(network: nn.Module, height: int, width: int) -> list[tuple[int, 
     for block in network.down_blocks:
         grids.append((height, width))
         if block.downsamplers is not None:
-            height, width = -(-height // 2), -(-width // 2)
+            height, width = -(-height // 2), -(-width // 2)  # a stride-2 convolution with padding 1 rounds up
     return [*grids, (height, width)]
 
 
-def token_levels(layers: dict[str, LayerShape]) -> list[TokenLevel]:
-    """The different levels of some layers, finest first.
+def pool_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Part of every token's pixels that a mask covers: (..., H, W) -> (..., h w) float in [0, 1].
 
-    Raises:
-        ValueError: layers of as many query tokens that attend to different keys.
+    A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame and
+    their part is of what lies inside.
     """
-    levels = {TokenLevel(shape.grid, shape.layout) for shape in layers.values()}
-    if len({level.tokens for level in levels}) < len(levels):
-        raise ValueError(f"layers with as many query tokens must have the same grids and keys, got {levels}")
-    return sorted(levels, key=lambda level: -level.tokens)
+    (height, width), (rows, columns) = masks.shape[-2:], grid
+    flat = masks.reshape(-1, 1, height, width).float()
+    pitch = block_pitch(height, rows), block_pitch(width, columns)
+    pad = (0, columns * pitch[1] - width, 0, rows * pitch[0] - height)
+    if pitch[0] == 0 or pitch[1] == 0 or min(pad) < 0:
+        pooled = F.adaptive_avg_pool2d(flat, grid)
+    else:
+        inside = F.pad(torch.ones(1, 1, height, width), pad)
+        pooled = F.avg_pool2d(F.pad(flat, pad), pitch) / F.avg_pool2d(inside, pitch)
+    return pooled.reshape(*masks.shape[:-2], rows * columns)
 
 
-def _layer_grid(layer: str, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    block, number = layer.split(".")[:2]
-    if block == "mid_block":
-        return grids[-1]
-    # Upward blocks resize at their end: each works at the size of the downward block whose features it gets.
-    return grids[int(number)] if block == "down_blocks" else grids[-2 - int(number)]
+def block_pitch(pixels: int, tokens: int) -> int:
+    """Pixels along a side of a token: the quotient, or the power of two behind a grid rounded up; 0 = neither."""
+    if pixels % tokens == 0:
+        return pixels // tokens
+    pitch = 2 ** math.ceil(math.log2(pixels / tokens)) if tokens <= pixels else 0
+    return pitch if pitch and -(-pixels // pitch) == tokens else 0

@@ -101,6 +101,6 @@ def region_share(maps: Tensor, coverage: Tensor) -> Tensor:
     """Attention (...) that falls on a region, of maps (..., r); differentiable.
 
     Args:
-        coverage: (..., r) part of every token that the region covers, see `tpc.attach.pool_masks`.
+        coverage: (..., r) part of every token that the region covers, see `models.attention.layers.pool_masks`.
     """
     return (maps * coverage).sum(-1)

@@ -1,11 +1,11 @@
-"""Attention to reference images. In reference attention the ReferenceNet writes the tokens that enter its
-self-attention layers, and the denoising UNet reads them as extra keys and values. Other models see images as tokens of
-an image encoder in their cross-attention.
+"""Attention to reference images.
+
+In reference attention the ReferenceNet writes the tokens that enter its self-attention layers, and the denoising UNet
+reads them as extra keys and values. In other models images are tokens of an image encoder in cross-attention. The
+images travel as an argument (`cross_attention_kwargs`), never as state on a module.
 
 Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
-k = reference images that a frame sees, g = flag channels, c = channels.
-
-What a UNet may look at travels as an argument (`cross_attention_kwargs`), never as state on a module.
+k = reference images that a frame attends to, d = channels of a head, c = channels of all heads.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from models.attention.context import ReferenceContext, TokenRecord
-from tpc.attach import masked_attention
+from models.attention.masking import masked_attention
 
 
 class PlainProcessor(AttnProcessor2_0):
@@ -35,6 +35,7 @@ class PlainProcessor(AttnProcessor2_0):
         written_tokens: TokenRecord | None = None,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
+        # (b*f, n, c), context (b*f or b, tokens, c) -> (b*f, n or 1, c)
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, attention_mask=attention_mask)
         frames = len(hidden_states) // len(encoder_hidden_states)
@@ -43,9 +44,8 @@ class PlainProcessor(AttnProcessor2_0):
         # gradient of zero, because DDP waits for every trainable parameter's.
         trained = torch.is_grad_enabled() and attn.to_q.weight.requires_grad
         if encoder_hidden_states.shape[1] == 1 and not trained:
-            return (
-                attn.to_out[1](attn.to_out[0](value)) / attn.rescale_output_factor
-            )  # (b*f, 1, c), the same for every query
+            # (b*f, 1, c), the same for every query
+            return attn.to_out[1](attn.to_out[0](value)) / attn.rescale_output_factor
         key = attn.to_k(encoder_hidden_states).repeat_interleave(frames, dim=0)
         query, key, value = (split_heads(part, attn.heads) for part in (attn.to_q(hidden_states), key, value))
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
@@ -55,7 +55,8 @@ class PlainProcessor(AttnProcessor2_0):
 class ReferenceWriteProcessor(AttnProcessor2_0):
     """Self-attention that first stores its input, (i, r, c), in `written_tokens`.
 
-    `is_last` says that nothing reads what comes after: the attention itself is left out.
+    Args:
+        is_last: the attention itself is left out, because nothing reads what comes after.
     """
 
     def __init__(self, layer: str, is_last: bool = False):
@@ -79,10 +80,7 @@ class ReferenceWriteProcessor(AttnProcessor2_0):
 
 
 class ReferenceReadProcessor(AttnProcessor2_0):
-    """Self-attention whose keys and values are the frame's own tokens followed by those of its reference images.
-
-    The reference tokens pass through the layer's own `to_k` and `to_v`, once an image and not once a frame.
-    """
+    """Self-attention whose keys and values are the frame's own tokens followed by those of its reference images."""
 
     def __init__(self, layer: str):
         super().__init__()
@@ -97,24 +95,22 @@ class ReferenceReadProcessor(AttnProcessor2_0):
         *,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        if reference is None or not reference.names(self.layer):
+        if reference is None or not reference.has_images(self.layer):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        own = attn.to_k(hidden_states), attn.to_v(hidden_states)
-        images = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)
+        own = attn.to_k(hidden_states), attn.to_v(hidden_states)  # (b*f, n, c) each
+        images = image_keys(attn, reference, self.layer, self.layer, hidden_states.dtype)  # (b*f, k*r, c) each
         if reference.dropped is not None:
-            images = own_in_place(own, images, reference.dropped)
-        key, value = (torch.cat(parts, dim=1) for parts in zip(own, images, strict=True))
+            images = replace_dropped(own, images, reference.dropped)
+        key, value = (torch.cat(parts, dim=1) for parts in zip(own, images, strict=True))  # (b*f, n + k*r, c)
         return attend_to_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
 
 
 class ImageTokenProcessor(PlainProcessor):
-    """Cross-attention whose keys and values are the tokens of the images that a frame sees.
-
-    Without a `ReferenceContext` it is plain cross-attention to the context tokens that the network is given.
+    """Cross-attention to the images of a frame; without a `ReferenceContext`, to the network's context tokens.
 
     Args:
         layer: its name, unlike that of any other layer of the model.
-        source: under which its tokens are in `ReferenceContext.tokens`.
+        source: the name of its tokens in `ReferenceContext.tokens`.
     """
 
     def __init__(self, layer: str, source: str = "images"):
@@ -130,7 +126,7 @@ class ImageTokenProcessor(PlainProcessor):
         *,
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        if reference is None or not reference.names(self.source):
+        if reference is None or not reference.has_images(self.source):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         key, value = image_keys(attn, reference, self.layer, self.source, hidden_states.dtype)
         return attend_to_images(attn, self.layer, attn.to_q(hidden_states), key, value, reference)
@@ -139,7 +135,7 @@ class ImageTokenProcessor(PlainProcessor):
 def image_keys(
     attn: Attention, reference: ReferenceContext, layer: str, source: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values (b*f, k*r, c) of the images that frames see, projected once an image and not once a frame."""
+    """Keys and values (b*f, k*r, c) of each frame's images, projected once an image and not once a frame."""
     projected = {} if reference.projected is None else reference.projected
     if layer not in projected:
         tokens = reference.tokens[source].to(dtype)
@@ -148,13 +144,17 @@ def image_keys(
     return key, value
 
 
-def own_in_place(own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of images (b*f, k*n, c), those of dropped frames (b*f,) bool replaced by the frames' own
-    (b*f, n, c): attention to the same tokens several times is attention to them once."""
+def replace_dropped(
+    own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of images (b*f, k*n, c), in dropped frames (b*f,) bool the frame's own (b*f, n, c), repeated.
+
+    Attention to the same tokens several times is attention to them once.
+    """
     times = images[0].shape[1] // own[0].shape[1]
     key, value = (
-        torch.where(dropped[:, None, None], mine.repeat(1, times, 1), theirs)
-        for mine, theirs in zip(own, images, strict=True)
+        torch.where(dropped[:, None, None], frame.repeat(1, times, 1), image)
+        for frame, image in zip(own, images, strict=True)
     )
     return key, value
 
@@ -162,16 +162,16 @@ def own_in_place(own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], drop
 def attend_to_images(
     attn: Attention, layer: str, query: Tensor, key: Tensor, value: Tensor, reference: ReferenceContext
 ) -> Tensor:
-    """Attention of projected queries (b*f, n, c) to projected keys and values, as far as flags allow, and its output
-    projection."""
-    query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))
+    """Attention of projected queries (b*f, n, c) to projected keys and values (b*f, keys, c), and its output layer."""
+    query, key, value = (split_heads(part, attn.heads) for part in (query, key, value))  # (b*f, heads, ., d)
     flags = reference.flags(query.shape[2])
     if flags is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
     else:
         out = masked_attention(query, key, value, *flags, scale=attn.scale)
     if reference.probe is not None:
-        reference.probe.look(layer, query, key, reference.probe_flags(query.shape[2], key.shape[2]), attn.scale)
+        flags = reference.probe_flags(query.shape[2], key.shape[2])
+        reference.probe.record(layer, query, key, flags, attn.scale)
     out = out.transpose(1, 2).flatten(2)  # (b*f, n, c)
     return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
@@ -192,11 +192,11 @@ def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], At
 
 
 def set_image_processors(network: nn.Module, prefix: str = "", source: str = "images") -> None:
-    """Let the spatial cross-attention of a UNet or ControlNet see image tokens.
+    """Let the spatial cross-attention of a UNet or ControlNet attend to image tokens.
 
     Args:
         prefix: put before the names of its layers; must differ between the networks of a model.
-        source: under which the tokens are in `ReferenceContext.tokens`.
+        source: the name of the tokens in `ReferenceContext.tokens`.
     """
     processors = network.attn_processors
     for key in processors:
@@ -209,10 +209,10 @@ def set_image_processors(network: nn.Module, prefix: str = "", source: str = "im
 
 
 def image_layers(network: nn.Module) -> list[str]:
-    """Names of the layers that see image tokens, in module order."""
+    """Names of the layers that attend to image tokens, in module order."""
     return [p.layer for p in network.attn_processors.values() if isinstance(p, ImageTokenProcessor)]
 
 
 def reference_layers(unet: nn.Module) -> list[str]:
-    """Names of the layers that read the reference, in module order."""
+    """Names of the layers of reference attention, in module order."""
     return [p.layer for p in unet.attn_processors.values() if isinstance(p, ReferenceReadProcessor)]

@@ -13,9 +13,8 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import complete_folder, write_json
-from models.attention.layers import LayerShape
+from models.attention.layers import KeyLayout, LayerShape
 from models.attention.run import Selection
-from models.attention.tokens import KeyLayout
 
 RECORD_FILE, POINTS_FILE = "record.json", "points.npy"
 

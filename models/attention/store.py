@@ -112,7 +112,9 @@ class WindowProbe:
         return self  # a window is one clip
 
     @torch.no_grad()
-    def look(self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float) -> None:
+    def record(
+        self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
+    ) -> None:
         # With gradient checkpointing a layer runs twice; means must not count it twice.
         if layer not in self.stores or layer in self._done:
             return

@@ -16,7 +16,6 @@ from transformers import CLIPVisionModelWithProjection
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.reference_net import ReferenceNetMixin, small_unets
 from models.animators.small_networks import NetworkSizes, check_pose_channels, small_image_encoder
-from models.attention.context import hide_reference
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 
@@ -74,7 +73,7 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
         per_clip = len(reference_latents) // len(latents) - 1
         contexts = torch.cat([context, context.repeat_interleave(per_clip, dim=0)])  # (b + b*m, 1, channels)
         tokens = self.write_tokens(reference_latents, 0, contexts)  # layer -> (b + b*m, tokens, c)
-        reference = hide_reference(batch.context(tokens), batch.by_frame(batch.dropped > 0))
+        reference = batch.context(tokens).drop_images(batch.by_frame(batch.dropped > 0))
         return self.denoising_unet(latents, batch.timestep, context, self.pose_guider(poses), reference)
 
     @classmethod

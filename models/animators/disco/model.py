@@ -36,9 +36,8 @@ from models.animators.small_networks import (
     small_image_encoder,
     unet_settings,
 )
-from models.attention.context import ReferenceContext, without_dropped
-from models.attention.layers import LayerShape, image_token_layers
-from models.attention.tokens import KeyLayout
+from models.attention.context import ReferenceContext
+from models.attention.layers import KeyLayout, LayerShape, image_token_layers
 from models.images import ImageBatch, ImageSequence, clip_mask, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
 
@@ -225,7 +224,7 @@ class DisCo(Animator):
         null = self.encode_null()
         tokens = torch.cat([self.encode_foreground(images, masks), null])  # (b + b*m + 1, tokens, channels)
         reference = batch.context({SOURCE: tokens})
-        reference = without_dropped(reference, batch.by_frame(batch.dropped > 0), len(tokens) - 1)
+        reference = reference.drop_to_null(batch.by_frame(batch.dropped > 0), len(tokens) - 1)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
         parts = (batch.noisy_latents.transpose(1, 2), batch.poses.transpose(1, 2), batch.reference_latents[:clips])
         latents, poses, background = (part.to(self.dtype) for part in parts)  # (b, f, ...), background (b, c, h, w)

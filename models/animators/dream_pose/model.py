@@ -32,9 +32,7 @@ from models.animators.small_networks import (
     resolution_settings,
     unet_settings,
 )
-from models.attention.context import without_dropped
-from models.attention.layers import LayerShape, image_token_layers
-from models.attention.tokens import KeyLayout
+from models.attention.layers import KeyLayout, LayerShape, image_token_layers
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
 
@@ -187,7 +185,7 @@ class DreamPose(Animator):
         null = self.null_context()
         tokens = torch.cat([self.image_context(images, batch.reference_latents), null])  # (b + b*m + 1, n, c)
         no_image = (batch.dropped == DROP_IMAGE) | (batch.dropped == DROP_BOTH)
-        reference = without_dropped(batch.context({SOURCE: tokens}), batch.by_frame(no_image), len(tokens) - 1)
+        reference = batch.context({SOURCE: tokens}).drop_to_null(batch.by_frame(no_image), len(tokens) - 1)
         unet = self.denoising_unet
         inputs = unet.pose_input(poses.transpose(1, 2).flatten(0, 1), size)  # (b*f, p, h, w)
         inputs = consecutive_poses(inputs.unflatten(0, (clips, num_frames)), unet.config.poses)

@@ -17,7 +17,7 @@ from models.animators.base import Animator, Condition, PoseCondition, TrainingBa
 from models.animators.magic_animate.networks import ControlCondition, PromptEmbedding, control_residuals
 from models.animators.reference_net import ReferenceNetMixin, small_unets
 from models.animators.small_networks import NetworkSizes, check_pose_channels
-from models.attention.context import ReferenceContext, hide_reference
+from models.attention.context import ReferenceContext
 from models.images import ImageBatch, ImageSequence
 from models.pipeline import AnimationPipeline, animated_by
 from models.unets import DenoisingUNet, ReferenceNet
@@ -90,7 +90,7 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         residuals = control_residuals(
             self.control_net, latents, batch.timestep, prompt, poses.transpose(1, 2).flatten(0, 1)
         )
-        reference = hide_reference(batch.context(tokens), batch.by_frame(batch.dropped > 0))
+        reference = batch.context(tokens).drop_images(batch.by_frame(batch.dropped > 0))
         return self.denoising_unet(latents, batch.timestep, prompt, reference=reference, residuals=residuals)
 
     @classmethod
