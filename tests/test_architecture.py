@@ -1,6 +1,8 @@
 """The floors of the house: imports point downwards only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,22 @@ def test_imports_point_downwards(package):
 
 def test_no_circles_of_imports():
     assert not circles(GRAPH)
+
+
+def loaded_by(module: str, names: str) -> list[str]:
+    """Loaded modules that have files, out of some top-level packages, when a fresh interpreter imports a module."""
+    code = f"""
+import sys, {module}
+for name, loaded in sorted(sys.modules.items()):
+    if name.split(".")[0] in {names.split()} and getattr(loaded, "__file__", None):
+        print(name)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_the_unets_load_few_modules_of_ours():
+    loaded = loaded_by("models.unets", " ".join(PACKAGES))
+    assert len(loaded) <= 6, loaded
 
 
 def test_no_forbidden_dependencies():

@@ -17,9 +17,8 @@ is masked, and images are only present or absent, frame by frame.
 Shapes use b = frames, n = query tokens, r = tokens of one image on a grid, g = flag channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from models.attention.layers import KeyLayout, TokenLevel, pool_masks
 from models.attention.masking import Visibility
-from tpc.result import Calibration
+from models.images import CalibratedClip
+from tpc.config import CalibrationConfig
 
 # The groups of keys that are hidden from each group of queries.
 #
@@ -52,8 +52,21 @@ HIDDEN = {
 # fmt: on
 
 
+class MaskedClip(CalibratedClip, Protocol):
+    """The masks that flags are made of; `tpc.Calibration` has them.
+
+    Attributes:
+        target_masks: (frames, persons, H, W) bool, each person of the reference in the driving frames.
+        other_masks: (frames, H, W) bool, persons of the driving clip whom nobody in the reference corresponds to.
+    """
+
+    config: CalibrationConfig
+    target_masks: np.ndarray
+    other_masks: np.ndarray
+
+
 def calibration_flags(
-    calibration: Calibration, frames: range, step: int, levels: Sequence[TokenLevel]
+    calibration: MaskedClip, frames: range, step: int, levels: Sequence[TokenLevel]
 ) -> Visibility | None:
     """Flags for consecutive frames of a clip at one denoising step; None where nothing is hidden."""
     index = calibration.index(step)[frames.start : frames.stop]
@@ -82,7 +95,7 @@ def replacement_visibility(index: np.ndarray, levels: Sequence[TokenLevel]) -> V
 
 
 def frame_visibility(
-    calibration: Calibration,
+    calibration: MaskedClip,
     frames: Sequence[int] | np.ndarray,
     index: np.ndarray,
     levels: Sequence[TokenLevel],
