@@ -58,7 +58,9 @@ class Inference:
 
         published = OmegaConf.load(job.checkout / "configs/inference/inference.yaml")
         shared, channels = job.unet_settings(), tuple(job.settings["pose_channels"])
-        unet = UNet3DConditionModel(**shared, **OmegaConf.to_container(published.unet_additional_kwargs))
+        unet = UNet3DConditionModel(
+            sample_size=64, **shared, **OmegaConf.to_container(published.unet_additional_kwargs)
+        )
         path = job.folder / "temporal_attention" / "temporal_attention.ckpt"
         unet.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.appearance_encoder = AppearanceEncoderModel(sample_size=64, **shared)
