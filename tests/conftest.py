@@ -31,26 +31,27 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """An AnimationPipeline of the smallest networks, every parameter random, so that no path is a no-op."""
-    from diffusers import AutoencoderKL
-
     from models.animators.animate_anyone.model import AnimateAnyone
     from tests.networks import TINY
+    from tests.published import small_vae
     from training.build import make_pipeline
     from training.config import NoiseConfig
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
+    vae = small_vae()  # seeds what follows
     model: AnimateAnyone = AnimateAnyone.small(TINY, 4, 32)
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
-    pipeline = make_pipeline(vae.eval(), model.eval(), NoiseConfig())
+    pipeline = make_pipeline(vae, model.eval(), NoiseConfig())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A rendered reference and clip with exact poses and masks: no estimator is needed."""
+    from tests.clips import save_rendered_pair
+
+    folder = tmp_path_factory.mktemp("inputs")
+    save_rendered_pair(folder)
+    return folder

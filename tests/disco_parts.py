@@ -1,12 +1,13 @@
 """A small DisCo: what its published file would hold, and the model and pipeline of it."""
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.animators.disco.checkpoint import CLIP, POSITIONS, VAE, disco_manifest, load_disco
-from models.animators.disco.model import DiscoPipeline
+from models.animators.disco.model import DisCo, DiscoPipeline
 from models.animators.disco.networks import DiscoControlNet, DiscoUNet
 from models.checkpoints.convert import published_scheduler
 from models.checkpoints.loading import shapes_of
@@ -93,3 +94,21 @@ def frame_inputs(frames: int = FRAMES) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, pose images and background latents of some frames."""
     poses = torch.rand(frames, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
     return randn(frames, 4, *LATENTS), poses, randn(1, 4, *LATENTS, seed=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> DiscoPipeline:
+    return small_disco_pipeline()
+
+
+@pytest.fixture(scope="module")
+def temporal_pipeline() -> DiscoPipeline:
+    return small_disco_pipeline(temporal=True)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline) -> DisCo:
+    return pipeline.animator
+
+
+FIXTURES = pipeline, temporal_pipeline, model  # test files assign them to these names

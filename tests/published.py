@@ -99,9 +99,8 @@ def small_image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def small_text_encoder() -> CLIPTextModel:
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
+def small_text_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=50,
         hidden_size=16,
         intermediate_size=32,
@@ -111,7 +110,11 @@ def small_text_encoder() -> CLIPTextModel:
         bos_token_id=0,
         eos_token_id=2,
     )
-    return CLIPTextModel(config).eval()
+
+
+def small_text_encoder() -> CLIPTextModel:
+    torch.manual_seed(0)
+    return CLIPTextModel(small_text_config()).eval()
 
 
 def small_magic_pipeline() -> MagicAnimatePipeline:

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.animators.base import Animator
 from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig
+from tests.published import small_vae
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate
 
@@ -30,15 +31,7 @@ def example() -> tuple[str, dict]:
 
 @pytest.fixture(scope="module")
 def pipeline():
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
+    vae = small_vae()  # seeds what follows
     sizes = {
         "block_out_channels": (16, 32),
         "down_block_types": ("CrossAttnDownBlock2D",) * 2,

@@ -16,6 +16,7 @@ from models.attention.context import same_reference
 from models.attention.layers import KeyLayout, token_levels
 from models.attention.masking import dense_mask
 from tests.disco_parts import (
+    FIXTURES,
     FRAMES,
     HEIGHT,
     LATENTS,
@@ -24,28 +25,13 @@ from tests.disco_parts import (
     WIDTH,
     frame_inputs,
     randn,
-    small_disco_pipeline,
 )
 from tpc import CalibrationConfig, calibrate
 from tpc.attach import frame_visibility
 
+pipeline, temporal_pipeline, model = FIXTURES
 MASK = np.zeros((HEIGHT, WIDTH), bool)
 MASK[6:20, 8:22] = True
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return small_disco_pipeline()
-
-
-@pytest.fixture(scope="module")
-def temporal_pipeline():
-    return small_disco_pipeline(temporal=True)
-
-
-@pytest.fixture(scope="module")
-def model(pipeline) -> DisCo:
-    return pipeline.animator
 
 
 @pytest.fixture(scope="module")

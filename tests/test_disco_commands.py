@@ -13,19 +13,12 @@ from data.video.reading import read_video
 from models.animators.disco.model import DiscoPipeline
 from models.animators.disco.networks import is_temporal
 from models.animators.registry import load_pipeline
-from tests.clips import given, save_rendered_pair
+from tests.clips import given
 from tests.disco_parts import small_disco_pipeline
 from tests.training_runs import ARGUMENTS, make_vae, weights
 from tests.training_runs import train as train_process
 
 QUICK = ["steps=1", "num_frames=3", "size=[32,32]"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_rendered_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

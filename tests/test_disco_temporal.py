@@ -4,7 +4,6 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -14,27 +13,14 @@ from models.animators.disco.model import DisCo
 from models.animators.disco.networks import TemporalResnetBlock, TemporalTransformerBlock, is_temporal
 from models.checkpoints.verify import synthetic_tensors
 from tests.disco_parts import (
+    FIXTURES,
     TOKENS,
     disco_shapes,
     frame_inputs,
     randn,
-    small_disco_pipeline,
 )
 
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return small_disco_pipeline()
-
-
-@pytest.fixture(scope="module")
-def temporal_pipeline():
-    return small_disco_pipeline(temporal=True)
-
-
-@pytest.fixture(scope="module")
-def model(pipeline) -> DisCo:
-    return pipeline.animator
+pipeline, temporal_pipeline, model = FIXTURES
 
 
 def silent(model: DisCo) -> DisCo:

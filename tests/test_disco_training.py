@@ -9,23 +9,10 @@ from core.errors import UserError
 from models.animators.base import CalibratedImages
 from models.animators.disco.model import DisCo
 from models.attention.context import ReferenceContext
-from tests.disco_parts import HEIGHT, LATENTS, WIDTH, randn, small_disco_pipeline
+from tests.disco_parts import FIXTURES, HEIGHT, LATENTS, WIDTH, randn
 from tests.networks import TINY
 
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return small_disco_pipeline()
-
-
-@pytest.fixture(scope="module")
-def temporal_pipeline():
-    return small_disco_pipeline(temporal=True)
-
-
-@pytest.fixture(scope="module")
-def model(pipeline) -> DisCo:
-    return pipeline.animator
+pipeline, temporal_pipeline, model = FIXTURES
 
 
 def batch(clips: int = 2, frames: int = 2) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+from transformers import CLIPConfig, CLIPModel
 
 from core.errors import UserError
 from models.animators.dream_pose.checkpoint import (
@@ -27,7 +27,7 @@ from models.checkpoints.networks import UNetSizes, load_autoencoder, make_autoen
 from models.checkpoints.verify import read_fixture, verify
 from models.vae import vae_encode
 from tests.dream_pose_parts import GRID, SIZES, TOKENS, WIDTH, published, small_image_encoder, write_weights
-from tests.published import fixtures_folder
+from tests.published import fixtures_folder, small_text_config
 
 LOADERS = {"unet": load_dream_pose_unet, "adapter": load_adapter, "vae": load_autoencoder}
 FULL_SIZE = UNetSizes(in_channels=14)
@@ -191,16 +191,7 @@ def test_stable_diffusion_is_a_start_for_training(weights, tmp_path):
 def full_clip() -> CLIPModel:
     """CLIP with its text half, as it is published."""
     vision = small_image_encoder()
-    text = CLIPTextConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=7,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
+    text = small_text_config()
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.config.to_dict(), projection_dim=16))
 
 

@@ -15,7 +15,7 @@ from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
 from data.video.reading import read_video
 from data.video.writing import video_metadata, write_video
-from tests.clips import given, save_rendered_pair
+from tests.clips import given
 from tests.published import small_magic_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +27,6 @@ def model(tiny_pipeline, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline.save_pretrained(folder)
     return f"model={folder}"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A rendered reference and clip with exact poses and masks: no estimator is needed."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_rendered_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
