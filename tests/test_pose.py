@@ -19,7 +19,15 @@ from data.poses.person import (
     keypoint_similarity,
     person_box,
 )
-from data.poses.poses import PoseConfig, PoseEstimate, Poses, estimate_image, estimate_poses, open_estimator
+from data.poses.poses import (
+    PoseConfig,
+    PoseEstimate,
+    Poses,
+    estimate_image,
+    estimate_poses,
+    open_estimator,
+    temporal_means,
+)
 
 
 def random_poses(frames=4, persons=2, seed=0, size=(64, 48)) -> Poses:
@@ -155,6 +163,20 @@ def test_presence():
     poses = Poses(np.zeros((3, 2, 17, 2)), scores, (64, 48), 25)
     np.testing.assert_array_equal(poses.present(), [[False, False], [True, False], [False, False]])
     assert not poses.present(0.2).any()
+
+
+@pytest.mark.parametrize(("frames", "deviation"), [(1, 2.0), (40, 0.0), (40, 0.7), (40, 3.0), (7, 100.0)])
+def test_smoothing_is_the_mean_over_all_pairs_of_frames(frames, deviation):
+    rng = np.random.default_rng(frames)
+    scores = rng.random((frames, 2, 17)).astype(np.float32) * (rng.random((frames, 2, 17)) > 0.4)
+    poses = Poses(500 * rng.random((frames, 2, 17, 2)), scores, (500, 500), 25)
+    offsets = np.arange(frames)
+    kernel = np.exp(-(((offsets[:, None] - offsets) / max(deviation, 1e-6)) ** 2) / 2)
+    weights = np.einsum("ts,spk->tpk", kernel, scores.astype(np.float64))
+    sums = np.einsum("ts,spk,spkc->tpkc", kernel, scores.astype(np.float64), poses.keypoints)
+    dense = np.where(scores[..., None] > 0, sums / np.maximum(weights, 1e-12)[..., None], poses.keypoints)
+    np.testing.assert_allclose(temporal_means(poses, deviation), dense, rtol=1e-12)
+    assert np.array_equal(poses.smoothed(deviation).keypoints, temporal_means(poses, deviation).astype(np.float32))
 
 
 def test_smoothing_removes_noise_keeps_lines_and_ignores_missing_frames():

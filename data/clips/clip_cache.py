@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from core.files import complete_folder
-from data.clips.rendered import RenderedPeople
+from data.clips.rendered import RenderedPeople, check_index, latent_item
 from data.people.renderer import render_surface
 from data.poses.drawing import draw_pose
 
@@ -67,8 +67,8 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
 
 def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Arrays of a cache for one item of a data set, without the leading axis."""
-    frames = torch.cat([item["reference"][:, None], item["frames"]], dim=1)
-    masks = torch.cat([item["reference_mask"][:, None], item["masks"]], dim=1)
+    frames = torch.cat([item["reference"][:, None], item["frames"]], dim=1)  # (3, m, H, W)
+    masks = torch.cat([item["reference_mask"][:, None], item["masks"]], dim=1)  # (1, m, H, W)
     return {
         "pictures": ((frames + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy(),
         "masks": masks[0].byte().numpy(),
@@ -85,48 +85,41 @@ class CachedClips(Dataset):
     Args:
         num_frames: of a clip. 1 pairs two different images of a cached clip at random; otherwise as was cached.
         length: items; the cache is walked through again and again, each time in another order.
-        latents: folder of the images' latents; items then also have "latent_mean", "latent_deviation" (c, F, h, w)
-            and "reference_latents" (c, h, w).
         surfaces: file of the images' surface maps; items then also have "surfaces" (3, F, h, w) and
             "reference_surface" (3, h, w), see `data.people.renderer.render_surface`.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        num_frames: int,
-        length: int,
-        seed: int = 0,
-        latents: Path | None = None,
-        surfaces: Path | None = None,
+        self, folder: str | Path, num_frames: int, length: int, seed: int = 0, surfaces: Path | None = None
     ) -> None:
         self.folder, self.num_frames, self.length, self.seed = Path(folder), num_frames, length, seed
         self.images = np.load(self.folder / "pictures.npy", mmap_mode="r")
         self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
         self.keypoints = np.load(self.folder / "keypoints.npy", mmap_mode="r")
-        self.latents = {} if latents is None else _mapped_latents(latents)
+        self.latents: dict[str, np.ndarray] = {}
         self.surfaces = None if surfaces is None else np.load(surfaces, mmap_mode="r")
         cached = self.images.shape[1] - 1
         if num_frames not in (1, cached):
             raise ValueError(f"num_frames must be 1 or {cached}, the number that was cached; got {num_frames}")
 
     def with_latents(self, folder: Path) -> "CachedClips":
-        """Copy of the data set with the latents of the images."""
+        """Copy of the data set with the images' latents, whose items also have those of `latent_item`."""
         clips = copy(self)
-        clips.latents = _mapped_latents(folder)
+        clips.latents = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
         return clips
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+        check_index(index, self.length)
         clip, chosen = self.choose(index)
         height, width = self.images.shape[2:4]
+        # (3, 1 + F, H, W), (1 + F, H, W) and (1 + F, 17, 3)
         images = torch.from_numpy(self.images[clip][chosen]).permute(3, 0, 1, 2).float() / 127.5 - 1
         masks = torch.from_numpy(self.masks[clip][chosen]).float()
         keypoints = self.keypoints[clip][chosen]
+        latents = {name: torch.from_numpy(array[clip][chosen]) for name, array in self.latents.items()}
         poses = [draw_pose(points[None, :, :2], points[None, :, 2], (width, height)) for points in keypoints[1:]]
         return {
             "reference": images[:, 0],
@@ -138,21 +131,8 @@ class CachedClips(Dataset):
             "keypoints": torch.from_numpy(keypoints[1:]),
             "clip": torch.tensor(clip),
             "images": torch.from_numpy(chosen),
-            **self._latents(clip, chosen),
+            **(latent_item(**latents) if latents else {}),
             **self._surfaces(clip, chosen),
-        }
-
-    def _latents(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        if not self.latents:
-            return {}
-        mean = torch.from_numpy(self.latents["mean"][clip][chosen]).float()
-        deviation = torch.zeros_like(mean)
-        if "deviation" in self.latents:
-            deviation = torch.from_numpy(self.latents["deviation"][clip][chosen]).float()
-        return {
-            "latent_mean": mean[1:].transpose(0, 1),
-            "latent_deviation": deviation[1:].transpose(0, 1),
-            "reference_latents": mean[0],
         }
 
     def _surfaces(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
@@ -169,10 +149,6 @@ class CachedClips(Dataset):
         if self.num_frames > 1:
             return clip, np.arange(images)
         return clip, np.random.default_rng([self.seed, epoch, position]).permutation(images)[:2]
-
-
-def _mapped_latents(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
 class SurfaceMaps(Dataset):

@@ -144,6 +144,16 @@ def clip_item(reference: LabelledImage, frames: list[LabelledImage]) -> dict[str
     }
 
 
+def latent_item(mean: torch.Tensor, deviation: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a clip for the latents (1 + F, c, h, w) of its reference and frames, of any float type."""
+    deviation = torch.zeros_like(mean) if deviation is None else deviation
+    return {
+        "latent_mean": mean[1:].transpose(0, 1).float(),  # (c, F, h, w)
+        "latent_deviation": deviation[1:].transpose(0, 1).float(),
+        "reference_latents": mean[0].float(),  # (c, h, w)
+    }
+
+
 def clip_tensor(images: list[np.ndarray]) -> torch.Tensor:
     """f images (h, w, 3) uint8 -> float32 (3, f, h, w) in [-1, 1]."""
     return pixel_tensor(images).div_(127.5).sub_(1)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from core.errors import UserError
 from data.clips.feature_cache import FeatureCache
-from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, pixel_tensor
+from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, latent_item, pixel_tensor
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, read_union, summarize, usable_clips
 from data.preparation.layouts import VIDEO_SUFFIXES
@@ -87,6 +87,7 @@ class VideoFolder(Dataset):
         if not self.clips:
             raise self._nothing_usable(max((usable.clip.frames for usable in clips), default=0))
         self.length = len(self.clips) if length is None else length
+        # A clip that turns out to be damaged is left out from then on, by all loader processes.
         self._broken = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
     @property
@@ -145,26 +146,23 @@ class VideoFolder(Dataset):
         poses = Poses.load(clip.poses)
         if poses.frames != clip.frames or poses.size != clip.size:
             raise UserError(f"{clip.poses} is not of its video any more; prepare it again")
-        chosen = self._choose(poses, rng)
+        chosen = self._choose(poses, rng)  # the reference, then the frames
         poses = poses[chosen].mapped(usable.matrix, self.size).clipped()
         masks = [read_union(clip.masks, frame, clip.size) for frame in chosen]
-        border = "zero" if self.crop == "pad" else "replicate"
+        border = "zero" if self.crop == "pad" else "replicate"  # of the frame beyond the image
         masks = [apply_fit(mask, usable.matrix, self.size, border) > 127 for mask in masks]
-        wanted = (chosen if self.latents is None else chosen[:1]) if self._wants_images else []
+        # Latents take the place of the frames, latents and embeddings together that of the reference too.
+        wanted = chosen if self.latents is None else chosen[:1] if self.embeddings is None else []
         images = [apply_fit(image, usable.matrix, self.size, border) for image in read_frames(clip, wanted)]
         missing = [None] * (len(chosen) - len(images))
-        labelled = [
-            LabelledImage(image, mask, keypoints, scores)
-            for image, mask, keypoints, scores in zip(
-                [*images, *missing], masks, poses.keypoints, poses.scores, strict=True
-            )
-        ]
+        columns = ([*images, *missing], masks, poses.keypoints, poses.scores)
+        labelled = [LabelledImage(*labels) for labels in zip(*columns, strict=True)]
         item = clip_item(labelled[0], labelled[1:])
         if self.pose_images is not None:
             source = pose_images_of(self.pose_images, clip)
             item["poses"] = read_pose_images(source, clip, chosen[1:], usable.matrix, self.size)
         if self.latents is not None:
-            item |= latent_features(self.latents, clip, chosen)
+            item |= latent_item(**self.latents.read(clip.name, chosen))
         if self.embeddings is not None:
             item["reference_context"] = self.embeddings.read(clip.name, chosen[:1])["embedding"]
         return item
@@ -173,16 +171,13 @@ class VideoFolder(Dataset):
         """Indices of a reference and the frames of a clip, at random among those in which somebody is visible."""
         visible = poses.present(_VISIBLE).any(axis=1)
         offsets = np.arange(0, self.span, self.stride)
-        starts = np.flatnonzero(visible[np.arange(poses.frames - self.span + 1)[:, None] + offsets].all(axis=1))
+        windows = np.arange(poses.frames - self.span + 1)[:, None] + offsets  # (starts, num_frames)
+        starts = np.flatnonzero(visible[windows].all(axis=1))
         if not len(starts):
             raise UserError(f"no {self.num_frames} frames at stride {self.stride} show somebody throughout")
         frames = (starts[rng.integers(len(starts))] + offsets).tolist()
         others = sorted(set(np.flatnonzero(visible).tolist()) - set(frames)) or frames
         return [others[rng.integers(len(others))], *frames]
-
-    @property
-    def _wants_images(self) -> bool:
-        return self.latents is None or self.embeddings is None
 
     def _nothing_usable(self, longest: int) -> UserError:
         text = f"root={self.root} holds no clip that can be used: {summarize(self.left_out, len(self.left_out))}"
@@ -194,18 +189,6 @@ class VideoFolder(Dataset):
         if any("does not fit" in reason for reason in self.left_out.values()):
             text += "; crop=pad shows them whole, or choose a size of the videos' shape"
         return UserError(text)
-
-
-def latent_features(cache: FeatureCache, clip: Clip, chosen: list[int]) -> dict[str, Tensor]:
-    """Latents of the reference, the first of the chosen frames, and of the others."""
-    stored = cache.read(clip.name, chosen)
-    mean = stored["mean"].float()
-    deviation = stored["deviation"].float() if "deviation" in stored else torch.zeros_like(mean)
-    return {
-        "latent_mean": mean[1:].transpose(0, 1),
-        "latent_deviation": deviation[1:].transpose(0, 1),
-        "reference_latents": mean[0],
-    }
 
 
 def pose_images_of(folder: Path, clip: Clip) -> Path | None:

@@ -120,15 +120,7 @@ class Poses:
         Frames count by the keypoint's score, so nothing is pulled towards a missing one. The average takes both
         directions of time: fast motion is flattened but does not lag.
         """
-        sigma = max(frames, 1e-6)
-        radius = min(math.ceil(9 * sigma), self.frames)  # beyond, a double sees no difference
-        scores = self.scores.astype(np.float64)
-        weights, sums = (
-            gaussian_filter1d(values, sigma, axis=0, mode="constant", radius=radius)
-            for values in (scores[..., None], scores[..., None] * self.keypoints)
-        )
-        averages = np.divide(sums, weights, out=self.keypoints.astype(np.float64), where=scores[..., None] > 0)
-        return Poses(averages, self.scores, self.size, self.fps)
+        return Poses(temporal_means(self, frames), self.scores, self.size, self.fps)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with the arrays `keypoints`, `scores`, `size` and `fps`."""
@@ -246,6 +238,18 @@ def estimate_poses(
     used = [k for k in range(max_persons) if any(persons[k] is not None for persons in slots)]
     estimate = _collect([[persons[k] for k in used] for persons in slots], size, fps)
     return PoseEstimate(estimate.poses.smoothed(smoothing), estimate.masks) if smoothing else estimate
+
+
+def temporal_means(poses: Poses, frames: float) -> np.ndarray:
+    """Keypoints (frames, persons, 17, 2) float64 of `Poses.smoothed`."""
+    sigma = max(frames, 1e-6)
+    radius = min(math.ceil(9 * sigma), poses.frames)  # further frames weigh less than a double's rounding
+    scores = poses.scores[..., None].astype(np.float64)
+    weights, sums = (
+        gaussian_filter1d(values, sigma, axis=0, mode="constant", radius=radius)
+        for values in (scores, scores * poses.keypoints)
+    )
+    return np.divide(sums, weights, out=poses.keypoints.astype(np.float64), where=scores > 0)
 
 
 def _collect(slots: list[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
