@@ -1,1 +1,1 @@
-"""What `evaluate.py` does: measure folders, split data sets by misalignment, redraw the paper's tables and figures."""
+"""The tasks of `evaluate.py`: metrics of folders, misaligned splits, the paper's tables and figures."""

@@ -38,7 +38,7 @@ from models.attention.recording import AttentionRecording
 from models.attention.run import AttentionConfig
 from models.pipeline import AnimationPipeline
 
-ATTENTION_FILE, LOOKS_FILE = "attention.json", "looks.png"
+ATTENTION_FILE, FIGURE_FILE = "attention.json", "looks.png"
 CALIBRATED = "calibrated images"
 # Measure -> header of its column. Shares are of all attention, the rest is about what reference and calibrated images
 # get of it.
@@ -121,9 +121,9 @@ def attention_sampler(
         truth = body_truth(recorded, reference.poses, animation.calibration, frame.reference_map)
         mask = reference_person(reference, frame)
         measure_attention(recorded, truth, mask, radius, radii).write(folder / ATTENTION_FILE)
-        row = _looks_image(recorded, truth, animation, keypoints, columns)
+        row = _figure_row(recorded, truth, animation, keypoints, columns)
         if row is not None:
-            with complete_file(folder / LOOKS_FILE) as path:
+            with complete_file(folder / FIGURE_FILE) as path:
                 Image.fromarray(row).save(path)
         return animation
 
@@ -179,7 +179,7 @@ def measure_attention(
     )
 
 
-def _looks_image(
+def _figure_row(
     recorded: RecordedAttention, truth: BodyTruth, animation: Animation, keypoints: Sequence[str], columns: int
 ) -> np.ndarray | None:
     """A row of Figure 2 from the middle frame; None when no keypoint is visible there and in the reference."""

@@ -32,7 +32,7 @@ SCORE_THRESHOLD = 0.3  # of keypoints that silhouettes are drawn around
 
 @dataclass
 class ClipsConfig:
-    """Where clips come from.
+    """Source of clips.
 
     dataset: "rendered" (held-out people, exact poses and masks); a folder that `prepare.py` made; or a folder of
         videos with pose files beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is

@@ -19,7 +19,7 @@ PERSON_MEASURES = ("keypoint_error", "part_colour")
 
 @dataclass
 class ProtocolConfig:
-    """What is measured, and how.
+    """Measures and their protocol.
 
     protocol: "disco-2023", "disco-fixed" or "native".
     features: networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in"

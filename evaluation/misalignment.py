@@ -1,4 +1,4 @@
-"""How far a reference and a clip are apart: the paper's relative angle and box IoU, and the kinds of misalignment."""
+"""Misalignment of a reference and a clip: the paper's relative angle and box IoU, and the kinds of misalignment."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,7 @@ SUBSETS = ("original", "misaligned")
 
 @dataclass
 class ThresholdConfig:
-    """When a clip counts as misaligned.
+    """Thresholds above which a clip counts as misaligned.
 
     angle: radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6).
     box_iou: IoU of the persons' boxes below which it is (paper: 0.7).

@@ -131,8 +131,15 @@ def draw_histograms(path: Path, histograms: Sequence[Histogram]) -> None:
 
 def _note_beside(axes: Axes, x: float, text: str, height: float) -> None:
     """Write a small text right of a vertical line, at a share of the axes' height."""
-    place = {"xycoords": ("data", "axes fraction"), "xytext": (2, 0), "textcoords": "offset points"}
-    axes.annotate(text, (x, height), color="0.35", fontsize=7, **place)
+    axes.annotate(
+        text,
+        (x, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(2, 0),
+        textcoords="offset points",
+        color="0.35",
+        fontsize=7,
+    )
 
 
 def draw_scatter(

@@ -47,7 +47,7 @@ EXTENDABLE = (
 
 @dataclass
 class TrialsConfig:
-    """How trials are run.
+    """Seeds, device and measures of trials.
 
     seeds: of the initial noise; numbers are means and deviations over them.
     device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...

@@ -30,7 +30,7 @@ from tpc.warping import mask_pyramid, warp_mask
 
 @dataclass
 class SamplingConfig:
-    """How a clip is sampled.
+    """Settings of sampling.
 
     size: width and height of the result in pixels; null: the driving video's shape at the model's resolution.
     num_frames: frames to animate, null: all; stride: use every stride-th frame of the driving video.
@@ -116,7 +116,7 @@ class Animation:
 
 @dataclass(frozen=True)
 class Framing:
-    """How inputs are brought into the model's frame."""
+    """Maps of the inputs into the model's frame."""
 
     size: tuple[int, int]  # (width, height) of the model's frame in pixels
     # frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame

@@ -1,4 +1,4 @@
-"""`evaluate.py ablation`: what each part of the calibration is worth, in foreground and background (Table 2)."""
+"""`evaluate.py ablation`: transforms, propagation and keypoint subsets compared, by region (Table 2)."""
 
 from dataclasses import dataclass, field, replace
 from itertools import product

@@ -52,7 +52,7 @@ COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
 
 @dataclass
 class AnimatorsConfig(MisalignedTrialsConfig):
-    """Which models are compared; `MisalignedTrialsConfig` says on which clips.
+    """Models to compare; `MisalignedTrialsConfig` says on which clips.
 
     output: folder for the results.
     models: pipeline folders; without, the four small ones that are shipped.

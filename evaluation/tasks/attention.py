@@ -18,7 +18,7 @@ from evaluation.attention_measures import (
     ATTENTION_MEASURES,
     ATTENTION_SUBSETS,
     BY_DISTANCE,
-    LOOKS_FILE,
+    FIGURE_FILE,
     Group,
     MeasuredAttention,
     Outcome,
@@ -48,7 +48,7 @@ from tpc import CalibrationConfig
 
 @dataclass
 class AttentionTaskConfig(ClipsConfig, TrialsConfig):
-    """Where attention points while clips are animated without and with TPC.
+    """Clips to animate without and with TPC, and how their attention is measured.
 
     output: folder for the results; model: pipeline folder.
     layers: that are measured, null: all that read the reference.
@@ -155,9 +155,9 @@ def _draw(config: AttentionTaskConfig, groups: list[Group], folders: dict[Trial,
     note = "" if all_clips["pearson"] is None else f"Pearson {all_clips['pearson']:.2f}, {all_clips['points']} points"
     points = {group.label: tuple(zip(*group.points().values(), strict=True)) or ((), ()) for group in groups}
     draw_scatter(output / "correlation.png", points, "pointing accuracy", PERSON_PSNR_LABEL, note)
-    rows = _looks(groups, folders)
+    rows = _figure_rows(groups, folders)
     if rows:
-        with complete_file(output / LOOKS_FILE) as path:
+        with complete_file(output / FIGURE_FILE) as path:
             Image.fromarray(stacked(rows)).save(path)
 
 
@@ -175,13 +175,13 @@ def _curve(
     return Curve(group.label, np.asarray(x, np.float64), runs.mean(axis=0), deviation)
 
 
-def _looks(groups: list[Group], folders: dict[Trial, Path]) -> list[np.ndarray]:
+def _figure_rows(groups: list[Group], folders: dict[Trial, Path]) -> list[np.ndarray]:
     """Rows of Figure 2: the example of each subset with the first seed, without and with TPC."""
     by_key = {(trial.clip, trial.variant.name, trial.seed): folder for trial, folder in folders.items()}
     rows = []
     for group in groups:
         seed = next(seed for clip, seed in group.outcomes if clip == group.example)
-        path = by_key[group.example, VARIANT_NAMES[group.condition], seed] / LOOKS_FILE
+        path = by_key[group.example, VARIANT_NAMES[group.condition], seed] / FIGURE_FILE
         if path.is_file():
             row = np.asarray(Image.open(path))
             rows.append(labelled_row([row], [group.label], len(row)))

@@ -36,7 +36,7 @@ ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", 
 
 @dataclass
 class MetricsConfig(ProtocolConfig):
-    """Which folders are compared, and how; `ProtocolConfig` has everything about measures.
+    """Folders to compare; `ProtocolConfig` has everything about measures.
 
     generated, truth: a video, a folder of frames, or a folder of clips, which are matched by name.
     output: folder for the results; the same command again goes on where it was stopped.

@@ -1,4 +1,4 @@
-"""What misaligned references cost an animator, and what TPC wins back of it.
+"""Cost of misaligned references, and the share of it that TPC wins back.
 
     python evaluate.py misalignment [model=FOLDER] [output=outputs/misalignment] [kinds=[aligned,rotation]]
         [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10]
@@ -80,7 +80,7 @@ class MisalignedTrialsConfig(TrialsConfig):
 
 @dataclass
 class MisalignmentConfig(MisalignedTrialsConfig):
-    """What is measured; `MisalignedTrialsConfig` says on which clips.
+    """Presets and variants to measure; `MisalignedTrialsConfig` says on which clips.
 
     output: folder for the results; model: pipeline folder.
     presets: of TPC, in the order of the tables.

@@ -1,4 +1,4 @@
-"""`evaluate.py split`: which clips of a data set are misaligned, after the paper's definition, and in which way."""
+"""`evaluate.py split`: original and misaligned clips of a data set, after the paper's definition."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ CLIP_FILE = "clip.json"
 
 @dataclass
 class SplitConfig(ClipsConfig):
-    """Which clips are split; `ClipsConfig` says where they come from. A folder needs pose files only.
+    """Clips to split; `ClipsConfig` says where they come from. A folder needs pose files only.
 
     output: folder for the results; thresholds: see `ThresholdConfig`.
     """

@@ -17,7 +17,7 @@ from tpc import CalibrationConfig
 
 @dataclass
 class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Which models are compared, on which clips, by which measures.
+    """Models to compare.
 
     output: folder for the results.
     models: pipeline folders; names: of them in the table, their folders' names without.
