@@ -189,9 +189,12 @@ class ImageBatch:
         for start in range(0, len(distinct), ENCODE_CHUNK):
             missing = [index for index in distinct[start : start + ENCODE_CHUNK] if index not in self.encoded]
             # The reference goes by itself, so that its latents do not depend on which images it comes with.
-            for group in ([i for i in missing if i == REFERENCE], [i for i in missing if i != REFERENCE]):
-                if group:
-                    self.encoded.update(zip(group, self.encode(self.select(group).pixels).split(1), strict=True))
+            if REFERENCE in missing:
+                missing.remove(REFERENCE)
+                self.encoded[REFERENCE] = self.encode(self.reference)
+            if missing:
+                latents = self.encode(self.select(missing).pixels)
+                self.encoded.update({index: latent[None] for index, latent in zip(missing, latents, strict=True)})
         return torch.cat([self.encoded[index] for index in self.indices])
 
     def encode(self, images: Tensor) -> Tensor:
