@@ -59,7 +59,7 @@ def check(arguments: list[str]) -> None:
 def features(kind: str, arguments: list[str]) -> None:
     """Cache the latents or the embeddings of a data set's clips."""
     # Networks take seconds to import, which the other tasks need not wait for.
-    from training.features import make_features
+    from inference.features import make_features
 
     config = load_config(FeatureConfig, arguments)
     shard = process_shard(config.shard, config.num_shards)

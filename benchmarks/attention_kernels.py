@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention_kernels [tokens=[64,256,512,1024]] [dtypes=[float32,bfloat16]] [threads=2]
 
-Keys are twice as many as queries, as where frames attend to themselves and a reference. `training.kernels` follows
+Keys are twice as many as queries, as where frames attend to themselves and a reference. `training.run` follows
 from it.
 """
 

@@ -1,10 +1,15 @@
 """Images to latents and back, for both of diffusers' image autoencoders."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+
+from core.errors import UserError
 
 VAE = AutoencoderKL | AutoencoderTiny
 
@@ -58,3 +63,29 @@ def decoded_chunks(vae: VAE, latents: Tensor, chunk: int | None = None) -> Itera
 def vae_scale_factor(vae: VAE) -> int:
     """Pixels of an image's side per latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def load_vae(folder: str | Path) -> VAE:
+    """An AutoencoderKL or AutoencoderTiny from its folder."""
+    return vae_class(folder)[0].from_pretrained(folder)
+
+
+def vae_class(
+    folder: str | Path, argument: str = "model.vae"
+) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
+    """Class and configuration of the VAE in a folder, from its config.json.
+
+    Args:
+        argument: what the user calls the folder, for errors.
+
+    Raises:
+        UserError: not a VAE's folder, or another one's.
+    """
+    index = Path(folder) / "config.json"
+    if not index.is_file():
+        raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")
+    settings = json.loads(index.read_text(encoding="utf-8"))
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if (name := settings.get("_class_name")) not in classes:
+        raise UserError(f"{argument}={folder} is a {name}; AutoencoderKL and AutoencoderTiny are known")
+    return classes[name], settings

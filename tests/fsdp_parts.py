@@ -11,8 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from training.distributed import end_together
-from training.ema import WeightAverage
-from training.sharding import held_part, part_of, whole
+from training.ema import WeightAverage, held_part, part_of, whole
 
 
 def small_model() -> nn.Module:

@@ -15,12 +15,11 @@ from tests.networks import TINY
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate
 from tpc.augmentation import CalibratedTrainingConfig
-from training.build import make_pipeline, make_scheduler, set_trainable
+from training.build import make_pipeline, set_trainable
 from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
 from training.noise import sample_generators
-from training.objective import diffusion_loss
-from training.traits import TrainingTraits
+from training.objective import Objective
 
 SIZE, FRAMES, STEPS = (32, 24), 4, 2
 
@@ -112,11 +111,12 @@ def test_every_model_has_its_attention_recorded(model, vae, inputs):
 def test_every_model_trains_with_calibrated_images(model, vae, stage):
     model = copy.deepcopy(model).train()
     set_trainable(model, TrainConfig(stage=stage, output="x", model=TINY))
-    traits, noise = TrainingTraits.of(model, (8, 8)), NoiseConfig(condition_dropout=0.5)
     data = make_dataset(DataConfig(size=[32, 32], num_frames=1 if stage == "image" else 3, workers=0), 2)
     batch = torch.utils.data.default_collate([data[0], data[1]])
-    calibrated, generators = CalibratedTrainingConfig(probability=1.0, noise=0.0), sample_generators(0, range(2))
-    result = diffusion_loss(model, vae, make_scheduler(noise), batch, noise, calibrated, traits, generators)
+    config = TrainConfig(stage=stage, output="x", noise=NoiseConfig(condition_dropout=0.5))
+    config.data.size = [32, 32]
+    config.augmentation.calibrated = CalibratedTrainingConfig(probability=1.0, noise=0.0)
+    result = Objective(model, vae, config).loss(model, batch, sample_generators(0, range(2)))
     result.loss.backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and result.loss.isfinite()

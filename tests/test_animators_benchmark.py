@@ -12,9 +12,10 @@ from evaluation.tasks.animators import COLUMNS, animators_table, kinds_mean, kin
 from evaluation.tasks.misalignment import Values
 from evaluation.trials import Variant
 from models.animators.registry import ANIMATORS, animator_class
+from models.vae import load_vae
 from tests.networks import TINY
 from tests.training_runs import make_vae
-from training.build import load_vae, make_pipeline
+from training.build import make_pipeline
 from training.config import NoiseConfig
 
 KIND_CLIPS = {"aligned": ["a"], "scale": ["b", "c"], "rotation": ["d"]}

@@ -16,12 +16,12 @@ from data.video.reading import read_video
 from models.animators.dream_pose.model import DreamPose, DreamPosePipeline
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import published_scheduler
+from models.vae import load_vae
 from tests.clips import given, save_rendered_pair
 from tests.dream_pose_parts import small_pipeline
 from tests.networks import TINY
 from tests.training_runs import ARGUMENTS, make_vae, weights
 from tests.training_runs import train as train_process
-from training.build import load_vae
 
 QUICK = ["steps=2", "num_frames=3", "size=[32,32]"]
 

@@ -15,16 +15,15 @@ from data.preparation.layouts import find_clips
 from data.preparation.manifest import read_manifest, write_manifest
 from data.preparation.prepare import prepare_clips
 from data.preparation.settings import FeatureConfig, PrepareConfig, Shard
+from inference.features import load_network, make_features, network_digest
 from models.vae import vae_encode, vae_scale_factor
 from tests.filmed import FigureEstimator, damage, figure_film, rendered_film, save_prepared_videos
 from tests.networks import TINY
-from training.build import make_networks, make_scheduler
+from training.build import make_networks
 from training.config import AugmentationConfig, DataConfig, ModelConfig, NoiseConfig, TrainConfig
-from training.data import make_dataset
-from training.features import check_features, load_network, make_features, network_digest
+from training.data import check_features, make_dataset
 from training.noise import sample_generators
-from training.objective import compose_samples, diffusion_loss
-from training.traits import TrainingTraits
+from training.objective import Objective, compose_samples
 
 SIZE = [32, 32]
 ALONE = Shard()
@@ -80,12 +79,8 @@ def loss_of(config: TrainConfig, vae, model, composition=None, dropout: float = 
     generators = sample_generators(5, range(2))
     augmentation = composition or config.augmentation.composition
     batch = compose_samples(batch, augmentation, 0, generators)
-    noise = NoiseConfig(condition_dropout=dropout, noise_offset=0.1)
-    scheduler = make_scheduler(noise)
-    traits = TrainingTraits.of(model, (config.data.size[1] // 4, config.data.size[0] // 4))
-    return diffusion_loss(
-        model, vae, scheduler, batch, noise, config.augmentation.calibrated, traits, generators
-    ).loss.detach()
+    config = replace(config, noise=NoiseConfig(condition_dropout=dropout, noise_offset=0.1))
+    return Objective(model, vae, config).loss(model, batch, generators).loss.detach()
 
 
 @pytest.mark.parametrize("frames", [1, 3])

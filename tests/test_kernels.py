@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from training.kernels import FEW_TOKENS, attention_kernels
+from training.run import FEW_TOKENS, attention_kernels
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,8 @@ from models.unets import ClipGroupNorm
 from tests.clips import save_rendered_pair
 from tests.networks import TINY
 from tests.training_runs import TINY_NETWORKS, make_vae, train, weights
-from training.build import set_trainable
+from training.build import enable_gradient_checkpointing, set_trainable
 from training.config import TrainConfig
-from training.memory import enable_gradient_checkpointing
 
 CHANNELS, SIZE, LATENTS = 4, 32, (8, 8)
 GIVEN = {

@@ -11,11 +11,15 @@ from torch.profiler import profile
 from core.config import load_config
 from tests.networks import TINY
 from tests.training_runs import ARGUMENTS, make_vae, train
-from training.activations import LiveStorages, free_gradients, step_inputs
-from training.build import make_networks, set_trainable
+from training.build import (
+    describe_networks,
+    enable_gradient_checkpointing,
+    make_networks,
+    published_networks,
+    set_trainable,
+)
 from training.config import DataConfig, OptimizerConfig, TrainConfig
-from training.describe import describe_networks, published_networks
-from training.memory import Amounts, enable_gradient_checkpointing, estimate, memory_report, needs
+from training.memory import Amounts, LiveStorages, amounts, estimate, free_gradients, memory_report, needs, step_inputs
 
 ROOT = Path(__file__).parent.parent
 SMALL = Amounts(trained=1000, frozen=500, frozen_bytes=1000, vae=100, moments=8, average=4, half=True, unit=64, step=7)
@@ -137,8 +141,6 @@ def test_a_folder_is_described_as_it_loads():
 def test_eight_bit_moments_take_a_quarter_and_say_what_they_need(vae, tmp_path):
     config = configuration(vae, optimizer=OptimizerConfig(name="adamw8bit"))
     network, model, step = estimate(config)
-    from training.memory import amounts
-
     assert amounts(network, model, config, step).moments < 0.3 * 8
     try:
         import bitsandbytes  # noqa: F401

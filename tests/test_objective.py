@@ -1,7 +1,6 @@
 """The training objective: random numbers by sample, weights, the null condition, gradients."""
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,23 +12,22 @@ from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Condition
 from models.attention.context import same_reference
-from models.attention.layers import KeyLayout, TokenLevel
+from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
-from training.build import make_scheduler, set_trainable, shrink_frozen
-from training.config import DataConfig, LoraConfig, NoiseConfig, TrainConfig
+from training.build import enable_gradient_checkpointing, make_scheduler, set_trainable, shrink_frozen
+from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.memory import enable_gradient_checkpointing
 from training.noise import draw, sample_generators, shifted
 from training.objective import (
+    Objective,
+    check_supervised,
     compose_samples,
-    diffusion_loss,
     prediction_target,
     sample,
     snr_weights,
 )
-from training.traits import TrainingTraits
 
 SIZE = [32, 32]
 OFF = CalibratedTrainingConfig()
@@ -69,9 +67,11 @@ def batch_of(frames: int, count: int = 2) -> dict[str, torch.Tensor]:
 def loss_of(model, vae, batch, noise=None, calibrated=OFF, positions=None):
     noise = noise or NoiseConfig(noise_offset=0.1, condition_dropout=0.5)
     height, width = batch["frames"].shape[-2:]
-    traits = TrainingTraits.of(model, (height // 4, width // 4))
+    augmentation = AugmentationConfig(calibrated=calibrated)
+    data = DataConfig(size=[width, height])
+    config = TrainConfig(stage="image", output="x", noise=noise, augmentation=augmentation, data=data, vae_chunk=3)
     generators = sample_generators(0, positions or range(len(batch["frames"])))
-    return diffusion_loss(model, vae, make_scheduler(noise), batch, noise, calibrated, traits, generators, chunk=3)
+    return Objective(model, vae, config).loss(model, batch, generators)
 
 
 def saved_bytes(model, vae, batch) -> int:
@@ -103,20 +103,22 @@ def test_a_sample_is_drawn_for_alike_in_any_batch(vae, calibrated):
 
 
 def test_draws_follow_seed_and_position_alone():
-    shape = (4, 2, 8, 8)
-    first = draw(shape, 1000, 0.5, 0.1, sample_generators(3, range(6)))
-    again = draw(shape, 1000, 0.5, 0.1, sample_generators(3, range(3, 6)))
-    other = draw(shape, 1000, 0.5, 0.1, sample_generators(4, range(3, 6)))
+    shape, noise = (4, 2, 8, 8), NoiseConfig(condition_dropout=0.5, noise_offset=0.1)
+    first = draw(shape, noise, sample_generators(3, range(6)))
+    again = draw(shape, noise, sample_generators(3, range(3, 6)))
+    other = draw(shape, noise, sample_generators(4, range(3, 6)))
     assert torch.equal(first.noise[3:], again.noise) and torch.equal(first.timesteps[3:], again.timesteps)
     assert torch.equal(first.dropped[3:], again.dropped) and torch.equal(first.posterior[3:], again.posterior)
     assert not torch.equal(again.noise, other.noise)
-    assert len(set(draw(shape, 1000, 0.5, 0.0, sample_generators(3, range(200))).timesteps.tolist())) > 150
+    many = draw(shape, NoiseConfig(condition_dropout=0.5), sample_generators(3, range(200)))
+    assert len(set(many.timesteps.tolist())) > 150
 
 
 def test_noise_offset_is_a_constant_a_sample_and_channel_and_belongs_to_the_target():
     generators = [sample_generators(0, range(64)) for _ in range(2)]
     plain, shifted = (
-        draw((8, 3, 4, 4), 10, 0.0, offset, g).noise for offset, g in zip((0.0, 1.0), generators, strict=True)
+        draw((8, 3, 4, 4), NoiseConfig(noise_offset=offset), g).noise
+        for offset, g in zip((0.0, 1.0), generators, strict=True)
     )
     constant = shifted - plain
     assert torch.allclose(constant, constant[:, :, :1, :1, :1].expand_as(constant), atol=1e-5)
@@ -134,7 +136,7 @@ def test_shifted_timesteps_follow_their_closed_form():
     assert abs(moved[500] / 1000 - 0.75) < 2e-3
     assert (moved.diff() >= 0).all() and moved[0] < 3 and moved[-1] == 999
     assert (shifted(moved, 1000, 1 / 3) - steps).abs().max() <= 3
-    many = draw((1, 1, 1, 1), 1000, 0.0, 0.0, sample_generators(0, range(2000)), shift=3.0).timesteps
+    many = draw((1, 1, 1, 1), NoiseConfig(timestep_shift=3.0), sample_generators(0, range(2000))).timesteps
     assert abs((many > 750).float().mean() - 0.5) < 0.04
 
 
@@ -144,15 +146,15 @@ def test_a_shift_must_be_positive():
 
 
 def test_the_share_of_dropped_samples_is_the_configured_one():
-    drawn = draw((1, 1, 1, 1), 10, 0.3, 0.0, sample_generators(0, range(2000)))
+    drawn = draw((1, 1, 1, 1), NoiseConfig(condition_dropout=0.3), sample_generators(0, range(2000)))
     assert abs(drawn.dropped.float().mean() - 0.3) < 0.04
-    assert not draw((1, 1, 1, 1), 10, 0.0, 0.0, sample_generators(0, range(100))).dropped.any()
+    assert not draw((1, 1, 1, 1), NoiseConfig(condition_dropout=0.0), sample_generators(0, range(100))).dropped.any()
 
 
 def test_kinds_of_dropped_conditions_are_drawn_alike():
     """The same samples go without something, whatever there is to go without."""
-    one = draw((1, 1, 1, 1), 10, 0.6, 0.0, sample_generators(0, range(3000)))
-    three = draw((1, 1, 1, 1), 10, 0.6, 0.0, sample_generators(0, range(3000)), kinds=3)
+    one = draw((1, 1, 1, 1), NoiseConfig(condition_dropout=0.6), sample_generators(0, range(3000)))
+    three = draw((1, 1, 1, 1), NoiseConfig(condition_dropout=0.6), sample_generators(0, range(3000)), drop_modes=3)
     assert torch.equal(one.dropped > 0, three.dropped > 0) and torch.equal(one.noise, three.noise)
     assert set(one.dropped.tolist()) == {0, 1} and set(three.dropped.tolist()) == {0, 1, 2, 3}
     shares = torch.bincount(three.dropped) / 3000
@@ -168,11 +170,9 @@ def test_what_a_model_does_not_train_is_refused():
 
 def test_attention_supervision_needs_keys_on_the_queries_grid():
     model = AnimateAnyone.small(TINY, 4, max(SIZE))
-    traits = TrainingTraits.of(model, (8, 8))
-    traits.check_supervised()
-    other = replace(traits, levels=[TokenLevel((8, 8), KeyLayout((4, 4), whole=1))])
+    check_supervised(token_levels(model.attention_layers((8, 8))))
     with pytest.raises(UserError, match="attention.weight="):
-        other.check_supervised()
+        check_supervised([TokenLevel((8, 8), KeyLayout((4, 4), whole=1))])
 
 
 def test_min_snr_weight_is_one_where_sampling_starts():

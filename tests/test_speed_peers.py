@@ -24,6 +24,7 @@ from benchmarks.speed.sizes import SIZES
 from core.errors import UserError
 from models.checkpoints.loading import shapes_of
 from models.checkpoints.names import MOTION, module_names, published_names
+from training.config import NoiseConfig
 from training.noise import draw, sample_generators
 
 SMALL = replace(SIZES["tiny"], image_encoder=(32, 1, 4), frames=2, clip_frames=2)
@@ -69,9 +70,9 @@ def test_weights_keep_the_size_of_activations(inference):
 
 
 def test_a_batch_says_what_the_objective_draws():
-    """Noise and timesteps of the batch are those that `diffusion_loss` takes from the same generators."""
+    """Noise and timesteps of the batch are those that the objective takes from the same generators."""
     batch = training_batch(SMALL, "image", seed=0)
-    drawn = draw((4, 1, 8, 8), 1000, 0.0, 0.05, sample_generators(0, range(SMALL.batch)))
+    drawn = draw((4, 1, 8, 8), NoiseConfig(noise_offset=0.05), sample_generators(0, range(SMALL.batch)))
     assert torch.equal(batch["noise"], drawn.noise) and torch.equal(batch["timesteps"], drawn.timesteps)
     assert batch["frames"].shape == batch["poses"].shape == (SMALL.batch, 3, 1, 64, 64)
     assert batch["frames"].min() >= -1 and batch["poses"].min() >= 0 and batch["frames"].max() <= 1

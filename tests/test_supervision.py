@@ -18,7 +18,7 @@ from models.unets import ReferenceNet
 from tests.networks import TINY
 from tpc.augmentation import CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, point_weights, with_background
-from training.build import make_pipeline, make_scheduler, set_trainable, start_from
+from training.build import make_pipeline, set_trainable, start_from
 from training.config import (
     AttentionLossConfig,
     AugmentationConfig,
@@ -27,11 +27,9 @@ from training.config import (
     NoiseConfig,
     TrainConfig,
 )
-from training.data import make_dataset
-from training.latent_cache import ensure_latents
+from training.data import ensure_latents, make_dataset
 from training.noise import sample_generators
-from training.objective import batch_latents, diffusion_loss, person_weights
-from training.traits import TrainingTraits
+from training.objective import Objective, batch_latents, person_weights
 
 SIZE = [32, 32]
 GRIDS = [(8, 8), (4, 4)]
@@ -68,11 +66,10 @@ def networks(config: ModelConfig = TINY):
 
 def loss_of(model, vae, batch, attention=None, noise=None):
     noise = noise or NoiseConfig(condition_dropout=0.0)
-    traits = TrainingTraits.of(model, (8, 8))
     generators = sample_generators(0, range(len(batch["frames"])))
-    off = TrainConfig(stage="image", output="x").augmentation.calibrated
-    scheduler = make_scheduler(noise)
-    return diffusion_loss(model, vae, scheduler, batch, noise, off, traits, generators, attention=attention)
+    config = TrainConfig(stage="image", output="x", noise=noise, data=DataConfig(size=SIZE))
+    config.attention = attention or config.attention
+    return Objective(model, vae, config).loss(model, batch, generators)
 
 
 def pointing_at(places: torch.Tensor, grid: tuple[int, int], points, share: float) -> SimpleNamespace:
@@ -295,11 +292,11 @@ def test_cached_latents_are_those_of_the_images(tmp_path, vae, kind):
     folder = ensure_latents(clips.folder, vae, chunk=4)
     assert (folder / "deviation.npy").exists() == (kind == "kl")
     assert ensure_latents(clips.folder, vae) == folder
-    items, traits = clips.with_latents(folder), TrainingTraits.of(networks(TINY), (8, 8))
+    items, model = clips.with_latents(folder), networks(TINY)
     for index in range(5):
         plain = {name: value[None] for name, value in clips[index].items()}
         cached = {name: value[None] for name, value in items[index].items()}
-        for expected, found in zip(*(batch_latents(vae, b, traits) for b in (plain, cached)), strict=True):
+        for expected, found in zip(*(batch_latents(vae, b, model) for b in (plain, cached)), strict=True):
             assert torch.allclose(expected, found, atol=0.05 * float(expected.abs().max().clamp(min=1e-3)))
 
 

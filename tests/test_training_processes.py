@@ -230,14 +230,14 @@ def test_every_configuration_is_one_of_accelerate():
 def test_fsdp_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP needs GPUs"):
-        check_launch(launched=2, deepspeed=False, graphics=False)
+        check_launch(launched=2, deepspeed=False, has_gpu=False)
 
 
 def test_deepspeed_without_a_compiler_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    check_launch(launched=2, deepspeed=True, graphics=True)
+    check_launch(launched=2, deepspeed=True, has_gpu=True)
     with pytest.raises(UserError, match="g\\+\\+"):
-        check_launch(launched=2, deepspeed=True, graphics=False)
+        check_launch(launched=2, deepspeed=True, has_gpu=False)
 
 
 def test_a_total_batch_that_does_not_divide_is_refused(folder, stages):

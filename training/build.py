@@ -1,29 +1,55 @@
 """Networks, noise schedule and trainable parameters from the configuration."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin
 from diffusers.models.transformers import Transformer2DModel
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from core.errors import UserError
+from models.animators.animate_anyone.checkpoint import make_pose_guider
+from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
 from models.animators.registry import (
     ANIMATORS,
     animator_class,
+    component_classes,
     load_pipeline,
     pipeline_class,
     pipeline_of,
     read_index,
     saved_class,
 )
+from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
-from models.vae import VAE
+from models.vae import VAE, load_vae, vae_class
 from training.config import ModelConfig, NoiseConfig, TrainConfig
+
+# Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
+PUBLISHED_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+PUBLISHED_IMAGE_ENCODER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+PUBLISHED = "animate_anyone"  # whose published sizes are known without any folder
+POSE_CHANNELS = (16, 32, 96, 256)
 
 
 def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
@@ -125,30 +151,60 @@ def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type
     return pipeline.animator_cls
 
 
-def load_vae(folder: str | Path) -> VAE:
-    """An AutoencoderKL or AutoencoderTiny from its folder."""
-    return vae_kind(folder)[0].from_pretrained(folder)
-
-
-def vae_kind(
-    folder: str | Path, argument: str = "model.vae"
-) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
-    """Class and configuration of the VAE in a folder, from its config.json.
-
-    Args:
-        argument: what the user calls the folder, for errors.
+def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
+    """The networks of `make_networks` on the meta device; the published sizes without `model.init` and `model.vae`.
 
     Raises:
-        UserError: not a VAE's folder, or another one's.
+        UserError: a folder that is missing or is not what it should be.
     """
-    index = Path(folder) / "config.json"
-    if not index.is_file():
-        raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")
-    settings = json.loads(index.read_text(encoding="utf-8"))
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if (kind := settings.get("_class_name")) not in kinds:
-        raise UserError(f"{argument}={folder} is a {kind}; AutoencoderKL and AutoencoderTiny are known")
-    return kinds[kind], settings
+    with torch.device("meta"):
+        if config.model.init:
+            return folder_networks(Path(config.model.init))
+        if config.model.vae:
+            cls, settings = vae_class(config.model.vae)
+            vae = cls.from_config(settings)
+            return vae, new_animator(config.model, vae.config.latent_channels, max(config.data.size))
+        if config.model.animator != PUBLISHED:
+            raise UserError(f"model.animator={config.model.animator} needs model.init= or model.vae= for an estimate")
+        return published_networks()
+
+
+def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
+    """AnimateAnyone as published."""
+    sizes = UNetSizes()
+    return AutoencoderKL(**PUBLISHED_VAE), AnimateAnyone(
+        make_reference_net(sizes),
+        make_denoising_unet(sizes, MotionSizes(), "frame"),
+        make_pose_guider(sizes.block_out_channels[0], POSE_CHANNELS),
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**PUBLISHED_IMAGE_ENCODER)),
+    )
+
+
+def folder_networks(folder: Path) -> tuple[VAE, Animator]:
+    """The networks of a pipeline folder, from its configuration files."""
+    index = read_index(folder)
+    cls = trainable_class("model.init", folder, index)
+    networks, settings = cls.constructor_parameters()
+    animator = cls(
+        **{p.name: described(folder, p.name, index) for p in networks},
+        **{p.name: index[p.name] for p in settings if p.name in index},
+    )
+    return described(folder, "vae", index), animator
+
+
+def described(folder: Path, name: str, index: dict[str, Any]) -> nn.Module:
+    """One network of a pipeline folder without weights."""
+    path = folder / name / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.init={folder}: component {name} is missing or incomplete")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    entry, classes = index.get(name), component_classes(saved_class(index), name)  # entry: [library, class]
+    if not isinstance(entry, list) or entry[-1] not in classes:
+        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(classes)}")
+    network = classes[entry[-1]]
+    if issubclass(network, PreTrainedModel):
+        return network(network.config_class(**settings))
+    return network.from_config(settings)
 
 
 def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
@@ -175,8 +231,27 @@ def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def save_memory(vae: VAE, model: Animator, config: TrainConfig) -> None:
+    """Apply what the configuration says of memory: `frozen_dtype`, `gradient_checkpointing`, `channels_last`."""
+    # DeepSpeed makes all of the model half-precision, and has no autocast for the VAE beside it.
+    if config.frozen_dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        shrink_frozen(vae, model, torch.bfloat16)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
+
+
+def enable_gradient_checkpointing(model: Animator) -> None:
+    """Recompute blocks of UNets and ControlNets in the backward pass, motion modules included."""
+    for network in model.children():
+        if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+
+
 def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
-    """Keep frozen convolutions and linear layers in a smaller number format; autocast computes in it anyway.
+    """Keep frozen convolutions and linear layers in a smaller dtype; autocast computes in it anyway.
 
     Norms stay in float32, which autocast gives them, and so do first layers: networks are asked for their dtype by
     their first parameter.
@@ -223,8 +298,8 @@ def schedule_differences(config: TrainConfig) -> list[str]:
 
 
 def check_precision(config: TrainConfig) -> None:
-    """Refuse what is known to crash: on a CPU, torch 2.13 ends in a segmentation fault in the backward pass of clips
-    in bf16 with channels-last memory."""
+    """Refuse what is known to crash."""
+    # On a CPU, torch 2.13 ends in a segmentation fault in the backward pass.
     if config.channels_last and config.mixed_precision == "bf16" and config.data.num_frames > 1:
         if not torch.cuda.is_available():
             raise UserError("channels_last=true with mixed_precision=bf16 and clips crashes on CPUs; set it to false")

@@ -1,21 +1,32 @@
-"""Datasets and loaders from a `DataConfig`. Clip i is a function of (seed, i): resuming is starting at another i."""
+"""Training clips: rendered or filmed, cached with their latents, in batches."""
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from core.config import check_config
 from core.errors import UserError
+from core.files import complete_folder
 from data.clips.clip_cache import CachedClips, ensure_cache, ensure_surfaces
-from data.clips.feature_cache import FeatureCache
-from data.clips.rendered import RenderedPeople
+from data.clips.feature_cache import FeatureCache, FeatureInputs
+from data.clips.rendered import RenderedPeople, clip_tensor
 from data.clips.videos import VideoFolder
+from data.preparation.clips import usable_clips
+from data.preparation.manifest import has_manifest
 from data.transforms import CROPS
-from training.config import DataConfig
-from training.interruption import ignore_stop_signals
+from inference.features import network_digest
+from models.animators.base import Animator
+from models.vae import VAE, vae_posterior
+from training.config import DataConfig, TrainConfig
+from training.distributed import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +82,53 @@ def clips(config: DataConfig, length: int) -> Dataset:
 
 
 def check_pose_kind(config: DataConfig, kind: str) -> None:
-    """Refuse to train a model on drawn figures that reads other pose images.
-
-    Args:
-        kind: what the model's pose images are.
-    """
+    """Refuse to train a model on drawn figures that reads pose images of another kind."""
     if kind != "OpenPose" and config.pose_images is None:
         raise UserError(f"the model reads {kind} images; give data.pose_images=, a folder of the videos' own")
+
+
+def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
+    """Refuse cached features that are not what this run would compute itself.
+
+    Raises:
+        UserError: features of another network, size, crop or video, or of too few clips; settings that change what is
+            cached from step to step.
+    """
+    data = config.data
+    given = {"latents": data.latents, "embeddings": data.embeddings}
+    if not any(given.values()):
+        return
+    if data.source != "videos" or not has_manifest(data.root):
+        raise UserError(f"data.latents= and data.embeddings= need a prepared data set; data.root={data.root} is none")
+    if data.cache is not None:
+        raise UserError("data.cache= keeps images, data.latents= and data.embeddings= what is made of them: use one")
+    augmented = config.augmentation.composition.probability > 0 or config.augmentation.calibrated.probability > 0
+    if data.embeddings and augmented:
+        raise UserError(
+            "data.embeddings= cannot be used with augmentation.composition or augmentation.calibrated, which change "
+            "the reference or need its pixels at every step; leave it out (data.latents= may stay)"
+        )
+    if data.latents and model.alters_reference:
+        raise UserError(f"data.latents= cannot be used: {type(model).__name__} takes latents of altered references")
+    networks: dict[str, nn.Module] = {"latents": vae}
+    if data.embeddings:
+        if not model.takes_embeddings:
+            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's image")
+        networks["embeddings"] = model.image_encoder
+        if any(parameter.requires_grad for parameter in model.image_encoder.parameters()):
+            raise UserError(
+                "data.embeddings= holds a frozen encoder's output; model.train_image_encoder must be false"
+            )
+    size = (data.size[0], data.size[1])
+    usable, _ = usable_clips(Path(data.root), size, data.crop, data.split)
+    for name, folder in given.items():
+        if folder:
+            digest = network_digest(networks[name])
+            expected = (
+                (c.clip.name, FeatureInputs.of(digest, c.clip, size, c.matrix, data.crop), c.clip.frames)
+                for c in usable
+            )
+            FeatureCache(folder, name).require(expected, f"data.{name}")
 
 
 def broken_clips(dataset: Dataset) -> int:
@@ -86,19 +137,49 @@ def broken_clips(dataset: Dataset) -> int:
 
 
 def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
-    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design.
-
-    The loader has a random generator of its own: taking its seed from the global one would shift the noise of a
-    resumed run against that of an unbroken one.
-    """
+    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=range(start, len(dataset)),
         num_workers=workers,
         drop_last=True,
+        # Its own: a seed from the global one would shift the noise of a resumed run against an unbroken one's.
         generator=torch.Generator().manual_seed(start),
         persistent_workers=workers > 0,
         worker_init_fn=ignore_stop_signals,
         prefetch_factor=4 if workers else None,
     )
+
+
+def latents_folder(cache: Path, vae: VAE) -> Path:
+    """Folder of the latents that this VAE makes of a clip cache's images."""
+    return cache / f"latents-{network_digest(vae)[:16]}"
+
+
+@torch.no_grad()
+def ensure_latents(cache: Path, vae: VAE, chunk: int = 32) -> Path:
+    """Encode all images of a clip cache, `chunk` at a time, unless it has been done; returns the latents' folder."""
+    folder = latents_folder(cache, vae)
+    if folder.is_dir():
+        return folder
+    cached = np.load(cache / "pictures.npy", mmap_mode="r")  # (clips, frames, H, W, 3)
+    flat = cached.reshape(-1, *cached.shape[2:])
+    device = next(vae.parameters()).device
+    # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
+    autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cpu" else nullcontext()
+    with complete_folder(folder) as temporary, autocast:
+        arrays: dict[str, np.ndarray] = {}
+        for start in tqdm(range(0, len(flat), chunk), desc="encoding cached images"):
+            images = clip_tensor(flat[start : start + chunk]).transpose(0, 1).to(device)  # (n, 3, H, W)
+            for name, part in zip(("mean", "deviation"), vae_posterior(vae, images), strict=True):
+                if name not in arrays:
+                    shape = (*cached.shape[:2], *part.shape[1:])
+                    arrays[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float16, shape)
+                rows = arrays[name].reshape(len(flat), *part.shape[1:])
+                rows[start : start + chunk] = part.to(torch.float16).cpu().numpy()
+        for array in arrays.values():
+            array.flush()
+        if not arrays["deviation"].any():
+            (temporary / "deviation.npy").unlink()
+    return folder

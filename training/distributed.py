@@ -1,13 +1,18 @@
-"""The processes of a run: how they talk, what DeepSpeed must be told, and what cannot work is refused early."""
+"""The processes of a run: how they talk, what DeepSpeed must be told, how signals end them."""
 
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -17,15 +22,16 @@ from transformers.integrations import unset_hf_deepspeed_config
 from core.config import load_config
 from core.errors import UserError
 from training.config import TrainConfig
-from training.vae_config import VAEConfig
+
+if TYPE_CHECKING:
+    from training.vae import VAEConfig
 
 # The main process may render a cache or sample a validation while the others wait for it.
-PATIENCE = timedelta(hours=4)
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 SHARDED = ("zero3", "fsdp")
-GOODBYE = 0.5  # seconds
 
 
-def make_accelerator(config: TrainConfig | VAEConfig, output: Path) -> Accelerator:
+def make_accelerator(config: "TrainConfig | VAEConfig", output: Path) -> Accelerator:
     """Accelerate's front end. Without a GPU, processes talk over gloo.
 
     Raises:
@@ -33,12 +39,12 @@ def make_accelerator(config: TrainConfig | VAEConfig, output: Path) -> Accelerat
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    graphics = torch.cuda.is_available()
-    check_launch(launched, deepspeed, graphics)
-    settings = {"timeout": PATIENCE} if graphics else {"timeout": PATIENCE, "backend": "gloo"}
+    has_gpu = torch.cuda.is_available()
+    check_launch(launched, deepspeed, has_gpu)
+    group = {"timeout": COLLECTIVE_TIMEOUT} | ({} if has_gpu else {"backend": "gloo"})
     accelerator = Accelerator(
         # Accelerate chooses gloo for processes on a CPU, but not for DeepSpeed, which must not be told `cpu`.
-        cpu=not deepspeed and not graphics and launched > 1,
+        cpu=not deepspeed and not has_gpu and launched > 1,
         gradient_accumulation_steps=config.gradient_accumulation,
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
@@ -46,7 +52,7 @@ def make_accelerator(config: TrainConfig | VAEConfig, output: Path) -> Accelerat
         # Gradients lie in the buckets that DDP exchanges; by default it would copy them, 4 bytes a parameter more.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            *([InitProcessGroupKwargs(**settings)] if launched > 1 or deepspeed else []),
+            *([InitProcessGroupKwargs(**group)] if launched > 1 or deepspeed else []),
         ],
     )
     if accelerator.num_processes != launched:
@@ -61,19 +67,19 @@ def make_accelerator(config: TrainConfig | VAEConfig, output: Path) -> Accelerat
     return accelerator
 
 
-def check_launch(launched: int, deepspeed: bool, graphics: bool) -> None:
+def check_launch(launched: int, deepspeed: bool, has_gpu: bool) -> None:
     """Refuse launches that would train something else than was asked for, or fail late."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not graphics:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_gpu:
         raise UserError("FSDP needs GPUs; on CPUs use configs/accelerate/ddp.yaml or zero3.yaml")
-    if deepspeed and not graphics and launched > 1 and not (shutil.which("g++") or shutil.which("c++")):
+    if deepspeed and not has_gpu and launched > 1 and not (shutil.which("g++") or shutil.which("c++")):
         raise UserError("DeepSpeed on CPUs compiles a communication extension and needs g++; or use ddp.yaml")
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Tell DeepSpeed the batch, accumulation and gradient norm of our configuration.
+    """Tell DeepSpeed the batch size, accumulation and gradient norm of our configuration.
 
     Raises:
-        UserError: a DeepSpeed file that says something else, or a memory format that DeepSpeed cannot spread.
+        UserError: a DeepSpeed file that says something else, or a memory format that DeepSpeed cannot shard.
     """
     if config.channels_last:
         raise UserError("DeepSpeed cannot spread channels_last=true; set channels_last=false")
@@ -92,7 +98,7 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
         plugin.deepspeed_config[key] = value
     # With its states on the CPU, torch's fused AdamW runs there; DeepSpeed's own would have to be compiled first.
     plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
-    # Accelerate has told transformers and diffusers that all networks are divided now; those of an export are not.
+    # Accelerate has told transformers and diffusers that all networks are sharded now; those of an export are not.
     unset_hf_deepspeed_config()
 
 
@@ -132,20 +138,27 @@ def check_shared(accelerator: Accelerator, config: TrainConfig, file: Path) -> N
         raise UserError(f"output={file.parent} must be one folder for all processes, on a file system they share")
 
 
-def end_together(accelerator: Accelerator) -> None:
-    """Take the process group apart when no process needs it any more.
+def check_validation(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse validation where the parameters of a module are whole only while it runs."""
+    if config.validation.steps and strategy(accelerator) == "fsdp":
+        raise UserError(
+            f"validation.steps={config.validation.steps} cannot sample under FSDP; set it to 0, and animate with "
+            "what `python -m training.export` makes of a checkpoint"
+        )
 
-    A gloo thread needs the interpreter for a moment to let go of its last message. The destructor of DDP's Reducer
-    holds the interpreter while it waits for that thread, so whoever goes on at once may wait for ever.
-    """
+
+def end_together(accelerator: Accelerator) -> None:
+    """Take the process group apart when no process needs it any more."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
-        time.sleep(GOODBYE)
+        # A gloo thread needs the interpreter for a moment to let go of its last message, and the destructor of DDP's
+        # Reducer holds the interpreter while it waits for that thread: without a pause it may wait for ever.
+        time.sleep(0.5)
     accelerator.end_training()
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
-    """Call `work` on the main process while the others wait; what the user must put right ends all of them.
+    """Call `work` on the main process while the others wait.
 
     Raises:
         UserError: the main process's, on every process.
@@ -159,3 +172,51 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
     broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])
+
+
+class StopRequest:
+    """Whether this process was asked to stop.
+
+    Attributes:
+        signal: name of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler. A second Ctrl-C does not wait for the step to end."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Within the block SIGTERM and Ctrl-C are noted instead of ending the process."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For loader workers: cluster managers signal whole process groups, and the training process still needs data.
+
+    A worker ends when the training process ends it, by the same signal, or when that process is no more.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only Linux says who sent a signal.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

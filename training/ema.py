@@ -1,17 +1,22 @@
-"""Exponential moving average of the trainable parameters, spread over processes as the parameters are."""
+"""Exponential moving average of the trainable parameters, sharded over processes as the parameters are.
+
+Under ZeRO-3 a parameter is flattened, padded to a multiple of the processes, and cut into equal consecutive parts;
+`ds_tensor` is a process's part. Under FSDP a parameter is a DTensor. Elsewhere a process holds all of it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.errors import UserError
-from training.sharding import held_part, hold_part, part_of, whole_tensors
 
 FILE = "average.safetensors"
 
@@ -21,7 +26,7 @@ class WeightAverage:
 
     Args:
         named: trainable parameters as `accelerator.prepare` left them, with their names in the bare model.
-        decay: of the average; early steps decay faster, (1 + s) / (10 + s).
+        decay: of the EMA; early steps decay faster, (1 + s) / (10 + s).
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float):
@@ -46,22 +51,27 @@ class WeightAverage:
         finally:
             self._hold(kept, accelerator)
 
+    @torch.no_grad()
     def _hold(self, parts: list[Tensor], accelerator: Accelerator) -> None:
         for (_, parameter), part in zip(self.named, parts, strict=True):
-            hold_part(parameter, part, accelerator)
+            held_part(parameter).copy_(part)
+            # ZeRO-3 keeps small parameters whole as well, beside their parts.
+            if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
+                parameter.data.copy_(whole(parameter, part, accelerator))
 
-    def whole(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """Whole averaged tensors by name, on the main process; every process must call it."""
-        return dict(whole_tensors(self.named, self.ema.shadow_params, accelerator))
-
+    @torch.no_grad()
     def save(self, folder: Path, accelerator: Accelerator) -> None:
         """Write the whole average; every process must call it."""
-        tensors = self.whole(accelerator)
+        tensors = {}
+        for (name, parameter), part in zip(self.named, self.ema.shadow_params, strict=True):
+            tensor = whole(parameter, part, accelerator)
+            if accelerator.is_main_process:
+                tensors[name] = tensor.detach().cpu().contiguous()
         if accelerator.is_main_process:
             save_file(tensors, folder / FILE, {"steps": str(self.ema.optimization_step)})
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
-        """Read what `save` wrote, with however many processes, spread in whatever way.
+        """Read what `save` wrote, with however many processes, sharded in whatever way.
 
         A checkpoint without an average leaves the present weights as the start of one.
         """
@@ -74,3 +84,40 @@ class WeightAverage:
             self.ema.optimization_step = int(file.metadata()["steps"])
             for (name, parameter), shadow in zip(self.named, self.ema.shadow_params, strict=True):
                 shadow.copy_(part_of(parameter, file.get_tensor(name), accelerator))
+
+
+def held_part(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that this process holds, sharing its memory."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.data
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def whole(parameter: nn.Parameter, part: Tensor, accelerator: Accelerator) -> Tensor:
+    """The tensor of a parameter's full shape from the processes' parts; every process must call it.
+
+    Args:
+        part: this process's, laid out as `held_part(parameter)`; itself the result where nothing is sharded.
+    """
+    if hasattr(parameter, "ds_tensor"):
+        parts = accelerator.gather(part.to(accelerator.device))
+        return parts[: parameter.ds_numel].view(parameter.ds_shape)
+    if isinstance(parameter, DTensor):
+        sharded = DTensor.from_local(
+            part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+        return sharded.full_tensor()
+    return part
+
+
+def part_of(parameter: nn.Parameter, tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """This process's part of a whole tensor: the inverse of `whole`."""
+    if hasattr(parameter, "ds_tensor"):
+        length = parameter.ds_tensor.numel()
+        padded = tensor.new_zeros(length * accelerator.num_processes)
+        padded[: tensor.numel()] = tensor.flatten()
+        return padded.split(length)[accelerator.process_index].clone()
+    if isinstance(parameter, DTensor):
+        device = parameter.to_local().device
+        return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements).to_local()
+    return tensor

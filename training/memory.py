@@ -1,23 +1,211 @@
-"""`--dry-run`: sizes, trainable parameters, and an estimate of the memory that training takes under each strategy."""
+"""`--dry-run`: sizes, trainable parameters, and an estimate of the memory that training takes under each strategy.
 
-from dataclasses import astuple, dataclass, fields
+A step's activations are found by running it on PyTorch's fake tensors, which know shapes, dtypes and life spans, and
+counting every storage that is alive. Nothing is computed: a full-size step takes seconds.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
-from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from models.animators.base import Animator
+from models.animators.base import Animator, CalibratedImages
+from models.attention.context import ReferenceContext
+from models.attention.layers import token_levels
+from models.attention.masking import Visibility
 from models.vae import VAE, vae_scale_factor
-from training.activations import StepMemory, step_memory
-from training.build import set_trainable, shrink_frozen
+from training.build import describe_networks, save_memory, set_trainable
 from training.config import TrainConfig
-from training.describe import describe_networks
+from training.objective import encode_frames, encode_reference
 
 GIB = 2**30
 RESERVE = GIB  # CUDA's context, workspaces and what the allocator cannot use: assumed, not computed
 # DeepSpeed's defaults, in elements: a bucket of gradients on their way, and gathered weights that may be alive.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
+FLAGS = 3  # channels of visibility in calibrated training
+
+
+def memory_report(config: TrainConfig) -> str:
+    """Tables of parameters by part and of memory by strategy."""
+    vae, model, step = estimate(config)
+    width, height = config.data.size
+    lines = [f"{'part':<18}{'parameters':>14}{'trainable':>14}"]
+    for name, part in (("vae", vae), *model.named_children()):
+        every = sum(p.numel() for p in part.parameters())
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        lines.append(f"{name:<18}{every:>14,}{trained:>14,}")
+    lines += [
+        "",
+        f"one step of {config.batch_size} x {config.data.num_frames} frames at {width} x {height}: "
+        f"{step.training / GIB:.1f} GiB in forward and backward pass, {step.encoding / GIB:.1f} GiB in the VAE",
+        "",
+        "estimated GiB of a process, by strategy; host: main memory of all processes of a machine",
+    ]
+    names = [field.name for field in fields(Need)]
+    lines.append(f"{'':<24}" + "".join(f"{name:>12}" for name in (*names[:-1], "sum", names[-1])))
+    for strategy, need in needs(amounts(vae, model, config, step), config.dry_run_processes).items():
+        values = [*astuple(need)[:-1], need.gpu, need.host]
+        lines.append(f"{strategy:<24}" + "".join(f"{value / GIB:>12.2f}" for value in values))
+    return "\n".join(lines)
+
+
+# Memory of a step
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Peaks in bytes.
+
+    Attributes:
+        encoding: while the VAE encodes the batch.
+        training: in forward and backward pass, without gradients of parameters.
+    """
+
+    encoding: int
+    training: int
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is active and are still alive.
+
+    torch's own `MemTracker` cannot: it hooks gradients of all parameters, and fails on frozen ones.
+
+    Args:
+        networks: their own storages do not count, of which views are made.
+    """
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        own = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+        self.known = {tensor.untyped_storage()._cdata for tensor in own}
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.notice(leaf.untyped_storage())
+        return result
+
+    def notice(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
+    """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
+    vae, model = describe_networks(config)
+    vae.requires_grad_(False)
+    model.check_size(vae_scale_factor(vae), tuple(config.data.size))
+    with torch.device("meta"):
+        set_trainable(model, config)
+    save_memory(vae, model, config)
+    return vae, model, step_memory(vae, model, config)
+
+
+def step_memory(vae: VAE, model: Animator, config: TrainConfig) -> StepMemory:
+    """Memory of one batch's step on one process.
+
+    Args:
+        vae, model: on the meta device, with what is trained chosen; they are changed.
+    """
+    width, height = config.data.size
+    batch, frames, factor = config.batch_size, config.data.num_frames, vae_scale_factor(vae)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in (vae, model):
+            network.to_empty(device="cpu")
+            widen_norms(network)
+        clip = torch.empty(batch, 3, frames, height, width)
+        with counted(config, vae) as live:
+            encode_frames(vae, clip, config.vae_chunk)
+            encode_reference(vae, clip[:, :, 0], config.vae_chunk)
+        encoding = live.peak
+        inputs = step_inputs(model, config, (height // factor, width // factor))
+        free_gradients(model)
+        model.train()
+        with counted(config, model) as live:
+            model(**inputs).float().square().mean().backward()
+    return StepMemory(encoding, live.peak)
+
+
+def widen_norms(network: nn.Module) -> None:
+    """Normalise in float32, as autocast does on GPUs; on the CPU, where the step is imitated, it does not."""
+    for module in network.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda module, inputs: tuple(tensor.float() for tensor in inputs))
+
+
+@contextmanager
+def counted(config: TrainConfig, *networks: nn.Module) -> Iterator[LiveStorages]:
+    """Within the block storages are counted, and convolutions and products are in the run's dtype."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    live = LiveStorages(*networks)
+    with live, torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        yield live
+
+
+def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
+    """Arguments of the model for one batch, calibrated images included where they are trained with."""
+    width, height = config.data.size
+    batch, frames = config.batch_size, config.data.num_frames
+    channels = model.latent_channels
+    calibrated = config.augmentation.calibrated
+    images = min(calibrated.images, frames) if calibrated.probability > 0 else 0
+    context = shown = None
+    if images:
+        levels = token_levels(model.attention_layers(latent))
+        keys = {level.tokens: level.tokens * level.keys.own + 2 * level.keys.tokens for level in levels}
+        context = ReferenceContext(
+            tokens={},
+            index=torch.zeros(batch * frames, 2, dtype=torch.long),
+            visibility=Visibility(
+                {n: torch.empty(batch * frames, n, FLAGS) for n in keys},
+                {n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},
+            ),
+        )
+        count = batch * images
+        shown = CalibratedImages(torch.empty(count, 3, height, width), torch.empty(count, 1, height, width))
+    encoded = images if model.calibrated_latents else 0
+    return {
+        "noisy_latents": torch.empty(batch, channels, frames, *latent),
+        "timestep": torch.zeros(batch, dtype=torch.long),
+        "reference_latents": torch.empty(batch * (1 + encoded), channels, *latent),
+        "reference_image": torch.empty(batch, 3, height, width),
+        "poses": torch.empty(batch, 3, frames, height, width),
+        "dropped": torch.zeros(batch, dtype=torch.long),
+        "reference": context,
+        "reference_mask": torch.empty(batch, 1, height, width) if model.needs_mask else None,
+        "calibrated": shown,
+    }
+
+
+def free_gradients(model: nn.Module) -> None:
+    """Let every parameter's gradient go as soon as it is there: gradients are counted by themselves."""
+
+    def forget(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(forget)
+
+
+# Memory by strategy. DeepSpeed's own estimators take every parameter for trained, without EMA and 8-bit moments.
 
 
 @dataclass(frozen=True)
@@ -29,8 +217,8 @@ class Amounts:
         frozen_bytes: of the model's frozen parameters, as the configuration keeps them.
         vae: of the VAE, which every process holds.
         moments: of the optimiser's two moments of one parameter.
-        average: of the moving average of one parameter; 0 without.
-        half: whether DeepSpeed keeps weights and gradients in two bytes.
+        average: of the EMA of one parameter; 0 without.
+        half: DeepSpeed keeps weights and gradients in two bytes.
         unit: of the largest part of the model that FSDP gathers at a time.
         step: peak of one step beside all this.
     """
@@ -85,7 +273,7 @@ def amounts(vae: VAE, model: Animator, config: TrainConfig, step: StepMemory) ->
         average=4 if config.ema_decay else 0,
         half=config.mixed_precision in ("bf16", "fp16"),
         unit=max(4 * sum(p.numel() for p in block.parameters()) for block in blocks),
-        step=step.peak,
+        step=max(step.encoding, step.training),
     )
 
 
@@ -103,16 +291,17 @@ def needs(a: Amounts, processes: int) -> dict[str, Need]:
     states = (4 + a.moments) * t  # masters and moments
     weights = small * (t + f) + a.vae
     host = (states + 4 * t) / n  # gradients go there too
+    sharded = Need(
+        small * (t + f) / n + a.vae, small * t / n, states / n, a.average * t / n, alive + bucket + RESERVE, a.step
+    )
     return {
         "one GPU": whole,
         f"DDP, {n} GPUs": whole,
         f"ZeRO-2, {n} GPUs": Need(weights, small * t / n, states / n, a.average * t, bucket + RESERVE, a.step),
         f"ZeRO-2 offload, {n} GPUs": Need(weights, 0, 0, a.average * t, bucket + RESERVE, a.step, host * n),
-        f"ZeRO-3, {n} GPUs": Need(
-            small * (t + f) / n + a.vae, small * t / n, states / n, a.average * t / n, alive + bucket + RESERVE, a.step
-        ),
-        f"ZeRO-3 offload, {n} GPUs": Need(
-            a.vae, 0, 0, a.average * t / n, alive + bucket + RESERVE, a.step, host * n + small * (t + f)
+        f"ZeRO-3, {n} GPUs": sharded,
+        f"ZeRO-3 offload, {n} GPUs": replace(
+            sharded, weights=a.vae, gradients=0, optimizer=0, host=host * n + small * (t + f)
         ),
         f"FSDP, {n} GPUs": Need(
             (4 * t + a.frozen_bytes) / n + a.vae,
@@ -124,53 +313,3 @@ def needs(a: Amounts, processes: int) -> dict[str, Need]:
             a.step,
         ),
     }
-
-
-def enable_gradient_checkpointing(model: Animator) -> None:
-    """Recompute blocks of UNets and ControlNets in the backward pass, motion modules included."""
-    for network in model.children():
-        if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-
-
-def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
-    """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
-    vae, model = describe_networks(config)
-    vae.requires_grad_(False)
-    model.check_size(vae_scale_factor(vae), tuple(config.data.size))
-    with torch.device("meta"):
-        set_trainable(model, config)
-    if config.frozen_dtype == "bfloat16":
-        shrink_frozen(vae, model, torch.bfloat16)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return vae, model, step_memory(vae, model, config)
-
-
-def memory_report(config: TrainConfig) -> str:
-    """Tables of parameters by part and of memory by strategy."""
-    vae, model, step = estimate(config)
-    held = amounts(vae, model, config, step)
-    width, height = config.data.size
-    lines = [f"{'part':<18}{'parameters':>14}{'trainable':>14}"]
-    lines += [part_line(name, part) for name, part in (("vae", vae), *model.named_children())]
-    lines += [
-        "",
-        f"one step of {config.batch_size} x {config.data.num_frames} frames at {width} x {height}: "
-        f"{step.training / GIB:.1f} GiB in forward and backward pass, {step.encoding / GIB:.1f} GiB in the VAE",
-        "",
-        "estimated GiB of a process, by strategy; host: main memory of all processes of a machine",
-    ]
-    names = [field.name for field in fields(Need)]
-    lines.append(f"{'':<24}" + "".join(f"{name:>12}" for name in (*names[:-1], "sum", names[-1])))
-    for strategy, need in needs(held, config.dry_run_processes).items():
-        values = [*astuple(need)[:-1], need.gpu, need.host]
-        lines.append(f"{strategy:<24}" + "".join(f"{value / GIB:>12.2f}" for value in values))
-    return "\n".join(lines)
-
-
-def part_line(name: str, part: nn.Module) -> str:
-    """A part's parameters and how many of them are trained."""
-    every = sum(p.numel() for p in part.parameters())
-    train = sum(p.numel() for p in part.parameters() if p.requires_grad)
-    return f"{name:<18}{every:>14,}{train:>14,}"

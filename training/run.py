@@ -1,62 +1,100 @@
-"""One process's part of a training run, from the configuration to the first batch."""
+"""One process's part of a training run: its state, and one step of it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.vae import VAE, vae_scale_factor
-from training.build import make_scheduler
+from models.vae import VAE
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
 from training.config import OptimizerConfig, TrainConfig
-from training.data import make_dataset, make_loader
+from training.data import ensure_latents, latents_folder, make_dataset, make_loader
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
-from training.guard import StepGuard
-from training.latent_cache import ensure_latents, latents_folder
 from training.logs import StepLog
 from training.noise import Generators, sample_generators
-from training.traits import TrainingTraits
+from training.objective import Batch, Objective, compose_samples
 
-Batch = dict[str, Tensor]
+# Tokens of a frame up to which writing the probabilities down is faster than recomputing them, on CPUs.
+FEW_TOKENS = 128
+
+
+@dataclass
+class StepGuard:
+    """Counts steps that were left out because a loss or gradient was not finite; too many in a row end the run.
+
+    Attributes:
+        limit: steps left out in a row that end the run.
+        skipped: steps left out in the whole run.
+        streak: steps left out in a row up to now. Weights are worth a checkpoint only while it is 0: after a step that
+            went wrong it takes a good one to know that they are sound.
+    """
+
+    limit: int
+    skipped: int = 0
+    streak: int = 0
+
+    def allows_step(self, norm: Tensor | float | None, accelerator: Accelerator) -> bool:
+        """Whether the optimiser may step: the gradients are finite, or somebody else sees to it.
+
+        Args:
+            norm: of the accumulated gradients of all processes, so all of them decide alike. A loss that is not
+                finite has made it so, whichever batch and process it came from.
+        """
+        # DeepSpeed steps inside `backward`, where it finds gradients that are not finite itself. The scaler of fp16
+        # does so too, and must see infinite ones to lower its scale.
+        if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None:
+            return True
+        return bool(torch.isfinite(torch.as_tensor(norm)))
+
+    def count(self, taken: bool, step: int) -> None:
+        """Close a step; `taken`: the parameters moved.
+
+        Raises:
+            UserError: `limit` steps in a row were left out; checkpoints are as they were before the first of them.
+        """
+        self.streak = 0 if taken else self.streak + 1
+        self.skipped += not taken
+        if self.streak >= self.limit:
+            raise UserError(
+                f"loss or gradient of the last {self.streak} steps up to step {step} was not finite; the newest "
+                "checkpoint is from before: lower optimizer.learning_rate, raise optimizer.epsilon, or use "
+                "mixed_precision=bf16 or no"
+            )
 
 
 @dataclass
 class Run:
-    """What a training step needs.
+    """The state of a run in this process.
 
     Attributes:
         output: folder of checkpoints, logs and the pipeline.
-        model: the animator as `accelerator.prepare` wrapped it.
+        model: the animator as `accelerator.prepare` wrapped it; `objective.animator` is the bare one.
         trainable: names in the bare model and parameters, as prepared.
         rate: learning rate of a step, counted from 0.
-        average: moving average of the trainable parameters, or None.
-        traits: of the model.
+        average: EMA of the trainable parameters, or None.
         layout: what checkpoints must agree with.
-        progress: how far the run has come.
-        guard: leaves out steps that are not finite.
-        log: what the next line of the log will say.
     """
 
     config: TrainConfig
     output: Path
     accelerator: Accelerator
-    vae: VAE
+    objective: Objective
     model: nn.Module
     trainable: list[tuple[str, nn.Parameter]]
     optimizer: torch.optim.Optimizer
     rate: Callable[[int], float]
     average: WeightAverage | None
-    scheduler: DDIMScheduler
-    traits: TrainingTraits
     layout: Layout
     progress: Progress
     guard: StepGuard
@@ -64,13 +102,8 @@ class Run:
 
     @property
     def clips_per_step(self) -> int:
-        """Clips that all processes together see in one optimiser step."""
+        """Batch size of an optimiser step, over all processes."""
         return self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters."""
-        return [parameter for _, parameter in self.trainable]
 
 
 def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: Animator) -> Run:
@@ -79,16 +112,14 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
     Args:
         vae, model: on the CPU; the model's trainable parameters are those that require gradients.
     """
-    factor = vae_scale_factor(vae)
-    traits = TrainingTraits.of(model, (config.data.size[1] // factor, config.data.size[0] // factor))
-    if config.attention.weight > 0:
-        traits.check_supervised()
+    objective = Objective(model, vae, config)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
     exchange_with_bare_model(accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     convert_buffers(accelerator, model)
     vae.to(accelerator.device)
-    trainable = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
+    objective.animator = accelerator.unwrap_model(model)
+    trainable = [(name, p) for name, p in objective.animator.named_parameters() if p.requires_grad]
     average = WeightAverage(trainable, config.ema_decay) if config.ema_decay else None
     arrangement = layout(accelerator, trainable)
     progress = resume(accelerator, output, arrangement, average)
@@ -96,14 +127,12 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         config=config,
         output=output,
         accelerator=accelerator,
-        vae=vae,
+        objective=objective,
         model=model,
         trainable=trainable,
         optimizer=optimizer,
         rate=learning_rate(config.optimizer, config.max_steps),
         average=average,
-        scheduler=make_scheduler(config.noise),
-        traits=traits,
         layout=arrangement,
         progress=progress,
         guard=StepGuard(config.max_skipped_steps, skipped=progress.skipped),
@@ -138,7 +167,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # not among the requirements
     except ImportError as error:
         raise UserError(
             f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or take "
@@ -169,8 +198,9 @@ def make_clips(run: Run) -> Dataset:
     clips = made[0] if made else make_dataset(run.config.data, length)
     if not run.config.data.cache_latents:
         return clips
-    on_main(run.accelerator, lambda: ensure_latents(clips.folder, run.vae))
-    return clips.with_latents(latents_folder(clips.folder, run.vae))
+    vae = run.objective.vae
+    on_main(run.accelerator, lambda: ensure_latents(clips.folder, vae))
+    return clips.with_latents(latents_folder(clips.folder, vae))
 
 
 def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:
@@ -182,6 +212,63 @@ def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:
     config, accelerator = run.config, run.accelerator
     first = run.progress.clips
     loader = accelerator.prepare(make_loader(clips, config.batch_size, config.data.workers, start=first))
-    for number, batch in enumerate(loader):
-        position = first + (number * accelerator.num_processes + accelerator.process_index) * config.batch_size
+    for index, batch in enumerate(loader):
+        position = first + (index * accelerator.num_processes + accelerator.process_index) * config.batch_size
         yield batch, sample_generators(config.seed, range(position, position + config.batch_size))
+
+
+def accumulate_gradients(run: Run, batch: Batch, generators: Generators) -> None:
+    """Forward and backward of one batch of this process."""
+    config, accelerator = run.config, run.accelerator
+    # DeepSpeed moves the parameters within `backward`, so the rate is set before.
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.rate(run.progress.step)
+    batch = compose_samples(batch, config.augmentation.composition, run.progress.step, generators)
+    half = accelerator.mixed_precision == "bf16"
+    with attention_kernels(accelerator.device, run.objective.most_tokens, half):
+        with accelerator.autocast():
+            result = run.objective.loss(run.model, batch, generators)
+        run.log.add(result, batch)
+        accelerator.backward(result.loss)
+
+
+@contextmanager
+def attention_kernels(device: torch.device, tokens: int, half: bool) -> Iterator[None]:
+    """The kernels for a forward and backward pass: those that torch chooses, but for few tokens on CPUs.
+
+    There two products and a softmax take half the time of torch's fused kernel up to 128 tokens in bfloat16, as much
+    at 256, and more from there on and in float32; with half precision kept between them, which torch leaves to the
+    user to allow. `python -m benchmarks.attention_kernels` measures it.
+
+    Args:
+        tokens: of a frame, in the layer that has most.
+        half: the pass computes in bfloat16.
+    """
+    if device.type != "cpu" or not half or tokens > FEW_TOKENS:
+        yield
+        return
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, of CPUs too
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+
+
+def move_parameters(run: Run) -> None:
+    """Clip the gradients and move the parameters, unless something was not finite; then the step is left out."""
+    accelerator, progress = run.accelerator, run.progress
+    norm = accelerator.clip_grad_norm_([p for _, p in run.trainable], run.config.optimizer.max_grad_norm)
+    taken = run.guard.allows_step(norm, accelerator)
+    if taken:
+        run.optimizer.step()
+        taken = not accelerator.optimizer_step_was_skipped
+        run.log.norms.append(float(norm))
+    run.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.clips += run.clips_per_step
+    run.guard.count(taken, progress.step)
+    progress.skipped = run.guard.skipped
+    if taken and run.average is not None:
+        run.average.step()

@@ -8,7 +8,7 @@ Writes `output/vae/` (a diffusers folder; the `scaling_factor` of a new one make
 """
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.optimization import get_scheduler
+from omegaconf import MISSING
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -26,24 +27,57 @@ from core.config import load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
 from models.checkpoints.loading import load_folder
-from models.vae import VAE, vae_decode, vae_encode
-from training.build import vae_kind
+from models.vae import VAE, vae_class, vae_decode, vae_encode
+from training.config import DataConfig, OptimizerConfig, check_choice
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
-from training.vae_config import VAEConfig
 
-LOSSES = ("edges", "squares")
+
+@dataclass
+class VAEConfig:
+    """Training of a small autoencoder (diffusers' AutoencoderTiny) for rendered people, or of the decoder of a
+    published one (AutoencoderKL), fine-tuned to the images of a person as DreamPose does."""
+
+    output: str = MISSING
+    init: str | None = None  # VAE folder to go on from, such as the `vae` of a pipeline folder; null starts anew
+    # Train the decoder alone, so that models trained on the latents stay valid; AutoencoderKL needs it.
+    freeze_encoder: bool = False
+    seed: int = 0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_steps: int = 1000
+    log_steps: int = 50
+    mixed_precision: str | None = None
+    channels_last: bool = False
+    latent_channels: int = 16
+    width: int = 48
+    # Residual blocks at each resolution, finest first; each entry after the first halves the image.
+    blocks: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    loss: str = "edges"  # absolute and squared error, the person weighted, and edges; "squares": mean squared error
+    crop: float = 0.0  # random crops take away up to this part of an image's sides
+    latent_noise: float = 0.05  # deviation of noise on the latents in training: the decoder bears small errors
+    latent_weight: float = 1e-3  # of the latents' mean square, which keeps them near zero
+    person_weight: float = 3.0  # of a person's pixels against the background's
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def check(self) -> None:
+        check_choice(self, "loss", ("edges", "squares"))
+        if not 0 <= self.crop < 1:
+            raise UserError(f"crop={self.crop} must be at least 0 and below 1, a part of the image's sides")
+        if self.data.latents or self.data.embeddings:
+            raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
 
 
 def build_vae(config: VAEConfig) -> VAE:
     """A new autoencoder, or the one in the folder `init`."""
     if config.init:
-        kind, _ = vae_kind(config.init, "init")
-        if kind is AutoencoderKL and not config.freeze_encoder:
+        cls, _ = vae_class(config.init, "init")
+        if cls is AutoencoderKL and not config.freeze_encoder:
             raise UserError(
                 f"init={config.init} is an AutoencoderKL: only its decoder is trained, add freeze_encoder=true"
             )
-        return load_folder(kind, config.init, f"init={config.init}").train()
+        return load_folder(cls, config.init, f"init={config.init}").train()
     widths = (config.width,) * len(config.blocks)
     return AutoencoderTiny(
         encoder_block_out_channels=widths,
@@ -138,12 +172,6 @@ def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) ->
 
 def main(arguments: list[str]) -> None:
     config = load_config(VAEConfig, arguments, file_option="--config")
-    if config.data.latents or config.data.embeddings:
-        raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
-    if config.loss not in LOSSES:
-        raise UserError(f"loss={config.loss} is not one of {', '.join(LOSSES)}")
-    if not 0 <= config.crop < 1:
-        raise UserError(f"crop={config.crop} must be at least 0 and below 1, a part of the image's sides")
     if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
         raise UserError(
             "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"

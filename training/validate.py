@@ -2,24 +2,67 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from core.config import VERSION
+from core.files import complete_file
 from data.poses.poses import Poses
+from data.video.writing import write_video
+from inference.comparison import comparison_frames, comparison_strip
 from metrics.image import psnr, ssim
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.augmentation import CompositionConfig, compose_references
+from training.build import make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset
+from training.distributed import SHARDED
+from training.logs import add_clip
 from training.noise import sample_generators
 from training.objective import sample
+from training.run import Run
 
 FPS = 12.0  # of the clips shown; data sets do not say theirs
+SHEET_ROWS = 3  # frames of a clip on a validation sheet
+
+
+def validate(run: Run) -> None:
+    """Sample held-out clips with the EMA weights, with and without TPC; write images and clips, and log them.
+
+    Where parameters are sharded over processes, all take part.
+    """
+    config, accelerator, step = run.config, run.accelerator, run.progress.step
+    if not accelerator.is_main_process and run.layout.strategy not in SHARDED:
+        return
+    model, vae = run.objective.animator, run.objective.vae
+    pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
+    pipeline.set_progress_bar_config(disable=True)
+    averaged = run.average.applied(accelerator) if run.average is not None else nullcontext()
+    # Not accelerate's autocast: it does nothing under DeepSpeed, whose half-precision weights meet a float32 VAE.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    autocast = torch.autocast(accelerator.device.type, half, enabled=half is not None)
+    with undisturbed(model, vae), averaged, autocast:
+        clips = sample_clips(pipeline, config.data, config.validation)
+    if not accelerator.is_main_process:
+        return
+    accelerator.log({f"validation/{name}": value for name, value in mean_metrics(clips).items()}, step=step)
+    sheet = np.concatenate([comparison_strip(clip.columns, SHEET_ROWS) for clip in clips])
+    with complete_file(run.output / "samples" / f"{step:07d}.png") as path:
+        Image.fromarray(sheet).save(path)
+    writer = accelerator.get_tracker("tensorboard").writer
+    writer.add_image("validation/clips", sheet, step, dataformats="HWC")
+    if config.validation.num_frames > 1:
+        for index, clip in enumerate(clips):
+            frames = list(comparison_frames(clip.columns))
+            metadata = {"generator": f"TPC-Animate {VERSION}", "generated": True}
+            write_video(run.output / "samples" / f"{step:07d}_clip{index}.mp4", frames, FPS, metadata)
+            add_clip(writer, f"validation/clip_{index}", frames, FPS, step)
 
 
 @dataclass(frozen=True)
@@ -53,8 +96,7 @@ class ValidationClip:
 
 @contextmanager
 def undisturbed(*networks: nn.Module) -> Iterator[None]:
-    """Within the block the networks are in evaluation mode; afterwards every module's mode and all random states of
-    this process are what they were."""
+    """Within the block the networks are in evaluation mode; afterwards all modes and random states are as before."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     states = random.getstate(), np.random.get_state()
     for network in networks:
@@ -89,28 +131,41 @@ def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: Validati
     )
     dataset = make_dataset(data, config.clips)
     misaligned = round(config.misaligned * config.clips)
-    return [
-        sample_clip(pipeline, dataset[number], config, number, number < misaligned) for number in range(config.clips)
-    ]
+    return [sample_clip(pipeline, dataset[index], config, index, index < misaligned) for index in range(config.clips)]
 
 
 def sample_clip(
-    pipeline: AnimationPipeline, item: dict[str, Tensor], config: ValidationConfig, number: int, misaligned: bool
+    pipeline: AnimationPipeline, item: dict[str, Tensor], config: ValidationConfig, index: int, misaligned: bool
 ) -> ValidationClip:
     """Animate one clip of a data set.
 
     Args:
-        number: of the clip, from which its noise and its reference's composition are drawn.
-        misaligned: whether the reference is recomposed.
+        index: of the clip, from which its noise and its reference's composition are drawn.
+        misaligned: recompose the reference.
     """
     batch = {name: value[None] for name, value in item.items()}
     if misaligned:
-        (generator,) = sample_generators(number, [number])
+        (generator,) = sample_generators(index, [index])
         batch = compose_references(batch, CompositionConfig(probability=1.0), generator=generator)
     item = {name: value[0] for name, value in sample(batch, 0).items()}
-    results = {"without TPC": animate(pipeline, item, None, config, number)}
+
+    def sampled(calibration: Calibration | None) -> np.ndarray:
+        # Not `inference.animate`: the item is in the model's frame, and its reference need not be bytes again.
+        frames = pipeline(
+            item["reference"] / 2 + 0.5,
+            item["poses"].transpose(0, 1),
+            calibration,
+            reference_mask=item["reference_mask"][0],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=torch.Generator().manual_seed(index),
+            output_type="pt",
+        ).frames
+        return as_bytes(frames.float().cpu())
+
+    results = {"without TPC": sampled(None)}
     if config.tpc:
-        results["with TPC"] = animate(pipeline, item, clip_calibration(item, config.preset), config, number)
+        results["with TPC"] = sampled(clip_calibration(item, config.preset))
     columns = {
         "reference": as_bytes(item["reference"][None] / 2 + 0.5),
         "pose": as_bytes(item["poses"].transpose(0, 1)),
@@ -118,27 +173,6 @@ def sample_clip(
         **results,
     }
     return ValidationClip(columns, item["masks"][0].numpy() > 0.5, misaligned)
-
-
-def animate(
-    pipeline: AnimationPipeline,
-    item: dict[str, Tensor],
-    calibration: Calibration | None,
-    config: ValidationConfig,
-    seed: int,
-) -> np.ndarray:
-    """(f, H, W, 3) uint8; the same noise for the same seed, with calibration or without."""
-    frames = pipeline(
-        item["reference"] / 2 + 0.5,
-        item["poses"].transpose(0, 1),
-        calibration,
-        reference_mask=item["reference_mask"][0],
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-    ).frames
-    return as_bytes(frames.float().cpu())
 
 
 def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
@@ -163,9 +197,9 @@ def mean_metrics(clips: list[ValidationClip]) -> dict[str, float]:
     """Means over the clips with aligned and with misaligned references: "aligned/psnr/with_tpc"."""
     values: dict[str, list[float]] = {}
     for clip in clips:
-        kind = "misaligned" if clip.misaligned else "aligned"
+        group = "misaligned" if clip.misaligned else "aligned"
         for name, value in clip.metrics().items():
-            values.setdefault(f"{kind}/{name}", []).append(value)
+            values.setdefault(f"{group}/{name}", []).append(value)
     return {name: float(np.mean(each)) for name, each in values.items()}
 
 

@@ -15,16 +15,12 @@ from benchmarks.speed.measuring import Measured, counting, peak_memory, timed
 from core.config import load_config
 from data.clips.rendered import RenderedPeople
 from models.pipeline import AnimationPipeline
-from models.vae import vae_scale_factor
-from train import move, train_batch
-from training.build import make_networks, make_scheduler, set_trainable, shrink_frozen
+from training.build import enable_gradient_checkpointing, make_networks, set_trainable, shrink_frozen
 from training.config import TrainConfig
 from training.data import make_dataset
-from training.memory import enable_gradient_checkpointing
 from training.noise import sample_generators
-from training.objective import diffusion_loss
-from training.run import Run, batches, make_optimizer, prepare
-from training.traits import TrainingTraits
+from training.objective import Objective
+from training.run import Run, accumulate_gradients, batches, make_optimizer, move_parameters, prepare
 
 RECIPE = Path(__file__).parents[2] / "configs" / "train_stage1_tiny.yaml"
 UNMEASURED = 3  # steps that fill the loader's queue
@@ -35,8 +31,7 @@ class TrainingStep:
 
     Args:
         pipeline: float32, on its device; its networks are trained and are not what they were afterwards.
-        batch: "reference", "frames" and "poses", see `training.objective.diffusion_loss`.
-        latent_size: (h, w).
+        batch: "reference", "frames" and "poses", see `training.objective.Objective.loss`.
         frozen: dtype of what the stage does not train.
     """
 
@@ -45,7 +40,6 @@ class TrainingStep:
         pipeline: AnimationPipeline,
         config: TrainConfig,
         batch: dict[str, Tensor],
-        latent_size: tuple[int, int],
         frozen: torch.dtype = torch.float32,
         seed: int = 0,
     ):
@@ -57,21 +51,16 @@ class TrainingStep:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.model.train()
-        self.optimizer, self.scheduler = (
-            make_optimizer(self.parameters, config.optimizer),
-            make_scheduler(config.noise),
-        )
-        self.traits = TrainingTraits.of(self.model, latent_size)
+        self.optimizer = make_optimizer(self.parameters, config.optimizer)
+        height, width = batch["frames"].shape[-2:]
+        config = replace(config, data=replace(config.data, size=[width, height]))
+        self.objective = Objective(self.model, self.vae, config)
 
     def loss(self, autocast: AbstractContextManager) -> Tensor:
         """Encoding, noise, prediction and min-SNR loss; the draws are those of the seed, every time."""
         generators = sample_generators(self.seed, range(len(self.batch["frames"])))
-        calibrated, chunk = self.config.augmentation.calibrated, self.config.vae_chunk
-        networks = self.model, self.vae, self.scheduler
         with autocast:
-            return diffusion_loss(
-                *networks, self.batch, self.config.noise, calibrated, self.traits, generators, chunk
-            ).loss
+            return self.objective.loss(self.model, self.batch, generators).loss
 
     def move(self) -> None:
         """Clip the gradients, update the parameters, drop the gradients."""
@@ -105,8 +94,8 @@ def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
 
 def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) -> Measured:
     """Steps of the stage as published, VAE and image encoder included; see `TrainingStep` for the pipeline."""
-    side, device = size.side // vae_scale_factor(pipeline.vae), pipeline.device
-    step = TrainingStep(pipeline, TrainConfig(size.stage, output=""), noise_batch(size, device), (side, side))
+    device = pipeline.device
+    step = TrainingStep(pipeline, TrainConfig(size.stage, output=""), noise_batch(size, device))
     losses: list[Tensor] = []
 
     def forward() -> None:
@@ -146,13 +135,12 @@ def measure_loading(vae: str, workers: list[int], batch_size: int, steps: int) -
 
     Facts: busy, the share of the time in which the model computes and does not wait for its batch.
     """
-    arguments = ["--config", str(RECIPE), "output=unused", f"batch_size={batch_size}"]
-    config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
-    config.model.vae, config.max_steps = vae, steps + UNMEASURED
+    arguments = ["output=unused", f"model.vae={vae}", f"batch_size={batch_size}", f"max_steps={steps + UNMEASURED}"]
+    arguments += ["data.cache=null", "data.cache_latents=false"]
     found = {}
     for number in workers:
-        data = replace(config.data, cache=None, cache_latents=False, workers=number)
-        found[f"{number} workers"] = _measure_waiting(replace(config, data=data))
+        config = load_config(TrainConfig, [*arguments, f"data.workers={number}"], files=[RECIPE])
+        found[f"{number} workers"] = _measure_waiting(config)
     return found
 
 
@@ -176,8 +164,8 @@ def _steps(run: Run) -> Iterator[tuple[float, float]]:
     for batch, generators in batches(run, clips):
         got = time.perf_counter()
         with run.accelerator.accumulate(run.model):
-            train_batch(run, batch, generators)
-            move(run)
+            accumulate_gradients(run, batch, generators)
+            move_parameters(run)
         done = time.perf_counter()
         yield got - started, done - got
         started = time.perf_counter()

@@ -116,7 +116,6 @@ class Training:
             load(job, "float32"),
             TrainConfig(stage=stage, output="", noise=noise, gradient_checkpointing=gradient_checkpointing),
             {name: batch[name].to(job.device) for name in ("reference", "frames", "poses")},
-            tuple(job.settings["latent_size"]),
             job.dtype,
             job.settings["seed"],
         )

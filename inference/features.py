@@ -17,17 +17,14 @@ from core.files import remove_partial
 from data.clips.feature_cache import FeatureCache, FeatureInputs
 from data.clips.rendered import clip_tensor
 from data.preparation.clips import UsableClip, usable_clips
-from data.preparation.manifest import Clip, has_manifest
+from data.preparation.manifest import has_manifest
 from data.preparation.settings import FeatureConfig, Shard
 from data.transforms import apply_fit
 from data.video.reading import VideoReader
 from models.animators.animate_anyone.model import image_context
-from models.animators.base import Animator
 from models.animators.registry import choose_device, component_classes, load_component, read_index
 from models.pipeline import AnimationPipeline
-from models.vae import VAE, vae_posterior, vae_scale_factor
-from training.build import load_vae
-from training.config import TrainConfig
+from models.vae import load_vae, vae_posterior, vae_scale_factor
 
 # What of a VAE the latents do not depend on.
 _DECODER = ("decoder.", "post_quant_conv.")
@@ -114,46 +111,6 @@ def clip_features(
     return found
 
 
-def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
-    """Refuse cached features that are not what this run would compute itself.
-
-    Raises:
-        UserError: features of another network, size, crop or video, or of too few clips; settings that change what is
-            cached from step to step.
-    """
-    data = config.data
-    given = {"latents": data.latents, "embeddings": data.embeddings}
-    if not any(given.values()):
-        return
-    if data.source != "videos" or not has_manifest(data.root):
-        raise UserError(f"data.latents= and data.embeddings= need a prepared data set; data.root={data.root} is none")
-    if data.cache is not None:
-        raise UserError("data.cache= keeps images, data.latents= and data.embeddings= what is made of them: use one")
-    augmented = config.augmentation.composition.probability > 0 or config.augmentation.calibrated.probability > 0
-    if data.embeddings and augmented:
-        raise UserError(
-            "data.embeddings= cannot be used with augmentation.composition or augmentation.calibrated, which change "
-            "the reference or need its pixels at every step; leave it out (data.latents= may stay)"
-        )
-    if data.latents and model.alters_reference:
-        raise UserError(f"data.latents= cannot be used: {type(model).__name__} takes latents of altered references")
-    networks: dict[str, nn.Module] = {"latents": vae}
-    if data.embeddings:
-        if not model.takes_embeddings:
-            raise UserError(f"data.embeddings= cannot be used: {type(model).__name__} needs the reference's image")
-        networks["embeddings"] = model.image_encoder
-        if any(parameter.requires_grad for parameter in model.image_encoder.parameters()):
-            raise UserError(
-                "data.embeddings= holds a frozen encoder's output; model.train_image_encoder must be false"
-            )
-    size = (data.size[0], data.size[1])
-    clips, _ = usable_clips(Path(data.root), size, data.crop, data.split)
-    for kind, folder in given.items():
-        if folder:
-            digest = network_digest(networks[kind])
-            FeatureCache(folder, kind).require(_expected(clips, digest, size, data.crop), f"data.{kind}")
-
-
 def load_network(kind: str, config: FeatureConfig) -> nn.Module:
     """The VAE or the image encoder, float32, frozen."""
     if kind == "latents" and config.vae is not None:
@@ -205,11 +162,3 @@ def _batches(usable: UsableClip, size: tuple[int, int], crop: str, batch_size: i
                 waiting = []
     if waiting:
         yield waiting
-
-
-def _expected(
-    clips: list[UsableClip], digest: str, size: tuple[int, int], crop: str
-) -> Iterator[tuple[str, FeatureInputs, int]]:
-    for usable in clips:
-        clip: Clip = usable.clip
-        yield clip.name, FeatureInputs.of(digest, clip, size, usable.matrix, crop), clip.frames
