@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from core.config import check_config
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
-from models.animators.base import Condition
+from models.animators.base import Condition, TrainingBatch
 from models.attention.context import same_reference
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.unets import one_token_parameters
@@ -206,7 +206,7 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
     images, poses = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, frames, 32, 32)
     timesteps, dropped = torch.tensor([400, 999]), torch.tensor([True, False])
     with torch.no_grad():
-        trained = animator(noisy, timesteps, latents, images, poses, dropped)
+        trained = animator.training_prediction(TrainingBatch(noisy, timesteps, latents, images, poses, dropped))
         for number, scale in enumerate([0.0, 1.0]):  # guidance of 0 leaves the unconditional half alone
             shown = SimpleNamespace(pixels=images[[number]], latents=latents[[number]])
             conditioning = animator.encode_reference(shown)
@@ -215,7 +215,9 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
             sampled = animator.predict(noisy[[number]], timesteps[number], condition, (scale,))
             assert torch.allclose(trained[[number]], sampled, atol=2e-5)
         # And the two differ, so that this test can fail.
-        kept = animator(noisy, timesteps, latents, images, poses, torch.tensor([False, False]))
+        kept = animator.training_prediction(
+            TrainingBatch(noisy, timesteps, latents, images, poses, torch.tensor([False, False]))
+        )
     assert (kept[0] - trained[0]).abs().max() > 1e-3
 
 
