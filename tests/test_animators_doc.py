@@ -29,8 +29,8 @@ def example() -> tuple[str, dict]:
     return code, defined
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+def networks() -> dict[str, torch.nn.Module]:
+    """Its smallest networks, every parameter random, and a VAE of factor 4."""
     vae = small_vae()  # seeds what follows
     sizes = {
         "block_out_channels": (16, 32),
@@ -57,7 +57,13 @@ def pipeline():
         for parameter in network.parameters():
             if parameter.abs().max() == 0:
                 torch.nn.init.normal_(parameter, std=0.05)
-    made = example()[1]["TokenPipeline"](vae.eval(), unet.eval(), control_net.eval(), encoder.eval(), DDIMScheduler())
+    parts = {"vae": vae, "denoising_unet": unet, "control_net": control_net, "image_encoder": encoder}
+    return {name: network.eval() for name, network in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    made = example()[1]["TokenPipeline"](**networks(), scheduler=DDIMScheduler())
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -1,6 +1,7 @@
 """What a checkpoint file is: the closest of the known sorts, and what it lacks or has too much."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,12 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     recognisers = [recognise for family in families().values() for recognise in family.recognisers]
     plain = without_prefixes(tensors, what, UNET_PREFIXES)
     named = [shapes_of(plain)] if plain.keys() == tensors.keys() else [shapes_of(tensors), shapes_of(plain)]
-    asked = [recognise(shapes) for recognise in (*recognisers, control_net, autoencoder, unet) for shapes in named]
-    found = min(filter(None, asked), key=lambda one: len(one.mismatch), default=None)
+    candidates = []
+    for recognise in (*recognisers, control_net, autoencoder, unet):
+        for shapes in named:
+            with suppress(ValueError):  # there is no network of such sizes
+                candidates.append(recognise(shapes))
+    found = min(filter(None, candidates), key=lambda candidate: len(candidate.mismatch), default=None)
     if found is None:
         others = [kind for prefix, kind in OTHER_FILES.items() if any(name.startswith(prefix) for name in plain)]
         found = Recognised(others[0]) if others else Recognised("unknown", f"first names {', '.join(list(plain)[:3])}")
