@@ -75,9 +75,9 @@ class I3D(nn.Module):
         self.logits = ConvUnit3d(1024, self.dimension, logits=True)
 
     def forward(self, clips: Tensor) -> Tensor:
-        x = max_pool_same(self.Conv3d_1a_7x7(clips), (1, 3, 3), (1, 2, 2))
-        x = max_pool_same(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
-        x = max_pool_same(self.Mixed_3c(self.Mixed_3b(x)), (3, 3, 3), (2, 2, 2))
+        x = max_pool_same(self.Conv3d_1a_7x7(clips), (1, 3, 3), (1, 2, 2))  # (n, 64, t/2, 56, 56)
+        x = max_pool_same(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))  # (n, 192, t/2, 28, 28)
+        x = max_pool_same(self.Mixed_3c(self.Mixed_3b(x)), (3, 3, 3), (2, 2, 2))  # (n, 480, t/4, 14, 14)
         x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))
-        x = self.Mixed_5c(self.Mixed_5b(max_pool_same(x, (2, 2, 2), (2, 2, 2))))
+        x = self.Mixed_5c(self.Mixed_5b(max_pool_same(x, (2, 2, 2), (2, 2, 2))))  # (n, 1024, t/8, 7, 7)
         return self.logits(F.avg_pool3d(x, (1, 7, 7), stride=1)).mean(dim=(2, 3, 4))

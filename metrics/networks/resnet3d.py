@@ -43,8 +43,8 @@ class ResNet3d50(nn.Module):
         self.fc = nn.Linear(self.dimension, 400)  # in the published file; features are taken before it
 
     def forward(self, clips: Tensor) -> Tensor:
-        x = F.max_pool3d(F.relu(self.bn1(self.conv1(clips))), 3, stride=2, padding=1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3, 4))
+        x = F.max_pool3d(F.relu(self.bn1(self.conv1(clips))), 3, stride=2, padding=1)  # (n, 64, 8, 28, 28)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3, 4))  # of (n, 2048, 1, 4, 4)
 
 
 def _stage(width: int, inner: int, blocks: int, stride: int) -> nn.Sequential:
