@@ -95,12 +95,13 @@ def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
     """Read the shared topology and every body of `folder`."""
     folder = Path(folder)
     with np.load(folder / "topology.npz") as file:
+        weights = file["joint_weights"].astype(np.float32)
         topology = Topology(
             faces=file["faces"].astype(np.int32),
             parts=file["parts"],
             corner_uv=file["corner_uv"].astype(np.float32) * np.float32(UV_UNIT),
             joint_indices=file["joint_indices"],
-            joint_weights=_normalized(file["joint_weights"].astype(np.float32)),
+            joint_weights=weights / weights.sum(1, keepdims=True),
             face_marks=file["face_marks"],
         )
     bodies = {path.stem: _load_body(path) for split in SPLITS for path in sorted(folder.glob(f"{split}_*.npz"))}
@@ -150,7 +151,3 @@ def _load_body(path: Path) -> Body:
         vertices = file["vertices"].astype(np.float32) * np.float32(COORDINATE_UNIT)
         joints = file["joints"]
         return Body(vertices, joints, rest_to_neutral(joints), file["keypoints"], float(vertices[:, 2].max()))
-
-
-def _normalized(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum(1, keepdims=True)

@@ -141,12 +141,9 @@ def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: s
 
 def limited(angles: np.ndarray) -> np.ndarray:
     """Angles (f, 19, 3) clipped to `JOINT_LIMITS`."""
-    low, high = np.moveaxis(np.array([JOINT_LIMITS[_joint_type(name)] for name in JOINTS]), -1, 0)
+    types = [name.split("_", 1)[1] if name.startswith(SIDES) else name for name in JOINTS]
+    low, high = np.moveaxis(np.array([JOINT_LIMITS[name] for name in types]), -1, 0)
     return np.clip(angles, low, high)
-
-
-def _joint_type(name: str) -> str:
-    return name.split("_", 1)[1] if name.startswith(SIDES) else name
 
 
 def _pick(rng: np.random.Generator, choices: tuple) -> Callable:

@@ -18,9 +18,9 @@ from data.people.skeleton import Pose, axis_rotation, pose_joints
 
 HIDDEN_SCORE = 0.6
 FACE_POINTS = 5  # nose, eyes and ears come first in COCO order
-# How far in front of a keypoint a surface must be to hide it, metres: joints lie inside the body.
-# Ears may be under hair.
-FACE_TOLERANCE, EAR_TOLERANCE, LIMB_TOLERANCE, TRUNK_TOLERANCE = 0.06, 0.09, 0.13, 0.22
+_HIDDEN_SCORES = np.where(np.arange(17) < FACE_POINTS, 0.0, HIDDEN_SCORE)
+# Metres in front of a keypoint from which a surface hides it: joints lie inside the body, ears may be under hair.
+_TOLERANCES = np.array([0.06] * 3 + [0.09] * 2 + [0.22] * 2 + [0.13] * 4 + [0.22] * 2 + [0.13] * 4)
 SUPERSAMPLING_LIMIT = 640  # images with a longer side than this are drawn without supersampling
 VIEWING_DISTANCE = 2.6  # from the camera to the person, in body heights; gives a mild perspective
 
@@ -222,8 +222,8 @@ def _visibility(keypoints: np.ndarray, depths: np.ndarray, buffer: np.ndarray, s
     nearest = np.rint(keypoints).astype(int)
     inside = (nearest >= 0).all(1) & (nearest < (width, height)).all(1)
     columns, rows = np.clip(nearest, 0, np.array(size) - 1).T * factor
-    hidden = buffer[rows, columns] < depths - _tolerances()
-    scores = np.where(hidden, _hidden_scores(), 1.0)
+    hidden = buffer[rows, columns] < depths - _TOLERANCES
+    scores = np.where(hidden, _HIDDEN_SCORES, 1.0)
     return np.where(inside, scores, 0.0)
 
 
@@ -231,14 +231,4 @@ def _hide(scores: np.ndarray, keypoints: np.ndarray, mask: np.ndarray) -> None:
     """Lower the scores of keypoints that a person in front covers."""
     nearest = np.clip(np.rint(keypoints).astype(int), 0, np.array(mask.shape[::-1]) - 1)
     covered = mask[nearest[:, 1], nearest[:, 0]]
-    scores[covered] = np.minimum(scores, _hidden_scores())[covered]
-
-
-def _tolerances() -> np.ndarray:
-    tolerances = np.full(17, LIMB_TOLERANCE)
-    tolerances[:3], tolerances[3:5], tolerances[[5, 6, 11, 12]] = FACE_TOLERANCE, EAR_TOLERANCE, TRUNK_TOLERANCE
-    return tolerances
-
-
-def _hidden_scores() -> np.ndarray:
-    return np.where(np.arange(17) < FACE_POINTS, 0.0, HIDDEN_SCORE)
+    scores[covered] = np.minimum(scores, _HIDDEN_SCORES)[covered]

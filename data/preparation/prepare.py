@@ -137,8 +137,14 @@ def _make(clip: SourceClip, output: Path, config: PrepareConfig, estimator: Pose
         poses = _given_poses(clip.poses, reader) if clip.poses is not None else None
         masks, box = None, None
         if clip.masks is not None:
-            masks = _given_masks(clip.masks, target, len(reader), reader.size)
-            box = _box_of_masks(masks, len(reader), reader.size)
+            if clip.masks == target:
+                numbered_masks(target, len(reader))  # one for each frame
+            else:
+                import_masks(clip.masks, target, len(reader), reader.size)
+            masks = target
+            files = (file for frame in range(len(reader)) for file in mask_files(masks, frame))
+            boxes = [mask_box(read_image(file)[..., 0] >= 128) for file in files]
+            box = joint_box([one for one in boxes if one is not None], reader.size)
         want_masks = masks is None and (config.masks == "estimate" or config.masks == "auto" and poses is None)
         if poses is None or want_masks:
             made = _estimate(reader, target if want_masks else None, config.pose, estimator)
@@ -201,21 +207,6 @@ def _given_poses(path: Path, reader: VideoReader) -> Poses:
             f"{len(reader)} of {reader.size[0]}x{reader.size[1]}; use poses=estimate"
         )
     return replace(poses, fps=reader.fps)
-
-
-def _given_masks(given: Path, target: Path, frames: int, size: tuple[int, int]) -> Path:
-    """Given masks in our numbering; those that lie where ours would go are only counted."""
-    if given == target:
-        numbered_masks(target, frames)
-    else:
-        import_masks(given, target, frames, size)
-    return target
-
-
-def _box_of_masks(masks: Path, frames: int, size: tuple[int, int]) -> Box | None:
-    files = (file for frame in range(frames) for file in mask_files(masks, frame))
-    boxes = [mask_box(read_image(file)[..., 0] >= 128) for file in files]
-    return joint_box([box for box in boxes if box is not None], size)
 
 
 def _poses_path(output: Path, name: str) -> Path:

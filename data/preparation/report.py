@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core.files import complete_file, output_folder, write_json
 
 _SHOWN_CLIPS = 60
@@ -97,7 +99,8 @@ def report_table(report: Report, shown: int = _SHOWN_CLIPS) -> str:
         f"frames per second: {_counts(numbers['fps'])}; sizes: {_counts(numbers['sizes'])}",
         "",
     ]
-    clips = sorted(report.clips, key=_worst)
+    worst = [min((_ORDER[found.severity] for found in clip.findings), default=len(_ORDER)) for clip in report.clips]
+    clips = [report.clips[index] for index in np.argsort(worst, kind="stable")]
     rows = [("clip", "frames", "fps", "size", "persons", "joints missing", "findings")]
     rows += [_row(clip) for clip in clips[:shown]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -136,10 +139,6 @@ def _details(clips: list[ClipFacts]) -> list[str]:
         times = f"{len(found)} clips, such as {name}" if len(found) > 1 else name
         lines.append(f"* {severity}: {kind} ({times}): {finding.message}. -> {finding.advice}")
     return ["", *lines] if lines else []
-
-
-def _worst(clip: ClipFacts) -> int:
-    return min((_ORDER[finding.severity] for finding in clip.findings), default=len(_ORDER))
 
 
 def _counts(counts: dict[str, int], most: int = 4) -> str:
