@@ -60,7 +60,7 @@ def test_only_layers_that_a_result_depends_on_are_adapted(tiny_pipeline):
     unet, reference = tiny_pipeline.denoising_unet, tiny_pipeline.reference_net
     layers = adaptable_layers(unet, one_token_parameters(unet))
     assert any("motion_modules" in layer for layer in layers)
-    still = adaptable_layers(unet, one_token_parameters(unet), without=AnimateAnyone.motion_parts)
+    still = adaptable_layers(unet, one_token_parameters(unet), excluded=AnimateAnyone.motion_parts)
     assert still and not any("motion_modules" in layer for layer in still)
     one_token = [layer for layer in layers if ".attn2.to_q" in layer or ".attn2.to_k" in layer]
     assert all("motion_modules" in layer for layer in one_token)
