@@ -1,6 +1,7 @@
 """What a checkpoint file is: the closest of the known sorts, and what it lacks or has too much."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from models.checkpoints.convert import SINGLE_FILE, Recognised, families
 from models.checkpoints.files import without_prefixes
 from models.checkpoints.loading import Shapes, compare, load_folder, on_meta, shapes_of
-from models.checkpoints.names import VAE_NAMES, current_names, old_names
+from models.checkpoints.names import MOTION, VAE_NAMES, current_names, old_names
 from models.checkpoints.networks import (
     EMBEDDING,
     UNET_PREFIXES,
+    UNetSizes,
     control_net_manifest,
     embedding_channels,
-    is_image_unet,
     joined,
     make_autoencoder,
     unet_manifest,
@@ -54,7 +55,7 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     plain = without_prefixes(tensors, what, UNET_PREFIXES)
     named = [shapes_of(plain)] if plain.keys() == tensors.keys() else [shapes_of(tensors), shapes_of(plain)]
     candidates = []
-    for recognise in (*recognisers, control_net, autoencoder, unet):
+    for recognise in (*recognisers, *SHARED_RECOGNISERS):
         for shapes in named:
             with suppress(ValueError):  # there is no network of such sizes
                 candidates.append(recognise(shapes))
@@ -105,9 +106,24 @@ def autoencoder(shapes: Shapes) -> Recognised | None:
     return Recognised("autoencoder", detail, compare(old_names(wanted) if old else wanted, shapes))
 
 
-def unet(shapes: Shapes) -> Recognised | None:
-    if not is_image_unet(shapes):
-        return None
-    sizes = unet_sizes(shapes)
-    kind = "Stable Diffusion UNet (AnimateAnyone denoising_unet)"
-    return Recognised(kind, str(sizes), compare(unet_manifest(sizes), shapes))
+def image_unet(kind: str, manifest: Callable[[UNetSizes], Shapes]) -> Callable[[Shapes], Recognised | None]:
+    """Recogniser of files that hold an image UNet, or most of one.
+
+    Args:
+        manifest: UNet sizes -> name -> shape in such a file.
+    """
+
+    def recognise(shapes: Shapes) -> Recognised | None:
+        if any(MOTION in name for name in shapes) or not any(name.startswith("up_blocks.") for name in shapes):
+            return None
+        sizes = unet_sizes(shapes)
+        return Recognised(kind, str(sizes), compare(manifest(sizes), shapes))
+
+    return recognise
+
+
+SHARED_RECOGNISERS = (
+    control_net,
+    autoencoder,
+    image_unet("Stable Diffusion UNet (AnimateAnyone denoising_unet)", unet_manifest),
+)

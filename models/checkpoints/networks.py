@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel
 from torch import Tensor
 
 from core.errors import UserError
+from models.animators.small_networks import block_types
 from models.checkpoints.files import without_prefixes
 from models.checkpoints.loading import Shapes, load_strictly, on_meta, shapes_of
 from models.checkpoints.names import MOTION, current_names, module_names, position_length, published_names
@@ -98,10 +99,6 @@ def unet_sizes(shapes: Shapes) -> UNetSizes:
     return UNetSizes(**found)
 
 
-def is_image_unet(shapes: Shapes) -> bool:
-    return any(name.startswith("up_blocks.") for name in shapes) and not any(MOTION in name for name in shapes)
-
-
 def motion_sizes(shapes: Shapes, max_seq_length: int) -> MotionSizes:
     """Sizes of motion modules with names of this project, whose position tables have this length."""
     sizes = MotionSizes(max_seq_length, any(name.startswith("mid_block.motion_modules.") for name in shapes))
@@ -120,20 +117,9 @@ def embedding_channels(shapes: Shapes, prefix: str = "") -> tuple[int, ...]:
 
 def unet_arguments(sizes: UNetSizes, suffix: str = "2D") -> dict[str, Any]:
     """Arguments of diffusers' UNets, but for their heads; suffix: "2D" or "Motion", of their blocks' classes."""
-    down = [f"{'CrossAttn' if attention else ''}DownBlock{suffix}" for attention in sizes.attention]
-    up = [f"{'CrossAttn' if attention else ''}UpBlock{suffix}" for attention in reversed(sizes.attention)]
-    return {
-        "sample_size": 64,
-        "in_channels": sizes.in_channels,
-        "out_channels": sizes.out_channels,
-        "down_block_types": tuple(down),
-        "up_block_types": tuple(up),
-        "block_out_channels": sizes.block_out_channels,
-        "layers_per_block": sizes.layers_per_block,
-        "cross_attention_dim": sizes.cross_attention_dim,
-        "norm_num_groups": sizes.norm_num_groups,
-        "use_linear_projection": sizes.use_linear_projection,
-    }
+    blocks = block_types(["both" if attention else "none" for attention in sizes.attention], suffix)
+    others = {name: value for name, value in vars(sizes).items() if name not in ("attention", "num_attention_heads")}
+    return {"sample_size": 64, **blocks, **others}
 
 
 def control_net_arguments(sizes: UNetSizes, channels: tuple[int, ...]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 from core.errors import UserError
 from models.attention.context import fused_layers, same_reference
 from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.inspect import image_unet
 from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
 from models.checkpoints.names import MOTION, module_names, position_table, table_length
 from models.checkpoints.networks import (
@@ -28,7 +29,6 @@ from models.checkpoints.networks import (
     UNetSizes,
     check_reference_net,
     embedding_channels,
-    is_image_unet,
     joined,
     load_denoising_unet,
     load_reference_net,
@@ -210,13 +210,6 @@ def motion_file_sizes(shapes: Shapes) -> UNetSizes:
     return replace(UNetSizes(), block_out_channels=tuple(widths), attention=attention, layers_per_block=layers)
 
 
-def recognise_reference_unet(shapes: Shapes) -> Recognised | None:
-    if not is_image_unet(shapes):
-        return None
-    sizes = unet_sizes(shapes)
-    return Recognised("AnimateAnyone reference_unet", str(sizes), compare(reference_unet_manifest(sizes), shapes))
-
-
 def recognise_pose_guider(shapes: Shapes) -> Recognised | None:
     if not any(name.startswith("blocks.") for name in shapes):
         return None
@@ -262,12 +255,16 @@ VELOCITY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "
 RELEASED = {"beta_schedule": "linear", **VELOCITY}
 FAMILIES = (
     Family(
-        name="animate_anyone",
-        config=AnimateAnyoneFiles,
-        make=make_animate_anyone,
-        schedule=RELEASED,
+        "animate_anyone",
+        AnimateAnyoneFiles,
+        make_animate_anyone,
+        RELEASED,
         window=24,
-        recognisers=(recognise_motion_modules, recognise_pose_guider, recognise_reference_unet),
+        recognisers=(
+            recognise_motion_modules,
+            recognise_pose_guider,
+            image_unet("AnimateAnyone reference_unet", reference_unet_manifest),
+        ),
         fixture=frozenset({"denoising_unet", "motion_module", "reference_unet", "pose_guider"}),
         outputs=outputs,
     ),

@@ -204,10 +204,11 @@ def disco_manifest(shapes: Shapes) -> Shapes:
         del networks[POSE]
     wanted = {f"{VAE}{name}": shape for name, shape in old_names(shapes_of(vae.state_dict())).items()}
     for prefix, network in networks.items():
-        for name, shape in shapes_of(network.state_dict()).items():
+        own = shapes_of(network.state_dict())
+        for name, shape in own.items():
             wanted[prefix + name.removeprefix("linear.")] = shape
             block, norm, part = name.partition(".norm2.")
-            if norm and f"{block}.tem_attn.to_q.weight" in network.state_dict():
+            if norm and f"{block}.tem_attn.to_q.weight" in own:
                 wanted[f"{prefix}{block}.tem_norm.{part}"] = shape
     return wanted
 
@@ -305,10 +306,10 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
 FAMILIES = (
     Family(
-        name="disco",
-        config=DiscoFiles,
-        make=make_disco,
-        schedule=IMAGE_SCHEDULE,
+        "disco",
+        DiscoFiles,
+        make_disco,
+        IMAGE_SCHEDULE,
         window=16,
         recognisers=(recognise_disco,),
         fixture=frozenset({"module"}),

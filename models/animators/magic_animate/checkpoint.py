@@ -17,13 +17,13 @@ from models.animators.magic_animate.model import MagicAnimatePipeline
 from models.animators.magic_animate.networks import PromptEmbedding, control_residuals
 from models.attention.context import fused_layers, same_reference
 from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.inspect import image_unet
 from models.checkpoints.loading import Shapes, compare, on_meta
 from models.checkpoints.names import MOTION, module_names, table_length
 from models.checkpoints.networks import (
     UNetSizes,
     animated_unet_manifest,
     check_reference_net,
-    is_image_unet,
     load_control_net,
     load_denoising_unet,
     load_reference_net,
@@ -81,14 +81,6 @@ def empty_prompt(text_encoder: CLIPTextModel) -> PromptEmbedding:
 def appearance_encoder_manifest(sizes: UNetSizes) -> Shapes:
     unused = set(on_meta(make_reference_net, sizes).unused_parameters())
     return {name: shape for name, shape in reference_unet_manifest(sizes).items() if name not in unused}
-
-
-def recognise_appearance_encoder(shapes: Shapes) -> Recognised | None:
-    if not is_image_unet(shapes):
-        return None
-    sizes = unet_sizes(shapes)
-    wanted = appearance_encoder_manifest(sizes)
-    return Recognised("MagicAnimate appearance_encoder", str(sizes), compare(wanted, shapes))
 
 
 def recognise_animated_unet(shapes: Shapes) -> Recognised | None:
@@ -154,7 +146,10 @@ FAMILIES = (
             "timestep_spacing": "leading",
         },
         window=16,
-        recognisers=(recognise_animated_unet, recognise_appearance_encoder),
+        recognisers=(
+            recognise_animated_unet,
+            image_unet("MagicAnimate appearance_encoder", appearance_encoder_manifest),
+        ),
         fixture=frozenset({"appearance_encoder", "densepose_controlnet", "temporal_attention"}),
         outputs=outputs,
     ),
