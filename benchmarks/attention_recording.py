@@ -23,8 +23,7 @@ from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
 from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
 
 KEYPOINTS = 17

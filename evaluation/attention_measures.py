@@ -33,9 +33,8 @@ from evaluation.attention.maps import (
 from evaluation.clips import EvaluationClip
 from evaluation.trials import WITH, WITHOUT, Sampler, Trial
 from inference.animate import Animation, Framing, SamplingConfig, animate, framing
-from models.attention.record import RecordedAttention
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.maps import RecordedAttention
+from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
 
 ATTENTION_FILE, FIGURE_FILE = "attention.json", "looks.png"

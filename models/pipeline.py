@@ -21,8 +21,7 @@ from core.errors import UserError
 from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionRun
+from models.attention.recording import AttentionRecording, AttentionRun
 from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
 from models.schedules import EVERY_LEVEL, check_sampling, guidance_at, with_solver

@@ -9,8 +9,7 @@ from diffusers import AutoencoderTiny
 
 from models.animators.base import Animator
 from models.animators.registry import ANIMATORS, animator_class, pipeline_of
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig, AttentionRecording
 from tests.networks import TINY
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate

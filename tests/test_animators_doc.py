@@ -10,8 +10,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.animators.base import Animator
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig, AttentionRecording
 from tests.published import small_vae
 from tests.test_pipeline import standing_poses
 from tpc import CalibrationConfig, calibrate

@@ -25,7 +25,7 @@ from evaluation.attention.grids import (
     visible_in_both,
 )
 from evaluation.attention.maps import Pointing, pointing
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig
 from tests.viewed import recorded_run, rendered_inputs
 
 

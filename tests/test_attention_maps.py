@@ -36,8 +36,9 @@ from evaluation.attention.maps import (
     token_coverage,
 )
 from models.attention import measures
-from models.attention.record import RecordedAttention
-from models.attention.run import AttentionConfig, AttentionRun, LayerShape, select
+from models.attention.layers import LayerShape
+from models.attention.maps import RecordedAttention
+from models.attention.recording import AttentionConfig, AttentionRun, select
 from tpc import CalibrationConfig, calibrate
 
 GRIDS = {"down": (16, 16), "mid": (8, 8)}

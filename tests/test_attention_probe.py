@@ -8,8 +8,7 @@ from models.attention.context import same_reference
 from models.attention.layers import token_levels, unet_layers
 from models.attention.masking import masked_attention
 from models.attention.probe import AttentionProbe, attention_rows
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig, attention_run
+from models.attention.recording import AttentionConfig, AttentionRecording, AttentionRun
 
 SIZE, LATENTS = (32, 24), (6, 8)
 LAYER = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -45,7 +44,7 @@ def test_training_module(tiny_pipeline):
         unet.train()
         for recorded in (False, True):
             with AttentionRecording(AttentionConfig(mean=["steps"])) as recording:
-                recording.begin(attention_run(unet, LATENTS, SIZE, 6, 1))
+                recording.begin(AttentionRun(unet_layers(unet, LATENTS), SIZE, 6, 1))
                 probe = recording.probe(0, 3, [range(6)], 0)
                 prediction = model(**batch, probe=probe if recorded else None)
                 (gradient,) = torch.autograd.grad(prediction.square().mean(), parameter)
@@ -77,5 +76,5 @@ def test_probe_passes_gradients(tiny_pipeline):
 
 
 def _token_shapes(unet) -> dict[str, tuple[int, int]]:
-    shapes = attention_run(unet, LATENTS, SIZE, 2, 1).layers
+    shapes = unet_layers(unet, LATENTS)
     return {layer: (shape.tokens, shape.channels) for layer, shape in shapes.items()}

@@ -10,13 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from data.poses.poses import Poses
-from models.attention.layers import token_levels, unet_layers
+from models.attention.layers import LayerShape, token_levels, unet_layers
+from models.attention.maps import RecordedAttention
 from models.attention.measures import token_indices
+from models.attention.probe import COPIES
 from models.attention.processors import reference_layers
-from models.attention.record import RecordedAttention
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig, AttentionRun, LayerShape
-from models.attention.store import COPIES
+from models.attention.recording import AttentionConfig, AttentionRecording, AttentionRun
 from models.windows import window_weights
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
@@ -367,4 +366,4 @@ class TestBadInput:
         whole = record(tiny_pipeline, images, config)
         with pytest.raises(UserError, match="outside the image of 32x24"):
             whole.query_map(LAYER, (32, 3))
-        assert whole.query_number(LAYER, (31.4, 23.4)) == whole.maps[LAYER].shape[3] - 1
+        assert whole.query_index(LAYER, (31.4, 23.4)) == whole.maps[LAYER].shape[3] - 1

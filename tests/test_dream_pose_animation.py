@@ -9,8 +9,7 @@ import torch
 from data.poses.poses import Poses
 from models.animators.registry import load_pipeline
 from models.attention.layers import token_levels
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import as_images
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, TOKENS, noise, run, small_pipeline
 from tpc import CalibrationConfig, calibrate

@@ -14,12 +14,11 @@ from evaluation.attention.maps import require_reference
 from models.animators.base import Animator, guided
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.layers import KeyLayout, LayerShape, TokenLevel, image_token_layers, token_levels
+from models.attention.maps import RecordedAttention
 from models.attention.masking import Visibility, dense_mask
 from models.attention.probe import AttentionProbe
 from models.attention.processors import set_image_processors
-from models.attention.record import RecordedAttention
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig, AttentionRun
+from models.attention.recording import AttentionConfig, AttentionRecording, AttentionRun
 from models.reference_images import attended_images
 from tests.test_shortcuts import calibration_of
 from tpc.attach import frame_visibility, gate_flags, replacement_visibility, visibility_flags
@@ -219,5 +218,5 @@ def test_attention_to_mixed_tokens_points_nowhere():
     run = AttentionRun({"layer": LayerShape((2, 2), 1, 4, KeyLayout(None, whole=5))}, (8, 8), 1, 1)
     with AttentionRecording(AttentionConfig()) as recording:
         recording.begin(run)
-    with pytest.raises(UserError, match="layer sees tokens that mix the whole image"):
+    with pytest.raises(UserError, match="layer attends to tokens that mix the whole image"):
         require_reference(recording.result)

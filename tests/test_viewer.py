@@ -13,7 +13,7 @@ from core.errors import UserError
 from evaluation.attention.figures import attended_images, layer_mean, overlay
 from evaluation.attention.recorded_runs import affordable_steps, load_inputs, record_both, spread_steps
 from inference.animate import animate
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig
 from tests.published import small_magic_pipeline
 from tests.viewed import SAMPLING, recorded_run, rendered_inputs
 from tpc import CalibrationConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 from data.inputs import Driving, Reference, load_driving, load_reference
 from evaluation.attention.recorded_runs import RecordedRun, record_both
 from inference.animate import SamplingConfig
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig
 from models.pipeline import AnimationPipeline
 from tests.clips import save_rendered_pair
 from tpc import CalibrationConfig

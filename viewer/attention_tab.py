@@ -8,7 +8,7 @@ import numpy as np
 
 from core.errors import UserError
 from evaluation.attention.recorded_runs import RecordedRun, affordable_steps, record_both
-from models.attention.run import AttentionConfig
+from models.attention.recording import AttentionConfig
 from viewer.controls import (
     ONE_AT_A_TIME,
     Inputs,

@@ -74,7 +74,7 @@ def where(run: RecordedRun, choice: Choice) -> str:
     recorded = run.calibrated.recorded
     step = "mean over steps"
     if choice.step is not None:
-        timestep = recorded.timesteps[recorded.selection.place("steps", choice.step)]
+        timestep = recorded.timesteps[recorded.selection.position("steps", choice.step)]
         step = f"step {choice.step + 1} (t = {timestep})"
     layer = "mean over layers"
     if choice.layer is not None:

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from core.errors import UserError
 from evaluation.attention.maps import BodyTruth
 from inference.comparison import labelled_row
-from models.attention.record import RecordedAttention
+from models.attention.maps import RecordedAttention
 from tpc import Calibration
 
 COLOURS = "turbo"
@@ -128,13 +128,13 @@ def point_maps(
     """
     if recorded.selection.mean and set(recorded.selection.mean) != {"heads"}:
         raise UserError("mean: images through denoising need steps and frames apart")
-    selection, query = recorded.selection, recorded.query_number(recorded.layers[0], point)
+    selection, query = recorded.selection, recorded.query_index(recorded.layers[0], point)
     found = []
     for step in steps:
         density = layer_mean(recorded, point, step, frame, layers=layers)
         given = density.sum((1, 2))
         attended = int(given.argmax()) if image is None else image
-        at = selection.place("steps", step), selection.place("frames", frame), query, attended
+        at = selection.position("steps", step), selection.position("frames", frame), query, attended
         shown = attended_images(reference, calibration, step, frame)[attended]
         name = "reference" if attended == 0 else "calibrated"
         found.append(PointMap(shown, density[attended], truth.coords[at].numpy(), name, float(given[attended])))

@@ -36,7 +36,7 @@ def truths(run: RecordedRun, reference: Poses, reference_map: np.ndarray | None 
 def visible_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
     """Names of recorded keypoints that a frame and the reference show."""
     recorded = run.plain.recorded
-    coords = truths(run, reference)["without TPC"].coords[0, recorded.selection.place("frames", frame), :, 0]
+    coords = truths(run, reference)["without TPC"].coords[0, recorded.selection.position("frames", frame), :, 0]
     visible = ~np.isnan(recorded.points[frame]).any(axis=-1) & ~coords.isnan().any(-1).numpy()
     return [name for name, shown in zip(recorded.names, visible, strict=True) if shown]
 
@@ -52,7 +52,7 @@ def denoising_rows(
     rows = []
     found = truths(run, reference)
     for name, side in run.sides.items():
-        query = side.recorded.query_number(side.recorded.layers[0], keypoint)
+        query = side.recorded.query_index(side.recorded.layers[0], keypoint)
         maps = point_maps(side.recorded, found[name], run.reference, side.calibration, keypoint, frame, steps)
         point = side.recorded.points[frame, query]
         rows.append(point_maps_row(maps, side.frames[frame], point, name, steps, height))

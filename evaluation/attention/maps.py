@@ -26,6 +26,7 @@ from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
 from models.attention.layers import pool_masks
+from models.attention.maps import RecordedAttention
 from models.attention.measures import (
     EPS,
     centroid,
@@ -37,7 +38,6 @@ from models.attention.measures import (
     token_coords,
     value_at_argmax,
 )
-from models.attention.record import RecordedAttention
 from tpc import Calibration
 from tpc.silhouettes import body_height, visible
 

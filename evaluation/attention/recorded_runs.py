@@ -19,9 +19,8 @@ from data.poses.poses import PoseConfig, open_estimator
 from data.transforms import apply_fit
 from evaluation.attention.maps import body_points
 from inference.animate import Animation, SamplingConfig, Stopwatch, animate, framing
-from models.attention.record import RecordedAttention
-from models.attention.recording import AttentionRecording
-from models.attention.run import AttentionConfig
+from models.attention.maps import RecordedAttention
+from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig
 

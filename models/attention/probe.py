@@ -1,17 +1,27 @@
-"""Attention of chosen query tokens, as a differentiable by-product of a forward pass.
+"""Probes: attention of chosen query tokens as a by-product of a forward pass, for losses or for recordings.
 
-Shapes use b = batch, f = frames, n = query tokens of a layer, p = probed queries, g = flag channels, d = channels of a
-head.
+Shapes use b = batch, f = frames, n = query tokens of a layer, p = probed queries, q = some of them, k = reference
+images that a frame attends to, r = tokens of one image, g = flag channels, d = channels of a head.
 """
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.attention.layers import LayerShape
+from models.attention.maps import LayerMaps, MapSelection
 from models.attention.masking import hidden_pairs
+from models.attention.measures import token_indices
+
+# Numbers that are computed at a time, and how many tensors of that many numbers exist at once: product, scaled and
+# masked logits, probabilities, copies for the result.
+BLOCK = 2**21
+COPIES = 4
 
 
 class AttentionProbe:
@@ -51,6 +61,89 @@ class AttentionProbe:
         self.tokens[layer] = query.shape[2]
         query, flags = choose_queries(query, flags, chosen)
         self._parts.setdefault(layer, {})[self._first_row] = attention_rows(query, key, flags, scale)
+
+
+@dataclass(eq=False)
+class WindowProbe:
+    """Records one pass over a window; a `models.attention.context.Probe`.
+
+    Attributes:
+        step: position on the axis of steps.
+        rows, frames: recorded rows of the window and the frames of the clip they are.
+        points: (rows, p, 2) coords in pixels; None: all query tokens.
+        weights: (rows, p), or (rows, 1) for all query tokens.
+    """
+
+    selection: MapSelection
+    maps: dict[str, LayerMaps]
+    step: int
+    rows: list[int]
+    frames: list[int]
+    points: Tensor | None
+    weights: np.ndarray
+
+    def __post_init__(self) -> None:
+        self._done: set[str] = set()
+
+    def clip(self, rows: slice) -> Self:
+        return self  # a window is one clip
+
+    @torch.no_grad()
+    def record(
+        self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
+    ) -> None:
+        # With gradient checkpointing a layer runs twice; means must not count it twice.
+        if layer not in self.maps or layer in self._done:
+            return
+        self._done.add(layer)
+        shape, heads = self.selection.layers[layer], self.selection.heads[layer]
+        queries = self.selection.queries(layer)
+        picked = slice(None) if len(heads) == shape.heads else list(heads)  # a slice copies nothing
+        chosen = None
+        if self.points is not None:
+            chosen = token_indices(self.points.nan_to_num(), self.selection.size[::-1], shape.grid)
+        at_once, part = block_sizes(shape, len(heads), queries, key.shape[2], len(self.rows))
+        for first in range(0, len(self.rows), at_once):
+            block = slice(first, first + at_once)
+            rows = torch.tensor(self.rows[block], device=query.device)
+            block_query, block_key = query[rows][:, picked], key[rows][:, picked]
+            block_flags = None if flags is None else (flags[0][rows], flags[1][rows])
+            if chosen is not None:
+                block_query, block_flags = choose_queries(block_query, block_flags, chosen[block].to(query.device))
+            for start in range(0, queries, part):
+                some = slice(start, min(start + part, queries))
+                some_flags = None if flags is None else (block_flags[0][:, some], block_flags[1])
+                # Mixed precision would round the products.
+                with torch.autocast(query.device.type, enabled=False):
+                    found = attention_rows(block_query[:, :, some], block_key, some_flags, scale)
+                self._add(layer, block, some, found)
+
+    def _add(self, layer: str, block: slice, queries: slice, found: Tensor) -> None:
+        """Add probabilities (rows, heads, q, keys) to the layer's maps."""
+        shape, layout = self.selection.layers[layer], self.selection.layers[layer].layout
+        if "heads" in self.selection.mean:
+            found = found.mean(dim=1, keepdim=True)
+        before = shape.tokens if layout.own else 0
+        own, images = found[..., :before].sum(-1), found[..., before:].unflatten(-1, (-1, layout.tokens))
+        if layout.grid is None:
+            images = images.sum(-1, keepdim=True)
+        elif layout.whole:
+            own = own + images[..., : layout.whole].sum((-2, -1))
+            images = images[..., layout.whole :]
+        own, images = own.cpu().numpy(), images.cpu().numpy()  # (rows, heads, q), (rows, heads, q, k, r)
+        for row, frame in enumerate(self.frames[block]):
+            weights = self.weights[block][row]
+            weights = np.broadcast_to(weights, own.shape[-1:]) if self.points is None else weights[queries]
+            position = self.selection.position("frames", frame)
+            self.maps[layer].add(self.step, position, queries, own[row], images[row], weights)
+
+
+def block_sizes(shape: LayerShape, heads: int, queries: int, keys: int, rows: int) -> tuple[int, int]:
+    """Frames, and queries of a frame, that are recorded at a time."""
+    per_row = keys * (heads * queries + shape.channels)
+    at_once = min(rows, max(1, BLOCK // per_row))
+    part = queries if per_row <= BLOCK else max(1, BLOCK // (keys * heads))
+    return at_once, min(part, queries)
 
 
 def choose_queries(

@@ -2,18 +2,23 @@
 
     with AttentionRecording(AttentionConfig(steps=[0, 10, 19], mean=["heads"]), points) as recording:
         frames = pipeline(image, poses, calibration, attention=recording).frames
-    recorded = recording.result                                # a models.attention.record.RecordedAttention
+    recorded = recording.result                                # a models.attention.maps.RecordedAttention
 
 Nothing is hooked or replaced: a probe travels to the layers among their arguments, computes a softmax of its own for
 the queries that are asked for, and the pass goes on as without it.
 
-Shapes use f = frames, p = recorded queries.
+Shapes use f = frames, p = recorded queries, n = query tokens of a layer, k = reference images that a frame attends to,
+r = tokens of one reference image.
 """
 
+import difflib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,17 +26,117 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import complete_folder
-from models.attention.record import RecordedAttention, recording_folder
-from models.attention.run import AttentionConfig, AttentionRun, Selection, select
-from models.attention.store import Estimate, LayerStore, WindowProbe, estimate
+from models.attention.layers import LayerShape
+from models.attention.maps import AXES, LayerMaps, MapSelection, RecordedAttention, recording_folder
+from models.attention.probe import COPIES, WindowProbe, block_sizes
 from models.windows import window_weights
+
+WINDOWS = ("nearest", "mean")
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The part of a run to record; None: all of it."""
+
+    layers: Sequence[str] | None = None  # names as the animator's `attention_layers` gives them
+    steps: Sequence[int] | None = None  # denoising steps, 0 first
+    frames: Sequence[int] | None = None  # of the clip
+    heads: Sequence[int] | None = None  # of every layer
+    mean: Sequence[str] = ()  # axes of which a running mean is kept instead of every value, any of `AXES`
+    # The value of a frame that several context windows denoise: "nearest", of the window with the largest blending
+    # weight, in whose middle the frame lies; or "mean", weighted as the windows' predictions are blended.
+    windows: str = "nearest"
+    folder: str | Path | None = None  # of memory-mapped .npy files, complete when the recording ends; None: memory
+    limit_bytes: int | None = None  # a run whose estimate is above it is refused before it begins; None: no limit
+
+    def check(self) -> None:
+        """Refuse words that do not exist, naming them."""
+        for name, value, known in [("windows", self.windows, WINDOWS)] + [("mean", axis, AXES) for axis in self.mean]:
+            if value not in known:
+                raise UserError(f"{name}={value} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class AttentionRun:
+    """The sizes of a run, known before it begins.
+
+    Attributes:
+        layers: in which frames attend to images, in the order in which they run.
+        size: (width, height) of the images in pixels.
+        frames: of the clip; of a training batch, the frames of all its clips.
+        images: k: the reference, and a calibrated image for every person.
+        replaced: calibrated images take the reference's place, so that there are only these.
+    """
+
+    layers: dict[str, LayerShape]
+    size: tuple[int, int]
+    frames: int
+    steps: int
+    images: int = 1
+    replaced: bool = False
+
+
+@dataclass(frozen=True)
+class RecordingSize:
+    """Bytes of a recording.
+
+    Attributes:
+        stored_bytes: of the maps, in memory or on disk.
+        working_bytes: at most, while a layer is recorded, on the device.
+        on_disk: where the maps are.
+    """
+
+    stored_bytes: int
+    working_bytes: int
+    on_disk: bool
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory, of the device and beside it."""
+        return self.working_bytes + (0 if self.on_disk else self.stored_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory and disk, which `AttentionConfig.limit_bytes` limits."""
+        return self.working_bytes + self.stored_bytes
+
+
+def select(config: AttentionConfig, run: AttentionRun, points: int | None) -> MapSelection:
+    """The part of a run that a configuration chooses.
+
+    Raises:
+        UserError: a layer, step, frame or head that the run does not have.
+    """
+    names = list(run.layers) if config.layers is None else list(config.layers)
+    for name in names:
+        if name not in run.layers:
+            nearest = ", ".join(map(repr, difflib.get_close_matches(name, run.layers, n=3, cutoff=0.0)))
+            raise UserError(f"layers: {name!r} does not read the reference; the nearest that do are {nearest}")
+    if not names:
+        raise UserError("layers=[] leaves nothing to record")
+    steps, frames = _indices("steps", config.steps, run.steps), _indices("frames", config.frames, run.frames)
+    layers = {name: shape for name, shape in run.layers.items() if name in names}
+    heads = {name: _indices("heads", config.heads, shape.heads, f" of {name}") for name, shape in layers.items()}
+    return MapSelection(layers, heads, steps, frames, points, run.images, run.size, tuple(config.mean), run.replaced)
+
+
+def _indices(name: str, chosen: Sequence[int] | None, count: int, of: str = "") -> tuple[int, ...]:
+    if chosen is None:
+        return tuple(range(count))
+    for index in chosen:
+        if not 0 <= index < count:
+            raise UserError(f"{name}: {index} is out of range; there are {name} 0 to {count - 1}{of}")
+    if not chosen:
+        raise UserError(f"{name}=[] leaves nothing to record")
+    return tuple(sorted(set(chosen)))
 
 
 class AttentionRecording:
-    """Records one run, as a context manager; see the module. When the block raises, nothing is kept.
+    """Records one run, as a context manager. When the block raises, nothing is kept.
 
     Args:
-        points: (f, p, 2) places in pixels of the frames, (x, y); the tokens that contain them are recorded. NaN: not
+        points: (f, p, 2) coords (x, y) in pixels of the frames; the tokens that contain them are recorded. NaN: not
             visible in this frame, not recorded. None: every query token of every recorded layer.
         names: of the points, such as `data.poses.person.COCO_KEYPOINTS`.
     """
@@ -52,12 +157,12 @@ class AttentionRecording:
             raise ValueError(f"names must be one for each point, got {len(self.names)}")
         self._stack: ExitStack | None = None
         self._folder: Path | None = None
-        self._selection: Selection | None = None
-        self._stores: dict[str, LayerStore] = {}
+        self._selection: MapSelection | None = None
+        self._maps: dict[str, LayerMaps] = {}
         self._timesteps: dict[int, int] = {}
         self._result: RecordedAttention | None = None
 
-    def __enter__(self) -> "AttentionRecording":
+    def __enter__(self) -> Self:
         if self._stack is not None or self._result is not None:
             raise ValueError("a recording is of one run; make another one")
         self._stack = ExitStack()
@@ -66,39 +171,33 @@ class AttentionRecording:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stores, self._stores = self._stores, {}
+        filled, self._maps = self._maps, {}
         stack, self._stack = self._stack, None
-        if kind is not None:
-            stack.__exit__(kind, error, trace)
+        if cls is not None:
+            stack.__exit__(cls, error, trace)
             return
         with stack:
             if self._selection is None:
                 raise ValueError("no run was recorded: hand the recording to one, attention=recording")
-            self._finish(stores)
-        if self.config.folder is not None:
-            self._result = RecordedAttention.load(self.config.folder)
-
-    def _finish(self, stores: dict[str, LayerStore]) -> None:
-        for store in stores.values():
-            store.finish()
-        recorded = RecordedAttention(
-            self._selection,
-            tuple(self._timesteps.get(step, -1) for step in self._selection.steps),
-            self.points,
-            self.names,
-            {layer: store.maps for layer, store in stores.items()},
-            {layer: store.own for layer, store in stores.items()},
-        )
-        if self._folder is None:
-            self._result = recorded
-        else:
-            recorded.write_facts(self._folder)
+            for maps in filled.values():
+                maps.finish()
+            recorded = RecordedAttention(
+                self._selection,
+                tuple(self._timesteps.get(step, -1) for step in self._selection.steps),
+                self.points,
+                self.names,
+                {layer: maps.maps for layer, maps in filled.items()},
+                {layer: maps.own for layer, maps in filled.items()},
+            )
+            if self._folder is not None:
+                recorded.write_facts(self._folder)
+        self._result = recorded if self._folder is None else RecordedAttention.load(self.config.folder)
 
     @property
     def result(self) -> RecordedAttention:
-        """What was recorded, once the block has ended.
+        """The recorded attention, once the block has ended.
 
         Raises:
             ValueError: it has not, or it raised.
@@ -107,65 +206,61 @@ class AttentionRecording:
             raise ValueError("there is no result before the recording's block has ended, nor after it has failed")
         return self._result
 
-    def estimate(self, run: AttentionRun) -> Estimate:
-        """What recording a run would take.
+    def estimate(self, run: AttentionRun) -> RecordingSize:
+        """The bytes that recording a run would take.
 
         Raises:
             UserError: it has not the layers, steps, frames or heads that are to be recorded.
         """
-        return estimate(self._select(run), run.frames, self.config.folder is not None)
+        return recording_size(self._select(run), run.frames, self.config.folder is not None)
 
-    def _select(self, run: AttentionRun) -> Selection:
+    def _select(self, run: AttentionRun) -> MapSelection:
         if self.points is not None and len(self.points) != run.frames:
             raise UserError(f"points are of {len(self.points)} frames, the run has {run.frames}")
         return select(self.config, run, None if self.points is None else self.points.shape[1])
 
     def begin(self, run: AttentionRun) -> None:
-        """Make room for a run; called by who runs.
+        """Make room for a run, before its first pass.
 
         Raises:
-            UserError: what is to be recorded is not there, or would take more than the limit.
+            UserError: the run lacks something that is to be recorded, or would take more than the limit.
         """
         if self._stack is None:
             raise ValueError("the recording is not open: use it inside `with AttentionRecording(...) as recording:`")
         if self._selection is not None:
             raise ValueError("a recording is of one run; make another one")
         selection, limit = self._select(run), self.config.limit_bytes
-        needed = estimate(selection, run.frames, self._folder is not None).total_bytes
+        needed = recording_size(selection, run.frames, self._folder is not None).total_bytes
         if limit is not None and needed > limit:
             raise UserError(
                 f"recording attention would take {needed / 2**20:.1f} MiB, limit_bytes allows {limit / 2**20:.1f}; "
                 f"record fewer layers, steps, frames or points, or their mean"
             )
         self._selection = selection
-        self._stores = {layer: LayerStore(selection, layer, self._folder) for layer in selection.layers}
+        self._maps = {layer: LayerMaps(selection, layer, self._folder) for layer in selection.layers}
 
-    def probe(self, step: int, timestep: int, windows: Sequence[range], number: int) -> WindowProbe | None:
-        """What looks at one pass: of a window of frames at a denoising step; called by who runs.
+    def probe(self, step: int, timestep: int, windows: Sequence[range], index: int) -> WindowProbe | None:
+        """A probe of one pass, of a window of frames at a denoising step; None when nothing of it is recorded.
 
         Args:
-            step: number of the denoising step, 0 first.
-            windows: all windows of the step; number: which of them.
-
-        Returns:
-            None when nothing of this pass is recorded.
+            step: index of the denoising step.
+            windows: all windows of the step; index: of this one.
         """
         selection = self._selection
         if step not in selection.steps:
             return None
         self._timesteps[step] = timestep
-        window, weights = windows[number], self._weights(windows)[number]
+        window, weights = windows[index], self._weights(windows)[index]
         rows = [row for row, frame in enumerate(window) if frame in selection.frames and weights[row] > 0]
         if not rows:
             return None
         frames = [window[row] for row in rows]
-        seen = np.ones((len(frames), 1), np.float32)
+        weights = weights[rows, None]  # (rows, 1)
         points = None
         if self.points is not None:
             points = torch.from_numpy(self.points[frames])
-            seen = (~np.isnan(self.points[frames]).any(-1)).astype(np.float32)
-        place = selection.place("steps", step)
-        return WindowProbe(selection, self._stores, place, rows, frames, points, seen * weights[rows, None])
+            weights = weights * ~np.isnan(self.points[frames]).any(-1)  # (rows, p)
+        return WindowProbe(selection, self._maps, selection.position("steps", step), rows, frames, points, weights)
 
     def _weights(self, windows: Sequence[range]) -> list[np.ndarray]:
         """How much of every window's frames is kept, (size,) each; sums to 1 over the windows of a frame."""
@@ -178,5 +273,19 @@ class AttentionRecording:
             row[window.start : window.stop] = weight
         nearest = table.argmax(axis=0)
         return [
-            (nearest[window.start : window.stop] == number).astype(np.float32) for number, window in enumerate(windows)
+            (nearest[window.start : window.stop] == index).astype(np.float32) for index, window in enumerate(windows)
         ]
+
+
+def recording_size(selection: MapSelection, frames: int, on_disk: bool) -> RecordingSize:
+    """The bytes that recording a selection takes in a run of so many frames."""
+    stored, working = 0, 0
+    for layer, shape in selection.layers.items():
+        layout, heads, tokens = shape.layout, selection.heads[layer], prod(shape.map_grid)
+        rows, keys = prod(selection.shape(layer)), shape.tokens * layout.own + layout.tokens * selection.images
+        steps, kept_frames, _, queries = selection.shape(layer)
+        stored += FLOAT_BYTES * (rows * (selection.images * tokens + 1) + steps * kept_frames * queries)
+        at_once, part = block_sizes(shape, len(heads), queries, keys, min(frames, len(selection.frames)))
+        numbers = at_once * keys * (len(heads) * part + shape.channels)
+        working = max(working, FLOAT_BYTES * COPIES * numbers)
+    return RecordingSize(stored, working, on_disk)
