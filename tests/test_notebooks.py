@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-OURS = {"analysis", "core", "data", "models", "tpc"}
+OURS = {"core", "data", "evaluation", "inference", "models", "tpc"}
 ALLOWED = OURS | {"PIL", "matplotlib", "numpy", "sys"}
 
 
