@@ -55,6 +55,7 @@ class TrialsConfig:
     persons: estimate poses in the results, for the error of the pose and the colours of body parts.
     pose_noise: standard deviation of errors added to the keypoints that the animator gets, in parts of the person's
         height. Results are measured against the exact ones; attention is taken at those with errors.
+    sampling, tpc: of the animation and of its calibration.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -64,6 +65,8 @@ class TrialsConfig:
     persons: bool = False
     pose: PoseConfig = field(default_factory=PoseConfig)
     pose_noise: float = 0.0
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         if self.pose_noise < 0:

@@ -10,9 +10,7 @@ from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
 from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task
-from inference.animate import SamplingConfig
 from models.animators.registry import SHIPPED_MODEL
-from tpc import CalibrationConfig
 from tpc.config import resolve
 
 
@@ -26,7 +24,6 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
         iterative propagation, 0 = groups of four frames.
     subsets: rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face.
     attachments: add calibrated images to the reference, or replace it by them.
-    tpc: everything else about the calibration.
     """
 
     output: str = "outputs/ablation"
@@ -37,8 +34,6 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
     subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
     attachments: list[str] = field(default_factory=lambda: ["add"])
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         for base in (ClipsConfig, TrialsConfig, ProtocolConfig):

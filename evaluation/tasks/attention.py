@@ -40,10 +40,8 @@ from evaluation.trials import (
     run_task,
     without_and_with,
 )
-from inference.animate import SamplingConfig
 from inference.comparison import labelled_row
 from models.animators.registry import SHIPPED_MODEL
-from tpc import CalibrationConfig
 
 
 @dataclass
@@ -70,8 +68,6 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     keypoints: list[str] = field(default_factory=lambda: ["right_elbow", "left_elbow", "right_knee", "left_knee"])
     columns: int = 5
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         ClipsConfig.check(self)

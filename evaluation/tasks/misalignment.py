@@ -38,7 +38,7 @@ from evaluation.trials import (
     all_trials,
     run_task,
 )
-from inference.animate import SamplingConfig, animate
+from inference.animate import animate
 from inference.comparison import labelled_sheet
 from models.animators.registry import SHIPPED_MODEL, load_pipeline
 from tpc import CalibrationConfig
@@ -67,8 +67,6 @@ class MisalignedTrialsConfig(TrialsConfig):
     flicker: bool = False
     lpips: bool = False
     weights: str | None = None
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def protocol(self) -> ProtocolConfig:
         """The measures that are asked for."""

@@ -25,9 +25,7 @@ from evaluation.trials import (
     run_task,
     without_and_with,
 )
-from inference.animate import SamplingConfig
 from models.animators.registry import SHIPPED_MODEL
-from tpc import CalibrationConfig
 
 IOU_BINS = np.linspace(0, 1, 11)
 ALIGNED = 1.0  # scale of a reference that fits
@@ -64,8 +62,6 @@ class SweepConfig(ClipsConfig, TrialsConfig):
     stride: int = 6
     angles: int = 12
     scales: list[float] = field(default_factory=lambda: [0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0])
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         ClipsConfig.check(self)

@@ -10,9 +10,7 @@ from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.misalignment import SUBSETS, ThresholdConfig, classify, misalignment
 from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
 from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task
-from inference.animate import SamplingConfig
 from models.animators.registry import SHIPPED_MODEL
-from tpc import CalibrationConfig
 
 
 @dataclass
@@ -30,8 +28,6 @@ class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     features: str = "stand-in"
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
