@@ -31,6 +31,14 @@ RENAMED_KEYS = {
     "acceleration.guidance_interval": "guidance_interval",
     "acceleration.solver": "solver",
 }
+# Keys of features that are gone, and the value that leaves these out (None: any): saved configurations hold them.
+REMOVED_KEYS = {
+    "acceleration.broadcast": 1,
+    "acceleration.broadcast_kinds": None,
+    "acceleration.broadcast_interval": None,
+    "acceleration.merge_reference": 1,
+    "acceleration.merge_levels": None,
+}
 
 
 def load_config(
@@ -193,6 +201,8 @@ def _set(config: DictConfig, key: str, value: Any, known: list[str], source: str
         renamed = key.removesuffix(old) + new
         if key not in known and f".{key}".endswith(f".{old}") and renamed in known:
             key = renamed
+    if any(f".{key}".endswith(f".{gone}") and off in (None, value) for gone, off in REMOVED_KEYS.items()):
+        return
     if key not in known:
         raise UserError(f"{source}unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}")
     try:

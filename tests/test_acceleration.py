@@ -117,5 +117,9 @@ def test_settings_of_commands():
         SamplingConfig(guidance_interval=[0.5, 0.2]).check()
     with pytest.raises(UserError, match="solver=euler"):
         SamplingConfig(solver="euler").check()
+    old = ["acceleration.solver=dpm++", "acceleration.guidance_interval=[0.2,0.9]", "acceleration.broadcast=1"]
+    assert load_config(infer.InferConfig, [*old, "acceleration.broadcast_kinds=[spatial,cross]"]) == config
+    with pytest.raises(UserError, match="unknown key 'acceleration.broadcast'"):
+        load_config(infer.InferConfig, ["acceleration.broadcast=2"])
     with pytest.raises(UserError, match="unknown key 'solvr'.*solver"):
         load_config(infer.InferConfig, ["solvr=ddim"])
