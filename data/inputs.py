@@ -136,7 +136,7 @@ def load_driving(
 
 def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
     """Every stride-th frame of a video or folder of images, at most `max_frames` of them."""
-    needed = None if max_frames is None else (max_frames - 1) * stride + 1
+    needed = None if max_frames is None else (max_frames - 1) * stride + 1  # frames before striding
     video = read_video(path, max_frames=needed, argument=argument)
     return video if stride == 1 else Video(video.frames[::stride], video.fps / stride)
 
@@ -199,8 +199,8 @@ def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int,
 
 
 def read_mask(path: Path, size: tuple[int, int], argument: str) -> np.ndarray:
-    """(h, w) bool from an 8-bit image, 255 = person; half and more counts as person."""
+    """(h, w) bool from an 8-bit image of (width, height), 255 = person."""
     mask = read_image(path, argument=argument)[..., 0]
     if mask.shape[::-1] != tuple(size):
         raise UserError(f"{argument}={path} is {mask.shape[1]}x{mask.shape[0]}, the image is {size[0]}x{size[1]}")
-    return mask >= 128
+    return mask >= 128  # half and more counts as person

@@ -100,7 +100,7 @@ class RenderedPeople(Dataset):
     def scene(self, index: int) -> Scene:
         """Content of clip `index`, before it is rendered."""
         check_index(index, self.length)
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])  # any worker draws the same
         camera = random_camera(rng, self.cameras)
         texture_size = 128 if camera.scale * self.size[1] <= SMALL_TEXTURE else 256
         identity = random_identity(rng, self.library, self.split, self.plain)

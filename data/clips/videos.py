@@ -137,7 +137,7 @@ class VideoFolder(Dataset):
 
     def _candidates(self, index: int) -> Iterator[int]:
         """Index of the clip whose turn it is, then the others in an order of their own, should it be broken."""
-        epoch, position = divmod(index, len(self.clips))
+        epoch, position = divmod(index, len(self.clips))  # every epoch in another order
         yield int(np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))[position])
         yield from np.random.default_rng([self.seed, epoch, position]).permutation(len(self.clips)).tolist()
 

@@ -113,7 +113,7 @@ def random_identity(
 ) -> Identity:
     """Draw a person of a split, "train" or "heldout", with this share of plain fabrics."""
     body = str(rng.choice(library.names(split)))
-    seed = 2 * int(rng.integers(2**30)) + SPLITS.index(split)
+    seed = 2 * int(rng.integers(2**30)) + SPLITS.index(split)  # even for train, odd for heldout
     return Identity(body, seed, plain)
 
 

@@ -92,7 +92,7 @@ def project_keypoints(
     """
     body = figure.person.body
     transforms = _view_transforms(figure) if transforms is None else transforms
-    points = np.tensordot(body.keypoints, transforms, axes=((1, 2), (0, 2)))
+    points = np.tensordot(body.keypoints, transforms, axes=((1, 2), (0, 2)))  # (17, 3) in camera axes
     depths = points[:, 1] + _distance(figure)
     plane = np.stack([points[:, 0], -points[:, 2]], 1) * (_distance(figure) / depths)[:, None]
     matrix = camera_matrix(figure.camera, size, body.height)
@@ -126,7 +126,7 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
         depth = _draw(figure, transforms, image, masks[index])
         keypoints[index], depths = project_keypoints(figure, size, transforms)
         scores[index] = _visibility(keypoints[index], depths, depth, size)
-        masks[:index] &= ~masks[index]
+        masks[:index] &= ~masks[index]  # the person in front hides those behind
         for behind in range(index):
             _hide(scores[behind], keypoints[behind], masks[index])
     return RenderedGroup(image, masks, keypoints, scores)
@@ -145,7 +145,7 @@ def project_vertices(
     person = figure.person
     transforms = _view_transforms(figure) if transforms is None else transforms
     matrix = camera_matrix(figure.camera, size, person.body.height) * factor
-    matrix[:, 2] += 0.5 * (factor - 1)
+    matrix[:, 2] += 0.5 * (factor - 1)  # samples' centres at integers too
     screen = np.empty((len(person.vertices), 3), np.float32)
     shades = np.empty(len(person.vertices), np.float32)
     light = np.array(figure.light.direction, np.float32)
@@ -211,7 +211,7 @@ def _view_transforms(figure: Figure) -> np.ndarray:
     """Joint transforms (19, 3, 4) from rest to camera axes, around the middle of the standing person."""
     body = figure.person.body
     transforms = pose_joints(body.joints, body.neutral, figure.pose, body.height).astype(np.float64)
-    transforms[:, 2, 3] -= body.height / 2
+    transforms[:, 2, 3] -= body.height / 2  # the middle of the standing person is the origin
     return axis_rotation(0, figure.camera.pitch) @ axis_rotation(2, figure.camera.yaw) @ transforms
 
 
@@ -222,7 +222,7 @@ def _visibility(keypoints: np.ndarray, depths: np.ndarray, buffer: np.ndarray, s
     nearest = np.rint(keypoints).astype(int)
     inside = (nearest >= 0).all(1) & (nearest < (width, height)).all(1)
     columns, rows = np.clip(nearest, 0, np.array(size) - 1).T * factor
-    hidden = buffer[rows, columns] < depths - _TOLERANCES
+    hidden = buffer[rows, columns] < depths - _TOLERANCES  # (17,)
     scores = np.where(hidden, _HIDDEN_SCORES, 1.0)
     return np.where(inside, scores, 0.0)
 

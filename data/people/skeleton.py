@@ -65,7 +65,7 @@ def rotations_from_angles(angles: np.ndarray) -> np.ndarray:
         twist: limbs outward (external rotation); trunk, head and pelvis towards the person's left.
     A positive number means the same for the left and the right limb, so equal angles are a mirrored pose.
     """
-    signs = np.array([_angle_signs(name) for name in JOINTS])
+    signs = np.array([_angle_signs(name) for name in JOINTS])  # (19, 3)
     bend, side, twist = np.moveaxis(angles * signs, -1, 0)
     return (axis_rotation(1, side) @ axis_rotation(0, bend) @ axis_rotation(2, twist)).astype(np.float32)
 
@@ -114,7 +114,7 @@ def pose_joints(joints: np.ndarray, neutral: np.ndarray, pose: Pose, height: flo
             world[joint] = pose.rotations[joint]
             continue
         world[joint] = world[parent] @ pose.rotations[joint]
-        bone = neutral[parent] @ (joints[joint] - joints[parent])
+        bone = neutral[parent] @ (joints[joint] - joints[parent])  # in the parent's axes
         position[joint] = position[parent] + world[parent] @ bone
     # The ground is z = 0: the lower ankle is put at its standing height, plus the translation's.
     ankles = [JOINT_INDEX["left_foot"], JOINT_INDEX["right_foot"]]

@@ -95,7 +95,7 @@ class DetectorNet:
         side = max(width * cosine + height * sine, width * sine + height * cosine)
         region = Roi(width / 2, height / 2, side, rotation)
         crop = crop_region(image, region, DETECTOR_SIDE)
-        boxes, logits = self._net(crop[None].astype(np.float32) / 127.5 - 1)
+        boxes, logits = self._net(crop[None].astype(np.float32) / 127.5 - 1)  # (1, anchors, 12), (1, anchors, 1)
         scores = _sigmoid(logits[0, :, 0])
         kept = scores >= threshold
         boxes, points = _decode_boxes(boxes[0][kept], self._anchors[kept])
@@ -119,7 +119,7 @@ class LandmarkNet:
         """Landmarks in the region `roi` of the image (h, w, 3) uint8 RGB."""
         crop = crop_region(image, roi, _LANDMARK_SIDE)
         values, person, mask, heatmaps, _ = self._net(crop[None].astype(np.float32) / 255)
-        values = values.reshape(_LANDMARKS, 5)
+        values = values.reshape(_LANDMARKS, 5)  # x, y, z, visibility, presence
         points, sharpness = refine_with_heatmaps(values[:, :2], _sigmoid(heatmaps[0]), _LANDMARK_SIDE)
         matrix = roi.matrix(_LANDMARK_SIDE)
         points = points @ matrix[:, :2].T + matrix[:, 2]
@@ -197,7 +197,7 @@ def weighted_clusters(boxes: np.ndarray, scores: np.ndarray, overlap: float = 0.
         shared = np.prod(np.clip(high - low, 0, None), axis=1)
         areas = np.prod(boxes[waiting, 2:] - boxes[waiting, :2], axis=1)
         joined = shared > overlap * (areas + areas[0] - shared)
-        joined[0] = True
+        joined[0] = True  # also a box without area
         clusters.append(waiting[joined])
         waiting = waiting[~joined]
     return clusters

@@ -39,7 +39,7 @@ def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], 
     factor = max(1, min(4, 512 // min(size)))  # limbs of a pixel or two are drawn larger and averaged
     image = np.zeros((height * factor, width * factor, 3), np.uint8)
     joints, visible = body_joints(keypoints, scores, threshold)
-    joints = (joints + 0.5) * factor - 0.5
+    joints = (joints + 0.5) * factor - 0.5  # pixel centres at integers, edges to edges
     half_width = _HALF_WIDTH_AT_512 * min(size) / 512 * factor
     _draw_limbs(image, joints, visible, half_width)
     _draw_joints(image, joints, visible, half_width)

@@ -91,7 +91,7 @@ class DWPose:
 
     def _turned(self, image: np.ndarray, rotation: float) -> list[PersonEstimate]:
         turned, matrix = turn_image(image, rotation)
-        back = np.linalg.inv(matrix[:, :2])
+        back = np.linalg.inv(matrix[:, :2])  # from the turned image to the given one
         size = image.shape[1::-1]
         persons = []
         for person in self._upright(turned):
@@ -113,9 +113,9 @@ class DWPose:
         matrix = box_matrix(found.box, size)
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         crop = cv2.warpAffine(image, matrix, size, flags=flags).astype(np.float32)
-        values = ((crop - _MEAN) / _STD).transpose(2, 0, 1)[None]
+        values = ((crop - _MEAN) / _STD).transpose(2, 0, 1)[None]  # (1, 3, h, w)
         points, scores = decode_simcc(*self._pose(values), size)
-        points = (points[:17] @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        points = (points[:17] @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)  # COCO's keypoints come first
         scores = scores_inside(points, scores[:17], image.shape[1::-1])
         inside = scores[scores > 0]
         confidence = found.score * float(inside.mean()) if len(inside) else 0.0
@@ -184,7 +184,7 @@ def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[n
     Args:
         x, y: (1, k, bins); the bins divide the input's width and height, usually two to a pixel.
     """
-    bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)
+    bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)  # (k, 2)
     points = bins * (np.asarray(size) / (x.shape[-1], y.shape[-1]))
     return points, np.clip(np.minimum(x[0].max(axis=-1), y[0].max(axis=-1)), 0, 1)
 

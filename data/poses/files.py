@@ -198,7 +198,7 @@ def _coco_annotations(content: dict) -> _Frames:
 
 def _triplets(values: Any) -> np.ndarray:
     """(17, 3) in COCO order from a flat list of x, y, score in any known order; flags of visibility become 1."""
-    flat = np.asarray(values, np.float64).reshape(-1)
+    flat = np.asarray(values, np.float64).reshape(-1)  # x, y, score of each keypoint in turn
     if len(flat) % 3 or len(flat) // 3 not in _COCO_ORDERS:
         known = ", ".join(str(count) for count in _COCO_ORDERS)
         raise _BadFile(f"a person has {len(flat)} numbers; known are x, y, score of {known} keypoints")

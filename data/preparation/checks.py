@@ -131,8 +131,8 @@ def _check_video(facts: ClipFacts, video: Path, config: CheckConfig) -> None:
 
 
 def _check_poses(facts: ClipFacts, poses: Poses) -> None:
-    visible = poses.scores > VISIBLE
-    present = visible.any(axis=-1)
+    visible = poses.scores > VISIBLE  # (frames, persons, 17)
+    present = visible.any(axis=-1)  # (frames, persons)
     facts.persons = poses.persons
     facts.absent_frames = round(float(1 - present.any(axis=1).mean()), 4)
     facts.missing_joints = round(float(1 - visible[present].mean()), 4) if present.any() else 1.0
@@ -168,9 +168,9 @@ def pose_jumps(poses: Poses) -> np.ndarray:
     """Frames at which the first person is more than half their height away from their position a frame before."""
     visible = poses.scores[:, 0] > VISIBLE
     points = np.where(visible[..., None], poses.keypoints[:, 0], np.nan)
-    enough = visible.sum(axis=1) >= 3
+    enough = visible.sum(axis=1) >= 3  # joints for a centre and a height
     centres, heights = np.full((poses.frames, 2), np.nan), np.full(poses.frames, np.nan)
-    centres[enough] = np.nanmedian(points[enough], axis=1)
+    centres[enough] = np.nanmedian(points[enough], axis=1)  # (frames, 2)
     heights[enough] = [np.ptp(p[s], axis=0).max() for p, s in zip(points[enough], visible[enough], strict=True)]
     moved = np.linalg.norm(np.diff(centres, axis=0), axis=1)
     return np.flatnonzero(moved > _JUMP * np.maximum(heights[1:], heights[:-1])) + 1

@@ -172,7 +172,7 @@ class VideoFile:
                     yield index, frame
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
-        width, height = self._unturned_size
+        width, height = self._unturned_size  # FFmpeg scales, numpy turns
         if any(component.is_alpha for component in frame.format.components):
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
