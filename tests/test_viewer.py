@@ -187,7 +187,7 @@ class TestCommand:
     def test_missing_gradio_is_one_line(self, tmp_path):
         block = "import importlib.util as u, sys; find = u.find_spec\n"
         block += "u.find_spec = lambda name, *a: None if name == 'gradio' else find(name, *a)\n"
-        block += f"sys.path.insert(0, {str(ROOT)!r})\nimport viewer\nfrom core.errors import run_command\n"
+        block += f"sys.path.insert(0, {str(ROOT)!r})\nimport viewer.__main__\nfrom core.errors import run_command\n"
         block += "run_command(viewer.__main__.main)"
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2

@@ -172,7 +172,7 @@ def image_matrices(
     for axis, name in enumerate(("steps", "frames")):
         if name in selection.mean:
             if (images != images.take([0], axis)).any():
-                raise UserError(f"mean: {name} have different calibrated images, which have no common true place")
+                raise UserError(f"mean: {name} saw different calibrated images, which have no common true place")
             images = images.take([0], axis)
     to_model = np.linalg.inv(reference_map)
     found = np.full((*images.shape, 3, 3), np.nan)
