@@ -1,10 +1,8 @@
-"""Attention supervision: a point in a frame should look at the same point of the reference.
+"""Attention supervision: a point in a frame should attend to the same point of the reference.
 
-Keypoints say where a point of the body lies in both images, and so what reference attention ought to point at. The
-reconstruction error says the same, but only in the end; with it alone a new network spends most of its training on
-finding out. Learning attention from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR
-2025); here they are those of the skeleton or, for rendered people, of the surface, and those of the background where
-the camera stands still.
+With the reconstruction error alone a new network spends most of its training on finding that out. Learning attention
+from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR 2025); here they are those of the
+skeleton or, for rendered people, of the surface, and those of the background where the camera stands still.
 
 Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
 h, w = a level's grid, H, W = image size.
@@ -33,8 +31,8 @@ from training.config import AttentionLossConfig
 from training.noise import Generators
 
 NOSE = 0
-LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO numbers
-LIMB_PLACES = (1 / 3, 2 / 3, 1.0)
+LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO indices
+LIMB_FRACTIONS = (1 / 3, 2 / 3, 1.0)
 SHOULDERS, HIPS = (5, 6), (11, 12)
 NEAR = 1.5  # tokens
 SAME_POINT = 0.05  # metres on the person between places of two surface maps that show the same point
@@ -49,9 +47,9 @@ class MatchingPoints:
     Attributes:
         targets: (b*f, p, 2) in the frames.
         sources: (b*f, p, 2) in the references.
-        valid: (b*f, p) bool, seen in both images.
+        valid: (b*f, p) bool, visible in both images.
         size: (H, W).
-        body: how many of them, the first ones, are of the person.
+        body: number of them, the first ones, that are of the person.
     """
 
     targets: Tensor
@@ -65,16 +63,16 @@ class MatchingPoints:
 def point_weights() -> Tensor:
     """(p, 17): every point of the body as a weighted mean of COCO keypoints: nose, limbs, and the trunk's inside."""
     rows = [{NOSE: 1.0}]
-    rows += [{start: 1 - place, end: place} for start, end in LIMBS for place in LIMB_PLACES]
+    rows += [{start: 1 - part, end: part} for start, end in LIMBS for part in LIMB_FRACTIONS]
     for across in ACROSS:
         for along in ALONG:
             sides = (1 - across, across)
             rows.append({joint: side * (1 - along) for joint, side in zip(SHOULDERS, sides, strict=True)})
             rows[-1] |= {joint: side * along for joint, side in zip(HIPS, sides, strict=True)}
     weights = torch.zeros(len(rows), 17)
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         for joint, weight in row.items():
-            weights[number, joint] = weight
+            weights[index, joint] = weight
     return weights
 
 
@@ -92,14 +90,14 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
     size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
     needed = (weights > 0).float()
 
-    def place(keypoints: Tensor) -> tuple[Tensor, Tensor]:
+    def coords(keypoints: Tensor) -> tuple[Tensor, Tensor]:
         points = torch.einsum("pq,bqc->bpc", weights, keypoints[..., :2].nan_to_num())
         missing = torch.einsum("pq,bq->bp", needed, (keypoints[..., 2] < threshold).float())
         limits = points.new_tensor([size[1], size[0]])
         return points, (missing == 0) & (points >= 0).all(-1) & (points < limits).all(-1)
 
-    (targets, seen), (sources, known) = place(frames), place(references)
-    return MatchingPoints(targets, sources, seen & known, size, len(weights))
+    (targets, in_frame), (sources, in_reference) = coords(frames), coords(references)
+    return MatchingPoints(targets, sources, in_frame & in_reference, size, len(weights))
 
 
 def surface_points(batch: dict[str, Tensor], count: int, generators: Generators) -> MatchingPoints:
@@ -141,22 +139,17 @@ def with_background(
     corners = torch.stack([cells.repeat(per_side), cells.repeat_interleave(per_side)], dim=-1)  # (q, 2)
     drawn = [torch.rand(frames, per_side**2, 2, generator=g) for g in generators]
     parts = (corners + torch.cat(drawn)).to(points.targets) / per_side  # (b*f, q, 2) in [0, 1)
-    places = parts * parts.new_tensor([points.size[1], points.size[0]]) - 0.5
+    coords = parts * parts.new_tensor([points.size[1], points.size[0]]) - 0.5
     person = torch.maximum(batch["masks"], batch["reference_mask"][:, :, None])  # (b, 1, f, H, W)
-    covered = covered_places(person.transpose(1, 2).flatten(0, 1)[:, 0], places)
+    masks = person.transpose(1, 2).flatten(0, 1)[:, 0]  # (b*f, H, W)
+    covered = masks.flatten(1).gather(1, token_indices(coords, masks.shape[1:], masks.shape[1:])) > 0.5
     return MatchingPoints(
-        torch.cat([points.targets, places], dim=1),
-        torch.cat([points.sources, places], dim=1),
+        torch.cat([points.targets, coords], dim=1),
+        torch.cat([points.sources, coords], dim=1),
         torch.cat([points.valid, ~covered], dim=1),
         points.size,
         points.body,
     )
-
-
-def covered_places(masks: Tensor, places: Tensor) -> Tensor:
-    """Whether masks (n, H, W) cover places (n, p, 2) in pixels, (n, p) bool."""
-    numbers = token_indices(places, masks.shape[1:], masks.shape[1:])
-    return masks.flatten(1).gather(1, numbers) > 0.5
 
 
 def point_probe(points: MatchingPoints, grids: Sequence[tuple[int, int]]) -> AttentionProbe:
@@ -167,23 +160,21 @@ def point_probe(points: MatchingPoints, grids: Sequence[tuple[int, int]]) -> Att
 def attention_loss(
     probe: AttentionProbe, points: MatchingPoints, grids: Sequence[tuple[int, int]], config: AttentionLossConfig
 ) -> tuple[Tensor, Tensor]:
-    """How far attention is from pointing at the same points of the reference.
+    """Loss and accuracy of pointing at the same points of the reference, scalars, mean over layers.
 
-    Of what a query gives to the reference (image 0), the part near the right place: weighted with a Gaussian of
-    `radius` tokens, mean over heads; the loss is minus its logarithm, mean over points and layers. How attention is
-    divided between the frame itself and the reference is left to the diffusion objective. Queries that do not see the
-    reference do not count.
-
-    Returns:
-        Loss, scalar; and pointing accuracy, scalar: the part of the body's queries whose strongest reference token,
-        mean over heads, lies within `NEAR` tokens of the right place (nan when none counts). Both mean over layers.
+    The loss is minus the logarithm of the share of a query's attention to the reference (image 0) that lies near the
+    right place: weighted with a Gaussian of `radius` tokens, mean over heads and points. The accuracy is the share of
+    the body's queries whose strongest reference token, mean over heads, lies within `NEAR` tokens of the right place;
+    nan when none counts.
     """
     losses, accuracies = [], []
     for layer, probabilities in probe.maps.items():
         grid = next(grid for grid in grids if grid[0] * grid[1] == probe.tokens[layer])
         n = grid[0] * grid[1]
         reference = probabilities[..., n : 2 * n]  # (b*f, heads, p, r)
+        # Queries that do not attend to the reference do not count.
         counts = points.valid & (reference.sum(-1).mean(dim=1) > EPS)  # (b*f, p)
+        # Normalised: how attention is divided between frame and reference is left to the diffusion objective.
         pointing = normalised(reference).mean(dim=1)  # (b*f, p, r)
         distance = token_distances(token_coords(points.sources, points.size, grid), grid)
         near = gaussian_mass(pointing, distance, config.radius)

@@ -2,7 +2,7 @@
 
     output/checkpoint-<step>/
         progress.json           step, position in the data, strategy, processes, what is trained
-        average.safetensors     moving average, whole, if there is one
+        average.safetensors     EMA, whole, if there is one
         model.safetensors, optimizer.bin      weights and optimiser (one process, DDP), or
         pytorch_model/                        the parts of every process (DeepSpeed), or
         pytorch_model_fsdp_0/, optimizer_0/   (FSDP)
@@ -41,7 +41,7 @@ class Progress:
 
     Attributes:
         step: optimiser steps taken.
-        clips: clips of the data seen, by all processes; where the data go on.
+        clips: trained on by all processes; where the data go on.
         skipped: steps that were left out because loss or gradient was not finite.
     """
 
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint must agree with to be loaded.
+    """Traits that a checkpoint and the run that loads it must share.
 
     Attributes:
         strategy: see `training.distributed.strategy`.
@@ -88,8 +88,8 @@ def exchange_with_bare_model(accelerator: Accelerator) -> None:
     """Save and load weights under the bare model's names, which DDP prefixes: any number of processes reads them."""
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        for number, model in enumerate(models[: len(weights)]):
-            weights[number] = accelerator.unwrap_model(model).state_dict()
+        for index, model in enumerate(models[: len(weights)]):
+            weights[index] = accelerator.unwrap_model(model).state_dict()
 
     def load(models: list[nn.Module], folder: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
@@ -149,7 +149,7 @@ def prepare_folder(output: Path, temporary: Path) -> None:
 def write_state(
     accelerator: Accelerator, folder: Path, progress: Progress, arrangement: Layout, average: WeightAverage | None
 ) -> str | None:
-    """This process's part of a checkpoint; returns why it could not be written, or None."""
+    """Write this process's part of a checkpoint; returns why it could not be written, or None."""
     try:
         accelerator.save_state(str(folder))
         if average is not None:
@@ -190,7 +190,7 @@ def retire(checkpoint: Path) -> Path:
 
 
 def not_written(output: Path, name: str, reason: str) -> str:
-    """The message of a checkpoint that could not be written."""
+    """Message about a checkpoint that could not be written."""
     free = shutil.disk_usage(output).free / 2**20
     found = checkpoints(output)
     last = f"the last complete one is {found[-1][1]}" if found else "there is none before it"
@@ -235,16 +235,14 @@ def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average:
 
 
 def check_layout(folder: Path, saved: Layout, present: Layout) -> None:
-    """Refuse a checkpoint that does not fit, and say what to do instead.
-
-    Whole states fit any number of processes, and so do FSDP's, which are stored by name; DeepSpeed's parts fit only as
-    many processes of the same stage.
-    """
+    """Refuse a checkpoint that does not fit, and say what to do instead."""
     if saved.trained != present.trained:
         raise UserError(
             f"{folder} is of a training of other parameters (another stage, fine-tuning mode or network size); give "
             f"another output="
         )
+    # Whole states fit any number of processes, and so do FSDP's, which are stored by name; DeepSpeed's parts fit only
+    # as many processes of the same stage.
     fits = saved.strategy == present.strategy and (
         saved.strategy in ("replicated", "fsdp") or saved.processes == present.processes
     )

@@ -1,4 +1,4 @@
-"""Configuration of training. Every knob is documented here; the files in `configs/` set them all."""
+"""Configuration of training. Every knob is documented here; the recipes in `configs/` say where they differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,54 +25,42 @@ def check_positive(config: object, *names: str) -> None:
 
 
 def check_share(config: object, name: str) -> None:
-    """Refuse what is no part of a whole."""
+    """Refuse a value outside [0, 1]."""
     if not 0 <= (value := getattr(config, name)) <= 1:
         raise UserError(f"{name}={value} must be a share, 0 to 1")
 
 
 @dataclass
 class DataConfig:
-    """Where clips come from and how they are cut.
+    """Where clips come from and how they are cut."""
 
-    people: how rendered people look.
-    source: "rendered" draws people on the fly; "videos" reads `root`, a folder of videos with pose files.
-    root: the folder, for source=videos.
-    split: identities of rendered people, "train" or "heldout"; of videos, what their manifest marks so, where it does.
-    size: width and height of the images in pixels; multiples of the VAE's factor times the UNet's.
-    num_frames: frames a clip; 1 for the image stage.
-    stride: a clip takes every stride-th frame.
-    seed: clip number i is a function of (seed, i) alone.
-    pose_images: folder of the videos' pose images under their names, such as DensePose, for models that read
-        these; null: OpenPose figures are drawn.
-    crop: of videos: "person", as large as the image allows with everybody inside over the whole clip, clips whose
-        people do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it
-        cuts.
-    latents, embeddings: folders of `prepare.py latents` and `prepare.py embeddings`, read in place of encoding.
-    workers: loader processes a training process; 0 loads in the training process itself.
-    cache: folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
-        num_frames=1 a cached clip has `cache_frames` frames, two images of which are paired at random each time.
-    cache_latents: keep the VAE's latents of the cached images, too, so that training need not encode them.
-    cache_surfaces: keep surface maps of cached rendered people, too, for attention.surface.
-    """
-
-    source: str = "rendered"
+    source: str = "rendered"  # people drawn on the fly, or "videos": those of `root`, with pose files
     root: str | None = None
-    split: str = "train"
-    size: list[int] = field(default_factory=lambda: [128, 128])
-    num_frames: int = 1
-    stride: int = 1
+    split: str = "train"  # or "heldout": identities of rendered people; of videos, what their manifest marks so
+    size: list[int] = field(
+        default_factory=lambda: [128, 128]
+    )  # width, height; multiples of VAE's times UNet's factor
+    num_frames: int = 1  # of a clip; 1 for the image stage
+    stride: int = 1  # a clip takes every stride-th frame
+    # Folder of the videos' pose images under their names, such as DensePose, for models that read these; null: draw
+    # OpenPose figures.
     pose_images: str | None = None
+    # Of videos: "person", as large as the image allows with everybody inside over the whole clip, clips whose people
+    # do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it cuts.
     crop: str = "person"
+    # Folders of `prepare.py latents` and `prepare.py embeddings`, read in place of encoding.
     latents: str | None = None
     embeddings: str | None = None
-    seed: int = 0
-    workers: int = 2
+    seed: int = 0  # clip number i is a function of (seed, i) alone
+    workers: int = 2  # loader processes a training process; 0 loads in the training process itself
+    # Folder that keeps `cache_clips` clips once they are made; null makes every clip when it is needed. With
+    # num_frames=1 a cached clip has `cache_frames` frames, two images of which are paired at random each time.
     cache: str | None = None
     cache_clips: int = 6000
     cache_frames: int = 3
-    cache_latents: bool = False
-    cache_surfaces: bool = False
-    people: PeopleConfig = field(default_factory=PeopleConfig)
+    cache_latents: bool = False  # the VAE's latents of the cached images too, so that training need not encode them
+    cache_surfaces: bool = False  # surface maps of cached rendered people too, for attention.surface
+    people: PeopleConfig = field(default_factory=PeopleConfig)  # looks of rendered ones
 
     def check(self) -> None:
         check_choice(self, "source", ("rendered", "videos"))
@@ -87,21 +75,17 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule. Learning rates are per step, not scaled by batch or processes.
+    """AdamW and its schedule. Learning rates are per step, not scaled by batch size or processes."""
 
-    name: "adamw", or "adamw8bit", whose two moments take one byte each instead of four (needs bitsandbytes).
-    max_grad_norm: gradients are shortened to this norm.
-    """
-
-    name: str = "adamw"
+    name: str = "adamw"  # or "adamw8bit", whose two moments take one byte each instead of four (needs bitsandbytes)
     learning_rate: float = 1e-5
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 1e-2
     epsilon: float = 1e-8
-    schedule: str = "constant_with_warmup"
+    schedule: str = "constant_with_warmup"  # any name that diffusers has
     warmup_steps: int = 0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # gradients are clipped to it
 
     def check(self) -> None:
         check_choice(self, "name", ("adamw", "adamw8bit"))
@@ -111,29 +95,24 @@ class OptimizerConfig:
 
 @dataclass
 class NoiseConfig:
-    """Noise schedule and loss. The schedule is saved with the pipeline, so sampling uses the same table.
-
-    snr_gamma: min-SNR weight min(snr + 1, gamma) / (snr + 1) for velocity prediction, which is 1 at zero terminal SNR,
-        where sampling starts; null gives every timestep the weight 1.
-    person_weight: of the error where the person is, against 1 elsewhere; needs masks, as rendered and prepared clips
-        have them. The mean weight of every sample stays 1.
-    noise_offset: standard deviation of a constant added to the noise of each (sample, channel).
-    condition_dropout: share of samples trained without reference and with zero context, for guidance.
-    timestep_shift: above 1 more of the drawn timesteps are noisy ones, where the reference is all that a network can
-        go by; 1: evenly, as published. See `training.noise.shifted`.
-    """
+    """Noise schedule and loss. The schedule is saved with the pipeline, so sampling uses the same table."""
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: str = "v_prediction"
-    rescale_betas_zero_snr: bool = True
-    timestep_spacing: str = "trailing"
+    rescale_betas_zero_snr: bool = True  # without it dark and bright images come out grey
+    timestep_spacing: str = "trailing"  # sampling starts at the last timestep, which has zero SNR
+    # Min-SNR weight min(snr + 1, gamma) / (snr + 1) for velocity prediction, 1 at zero terminal SNR, where sampling
+    # starts; null gives every timestep the weight 1.
     snr_gamma: float | None = 5.0
+    # Of the error where the person is, against 1 elsewhere; needs masks. The mean weight of every sample stays 1.
     person_weight: float = 1.0
-    noise_offset: float = 0.0
-    condition_dropout: float = 0.1
+    noise_offset: float = 0.0  # standard deviation of a constant added to the noise of each (sample, channel)
+    condition_dropout: float = 0.1  # share of samples trained without reference and with zero context, for guidance
+    # Above 1 more of the drawn timesteps are noisy ones, where the reference is all that a network can go by; 1:
+    # evenly, as published.
     timestep_shift: float = 1.0
 
     def check(self) -> None:
@@ -150,21 +129,16 @@ class NoiseConfig:
 
 @dataclass
 class AttentionLossConfig:
-    """Attention supervision by known matches, see `training/attention_loss.py`; published models are trained without.
+    """Attention supervision by known matches, see `training/attention_loss.py`; published models train without."""
 
-    weight: of the loss beside the diffusion objective's; 0: none.
-    radius: deviation of the Gaussian around the right place, in tokens.
-    score_threshold: least score of keypoints.
-    background: cells a side of the image in each of which a point of the background is supervised too, for clips and
-        references that share a camera which stands still; 0: the body alone.
-    surface: random points a frame on the person's surface, which take the place of those of the keypoints; needs
-        data.cache_surfaces. Keypoints lie inside the body, and where it turns they say only about what is seen.
-    """
-
-    weight: float = 0.0
-    radius: float = 0.75
-    score_threshold: float = 0.3
+    weight: float = 0.0  # of the loss beside the diffusion objective's; 0: none
+    radius: float = 0.75  # deviation of the Gaussian around the right place, in tokens
+    score_threshold: float = 0.3  # least score of keypoints
+    # Cells a side of the image in each of which a point of the background is supervised too, for clips and references
+    # that share a camera which stands still; 0: the body alone.
     background: int = 0
+    # Random points a frame on the person's surface in place of those of the keypoints; needs data.cache_surfaces.
+    # Keypoints lie inside the body, and where it turns they say only about what is visible.
     surface: int = 0
 
     def check(self) -> None:
@@ -179,17 +153,13 @@ class AttentionLossConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters, for trainable=lora: a layer's weight W becomes W + alpha / rank * B A.
-
-    rank: of A and B. alpha: their weight; alpha = rank means 1.
-    motion: adapt motion modules too; with single frames they take no part and are never adapted.
-    export: "merged" adds the adapters to the weights of `output/pipeline`; "separate" writes them alone, to
-        `output/lora`, for `infer.py model=... lora=...` or as the sub-folder `lora` of a pipeline folder.
-    """
+    """Low-rank adapters, for trainable=lora: a layer's weight W becomes W + alpha / rank * B A."""
 
     rank: int = 16
     alpha: float = 16.0
-    motion: bool = True
+    motion: bool = True  # adapt motion modules too; with single frames they take no part and are never adapted
+    # "merged" adds the adapters to the weights of `output/pipeline`; "separate" writes them alone, to `output/lora`,
+    # for `infer.py model=... lora=...` or as the sub-folder `lora` of a pipeline folder.
     export: str = "merged"
 
     def check(self) -> None:
@@ -199,73 +169,55 @@ class LoraConfig:
 
 @dataclass
 class AugmentationConfig:
-    """Misaligned references and calibrated tokens in training; both are off by default, as published.
+    """Misaligned references and calibrated tokens in training; both are off by default, as published."""
 
-    composition: moves, turns and resizes the reference's person; calibrated: gives the model calibrated tokens as
-        inference with TPC does. See `tpc/augmentation.py`.
-    """
-
-    composition: CompositionConfig = field(default_factory=CompositionConfig)
-    calibrated: CalibratedTrainingConfig = field(default_factory=CalibratedTrainingConfig)
+    composition: CompositionConfig = field(default_factory=CompositionConfig)  # moves the reference's person
+    calibrated: CalibratedTrainingConfig = field(
+        default_factory=CalibratedTrainingConfig
+    )  # as inference with TPC does
 
 
 @dataclass
 class ModelConfig:
-    """The networks: a saved pipeline folder to start from, or the sizes of new ones.
+    """The networks: a saved pipeline folder to start from, or the sizes of new ones."""
 
-    animator: of new networks, a name of `models.animators.registry.ANIMATORS`; a folder says itself what it is.
-    init: pipeline folder whose networks training starts from; null builds new ones with the sizes below.
-    vae: folder of a trained VAE, needed when init is null.
-    start: pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random:
-        networks that got further layers go on learning.
-    attention: where each resolution has attention, finest first: "both", on the way down and up, "up" or "none"; null:
-        both everywhere. The last one must have both.
-    attention_heads: one number, or one for each resolution.
-    train_image_encoder: train the image encoder, of MagicAnimate the prompt, in the image stage (for a new one;
-        published ones stay frozen).
-    """
-
-    animator: str = "animate_anyone"
-    init: str | None = None
+    animator: str = "animate_anyone"  # of new networks, see `models.animators.registry`; a folder says what it is
+    init: str | None = None  # pipeline folder whose networks training starts from; null builds new ones
+    # Pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random: networks
+    # that got further layers go on learning.
     start: str | None = None
-    vae: str | None = None
+    vae: str | None = None  # folder of a trained VAE, needed when init is null
     block_out_channels: list[int] = field(default_factory=lambda: [96, 160])
+    # Of each resolution, finest first: "both", on the way down and up, "up" or "none"; null: both everywhere. The last
+    # one must have both.
     attention: list[str] | None = None
     layers_per_block: int = 1
-    attention_heads: list[int] = field(default_factory=lambda: [4])
+    attention_heads: list[int] = field(default_factory=lambda: [4])  # one number, or one for each resolution
     norm_num_groups: int = 16
-    motion_max_seq_length: int = 32
+    motion_max_seq_length: int = 32  # frames that motion modules can ever attend to together
     pose_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 96])
     context_dim: int = 64
     image_encoder_size: int = 64
     image_encoder_patch: int = 8
     image_encoder_width: int = 128
     image_encoder_layers: int = 3
+    # In the image stage, of MagicAnimate the prompt; for a new one, published ones stay frozen.
     train_image_encoder: bool = False
 
 
 @dataclass
 class ValidationConfig:
-    """Clips of held-out people, sampled with and without TPC while training; nothing of the training changes by it.
+    """Clips of held-out people, sampled with and without TPC while training; nothing of the training changes by it."""
 
-    steps: optimiser steps from one validation to the next; 0 switches it off.
-    clips: how many; num_frames: frames of each.
-    misaligned: share of the clips whose reference is moved, turned and resized first, where TPC has to show itself;
-        metrics are logged for these and for the others.
-    num_inference_steps, guidance_scale: of sampling.
-    tpc: sample with TPC too; preset: its settings, "paper", "release" or "best".
-    root: folder of held-out videos, for data.source=videos; null: the training folder, cut differently.
-    """
-
-    steps: int = 0
+    steps: int = 0  # optimiser steps from one validation to the next; 0 switches it off
     clips: int = 4
     num_frames: int = 1
-    misaligned: float = 0.5
+    misaligned: float = 0.5  # share of clips whose reference is moved, turned and resized first; measured by itself
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
-    tpc: bool = True
-    preset: str = "best"
-    root: str | None = None
+    tpc: bool = True  # sample with TPC beside without
+    preset: str = "best"  # of TPC: "paper", "release" or "best"
+    root: str | None = None  # folder of held-out videos; null: the training folder, cut differently
 
     def check(self) -> None:
         check_choice(self, "preset", PRESETS)
@@ -275,54 +227,39 @@ class ValidationConfig:
 
 @dataclass
 class TrainConfig:
-    """`train.py`: one loop for both stages.
+    """`train.py`: one loop for both stages."""
 
-    stage: "image" trains on single frames, "motion" on clips.
-    trainable: "full", every network (of AnimateAnyone the motion modules only in stage=motion); "motion", the motion
-        modules alone; "lora", low-rank adapters of the UNets; what else a model offers, its `trainable_choices` say;
-        null: what the stage trains as published, of AnimateAnyone "full" for image and "motion" for motion. Whatever
-        no output depends on is frozen in every case.
-    output: folder of checkpoints, logs and the finished pipeline.
-    batch_size: clips a process and step, before accumulation.
-    total_batch_size: clips an optimiser step of all processes together; gradient_accumulation is then chosen to reach
-        it with however many processes. null: batch_size x gradient_accumulation x processes.
-    max_steps: optimiser steps in all; the schedule ends there.
-    checkpoint_steps, keep_checkpoints: how often complete states are saved, and how many stay.
-    max_skipped_steps: steps with a non-finite loss or gradient are skipped and counted; this many in a row end the
-        run, with the last checkpoint of finite steps as it was.
-    ema_decay: of the moving average of the trainable parameters, which is then what is exported; 0: none.
-    mixed_precision: "bf16", "no" or "fp16"; null leaves it to the accelerate configuration.
-    frozen_dtype: "bfloat16" keeps the frozen convolutions and linear layers in half the memory; the exported ones are
-        those of `model.init`, unrounded. "float32" otherwise.
-    vae_chunk: images that pass the VAE at a time, which bounds the memory of encoding.
-    gradient_checkpointing: recompute UNet blocks, motion modules included, in the backward pass.
-    channels_last: memory format of convolutions; several times faster in bf16 on CPUs.
-    export_dtype: number format of the weights in `output/pipeline`: "float32", or "float16", half the size.
-    dry_run: print sizes, trainable parameters and memory by strategy, then stop.
-    dry_run_processes: GPUs among which the estimate's sharded strategies divide their states.
-    """
-
-    stage: str = MISSING
+    stage: str = MISSING  # "image" trains on single frames, "motion" on clips
+    # "full", every network (of AnimateAnyone the motion modules only in stage=motion); "motion", the motion modules
+    # alone; "lora", low-rank adapters of the UNets; what else a model offers, its `trainable_choices` say; null: what
+    # the stage trains as published, of AnimateAnyone "full" for image and "motion" for motion. What no output depends
+    # on is frozen in every case.
     trainable: str | None = None
-    output: str = MISSING
-    seed: int = 0
-    batch_size: int = 1
+    output: str = MISSING  # folder of checkpoints, logs and the finished pipeline
+    seed: int = 0  # of new weights and of everything drawn for a sample
+    batch_size: int = 1  # of a process, before accumulation
     gradient_accumulation: int = 1
+    # Batch size of an optimiser step over all processes; gradient_accumulation is then chosen to reach it with however
+    # many there are. null: batch_size x gradient_accumulation x processes.
     total_batch_size: int | None = None
-    max_steps: int = 1000
-    checkpoint_steps: int = 500
-    keep_checkpoints: int = 2
+    max_steps: int = 1000  # optimiser steps in all; the schedule ends there
+    checkpoint_steps: int = 500  # between complete states
+    keep_checkpoints: int = 2  # the newest ones
     log_steps: int = 10
-    ema_decay: float = 0.0
+    ema_decay: float = 0.0  # EMA of the trainable parameters, which is then what is exported; 0: none
+    # Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run, with
+    # the last checkpoint of finite steps as it was.
     max_skipped_steps: int = 10
-    mixed_precision: str | None = "bf16"
+    mixed_precision: str | None = "bf16"  # or "no", "fp16"; null leaves it to the accelerate configuration
+    # "bfloat16" keeps frozen convolutions and linear layers in half the memory; the exported ones are those of
+    # `model.init`, unrounded.
     frozen_dtype: str = "float32"
-    vae_chunk: int = 8
-    gradient_checkpointing: bool = False
-    channels_last: bool = False
-    export_dtype: str = "float32"
-    dry_run: bool = False
-    dry_run_processes: int = 8
+    vae_chunk: int = 8  # images that pass the VAE at a time, which bounds the memory of encoding
+    gradient_checkpointing: bool = False  # recompute UNet blocks, motion modules included, in the backward pass
+    channels_last: bool = False  # memory format of convolutions; several times faster in bf16 on CPUs
+    export_dtype: str = "float32"  # of the weights in `output/pipeline`; "float16": half the size
+    dry_run: bool = False  # print sizes, trainable parameters and memory by strategy, then stop
+    dry_run_processes: int = 8  # GPUs among which the estimate's sharded strategies divide their states
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -2,8 +2,8 @@
 
     python -m training.export checkpoint=runs/stage1 output=pipeline [average=false] [dtype=float16]
 
-`train.py` does the same with its last checkpoint. Weights are whole whatever wrote them: one process, DDP, every ZeRO
-stage, FSDP; no GPU and no second process is needed.
+`train.py` does the same with its last checkpoint. No GPU and no second process is needed, whatever wrote the weights:
+one process, DDP, every ZeRO stage, FSDP.
 """
 
 import tempfile
@@ -23,34 +23,29 @@ from models.lora import merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
-from training.config import TrainConfig
+from training.config import TrainConfig, check_choice
 from training.ema import FILE as AVERAGE
-
-DTYPES = ("float32", "float16")
 
 
 @dataclass
 class ExportConfig:
-    """`python -m training.export`.
+    """`python -m training.export`."""
 
-    checkpoint: a folder `checkpoint-<step>`, or the run's output folder, of which the newest is taken. The run's
-        `config.yaml` must lie beside it.
-    output: the pipeline folder to write.
-    average: take the moving average of the weights, where the run kept one.
-    dtype: number format of the weights, "float32" or "float16"; null: the run's `export_dtype`.
-    init, vae: where `model.init` and `model.vae` of the run lie now; null: where they lay.
-    """
-
+    # A folder `checkpoint-<step>`, or the run's output folder, of which the newest is taken. The run's `config.yaml`
+    # must lie beside it.
     checkpoint: str = MISSING
-    output: str = MISSING
-    average: bool = True
-    dtype: str | None = None
-    init: str | None = None
-    vae: str | None = None
+    output: str = MISSING  # the pipeline folder to write
+    average: bool = True  # take the EMA weights, where the run kept them
+    dtype: str | None = None  # of the weights, "float32" or "float16"; null: the run's `export_dtype`
+    init: str | None = None  # where `model.init` of the run lies now; null: where it lay
+    vae: str | None = None  # where `model.vae` of the run lies now
+
+    def check(self) -> None:
+        check_choice(self, "dtype", (None, "float32", "float16"))
 
 
 def export_name(config: TrainConfig) -> str:
-    """What a run's result is called in its output folder: "pipeline", or "lora" for adapters by themselves."""
+    """Name of a run's result in its output folder: "pipeline", or "lora" for adapters by themselves."""
     return "lora" if config.trainable == "lora" and config.lora.export == "separate" else "pipeline"
 
 
@@ -58,18 +53,22 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
     """Write the pipeline folder of a checkpoint, or the folder of its adapters.
 
     Args:
-        config: of the run; its networks are built anew, the trained weights come from the checkpoint.
-        average: take averaged weights where there are any.
+        average: take EMA weights where there are any.
 
     Raises:
         UserError: the checkpoint does not fit the configuration, or the folder could not be written.
     """
+    # Networks are built anew: what was trained comes from the checkpoint, the rest from where the run took it.
     vae, model = make_networks(config)
     set_trainable(model, config)
     load_trained(model, checkpoint, config, average)
     pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
     try:
-        write_export(config, pipeline, folder)
+        with complete_folder(folder) as temporary:
+            if export_name(config) == "lora":
+                save_lora(pipeline, temporary)
+            else:
+                save_pipeline(pipeline, temporary, config)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -78,16 +77,17 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
         ) from None
 
 
-def write_export(config: TrainConfig, pipeline: AnimationPipeline, folder: Path) -> None:
-    """Write a trained pipeline, or its adapters alone."""
-    if export_name(config) == "lora":
-        with complete_folder(folder) as temporary:
-            save_lora(pipeline, temporary)
-        return
+def save_pipeline(pipeline: AnimationPipeline, folder: Path, config: TrainConfig) -> None:
+    """Write a pipeline with its adapters merged, in `export_dtype`; networks in memory keep their dtype."""
     if config.trainable == "lora":
         for name in pipeline.animator_cls.adapted_networks:
             merge(getattr(pipeline, name))
-    save_pipeline(pipeline, folder, config.export_dtype)
+    pipeline.save_pretrained(folder)
+    for file in folder.rglob("*.safetensors") if config.export_dtype == "float16" else ():
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        save_file({n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}, file, metadata)
 
 
 def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, average: bool = True) -> None:
@@ -102,28 +102,14 @@ def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, averag
     weights = checkpoint_weights(checkpoint)
     if average and (checkpoint / AVERAGE).is_file():
         weights |= load_file(checkpoint / AVERAGE)
-    load_weights(model, weights, frozen=config.model.init is None, source=checkpoint)
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], frozen: bool, source: Path | str) -> None:
-    """Copy weights into a model by name.
-
-    Args:
-        weights: whole tensors by the names of the bare model.
-        frozen: copy what is not trained too.
-        source: for errors.
-
-    Raises:
-        UserError: a tensor is missing or of another shape.
-    """
     # Buffers are tables that follow from the configuration, and DeepSpeed's bf16 would have rounded them.
     for name, parameter in model.named_parameters():
         tensor, found = parameter.data, weights.get(name)
-        if not parameter.requires_grad and (not frozen or found is None):
+        if not parameter.requires_grad and (config.model.init is not None or found is None):
             continue
         if found is None or found.shape != tensor.shape:
             shape = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(tensor.shape)}"
-            raise UserError(f"{source} does not fit this configuration: {name} is {shape}")
+            raise UserError(f"{checkpoint} does not fit this configuration: {name} is {shape}")
         tensor.copy_(found)
 
 
@@ -136,6 +122,7 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
     if (checkpoint / "model.safetensors").is_file():
         return load_file(checkpoint / "model.safetensors")
     if (checkpoint / "pytorch_model").is_dir():
+        # DeepSpeed takes seconds to import, and most checkpoints need none of it.
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="pytorch_model")
@@ -146,28 +133,6 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
             dcp_to_torch_save(checkpoint / "pytorch_model_fsdp_0", f"{folder}/weights.pt")
             return torch.load(f"{folder}/weights.pt", weights_only=True)["model"]
     raise UserError(f"{checkpoint} holds no weights")
-
-
-def save_pipeline(pipeline: AnimationPipeline, folder: Path, dtype: str) -> None:
-    """Write the pipeline folder.
-
-    Args:
-        dtype: "float32" or "float16"; the networks in memory are left as they are.
-    """
-    with complete_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-        if dtype == "float16":
-            for file in temporary.rglob("*.safetensors"):
-                halve_weights(file)
-
-
-def halve_weights(file: Path) -> None:
-    """Rewrite a safetensors file with its float32 tensors as float16, metadata kept."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    halved = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
-    save_file(halved, file, metadata)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -190,8 +155,6 @@ def main(arguments: list[str]) -> None:
     config.model.init = settings.init or config.model.init
     config.model.vae = settings.vae or config.model.vae
     config.export_dtype = settings.dtype or config.export_dtype
-    if config.export_dtype not in DTYPES:
-        raise UserError(f"dtype={config.export_dtype} is not one of {', '.join(DTYPES)}")
     export_checkpoint(config, checkpoint, Path(settings.output), settings.average)
     print(f"pipeline of {checkpoint} in {settings.output}")
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training run.
+"""Lines of a training run in TensorBoard.
 
 loss                      weighted, the mean over all samples since the last line
 loss_by_timestep/000-099  mean squared error without weight, by noise level
@@ -32,7 +32,7 @@ POINTING = ("attention/loss", "attention/pointing_accuracy")
 
 @dataclass
 class StepLog:
-    """What happened since the last line, on one process.
+    """Values since the last line of the log, on one process.
 
     Attributes:
         timesteps: of the noise schedule.
@@ -49,11 +49,11 @@ class StepLog:
     started: float = field(default_factory=time.perf_counter)
 
     def resume_clock(self) -> None:
-        """Training goes on after something else."""
+        """Count time as training again."""
         self.started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Something else than training begins."""
+        """Stop counting time: something else than training begins."""
         self.seconds += time.perf_counter() - self.started
 
     def add(self, result: StepLoss, batch: dict[str, Tensor]) -> None:
@@ -111,9 +111,9 @@ def loss_by_timestep(timesteps: Tensor, errors: Tensor, count: int, buckets: int
     bucket = (timesteps.long() * buckets) // count
     width = len(str(count - 1))
     found = {}
-    for number in bucket.unique().tolist():
-        first, last = math.ceil(number * count / buckets), math.ceil((number + 1) * count / buckets) - 1
-        found[f"loss_by_timestep/{first:0{width}d}-{last:0{width}d}"] = errors[bucket == number].mean().item()
+    for index in bucket.unique().tolist():
+        first, last = math.ceil(index * count / buckets), math.ceil((index + 1) * count / buckets) - 1
+        found[f"loss_by_timestep/{first:0{width}d}-{last:0{width}d}"] = errors[bucket == index].mean().item()
     return found
 
 
@@ -132,10 +132,8 @@ def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None
 
 
 def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
-    """A clip of (h, w, 3) uint8 frames as a moving image; TensorBoard plays GIFs.
-
-    The writer's own `add_video` needs a package that nothing else here does.
-    """
+    """Log a clip of (h, w, 3) uint8 frames as a moving image; TensorBoard plays GIFs."""
+    # The writer's own `add_video` needs a package that nothing else here does.
     height, width = frames[0].shape[:2]
     images = [Image.fromarray(frame) for frame in frames]
     encoded = BytesIO()
@@ -147,7 +145,7 @@ def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: flo
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most: allocated on its GPU, or resident without one."""
+    """Greatest memory of this process in bytes: allocated on its GPU, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.optimization import get_scheduler
@@ -170,25 +171,8 @@ def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) ->
     return whole.mean().item(), person.mean().item()
 
 
-def main(arguments: list[str]) -> None:
-    config = load_config(VAEConfig, arguments, file_option="--config")
-    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
-        raise UserError(
-            "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
-        )
-    output = output_folder(config.output)
-    accelerator = make_accelerator(config, output)
-    accelerator.init_trackers("logs")
-    set_seed(config.seed)
-    if accelerator.is_main_process:
-        save_config(config, output / "config.yaml")
-
-    vae = build_vae(config)
-    if config.channels_last:
-        vae.to(memory_format=torch.channels_last)
-    if config.freeze_encoder:
-        vae.requires_grad_(False)
-        vae.decoder.requires_grad_(True)
+def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
+    """Train the parameters of `vae` that require gradients."""
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -237,17 +221,42 @@ def main(arguments: list[str]) -> None:
             progress.set_postfix(psnr=f"{psnr:.2f}")
             accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": schedule.get_last_lr()[0]}, step=step)
 
+
+def finish(vae: VAE, config: VAEConfig, accelerator: Accelerator, output: Path) -> None:
+    """Scale the latents of a new VAE, measure it on held-out people, and write its folder."""
+    heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
+    images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
+    if not config.freeze_encoder:
+        vae.register_to_config(scaling_factor=latent_scale(vae, images))
+    psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
+    accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
+    with complete_folder(output / "vae") as folder:
+        vae.save_pretrained(folder)
+    print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(VAEConfig, arguments, file_option="--config")
+    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
+        raise UserError(
+            "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
+        )
+    output = output_folder(config.output)
+    accelerator = make_accelerator(config, output)
+    accelerator.init_trackers("logs")
+    set_seed(config.seed)
     if accelerator.is_main_process:
-        vae = vae.float().eval()
-        heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
-        images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
-        if not config.freeze_encoder:
-            vae.register_to_config(scaling_factor=latent_scale(vae, images))
-        psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
-        accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
-        with complete_folder(output / "vae") as folder:
-            vae.save_pretrained(folder)
-        print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
+        save_config(config, output / "config.yaml")
+
+    vae = build_vae(config)
+    if config.channels_last:
+        vae.to(memory_format=torch.channels_last)
+    if config.freeze_encoder:
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+    train(vae, config, accelerator)
+    if accelerator.is_main_process:
+        finish(vae.float().eval(), config, accelerator, output)
     end_together(accelerator)
 
 
