@@ -53,16 +53,11 @@ HIDDEN = {
 
 
 class MaskedClip(CalibratedClip, Protocol):
-    """The masks that flags are made of; `tpc.Calibration` has them.
-
-    Attributes:
-        target_masks: (frames, persons, H, W) bool, each person of the reference in the driving frames.
-        other_masks: (frames, H, W) bool, persons of the driving clip whom nobody in the reference corresponds to.
-    """
+    """The masks that flags are made of; `tpc.Calibration` has them."""
 
     config: CalibrationConfig
-    target_masks: np.ndarray
-    other_masks: np.ndarray
+    target_masks: np.ndarray  # (frames, persons, H, W) bool, each person of the reference in the driving frames
+    other_masks: np.ndarray  # (frames, H, W) bool, persons of the driving clip who are not in the reference
 
 
 def calibration_flags(
@@ -76,18 +71,10 @@ def calibration_flags(
 
 
 def replacement_visibility(index: np.ndarray, levels: Sequence[TokenLevel]) -> Visibility | None:
-    """Flags where calibrated images take the reference's place, one image for each person.
-
-    The reference stands in for whoever is uncalibrated; flags hide it where it would be there twice.
-
-    Args:
-        index: (b, persons), -1 = uncalibrated.
-
-    Returns:
-        Flags; None where one image is all there is.
-    """
+    """Flags where calibrated images take the reference's place, one for each person; index: (b, persons)."""
     if index.shape[1] < 2:
         return None
+    # The reference stands in for whoever is uncalibrated; further copies of it are hidden.
     absent = torch.from_numpy(index < 0)
     twice = absent & (absent.cumsum(dim=1) > 1)
     flags = {level.tokens: gate_flags(twice, level) for level in levels}
@@ -101,11 +88,10 @@ def frame_visibility(
     levels: Sequence[TokenLevel],
     preset: str | None = None,
 ) -> Visibility:
-    """Flags for some frames of a clip where calibrated images stand beside the reference.
+    """Flags for frames (b,) of a clip where calibrated images stand beside the reference.
 
     Args:
-        frames: (b,) indices of the frames in the clip.
-        index: (b, persons) their calibrated images, such as `calibration.index(step)[frames]`; -1 = uncalibrated.
+        index: (b, persons) the frames' calibrated images, such as `calibration.index(step)[frames]`; -1 = uncalibrated.
         preset: of `HIDDEN`; None = the calibration's.
     """
     frames, index = np.asarray(frames), np.asarray(index)

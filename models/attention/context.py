@@ -20,13 +20,9 @@ class Probe(Protocol):
     def record(
         self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
     ) -> None:
-        """Record the attention of one layer.
+        """Record the attention of queries (b*f, heads, n, d) to keys (b*f, heads, keys, d) in one layer.
 
-        Args:
-            query: (b*f, heads, n, d).
-            key: (b*f, heads, keys, d), of [own tokens, if any | image 0 | ... | image k-1].
-            flags: of queries (b*f, n, g) and keys (b*f, keys, g); None: all is visible.
-            scale: factor of the logits.
+        The keys are [own tokens, if any | image 0 | ... | image k-1]; flags are None where all is visible.
         """
 
     def clip(self, rows: slice) -> Self:
@@ -37,24 +33,19 @@ class Probe(Protocol):
 class ReferenceContext:
     """The reference images that a batch of frames attends to.
 
-    Attributes:
-        tokens: layer, or a name that layers share -> (i, r, c), the tokens of the i different images. A layer of
-            reference attention without tokens attends to its own frame only.
-        index: (b*f, k) long, the images of each frame; keys are [own n | image 0: r | ... | image k-1: r], in
-            cross-attention without the own ones.
-        visibility: flags that hide keys from queries; None: every key is visible.
-        projected: layer -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its
-            own, so contexts that share this dictionary project the tokens once. None: at every call.
-        probe: records attention; None: nothing is recorded.
-        dropped: (b*f,) bool, frames that go without images in reference attention; None: no frame does.
+    Keys are [own n | image 0: r | ... | image k-1: r], in cross-attention without the own ones.
     """
 
+    # Layer, or a name that layers share -> (i, r, c), the tokens of the i different images. A layer of reference
+    # attention without tokens attends to its own frame only.
     tokens: dict[str, Tensor]
-    index: Tensor
-    visibility: Visibility | None = None
+    index: Tensor  # (b*f, k) long, the images of each frame
+    visibility: Visibility | None = None  # None: every key is visible
+    # Layer -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its own, so that contexts
+    # with the same dictionary project the tokens once. None: at every call.
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
-    probe: Probe | None = None
-    dropped: Tensor | None = None
+    probe: Probe | None = None  # None: nothing is recorded
+    dropped: Tensor | None = None  # (b*f,) bool, frames that go without images in reference attention; None: no frame
 
     def has_images(self, layer: str) -> bool:
         """True where a layer has images to attend to."""
@@ -65,11 +56,7 @@ class ReferenceContext:
         return None if self.visibility is None else (self.visibility.query[tokens], self.visibility.key[tokens])
 
     def probe_flags(self, tokens: int, keys: int) -> tuple[Tensor, Tensor] | None:
-        """`flags` for a probe, with a channel more that hides the images of dropped frames.
-
-        Args:
-            keys: of a layer of `tokens` query tokens, its own among them.
-        """
+        """`flags` of layers with so many keys, own ones included, that also hide the images of dropped frames."""
         flags = self.flags(tokens)
         if self.dropped is None:
             return flags
@@ -95,21 +82,14 @@ class ReferenceContext:
         )
 
     def drop_images(self, dropped: Tensor) -> "ReferenceContext":
-        """Condition dropout in reference attention: frames `dropped` (b*f,) bool go without images.
-
-        The graph stays static: such a frame's attention is plain self-attention, to rounding. Images must have as many
-        tokens as frames.
-        """
+        """Condition dropout in reference attention: frames `dropped` (b*f,) bool go without images."""
+        # With a static graph: such a frame attends to its own tokens several times, which is plain self-attention to
+        # rounding. Images must have as many tokens as frames.
         return replace(self, dropped=dropped, visibility=self._lifted(dropped))
 
     def drop_to_null(self, dropped: Tensor, null_image: int) -> "ReferenceContext":
-        """Condition dropout in cross-attention: frames `dropped` (b*f,) bool attend to the null image alone.
-
-        The graph stays static: attention to several equal images is attention to one of them.
-
-        Args:
-            null_image: its index among the images.
-        """
+        """Condition dropout in cross-attention: frames `dropped` (b*f,) bool attend to image `null_image` alone."""
+        # With a static graph: attention to several equal images is attention to one of them.
         index = torch.where(dropped[:, None], null_image, self.index)
         return replace(self, index=index, visibility=self._lifted(dropped))
 
@@ -118,26 +98,19 @@ class ReferenceContext:
 
 
 class TokenRecord:
-    """The tokens that a ReferenceNet writes, layer -> (i, r, c).
+    """The tokens that a ReferenceNet writes, layer -> (i, r, c)."""
 
-    Not a dictionary itself: hooks that move a network's arguments between devices, such as diffusers' group
-    offloading, rebuild dictionaries, and what is written into such a copy is lost.
-    """
-
+    # No dictionary itself: hooks that move a network's arguments between devices, such as diffusers' group offloading,
+    # rebuild dictionaries, and what is written into such a copy is lost.
     def __init__(self) -> None:
         self.tokens: dict[str, Tensor] = {}
 
 
 def fused_layers(tokens: dict[str, Tensor], blocks: str) -> dict[str, Tensor]:
-    """The tokens that frames attend to.
-
-    Args:
-        blocks: "full", those of all layers (AnimateAnyone), or "midup", those of the middle and the upward blocks
-            (MagicAnimate).
-    """
-    if blocks == "full":
+    """The tokens that frames attend to, of "full" (all) or "midup" (middle and upward) blocks."""
+    if blocks == "full":  # AnimateAnyone
         return tokens
-    if blocks != "midup":
+    if blocks != "midup":  # MagicAnimate
         raise ValueError(f"blocks must be full or midup, got {blocks!r}")
     return {layer: value for layer, value in tokens.items() if not layer.startswith("down_blocks.")}
 

@@ -18,17 +18,11 @@ BLOCKS = ("down", "mid", "up")  # in the order in which they run
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """The keys of a layer: [own n, if any | image 0 | image 1 | ...], each image [whole | h*w of the grid].
+    """The keys of a layer: [own n, if any | image 0 | image 1 | ...], each image [whole | h*w of the grid]."""
 
-    Attributes:
-        grid: (h, w) of an image's tokens that have a position in it; None: no token has.
-        whole: tokens of the whole image, such as CLIP's class token, before the others.
-        own: the frame's own tokens are among the keys, as in self-attention.
-    """
-
-    grid: tuple[int, int] | None
-    whole: int = 0
-    own: bool = False
+    grid: tuple[int, int] | None  # (h, w) of an image's tokens that have a position in it; None: no token has
+    whole: int = 0  # tokens of the whole image, such as CLIP's class token
+    own: bool = False  # the frame's own tokens are among the keys, as in self-attention
 
     @property
     def tokens(self) -> int:
@@ -38,9 +32,9 @@ class KeyLayout:
 
 @dataclass(frozen=True)
 class TokenLevel:
-    """Layers with the same numbers of tokens; queries: (h, w) of the frame's tokens."""
+    """Layers with the same numbers of tokens."""
 
-    queries: tuple[int, int]
+    queries: tuple[int, int]  # (h, w) of the frame's tokens
     keys: KeyLayout
 
     @property
@@ -51,16 +45,12 @@ class TokenLevel:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer's token grid (h, w), heads, and channels of all heads together.
+    """Sizes of one layer."""
 
-    Attributes:
-        keys: None: reference attention, images on the layer's own grid.
-    """
-
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # (h, w)
     heads: int
-    channels: int
-    keys: KeyLayout | None = None
+    channels: int  # of all heads together
+    keys: KeyLayout | None = None  # None: reference attention, images on the layer's own grid
 
     @property
     def tokens(self) -> int:
@@ -98,12 +88,7 @@ def token_levels(layers: dict[str, LayerShape]) -> list[TokenLevel]:
 def unet_layers(
     unet: nn.Module, latent_size: tuple[int, int], layers: Iterable[str] | None = None
 ) -> dict[str, LayerShape]:
-    """Layers of reference attention in a UNet, in the order in which they run.
-
-    Args:
-        latent_size: (h, w).
-        layers: their names; None: all.
-    """
+    """Layers of reference attention in a UNet, all or those named, in the order in which they run."""
     return layer_shapes(unet, latent_size, reference_layers(unet) if layers is None else layers, None)
 
 
@@ -113,8 +98,7 @@ def image_token_layers(
     """Layers of cross-attention to image tokens in a UNet or ControlNet, in the order in which they run.
 
     Args:
-        latent_size: (h, w).
-        prefix: what `set_image_processors` put before their names.
+        prefix: of the names, as given to `set_image_processors`.
     """
     names = [name.removeprefix(prefix) for name in image_layers(network)]
     found = layer_shapes(network, latent_size, names, keys)
@@ -150,11 +134,9 @@ def stage_grids(network: nn.Module, height: int, width: int) -> list[tuple[int, 
 
 
 def pool_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Part of every token's pixels that a mask covers: (..., H, W) -> (..., h w) float in [0, 1].
-
-    A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame and
-    their part is of what lies inside.
-    """
+    """Part of every token's pixels that a mask covers: (..., H, W) -> (..., h w) float in [0, 1]."""
+    # A token is a block of whole pixels. When the grid was rounded up, the last blocks stick out of the frame; their
+    # part is of what lies inside.
     (height, width), (rows, columns) = masks.shape[-2:], grid
     flat = masks.reshape(-1, 1, height, width).float()
     pitch = block_pitch(height, rows), block_pitch(width, columns)

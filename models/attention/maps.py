@@ -22,26 +22,17 @@ RECORD_FILE, POINTS_FILE = "record.json", "points.npy"
 
 @dataclass(frozen=True)
 class MapSelection:
-    """The part of a run that is recorded.
-
-    Attributes:
-        layers: name -> shape; heads: name -> recorded heads.
-        steps, frames: recorded ones, ascending.
-        points: number of points p; None: all query tokens of each layer.
-        images: k; replaced: the first of them is a calibrated one, too.
-        size: (width, height) of the images in pixels.
-        mean: those of `AXES` of which a running mean is kept.
-    """
+    """The part of a run that is recorded."""
 
     layers: dict[str, LayerShape]
-    heads: dict[str, tuple[int, ...]]
-    steps: tuple[int, ...]
+    heads: dict[str, tuple[int, ...]]  # of each layer
+    steps: tuple[int, ...]  # ascending, as frames
     frames: tuple[int, ...]
-    points: int | None
-    images: int
-    size: tuple[int, int]
-    mean: tuple[str, ...] = ()
-    replaced: bool = False
+    points: int | None  # p; None: all query tokens of each layer
+    images: int  # k
+    size: tuple[int, int]  # (width, height) of the images in pixels
+    mean: tuple[str, ...] = ()  # those of `AXES` of which a running mean is kept
+    replaced: bool = False  # all images are calibrated ones
 
     def queries(self, layer: str) -> int:
         """Number of recorded queries of a layer."""
@@ -60,36 +51,25 @@ class MapSelection:
 
 @dataclass(frozen=True)
 class QueryMap:
-    """Attention of one query.
+    """Attention of one query."""
 
-    Attributes:
-        maps: (k, h, w), to the reference and every calibrated image.
-        own: to the frame itself and to whole images; with the sum of `maps` it makes 1.
-    """
-
-    maps: np.ndarray
-    own: float
+    maps: np.ndarray  # (k, h, w), to the reference and every calibrated image
+    own: float  # to the frame itself and to whole images; with the sum of `maps` it makes 1
 
 
 @dataclass(frozen=True)
 class RecordedAttention:
-    """Attention of some queries in some layers, steps, frames and heads of one run.
-
-    Attributes:
-        timesteps: of the recorded steps.
-        points: (all frames of the run, p, 2) coords (x, y) in pixels, NaN where not visible; None: all query tokens.
-        names: of the points; None: they have none.
-        maps: layer -> (s, f, heads, p, k, r) float32, see `MapSelection.shape`; NaN where a point is not visible.
-            Where the images' tokens have no position r is 1, the attention to the image in all.
-        own: layer -> (s, f, heads, p), attention to the frame's own tokens, and to tokens of a whole image beside
-            those that have a position, such as CLIP's class token.
-    """
+    """Attention of some queries in some layers, steps, frames and heads of one run."""
 
     selection: MapSelection
-    timesteps: tuple[int, ...]
-    points: np.ndarray | None
-    names: tuple[str, ...] | None
+    timesteps: tuple[int, ...]  # of the recorded steps
+    points: np.ndarray | None  # (all frames of the run, p, 2) pixels (x, y), NaN where not visible; None: all tokens
+    names: tuple[str, ...] | None  # of the points
+    # Layer -> (s, f, heads, p, k, r) float32, see `MapSelection.shape`; NaN where a point is not visible. Where the
+    # images' tokens have no position r is 1, the attention to the image in all.
     maps: dict[str, np.ndarray]
+    # Layer -> (s, f, heads, p), attention to the frame's own tokens, and to tokens of a whole image beside those that
+    # have a position, such as CLIP's class token.
     own: dict[str, np.ndarray]
 
     @property
@@ -193,11 +173,7 @@ class RecordedAttention:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Open a recording; maps stay on disk until they are used.
-
-        Raises:
-            UserError: the folder does not hold one.
-        """
+        """Open a recording; maps stay on disk until they are used. UserError when the folder does not hold one."""
         folder = Path(folder)
         try:
             facts = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
@@ -214,11 +190,7 @@ class RecordedAttention:
 
 
 class LayerMaps:
-    """The arrays of one layer while they are filled: sums of attention, and of its weights.
-
-    Args:
-        folder: of memory-mapped files; None: memory.
-    """
+    """The arrays of one layer while they are filled, in memory or in files of `folder`: sums, and of the weights."""
 
     def __init__(self, selection: MapSelection, layer: str, folder: Path | None):
         shape, (rows, columns) = selection.shape(layer), selection.layers[layer].map_grid

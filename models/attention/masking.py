@@ -24,15 +24,10 @@ PENALTY = 100.0
 
 @dataclass(frozen=True)
 class Visibility:
-    """Flags, 0 or 1, of all layers with n query tokens, for every n of a network.
+    """Flags, 0 or 1, of all layers with n query tokens, for every n of a network."""
 
-    Attributes:
-        query: n -> (b, n, g).
-        key: n -> (b, keys, g), keys as `models.attention.layers.KeyLayout` orders them.
-    """
-
-    query: dict[int, Tensor]
-    key: dict[int, Tensor]
+    query: dict[int, Tensor]  # n -> (b, n, g)
+    key: dict[int, Tensor]  # n -> (b, keys, g), keys in the order of `models.attention.layers.KeyLayout`
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Visibility":
         """The same flags on another device or in another dtype."""
@@ -65,8 +60,7 @@ def append_flags(
 ) -> tuple[Tensor, Tensor]:
     """Query (b, heads, n, d) and key (b, heads, keys, d) with g flag channels and zeros up to a multiple of 8.
 
-    Args:
-        scale: of the products of all channels; it must stay that of d channels, 1 / sqrt(d).
+    `scale` must stay that of d channels, 1 / sqrt(d).
     """
     padding = -(query.shape[-1] + query_flags.shape[-1]) % 8
     # A power of two is exact in every dtype, and the factor goes where 0 stays 0.

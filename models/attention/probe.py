@@ -28,16 +28,12 @@ class AttentionProbe:
     """Attention of some queries of some layers, with gradients; a `models.attention.context.Probe`.
 
     Args:
-        queries: number of query tokens n of a layer -> the probed ones, (b*f, p) long; layers with other numbers are
-            left alone.
-
-    Attributes:
-        tokens: layer -> n.
+        queries: number of query tokens n of a layer -> the probed ones, (b*f, p) long; other layers are left alone.
     """
 
     def __init__(self, queries: Mapping[int, Tensor]):
         self.queries = dict(queries)
-        self.tokens: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}  # layer -> n
         self._first_row = 0
         self._parts: dict[str, dict[int, Tensor]] = {}
 
@@ -65,22 +61,15 @@ class AttentionProbe:
 
 @dataclass(eq=False)
 class WindowProbe:
-    """Records one pass over a window; a `models.attention.context.Probe`.
-
-    Attributes:
-        step: position on the axis of steps.
-        rows, frames: recorded rows of the window and the frames of the clip they are.
-        points: (rows, p, 2) coords in pixels; None: all query tokens.
-        weights: (rows, p), or (rows, 1) for all query tokens.
-    """
+    """Records one pass over a window; a `models.attention.context.Probe`."""
 
     selection: MapSelection
     maps: dict[str, LayerMaps]
-    step: int
-    rows: list[int]
-    frames: list[int]
-    points: Tensor | None
-    weights: np.ndarray
+    step: int  # position on the axis of steps
+    rows: list[int]  # recorded rows of the window
+    frames: list[int]  # of the clip, one for each of the rows
+    points: Tensor | None  # (rows, p, 2) pixels (x, y); None: all query tokens
+    weights: np.ndarray  # (rows, p), or (rows, 1) for all query tokens
 
     def __post_init__(self) -> None:
         self._done: set[str] = set()
@@ -157,12 +146,8 @@ def choose_queries(
 
 
 def attention_rows(query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
-    """Probabilities (b, heads, p, keys) of queries (b, heads, p, d) over keys (b, heads, keys, d), in float32.
-
-    Args:
-        flags: of queries (b, p, g) and keys (b, keys, g). A hidden pair gets exactly 0, where
-            `models.attention.masking.masked_attention` gives it what single precision cannot tell from 0.
-    """
+    """Probabilities (b, heads, p, keys) of queries (b, heads, p, d) over keys (b, heads, keys, d), in float32."""
+    # Hidden pairs get exactly 0, where `masked_attention` gives them what single precision cannot tell from 0.
     logits = (query.float() @ key.float().transpose(2, 3)).float() * scale
     if flags is not None:
         logits = logits.masked_fill(hidden_pairs(*flags)[:, None], float("-inf"))

@@ -59,37 +59,23 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class AttentionRun:
-    """The sizes of a run, known before it begins.
+    """The sizes of a run, known before it begins."""
 
-    Attributes:
-        layers: in which frames attend to images, in the order in which they run.
-        size: (width, height) of the images in pixels.
-        frames: of the clip; of a training batch, the frames of all its clips.
-        images: k: the reference, and a calibrated image for every person.
-        replaced: calibrated images take the reference's place, so that there are only these.
-    """
-
-    layers: dict[str, LayerShape]
-    size: tuple[int, int]
-    frames: int
+    layers: dict[str, LayerShape]  # in which frames attend to images, in the order in which they run
+    size: tuple[int, int]  # (width, height) of the images in pixels
+    frames: int  # of the clip; of a training batch, the frames of all its clips
     steps: int
-    images: int = 1
-    replaced: bool = False
+    images: int = 1  # k: the reference, and a calibrated image for every person
+    replaced: bool = False  # calibrated images take the reference's place, so that there are only these
 
 
 @dataclass(frozen=True)
 class RecordingSize:
-    """Bytes of a recording.
+    """Bytes of a recording."""
 
-    Attributes:
-        stored_bytes: of the maps, in memory or on disk.
-        working_bytes: at most, while a layer is recorded, on the device.
-        on_disk: where the maps are.
-    """
-
-    stored_bytes: int
-    working_bytes: int
-    on_disk: bool
+    stored_bytes: int  # of the maps, in memory or on disk
+    working_bytes: int  # at most, while a layer is recorded, on the device
+    on_disk: bool  # where the maps are
 
     @property
     def memory_bytes(self) -> int:
@@ -197,21 +183,13 @@ class AttentionRecording:
 
     @property
     def result(self) -> RecordedAttention:
-        """The recorded attention, once the block has ended.
-
-        Raises:
-            ValueError: it has not, or it raised.
-        """
+        """The recorded attention, once the block has ended."""
         if self._result is None:
             raise ValueError("there is no result before the recording's block has ended, nor after it has failed")
         return self._result
 
     def estimate(self, run: AttentionRun) -> RecordingSize:
-        """The bytes that recording a run would take.
-
-        Raises:
-            UserError: it has not the layers, steps, frames or heads that are to be recorded.
-        """
+        """The bytes that recording a run would take; UserError where it lacks something that is to be recorded."""
         return recording_size(self._select(run), run.frames, self.config.folder is not None)
 
     def _select(self, run: AttentionRun) -> MapSelection:
