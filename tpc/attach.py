@@ -91,7 +91,7 @@ def frame_visibility(
     """Flags for frames (b,) of a clip where calibrated images stand beside the reference.
 
     Args:
-        index: (b, persons) the frames' calibrated images, such as `calibration.index(step)[frames]`; -1 = uncalibrated.
+        index: (b, persons) their calibrated images, such as `calibration.index(step)[frames]`; -1 = uncalibrated.
         preset: of `HIDDEN`; None = the calibration's.
     """
     frames, index = np.asarray(frames), np.asarray(index)

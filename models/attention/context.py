@@ -41,8 +41,8 @@ class ReferenceContext:
     tokens: dict[str, Tensor]
     index: Tensor  # (b*f, k) long, the images of each frame
     visibility: Visibility | None = None  # None: every key is visible
-    # Layer -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its own, so that contexts
-    # with the same dictionary project the tokens once. None: at every call.
+    # Layer -> keys and values of `tokens`, (i, r, c) each. A layer that is not in it yet adds its own, so that
+    # contexts with the same dictionary project the tokens once. None: at every call.
     projected: dict[str, tuple[Tensor, Tensor]] | None = None
     probe: Probe | None = None  # None: nothing is recorded
     dropped: Tensor | None = None  # (b*f,) bool, frames that go without images in reference attention; None: no frame
