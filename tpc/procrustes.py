@@ -17,28 +17,47 @@ others hold the identity.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from tpc.correspondence import (
-    REASONS,
-    Array,
-    Correspondence,
-    FailedEstimation,
-    float64,
-    is_flat,
-    library,
-    matrix_of,
-    trace,
-    turned,
-)
-
+Array: TypeAlias = Any  # numpy.ndarray or torch.Tensor
 Transform = TypeVar("Transform")
+
+# Two points are distinct when they are further apart than this, relative to the largest coordinate.
+RELATIVE_DISTANCE = 1e-9
+# Points lie on one line when the smaller principal variance is below this part of the larger one.
+RELATIVE_FLATNESS = 1e-12
 # Below this correlation of the two point sets no rotation fits better than another; a mirror image has correlation 0.
 MIN_CORRELATION = 1e-9
+
+REASONS = {
+    1: "no point is visible in both",
+    2: "only one point is visible in both; two distinct points are needed",
+    3: "the points of the source coincide",
+    4: "the points of the target coincide",
+    5: "one side mirrors the other, so that no rotation fits",
+    6: "fewer than three points are visible in both; an affine map needs three",
+    7: "the points of the source lie on one line; an affine map needs three that do not",
+    8: "the points of the target lie on one line; the affine map would flatten the image",
+}
+
+
+class FailedEstimation:
+    """Returned by `from_estimate` in place of a transform: false in a condition, with the reason in words."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"FailedEstimation({self.reason!r})"
 
 
 @dataclass(frozen=True)
@@ -55,19 +74,17 @@ class AffineTransform:
 
     @classmethod
     def from_estimate(cls, source: Array, target: Array, weights: Array = None) -> AffineTransform | FailedEstimation:
-        """Least squares over all six parameters.
+        """Least squares over all six parameters, from three points or more that are not on one line.
 
         Args:
-            source, target: (..., k, 2) corresponding points; three that are not on one line are needed.
-            weights: (..., k) not negative, such as keypoint scores, or None for equal weights; only their ratios
-                matter.
+            weights: (..., k) not negative, such as keypoint scores; only their ratios matter. None: equal.
         """
-        points = Correspondence.of(source, target, weights)
+        points = _Correspondence.of(source, target, weights)
         if isinstance(points, FailedEstimation):
             return points
         xp, m = points.xp, points.moments()
-        reason = xp.where(is_flat(m.target), 8, 0 * m.count)
-        reason = xp.where(is_flat(m.source), 7, reason)
+        reason = xp.where(_is_flat(m.target), 8, 0 * m.count)
+        reason = xp.where(_is_flat(m.source), 7, reason)
         reason = xp.where(m.count < 3, 6, reason)
         reason = m.reason(xp, reason)
 
@@ -75,7 +92,7 @@ class AffineTransform:
             scatter = xp.where(valid[..., None, None], m.source, points.eye(2))
             linear = m.cross @ xp.linalg.inv(scatter)
             offset = m.target_mean - (linear @ m.source_mean[..., None])[..., 0]
-            matrix = matrix_of(xp, linear, offset)
+            matrix = _matrix_of(xp, linear, offset)
             return cls(xp.where(valid[..., None, None], matrix, points.eye(3)), valid)
 
         return _result(reason, build)
@@ -86,7 +103,6 @@ class AffineTransform:
         return self.matrix[..., :2, 2]
 
     def inverse(self) -> AffineTransform:
-        """The transform from target to source."""
         return AffineTransform(library(self.matrix).linalg.inv(self.matrix), self.valid)
 
     def __call__(self, points: Array) -> Array:
@@ -114,23 +130,21 @@ class SimilarityTransform:
     def from_estimate(
         cls, source: Array, target: Array, weights: Array = None
     ) -> SimilarityTransform | FailedEstimation:
-        """Procrustes analysis: the similarity with the least weighted squared error.
+        """Procrustes analysis: the similarity with the least weighted squared error, from two distinct points or more.
 
         In two dimensions the closed form needs no SVD: with centred points written as complex numbers, y = c x has the
         least squares solution c = sum(w conj(x) y) / sum(w |x|^2); |c| is the scale and arg(c) the angle.
         Reflections are not among the candidates, so this equals the SVD solution over proper rotations.
 
         Args:
-            source, target: (..., k, 2) corresponding points; two distinct ones are enough.
-            weights: (..., k) not negative, such as keypoint scores, or None for equal weights; only their ratios
-                matter.
+            weights: (..., k) not negative, such as keypoint scores; only their ratios matter. None: equal.
         """
-        points = Correspondence.of(source, target, weights)
+        points = _Correspondence.of(source, target, weights)
         if isinstance(points, FailedEstimation):
             return points
         xp, m = points.xp, points.moments()
         real, imaginary = m.cross[..., 0, 0] + m.cross[..., 1, 1], m.cross[..., 1, 0] - m.cross[..., 0, 1]
-        spread, target_spread = trace(m.source), trace(m.target)
+        spread, target_spread = _trace(m.source), _trace(m.target)
         mirrored = real**2 + imaginary**2 <= MIN_CORRELATION**2 * spread * target_spread
         reason = m.reason(xp, xp.where(mirrored, 5, 0 * m.count))
 
@@ -140,7 +154,7 @@ class SimilarityTransform:
             b = xp.where(valid, imaginary, xp.zeros_like(imaginary))
             scale = xp.hypot(a, b) / xp.where(valid, spread, xp.ones_like(spread))
             rotation = xp.atan2(b, a)
-            offset = m.target_mean - turned(xp, scale, rotation, m.source_mean)
+            offset = m.target_mean - _turned(xp, scale, rotation, m.source_mean)
             return cls(scale, rotation, xp.where(valid[..., None], offset, xp.zeros_like(offset)), valid)
 
         return _result(reason, build)
@@ -149,7 +163,7 @@ class SimilarityTransform:
     def from_matrix(cls, matrix: Array) -> SimilarityTransform:
         """Read scale, angle and translation off (..., 3, 3); ValueError when one is not a proper similarity."""
         xp = library(matrix)
-        matrix = float64(xp, matrix)
+        matrix = _float64(xp, matrix)
         a, b, c, d = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 0], matrix[..., 1, 1]
         scale = xp.hypot(a, c)
         if not bool(((scale > 0) & (abs(a - d) <= 1e-6 * scale) & (abs(b + c) <= 1e-6 * scale)).all()):
@@ -160,16 +174,15 @@ class SimilarityTransform:
     def matrix(self) -> Array:
         """(..., 3, 3), last row 0 0 1."""
         xp = library(self.scale, self.rotation, self.translation)
-        scale, rotation = float64(xp, self.scale), float64(xp, self.rotation)
+        scale, rotation = _float64(xp, self.scale), _float64(xp, self.rotation)
         a, b = scale * xp.cos(rotation), scale * xp.sin(rotation)
         linear = xp.stack([xp.stack([a, -b], -1), xp.stack([b, a], -1)], -2)
-        return matrix_of(xp, linear, float64(xp, self.translation))
+        return _matrix_of(xp, linear, _float64(xp, self.translation))
 
     def inverse(self) -> SimilarityTransform:
-        """The transform from target to source."""
         xp = library(self.scale, self.rotation, self.translation)
-        scale, rotation = 1 / float64(xp, self.scale), -float64(xp, self.rotation)
-        offset = -turned(xp, scale, rotation, float64(xp, self.translation))
+        scale, rotation = 1 / _float64(xp, self.scale), -_float64(xp, self.rotation)
+        offset = -_turned(xp, scale, rotation, _float64(xp, self.translation))
         return SimilarityTransform(scale, rotation, offset, self.valid)
 
     def __call__(self, points: Array) -> Array:
@@ -182,8 +195,8 @@ class LinearTransform(SimilarityTransform):
     """Scale and rotation only: the ablation in which the person is resized and turned but not put in place.
 
     The angle is that of the Procrustes solution; the scale is the ratio of the diagonals of the two person boxes, the
-    source's box taken after the turn. `source_origin` goes to `target_origin`, both the coordinate origin unless
-    given; with the centres of the two images the image is turned and resized about its centre.
+    source's box taken after the turn. `source_origin` goes to `target_origin`: with the centres of the two images the
+    image is turned and resized about its centre.
     """
 
     @classmethod
@@ -195,23 +208,22 @@ class LinearTransform(SimilarityTransform):
         source_origin: tuple[float, float] = (0.0, 0.0),
         target_origin: tuple[float, float] = (0.0, 0.0),
     ) -> LinearTransform | FailedEstimation:
-        """Arguments as in `SimilarityTransform.from_estimate`, and the two points that correspond by definition."""
         similarity = SimilarityTransform.from_estimate(source, target, weights)
         if not similarity:
             return similarity
-        points, valid, rotation = Correspondence.of(source, target, weights), similarity.valid, similarity.rotation
+        points, valid, rotation = _Correspondence.of(source, target, weights), similarity.valid, similarity.rotation
         xp, one = points.xp, points.xp.ones_like(rotation)
         turn = SimilarityTransform(one, rotation, xp.zeros_like(similarity.translation))
-        length = xp.where(valid, _box_diagonal(points, turn(points.source)), one)
-        scale = xp.where(valid, _box_diagonal(points, points.target) / length, one)
-        offset = points.like(target_origin) - turned(xp, scale, rotation, points.like(source_origin))
+        length = xp.where(valid, points.box_diagonal(turn(points.source)), one)
+        scale = xp.where(valid, points.box_diagonal(points.target) / length, one)
+        offset = points.like(target_origin) - _turned(xp, scale, rotation, points.like(source_origin))
         return cls(scale, rotation, xp.where(valid[..., None], offset, xp.zeros_like(offset)), valid)
 
 
 def apply_matrix(matrix: Array, points: Array) -> Array:
-    """Apply (..., 3, 3) affine matrices to points (..., k, 2) or, for one matrix, to a point (2,)."""
+    """Points (..., k, 2) or, for one matrix, a point (2,), after (..., 3, 3) affine matrices."""
     xp = library(matrix, points)
-    matrix, points = float64(xp, matrix), float64(xp, points)
+    matrix, points = _float64(xp, matrix), _float64(xp, points)
     if points.ndim == 1:
         return apply_matrix(matrix, points[None])[0]
     return points @ matrix[..., :2, :2].swapaxes(-1, -2) + matrix[..., None, :2, 2]
@@ -219,25 +231,129 @@ def apply_matrix(matrix: Array, points: Array) -> Array:
 
 def residual(matrix: Array, source: Array, target: Array, weights: Array = None) -> Array:
     """Weighted root mean square distance (...) in pixels between mapped source and target points; 0 without points."""
-    points = Correspondence.of(source, target, weights)
+    points = _Correspondence.of(source, target, weights)
     if isinstance(points, FailedEstimation):
-        return float64(library(matrix), matrix)[..., 0, 0] * 0
+        return _float64(library(matrix), matrix)[..., 0, 0] * 0
     squared = ((apply_matrix(matrix, points.source) - points.target) ** 2).sum(-1)
     return points.xp.sqrt((points.weights * squared).sum(-1))
 
 
-def _box_diagonal(points: Correspondence, positions: Array) -> Array:
-    """Diagonal (...) of the axis-aligned box of the points that count."""
-    xp, used = points.xp, (points.weights > 0)[..., None]
-    far = xp.full_like(positions, np.inf)
-    sides = xp.amax(xp.where(used, positions, -far), -2) - xp.amin(xp.where(used, positions, far), -2)
-    return xp.sqrt((sides**2).sum(-1))
+def library(*arrays: Array) -> ModuleType:
+    """torch when one of the arrays is a tensor, else numpy."""
+    # Who has a tensor has imported torch; who has none need not wait for it.
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and any(isinstance(array, torch.Tensor) for array in arrays) else np
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Weighted means (..., 2) and central second moments (..., 2, 2) of two point sets."""
+
+    count: Array  # (...) points that count
+    source_size: Array  # (...) largest coordinate, the unit of "distinct"
+    target_size: Array
+    source_mean: Array
+    target_mean: Array
+    source: Array
+    target: Array
+    cross: Array  # target by source
+
+    def reason(self, xp: ModuleType, reason: Array) -> Array:
+        """Reasons (...) int that hold for every transform, over those already found; 0 = none."""
+        reason = xp.where(_trace(self.target) <= (RELATIVE_DISTANCE * self.target_size) ** 2, 4, reason)
+        reason = xp.where(_trace(self.source) <= (RELATIVE_DISTANCE * self.source_size) ** 2, 3, reason)
+        reason = xp.where(self.count == 1, 2, reason)
+        return xp.where(self.count == 0, 1, reason)
+
+
+@dataclass(frozen=True)
+class _Correspondence:
+    """Checked points in float64; weights (..., k) sum to 1, or are all 0; 0 where one is not finite."""
+
+    xp: ModuleType
+    source: Array
+    target: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, source: Array, target: Array, weights: Array) -> _Correspondence | FailedEstimation:
+        xp = library(source, target, weights)
+        source, target = _float64(xp, source), _float64(xp, target)
+        if source.ndim < 2 or target.ndim < 2 or source.shape[-2:] != target.shape[-2:] or source.shape[-1] != 2:
+            shapes = f"{tuple(source.shape)} and {tuple(target.shape)}"
+            raise ValueError(f"source and target must both be (..., k, 2) with the same k, got {shapes}")
+        weights = xp.ones_like(source[..., 0]) if weights is None else _float64(xp, weights)
+        if weights.ndim < 1 or weights.shape[-1] != source.shape[-2]:
+            raise ValueError(f"weights must be (..., {source.shape[-2]}), got {tuple(weights.shape)}")
+        if bool((weights < 0).any()):
+            raise ValueError("weights must not be negative")
+        if source.shape[-2] == 0:
+            return FailedEstimation(REASONS[1])
+        finite = xp.isfinite(source).all(-1) & xp.isfinite(target).all(-1)
+        weights = xp.where(finite & xp.isfinite(weights), weights, xp.zeros_like(weights))
+        used = (weights > 0)[..., None]
+        source = xp.where(used, source, xp.zeros_like(source))
+        target = xp.where(used, target, xp.zeros_like(target))
+        # Divided by the largest first: sums of tiny weights would underflow.
+        weights = weights / _positive(xp, xp.amax(weights, -1))[..., None]
+        return cls(xp, source, target, weights / _positive(xp, weights.sum(-1))[..., None])
+
+    def moments(self) -> _Moments:
+        xp, weights = self.xp, self.weights[..., None]
+        source_mean, target_mean = (weights * self.source).sum(-2), (weights * self.target).sum(-2)
+        x, y = self.source - source_mean[..., None, :], self.target - target_mean[..., None, :]
+        wx, wy = (weights * x).swapaxes(-1, -2), (weights * y).swapaxes(-1, -2)
+        sizes = (xp.amax(abs(points), (-1, -2)) for points in (self.source, self.target))
+        return _Moments((self.weights > 0).sum(-1), *sizes, source_mean, target_mean, wx @ x, wy @ y, wy @ x)
+
+    def box_diagonal(self, positions: Array) -> Array:
+        """Diagonal (...) of the axis-aligned box of the positions (..., k, 2) of the points that count."""
+        xp, used = self.xp, (self.weights > 0)[..., None]
+        far = xp.full_like(positions, np.inf)
+        sides = xp.amax(xp.where(used, positions, -far), -2) - xp.amin(xp.where(used, positions, far), -2)
+        return xp.sqrt((sides**2).sum(-1))
+
+    def like(self, value: tuple[float, float]) -> Array:
+        return self.xp.asarray(value, dtype=self.source.dtype, device=self.source.device)
+
+    def eye(self, n: int) -> Array:
+        return self.xp.eye(n, dtype=self.source.dtype, device=self.source.device)
 
 
 def _result(reason: Array, build: Callable[[Array], Transform]) -> Transform | FailedEstimation:
     valid = reason == 0
     if not bool(valid.any()):
-        return FailedEstimation(
-            REASONS[int(reason.reshape(-1)[0])] if len(reason.reshape(-1)) else "the batch is empty"
-        )
+        first = reason.reshape(-1)[:1].tolist()
+        return FailedEstimation(REASONS[first[0]] if first else "the batch is empty")
     return build(valid)
+
+
+def _float64(xp: ModuleType, array: Array) -> Array:
+    return np.asarray(array, np.float64) if xp is np else xp.as_tensor(array, dtype=xp.float64)
+
+
+def _positive(xp: ModuleType, array: Array) -> Array:
+    return xp.where(array > 0, array, xp.ones_like(array))
+
+
+def _trace(moments: Array) -> Array:
+    return moments[..., 0, 0] + moments[..., 1, 1]
+
+
+def _is_flat(moments: Array) -> Array:
+    determinant = moments[..., 0, 0] * moments[..., 1, 1] - moments[..., 0, 1] * moments[..., 1, 0]
+    return determinant <= RELATIVE_FLATNESS * _trace(moments) ** 2
+
+
+def _turned(xp: ModuleType, scale: Array, rotation: Array, point: Array) -> Array:
+    """scale R(rotation) point, for points (..., 2)."""
+    a, b = scale * xp.cos(rotation), scale * xp.sin(rotation)
+    x, y = point[..., 0], point[..., 1]
+    return xp.stack([a * x - b * y, b * x + a * y], -1)
+
+
+def _matrix_of(xp: ModuleType, linear: Array, offset: Array) -> Array:
+    """(..., 2, 2) and (..., 2) -> (..., 3, 3)."""
+    zero = xp.zeros_like(offset[..., :1])
+    last = xp.stack([zero, zero, zero + 1], -1)  # (..., 1, 3)
+    return xp.concatenate([xp.concatenate([linear, offset[..., None]], -1), last], -2)
