@@ -20,10 +20,10 @@ from core.files import complete_file, output_folder, write_json
 from data.people.renderer import Rendered
 from tpc.config import CalibrationConfig, best
 from tpc.estimation import Estimate, ReferencePerson, estimate
-from tpc.exhaustive import BITMAP_SIDE
-from tpc.frames import follow_person
 from tpc.procrustes import apply_matrix
 from tpc.silhouettes import silhouette_from_mask
+from tpc.subsets import BITMAP_SIDE
+from tpc.trajectory import follow
 
 RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 TRANSFORMS = ("linear", "affine", "procrustes")
@@ -96,7 +96,7 @@ def measure_smoothing(config: BenchmarkConfig) -> str:
         clip = rendered_clip(1000 + config.seed + clip_index)
         found = [estimate_pair(pair, pair.other_pose, base, config.noise, rng) for pair in clip]
         for sigma in SMOOTHING:
-            track = follow_person(found[0][0], [f for _, f in found], replace(base, smoothing=sigma))
+            track = follow([f.matrix for _, f in found], found[0][0].centre, True, base.max_gap, sigma)
             offsets = [corner_offsets(matrix, pair) for matrix, pair in zip(track.matrices, clip, strict=True)]
             errors[sigma] += np.linalg.norm(offsets, axis=-1).mean(-1).tolist()
             jumps[sigma] += np.linalg.norm(np.diff(offsets, axis=0), axis=-1).mean(-1).tolist()

@@ -18,7 +18,9 @@ from core.config import load_config
 from core.errors import run_command
 from data.poses.poses import Poses
 from tpc import CalibrationConfig, calibrate
-from tpc.exhaustive import (
+from tpc.procrustes import SimilarityTransform
+from tpc.silhouettes import silhouette_from_mask
+from tpc.subsets import (
     BITMAP_SIDE,
     NUM_SAMPLES,
     ReferenceSilhouette,
@@ -26,8 +28,6 @@ from tpc.exhaustive import (
     select_exhaustive,
     silhouette_iou,
 )
-from tpc.procrustes import SimilarityTransform
-from tpc.silhouettes import silhouette_from_mask
 
 REPEATS = 3
 SUBSETS = 130_918  # of 17 keypoints, with at least three each

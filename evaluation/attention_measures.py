@@ -32,10 +32,11 @@ from evaluation.attention.maps import (
 )
 from evaluation.clips import EvaluationClip
 from evaluation.trials import WITH, WITHOUT, Sampler, Trial
-from inference.animate import Animation, Framing, SamplingConfig, animate, framing
+from inference.animate import Animation, SamplingConfig, animate, framing
 from models.attention.maps import RecordedAttention
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
+from tpc.warping import Framing
 
 ATTENTION_FILE, FIGURE_FILE = "attention.json", "looks.png"
 CALIBRATED = "calibrated images"

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
+from data.poses.person import box_iou
 from data.poses.poses import Poses
-from tpc.calibration import box_iou
 from tpc.silhouettes import LEFT_HIP, RIGHT_HIP, head_axis, keypoint_box, relative_angle, visible
 
 KINDS = ("temporal rotation", "consistent rotation", "temporal scale", "consistent scale")
@@ -78,22 +78,17 @@ def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misali
         reference = reference.resized(driving.size)
     points = reference.keypoints[0, 0].astype(np.float64)
     known = visible(reference.scores[0, 0], points, score)
-    axis, box = head_axis(points, known), keypoint_box(points, known)
+    target = driving.keypoints[:, 0].astype(np.float64)
+    target_known = visible(driving.scores[:, 0], target, score)
+    target_box = keypoint_box(target, target_known)
+    angle = relative_angle(head_axis(points, known), head_axis(target, target_known))
     pelvis = points[[LEFT_HIP, RIGHT_HIP]].mean(axis=0)
-    values = np.full((3, driving.frames), np.nan)
-    for frame in range(driving.frames):
-        target = driving.keypoints[frame, 0].astype(np.float64)
-        target_known = visible(driving.scores[frame, 0], target, score)
-        target_axis, target_box = head_axis(target, target_known), keypoint_box(target, target_known)
-        if box is not None and target_box is not None:
-            values[1:, frame] = box_iou(box, target_box)
-        if axis is None or target_axis is None:
-            continue
-        values[0, frame] = turn = relative_angle(axis, target_axis)
-        cosine, sine = np.cos(turn), np.sin(turn)
-        turned = (points - pelvis) @ np.array([[cosine, sine], [-sine, cosine]]) + pelvis
-        values[2, frame] = box_iou(keypoint_box(turned, known), target_box)
-    return Misalignment(*values)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    turn = np.stack([np.stack([cosine, sine], -1), np.stack([-sine, cosine], -1)], -2)  # (frames, 2, 2)
+    turned = (points - pelvis) @ turn + pelvis  # (frames, 17, 2)
+    box, unturned = box_iou(keypoint_box(points, known), target_box), box_iou(keypoint_box(turned, known), target_box)
+    # A reference that is not turned at all is compared as it is.
+    return Misalignment(angle, box, np.where(np.isnan(angle), box, unturned))
 
 
 def classify(name: str, measured: Misalignment, thresholds: ThresholdConfig) -> ClipSplit:

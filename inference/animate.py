@@ -25,7 +25,7 @@ from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from models.schedules import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
-from tpc.warping import mask_pyramid, warp_mask
+from tpc.warping import Framing, mask_pyramid, warp_mask
 
 
 @dataclass
@@ -112,16 +112,6 @@ class Animation:
         if self.calibrated is not None:
             columns["with TPC"] = self.calibrated
         return columns
-
-
-@dataclass(frozen=True)
-class Framing:
-    """Maps of the inputs into the model's frame."""
-
-    size: tuple[int, int]  # (width, height) of the model's frame in pixels
-    # frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame
-    frame_map: np.ndarray
-    reference_map: np.ndarray
 
 
 def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:

@@ -6,10 +6,10 @@ import pytest
 from tpc_bodies import SIZE, TORSO, body, image, place, poses, reference, silhouette
 
 from core.errors import UserError
+from data.poses.person import COCO_MIRROR
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.config import best, paper, release, resolve
 from tpc.procrustes import apply_matrix
-from tpc.silhouettes import MIRRORED
 from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
 
 
@@ -115,7 +115,7 @@ def test_smoothing_stays_inside_unbroken_runs():
 def test_back_view(choice):
     points = reference()
     behind = place(body(np.random.default_rng(0)), 80, 0.0)
-    behind = (behind * [-1, 1] + [128, 0])[MIRRORED][MIRRORED]  # mirrored image: left and right are exchanged
+    behind = (behind * [-1, 1] + [128, 0])[COCO_MIRROR][COCO_MIRROR]  # mirrored image: left and right are exchanged
     config = CalibrationConfig(keypoints="trunk", back_view=choice)
     found = calibrate(image(), poses(points[None, None]), poses(behind[None, None]), SIZE, config).records[0][0]
     if choice == "reject":

@@ -9,18 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpc_bodies import EVERY_POINT, body, place, silhouette
 
+from data.poses.person import COCO_MIRROR
 from tpc.estimation import drawn_silhouette
-from tpc.exhaustive import (
+from tpc.procrustes import SimilarityTransform, apply_matrix
+from tpc.silhouettes import (
+    Silhouette,
+    body_height,
+    draw_silhouette,
+    facing,
+    silhouette_from_mask,
+    visible,
+)
+from tpc.subsets import (
     BITMAP_SIDE,
     NUM_SAMPLES,
     ReferenceSilhouette,
     SearchLimits,
+    select_consensus,
     select_exhaustive,
+    select_fixed,
     silhouette_iou,
 )
-from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.silhouettes import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
-from tpc.subset import select_consensus, select_fixed
 
 
 def scene(seed: int, height: float = 90, size: tuple[int, int] = (128, 128)):
@@ -104,14 +113,14 @@ def test_pieces_share_the_silhouette_evenly():
     reference = ReferenceSilhouette.of(silhouette_from_mask(mask, NUM_SAMPLES))
     points = reference.samples.listed()
     assert len(points) == reference.samples.number and len(np.unique(points, axis=0)) == len(points)
-    for pieces in reference.pieces:
-        counts = pieces.counts[pieces.counts > 0]
-        assert counts.sum() == pieces.left[0] == len(points) and counts.max() - counts.min() <= 1
-        middle = (pieces.listed() * counts[:, None]).sum(0) / len(points)
-        np.testing.assert_allclose(middle, points.mean(0), rtol=1e-5)
-    assert [pieces.number for pieces in reference.pieces] == [64, 256]
+    pieces = reference.pieces
+    counts = pieces.counts[pieces.counts > 0]
+    assert counts.sum() == pieces.left[0] == len(points) and counts.max() - counts.min() <= 1
+    middle = (pieces.listed() * counts[:, None]).sum(0) / len(points)
+    np.testing.assert_allclose(middle, points.mean(0), rtol=1e-5)
+    assert pieces.number == 128
     few = ReferenceSilhouette.of(silhouette_from_mask(mask, 100))
-    assert few.pieces == () and not few.empty
+    assert few.pieces is None and not few.empty
 
 
 @given(st.integers(0, 10_000), st.sets(st.integers(0, 16), min_size=3))
@@ -253,7 +262,7 @@ def test_measures_of_a_body_do_not_depend_on_its_framing():
         assert body_height(placed, EVERY_POINT) == pytest.approx(height, rel=0.1)
         assert facing(placed, EVERY_POINT) == pytest.approx(facing(points, EVERY_POINT))
     assert facing(points, EVERY_POINT) > 0.5
-    assert facing(points[MIRRORED], EVERY_POINT) == pytest.approx(-facing(points, EVERY_POINT))
+    assert facing(points[COCO_MIRROR], EVERY_POINT) == pytest.approx(-facing(points, EVERY_POINT))
     assert body_height(points, np.zeros(17, bool)) == 0 and facing(points, np.arange(17) < 5) == 0
 
 

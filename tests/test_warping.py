@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tpc.storage import LazyImages, PackedMasks
+from tpc.result import LazyImages, PackedMasks
 from tpc.warping import ImagePyramid, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
 

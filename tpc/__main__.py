@@ -13,7 +13,6 @@ Poses and masks are estimated unless they are given (`reference_poses=`, `drivin
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from tpc.result import Calibration
 
 @dataclass
 class CommandConfig:
-    """What to calibrate to what.
+    """Reference, driving clip and options.
 
     reference, driving: image and video; output: folder for the results.
     reference_poses, driving_poses: pose files, instead of estimating.
@@ -58,11 +57,22 @@ class CommandConfig:
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    def check(self) -> None:
+        for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_dir():
+                existing_file(path, name)
+        if self.driving is None and self.driving_poses is None:
+            raise UserError("driving= or driving_poses= is required")
+        for name, least in (("max_side", 0), ("stride", 1), ("max_frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+
 
 def main(arguments: list[str]) -> None:
     config = load_config(CommandConfig, arguments)
     config.tpc = resolve(config.tpc)
-    check(config)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
     size = frame_size(driving.poses.size, config.max_side)
@@ -83,21 +93,6 @@ def main(arguments: list[str]) -> None:
     summary = calibration.summary()
     print(f"{summary['calibrated']} calibrated, {summary['interpolated']} interpolated, ", end="")
     print(f"{summary['uncalibrated']} uncalibrated; see {output / 'report.png'}")
-
-
-def check(config: CommandConfig) -> None:
-    """What can be known before anything is read."""
-    for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).is_dir():
-            existing_file(path, name)
-    if config.driving is None and config.driving_poses is None:
-        raise UserError("driving= or driving_poses= is required")
-    for name, least in (("max_side", 0), ("stride", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
-    if config.max_frames is not None and config.max_frames < 1:
-        raise UserError(f"max_frames={config.max_frames} must be at least 1")
 
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
@@ -135,19 +130,14 @@ def frame_size(driving_size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def write_results(
     folder: Path, config: CommandConfig, calibration: Calibration, reference: Reference, driving: Driving
 ) -> None:
-    """Write everything into `folder`."""
     calibration.write(folder)
     save_config(config, folder / "config.yaml")
     metadata = {"description": "calibrated reference images, not generated", "config": config_dict(config)}
-    write_video(folder / "calibrated.mp4", calibrated_frames(calibration), calibration.fps, metadata)
-    write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
-
-
-def calibrated_frames(calibration: Calibration) -> Iterator[np.ndarray]:
-    """For every frame the calibrated images of its persons side by side; grey where a person is uncalibrated."""
+    # The persons side by side; grey where one is uncalibrated.
     grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
-    for row in calibration.member:
-        yield np.hstack([calibration.images[m] if m >= 0 else grey for m in row])
+    images = (np.hstack([calibration.images[m] if m >= 0 else grey for m in row]) for row in calibration.member)
+    write_video(folder / "calibrated.mp4", images, calibration.fps, metadata)
+    write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
 
 
 def move_into(source: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Training on misaligned references: composition augmentation and calibrated training.
 
-A model trained on clips has only seen references whose person sits as in the clip. Composition augmentation moves,
-turns and resizes the reference, so that the model learns to look elsewhere. Calibrated training also hands it
+A model trained on clips only knows references whose person sits as in the clip. Composition augmentation moves,
+turns and resizes the reference, so that the model learns to attend elsewhere. Calibrated training also hands it
 calibrated tokens, as inference will. Both are functions on a training batch (b = batch, f = frames, sizes of the
 model's frame):
 
@@ -18,23 +18,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import check_config
-from core.errors import UserError
+from data.poses.person import box_iou
 from models.attention.layers import TokenLevel, pool_masks, self_attention_level
 from models.attention.masking import Visibility
 from tpc.attach import gate_flags, visibility_flags
-from tpc.config import VISIBILITIES
+from tpc.config import VISIBILITIES, check_choice, check_range
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.propagation import group_of_frames
-from tpc.silhouettes import LEFT_HIP, NOSE, RIGHT_HIP
-from tpc.subset import FIXED_RULES
-from tpc.tensors import FILLS, place, warp
+from tpc.silhouettes import head_axis, keypoint_box, relative_angle
+from tpc.subsets import FIXED_RULES
 
 Batch = dict[str, Tensor]
 # The middle of the person stays this far inside the image, as a part of its sides.
 MARGIN = 0.2
+FILLS = ("scene", "edge", "black")
+PADDING = {"edge": "border", "black": "zeros"}
+SUPERSAMPLING = 2  # samples along each side of a pixel: no aliasing down to half the scale
 
 
 @dataclass
@@ -50,13 +53,12 @@ class CompositionConfig:
     fill: str = "scene"  # scene: only the person moves; edge, black: the image does, and what is beyond it
 
     def check(self) -> None:
-        _check_range("probability", self.probability, 0, 1)
-        _check_range("min_scale", self.min_scale, 1e-3, self.max_scale)
-        _check_range("max_scale", self.max_scale, self.min_scale, 1e3)
-        _check_range("max_rotation", self.max_rotation, 0, 180)
-        _check_range("max_translation", self.max_translation, 0, 10)
-        if self.fill not in FILLS:
-            raise UserError(f"fill must be one of {', '.join(FILLS)}; got {self.fill!r}")
+        check_range("probability", self.probability, 0, 1)
+        check_range("min_scale", self.min_scale, 1e-3, self.max_scale)
+        check_range("max_scale", self.max_scale, self.min_scale, 1e3)
+        check_range("max_rotation", self.max_rotation, 0, 180)
+        check_range("max_translation", self.max_translation, 0, 10)
+        check_choice("fill", self.fill, FILLS)
 
 
 @dataclass
@@ -72,11 +74,10 @@ class CalibratedTrainingConfig:
     mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
 
     def check(self) -> None:
-        _check_range("probability", self.probability, 0, 1)
-        _check_range("images", self.images, 1, 10**6)
-        for name, allowed in (("keypoints", tuple(FIXED_RULES)), ("visibility", VISIBILITIES)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        check_range("probability", self.probability, 0, 1)
+        check_range("images", self.images, 1, 10**6)
+        check_choice("keypoints", self.keypoints, tuple(FIXED_RULES))
+        check_choice("visibility", self.visibility, VISIBILITIES)
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,11 @@ def compose_references(
     points = apply_matrix(matrices, keypoints[..., :2]).to(keypoints.dtype)
     inside = ((points >= -0.5) & (points < points.new_tensor(size) - 0.5)).all(-1)
     keypoints = torch.cat([points, (keypoints[..., 2] * inside)[..., None]], -1)
-    changed = (matrices != torch.eye(3, dtype=matrices.dtype, device=matrices.device)).any(-1).any(-1)
-    pick = {"reference": moved, "reference_mask": moved_mask, "reference_keypoints": keypoints}
-    chosen = {name: torch.where(_expand(changed, value), value, batch[name]) for name, value in pick.items()}
-    return {**batch, **chosen}
+    changed = (matrices != torch.eye(3, dtype=matrices.dtype, device=matrices.device)).flatten(1).any(1)
+    composed = {"reference": moved, "reference_mask": moved_mask, "reference_keypoints": keypoints}
+    for name, value in composed.items():
+        composed[name] = torch.where(changed.reshape(-1, *[1] * (value.ndim - 1)), value, batch[name])
+    return {**batch, **composed}
 
 
 def composition_matrices(
@@ -137,7 +139,8 @@ def composition_matrices(
     centre = _middles(mask.cpu())
     goal = centre + strength * config.max_translation * sides * even[2:4].T
     goal = torch.minimum(torch.maximum(goal, MARGIN * sides), (1 - MARGIN) * sides)
-    goal = torch.where((strength > 0) & torch.ones_like(goal, dtype=torch.bool), goal, centre)
+    if strength == 0:
+        goal = centre
     turn = SimilarityTransform(scale, angle, torch.zeros(b, 2, dtype=torch.float64)).matrix
     turn[:, :2, 2] = goal - (turn[:, :2, :2] @ centre[..., None])[..., 0]
     keep = (drawn[4] < config.probability)[:, None, None]
@@ -158,8 +161,9 @@ def calibrate_batch(
     (b, frames), size = keypoints.shape[:2], _size(reference)
     groups = torch.from_numpy(group_of_frames(frames, max(1, min(config.images, frames))))
     m = int(groups[-1]) + 1
-    lottery = torch.rand((b, frames), generator=generator)
-    chosen = torch.stack([(lottery - 2.0 * (groups != g)).argmax(1) for g in range(m)], 1).to(keypoints.device)
+    # The member of each group with the highest number.
+    drawn = torch.rand((b, frames), generator=generator)
+    chosen = torch.stack([(drawn - 2.0 * (groups != g)).argmax(1) for g in range(m)], 1).to(keypoints.device)
     target = torch.gather(keypoints, 1, chosen[:, :, None, None].expand(-1, -1, *keypoints.shape[2:]))
     source = batch["reference_keypoints"][:, None]
     noise = torch.randn((2, b, m, *source.shape[2:3], 2), generator=generator).to(source.device)
@@ -228,40 +232,76 @@ def training_visibility(
 
 
 def misalignment(batch: Batch, threshold: float = 0.3) -> dict[str, Tensor]:
-    """What the model is trained on, to be logged: the paper's two measures for every sample and frame (b, f).
+    """The paper's two measures of every sample and frame (b, f), for the log; nan where keypoints are missing.
 
     Returns:
-        relative_angle_deg: between the pelvis-to-nose lines, [0, 180]; nan where a line is not visible.
-        box_iou: of the boxes of the visible keypoints; nan without two boxes.
+        relative_angle_deg in [0, 180], between the pelvis-to-nose lines, and box_iou, of the visible keypoints' boxes.
     """
     source, target = batch["reference_keypoints"][:, None], batch["keypoints"]
-    (ours, ours_seen), (theirs, theirs_seen) = (_head_axis(k, threshold) for k in (source, target))
-    turn = torch.atan2(theirs[..., 1], theirs[..., 0]) - torch.atan2(ours[..., 1], ours[..., 0])
-    angle = torch.rad2deg(torch.atan2(turn.sin(), turn.cos())).abs()
-    nan = torch.full_like(angle, torch.nan)
-    boxes, others = _box(source, threshold), _box(target, threshold)
-    sides = (torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])).clamp(
-        min=0
-    )
-    both = sides.prod(-1)
-    total = sum((box[..., 2:] - box[..., :2]).prod(-1) for box in (boxes, others)) - both
+    people = [(person[..., :2], person[..., 2] > threshold) for person in (source, target)]
+    angle = relative_angle(*(head_axis(*person) for person in people))
     return {
-        "relative_angle_deg": torch.where(ours_seen & theirs_seen, angle, nan),
-        "box_iou": torch.where(torch.isfinite(total) & (total > 0), both / total, nan),
+        "relative_angle_deg": torch.rad2deg(angle).abs(),
+        "box_iou": box_iou(*(keypoint_box(*person) for person in people)),
     }
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name} must be in {low:g} to {high:g}; got {value!r}")
+def warp(images: Tensor, matrices: Tensor, size: tuple[int, int], fill: str) -> Tensor:
+    """Resample images (b, c, h, w) by matrices (b, 3, 3) into (b, c, height, width) of `size` (width, height).
+
+    Beyond the image lies its edge ("edge") or 0 ("black").
+    """
+    # Other pixels than those of `tpc.warping.ImagePyramid`, which takes one image at a time, on the CPU: here every
+    # sample has a matrix of its own, on the device, and none shrinks so far that a pyramid would be needed.
+    inverse = torch.linalg.inv(matrices.double())
+    n = SUPERSAMPLING
+    offsets = (torch.arange(n, dtype=torch.float64, device=inverse.device) + 0.5) / n - 0.5
+    x = (torch.arange(size[0], device=inverse.device)[:, None] + offsets).reshape(-1)
+    y = (torch.arange(size[1], device=inverse.device)[:, None] + offsets).reshape(-1)
+    rows = [
+        row[:, 0, None, None] * x + row[:, 1, None, None] * y[:, None] + row[:, 2, None, None]
+        for row in (inverse[:, 0], inverse[:, 1])
+    ]
+    height, width = images.shape[-2:]
+    # grid_sample puts -1 and 1 on the outer edges of the outermost pixels.
+    grid = torch.stack([(2 * rows[0] + 1) / width - 1, (2 * rows[1] + 1) / height - 1], -1)
+    sampled = F.grid_sample(
+        images, grid.to(images.dtype), mode="bilinear", padding_mode=PADDING[fill], align_corners=False
+    )
+    return F.avg_pool2d(sampled, n)
+
+
+def place(images: Tensor, masks: Tensor, matrices: Tensor, size: tuple[int, int], fill: str) -> Tensor:
+    """Images (b, 3, h, w) in [-1, 1] whose persons, masks (b, 1, h, w) in [0, 1], have moved by matrices (b, 3, 3).
+
+    With "scene" only the person moves and the place where it stood is filled from around it; else the image moves.
+    The value beyond an image that is filled with "black" is -1.
+    """
+    if fill != "scene":
+        return warp(images + 1, matrices, size, fill) - 1
+    person, alpha = warp(images, matrices, size, "edge"), warp(masks, matrices, size, "black")
+    return alpha * person + (1 - alpha) * remove_persons(images, masks)
+
+
+def remove_persons(images: Tensor, masks: Tensor) -> Tensor:
+    """Fill masks (b, 1, h, w) smoothly from the pixels around them, from coarse to fine; all mask becomes 0 (grey)."""
+    reach = max(3, max(images.shape[-2:]) // 64) // 2 * 2 + 1  # the mask's edge still shows the person
+    known = 1 - F.max_pool2d(masks, reach, 1, reach // 2)
+    return torch.where(known > 0, images, _push_pull(images * known, known))
+
+
+def _push_pull(weighted: Tensor, known: Tensor) -> Tensor:
+    # As in `tpc.warping`, on the device; odd sides are halved by windows that overlap, not by parts of pixels.
+    height, width = known.shape[-2:]
+    if max(height, width) == 1:
+        return torch.where(known > 0, weighted / known.clamp(min=1e-6), 0.0)
+    half = ((height + 1) // 2, (width + 1) // 2)
+    coarse = _push_pull(F.adaptive_avg_pool2d(weighted, half), F.adaptive_avg_pool2d(known, half))
+    return weighted + (1 - known) * F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
 
 
 def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[-1], images.shape[-2]
-
-
-def _expand(flags: Tensor, like: Tensor) -> Tensor:
-    return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _middles(mask: Tensor) -> Tensor:
@@ -274,18 +314,3 @@ def _middles(mask: Tensor) -> Tensor:
     middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
     centre = torch.stack([x, y], -1) / total.clamp(min=1e-12)[:, None]
     return torch.where(total[:, None] > 0, centre, middle)
-
-
-def _head_axis(keypoints: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Pelvis-to-nose vectors (..., 2) and whether they are visible (...)."""
-    points, seen = keypoints[..., :2], keypoints[..., 2] > threshold
-    axis = points[..., NOSE, :] - (points[..., LEFT_HIP, :] + points[..., RIGHT_HIP, :]) / 2
-    return axis, seen[..., NOSE] & seen[..., LEFT_HIP] & seen[..., RIGHT_HIP]
-
-
-def _box(keypoints: Tensor, threshold: float) -> Tensor:
-    """(..., 4) x0, y0, x1, y1; infinite without a visible keypoint."""
-    seen, points = keypoints[..., 2:] > threshold, keypoints[..., :2]
-    low = torch.where(seen, points, torch.inf).amin(-2)
-    high = torch.where(seen, points, -torch.inf).amax(-2)
-    return torch.cat([low, high], -1)

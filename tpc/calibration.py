@@ -1,4 +1,8 @@
-"""Test-time Procrustes calibration of a reference image to a driving clip."""
+"""Test-time Procrustes calibration of a reference image to a driving clip.
+
+Keypoints of both -> who is who (`matching`) -> a transform for every person and frame, each judged (`estimation`) ->
+gaps bridged and noise filtered (`trajectory`) -> images and masks (`warping`) -> a `Calibration` (`result`).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from data.poses.person import COCO_MIRROR, box_iou
 from data.poses.poses import Poses
 from data.transforms import fit_matrix
 from tpc.config import CalibrationConfig, resolve
-from tpc.estimation import Estimate, ReferencePerson
-from tpc.frames import PersonTrack, Scene, estimate_clip, follow_person, match_persons, warp_clip
+from tpc.estimation import Estimate, ReferencePerson, estimate_clip
+from tpc.matching import match_persons
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
-from tpc.silhouettes import MIRRORED, TORSO, draw_silhouette, head_axis, keypoint_box, relative_angle, visible
-from tpc.warping import mask_pyramid, warp_mask
+from tpc.silhouettes import TORSO, draw_silhouette, head_axis, keypoint_box, relative_angle, visible
+from tpc.trajectory import Track, follow
+from tpc.warping import Framing, mask_pyramid, warp_clip, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -43,7 +49,7 @@ def calibrate(
         reference_poses: its persons, one frame.
         driving_poses: persons of the clip, in original driving pixels.
         size: (width, height) of the model's frame.
-        config: what to do; None = our default.
+        config: None = our default.
         reference_masks: (persons, h, w) bool in the order of `reference_poses`; None = drawn around the keypoints.
         driving_masks: for every frame (persons, H, W) bool in the order of `driving_poses`, an array or any sequence
             of which one frame is read at a time; None, or an empty mask = drawn.
@@ -59,44 +65,50 @@ def calibrate(
     start = time.perf_counter()
     config = resolve(config)
     _check(reference, reference_poses, driving_poses, size, reference_masks, driving_masks)
-    scene = Scene(
-        size=(int(size[0]), int(size[1])),
-        reference_size=(reference.shape[1], reference.shape[0]),
-        driving_size=tuple(driving_poses.size),
-        frame_map=_map("frame_map", frame_map, driving_poses.size, size),
-        reference_map=_map("reference_map", reference_map, reference_poses.size, size),
+    framing = Framing(
+        (int(size[0]), int(size[1])),
+        _map("frame_map", frame_map, driving_poses.size, size),
+        _map("reference_map", reference_map, reference_poses.size, size),
     )
     persons, masks = _reference_persons(reference_poses, reference_masks, config)
     slots = match_persons(persons, driving_poses, config)
     order = progress(range(len(slots))) if progress else range(len(slots))
-    estimates = estimate_clip(persons, driving_poses, slots, driving_masks, scene, config, order)
-    tracks = [follow_person(person, [row[p] for row in estimates.frames], config) for p, person in enumerate(persons)]
-    warped = warp_clip(reference, masks, tracks, estimates.target_masks, scene, config)
-    records = []
-    for f, row in enumerate(estimates.frames):
-        describe = [_describe(driving_poses, f, int(slot), config) for slot in slots[f]]
-        records.append(
-            tuple(
-                _record(p, persons[p], tracks[p], f, row[p], int(slots[f, p]), describe[p], warped.iou[f, p], scene)
-                for p in range(len(persons))
-            )
+    estimates, targets, others = estimate_clip(persons, driving_poses, slots, driving_masks, framing, config, order)
+    tracks = [
+        follow(
+            [row[p].matrix for row in estimates],
+            person.centre,
+            config.transform != "affine",
+            config.max_gap,
+            config.smoothing,
         )
-    matrices = [track.matrices for track in tracks]
+        for p, person in enumerate(persons)
+    ]
+    warped = warp_clip(reference, masks, tracks, targets, framing, config)
+    records = tuple(
+        tuple(
+            _record(
+                p, person, tracks[p], f, row[p], int(slots[f, p]), driving_poses, warped.iou[f, p], framing, config
+            )
+            for p, person in enumerate(persons)
+        )
+        for f, row in enumerate(estimates)
+    )
     return Calibration(
         config=config,
-        size=scene.size,
-        reference_size=scene.reference_size,
-        driving_size=scene.driving_size,
-        frame_map=scene.frame_map,
+        size=framing.size,
+        reference_size=(reference.shape[1], reference.shape[0]),
+        driving_size=tuple(driving_poses.size),
+        frame_map=framing.frame_map,
         fps=float(driving_poses.fps),
         images=warped.images,
         masks=warped.masks,
         member=warped.member,
-        matrices=np.stack(matrices, 1) if matrices else np.zeros((len(slots), 0, 3, 3)),
-        records=tuple(records),
-        target_masks=estimates.target_masks,
-        other_masks=estimates.other_masks,
-        reference_masks=_in_model_image(masks, scene),
+        matrices=np.stack([t.matrices for t in tracks], 1) if tracks else np.zeros((len(slots), 0, 3, 3)),
+        records=records,
+        target_masks=targets,
+        other_masks=others,
+        reference_masks=_in_model_image(masks, framing),
         seconds=time.perf_counter() - start,
     )
 
@@ -123,44 +135,39 @@ def _reference_persons(
     return persons, masks
 
 
-def _in_model_image(masks: np.ndarray, scene: Scene) -> np.ndarray:
-    shape = (0, scene.size[1], scene.size[0])
-    warped = [warp_mask(mask_pyramid(mask), scene.reference_map, scene.size) for mask in masks]
-    return np.stack(warped) if warped else np.zeros(shape, bool)
-
-
-def _describe(poses: Poses, frame: int, slot: int, config: CalibrationConfig) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keypoints (17, 2) and visibility (17,) of a driving person, None when absent."""
-    if slot < 0:
-        return None
-    keypoints = poses.keypoints[frame, slot].astype(np.float64)
-    return keypoints, visible(poses.scores[frame, slot], keypoints, config.score_threshold)
+def _in_model_image(masks: np.ndarray, framing: Framing) -> np.ndarray:
+    warped = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
+    return np.stack(warped) if warped else np.zeros((0, framing.size[1], framing.size[0]), bool)
 
 
 def _record(
-    number: int,
+    index: int,
     person: ReferencePerson,
-    track: PersonTrack,
+    track: Track,
     frame: int,
     estimate: Estimate,
     slot: int,
-    driving: tuple[np.ndarray, np.ndarray] | None,
+    poses: Poses,
     iou: float,
-    scene: Scene,
+    framing: Framing,
+    config: CalibrationConfig,
 ) -> PersonFrame:
-    facts = {"slot": None if slot < 0 else slot, "common": estimate.common, "mirrored": estimate.mirrored}
-    if driving is not None:
-        facts |= _misalignment(person, driving, scene)
+    """One person in one frame, for `calibration.json`; slot -1 = the person is not in the frame."""
+    facts = {"slot": None if slot < 0 else int(slot), "common": estimate.common, "mirrored": estimate.mirrored}
+    if slot >= 0:
+        keypoints = poses.keypoints[frame, slot].astype(np.float64)
+        seen = visible(poses.scores[frame, slot], keypoints, config.score_threshold)
+        facts |= _misalignment(person, keypoints, seen, framing)
     if not track.available[frame]:
-        return PersonFrame(number, "uncalibrated", estimate.reason, **facts)
+        return PersonFrame(index, "uncalibrated", estimate.reason, **facts)
     matrix, error = track.matrices[frame], None
-    if estimate.keypoints and driving is not None:
+    if estimate.keypoints and slot >= 0:
         weights = np.zeros(len(person.seen))
         weights[list(estimate.keypoints)] = 1
-        source = person.keypoints[MIRRORED] if estimate.mirrored else person.keypoints
-        error = round(float(residual(matrix, source, driving[0], weights)), 4)
+        source = person.keypoints[COCO_MIRROR] if estimate.mirrored else person.keypoints
+        error = round(float(residual(matrix, source, keypoints, weights)), 4)
     return PersonFrame(
-        number,
+        index,
         "calibrated" if track.calibrated[frame] else "interpolated",
         estimate.reason,
         matrix=matrix.tolist(),
@@ -173,31 +180,23 @@ def _record(
     )
 
 
-def _misalignment(person: ReferencePerson, driving: tuple[np.ndarray, np.ndarray], scene: Scene) -> dict[str, float]:
-    """The paper's two measures of misalignment before calibration, and the scale of the torso."""
-    measures: dict[str, float] = {}
-    ours, theirs = head_axis(person.keypoints, person.seen), head_axis(*driving)
-    if ours is not None and theirs is not None:
-        measures["relative_angle_deg"] = round(float(np.degrees(relative_angle(ours, theirs))), 3)
+def _misalignment(
+    person: ReferencePerson, keypoints: np.ndarray, seen: np.ndarray, framing: Framing
+) -> dict[str, float]:
+    """The paper's two measures of misalignment before calibration, and the torso's scale; those that are known."""
+    angle = relative_angle(head_axis(person.keypoints, person.seen), head_axis(keypoints, seen))
     boxes = (
-        keypoint_box(apply_matrix(scene.reference_map, person.keypoints), person.seen),
-        keypoint_box(apply_matrix(scene.frame_map, driving[0]), driving[1]),
+        keypoint_box(apply_matrix(framing.reference_map, person.keypoints), person.seen),
+        keypoint_box(apply_matrix(framing.frame_map, keypoints), seen),
     )
-    if boxes[0] is not None and boxes[1] is not None:
-        measures["box_iou"] = round(box_iou(*boxes), 4)
-    torso = np.isin(np.arange(len(person.seen)), TORSO) & person.seen & driving[1]
-    similarity = SimilarityTransform.from_estimate(person.keypoints, driving[0], torso)
-    if torso.sum() == len(TORSO) and similarity:
-        measures["torso_scale"] = round(float(similarity.scale), 4)
-    return measures
-
-
-def box_iou(first: np.ndarray, second: np.ndarray) -> float:
-    """IoU of two boxes x0, y0, x1, y1; 0 for boxes without area."""
-    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
-    both = float(np.prod(np.maximum(sides, 0)))
-    total = float(np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2])) - both
-    return both / total if total > 0 else 0.0
+    torso = np.isin(np.arange(len(person.seen)), TORSO) & person.seen & seen
+    similarity = SimilarityTransform.from_estimate(person.keypoints, keypoints, torso)
+    measures = {
+        "relative_angle_deg": round(float(np.degrees(angle)), 3),
+        "box_iou": round(float(box_iou(*boxes)), 4),
+        "torso_scale": round(float(similarity.scale), 4) if torso.sum() == len(TORSO) and similarity else np.nan,
+    }
+    return {name: value for name, value in measures.items() if not np.isnan(value)}
 
 
 def _map(name: str, value: np.ndarray | SimilarityTransform | None, source: tuple, size: tuple) -> np.ndarray:

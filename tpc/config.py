@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+from core.config import check_config
 from core.errors import UserError
 
 PRESETS = ("best", "paper", "release")
@@ -41,7 +42,7 @@ class CalibrationConfig:
     min_iou: float | None = None  # silhouette IoU below which a transform is not trusted
     max_gap: int | None = None  # frames: longest gap that is interpolated; 0 = none
     smoothing: float | None = None  # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
-    match: str | None = None  # persons: track them and assign them, or take slot j of both pose files as given
+    match: str | None = None  # persons: track (and assign), given (slot j of both pose files)
 
     # What is painted around the calibrated person before it is encoded.
     fill: str | None = None  # scene (reference image without its person), reference (warped along), black, mean
@@ -50,11 +51,45 @@ class CalibrationConfig:
     propagation: str | None = None  # iterative (one random member a group and step), hold (first member), off
     groups: int | None = None  # number of groups M; 0 = groups of four frames
 
-    # Step 3: who sees which tokens.
+    # Step 3: which queries attend to which tokens.
     attach: str | None = None  # add calibrated tokens to the reference's, or replace the reference frame by frame
-    visibility: str | None = None  # paper, release, exclusive, scene (needs fill=scene); see tpc.attention
+    visibility: str | None = None  # paper, release, exclusive, scene (needs fill=scene); see tpc.attach
     mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
     seed: int | None = None  # of the propagation's draws
+
+    def check(self) -> None:
+        check_choice("preset", self.preset, PRESETS)
+        full = _filled(self)
+        for name, allowed in (
+            ("transform", TRANSFORMS),
+            ("keypoints", KEYPOINT_RULES),
+            ("back_view", BACK_VIEWS),
+            ("match", MATCHES),
+            ("fill", FILLS),
+            ("propagation", PROPAGATIONS),
+            ("attach", ATTACHMENTS),
+            ("visibility", VISIBILITIES),
+        ):
+            check_choice(name, getattr(full, name), allowed)
+        for name, low, high in (
+            ("min_keypoints", 2, 17),
+            ("score_threshold", 0, 1),
+            ("reference_score_threshold", 0, 1),
+            ("consensus_tolerance", 0, 10),
+            ("min_scale", 0, full.max_scale),
+            ("max_rotation", 0, 180),
+            ("min_iou", 0, 1),
+            ("max_gap", 0, float("inf")),
+            ("smoothing", 0, 1000),
+            ("groups", 0, float("inf")),
+            ("mask_threshold", 0, 1),
+        ):
+            check_range(name, getattr(full, name), low, high)
+        if self.visibility == "scene" and full.fill != "scene":
+            raise UserError(
+                f"visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "
+                "that place, fill=scene does"
+            )
 
 
 def best() -> CalibrationConfig:
@@ -131,50 +166,26 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
         UserError: an unknown choice or a value out of range, with the allowed ones.
     """
     config = config or CalibrationConfig()
-    _check_choice("preset", config.preset, PRESETS)
-    full = {"best": best, "paper": paper, "release": release}[config.preset]()
-    given = {field.name: getattr(config, field.name) for field in fields(CalibrationConfig)}
-    full = replace(full, **{name: value for name, value in given.items() if value is not None})
-    for name, allowed in (
-        ("transform", TRANSFORMS),
-        ("keypoints", KEYPOINT_RULES),
-        ("back_view", BACK_VIEWS),
-        ("match", MATCHES),
-        ("fill", FILLS),
-        ("propagation", PROPAGATIONS),
-        ("attach", ATTACHMENTS),
-        ("visibility", VISIBILITIES),
-    ):
-        _check_choice(name, getattr(full, name), allowed)
-    for name, low, high in (
-        ("min_keypoints", 2, 17),
-        ("score_threshold", 0, 1),
-        ("reference_score_threshold", 0, 1),
-        ("consensus_tolerance", 0, 10),
-        ("min_scale", 0, full.max_scale),
-        ("max_rotation", 0, 180),
-        ("min_iou", 0, 1),
-        ("max_gap", 0, float("inf")),
-        ("smoothing", 0, 1000),
-        ("groups", 0, float("inf")),
-        ("mask_threshold", 0, 1),
-    ):
-        _check_range(name, getattr(full, name), low, high)
+    check_config(config, "tpc")
+    full = _filled(config)
     if full.visibility == "scene" and full.fill != "scene":
-        if config.visibility is not None:
-            raise UserError(
-                f"tpc.visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not "
-                "paint that place, fill=scene does"
-            )
         full.visibility = "exclusive"
     return full
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _filled(config: CalibrationConfig) -> CalibrationConfig:
+    preset = {"best": best, "paper": paper, "release": release}[config.preset]()
+    given = {field.name: getattr(config, field.name) for field in fields(CalibrationConfig)}
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """UserError when a value is none of those allowed."""
     if value not in allowed:
-        raise UserError(f"tpc.{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """UserError when a value is not within its limits, or nan."""
     if not low <= value <= high:
-        raise UserError(f"tpc.{name} must be in {low:g} to {high:g}; got {value!r}")
+        raise UserError(f"{name} must be in {low:g} to {high:g}; got {value!r}")

@@ -1,21 +1,36 @@
-"""One person, one frame: which keypoints, which transform, and whether to trust it."""
+"""The transform that carries a person of the reference onto a driving person: one frame at a time, each judged."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data.poses.person import COCO_MIRROR
+from data.poses.poses import Poses
 from tpc.config import CalibrationConfig
-from tpc.exhaustive import (
+from tpc.procrustes import (
+    AffineTransform,
+    FailedEstimation,
+    LinearTransform,
+    SimilarityTransform,
+    apply_matrix,
+    residual,
+)
+from tpc.result import PackedMasks
+from tpc.silhouettes import Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
+from tpc.subsets import (
     BITMAP_SIDE,
+    FIXED_RULES,
     NUM_SAMPLES,
     ReferenceSilhouette,
     SearchLimits,
+    Selection,
+    select_consensus,
     select_exhaustive,
+    select_fixed,
     silhouette_iou,
 )
-from tpc.procrustes import AffineTransform, LinearTransform, SimilarityTransform, residual
-from tpc.silhouettes import MIRRORED, Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
-from tpc.subset import FIXED_RULES, Selection, select_consensus, select_fixed
+from tpc.warping import Framing, mask_pyramid, warp_mask
 
 # A torso turned by more than about 75 degrees from the camera is seen neither from the front nor from behind.
 MIN_FACING = 0.25
@@ -24,7 +39,7 @@ DRAWING_SIDE = 320  # pixels of the person's longer side when a silhouette is dr
 
 @dataclass(frozen=True)
 class ReferencePerson:
-    """What all frames need of a person of the reference.
+    """A person of the reference, as all frames need it.
 
     Attributes:
         keypoints, scores, seen: (17, 2), (17,), (17,) bool.
@@ -63,22 +78,22 @@ class ReferencePerson:
 
     def mirrored(self) -> "ReferencePerson":
         """The same person with left and right keypoints exchanged."""
-        exchanged = (values[MIRRORED] for values in (self.keypoints, self.scores, self.seen))
+        exchanged = (values[COCO_MIRROR] for values in (self.keypoints, self.scores, self.seen))
         return ReferencePerson(*exchanged, self.silhouette, self.size)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The transform of one frame.
+    """The transform of one person in one frame.
 
     Attributes:
         matrix: (3, 3) reference to driving pixels, or None.
         reason: why there is none; or something to know about the one there is.
-        keypoints: numbers of the points used.
+        keypoints: indices of the points used.
         residual: their weighted RMS distance after the transform, driving pixels.
         iou: of the two silhouettes in the driving frame.
         mirrored: left and right keypoints of the reference were exchanged.
-        common: numbers of the points visible in both.
+        common: indices of the points visible in both.
     """
 
     matrix: np.ndarray | None
@@ -88,6 +103,63 @@ class Estimate:
     iou: float = 0.0
     mirrored: bool = False
     common: tuple[int, ...] = ()
+
+
+def estimate_clip(
+    persons: list[ReferencePerson],
+    poses: Poses,
+    slots: np.ndarray,
+    masks: Sequence[np.ndarray] | None,
+    framing: Framing,
+    config: CalibrationConfig,
+    order: Iterable[int],
+) -> tuple[list[list[Estimate]], PackedMasks, PackedMasks]:
+    """Estimate every person in every frame; a frame's masks are read once.
+
+    Args:
+        slots: (frames, persons), see `matching.match_persons`.
+        masks: of every frame (driving persons, H, W) bool. The outline of a person whose mask is not given, or empty,
+            is drawn around the keypoints.
+        order: names each frame once.
+
+    Returns:
+        estimates [frame][person]; target masks (frames, persons, h, w) and other masks (frames, h, w), see
+        `Calibration`.
+    """
+    frames: list[list[Estimate]] = [[] for _ in range(len(slots))]
+    targets = PackedMasks.zeros((len(slots), len(persons)), framing.size)
+    others = PackedMasks.zeros((len(slots),), framing.size)
+    seen = visible(poses.scores, poses.keypoints, config.score_threshold)
+    for f in order:
+        given: list[np.ndarray | None] = [None] * poses.keypoints.shape[1]
+        if masks is not None:
+            given = [mask if mask.any() else None for mask in np.asarray(masks[f]).astype(bool)]
+        outlines = [_model_mask(poses.keypoints[f, s], seen[f, s], given[s], framing) for s in range(len(given))]
+        for p, person in enumerate(persons):
+            slot = slots[f, p]
+            if slot < 0:
+                frames[f].append(Estimate(None, "the person is not in the frame"))
+                continue
+            targets[f, p] = outlines[slot]
+            keypoints = poses.keypoints[f, slot]
+            if given[slot] is None:
+                silhouette = drawn_silhouette(keypoints, seen[f, slot], poses.size)
+            else:
+                silhouette = silhouette_from_mask(given[slot], max_side=BITMAP_SIDE)
+            frames[f].append(estimate(person, keypoints, poses.scores[f, slot], silhouette, poses.size, config))
+        strangers = [outline for s, outline in enumerate(outlines) if s not in slots[f]]
+        if strangers:
+            others[f] = np.logical_or.reduce(strangers)
+    return frames, targets, others
+
+
+def _model_mask(keypoints: np.ndarray, seen: np.ndarray, mask: np.ndarray | None, framing: Framing) -> np.ndarray:
+    """A driving person's mask (h, w) bool in the model's frame."""
+    if mask is None:
+        return draw_silhouette(apply_matrix(framing.frame_map, keypoints), seen, framing.size)
+    if mask.shape == framing.size[::-1] and np.allclose(framing.frame_map, np.eye(3)):
+        return mask
+    return warp_mask(mask_pyramid(mask), framing.frame_map, framing.size)
 
 
 def drawn_silhouette(
@@ -124,7 +196,8 @@ def estimate(
     """
     seen = visible(scores, keypoints, config.score_threshold)
     note, mirrored = None, False
-    if _seen_from_other_side(reference, keypoints, seen):
+    ours, theirs = facing(reference.keypoints, reference.seen), facing(keypoints, seen)
+    if ours * theirs < 0 and min(abs(ours), abs(theirs)) >= MIN_FACING:
         note = "one of the two is seen from behind"
         if config.back_view == "reject":
             return Estimate(None, note)
@@ -146,14 +219,7 @@ def estimate(
     error = float(residual(matrix, reference.keypoints, target, chosen))
     iou = silhouette_iou(matrix, reference.silhouette, silhouette, size)
     doubt = _doubt(matrix, iou, config)
-    if doubt:
-        return Estimate(None, doubt, selection.keypoints, error, iou, mirrored, shared)
-    return Estimate(matrix, note, selection.keypoints, error, iou, mirrored, shared)
-
-
-def _seen_from_other_side(reference: ReferencePerson, keypoints: np.ndarray, seen: np.ndarray) -> bool:
-    ours, theirs = facing(reference.keypoints, reference.seen), facing(keypoints, seen)
-    return ours * theirs < 0 and min(abs(ours), abs(theirs)) >= MIN_FACING
+    return Estimate(None if doubt else matrix, doubt or note, selection.keypoints, error, iou, mirrored, shared)
 
 
 def _select(
@@ -164,6 +230,7 @@ def _select(
     size: tuple[int, int],
     config: CalibrationConfig,
 ) -> Selection:
+    """The keypoints that serve, by the configured rule."""
     if config.keypoints in FIXED_RULES:
         return select_fixed(config.keypoints, weights > 0, config.min_keypoints)
     if config.keypoints == "consensus":
@@ -171,17 +238,13 @@ def _select(
         return select_consensus(reference.keypoints, target, weights, tolerance, config.min_keypoints)
     limits = SearchLimits(config.min_keypoints, config.min_scale, config.max_scale, config.max_rotation)
     return select_exhaustive(
-        reference.keypoints,
-        target,
-        weights,
-        reference.silhouette,
-        silhouette,
-        size,
-        limits=limits,
+        reference.keypoints, target, weights, reference.silhouette, silhouette, size, limits=limits
     )
 
 
-def _fit(reference: ReferencePerson, target: np.ndarray, weights: np.ndarray, size: tuple[int, int], transform: str):
+def _fit(
+    reference: ReferencePerson, target: np.ndarray, weights: np.ndarray, size: tuple[int, int], transform: str
+) -> AffineTransform | SimilarityTransform | FailedEstimation:
     if transform == "affine":
         return AffineTransform.from_estimate(reference.keypoints, target, weights)
     if transform == "linear":
@@ -191,7 +254,7 @@ def _fit(reference: ReferencePerson, target: np.ndarray, weights: np.ndarray, si
 
 
 def _doubt(matrix: np.ndarray, iou: float, config: CalibrationConfig) -> str | None:
-    """Why the transform is not to be trusted, None when it is."""
+    """The reason why a transform is not to be trusted, None when it is."""
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
     angle = float(abs(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0]))))
     if not config.min_scale <= scale <= config.max_scale:

@@ -1,4 +1,4 @@
-"""Who is who: persons of a driving clip followed over time and assigned to the persons of the reference.
+"""Persons of a driving clip followed over time and assigned to the persons of the reference.
 
 Pose estimators number persons as they find them, and the numbers may change from frame to frame. Tracks are built by
 optimal assignment between neighbouring frames, then assigned to the reference's persons by where they stand and how
@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from data.poses.poses import Poses
+from tpc.config import CalibrationConfig
+from tpc.estimation import ReferencePerson
+from tpc.silhouettes import visible
+
 # Costs are mean distances of keypoints in parts of the person's size. A runner moves by 0.1 a frame; a person's
 # neighbour in a crowd is 0.4 away.
 MAX_STEP = 0.35
@@ -18,6 +23,26 @@ MAX_MISSED_FRAMES = 30  # a track that was lost for longer starts anew, and is j
 MAX_PREDICTED_FRAMES = 4  # how far ahead a constant velocity is believed
 FORBIDDEN = 1e6
 LAYOUT_FRAMES = 10  # over which the places of persons are averaged
+
+
+def match_persons(persons: list[ReferencePerson], poses: Poses, config: CalibrationConfig) -> np.ndarray:
+    """(frames, persons) int: the slot of the driving poses that each person of the reference takes, -1 = absent."""
+    frames, available = poses.keypoints.shape[:2]
+    seen = visible(poses.scores, poses.keypoints, config.score_threshold)
+    if not persons:
+        return np.full((frames, 0), -1)
+    if config.match == "given":
+        slots = np.arange(len(persons))
+        present = np.pad(seen.any(-1), ((0, 0), (0, len(persons))))[:, : len(persons)]
+        return np.where(present & (slots < available), slots, -1)
+    return assign_persons(
+        np.stack([p.keypoints for p in persons]),
+        np.stack([p.seen for p in persons]),
+        persons[0].size,
+        poses.keypoints,
+        seen,
+        poses.size,
+    )
 
 
 @dataclass

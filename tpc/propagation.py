@@ -1,9 +1,8 @@
-"""Iterative propagation: which frame's calibrated image each frame attends to, at every denoising step.
+"""Iterative propagation: the frame whose calibrated image each frame attends to, at every denoising step.
 
 The frames are divided into consecutive groups. At each step one member of a group is drawn uniformly at random and
-serves all
-frames of its group: neighbours agree at every step, and over the steps every member is heard (paper, "iterative
-propagation").
+serves all frames of its group: neighbours agree at every step, and over the steps every member is heard (paper,
+"iterative propagation").
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ FRAMES_PER_GROUP = 4  # what the paper's 30 groups come to on its clips of about
 
 
 def group_of_frames(num_frames: int, num_groups: int) -> np.ndarray:
-    """Group number (frames,) of every frame; sizes differ by at most one.
+    """Group index (frames,) of every frame; sizes differ by at most one.
 
     Args:
         num_groups: M; at least `num_frames` puts every frame in a group of its own. 0 makes groups of four frames.
@@ -54,11 +53,11 @@ class Schedule:
         source = np.full((frames, persons), -1)
         group = group_of_frames(frames, self.groups)
         starts = np.flatnonzero(np.diff(group, prepend=-1))
-        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
+        for g, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
             for person in range(persons):
                 members = start + np.flatnonzero(self.available[start:stop, person])
                 if len(members):
-                    drawn = 0 if self.mode == "hold" else self._draw(step, number, person, len(members))
+                    drawn = 0 if self.mode == "hold" else self._draw(step, g, person, len(members))
                     source[members, person] = members[drawn]
         return source
 

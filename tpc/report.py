@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from core.files import complete_file
 from data.poses.drawing import draw_pose
+from data.poses.person import COCO_MIRROR
 from data.poses.poses import Poses
 from tpc.result import Calibration, PersonFrame
-from tpc.silhouettes import MIRRORED, visible
+from tpc.silhouettes import visible
 
 NUM_COLUMNS = 5  # driving frames that are shown
 GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)
@@ -125,7 +126,7 @@ def _reference_image(
         rows = (calibration.records[frame][person] for frame in shown)
         record = next((row for row in rows if row.keypoints), calibration.records[shown[0]][person])
         used, common = (
-            {int(MIRRORED[i]) if record.mirrored else i for i in numbers}
+            {int(COCO_MIRROR[i]) if record.mirrored else i for i in numbers}
             for numbers in (record.keypoints, record.common)
         )
         seen = visible(poses.scores[0, person], poses.keypoints[0, person], threshold)

@@ -1,9 +1,14 @@
-"""The 17 COCO keypoints, a person's size measured on them, and the silhouette drawn when no mask is given."""
+"""Measures of a person's 17 COCO keypoints, and silhouettes: from masks, or drawn around the keypoints.
+
+Keypoints are (..., 17, 2) pixels (x, y), y down, pixel centres at integers.
+"""
 
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from tpc.procrustes import Array, library
 
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(5)
 LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW, LEFT_WRIST, RIGHT_WRIST = range(5, 11)
@@ -13,8 +18,6 @@ NUM_KEYPOINTS = 17
 FACE = (NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR)
 TORSO = (LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_HIP, RIGHT_HIP)
 TRUNK = FACE + TORSO
-# Position of each keypoint after left and right are exchanged.
-MIRRORED = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15])
 
 # Length of each bone and width of the body around it, as parts of the standing height (Drillis and Contini's
 # proportions, rounded; widths include clothes).
@@ -48,30 +51,29 @@ def visible(scores: np.ndarray, keypoints: np.ndarray, threshold: float) -> np.n
 
 
 def body_height(keypoints: np.ndarray, seen: np.ndarray) -> float:
-    """Standing height in pixels that fits the visible bones (17, 2), (17,) bool; 0 when no bone is visible.
-
-    Perspective only shortens bones, so the answer is an upper quartile of what the bones say, not their mean.
-    """
+    """Standing height in pixels that fits the visible bones (17, 2), (17,) bool; 0 when no bone is visible."""
     lengths = {bone: share for bone, (share, _) in BONES.items()} | FACE_BONES
     estimates = [
         np.linalg.norm(keypoints[a] - keypoints[b]) / share for (a, b), share in lengths.items() if seen[a] and seen[b]
     ]
+    # An upper quartile, not the mean: perspective only shortens bones.
     return float(np.quantile(estimates, 0.75)) if estimates else 0.0
 
 
-def keypoint_box(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """(4,) x0, y0, x1, y1 of the visible keypoints, or None without any."""
-    if not seen.any():
-        return None
-    return np.concatenate([keypoints[seen].min(0), keypoints[seen].max(0)])
+def keypoint_box(keypoints: Array, seen: Array) -> Array:
+    """(..., 4) left, top, right, bottom of the visible keypoints, arrays or tensors; nan without any."""
+    xp, seen = library(keypoints), seen[..., None]
+    low = xp.amin(xp.where(seen, keypoints, np.inf), -2)
+    high = xp.amax(xp.where(seen, keypoints, -np.inf), -2)
+    box = xp.concatenate([low, high], -1)
+    return xp.where(seen.any(-2), box, np.nan)
 
 
 def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
-    """How much of the torso is seen from the front: about +1 from the front, -1 from behind, 0 from the side or
-    unknown.
+    """Direction of the torso: about +1 seen from the front, -1 from behind, 0 from the side or unknown.
 
-    It is the shoulder (or hip) width, signed by left and right, over the torso's length, times what that ratio is
-    for a person seen squarely; it does not depend on the person's place, scale or rotation in the image.
+    The width of shoulders and hips, signed by left and right, over the torso's length, in units of that ratio of a
+    person seen squarely; it does not depend on the person's place, scale or rotation in the image.
     """
     if not (seen[list(TORSO)]).all():
         return 0.0
@@ -84,17 +86,18 @@ def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
     return float((across[0] * down[1] - across[1] * down[0]) / length**2 * 0.29 / 0.175)
 
 
-def head_axis(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """(2,) vector from the pelvis to the nose, the line whose angle the paper measures; None when either is unseen."""
-    if not (seen[NOSE] and seen[LEFT_HIP] and seen[RIGHT_HIP]):
-        return None
-    return keypoints[NOSE] - keypoints[[LEFT_HIP, RIGHT_HIP]].mean(0)
+def head_axis(keypoints: Array, seen: Array) -> Array:
+    """(..., 2) from the pelvis to the nose, the line whose angle the paper measures; nan where either is unseen."""
+    axis = keypoints[..., NOSE, :] - (keypoints[..., LEFT_HIP, :] + keypoints[..., RIGHT_HIP, :]) / 2
+    known = seen[..., NOSE] & seen[..., LEFT_HIP] & seen[..., RIGHT_HIP]
+    return library(keypoints).where(known[..., None], axis, np.nan)
 
 
-def relative_angle(reference: np.ndarray, driving: np.ndarray) -> float:
-    """Angle from one head axis to another, radians in [-pi, pi)."""
-    turn = np.arctan2(driving[1], driving[0]) - np.arctan2(reference[1], reference[0])
-    return float((turn + np.pi) % (2 * np.pi) - np.pi)
+def relative_angle(reference: Array, driving: Array) -> Array:
+    """Angles (...) from one head axis (..., 2) to another, radians in [-pi, pi)."""
+    xp = library(reference)
+    turn = xp.atan2(driving[..., 1], driving[..., 0]) - xp.atan2(reference[..., 1], reference[..., 0])
+    return (turn + np.pi) % (2 * np.pi) - np.pi
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ class Silhouette:
         """(n, 2) image coordinates of the samples inside the outline."""
         rows, columns = np.nonzero(self.mask)
         return np.stack([columns, rows], -1) * self.cell + self.origin
+
+    def covers(self, points: np.ndarray) -> np.ndarray:
+        """(n,) bool: the points (n, 2) of the image that lie on the person."""
+        position = np.floor((points - self.origin) / self.cell + 0.5)
+        rows, columns = self.mask.shape
+        hit = (position >= 0).all(-1) & (position < (columns, rows)).all(-1)
+        column, row = position[hit].astype(int).T
+        hit[hit] = self.mask[row, column]
+        return hit
 
 
 def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_side: int | None = None) -> Silhouette:
@@ -150,24 +162,24 @@ def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, in
     body = body_height(keypoints, seen)
     if body == 0:
         return canvas.astype(bool)
-    painter = _Painter(canvas, body)
+    pen = _Canvas(canvas, body)
     for (a, b), (_, thickness) in BONES.items():
         if seen[a] and seen[b]:
-            painter.line(keypoints[a], keypoints[b], thickness)
+            pen.line(keypoints[a], keypoints[b], thickness)
     for elbow, wrist in ((LEFT_ELBOW, LEFT_WRIST), (RIGHT_ELBOW, RIGHT_WRIST)):
         if seen[elbow] and seen[wrist]:
-            painter.beyond(keypoints[elbow], keypoints[wrist], HAND_LENGTH, 0.05)
+            pen.beyond(keypoints[elbow], keypoints[wrist], HAND_LENGTH, 0.05)
     for knee, ankle in ((LEFT_KNEE, LEFT_ANKLE), (RIGHT_KNEE, RIGHT_ANKLE)):
         if seen[knee] and seen[ankle]:
-            painter.beyond(keypoints[knee], keypoints[ankle], FOOT_LENGTH, 0.07)
+            pen.beyond(keypoints[knee], keypoints[ankle], FOOT_LENGTH, 0.07)
     torso = [i for i in (LEFT_SHOULDER, RIGHT_SHOULDER, RIGHT_HIP, LEFT_HIP) if seen[i]]
     if len(torso) >= 3:
-        painter.polygon(keypoints[torso])
-    _draw_head(painter, keypoints, seen)
+        pen.polygon(keypoints[torso])
+    _draw_head(pen, keypoints, seen)
     return canvas.astype(bool)
 
 
-def _draw_head(painter: "_Painter", keypoints: np.ndarray, seen: np.ndarray) -> None:
+def _draw_head(pen: "_Canvas", keypoints: np.ndarray, seen: np.ndarray) -> None:
     face = [i for i in FACE if seen[i]]
     if not face:
         return
@@ -179,11 +191,11 @@ def _draw_head(painter: "_Painter", keypoints: np.ndarray, seen: np.ndarray) -> 
         neck = keypoints[shoulders].mean(0)
         if np.linalg.norm(middle - neck) > 0:
             up = (middle - neck) / np.linalg.norm(middle - neck)
-        painter.line(neck, middle, 0.06)
-    painter.ellipse(middle + 0.015 * painter.body * up, up, HEAD_WIDTH, HEAD_HEIGHT)
+        pen.line(neck, middle, 0.06)
+    pen.ellipse(middle + 0.015 * pen.body * up, up, HEAD_WIDTH, HEAD_HEIGHT)
 
 
-class _Painter:
+class _Canvas:
     """Filled shapes on a canvas with sizes in parts of the body height, at a sixteenth of a pixel."""
 
     SHIFT = 4

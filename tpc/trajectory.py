@@ -5,7 +5,44 @@ the translation of the image's corner instead would swing the person around it. 
 four coefficients and the same point.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Track:
+    """One person's transforms over the clip: (frames, 3, 3), identity where neither flag (frames,) is set."""
+
+    matrices: np.ndarray
+    calibrated: np.ndarray
+    interpolated: np.ndarray
+
+    @property
+    def available(self) -> np.ndarray:
+        return self.calibrated | self.interpolated
+
+
+def follow(
+    matrices: list[np.ndarray | None], centre: np.ndarray, similar: bool, max_gap: int, smoothing: float
+) -> Track:
+    """Bridge short gaps and filter noise in one person's transforms.
+
+    Args:
+        matrices: of every frame (3, 3), None where there is none.
+        centre: (2,) middle of the reference person.
+        similar: similarities, not affine maps.
+        max_gap, smoothing: frames; see `CalibrationConfig`.
+    """
+    calibrated = np.array([matrix is not None for matrix in matrices], bool)
+    result = np.array([np.eye(3) if matrix is None else matrix for matrix in matrices]).reshape(-1, 3, 3)
+    parameters = unwrap(to_parameters(result, centre, similar), calibrated)
+    parameters, filled = interpolate(parameters, calibrated, max_gap)
+    available = calibrated | filled
+    if filled.any() or smoothing > 0:
+        parameters = smooth(parameters, available, smoothing)
+        result = np.where(available[:, None, None], to_matrices(parameters, centre, similar), result)
+    return Track(result, calibrated, filled)
 
 
 def to_parameters(matrices: np.ndarray, centre: np.ndarray, similar: bool) -> np.ndarray:

@@ -7,13 +7,118 @@ Convention:
 """
 
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from tpc.config import CalibrationConfig
+from tpc.procrustes import apply_matrix
+from tpc.result import LazyImages, PackedMasks
+from tpc.trajectory import Track
+
+# Calibrated images whose corners differ by less, in pixels of the model's frame, are one image.
+SAME_PIXELS = 1 / 64
 MAX_SIDE = 32766  # OpenCV's warps address pixels by 16-bit integers
 MAX_COORDINATE = 1e8  # pixels: a map that sends a corner further off shows nothing that a frame could hold
 MIN_AREA = 1e-12  # of a source pixel in the frame
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The model's frame, and how original images come into it.
+
+    Attributes:
+        size: (width, height) of the model's frame in pixels.
+        frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame.
+    """
+
+    size: tuple[int, int]
+    frame_map: np.ndarray
+    reference_map: np.ndarray
+
+
+@dataclass(frozen=True)
+class WarpedClip:
+    """The distinct calibrated images of a clip.
+
+    Attributes:
+        images, masks, member: see `Calibration`.
+        iou: (frames, persons) of the calibrated and the driving person's masks, nan where there is nothing to compare.
+    """
+
+    images: LazyImages
+    masks: PackedMasks
+    member: np.ndarray
+    iou: np.ndarray
+
+
+def warp_clip(
+    reference: np.ndarray,
+    masks: np.ndarray,
+    tracks: list[Track],
+    targets: PackedMasks,
+    framing: Framing,
+    config: CalibrationConfig,
+) -> WarpedClip:
+    """Find the distinct calibrated images; warp their masks now, and the images when they are asked for.
+
+    Fills the target masks of interpolated frames in which the person was not seen with the calibrated person's.
+    """
+    frames = len(tracks[0].matrices) if tracks else len(targets)
+    member, iou = np.full((frames, len(tracks)), -1), np.full((frames, len(tracks)), np.nan)
+    known: dict[tuple, int] = {}
+    sources: list[tuple[int, np.ndarray]] = []
+    warped = PackedMasks.zeros((int(sum(track.available.sum() for track in tracks)),), framing.size)
+    coverage = [mask_pyramid(mask) for mask in masks]
+    height, width = reference.shape[:2]
+    corners = np.array([[0, 0], [width, 0], [0, height]], np.float64)
+    for p, track in enumerate(tracks):
+        for f in np.flatnonzero(track.available):
+            matrix = framing.frame_map @ track.matrices[f]
+            key = (p, *np.round(apply_matrix(matrix, corners).reshape(-1) / SAME_PIXELS).tolist())
+            if key not in known:
+                known[key] = len(sources)
+                warped[len(sources)] = warp_mask(coverage[p], matrix, framing.size)
+                sources.append((p, matrix))
+            member[f, p] = known[key]
+            mask, target = warped[member[f, p]], targets[f, p]
+            if target.any():
+                iou[f, p] = np.count_nonzero(mask & target) / np.count_nonzero(mask | target)
+            elif track.interpolated[f]:
+                targets[f, p] = mask
+    image = ImagePyramid(np.ascontiguousarray(reference))
+    background = _background(image, masks, framing, config.fill)
+
+    def paint(index: int) -> np.ndarray:
+        person, matrix = sources[index]
+        if config.fill != "reference":
+            return place_person(image, coverage[person], matrix, background)
+        quad = quad_mask(matrix, image.size, framing.size)
+        return np.where(quad[..., None], image.warp(matrix, framing.size), np.uint8(0))
+
+    images = LazyImages(len(sources), framing.size, paint)
+    return WarpedClip(images, warped.first(len(sources)), member, iou)
+
+
+def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill: str) -> np.ndarray:
+    """(h, w, 3) uint8, painted around calibrated persons."""
+    width, height = framing.size
+    everybody = np.logical_or.reduce(masks, axis=0) if len(masks) else np.zeros(image.size[::-1], bool)
+    background = np.zeros((height, width, 3), np.uint8)
+    if fill == "mean":
+        pixels = image.levels[0][~everybody]
+        background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
+    if fill == "scene":
+        # A little wider than the mask, whose edge pixels still show the person, and wherever the image does not
+        # reach: its outermost pixels, often a frame or a line, would be drawn out into bars.
+        to_model, size = framing.reference_map, framing.size
+        unknown = (mask_pyramid(everybody).warp(to_model, size) > 0) | ~quad_mask(to_model, image.size, size)
+        reach = max(2, max(size) // 128)
+        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+        grown = cv2.dilate(unknown.astype(np.uint8), kernel).astype(bool)
+        background = remove_persons(image.warp(to_model, size), grown)
+    return background
 
 
 class ImagePyramid:
@@ -125,8 +230,7 @@ def place_person(image: ImagePyramid, mask: ImagePyramid, matrix: np.ndarray, ba
 def remove_persons(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Fill the pixels of a mask (h, w) bool smoothly from those around it: (h, w, 3) uint8.
 
-    Known pixels are averaged into ever coarser images, and the holes of each are filled from the next coarser one
-    ("push-pull"). An image that is all mask becomes grey.
+    An image that is all mask becomes grey.
     """
     known = (~mask).astype(np.float32)
     if not known.any():
@@ -136,7 +240,10 @@ def remove_persons(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _push_pull(weighted: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Colours times weights (h, w, 3) and weights (h, w) -> colours without holes (h, w, 3)."""
+    """Colours times weights (h, w, 3) and weights (h, w) -> colours without holes (h, w, 3).
+
+    Known pixels are averaged into ever coarser images, and the holes of each are filled from the next coarser one.
+    """
     height, width = known.shape
     if height == 1 and width == 1:
         return weighted / np.maximum(known[..., None], 1e-6)

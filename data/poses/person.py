@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 COCO_KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
@@ -16,7 +17,7 @@ COCO_KEYPOINTS = (
 )  # fmt: skip
 
 # Index that exchanges left and right: keypoints[COCO_MIRROR] are the keypoints of the mirrored image, x reflected.
-COCO_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+COCO_MIRROR = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15])
 
 # Standard deviations of human annotators per keypoint relative to the object's scale (COCO keypoint evaluation).
 COCO_SIGMAS = np.array(
@@ -94,13 +95,16 @@ def scores_inside(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, in
     return np.where(inside, scores, 0).astype(np.float32)
 
 
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes; 0 when either has no area."""
-    width = min(a.right, b.right) - max(a.left, b.left)
-    height = min(a.bottom, b.bottom) - max(a.top, b.top)
-    intersection = max(0.0, width) * max(0.0, height)
-    union = a.area + b.area - intersection
-    return intersection / union if union > 0 else 0.0
+def box_iou(a: ArrayLike, b: ArrayLike) -> ArrayLike:
+    """Intersection over union (...) of boxes (..., 4) left, top, right, bottom; 0 without area, nan where one is.
+
+    `Box`es, arrays or tensors: only methods that all of these have are called.
+    """
+    a, b = (np.asarray(box) if isinstance(box, tuple) else box for box in (a, b))
+    sides = a[..., 2:].clip(max=b[..., 2:]) - a[..., :2].clip(min=b[..., :2])
+    shared = sides.clip(min=0).prod(-1)
+    union = sum((box[..., 2:] - box[..., :2]).clip(min=0).prod(-1) for box in (a, b)) - shared
+    return shared / (union + (union <= 0))
 
 
 def keypoint_similarity(a: PersonEstimate, b: PersonEstimate, threshold: float = 0.3) -> float:

@@ -1,0 +1,491 @@
+"""The keypoints that serve in a transform: fixed sets, the largest set that agrees, or the best of all subsets.
+
+The paper takes the subset whose transform aligns the two silhouettes best, and does not say how the subsets are
+enumerated. Here all of them are tried. A similarity is fixed by a handful of moments of the points that serve, and
+moments of a subset are sums over its points: the transforms of all 2^k subsets come from two small tables, one for
+each half of the points, added pairwise. How well a transform aligns the silhouettes is counted over samples of the
+reference's.
+
+Points are (x, y) in pixels, pixel centres at integers; transforms lead from the reference to the driving frame.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import cv2
+import numba
+import numpy as np
+
+from tpc.procrustes import SimilarityTransform, apply_matrix
+from tpc.silhouettes import FACE, NUM_KEYPOINTS, TORSO, TRUNK, Silhouette
+
+FIXED_RULES = {"all": tuple(range(NUM_KEYPOINTS)), "face": FACE, "torso": TORSO, "trunk": TRUNK}
+
+# Silhouettes are compared by about this many samples of the reference's: on a person 300 pixels tall every 4th to
+# 5th pixel of every 4th to 5th row.
+NUM_SAMPLES = 1000
+BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
+CHUNK = 64  # samples between two checks whether a candidate can still win
+COVERED = 255  # the cover of a cell that lies on the driving person as a whole
+# Before that, by so many larger pieces of the reference's silhouette, each looked up in a driving silhouette blurred
+# to the width of a piece times this part.
+NUM_PIECES = 128
+BLUR = 0.7
+# IoU: a subset that far below the best by pieces is dropped. The best by all samples was never more than 0.049 below
+# in 500 searches over bodies in two poses.
+MARGIN = 0.06
+SAME_IOU = 1e-9  # what rounding may change
+# Every subset is scored by all samples where that is quick: few samples to look up in all, or a silhouette of few.
+MAX_OUTRIGHT = 8_000_000
+MAX_OUTRIGHT_SAMPLES = 300
+# Points within this part of the image's coordinates of each other coincide.
+RELATIVE_DISTANCE = 1e-6
+NUM_MOMENTS = 10  # weight, x, y, u, v, |x|^2, Re and Im of conj(x) y, |y|^2 (all weighted), number of points
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Indices of the chosen keypoints, ascending, or none and the reason; the IoU is nan when it was not measured."""
+
+    keypoints: tuple[int, ...]
+    reason: str | None = None
+    iou: float = float("nan")
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """Limits that the transform of a subset must keep to be a candidate."""
+
+    min_points: int = 3
+    min_scale: float = 1e-3
+    max_scale: float = 1e3
+    max_rotation: float = 180.0  # degrees
+
+
+def select_fixed(rule: str, common: np.ndarray, min_points: int) -> Selection:
+    """The points of a fixed rule that are in `common` (17,) bool."""
+    chosen = tuple(i for i in FIXED_RULES[rule] if common[i])
+    if len(chosen) < min_points:
+        group = "" if rule == "all" else f" of the {rule}"
+        return Selection((), f"{len(chosen)} keypoints{group} are visible in both; {min_points} are needed")
+    return Selection(chosen)
+
+
+def select_consensus(
+    source: np.ndarray, target: np.ndarray, weights: np.ndarray, tolerance: float, min_points: int
+) -> Selection:
+    """The largest set of points that one similarity maps to within `tolerance` pixels; ties go to the smaller error.
+
+    Every pair of points proposes a transform, which is refitted once to the points that agree with it.
+
+    Args:
+        source, target: (17, 2).
+        weights: (17,), 0 = not visible in both.
+    """
+    common = np.flatnonzero(weights > 0)
+    if len(common) < min_points:
+        return Selection((), f"{len(common)} keypoints are visible in both; {min_points} are needed")
+    pairs = np.array(list(combinations(common, 2)))
+    proposals = np.zeros((len(pairs), NUM_KEYPOINTS))
+    np.put_along_axis(proposals, pairs, 1, axis=1)
+    for _ in range(2):
+        transform = SimilarityTransform.from_estimate(source, target, proposals * weights)
+        if not transform:
+            return Selection((), transform.reason)
+        distance = np.linalg.norm(apply_matrix(transform.matrix, source) - target, axis=-1)
+        agreeing = (distance <= tolerance) & (weights > 0) & transform.valid[:, None]
+        proposals = agreeing.astype(np.float64)
+    counts = agreeing.sum(-1)
+    error = np.where(agreeing, np.minimum(distance, tolerance) ** 2, 0.0).sum(-1)
+    best = np.lexsort((error, -counts))[0]
+    if counts[best] < min_points:
+        return Selection((), f"no {min_points} keypoints agree on one transform")
+    return Selection(tuple(int(i) for i in np.flatnonzero(agreeing[best])))
+
+
+class Samples(NamedTuple):
+    """Points spread evenly over a silhouette, in chunks.
+
+    Attributes:
+        points: (chunks, 2, CHUNK) x and y; the last chunk is padded.
+        counts: (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding.
+        left: (chunks,) int64, finest samples in a chunk and all after it.
+        number: of the points.
+    """
+
+    points: np.ndarray
+    counts: np.ndarray
+    left: np.ndarray
+    number: int
+
+    @classmethod
+    def of(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Samples at (n, 2) points, in their order."""
+        chunks = -(-len(points) // CHUNK)
+        padding = chunks * CHUNK - len(points)
+        chunked = np.pad(points, ((0, padding), (0, 0))).reshape(chunks, CHUNK, 2)
+        counts = np.pad(counts, (0, padding)).astype(np.int32).reshape(chunks, CHUNK)
+        left = counts.sum(1)[::-1].cumsum(dtype=np.int64)[::-1]
+        return cls(chunked.transpose(0, 2, 1).copy(), counts, left.copy(), len(points))
+
+    @classmethod
+    def shuffled(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Samples at (n, 2) points; each chunk is spread over all of them."""
+        order = np.random.default_rng(0).permutation(len(points))
+        return cls.of(points[order], counts[order])
+
+    def listed(self) -> np.ndarray:
+        """(n, 2) the points without padding."""
+        return self.points.transpose(0, 2, 1).reshape(-1, 2)[: self.number]
+
+
+@dataclass(frozen=True)
+class ReferenceSilhouette:
+    """The reference person's outline, sampled once for all frames.
+
+    Attributes:
+        samples: all samples, reference pixels, float64.
+        pieces: coarser ones, float32; None where there are few samples.
+        sample_area: reference pixels that one sample stands for.
+        box: (4,) centre x and y, half the width and the height of the box of the samples.
+    """
+
+    samples: Samples
+    pieces: Samples | None
+    sample_area: float
+    box: np.ndarray
+
+    @classmethod
+    def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
+        points = silhouette.points().astype(np.float64)
+        if not len(points):
+            return cls(Samples.of(points, np.zeros(0)), None, 0.0, np.zeros(4))
+        pieces = _pieces(points, NUM_PIECES) if 2 * NUM_PIECES <= len(points) else None
+        least, most = points.min(0), points.max(0)
+        box = np.concatenate([(least + most) / 2, (most - least) / 2])
+        return cls(Samples.shuffled(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
+
+    @property
+    def empty(self) -> bool:
+        return self.samples.number == 0
+
+
+def _pieces(points: np.ndarray, count: int) -> Samples:
+    """`count` (a power of two) pieces of a silhouette, of nearly equal area; the longer side is halved each time."""
+    parts = [points]
+    while len(parts) < count:
+        ordered = [part[np.argsort(part[:, np.ptp(part, axis=0).argmax()], kind="stable")] for part in parts]
+        parts = [half for part in ordered for half in (part[: len(part) // 2], part[len(part) // 2 :])]
+    means = np.stack([part.mean(0) for part in parts]).astype(np.float32)
+    return Samples.shuffled(means, np.array([len(part) for part in parts]))
+
+
+def silhouette_iou(
+    matrix: np.ndarray, reference: ReferenceSilhouette, silhouette: Silhouette, size: tuple[int, int]
+) -> float:
+    """Silhouette IoU of any affine matrix (3, 3), measured as in `select_exhaustive`; 0 without silhouettes."""
+    if reference.empty or silhouette.area == 0:
+        return 0.0
+    moved = apply_matrix(matrix, reference.samples.listed())
+    on_frame = ((moved >= -0.5) & (moved < np.asarray(size) - 0.5)).all(-1)
+    size_of_sample = reference.sample_area * abs(np.linalg.det(matrix[:2, :2]))
+    both = min(size_of_sample * np.count_nonzero(on_frame & silhouette.covers(moved)), silhouette.area)
+    return float(both / (silhouette.area + size_of_sample * np.count_nonzero(on_frame) - both))
+
+
+def select_exhaustive(
+    source: np.ndarray,
+    target: np.ndarray,
+    weights: np.ndarray,
+    reference: ReferenceSilhouette,
+    silhouette: Silhouette,
+    size: tuple[int, int],
+    *,
+    limits: SearchLimits,
+    outright: bool | None = None,
+) -> Selection:
+    """The subset whose similarity gives the highest silhouette IoU, over all subsets of the points visible in both.
+
+    The reference's outline is carried into the driving frame by the samples inside it: with n samples of A reference
+    pixels each and a scale s, the part of it on the frame covers s^2 A (samples on the frame) pixels, and shares s^2
+    A (samples that land on the driving person) of them. What leaves the frame does not count.
+
+    Ties go to the larger subset, then to the smaller residual.
+
+    Args:
+        source, target: (17, 2) reference and driving pixels.
+        weights: (17,), 0 = not visible in both.
+        silhouette: the driving person.
+        size: (width, height) of the driving frame.
+        outright: score every subset by all samples, however many; None = when they are few. Otherwise all are scored
+            by few large pieces of the silhouette first, and only those that could still win by all samples.
+    """
+    common = np.flatnonzero(weights > 0)
+    if len(common) < limits.min_points:
+        return Selection((), f"{len(common)} keypoints are visible in both; {limits.min_points} are needed")
+    if reference.empty or silhouette.area == 0:
+        return Selection((), "no silhouette of the person")
+    x, y, w = source[common].astype(np.float64), target[common].astype(np.float64), weights[common] / weights.max()
+    x0, y0 = x.mean(0), y.mean(0)  # moments are taken about the means, where they lose no digits
+    half = (len(common) + 1) // 2
+    tables = [moment_table(x[part] - x0, y[part] - y0, w[part]) for part in (slice(half), slice(half, None))]
+    smallest = (RELATIVE_DISTANCE * max(np.abs(x).max(), 1.0)) ** 2
+    bounds = np.array([limits.min_scale, limits.max_scale, np.cos(np.deg2rad(limits.max_rotation)) - 1e-12])
+    subsets, points, found = solve_subsets(*tables, bounds, limits.min_points, smallest)
+    if not len(found):
+        return Selection((), "every subset of the keypoints gives a scale or a rotation outside the bounds")
+    frame = np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0])
+    pair = _Pair(reference.sample_area, reference.box - np.pad(x0, (0, 2)), silhouette.area, frame)
+    members = np.arange(len(found), dtype=np.int32)
+    if outright is None:
+        samples = reference.samples.number
+        outright = samples <= MAX_OUTRIGHT_SAMPLES or samples * len(found) <= MAX_OUTRIGHT
+    everything = best = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
+    if reference.pieces is not None and not outright:
+        level = _Level.of(reference.pieces, silhouette, x0, y0, blurred=True)
+        scores = score_candidates(members, found, best, level, pair, MARGIN)
+        best = int(scores.argmax())
+        members = np.flatnonzero((scores >= 0) | (members == everything)).astype(np.int32)
+    # First come the samples that the best transform so far takes beside the driving person. Others that are as good
+    # miss mostly the same, so that the worse ones are known to lose after a few chunks.
+    samples = reference.samples.listed()
+    a, b, tx, ty = found[best, :4]
+    missed = silhouette.covers(apply_matrix(np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]]), samples - x0) + y0)
+    order = np.argsort(missed, kind="stable")
+    finest = _Level.of(Samples.of(samples[order], np.ones(len(samples))), silhouette, x0, y0)
+    scores = score_candidates(members, found, best, finest, pair, SAME_IOU)
+    winner = pick(members, scores, points, found)
+    if winner < 0:
+        return Selection((), "no subset of the keypoints makes the silhouettes overlap")
+    bits = subsets[members[winner]]
+    return Selection(tuple(int(i) for n, i in enumerate(common) if bits >> n & 1), None, float(scores[winner]))
+
+
+class _Pair(NamedTuple):
+    """The two silhouettes, in coordinates whose origins are the means of the keypoints.
+
+    Attributes:
+        sample_area: reference pixels that one of the finest samples stands for.
+        box: (4,) of the reference's samples, see `ReferenceSilhouette`.
+        area: of the driving person, pixels.
+        frame: (4,) left, top, right, bottom of the driving frame.
+    """
+
+    sample_area: float
+    box: np.ndarray
+    area: float
+    frame: np.ndarray
+
+
+class _Level(NamedTuple):
+    """Samples of the reference, in the same coordinates, and the driving person that they are looked up in.
+
+    Attributes:
+        points, counts, left: see `Samples`.
+        cover: (rows, columns) uint8, part of a sample around each cell that the person covers, with a border of zeros.
+        origin: (2,) of the first cell inside the border.
+        per_pixel: cells.
+    """
+
+    points: np.ndarray
+    counts: np.ndarray
+    left: np.ndarray
+    cover: np.ndarray
+    origin: np.ndarray
+    per_pixel: float
+
+    @classmethod
+    def of(
+        cls, samples: Samples, silhouette: Silhouette, x0: np.ndarray, y0: np.ndarray, blurred: bool = False
+    ) -> "_Level":
+        cover, side = silhouette.mask.astype(np.uint8) * np.uint8(COVERED), 1
+        if blurred:
+            # A piece is as large as it becomes by the scale that makes the two silhouettes' areas equal.
+            width = np.sqrt(silhouette.area / samples.number) / silhouette.cell
+            side = 2 * max(round((BLUR * width - 1) / 2), 0) + 1
+        border = side // 2 + 1
+        cover = np.pad(cover, border)
+        if side > 1:
+            cover = cv2.blur(cover, (side, side), borderType=cv2.BORDER_CONSTANT)
+        points = (samples.points - x0[:, None]).astype(samples.points.dtype)
+        origin = np.asarray(silhouette.origin, np.float64) - y0 - (border - 1) * silhouette.cell
+        return cls(points, samples.counts, samples.left, cover, origin, 1 / silhouette.cell)
+
+
+@numba.njit(cache=True, nogil=True)
+def moment_table(source, target, weights):
+    """(2^k, 10) moments of every subset of k points; bit i of the row's index is point i."""
+    k = len(source)
+    table = np.zeros((1 << k, NUM_MOMENTS))
+    for i in range(k):
+        w, x, y, u, v = weights[i], source[i, 0], source[i, 1], target[i, 0], target[i, 1]
+        real, imaginary = x * u + y * v, x * v - y * u
+        own = (1.0, x, y, u, v, x * x + y * y, real, imaginary, u * u + v * v)
+        for subset in range(1 << i):
+            for m in range(NUM_MOMENTS - 1):
+                table[subset | (1 << i), m] = table[subset, m] + w * own[m]
+            table[subset | (1 << i), NUM_MOMENTS - 1] = table[subset, NUM_MOMENTS - 1] + 1.0
+    return table
+
+
+@numba.njit(cache=True, nogil=True)
+def solve_subsets(low, high, limits, min_points, smallest):
+    """The similarity of every subset that has enough points and a scale and angle within the limits.
+
+    `limits`: least and largest scale, least cosine of the angle. `smallest`: mean squared distance from their mean
+    below which points coincide.
+
+    Returns the subsets (n,), their sizes (n,), and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and the mean
+    squared residual.
+    """
+    total = len(low) * len(high)
+    subsets, points = np.empty(total, np.int32), np.empty(total, np.int8)
+    found = np.empty((total, 5))
+    lowest, highest = limits[0] ** 2, limits[1] ** 2
+    n = 0
+    for upper in range(len(high)):
+        h = high[upper]
+        for lower in range(len(low)):
+            q = low[lower]
+            size = q[9] + h[9]
+            if size < min_points:
+                continue
+            w = q[0] + h[0]
+            share = 1.0 / w
+            x, y = (q[1] + h[1]) * share, (q[2] + h[2]) * share
+            u, v = (q[3] + h[3]) * share, (q[4] + h[4]) * share
+            spread = (q[5] + h[5]) * share - x * x - y * y
+            if spread <= smallest:
+                continue
+            a = ((q[6] + h[6]) * share - x * u - y * v) / spread
+            b = ((q[7] + h[7]) * share - x * v + y * u) / spread
+            squared = a * a + b * b
+            if not (squared > 0.0 and lowest <= squared <= highest and a >= limits[2] * np.sqrt(squared)):
+                continue
+            subsets[n], points[n] = upper * len(low) + lower, size
+            found[n, 0], found[n, 1], found[n, 2], found[n, 3] = a, b, u - a * x + b * y, v - b * x - a * y
+            found[n, 4] = max((q[8] + h[8]) * share - u * u - v * v - squared * spread, 0.0)
+            n += 1
+    return subsets[:n], points[:n], found[:n]
+
+
+@numba.njit(cache=True, nogil=True)
+def count_inside(level, a, b, tx, ty, frame):
+    """The samples that fall on the frame after the transform, times what each counts."""
+    points, counts, inside = level.points, level.counts, 0
+    for chunk in range(len(counts)):
+        for i in range(CHUNK):
+            x = a * points[chunk, 0, i] - b * points[chunk, 1, i] + tx
+            y = b * points[chunk, 0, i] + a * points[chunk, 1, i] + ty
+            inside += counts[chunk, i] * ((x >= frame[0]) & (y >= frame[1]) & (x < frame[2]) & (y < frame[3]))
+    return inside
+
+
+@numba.njit(inline="always")
+def box_inside(box, a, b, tx, ty, frame):
+    """True when a box (centre x, y, half width, half height) falls on the frame as a whole after the transform."""
+    x, y = a * box[0] - b * box[1] + tx, b * box[0] + a * box[1] + ty
+    width, height = abs(a) * box[2] + abs(b) * box[3], abs(b) * box[2] + abs(a) * box[3]
+    # Without branches, which would be hard to predict.
+    fits_x = (x - width >= frame[0]) & (x + width < frame[2])
+    return fits_x & (y - height >= frame[1]) & (y + height < frame[3])
+
+
+@numba.njit(inline="always")
+def sum_cover(level, a, b, tx, ty, needed, places):
+    """The cover (0 to 255) under the mapped samples, times what each counts; -1 once `needed` is out of reach.
+
+    The transform leads to cells of the cover, whose border of zeros coordinates are clamped to. `places`: (CHUNK,)
+    uint32 to work in.
+    """
+    points, counts, left, flat = level.points, level.counts, level.left, level.cover.ravel()
+    rows, columns = level.cover.shape
+    total, zero, stride = 0, np.int32(0), np.int32(columns)
+    right, bottom = np.int32(columns - 1), np.int32(rows - 1)
+    real = points.dtype.type
+    a, b, tx, ty = real(a), real(b), real(tx), real(ty)
+    for chunk in range(len(counts)):
+        if total + COVERED * left[chunk] < needed:
+            return -1
+        # Places and sums apart: the first loop runs on vectors, the second would only be slowed down by them.
+        for i in range(CHUNK):
+            x, y = points[chunk, 0, i], points[chunk, 1, i]
+            # Truncation and floor differ only for coordinates in (-1, 0), and both end on the border.
+            column = min(max(np.int32(a * x - b * y + tx), zero), right)
+            row = min(max(np.int32(b * x + a * y + ty), zero), bottom)
+            places[i] = np.uint32(row * stride + column)
+        part = np.uint64(0)
+        for i in range(CHUNK):
+            part += np.uint64(counts[chunk, i]) * np.uint64(flat[places[i]])
+        total += np.int64(part)
+    return total
+
+
+@numba.njit(inline="always")
+def overlap(level, pair, a, b, tx, ty, floor, places):
+    """Silhouette IoU of one transform, or -1 when it is below `floor`."""
+    size = pair.sample_area * (a * a + b * b)  # frame pixels that one sample stands for
+    inside, area = level.left[0], pair.area
+    if size * inside < floor * area:
+        return -1.0
+    if not box_inside(pair.box, a, b, tx, ty, pair.frame):
+        inside = count_inside(level, a, b, tx, ty, pair.frame)
+    warped = size * inside
+    if area < floor * warped:
+        return -1.0
+    # IoU >= floor needs an intersection of at least floor (area + warped) / (1 + floor).
+    needed = COVERED * (floor * (area + warped) / ((1.0 + floor) * size) - 1e-9)
+    # Row r of the cover, counted without its border, covers [r - 1/2, r + 1/2) cells from the origin.
+    scale = level.per_pixel
+    shift_x, shift_y = (tx - level.origin[0]) * scale + 1.5, (ty - level.origin[1]) * scale + 1.5
+    covered = sum_cover(level, a * scale, b * scale, shift_x, shift_y, needed, places)
+    if covered < 0:
+        return -1.0
+    both = min(size * covered / COVERED, area)
+    return both / max(area + warped - both, 1e-300)
+
+
+@numba.njit(cache=True, nogil=True)
+def score_candidates(members, found, first, level, pair, margin):
+    """IoU (len(members),) of candidates; -1 where it is more than `margin` below the best.
+
+    Candidate `first` is scored before the others: the better it is, the sooner they are known to lose.
+    """
+    scores, best = np.empty(len(members)), 0.0
+    places = np.empty(CHUNK, np.uint32)
+    for k in range(-1, len(members)):
+        i = first if k < 0 else members[k]
+        a, b, tx, ty = found[i, 0], found[i, 1], found[i, 2], found[i, 3]
+        score = overlap(level, pair, a, b, tx, ty, max(best - margin, 0.0), places)
+        best = max(best, score)
+        if k >= 0:
+            scores[k] = score
+    for k in range(len(members)):
+        if scores[k] < best - margin:
+            scores[k] = -1.0
+    return scores
+
+
+@numba.njit(cache=True, nogil=True)
+def pick(members, scores, points, found):
+    """Position in `members` of the winner among positive scores, -1 without one.
+
+    More points come before fewer, then the smaller residual; between equals the score decides.
+    """
+    winner = -1
+    for k in range(len(members)):
+        if scores[k] <= 0.0:
+            continue
+        if winner < 0 or precedes(points, found, members[k], members[winner]):
+            winner = k
+        elif not precedes(points, found, members[winner], members[k]) and scores[k] > scores[winner]:
+            winner = k
+    return winner
+
+
+@numba.njit(cache=True, nogil=True)
+def precedes(points, found, i, j):
+    if points[i] != points[j]:
+        return points[i] > points[j]
+    return found[i, 4] < found[j, 4] * (1.0 - 1e-9)
