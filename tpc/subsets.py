@@ -29,19 +29,21 @@ BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
 CHUNK = 64  # samples between two checks whether a candidate can still win
 COVERED = 255  # the cover of a cell that lies on the driving person as a whole
 # Before that, by so many larger pieces of the reference's silhouette, each looked up in a driving silhouette blurred
-# to the width of a piece times this part.
-NUM_PIECES = 128
+# to the width of a piece times this part. Measured over pairs of poses; see docs/calibration.md.
+NUM_PIECES = (64, 256)
 BLUR = 0.7
-# IoU: a subset that far below the best by pieces is dropped. The best by all samples was never more than 0.049 below
-# in 500 searches over bodies in two poses.
-MARGIN = 0.06
+# A subset is dropped when the pieces' IoU would have to be wrong by this many standard deviations for it to win. The
+# error's distribution is that of some of the best subsets of the same frame.
+DEVIATIONS = 4.0
+NUM_CHECKED = 100
+NEARLY_BEST = 0.05  # IoU: what may be among them
+MARGIN = 0.15  # IoU: a subset this far below the best is not worth the rest of its samples
 SAME_IOU = 1e-9  # what rounding may change
 # Every subset is scored by all samples where that is quick: few samples to look up in all, or a silhouette of few.
 MAX_OUTRIGHT = 8_000_000
 MAX_OUTRIGHT_SAMPLES = 300
 # Points within this part of the image's coordinates of each other coincide.
 RELATIVE_DISTANCE = 1e-6
-NUM_MOMENTS = 10  # weight, x, y, u, v, |x|^2, Re and Im of conj(x) y, |y|^2 (all weighted), number of points
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,13 @@ class ReferenceSilhouette:
 
     Attributes:
         samples: all samples, reference pixels, float64.
-        pieces: coarser ones, float32; None where there are few samples.
+        pieces: coarser ones, from few to many, float32.
         sample_area: reference pixels that one sample stands for.
         box: (4,) centre x and y, half the width and the height of the box of the samples.
     """
 
     samples: Samples
-    pieces: Samples | None
+    pieces: tuple[Samples, ...]
     sample_area: float
     box: np.ndarray
 
@@ -160,8 +162,8 @@ class ReferenceSilhouette:
     def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
         points = silhouette.points().astype(np.float64)
         if not len(points):
-            return cls(Samples.of(points, np.zeros(0)), None, 0.0, np.zeros(4))
-        pieces = _pieces(points, NUM_PIECES) if 2 * NUM_PIECES <= len(points) else None
+            return cls(Samples.of(points, np.zeros(0)), (), 0.0, np.zeros(4))
+        pieces = tuple(_pieces(points, count) for count in NUM_PIECES if 2 * count <= len(points))
         least, most = points.min(0), points.max(0)
         box = np.concatenate([(least + most) / 2, (most - least) / 2])
         return cls(Samples.shuffled(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
@@ -219,7 +221,7 @@ def select_exhaustive(
         silhouette: the driving person.
         size: (width, height) of the driving frame.
         outright: score every subset by all samples, however many; None = when they are few. Otherwise all are scored
-            by few large pieces of the silhouette first, and only those that could still win by all samples.
+            by few large pieces of the silhouette first, and those that could still win by more and smaller ones.
     """
     common = np.flatnonzero(weights > 0)
     if len(common) < limits.min_points:
@@ -228,11 +230,8 @@ def select_exhaustive(
         return Selection((), "no silhouette of the person")
     x, y, w = source[common].astype(np.float64), target[common].astype(np.float64), weights[common] / weights.max()
     x0, y0 = x.mean(0), y.mean(0)  # moments are taken about the means, where they lose no digits
-    half = (len(common) + 1) // 2
-    tables = [moment_table(x[part] - x0, y[part] - y0, w[part]) for part in (slice(half), slice(half, None))]
     smallest = (RELATIVE_DISTANCE * max(np.abs(x).max(), 1.0)) ** 2
-    bounds = np.array([limits.min_scale, limits.max_scale, np.cos(np.deg2rad(limits.max_rotation)) - 1e-12])
-    subsets, points, found = solve_subsets(*tables, bounds, limits.min_points, smallest)
+    subsets, points, found = _solve(x - x0, y - y0, w, limits, smallest)
     if not len(found):
         return Selection((), "every subset of the keypoints gives a scale or a rotation outside the bounds")
     frame = np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0])
@@ -242,11 +241,12 @@ def select_exhaustive(
         samples = reference.samples.number
         outright = samples <= MAX_OUTRIGHT_SAMPLES or samples * len(found) <= MAX_OUTRIGHT
     everything = best = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
-    if reference.pieces is not None and not outright:
-        level = _Level.of(reference.pieces, silhouette, x0, y0, blurred=True)
-        scores = score_candidates(members, found, best, level, pair, MARGIN)
-        best = int(scores.argmax())
-        members = np.flatnonzero((scores >= 0) | (members == everything)).astype(np.int32)
+    if not outright:
+        finest = _Level.of(reference.samples, silhouette, x0, y0)
+        for pieces in reference.pieces:
+            level = _Level.of(pieces, silhouette, x0, y0, blurred=True)
+            members, best = _contenders(members, best, found, level, finest, pair)
+        members = _with(members, everything)
     # First come the samples that the best transform so far takes beside the driving person. Others that are as good
     # miss mostly the same, so that the worse ones are known to lose after a few chunks.
     samples = reference.samples.listed()
@@ -255,11 +255,86 @@ def select_exhaustive(
     order = np.argsort(missed, kind="stable")
     finest = _Level.of(Samples.of(samples[order], np.ones(len(samples))), silhouette, x0, y0)
     scores = score_candidates(members, found, best, finest, pair, SAME_IOU)
-    winner = pick(members, scores, points, found)
-    if winner < 0:
+    if scores.max() <= 0:
         return Selection((), "no subset of the keypoints makes the silhouettes overlap")
+    # Only those remain whose IoU is the highest but for rounding.
+    tied = np.flatnonzero(scores > 0)
+    tied = tied[points[members[tied]] == points[members[tied]].max()]
+    errors = found[members[tied], 4]
+    tied = tied[errors * (1 - 1e-9) <= errors.min()]
+    winner = tied[scores[tied].argmax()]
     bits = subsets[members[winner]]
     return Selection(tuple(int(i) for n, i in enumerate(common) if bits >> n & 1), None, float(scores[winner]))
+
+
+def _solve(
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray, limits: SearchLimits, smallest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The similarity of every subset of k points that keeps to the limits.
+
+    Args:
+        x, y: (k, 2).
+        smallest: mean squared distance from their mean below which points coincide.
+
+    Returns:
+        subsets (n,), bit i of which is point i; their sizes (n,); and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]]
+        and the mean squared residual.
+    """
+    (x, y), (u, v) = x.T, y.T
+    # Re and Im of conj(x) y, for points as complex numbers.
+    moments = [np.ones(len(x)), x, y, u, v, x * x + y * y, x * u + y * v, x * v - y * u, u * u + v * v]
+    moments = np.stack([*(weights * moment for moment in moments), np.ones(len(x))])
+    half, tables = (len(x) + 1) // 2, []
+    for part in (moments[:, :half], moments[:, half:]):
+        table = np.zeros((len(moments), 1))
+        for own in part.T:
+            table = np.concatenate([table, table + own[:, None]], axis=1)
+        tables.append(table)
+    w, x, y, u, v, square, real, imaginary, target_square, points = (
+        (low + high[:, None]).reshape(-1) for low, high in zip(*tables, strict=True)
+    )
+    with np.errstate(all="ignore"):  # of the empty subset and of coincident points, which are dropped
+        share = 1.0 / w
+        x, y, u, v = x * share, y * share, u * share, v * share
+        spread = square * share - x * x - y * y
+        a = (real * share - x * u - y * v) / spread
+        b = (imaginary * share - x * v + y * u) / spread
+        squared = a * a + b * b
+        kept = (points >= limits.min_points) & (spread > smallest) & (squared > 0)
+        kept &= (squared >= limits.min_scale**2) & (squared <= limits.max_scale**2)
+        kept &= a >= (np.cos(np.deg2rad(limits.max_rotation)) - 1e-12) * np.sqrt(squared)
+        error = np.maximum(target_square * share - u * u - v * v - squared * spread, 0.0)
+        found = np.stack([a, b, u - a * x + b * y, v - b * x - a * y, error], axis=1)
+    return np.flatnonzero(kept), points[kept].astype(np.int8), found[kept]
+
+
+def _contenders(
+    members: np.ndarray, first: int, found: np.ndarray, level: "_Level", finest: "_Level", pair: "_Pair"
+) -> tuple[np.ndarray, int]:
+    """The candidates that could still have the highest IoU after scoring by pieces, and the best one known so far."""
+    scores = score_candidates(members, found, first, level, pair, MARGIN)
+    near = np.flatnonzero(scores >= max(scores.max() - NEARLY_BEST, 0.0))
+    if not len(near):
+        return members, first
+    checked = np.append(near[:: max(1, len(near) // NUM_CHECKED)], scores.argmax())
+    exact = score_candidates(members[checked], found, first, finest, pair, 1.0)
+    first = int(members[checked[exact.argmax()]])
+    # The part of the pieces' errors that is linear in the transform is taken out.
+    transforms = found[members[checked], :4]
+    mean, spread = transforms.mean(0), transforms.std(0) + 1e-12
+    design = np.column_stack([np.ones(len(checked)), (transforms - mean) / spread])
+    error = exact - scores[checked]
+    # A trace of ridge keeps the equations solvable where all transforms agree.
+    slope = np.linalg.solve(design.T @ design + 1e-6 * np.eye(design.shape[1]), design.T @ error)
+    freedom = max(len(error) - design.shape[1], 1)
+    deviation = np.sqrt(((error - design @ slope) ** 2).sum() / freedom)
+    alive = np.flatnonzero(scores >= 0)
+    expected = scores[alive] + slope[0] + (found[members[alive], :4] - mean) @ (slope[1:] / spread)
+    return _with(members[alive[expected >= exact.max() - DEVIATIONS * deviation]], first), first
+
+
+def _with(members: np.ndarray, one: int) -> np.ndarray:
+    return members if (members == one).any() else np.append(members, np.int32(one))
 
 
 class _Pair(NamedTuple):
@@ -311,63 +386,6 @@ class _Level(NamedTuple):
         points = (samples.points - x0[:, None]).astype(samples.points.dtype)
         origin = np.asarray(silhouette.origin, np.float64) - y0 - (border - 1) * silhouette.cell
         return cls(points, samples.counts, samples.left, cover, origin, 1 / silhouette.cell)
-
-
-@numba.njit(cache=True, nogil=True)
-def moment_table(source, target, weights):
-    """(2^k, 10) moments of every subset of k points; bit i of the row's index is point i."""
-    k = len(source)
-    table = np.zeros((1 << k, NUM_MOMENTS))
-    for i in range(k):
-        w, x, y, u, v = weights[i], source[i, 0], source[i, 1], target[i, 0], target[i, 1]
-        real, imaginary = x * u + y * v, x * v - y * u
-        own = (1.0, x, y, u, v, x * x + y * y, real, imaginary, u * u + v * v)
-        for subset in range(1 << i):
-            for m in range(NUM_MOMENTS - 1):
-                table[subset | (1 << i), m] = table[subset, m] + w * own[m]
-            table[subset | (1 << i), NUM_MOMENTS - 1] = table[subset, NUM_MOMENTS - 1] + 1.0
-    return table
-
-
-@numba.njit(cache=True, nogil=True)
-def solve_subsets(low, high, limits, min_points, smallest):
-    """The similarity of every subset that has enough points and a scale and angle within the limits.
-
-    `limits`: least and largest scale, least cosine of the angle. `smallest`: mean squared distance from their mean
-    below which points coincide.
-
-    Returns the subsets (n,), their sizes (n,), and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and the mean
-    squared residual.
-    """
-    total = len(low) * len(high)
-    subsets, points = np.empty(total, np.int32), np.empty(total, np.int8)
-    found = np.empty((total, 5))
-    lowest, highest = limits[0] ** 2, limits[1] ** 2
-    n = 0
-    for upper in range(len(high)):
-        h = high[upper]
-        for lower in range(len(low)):
-            q = low[lower]
-            size = q[9] + h[9]
-            if size < min_points:
-                continue
-            w = q[0] + h[0]
-            share = 1.0 / w
-            x, y = (q[1] + h[1]) * share, (q[2] + h[2]) * share
-            u, v = (q[3] + h[3]) * share, (q[4] + h[4]) * share
-            spread = (q[5] + h[5]) * share - x * x - y * y
-            if spread <= smallest:
-                continue
-            a = ((q[6] + h[6]) * share - x * u - y * v) / spread
-            b = ((q[7] + h[7]) * share - x * v + y * u) / spread
-            squared = a * a + b * b
-            if not (squared > 0.0 and lowest <= squared <= highest and a >= limits[2] * np.sqrt(squared)):
-                continue
-            subsets[n], points[n] = upper * len(low) + lower, size
-            found[n, 0], found[n, 1], found[n, 2], found[n, 3] = a, b, u - a * x + b * y, v - b * x - a * y
-            found[n, 4] = max((q[8] + h[8]) * share - u * u - v * v - squared * spread, 0.0)
-            n += 1
-    return subsets[:n], points[:n], found[:n]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -465,27 +483,3 @@ def score_candidates(members, found, first, level, pair, margin):
         if scores[k] < best - margin:
             scores[k] = -1.0
     return scores
-
-
-@numba.njit(cache=True, nogil=True)
-def pick(members, scores, points, found):
-    """Position in `members` of the winner among positive scores, -1 without one.
-
-    More points come before fewer, then the smaller residual; between equals the score decides.
-    """
-    winner = -1
-    for k in range(len(members)):
-        if scores[k] <= 0.0:
-            continue
-        if winner < 0 or precedes(points, found, members[k], members[winner]):
-            winner = k
-        elif not precedes(points, found, members[winner], members[k]) and scores[k] > scores[winner]:
-            winner = k
-    return winner
-
-
-@numba.njit(cache=True, nogil=True)
-def precedes(points, found, i, j):
-    if points[i] != points[j]:
-        return points[i] > points[j]
-    return found[i, 4] < found[j, 4] * (1.0 - 1e-9)
