@@ -64,7 +64,7 @@ def published_file(*places: str) -> Any:
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a file is, its sizes in words, and its difference from what such a file holds; None: not compared."""
+    """Sort of a file, its sizes in words, and its difference from a complete one; None: not compared."""
 
     kind: str
     detail: str = ""
@@ -112,10 +112,7 @@ def families() -> dict[str, Family]:
 
 
 def published_family(name: str) -> Family:
-    """
-    Raises:
-        UserError: there is none of this name.
-    """
+    """The family of this name; a `UserError` when there is none."""
     known = families()
     if name not in known:
         raise UserError(f"family={name} is not one of {', '.join(known)}")
@@ -131,7 +128,7 @@ def published_scheduler(family: str) -> DDIMScheduler:
 
 
 def convert_config(family: str, output: str, **keys: Any) -> ConvertConfig:
-    """What `convert family=... output=...` with these keys means."""
+    """The configuration of `convert family=... output=...` with these keys."""
     return published_family(family).config(family, output, **keys)
 
 

@@ -73,7 +73,7 @@ def weights_file(path: Path, what: str) -> Path:
 
 
 def common_prefix(names: list[str]) -> str:
-    """What all names have before one of `ROOTS`, such as "denoising_unet."; empty when they have not."""
+    """The parts of all names before one of `ROOTS`, such as "denoising_unet."; empty when names differ in them."""
     parts = names[0].split(".") if names else []
     roots = [index for index, part in enumerate(parts) if part in ROOTS]
     prefix = "".join(f"{part}." for part in parts[: roots[0]]) if roots else ""

@@ -1,4 +1,4 @@
-"""What a checkpoint file is: the closest of the known sorts, and what it lacks or has too much."""
+"""Recognition of checkpoint files: the closest of the known ones, and what a file lacks or has too much."""
 
 import json
 from collections.abc import Callable
