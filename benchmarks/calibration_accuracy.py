@@ -21,8 +21,7 @@ from data.people.renderer import Rendered
 from tpc.config import CalibrationConfig, best
 from tpc.estimation import Estimate, ReferencePerson, estimate
 from tpc.procrustes import apply_matrix
-from tpc.silhouettes import silhouette_from_mask
-from tpc.subsets import BITMAP_SIDE
+from tpc.silhouettes import BITMAP_SIDE, silhouette_from_mask
 from tpc.trajectory import follow
 
 RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")

@@ -19,15 +19,8 @@ from core.errors import run_command
 from data.poses.poses import Poses
 from tpc import CalibrationConfig, calibrate
 from tpc.procrustes import SimilarityTransform
-from tpc.silhouettes import silhouette_from_mask
-from tpc.subsets import (
-    BITMAP_SIDE,
-    NUM_SAMPLES,
-    ReferenceSilhouette,
-    SearchLimits,
-    select_exhaustive,
-    silhouette_iou,
-)
+from tpc.silhouettes import BITMAP_SIDE, NUM_SAMPLES, ReferenceSilhouette, silhouette_from_mask, silhouette_iou
+from tpc.subsets import SearchLimits, select_exhaustive
 
 REPEATS = 3
 SUBSETS = 130_918  # of 17 keypoints, with at least three each

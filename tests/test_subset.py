@@ -13,23 +13,18 @@ from data.poses.person import COCO_MIRROR
 from tpc.estimation import drawn_silhouette
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.silhouettes import (
+    BITMAP_SIDE,
+    NUM_SAMPLES,
+    ReferenceSilhouette,
     Silhouette,
     body_height,
     draw_silhouette,
     facing,
     silhouette_from_mask,
+    silhouette_iou,
     visible,
 )
-from tpc.subsets import (
-    BITMAP_SIDE,
-    NUM_SAMPLES,
-    ReferenceSilhouette,
-    SearchLimits,
-    select_consensus,
-    select_exhaustive,
-    select_fixed,
-    silhouette_iou,
-)
+from tpc.subsets import SearchLimits, select_consensus, select_exhaustive, select_fixed
 
 
 def scene(seed: int, height: float = 90, size: tuple[int, int] = (128, 128)):

@@ -17,19 +17,19 @@ from tpc.procrustes import (
     residual,
 )
 from tpc.result import PackedMasks
-from tpc.silhouettes import Silhouette, body_height, draw_silhouette, facing, silhouette_from_mask, visible
-from tpc.subsets import (
+from tpc.silhouettes import (
     BITMAP_SIDE,
-    FIXED_RULES,
     NUM_SAMPLES,
     ReferenceSilhouette,
-    SearchLimits,
-    Selection,
-    select_consensus,
-    select_exhaustive,
-    select_fixed,
+    Silhouette,
+    body_height,
+    draw_silhouette,
+    facing,
+    silhouette_from_mask,
     silhouette_iou,
+    visible,
 )
+from tpc.subsets import FIXED_RULES, SearchLimits, Selection, select_consensus, select_exhaustive, select_fixed
 from tpc.warping import Framing, mask_pyramid, warp_mask
 
 # A torso turned by more than about 75 degrees from the camera is seen neither from the front nor from behind.

@@ -144,37 +144,24 @@ def _compressed(mask: np.ndarray) -> bytes:
 class PersonFrame:
     """One person of the reference in one driving frame; the fields of `calibration.json`.
 
-    Attributes:
-        status: "calibrated", "interpolated" (from frames before and after) or "uncalibrated" (plain reference
-        attention).
-        reason: why it is not calibrated, or something to know about how it is.
-        matrix: [[a, -b, tx], [b, a, ty], [0, 0, 1]], original reference pixels to original driving pixels.
-        keypoints: numbers of the COCO keypoints that served.
-        residual_px: their RMS distance after the transform, driving pixels.
-        mask_iou: of the calibrated and the driving person's mask in the model's frame.
-        relative_angle_deg: between the pelvis-to-nose lines of the reference and the driving person, in [-180, 180].
-        box_iou: of the boxes of their keypoints, before calibration, in the model's frame.
-        torso_scale: the scale that shoulders and hips alone would give.
-        slot: which person of the driving poses this is, None when absent.
-        common: numbers of the keypoints that are visible in both images.
-        mirrored: left and right keypoints of the reference were exchanged, one of the two being seen from behind.
+    `matrix` is [[a, -b, tx], [b, a, ty], [0, 0, 1]], original reference pixels to original driving pixels.
     """
 
     person: int
-    status: str
-    reason: str | None = None
+    status: str  # calibrated, interpolated (from frames before and after), uncalibrated (plain reference attention)
+    reason: str | None = None  # why it is not calibrated, or something to know about how it is
     matrix: list[list[float]] | None = None
     scale: float | None = None
     rotation_deg: float | None = None
-    keypoints: tuple[int, ...] = ()
-    residual_px: float | None = None
-    mask_iou: float | None = None
-    relative_angle_deg: float | None = None
-    box_iou: float | None = None
-    torso_scale: float | None = None
-    slot: int | None = None
-    common: tuple[int, ...] = ()
-    mirrored: bool = False
+    keypoints: tuple[int, ...] = ()  # indices of the COCO keypoints that served
+    residual_px: float | None = None  # their RMS distance after the transform, driving pixels
+    mask_iou: float | None = None  # of the calibrated and the driving person's mask in the model's frame
+    relative_angle_deg: float | None = None  # [-180, 180], from the reference's pelvis-to-nose line to the driver's
+    box_iou: float | None = None  # of the boxes of their keypoints, before calibration, in the model's frame
+    torso_scale: float | None = None  # the scale that shoulders and hips alone would give
+    slot: int | None = None  # index of the person in the driving poses, None when absent
+    common: tuple[int, ...] = ()  # indices of the keypoints that are visible in both images
+    mirrored: bool = False  # left and right of the reference were exchanged, one of the two being seen from behind
 
     def plain(self) -> dict[str, Any]:
         """Only dicts, lists and scalars, as in JSON."""
@@ -187,38 +174,24 @@ class Calibration:
 
     Sizes are (width, height); "the model's frame" is the image the animator works on, of `size`.
 
-    Attributes:
-        config: resolved, see `CalibrationConfig`.
-        size: of the model's frame.
-        reference_size, driving_size: of the original images.
-        frame_map: (3, 3) original driving pixels to the model's frame.
-        fps: frames per second of the driving clip.
-        images: (n, h, w, 3) uint8, the distinct calibrated images; indexed like an array, made on demand.
-        masks: (n, h, w) bool, the calibrated person in each; indexed like an array.
-        member: (frames, persons) int, the calibrated image made from each frame, -1 = uncalibrated.
-        matrices: (frames, persons, 3, 3) original reference to original driving pixels, identity where uncalibrated.
-        records: for every frame and person, what `calibration.json` says.
-        target_masks: (frames, persons, h, w) bool, where each person of the reference is in the driving frames.
-        other_masks: (frames, h, w) bool, persons of the driving clip whom nobody in the reference corresponds to.
-        reference_masks: (persons, h, w) bool, the persons in the model's reference image.
-        seconds: what making it took.
+    Masks are (h, w) bool of the model's frame.
     """
 
-    config: CalibrationConfig
-    size: tuple[int, int]
-    reference_size: tuple[int, int]
+    config: CalibrationConfig  # resolved
+    size: tuple[int, int]  # of the model's frame
+    reference_size: tuple[int, int]  # of the original images
     driving_size: tuple[int, int]
-    frame_map: np.ndarray
-    fps: float
-    images: LazyImages
-    masks: PackedMasks
-    member: np.ndarray
-    matrices: np.ndarray
-    records: tuple[tuple[PersonFrame, ...], ...]
-    target_masks: PackedMasks
-    other_masks: PackedMasks
-    reference_masks: np.ndarray
-    seconds: float = 0.0
+    frame_map: np.ndarray  # (3, 3) original driving pixels to the model's frame
+    fps: float  # of the driving clip
+    images: LazyImages  # (n, h, w, 3) uint8, the distinct calibrated images, made on demand
+    masks: PackedMasks  # (n, h, w), the calibrated person in each
+    member: np.ndarray  # (frames, persons) int, the calibrated image made from each frame, -1 = uncalibrated
+    matrices: np.ndarray  # (frames, persons, 3, 3) original reference to driving pixels, identity where uncalibrated
+    records: tuple[tuple[PersonFrame, ...], ...]  # [frame][person], as in `calibration.json`
+    target_masks: PackedMasks  # (frames, persons, h, w), where each person of the reference is in the driving frames
+    other_masks: PackedMasks  # (frames, h, w), persons of the clip whom nobody in the reference corresponds to
+    reference_masks: np.ndarray  # (persons, h, w), the persons in the model's reference image
+    seconds: float = 0.0  # that making it took
 
     @property
     def frames(self) -> int:
@@ -304,7 +277,7 @@ class Calibration:
         }
 
     def notes(self) -> list[str]:
-        """What a person should look at before trusting the numbers, in sentences; often none."""
+        """Sentences to read before the numbers are trusted; often none."""
         notes = []
         for person in range(self.persons):
             ratios = [

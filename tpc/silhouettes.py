@@ -1,14 +1,15 @@
-"""Measures of a person's 17 COCO keypoints, and silhouettes: from masks, or drawn around the keypoints.
+"""Measures of a person's 17 COCO keypoints, and silhouettes: sampled from masks, or drawn around the keypoints.
 
 Keypoints are (..., 17, 2) pixels (x, y), y down, pixel centres at integers.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from tpc.procrustes import Array, library
+from tpc.procrustes import Array, apply_matrix, library
 
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(5)
 LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW, LEFT_WRIST, RIGHT_WRIST = range(5, 11)
@@ -43,6 +44,14 @@ FACE_BONES = {
 }
 HEAD_WIDTH, HEAD_HEIGHT = 0.1, 0.14
 HAND_LENGTH, FOOT_LENGTH = 0.08, 0.06
+
+# Silhouettes are compared by about this many samples of the reference's: on a person 300 pixels tall every 4th to
+# 5th pixel of every 4th to 5th row.
+NUM_SAMPLES = 1000
+BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
+CHUNK = 64  # samples between two checks whether a candidate can still win
+# Before that, by so many larger pieces of the reference's silhouette.
+NUM_PIECES = (64, 256)
 
 
 def visible(scores: np.ndarray, keypoints: np.ndarray, threshold: float) -> np.ndarray:
@@ -149,6 +158,96 @@ def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_s
         cell = max(cell, -(-max(crop.shape) // max_side))
     start = (cell - 1) // 2  # centres the grid on the box
     return Silhouette(crop[start::cell, start::cell], (left + start, top + start), float(cell), float(area))
+
+
+class Samples(NamedTuple):
+    """Points spread evenly over a silhouette, in chunks.
+
+    Attributes:
+        points: (chunks, 2, CHUNK) x and y; the last chunk is padded.
+        counts: (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding.
+        left: (chunks,) int64, finest samples in a chunk and all after it.
+        number: of the points.
+    """
+
+    points: np.ndarray
+    counts: np.ndarray
+    left: np.ndarray
+    number: int
+
+    @classmethod
+    def of(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Samples at (n, 2) points, in their order."""
+        chunks = -(-len(points) // CHUNK)
+        padding = chunks * CHUNK - len(points)
+        chunked = np.pad(points, ((0, padding), (0, 0))).reshape(chunks, CHUNK, 2)
+        counts = np.pad(counts, (0, padding)).astype(np.int32).reshape(chunks, CHUNK)
+        left = counts.sum(1)[::-1].cumsum(dtype=np.int64)[::-1]
+        return cls(chunked.transpose(0, 2, 1).copy(), counts, left.copy(), len(points))
+
+    @classmethod
+    def shuffled(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
+        """Samples at (n, 2) points; each chunk is spread over all of them."""
+        order = np.random.default_rng(0).permutation(len(points))
+        return cls.of(points[order], counts[order])
+
+    def listed(self) -> np.ndarray:
+        """(n, 2) the points without padding."""
+        return self.points.transpose(0, 2, 1).reshape(-1, 2)[: self.number]
+
+
+@dataclass(frozen=True)
+class ReferenceSilhouette:
+    """The reference person's outline, sampled once for all frames.
+
+    Attributes:
+        samples: all samples, reference pixels, float64.
+        pieces: coarser ones, from few to many, float32.
+        sample_area: reference pixels that one sample stands for.
+        box: (4,) centre x and y, half the width and the height of the box of the samples.
+    """
+
+    samples: Samples
+    pieces: tuple[Samples, ...]
+    sample_area: float
+    box: np.ndarray
+
+    @classmethod
+    def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
+        points = silhouette.points().astype(np.float64)
+        if not len(points):
+            return cls(Samples.of(points, np.zeros(0)), (), 0.0, np.zeros(4))
+        pieces = tuple(_pieces(points, count) for count in NUM_PIECES if 2 * count <= len(points))
+        least, most = points.min(0), points.max(0)
+        box = np.concatenate([(least + most) / 2, (most - least) / 2])
+        return cls(Samples.shuffled(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
+
+    @property
+    def empty(self) -> bool:
+        return self.samples.number == 0
+
+
+def _pieces(points: np.ndarray, count: int) -> Samples:
+    """`count` (a power of two) pieces of a silhouette, of nearly equal area; the longer side is halved each time."""
+    parts = [points]
+    while len(parts) < count:
+        ordered = [part[np.argsort(part[:, np.ptp(part, axis=0).argmax()], kind="stable")] for part in parts]
+        parts = [half for part in ordered for half in (part[: len(part) // 2], part[len(part) // 2 :])]
+    means = np.stack([part.mean(0) for part in parts]).astype(np.float32)
+    return Samples.shuffled(means, np.array([len(part) for part in parts]))
+
+
+def silhouette_iou(
+    matrix: np.ndarray, reference: ReferenceSilhouette, silhouette: Silhouette, size: tuple[int, int]
+) -> float:
+    """Silhouette IoU of any affine matrix (3, 3), measured as `tpc.subsets` does; 0 without silhouettes."""
+    if reference.empty or silhouette.area == 0:
+        return 0.0
+    moved = apply_matrix(matrix, reference.samples.listed())
+    on_frame = ((moved >= -0.5) & (moved < np.asarray(size) - 0.5)).all(-1)
+    size_of_sample = reference.sample_area * abs(np.linalg.det(matrix[:2, :2]))
+    both = min(size_of_sample * np.count_nonzero(on_frame & silhouette.covers(moved)), silhouette.area)
+    return float(both / (silhouette.area + size_of_sample * np.count_nonzero(on_frame) - both))
 
 
 def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,19 +18,13 @@ import numba
 import numpy as np
 
 from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.silhouettes import FACE, NUM_KEYPOINTS, TORSO, TRUNK, Silhouette
+from tpc.silhouettes import CHUNK, FACE, NUM_KEYPOINTS, TORSO, TRUNK, ReferenceSilhouette, Samples, Silhouette
 
 FIXED_RULES = {"all": tuple(range(NUM_KEYPOINTS)), "face": FACE, "torso": TORSO, "trunk": TRUNK}
 
-# Silhouettes are compared by about this many samples of the reference's: on a person 300 pixels tall every 4th to
-# 5th pixel of every 4th to 5th row.
-NUM_SAMPLES = 1000
-BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
-CHUNK = 64  # samples between two checks whether a candidate can still win
 COVERED = 255  # the cover of a cell that lies on the driving person as a whole
-# Before that, by so many larger pieces of the reference's silhouette, each looked up in a driving silhouette blurred
-# to the width of a piece times this part. Measured over pairs of poses; see docs/calibration.md.
-NUM_PIECES = (64, 256)
+# Pieces are looked up in a driving silhouette blurred to the width of a piece times this part. Measured over pairs of
+# poses; see docs/calibration.md.
 BLUR = 0.7
 # A subset is dropped when the pieces' IoU would have to be wrong by this many standard deviations for it to win. The
 # error's distribution is that of some of the best subsets of the same frame.
@@ -104,96 +98,6 @@ def select_consensus(
     if counts[best] < min_points:
         return Selection((), f"no {min_points} keypoints agree on one transform")
     return Selection(tuple(int(i) for i in np.flatnonzero(agreeing[best])))
-
-
-class Samples(NamedTuple):
-    """Points spread evenly over a silhouette, in chunks.
-
-    Attributes:
-        points: (chunks, 2, CHUNK) x and y; the last chunk is padded.
-        counts: (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding.
-        left: (chunks,) int64, finest samples in a chunk and all after it.
-        number: of the points.
-    """
-
-    points: np.ndarray
-    counts: np.ndarray
-    left: np.ndarray
-    number: int
-
-    @classmethod
-    def of(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
-        """Samples at (n, 2) points, in their order."""
-        chunks = -(-len(points) // CHUNK)
-        padding = chunks * CHUNK - len(points)
-        chunked = np.pad(points, ((0, padding), (0, 0))).reshape(chunks, CHUNK, 2)
-        counts = np.pad(counts, (0, padding)).astype(np.int32).reshape(chunks, CHUNK)
-        left = counts.sum(1)[::-1].cumsum(dtype=np.int64)[::-1]
-        return cls(chunked.transpose(0, 2, 1).copy(), counts, left.copy(), len(points))
-
-    @classmethod
-    def shuffled(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
-        """Samples at (n, 2) points; each chunk is spread over all of them."""
-        order = np.random.default_rng(0).permutation(len(points))
-        return cls.of(points[order], counts[order])
-
-    def listed(self) -> np.ndarray:
-        """(n, 2) the points without padding."""
-        return self.points.transpose(0, 2, 1).reshape(-1, 2)[: self.number]
-
-
-@dataclass(frozen=True)
-class ReferenceSilhouette:
-    """The reference person's outline, sampled once for all frames.
-
-    Attributes:
-        samples: all samples, reference pixels, float64.
-        pieces: coarser ones, from few to many, float32.
-        sample_area: reference pixels that one sample stands for.
-        box: (4,) centre x and y, half the width and the height of the box of the samples.
-    """
-
-    samples: Samples
-    pieces: tuple[Samples, ...]
-    sample_area: float
-    box: np.ndarray
-
-    @classmethod
-    def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
-        points = silhouette.points().astype(np.float64)
-        if not len(points):
-            return cls(Samples.of(points, np.zeros(0)), (), 0.0, np.zeros(4))
-        pieces = tuple(_pieces(points, count) for count in NUM_PIECES if 2 * count <= len(points))
-        least, most = points.min(0), points.max(0)
-        box = np.concatenate([(least + most) / 2, (most - least) / 2])
-        return cls(Samples.shuffled(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
-
-    @property
-    def empty(self) -> bool:
-        return self.samples.number == 0
-
-
-def _pieces(points: np.ndarray, count: int) -> Samples:
-    """`count` (a power of two) pieces of a silhouette, of nearly equal area; the longer side is halved each time."""
-    parts = [points]
-    while len(parts) < count:
-        ordered = [part[np.argsort(part[:, np.ptp(part, axis=0).argmax()], kind="stable")] for part in parts]
-        parts = [half for part in ordered for half in (part[: len(part) // 2], part[len(part) // 2 :])]
-    means = np.stack([part.mean(0) for part in parts]).astype(np.float32)
-    return Samples.shuffled(means, np.array([len(part) for part in parts]))
-
-
-def silhouette_iou(
-    matrix: np.ndarray, reference: ReferenceSilhouette, silhouette: Silhouette, size: tuple[int, int]
-) -> float:
-    """Silhouette IoU of any affine matrix (3, 3), measured as in `select_exhaustive`; 0 without silhouettes."""
-    if reference.empty or silhouette.area == 0:
-        return 0.0
-    moved = apply_matrix(matrix, reference.samples.listed())
-    on_frame = ((moved >= -0.5) & (moved < np.asarray(size) - 0.5)).all(-1)
-    size_of_sample = reference.sample_area * abs(np.linalg.det(matrix[:2, :2]))
-    both = min(size_of_sample * np.count_nonzero(on_frame & silhouette.covers(moved)), silhouette.area)
-    return float(both / (silhouette.area + size_of_sample * np.count_nonzero(on_frame) - both))
 
 
 def select_exhaustive(
