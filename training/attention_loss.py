@@ -42,21 +42,13 @@ ACROSS, ALONG = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class MatchingPoints:
-    """The same points in frames and in their references, in pixels.
+    """The same points in frames and in their references, in pixels."""
 
-    Attributes:
-        targets: (b*f, p, 2) in the frames.
-        sources: (b*f, p, 2) in the references.
-        valid: (b*f, p) bool, visible in both images.
-        size: (H, W).
-        body: number of them, the first ones, that are of the person.
-    """
-
-    targets: Tensor
-    sources: Tensor
-    valid: Tensor
-    size: tuple[int, int]
-    body: int
+    targets: Tensor  # (b*f, p, 2) in the frames
+    sources: Tensor  # (b*f, p, 2) in the references
+    valid: Tensor  # (b*f, p) bool, visible in both images
+    size: tuple[int, int]  # (H, W)
+    body: int  # number of them, the first ones, that are of the person
 
 
 @cache

@@ -67,11 +67,7 @@ def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
 
 
 def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
-    """The frozen VAE and the networks to train: those of the pipeline folder `model.init`, or new ones.
-
-    Raises:
-        UserError: a folder that is missing or lacks a component.
-    """
+    """The frozen VAE and the networks to train: those of the pipeline folder `model.init`, or new ones."""
     if config.model.init:
         vae, model = open_animator("model.init", config.model.init)
         return vae.requires_grad_(False).eval(), model
@@ -86,9 +82,6 @@ def start_from(model: Animator, folder: str) -> None:
     """Give new networks the weights of a pipeline folder wherever name and shape agree.
 
     Transformers that the folder does not have end in zeros, so that they start as no change.
-
-    Raises:
-        UserError: not such a folder, or less than half of the weights agree.
     """
     started = open_animator("model.start", folder)[1]
     known = started.state_dict()
@@ -117,9 +110,6 @@ def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
 
     Args:
         key: of the configuration, for messages.
-
-    Raises:
-        UserError: a folder that is missing, lacks a component, or is of a model that cannot be trained.
     """
     trainable_class(key, folder, read_index(Path(folder)))
     pipeline = load_pipeline(folder)
@@ -127,11 +117,7 @@ def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
 
 
 def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> Animator:
-    """Randomly initialised networks of `model.animator`.
-
-    Raises:
-        UserError: another name, or sizes that do not go together.
-    """
+    """Randomly initialised networks of `model.animator`."""
     if config.animator not in ANIMATORS:
         raise UserError(f"model.animator={config.animator} is not one of {', '.join(ANIMATORS)}")
     return animator_class(config.animator).small(config, latent_channels, image_size)
@@ -152,11 +138,7 @@ def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type
 
 
 def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
-    """The networks of `make_networks` on the meta device; the published sizes without `model.init` and `model.vae`.
-
-    Raises:
-        UserError: a folder that is missing or is not what it should be.
-    """
+    """The networks of `make_networks` on the meta device; the published sizes without `model.init` and `model.vae`."""
     with torch.device("meta"):
         if config.model.init:
             return folder_networks(Path(config.model.init))
@@ -208,11 +190,7 @@ def described(folder: Path, name: str, index: dict[str, Any]) -> nn.Module:
 
 
 def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
-    """Freeze what is not trained; returns the rest, every one of which gets a gradient in every step.
-
-    Raises:
-        UserError: a choice that the model does not have in this stage.
-    """
+    """Freeze what is not trained; returns the rest, every one of which gets a gradient in every step."""
     choices = model.trainable_choices(config.stage)
     known = (*choices, "lora") if model.adapted_networks else choices
     choice = config.trainable or choices[0]

@@ -37,32 +37,20 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: optimiser steps taken.
-        clips: trained on by all processes; where the data go on.
-        skipped: steps that were left out because loss or gradient was not finite.
-    """
-
-    step: int = 0
-    clips: int = 0
-    skipped: int = 0
+    step: int = 0  # optimiser steps taken
+    clips: int = 0  # trained on by all processes; where the data go on
+    skipped: int = 0  # steps that were left out because loss or gradient was not finite
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Traits that a checkpoint and the run that loads it must share.
+    """Traits that a checkpoint and the run that loads it must share."""
 
-    Attributes:
-        strategy: see `training.distributed.strategy`.
-        processes: that wrote it.
-        trained: digest of names and shapes of the trainable parameters.
-    """
-
-    strategy: str
-    processes: int
-    trained: str
+    strategy: str  # see `training.distributed.strategy`
+    processes: int  # that wrote it
+    trained: str  # digest of names and shapes of the trainable parameters
 
 
 def layout(accelerator: Accelerator, named: list[tuple[str, nn.Parameter]]) -> Layout:

@@ -29,11 +29,7 @@ class CurvesConfig:
 
 
 def read_scalar(run: str | Path, scalar: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Steps, values, and minutes from the first to the last value of one run's logs.
-
-    Raises:
-        UserError: no logs, or no such scalar.
-    """
+    """Steps, values, and minutes from the first to the last value of one run's logs."""
     logs = Path(run) / "logs"
     if not logs.is_dir():
         raise UserError(f"runs={run} has no logs; give output folders of train.py or training/vae.py")

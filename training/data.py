@@ -32,11 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_dataset(config: DataConfig, length: int) -> Dataset:
-    """The clips that `config` describes, `length` of them; makes the cache first if there is to be one.
-
-    Raises:
-        UserError: the folder is missing or holds no clip that is long enough.
-    """
+    """The clips that `config` describes, `length` of them; makes the cache first if there is to be one."""
     check_config(config.people, "data.people")
     if config.pose_images is not None and (config.source == "rendered" or config.cache is not None):
         raise UserError(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,20 +23,13 @@ from core.config import load_config
 from core.errors import UserError
 from training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from training.vae import VAEConfig
-
 # The main process may render a cache or sample a validation while the others wait for it.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 SHARDED = ("zero3", "fsdp")
 
 
-def make_accelerator(config: "TrainConfig | VAEConfig", output: Path) -> Accelerator:
-    """Accelerate's front end. Without a GPU, processes talk over gloo.
-
-    Raises:
-        UserError: a launch that this machine cannot serve, or one that disagrees with the configuration.
-    """
+def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+    """Accelerate's front end, of a `TrainConfig` or a `VAEConfig`. Without a GPU, processes talk over gloo."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     has_gpu = torch.cuda.is_available()
@@ -76,11 +69,7 @@ def check_launch(launched: int, deepspeed: bool, has_gpu: bool) -> None:
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Tell DeepSpeed the batch size, accumulation and gradient norm of our configuration.
-
-    Raises:
-        UserError: a DeepSpeed file that says something else, or a memory format that DeepSpeed cannot shard.
-    """
+    """Tell DeepSpeed the batch size, accumulation and gradient norm of our configuration."""
     if config.channels_last:
         raise UserError("DeepSpeed cannot spread channels_last=true; set channels_last=false")
     plugin = accelerator.state.deepspeed_plugin
@@ -103,11 +92,7 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def spread_batch(config: TrainConfig) -> TrainConfig:
-    """The configuration with `gradient_accumulation` chosen to reach `total_batch_size`, where that is given.
-
-    Raises:
-        UserError: the processes' batches do not divide it.
-    """
+    """The configuration with `gradient_accumulation` chosen to reach `total_batch_size`, where that is given."""
     if config.total_batch_size is None:
         return config
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -128,11 +113,7 @@ def strategy(accelerator: Accelerator) -> str:
 
 
 def check_shared(accelerator: Accelerator, config: TrainConfig, file: Path) -> None:
-    """Wait until the main process has written the configuration, then see that every process finds it.
-
-    Raises:
-        UserError: `output` is another folder for this process, on a disk of its machine's own.
-    """
+    """Wait until the main process has written the configuration, then see that every process finds it."""
     accelerator.wait_for_everyone()
     if not file.is_file() or load_config(TrainConfig, [], files=[file]) != config:
         raise UserError(f"output={file.parent} must be one folder for all processes, on a file system they share")

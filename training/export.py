@@ -54,9 +54,6 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
 
     Args:
         average: take EMA weights where there are any.
-
-    Raises:
-        UserError: the checkpoint does not fit the configuration, or the folder could not be written.
     """
     # Networks are built anew: what was trained comes from the checkpoint, the rest from where the run took it.
     vae, model = make_networks(config)
@@ -95,9 +92,6 @@ def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, averag
 
     Args:
         model: as `set_trainable` left it.
-
-    Raises:
-        UserError: the checkpoint lacks a tensor that was trained.
     """
     weights = checkpoint_weights(checkpoint)
     if average and (checkpoint / AVERAGE).is_file():
@@ -114,11 +108,7 @@ def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, averag
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Whole weights by name from a checkpoint of any strategy; float32 where DeepSpeed kept masters.
-
-    Raises:
-        UserError: there are no weights in it.
-    """
+    """Whole weights by name from a checkpoint of any strategy; float32 where DeepSpeed kept masters."""
     if (checkpoint / "model.safetensors").is_file():
         return load_file(checkpoint / "model.safetensors")
     if (checkpoint / "pytorch_model").is_dir():

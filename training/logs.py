@@ -32,20 +32,15 @@ POINTING = ("attention/loss", "attention/pointing_accuracy")
 
 @dataclass
 class StepLog:
-    """Values since the last line of the log, on one process.
+    """Values since the last line of the log, on one process."""
 
-    Attributes:
-        timesteps: of the noise schedule.
-        seconds: spent on training since the last line.
-    """
-
-    timesteps: int
+    timesteps: int  # of the noise schedule
     losses: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     misaligned: list[Tensor] = field(default_factory=list)
     pointing: list[Tensor] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent on training since the last line
     started: float = field(default_factory=time.perf_counter)
 
     def resume_clock(self) -> None:

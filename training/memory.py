@@ -61,15 +61,10 @@ def memory_report(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peaks in bytes.
+    """Peaks in bytes."""
 
-    Attributes:
-        encoding: while the VAE encodes the batch.
-        training: in forward and backward pass, without gradients of parameters.
-    """
-
-    encoding: int
-    training: int
+    encoding: int  # while the VAE encodes the batch
+    training: int  # in forward and backward pass, without gradients of parameters
 
 
 class LiveStorages(TorchDispatchMode):
@@ -210,28 +205,17 @@ def free_gradients(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Amounts:
-    """What is to be held, in bytes unless said otherwise.
+    """What is to be held, in bytes unless said otherwise."""
 
-    Attributes:
-        trained, frozen: numbers of parameters of the model.
-        frozen_bytes: of the model's frozen parameters, as the configuration keeps them.
-        vae: of the VAE, which every process holds.
-        moments: of the optimiser's two moments of one parameter.
-        average: of the EMA of one parameter; 0 without.
-        half: DeepSpeed keeps weights and gradients in two bytes.
-        unit: of the largest part of the model that FSDP gathers at a time.
-        step: peak of one step beside all this.
-    """
-
-    trained: int
+    trained: int  # parameters of the model
     frozen: int
-    frozen_bytes: int
-    vae: int
-    moments: float
-    average: int
-    half: bool
-    unit: int
-    step: int
+    frozen_bytes: int  # of the model's frozen parameters, as the configuration keeps them
+    vae: int  # of the VAE, which every process holds
+    moments: float  # of the optimiser's two moments of one parameter
+    average: int  # of the EMA of one parameter; 0 without
+    half: bool  # DeepSpeed keeps weights and gradients in two bytes
+    unit: int  # of the largest part of the model that FSDP gathers at a time
+    step: int  # peak of one step beside all this
 
 
 @dataclass(frozen=True)

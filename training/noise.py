@@ -19,19 +19,12 @@ Generators = Sequence[torch.Generator]
 
 @dataclass(frozen=True)
 class Draws:
-    """Random values of b samples whose latents are (b, c, f, h, w).
+    """Random values of b samples whose latents are (b, c, f, h, w)."""
 
-    Attributes:
-        timesteps: (b,) long.
-        dropped: (b,) long, condition that a sample is trained without: 0 none, or which, from 1.
-        noise: (b, c, f, h, w) added to the latents, offset included.
-        posterior: (b, c, f, h, w) standard normal, for the VAE's posterior.
-    """
-
-    timesteps: Tensor
-    dropped: Tensor
-    noise: Tensor
-    posterior: Tensor
+    timesteps: Tensor  # (b,) long
+    dropped: Tensor  # (b,) long, condition that a sample is trained without: 0 none, or which, from 1
+    noise: Tensor  # (b, c, f, h, w) added to the latents, offset included
+    posterior: Tensor  # (b, c, f, h, w) standard normal, for the VAE's posterior
 
 
 def sample_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:

@@ -34,35 +34,23 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Loss of one batch of b samples.
+    """Loss of one batch of b samples."""
 
-    Attributes:
-        loss: scalar, the weighted mean that is minimised.
-        errors: (b,) mean squared error of each sample's prediction, without weight; detached, for the logs.
-        timesteps: (b,) noise level of each sample.
-        pointing: loss and accuracy of attention supervision, (2,), detached; None without.
-    """
-
-    loss: Tensor
-    errors: Tensor
-    timesteps: Tensor
-    pointing: Tensor | None = None
+    loss: Tensor  # scalar, the weighted mean that is minimised
+    errors: Tensor  # (b,) mean squared error of each sample's prediction, without weight; detached, for the logs
+    timesteps: Tensor  # (b,) noise level of each sample
+    pointing: Tensor | None = None  # loss and accuracy of attention supervision, (2,), detached; None without
 
 
 @dataclass
 class Objective:
-    """The objective of a run.
+    """The objective of a run."""
 
-    Attributes:
-        animator: the bare one, whose attributes say what it needs; the wrapped one is an argument of `loss`.
-        levels: of the layers in which frames attend to images.
-    """
-
-    animator: Animator
+    animator: Animator  # the bare one, whose attributes say what it needs; the wrapped one is an argument of `loss`
     vae: VAE
     config: TrainConfig
     scheduler: DDIMScheduler = field(init=False)
-    levels: list[TokenLevel] = field(init=False)
+    levels: list[TokenLevel] = field(init=False)  # of the layers in which frames attend to images
 
     def __post_init__(self) -> None:
         factor, (width, height) = vae_scale_factor(self.vae), self.config.data.size

@@ -31,17 +31,12 @@ FEW_TOKENS = 128
 
 @dataclass
 class StepGuard:
-    """Counts steps that were left out because a loss or gradient was not finite; too many in a row end the run.
+    """Counts steps that were left out because a loss or gradient was not finite; too many in a row end the run."""
 
-    Attributes:
-        limit: steps left out in a row that end the run.
-        skipped: steps left out in the whole run.
-        streak: steps left out in a row up to now. Weights are worth a checkpoint only while it is 0: after a step that
-            went wrong it takes a good one to know that they are sound.
-    """
-
-    limit: int
-    skipped: int = 0
+    limit: int  # steps left out in a row that end the run
+    skipped: int = 0  # steps left out in the whole run
+    # Steps left out in a row up to now. Weights are worth a checkpoint only while it is 0: after a step that went
+    # wrong it takes a good one to know that they are sound.
     streak: int = 0
 
     def allows_step(self, norm: Tensor | float | None, accelerator: Accelerator) -> bool:
@@ -75,27 +70,18 @@ class StepGuard:
 
 @dataclass
 class Run:
-    """The state of a run in this process.
-
-    Attributes:
-        output: folder of checkpoints, logs and the pipeline.
-        model: the animator as `accelerator.prepare` wrapped it; `objective.animator` is the bare one.
-        trainable: names in the bare model and parameters, as prepared.
-        rate: learning rate of a step, counted from 0.
-        average: EMA of the trainable parameters, or None.
-        layout: what checkpoints must agree with.
-    """
+    """The state of a run in this process."""
 
     config: TrainConfig
-    output: Path
+    output: Path  # folder of checkpoints, logs and the pipeline
     accelerator: Accelerator
     objective: Objective
-    model: nn.Module
-    trainable: list[tuple[str, nn.Parameter]]
+    model: nn.Module  # the animator as `accelerator.prepare` wrapped it; `objective.animator` is the bare one
+    trainable: list[tuple[str, nn.Parameter]]  # names in the bare model and parameters, as prepared
     optimizer: torch.optim.Optimizer
-    rate: Callable[[int], float]
-    average: WeightAverage | None
-    layout: Layout
+    rate: Callable[[int], float]  # learning rate of a step, counted from 0
+    average: WeightAverage | None  # EMA of the trainable parameters, or None
+    layout: Layout  # what checkpoints must agree with
     progress: Progress
     guard: StepGuard
     log: StepLog
@@ -153,11 +139,7 @@ def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with moments of four bytes or of one.
-
-    Raises:
-        UserError: 8-bit moments without the package that has them.
-    """
+    """AdamW over the trainable parameters, with moments of four bytes or of one."""
     settings = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),

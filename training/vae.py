@@ -37,7 +37,8 @@ from training.distributed import end_together, make_accelerator
 @dataclass
 class VAEConfig:
     """Training of a small autoencoder (diffusers' AutoencoderTiny) for rendered people, or of the decoder of a
-    published one (AutoencoderKL), fine-tuned to the images of a person as DreamPose does."""
+    published one (AutoencoderKL), fine-tuned to the images of a person as DreamPose does.
+    """
 
     output: str = MISSING
     init: str | None = None  # VAE folder to go on from, such as the `vae` of a pipeline folder; null starts anew

@@ -67,17 +67,12 @@ def validate(run: Run) -> None:
 
 @dataclass(frozen=True)
 class ValidationClip:
-    """One animated clip.
+    """One animated clip."""
 
-    Attributes:
-        columns: name -> (f, H, W, 3) uint8, or (1, H, W, 3) for the reference; in the order they are shown.
-        masks: (f, H, W) bool, the person in the true frames.
-        misaligned: whether the reference was moved, turned and resized.
-    """
-
+    # name -> (f, H, W, 3) uint8, or (1, H, W, 3) for the reference; in the order they are shown
     columns: dict[str, np.ndarray]
-    masks: np.ndarray
-    misaligned: bool
+    masks: np.ndarray  # (f, H, W) bool, the person in the true frames
+    misaligned: bool  # the reference was moved, turned and resized
 
     def metrics(self) -> dict[str, float]:
         """Means over the frames, for the results with and without TPC: "psnr/with_tpc", "person_ssim/without_tpc"."""
