@@ -152,8 +152,7 @@ def digest_of(clip: EvaluationClip) -> str:
 
 
 def fitting(clip: ClipSpec) -> list[ClipSpec]:
-    """The clip as it would be without misalignment: everybody placed as at its start in reference and frames, and as
-    at its end where that is otherwise. The cost of misalignment is measured against these."""
+    """The clip without misalignment: placed throughout as at its start, and as at its end where that differs."""
     found = {}
     for moment in ("start", "end"):
         placed = [(person, getattr(person, moment)) for person in clip.persons]
@@ -280,7 +279,7 @@ def make_manifest(kind: str, clips: int, seed: int, frames: int = 8, stride: int
 
 @dataclass
 class ManifestConfig:
-    """clips: of each kind; seed: other seeds are other clips; output: folder."""
+    """clips: of each kind; seed: other seeds are other clips."""
 
     clips: int = 20
     seed: int = 20
