@@ -53,9 +53,9 @@ class PlainAttention(AttnProcessor2_0):
             seen = encoder_hidden_states.repeat_interleave(frames, dim=0)
         elif reference is not None and self.layer in reference.tokens:
             seen = torch.cat([hidden_states, reference.tokens[self.layer][reference.index].flatten(1, 2)], dim=1)
-            if reference.query_flags is not None:
-                tokens = hidden_states.shape[1]
-                visible = reference.query_flags[tokens] @ reference.key_flags[tokens].transpose(1, 2) == 0
+            flags = reference.flags(hidden_states.shape[1])
+            if flags is not None:
+                visible = flags[0] @ flags[1].transpose(1, 2) == 0
         parts = (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen))
         heads = []
         for query, key, value in zip(*(part.chunk(attn.heads, dim=-1) for part in parts), strict=True):

@@ -223,9 +223,9 @@ def test_windows_agree_on_the_calibrated_image(tiny_pipeline, reference, calibra
         second = images.context(step, 0, range(3, 5))
         assert first.tokens is tokens and second.tokens is tokens
         assert torch.equal(first.index[3], second.index[0])
-        for n in first.query_flags:
-            assert torch.equal(first.query_flags[n][3], second.query_flags[n][0])
-            assert torch.equal(first.key_flags[n][3], second.key_flags[n][0])
+        for n in first.visibility.query:
+            assert torch.equal(first.visibility.query[n][3], second.visibility.query[n][0])
+            assert torch.equal(first.visibility.key[n][3], second.visibility.key[n][0])
 
 
 def test_only_drawn_images_are_encoded_and_once(tiny_pipeline, reference, calibration):
@@ -243,7 +243,7 @@ def test_replacing_shows_the_calibrated_image_in_place_of_the_reference(tiny_pip
     made = calibration(attach="replace", propagation="off")
     images = reference_images(tiny_pipeline, reference, made, 2)
     seen = images.context(0, 999, range(0, 5))
-    assert seen.query_flags is None and seen.key_flags is None
+    assert seen.visibility is None
     assert seen.index[:, 0].tolist() == [images.rows[int(member)] for member in made.member[:, 0]]
     latents = images.start_latents()
     for frame, member in enumerate(made.member[:, 0]):
