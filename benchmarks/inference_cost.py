@@ -19,7 +19,7 @@ from benchmarks.speed.sizes import POSE_CHANNELS, SIZES, make_vae
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
-from models.animators.magic_animate.networks import control_residuals
+from models.animators.magic_animate.model import control_residuals
 from models.attention.context import ReferenceContext, fused_layers
 from models.attention.layers import token_levels, unet_layers
 from models.attention.masking import Visibility

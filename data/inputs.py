@@ -9,8 +9,8 @@ import numpy as np
 from core.errors import UserError
 from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
+from data.video.files import Video, read_video
 from data.video.images import list_images, read_image
-from data.video.reading import Video, read_video
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
 

@@ -17,8 +17,8 @@ from data.poses.poses import Poses
 from data.preparation.clips import read_union, video_of
 from data.preparation.manifest import has_manifest, read_manifest
 from data.transforms import apply_fit, fit_matrix
+from data.video.files import VideoReader
 from data.video.images import natural_order
-from data.video.reading import VideoReader
 from evaluation.folders import MASKS_SUFFIX, file_stamps
 from tpc.silhouettes import body_height, draw_silhouette, visible
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from core.errors import UserError
 from data.preparation.layouts import VIDEO_SUFFIXES
+from data.video.files import VideoReader
 from data.video.images import list_images, natural_order, read_image
-from data.video.reading import VideoReader
 
 RESULT_NAME = "animation.mp4"  # what infer.py calls its result
 MASKS_SUFFIX = "_masks"

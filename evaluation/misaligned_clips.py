@@ -30,10 +30,9 @@ from core.errors import UserError, run_command
 from core.files import write_json
 from data.clips.rendered import PeopleConfig, RenderedPeople
 from data.inputs import Driving, Reference
-from data.people.bodies import load_people
+from data.people.bodies import Pose, load_people
 from data.people.renderer import Figure, RenderedGroup, render_people
 from data.people.scenes import Scene, reframed
-from data.people.skeleton import Pose
 from data.poses.poses import Poses
 from evaluation.clips import RENDERED_FPS, EvaluationClip
 

@@ -19,7 +19,7 @@ from core.files import complete_file, write_json
 from data.inputs import Driving, Reference
 from data.poses.drawing import draw_pose
 from data.transforms import apply_fit, fit_matrix
-from data.video.writing import write_video
+from data.video.files import write_video
 from inference.comparison import comparison_frames, comparison_strip
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline

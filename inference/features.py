@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import remove_partial
-from data.clips.feature_cache import FeatureCache, FeatureInputs
+from data.clips.caches import FeatureCache, FeatureInputs
 from data.clips.rendered import clip_tensor
 from data.preparation.clips import UsableClip, usable_clips
 from data.preparation.manifest import has_manifest
 from data.preparation.settings import FeatureConfig, Shard
 from data.transforms import apply_fit
-from data.video.reading import VideoReader
+from data.video.files import VideoReader
 from models.animators.animate_anyone.model import image_context
 from models.animators.registry import choose_device, component_classes, load_component, read_index
 from models.pipeline import AnimationPipeline

@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
-from data.video.writing import write_video
+from data.video.files import write_video
 
 
 def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int = 1) -> None:

@@ -10,8 +10,7 @@ from models.animators.disco.checkpoint import CLIP, POSITIONS, VAE, disco_manife
 from models.animators.disco.model import DisCo, DiscoPipeline
 from models.animators.disco.networks import DiscoControlNet, DiscoUNet
 from models.checkpoints.convert import published_scheduler
-from models.checkpoints.loading import shapes_of
-from models.checkpoints.names import old_names
+from models.checkpoints.loading import old_names, shapes_of
 from models.checkpoints.networks import UNetSizes, control_net_arguments, unet_arguments
 from models.checkpoints.verify import synthetic_tensors
 

@@ -14,8 +14,7 @@ from models.animators.dream_pose.checkpoint import (
 )
 from models.animators.dream_pose.model import DreamPosePipeline
 from models.checkpoints.convert import published_scheduler
-from models.checkpoints.loading import Shapes, shapes_of
-from models.checkpoints.names import old_names
+from models.checkpoints.loading import Shapes, old_names, shapes_of
 from models.checkpoints.networks import UNetSizes, load_autoencoder, make_autoencoder
 from models.checkpoints.verify import synthetic_tensors
 

@@ -15,7 +15,7 @@ from data.clips.rendered import RenderedPeople
 from data.people.scenes import CameraRanges
 from data.poses.person import PersonEstimate
 from data.poses.poses import Poses
-from data.video.writing import write_video
+from data.video.files import write_video
 
 FRAME = (64, 96)  # upright, as phones film
 # The 17 COCO points within the figure's box, as parts of its sides.

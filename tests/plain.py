@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from models.animators.base import Animator, Condition
-from models.animators.magic_animate.networks import control_residuals
+from models.animators.magic_animate.model import control_residuals
 from models.attention.context import ReferenceContext
 from models.attention.layers import self_attention_level, token_levels
 from models.attention.masking import Visibility

@@ -15,7 +15,7 @@ from models.animators.magic_animate.model import MagicAnimatePipeline
 from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
 from models.checkpoints.convert import convert, convert_config, families, published_scheduler
-from models.checkpoints.names import module_names
+from models.checkpoints.loading import module_names
 from models.checkpoints.networks import UNetSizes, reference_unet_manifest
 from models.checkpoints.verify import synthetic_tensors
 from models.pipeline import AnimationPipeline

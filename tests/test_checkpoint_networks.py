@@ -10,7 +10,7 @@ from models.animators.animate_anyone.checkpoint import (
     pose_guider_from_control_net,
     with_motion,
 )
-from models.checkpoints.names import module_names, position_length
+from models.checkpoints.loading import module_names, position_length
 from models.checkpoints.networks import UNetSizes, load_control_net, load_denoising_unet, load_reference_net
 from models.checkpoints.verify import synthetic_tensors
 from tests.published import (

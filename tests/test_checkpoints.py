@@ -13,8 +13,7 @@ from models.animators.animate_anyone.checkpoint import pose_guider_manifest
 from models.animators.magic_animate.checkpoint import appearance_encoder_manifest
 from models.checkpoints.__main__ import main
 from models.checkpoints.inspect import inspect
-from models.checkpoints.loading import compare, shapes_of
-from models.checkpoints.names import module_names, published_names
+from models.checkpoints.loading import compare, module_names, published_names, shapes_of
 from models.checkpoints.networks import (
     MotionSizes,
     UNetSizes,

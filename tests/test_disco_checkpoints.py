@@ -16,8 +16,7 @@ from models.checkpoints.__main__ import main
 from models.checkpoints.convert import published_scheduler
 from models.checkpoints.files import read_tensors
 from models.checkpoints.inspect import inspect
-from models.checkpoints.loading import shapes_of
-from models.checkpoints.names import current_names, is_position_table, old_names
+from models.checkpoints.loading import current_names, is_position_table, old_names, shapes_of
 from models.checkpoints.verify import Fixture, synthetic_tensors, verify
 from tests.disco_parts import attribute_tensors, disco_tensors, small_disco_pipeline
 from tests.published import fixtures_folder, published_tensors, small_image_encoder, small_vae

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import infer
-from data.video.reading import read_video
+from data.video.files import read_video
 from models.animators.disco.model import DiscoPipeline
 from models.animators.disco.networks import is_temporal
 from models.animators.registry import load_pipeline

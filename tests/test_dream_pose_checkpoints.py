@@ -21,8 +21,7 @@ from models.checkpoints.__main__ import main
 from models.checkpoints.convert import convert, convert_config
 from models.checkpoints.files import read_tensors
 from models.checkpoints.inspect import inspect
-from models.checkpoints.loading import shapes_of
-from models.checkpoints.names import old_names
+from models.checkpoints.loading import old_names, shapes_of
 from models.checkpoints.networks import UNetSizes, load_autoencoder, make_autoencoder, unet_arguments
 from models.checkpoints.verify import read_fixture, verify
 from models.vae import vae_encode

@@ -12,7 +12,7 @@ import evaluate
 import infer
 import train
 from core.errors import UserError
-from data.video.reading import read_video
+from data.video.files import read_video
 from models.animators.dream_pose.model import DreamPose, DreamPosePipeline
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import published_scheduler

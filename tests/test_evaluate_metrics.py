@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 from core.errors import UserError
-from data.video.writing import write_video
+from data.video.files import write_video
 from evaluation.folders import find_clips
 from metrics import weights
 from metrics.image import psnr, ssim

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 import training.vae
 from core.errors import UserError
-from data.clips.feature_cache import FeatureCache
+from data.clips.caches import FeatureCache
 from data.clips.videos import VideoFolder
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import read_manifest, write_manifest

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
+from data.video.files import write_video
 from data.video.images import list_images, read_image
-from data.video.writing import write_video
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)

@@ -13,8 +13,7 @@ import infer
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
-from data.video.reading import read_video
-from data.video.writing import video_metadata, write_video
+from data.video.files import read_video, video_metadata, write_video
 from tests.clips import given
 from tests.published import small_magic_pipeline
 

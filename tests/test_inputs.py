@@ -9,7 +9,7 @@ from PIL import Image
 from core.errors import UserError
 from data.inputs import load_driving
 from data.poses.poses import PoseEstimator, Poses
-from data.video.writing import write_video
+from data.video.files import write_video
 
 FRAMES, SIZE = 6, (48, 32)
 

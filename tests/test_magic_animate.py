@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from data.poses.poses import Poses
-from models.animators.magic_animate.model import MagicAnimate
-from models.animators.magic_animate.networks import control_residuals
+from models.animators.magic_animate.model import MagicAnimate, control_residuals
 from models.animators.registry import load_pipeline
 from models.attention.context import fused_layers, same_reference
 from models.attention.processors import reference_layers

@@ -9,9 +9,8 @@ from torch import Tensor
 
 import infer
 from core.errors import UserError
-from data.video.reading import read_video
-from models.animators.magic_animate.model import PROMPT_TOKENS, MagicAnimate, MagicAnimatePipeline
-from models.animators.magic_animate.networks import control_residuals
+from data.video.files import read_video
+from models.animators.magic_animate.model import PROMPT_TOKENS, MagicAnimate, MagicAnimatePipeline, control_residuals
 from models.animators.registry import load_pipeline
 from models.attention.context import ReferenceContext, fused_layers, same_reference
 from models.attention.layers import token_levels

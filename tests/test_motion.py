@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from data.people.bodies import load_people
-from data.people.motion import JOINT_LIMITS, MOTIONS, limited, random_motion
-from data.people.skeleton import (
+from data.people.bodies import (
     ANKLE_HEIGHT,
     JOINT_INDEX,
     JOINTS,
@@ -13,10 +11,12 @@ from data.people.skeleton import (
     Pose,
     align_rotation,
     axis_rotation,
+    load_people,
     neutral_pose,
     pose_joints,
     rotations_from_angles,
 )
+from data.people.motion import JOINT_LIMITS, MOTIONS, limited, random_motion
 
 FPS = 24.0
 

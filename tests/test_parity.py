@@ -14,7 +14,7 @@ from core.errors import UserError
 from models.animators.animate_anyone.checkpoint import pose_guider_manifest
 from models.animators.magic_animate.checkpoint import appearance_encoder_manifest
 from models.checkpoints.__main__ import main
-from models.checkpoints.names import module_names
+from models.checkpoints.loading import module_names
 from models.checkpoints.networks import (
     animated_unet_manifest,
     control_net_manifest,

@@ -7,11 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.people.bodies import PEOPLE_FOLDER, Identity, build_person, load_people, random_identity
+from data.people.bodies import (
+    JOINT_INDEX,
+    PEOPLE_FOLDER,
+    Identity,
+    Pose,
+    build_person,
+    load_people,
+    neutral_pose,
+    pose_joints,
+    random_identity,
+    rotations_from_angles,
+)
 from data.people.clothes import PARTS
 from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, vertex_normals
 from data.people.renderer import HIDDEN_SCORE, Camera, Figure, project_keypoints, render_people, render_person
-from data.people.skeleton import JOINT_INDEX, Pose, neutral_pose, pose_joints, rotations_from_angles
 
 SIZE = (96, 128)
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 import infer
 from core.errors import UserError, run_command
-from data.video.reading import read_video
+from data.video.files import read_video
 from models.animators.animate_anyone.checkpoint import (
     MUSEPOSE_LENGTH,
     load_pose_guider,
@@ -25,8 +25,7 @@ from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
 from models.checkpoints.convert import Sources, convert, convert_config
 from models.checkpoints.inspect import inspect
-from models.checkpoints.loading import load_folder
-from models.checkpoints.names import module_names
+from models.checkpoints.loading import load_folder, module_names
 from models.checkpoints.networks import (
     MotionSizes,
     UNetSizes,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.poses.poses import Poses
 from models.animators.animate_anyone.model import pose_features
-from models.animators.magic_animate.networks import ControlCondition, control_residuals
+from models.animators.magic_animate.model import ControlCondition, control_residuals
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.masking import Visibility
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors

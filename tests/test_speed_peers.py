@@ -22,8 +22,7 @@ from benchmarks.speed.peers.table import Row, markdown
 from benchmarks.speed.peers.weights import peer_settings, training_batch, write_weights
 from benchmarks.speed.sizes import SIZES
 from core.errors import UserError
-from models.checkpoints.loading import shapes_of
-from models.checkpoints.names import MOTION, module_names, published_names
+from models.checkpoints.loading import MOTION, module_names, published_names, shapes_of
 from training.config import NoiseConfig
 from training.noise import draw, sample_generators
 

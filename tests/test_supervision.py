@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from core.config import check_config
 from core.errors import UserError
-from data.clips.clip_cache import CachedClips
+from data.clips.caches import CachedClips
 from data.clips.rendered import PeopleConfig
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.attention.layers import token_levels, unet_layers

@@ -11,8 +11,7 @@ import pytest
 from tpc_bodies import body, place, poses, silhouette
 
 from core.errors import UserError
-from data.video.reading import read_video
-from data.video.writing import write_video
+from data.video.files import read_video, write_video
 from tpc import Calibration
 from tpc.__main__ import frame_size, main
 

@@ -12,8 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from data.video.reading import read_video
-from data.video.writing import video_metadata
+from data.video.files import read_video, video_metadata
 from tests.training_runs import ARGUMENTS, difference, logged, make_vae, train
 from training.config import DataConfig, ValidationConfig
 from training.logs import StepLog, add_clip, loss_by_timestep

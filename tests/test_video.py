@@ -10,8 +10,7 @@ from PIL import Image
 
 from core.errors import UserError
 from data.transforms import frame_size
-from data.video.reading import Video, VideoReader, read_video
-from data.video.writing import video_metadata, write_video
+from data.video.files import Video, VideoReader, read_video, video_metadata, write_video
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)

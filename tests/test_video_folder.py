@@ -19,7 +19,7 @@ from data.preparation.layouts import find_clips
 from data.preparation.manifest import write_manifest
 from data.preparation.prepare import prepare_clips
 from data.preparation.settings import PrepareConfig
-from data.video.writing import write_video
+from data.video.files import write_video
 from tests.filmed import (
     FRAME,
     FigureEstimator,

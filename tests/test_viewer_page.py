@@ -13,8 +13,7 @@ gr = pytest.importorskip("gradio")
 from core.errors import UserError  # noqa: E402
 from data.poses.poses import PoseConfig  # noqa: E402
 from data.poses.weights import fetch_models  # noqa: E402
-from data.video.reading import read_video  # noqa: E402
-from data.video.writing import video_metadata  # noqa: E402
+from data.video.files import read_video, video_metadata  # noqa: E402
 from evaluation.attention.grids import short_layer  # noqa: E402
 from viewer.animate_tab import AnimateTab  # noqa: E402
 from viewer.attention_tab import AttentionTab, choice_of  # noqa: E402

@@ -25,7 +25,7 @@ from core.errors import UserError, run_command
 from core.files import existing_file, output_folder
 from data.inputs import Driving, Reference, load_driving, load_reference
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
-from data.video.writing import write_video
+from data.video.files import write_video
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig, resolve
 from tpc.report import write_report

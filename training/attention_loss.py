@@ -96,7 +96,7 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Generators)
     """Random points of the person's surface in the frames, and where the references show the same points.
 
     Args:
-        batch: "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.clips.clip_cache`; "poses"
+        batch: "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.clips.caches`; "poses"
             (b, 3, f, H, W), for the size.
         count: points a frame; those beyond the places that show the person are invalid.
         generators: one a sample.

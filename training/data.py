@@ -15,8 +15,7 @@ from tqdm import tqdm
 from core.config import check_config
 from core.errors import UserError
 from core.files import complete_folder
-from data.clips.clip_cache import CachedClips, ensure_cache, ensure_surfaces
-from data.clips.feature_cache import FeatureCache, FeatureInputs
+from data.clips.caches import CachedClips, FeatureCache, FeatureInputs, ensure_cache, ensure_surfaces
 from data.clips.rendered import RenderedPeople, clip_tensor
 from data.clips.videos import VideoFolder
 from data.preparation.clips import usable_clips

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.config import VERSION
 from core.files import complete_file
 from data.poses.poses import Poses
-from data.video.writing import write_video
+from data.video.files import write_video
 from inference.comparison import comparison_frames, comparison_strip
 from metrics.image import psnr, ssim
 from models.pipeline import AnimationPipeline

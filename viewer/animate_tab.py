@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from core.config import config_dict
-from data.video.writing import write_video
+from data.video.files import write_video
 from inference.animate import Animation, Stopwatch, animate, generated_by, write_animation
 from viewer.controls import (
     ONE_AT_A_TIME,

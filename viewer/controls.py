@@ -12,8 +12,8 @@ import numpy as np
 from core.errors import UserError
 from data.inputs import SAMPLES, Driving, Reference
 from data.poses.poses import PoseConfig
+from data.video.files import VideoReader
 from data.video.images import read_image
-from data.video.reading import VideoReader
 from evaluation.attention.recorded_runs import load_inputs
 from inference.animate import SamplingConfig, Stopwatch
 from models.pipeline import AnimationPipeline

@@ -20,12 +20,11 @@ import torch
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from data.people.bodies import SPLITS, PeopleLibrary, build_person, load_people, random_identity
+from data.people.bodies import SPLITS, PeopleLibrary, Pose, build_person, load_people, random_identity
 from data.people.clothes import PLAIN
 from data.people.motion import random_motion
 from data.people.renderer import Rendered
 from data.people.scenes import CameraRanges, Scene, random_background, random_camera, random_light
-from data.people.skeleton import Pose
 from data.poses.drawing import draw_pose
 
 REFERENCE_SECONDS = 4.0  # of a motion, in which a clip and its reference are chosen

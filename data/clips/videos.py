@@ -1,6 +1,6 @@
 """Clips of filmed people for training: a folder that `prepare.py` has prepared, or videos with pose files beside them.
 
-Items are those of `data.clips.rendered`. With cached features (`data.clips.feature_cache`) images that nothing else
+Items are those of `data.clips.rendered`. With cached features (`data.clips.caches`) images that nothing else
 needs are not decoded: latents add `latent_mean` and `latent_deviation` (c, F, h, w) and `reference_latents` (c, h, w)
 and take `frames` away, embeddings add `reference_context` (1, channels), and both together take `reference` away.
 """
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from data.clips.feature_cache import FeatureCache
+from data.clips.caches import FeatureCache
 from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, latent_item, pixel_tensor
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, read_union, summarize, usable_clips
 from data.preparation.layouts import VIDEO_SUFFIXES
 from data.preparation.manifest import Clip, Fingerprint
 from data.transforms import CROPS, apply_fit, resize_matrix
+from data.video.files import VideoReader
 from data.video.images import list_images
-from data.video.reading import VideoReader
 
 logger = logging.getLogger(__name__)
 _VISIBLE = 0.3  # score above which pose images show a joint

@@ -1,12 +1,12 @@
 """Actions of the legs, arms and trunk of a moving person: functions that add curves to a `Score`.
 
-Angles are those of `data.people.skeleton.rotations_from_angles`, in radians. Leg and trunk actions take the score, arm
+Angles are those of `data.people.bodies.rotations_from_angles`, in radians. Leg and trunk actions take the score, arm
 actions the score and a side, "left" or "right".
 """
 
 import numpy as np
 
-from data.people.skeleton import JOINT_INDEX, JOINTS
+from data.people.bodies import JOINT_INDEX, JOINTS
 
 SIDES = ("left", "right")
 

@@ -1,7 +1,7 @@
 """Motion clips of our own making: joint-angle curves with random rates, phases and reach.
 
 A clip combines actions of the legs, the arms and the trunk, and a facing. Angles are those of
-`data.people.skeleton.rotations_from_angles`, in radians, kept inside the joints' limits.
+`data.people.bodies.rotations_from_angles`, in radians, kept inside the joints' limits.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 
 from data.people import actions
 from data.people.actions import SIDES, Score
-from data.people.skeleton import JOINT_INDEX, JOINTS, Pose, axis_rotation, rotations_from_angles
+from data.people.bodies import JOINT_INDEX, JOINTS, Pose, axis_rotation, rotations_from_angles
 
 # Lowest and highest bend, side and twist of each joint.
 JOINT_LIMITS = {
@@ -32,7 +32,7 @@ JOINT_LIMITS = {
 
 @dataclass(frozen=True)
 class Motion:
-    """Poses of one moving person, see `data.people.skeleton.Pose`."""
+    """Poses of one moving person, see `data.people.bodies.Pose`."""
 
     name: str  # a key of `MOTIONS`
     rotations: np.ndarray  # (f, 19, 3, 3) float32

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.people.bodies import Person
+from data.people.bodies import Person, Pose, axis_rotation, pose_joints
 from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, skin_and_project
-from data.people.skeleton import Pose, axis_rotation, pose_joints
 
 HIDDEN_SCORE = 0.6
 FACE_POINTS = 5  # nose, eyes and ears come first in COCO order

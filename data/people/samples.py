@@ -17,12 +17,11 @@ from skimage.data import astronaut
 from core.config import load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder
-from data.people.bodies import build_person, load_people, random_identity
+from data.people.bodies import build_person, load_people, neutral_pose, random_identity
 from data.people.motion import random_motion
 from data.people.renderer import Camera, render_person
 from data.people.scenes import random_background
-from data.people.skeleton import neutral_pose
-from data.video.writing import write_video
+from data.video.files import write_video
 
 FRAMES, FPS = 16, 8.0
 REFERENCE_SIZE, CLIP_SIZE = (384, 384), (256, 256)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from data.people.bodies import Person
+from data.people.bodies import Person, Pose
 from data.people.renderer import Camera, Light, Rendered, render_person
-from data.people.skeleton import Pose
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.preparation.report import ClipFacts, Finding, Report
 from data.preparation.settings import CheckConfig
 from data.transforms import crop_matrix
+from data.video.files import VideoReader
 from data.video.images import list_images, read_image
-from data.video.reading import VideoReader
 
 Item = TypeVar("Item")
 VISIBLE = 0.3  # score above which a joint counts as visible

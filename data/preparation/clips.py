@@ -16,8 +16,8 @@ from data.poses.poses import Poses
 from data.preparation.layouts import VIDEO_SUFFIXES
 from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.transforms import crop_matrix
+from data.video.files import VideoReader
 from data.video.images import list_images, read_image
-from data.video.reading import VideoReader
 
 _SHOWN_NAMES = 3
 

@@ -23,8 +23,8 @@ from data.preparation.clips import MaskWriter, import_masks, mask_files, numbere
 from data.preparation.layouts import SourceClip
 from data.preparation.manifest import Fingerprint, read_record, record_path, stored_path, write_record
 from data.preparation.settings import PrepareConfig
+from data.video.files import VideoReader
 from data.video.images import read_image
-from data.video.reading import VideoReader
 
 OpenEstimator = Callable[[], PoseEstimator]
 _ESTIMATED = "estimated: "

@@ -12,8 +12,17 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from models.checkpoints.convert import SINGLE_FILE, Recognised, families
 from models.checkpoints.files import without_prefixes
-from models.checkpoints.loading import Shapes, compare, load_folder, on_meta, shapes_of
-from models.checkpoints.names import MOTION, VAE_NAMES, current_names, old_names
+from models.checkpoints.loading import (
+    MOTION,
+    VAE_NAMES,
+    Shapes,
+    compare,
+    current_names,
+    load_folder,
+    old_names,
+    on_meta,
+    shapes_of,
+)
 from models.checkpoints.networks import (
     EMBEDDING,
     UNET_PREFIXES,

@@ -16,8 +16,17 @@ from torch import Tensor
 from core.errors import UserError
 from models.animators.small_networks import block_types
 from models.checkpoints.files import without_prefixes
-from models.checkpoints.loading import Shapes, load_strictly, on_meta, shapes_of
-from models.checkpoints.names import MOTION, current_names, module_names, position_length, published_names
+from models.checkpoints.loading import (
+    MOTION,
+    Shapes,
+    current_names,
+    load_strictly,
+    module_names,
+    on_meta,
+    position_length,
+    published_names,
+    shapes_of,
+)
 from models.unets import DenoisingUNet, ReferenceNet
 
 Tensors = Mapping[str, Tensor]

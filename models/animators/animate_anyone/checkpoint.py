@@ -20,8 +20,17 @@ from core.errors import UserError
 from models.attention.context import fused_layers, same_reference
 from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
 from models.checkpoints.inspect import image_unet
-from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
-from models.checkpoints.names import MOTION, module_names, position_table, table_length
+from models.checkpoints.loading import (
+    MOTION,
+    Shapes,
+    compare,
+    load_strictly,
+    module_names,
+    on_meta,
+    position_table,
+    shapes_of,
+    table_length,
+)
 from models.checkpoints.networks import (
     EMBEDDING,
     MotionSizes,

@@ -35,8 +35,7 @@ from models.animators.disco.networks import (
 )
 from models.attention.context import ReferenceContext
 from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
-from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
-from models.checkpoints.names import current_names, old_names
+from models.checkpoints.loading import Shapes, compare, current_names, load_strictly, old_names, on_meta, shapes_of
 from models.checkpoints.networks import (
     EMBEDDING,
     Tensors,

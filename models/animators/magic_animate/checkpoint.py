@@ -13,13 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from models.animators.magic_animate.model import MagicAnimatePipeline
-from models.animators.magic_animate.networks import PromptEmbedding, control_residuals
+from models.animators.magic_animate.model import MagicAnimatePipeline, PromptEmbedding, control_residuals
 from models.attention.context import fused_layers, same_reference
 from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
 from models.checkpoints.inspect import image_unet
-from models.checkpoints.loading import Shapes, compare, on_meta
-from models.checkpoints.names import MOTION, module_names, table_length
+from models.checkpoints.loading import MOTION, Shapes, compare, module_names, on_meta, table_length
 from models.checkpoints.networks import (
     UNetSizes,
     animated_unet_manifest,
