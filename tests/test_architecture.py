@@ -46,6 +46,10 @@ for name, loaded in sorted(sys.modules.items()):
     return run.stdout.split()
 
 
+def test_geometry_loads_no_networks():
+    assert not loaded_by("tpc", "torch diffusers transformers models")
+
+
 def test_the_unets_load_few_modules_of_ours():
     loaded = loaded_by("models.unets", " ".join(PACKAGES))
     assert len(loaded) <= 6, loaded
