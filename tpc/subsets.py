@@ -185,31 +185,17 @@ def _solve(
         and the mean squared residual.
     """
     (x, y), (u, v) = x.T, y.T
-    # Re and Im of conj(x) y, for points as complex numbers.
+    # The last two but one: Re and Im of conj(x) y, for points as complex numbers.
     moments = [np.ones(len(x)), x, y, u, v, x * x + y * y, x * u + y * v, x * v - y * u, u * u + v * v]
-    moments = np.stack([*(weights * moment for moment in moments), np.ones(len(x))])
+    moments = np.stack([*(weights * moment for moment in moments), np.ones(len(x))], axis=1)
     half, tables = (len(x) + 1) // 2, []
-    for part in (moments[:, :half], moments[:, half:]):
-        table = np.zeros((len(moments), 1))
-        for own in part.T:
-            table = np.concatenate([table, table + own[:, None]], axis=1)
+    for part in (moments[:half], moments[half:]):
+        table = np.zeros((1, moments.shape[1]))  # of all subsets of the points so far
+        for own in part:
+            table = np.concatenate([table, table + own])
         tables.append(table)
-    w, x, y, u, v, square, real, imaginary, target_square, points = (
-        (low + high[:, None]).reshape(-1) for low, high in zip(*tables, strict=True)
-    )
-    with np.errstate(all="ignore"):  # of the empty subset and of coincident points, which are dropped
-        share = 1.0 / w
-        x, y, u, v = x * share, y * share, u * share, v * share
-        spread = square * share - x * x - y * y
-        a = (real * share - x * u - y * v) / spread
-        b = (imaginary * share - x * v + y * u) / spread
-        squared = a * a + b * b
-        kept = (points >= limits.min_points) & (spread > smallest) & (squared > 0)
-        kept &= (squared >= limits.min_scale**2) & (squared <= limits.max_scale**2)
-        kept &= a >= (np.cos(np.deg2rad(limits.max_rotation)) - 1e-12) * np.sqrt(squared)
-        error = np.maximum(target_square * share - u * u - v * v - squared * spread, 0.0)
-        found = np.stack([a, b, u - a * x + b * y, v - b * x - a * y, error], axis=1)
-    return np.flatnonzero(kept), points[kept].astype(np.int8), found[kept]
+    bounds = limits.min_scale**2, limits.max_scale**2, np.cos(np.deg2rad(limits.max_rotation)) - 1e-12
+    return solve_subsets(*tables, bounds, limits.min_points, smallest)
 
 
 def _contenders(
@@ -293,9 +279,39 @@ class _Level(NamedTuple):
 
 
 @numba.njit(cache=True, nogil=True)
-def count_inside(level, a, b, tx, ty, frame):
+def solve_subsets(low, high, bounds, min_points, smallest):
+    """See `_solve`; `bounds`: least and largest squared scale, least cosine of the angle."""
+    total, n = len(low) * len(high), 0
+    subsets, points = np.empty(total, np.int32), np.empty(total, np.int8)
+    found = np.empty((total, 5))
+    for upper in range(len(high)):
+        for lower in range(len(low)):
+            q, h = low[lower], high[upper]
+            size, w = q[9] + h[9], q[0] + h[0]
+            if size < min_points:
+                continue
+            share = 1.0 / w
+            x, y = (q[1] + h[1]) * share, (q[2] + h[2]) * share
+            u, v = (q[3] + h[3]) * share, (q[4] + h[4]) * share
+            spread = (q[5] + h[5]) * share - x * x - y * y
+            if spread <= smallest:
+                continue
+            a = ((q[6] + h[6]) * share - x * u - y * v) / spread
+            b = ((q[7] + h[7]) * share - x * v + y * u) / spread
+            squared = a * a + b * b
+            if not (squared > 0.0 and bounds[0] <= squared <= bounds[1] and a >= bounds[2] * np.sqrt(squared)):
+                continue
+            subsets[n], points[n] = upper * len(low) + lower, size
+            found[n, 0], found[n, 1], found[n, 2], found[n, 3] = a, b, u - a * x + b * y, v - b * x - a * y
+            found[n, 4] = max((q[8] + h[8]) * share - u * u - v * v - squared * spread, 0.0)
+            n += 1
+    return subsets[:n], points[:n], found[:n]
+
+
+@numba.njit(cache=True, nogil=True)
+def count_inside(points, counts, a, b, tx, ty, frame):
     """The samples that fall on the frame after the transform, times what each counts."""
-    points, counts, inside = level.points, level.counts, 0
+    inside = 0
     for chunk in range(len(counts)):
         for i in range(CHUNK):
             x = a * points[chunk, 0, i] - b * points[chunk, 1, i] + tx
@@ -314,72 +330,56 @@ def box_inside(box, a, b, tx, ty, frame):
     return fits_x & (y - height >= frame[1]) & (y + height < frame[3])
 
 
-@numba.njit(inline="always")
-def sum_cover(level, a, b, tx, ty, needed, places):
-    """The cover (0 to 255) under the mapped samples, times what each counts; -1 once `needed` is out of reach.
-
-    The transform leads to cells of the cover, whose border of zeros coordinates are clamped to. `places`: (CHUNK,)
-    uint32 to work in.
-    """
-    points, counts, left, flat = level.points, level.counts, level.left, level.cover.ravel()
-    rows, columns = level.cover.shape
-    total, zero, stride = 0, np.int32(0), np.int32(columns)
-    right, bottom = np.int32(columns - 1), np.int32(rows - 1)
-    real = points.dtype.type
-    a, b, tx, ty = real(a), real(b), real(tx), real(ty)
-    for chunk in range(len(counts)):
-        if total + COVERED * left[chunk] < needed:
-            return -1
-        # Places and sums apart: the first loop runs on vectors, the second would only be slowed down by them.
-        for i in range(CHUNK):
-            x, y = points[chunk, 0, i], points[chunk, 1, i]
-            # Truncation and floor differ only for coordinates in (-1, 0), and both end on the border.
-            column = min(max(np.int32(a * x - b * y + tx), zero), right)
-            row = min(max(np.int32(b * x + a * y + ty), zero), bottom)
-            places[i] = np.uint32(row * stride + column)
-        part = np.uint64(0)
-        for i in range(CHUNK):
-            part += np.uint64(counts[chunk, i]) * np.uint64(flat[places[i]])
-        total += np.int64(part)
-    return total
-
-
-@numba.njit(inline="always")
-def overlap(level, pair, a, b, tx, ty, floor, places):
-    """Silhouette IoU of one transform, or -1 when it is below `floor`."""
-    size = pair.sample_area * (a * a + b * b)  # frame pixels that one sample stands for
-    inside, area = level.left[0], pair.area
-    if size * inside < floor * area:
-        return -1.0
-    if not box_inside(pair.box, a, b, tx, ty, pair.frame):
-        inside = count_inside(level, a, b, tx, ty, pair.frame)
-    warped = size * inside
-    if area < floor * warped:
-        return -1.0
-    # IoU >= floor needs an intersection of at least floor (area + warped) / (1 + floor).
-    needed = COVERED * (floor * (area + warped) / ((1.0 + floor) * size) - 1e-9)
-    # Row r of the cover, counted without its border, covers [r - 1/2, r + 1/2) cells from the origin.
-    scale = level.per_pixel
-    shift_x, shift_y = (tx - level.origin[0]) * scale + 1.5, (ty - level.origin[1]) * scale + 1.5
-    covered = sum_cover(level, a * scale, b * scale, shift_x, shift_y, needed, places)
-    if covered < 0:
-        return -1.0
-    both = min(size * covered / COVERED, area)
-    return both / max(area + warped - both, 1e-300)
-
-
 @numba.njit(cache=True, nogil=True)
 def score_candidates(members, found, first, level, pair, margin):
-    """IoU (len(members),) of candidates; -1 where it is more than `margin` below the best.
+    """Silhouette IoU (len(members),) of candidates; -1 where it is more than `margin` below the best.
 
     Candidate `first` is scored before the others: the better it is, the sooner they are known to lose.
     """
-    scores, best = np.empty(len(members)), 0.0
-    places = np.empty(CHUNK, np.uint32)
+    scores, best, area = np.full(len(members), -1.0), 0.0, pair.area
+    points, counts, left, flat = level.points, level.counts, level.left, level.cover.ravel()
+    rows, columns = level.cover.shape
+    zero, right, bottom, stride = np.int32(0), np.int32(columns - 1), np.int32(rows - 1), np.int32(columns)
+    real, scale, origin = points.dtype.type, level.per_pixel, level.origin
+    cells = np.empty(CHUNK, np.uint32)
     for k in range(-1, len(members)):
         i = first if k < 0 else members[k]
         a, b, tx, ty = found[i, 0], found[i, 1], found[i, 2], found[i, 3]
-        score = overlap(level, pair, a, b, tx, ty, max(best - margin, 0.0), places)
+        floor = max(best - margin, 0.0)
+        size = pair.sample_area * (a * a + b * b)  # frame pixels that one sample stands for
+        inside = left[0]
+        if size * inside < floor * area:
+            continue
+        if not box_inside(pair.box, a, b, tx, ty, pair.frame):
+            inside = count_inside(points, counts, a, b, tx, ty, pair.frame)
+        warped = size * inside
+        if area < floor * warped:
+            continue
+        # IoU >= floor needs an intersection of at least floor (area + warped) / (1 + floor).
+        needed = COVERED * (floor * (area + warped) / ((1.0 + floor) * size) - 1e-9)
+        # To cells of the cover; row r, counted without its border, covers [r - 1/2, r + 1/2) from the origin.
+        ca, cb = real(a * scale), real(b * scale)
+        cx, cy = real((tx - origin[0]) * scale + 1.5), real((ty - origin[1]) * scale + 1.5)
+        covered = 0
+        for chunk in range(len(counts)):
+            if covered + COVERED * left[chunk] < needed:
+                covered = -1
+                break
+            # Cells and sums apart: the first loop runs on vectors, the second would only be slowed down by them.
+            for j in range(CHUNK):
+                x, y = points[chunk, 0, j], points[chunk, 1, j]
+                # Clamped to the border of zeros. Truncation and floor differ only in (-1, 0), which ends there too.
+                column = min(max(np.int32(ca * x - cb * y + cx), zero), right)
+                row = min(max(np.int32(cb * x + ca * y + cy), zero), bottom)
+                cells[j] = np.uint32(row * stride + column)
+            part = np.uint64(0)
+            for j in range(CHUNK):
+                part += np.uint64(counts[chunk, j]) * np.uint64(flat[cells[j]])
+            covered += np.int64(part)
+        if covered < 0:
+            continue
+        both = min(size * covered / COVERED, area)
+        score = both / max(area + warped - both, 1e-300)
         best = max(best, score)
         if k >= 0:
             scores[k] = score
