@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import FLOORS, circles, import_graph, upward_imports
+from tests.house import FLOORS, circles, import_graph, upward_imports
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(name for floor in FLOORS[:-2] for name in floor)

@@ -1,6 +1,6 @@
 """Print how large the source is and how it hangs together: files, prose, start-up, circles, floors.
 
-    python -m benchmarks.house
+    python -m tests.house
 
 `tests/test_architecture.py` holds the floors; the other figures are for readers.
 """
