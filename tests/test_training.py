@@ -43,7 +43,7 @@ FAST = ["optimizer.learning_rate=3e-3", "log_steps=5", "seed=3", "mixed_precisio
 
 
 def run(script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
