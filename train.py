@@ -60,11 +60,8 @@ def save(run: Run) -> None:
 def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
     """Train until the last step, or until a signal asks to stop; either way the last step is saved.
 
-    Args:
-        bar: progress, in optimiser steps.
-
     Returns:
-        Whether the run was stopped early.
+        True if the run was stopped early.
     """
     config, accelerator, progress = run.config, run.accelerator, run.progress
     written = saved = progress.step

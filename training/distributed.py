@@ -106,7 +106,7 @@ def spread_batch(config: TrainConfig) -> TrainConfig:
 
 
 def strategy(accelerator: Accelerator) -> str:
-    """How states lie on the processes: "replicated", "zero1" to "zero3", or "fsdp"."""
+    """Placement of states on the processes: "replicated", "zero1" to "zero3", or "fsdp"."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "replicated"
@@ -156,14 +156,10 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
-
-    Attributes:
-        signal: name of the signal, or None.
-    """
+    """A signal that asked this process to stop, if there was one."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.signal: str | None = None  # its name
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. A second Ctrl-C does not wait for the step to end."""

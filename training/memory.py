@@ -205,7 +205,7 @@ def free_gradients(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Amounts:
-    """What is to be held, in bytes unless said otherwise."""
+    """Sizes of everything that is held, in bytes unless said otherwise."""
 
     trained: int  # parameters of the model
     frozen: int

@@ -175,7 +175,7 @@ def batch_latents(
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet must predict, by the scheduler's prediction type."""
+    """The target of the UNet's prediction, by the scheduler's prediction type."""
     predicted = scheduler.config.prediction_type
     if predicted == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)

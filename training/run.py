@@ -40,7 +40,7 @@ class StepGuard:
     streak: int = 0
 
     def allows_step(self, norm: Tensor | float | None, accelerator: Accelerator) -> bool:
-        """Whether the optimiser may step: the gradients are finite, or somebody else sees to it.
+        """True if the optimiser may step: the gradients are finite, or somebody else sees to it.
 
         Args:
             norm: of the accumulated gradients of all processes, so all of them decide alike. A loss that is not
