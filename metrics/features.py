@@ -5,7 +5,8 @@ what was prepared, stacked for a batch of frames or of windows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metrics import weights
-from metrics.networks.i3d import I3D
 from metrics.networks.inception import InceptionV3
 from metrics.networks.perceptual import (
     FeatureStack,
@@ -25,7 +25,7 @@ from metrics.networks.perceptual import (
     shift_tolerant_vgg16,
     vgg16,
 )
-from metrics.networks.resnet3d import ResNet3d50
+from metrics.networks.video import I3D, ResNet3d50
 
 KINETICS_MEAN = (114.7748, 107.7354, 99.4750)  # RGB mean of Kinetics that the 3D ResNet was trained with
 _NAMES = {"alex": "AlexNet", "vgg": "VGG-16"}
@@ -84,29 +84,18 @@ def resize_bicubic(frames: np.ndarray, side: int) -> np.ndarray:
 def inception_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The features of FID, from a state dict as pytorch-fid's or from NVIDIA's TorchScript file."""
     path = weights.find_weights(weights.INCEPTION, folder, "fid")
+    network = _load_network(InceptionV3(), path, device)
     if weights.is_torchscript(path):
-        program = torch.jit.load(path, map_location=device).eval()
-        return FeatureExtractor(
-            "Inception-v3 (TorchScript, own resizing), 2048 pooled features",
-            InceptionV3.dimension,
-            weights.digest(path),
-            lambda frames: image_tensor(frames, device),
-            lambda images: _run_torchscript(program, images),
-        )
-    network = weights.load_network(InceptionV3(), path).to(device)
+        name = "Inception-v3 (TorchScript, own resizing), 2048 pooled features"
+        return FeatureExtractor(name, 2048, weights.digest(path), lambda frames: image_tensor(frames, device), network)
 
     def prepare(frames: np.ndarray) -> Tensor:
         images = image_tensor(frames, device) / 255
         # pytorch-fid's resizing is without antialiasing.
         return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
 
-    return FeatureExtractor(
-        "Inception-v3 of 2015-12-05, 2048 pooled features; bilinear to 299 x 299",
-        InceptionV3.dimension,
-        weights.digest(path),
-        prepare,
-        network,
-    )
+    name = "Inception-v3 of 2015-12-05, 2048 pooled features; bilinear to 299 x 299"
+    return FeatureExtractor(name, InceptionV3.dimension, weights.digest(path), prepare, network)
 
 
 def resnet3d_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -118,42 +107,27 @@ def resnet3d_features(folder: Path, device: torch.device | str = "cpu") -> Featu
     def prepare(frames: np.ndarray) -> Tensor:
         return (torch.from_numpy(resize_bicubic(frames, 112)).to(device) - mean).permute(0, 3, 1, 2)
 
-    return FeatureExtractor(
-        "3D ResNet-50, Kinetics-400, 2048 pooled features; PIL bicubic to 112 x 112, minus the mean",
-        ResNet3d50.dimension,
-        weights.digest(path),
-        prepare,
-        lambda clips: network(clips.transpose(1, 2)),
-    )
+    def extract(clips: Tensor) -> Tensor:
+        return network(clips.transpose(1, 2))
+
+    name = "3D ResNet-50, Kinetics-400, 2048 pooled features; PIL bicubic to 112 x 112, minus the mean"
+    return FeatureExtractor(name, ResNet3d50.dimension, weights.digest(path), prepare, extract)
 
 
 def i3d_features(folder: Path, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The features of FVD: I3D's logits at 224 x 224, from a state dict or a TorchScript file."""
     path = weights.find_weights(weights.I3D_KINETICS, folder, "fvd")
-    if weights.is_torchscript(path):
-        program = torch.jit.load(path, map_location=device).eval()
-        name = "I3D (TorchScript)"
-
-        def extract(clips: Tensor) -> Tensor:
-            return _run_torchscript(program, clips.transpose(1, 2))
-
-    else:
-        network = weights.load_network(I3D(), path).to(device)
-        name = "I3D"
-
-        def extract(clips: Tensor) -> Tensor:
-            return network(clips.transpose(1, 2))
+    network = _load_network(I3D(), path, device)
 
     def prepare(frames: np.ndarray) -> Tensor:
         return torch.from_numpy(resize_bicubic(frames, 224) / 127.5 - 1).to(device).permute(0, 3, 1, 2)
 
-    return FeatureExtractor(
-        f"{name}, Kinetics-400, 400 logits; PIL bicubic to 224 x 224",
-        I3D.dimension,
-        weights.digest(path),
-        prepare,
-        extract,
-    )
+    def extract(clips: Tensor) -> Tensor:
+        return network(clips.transpose(1, 2))
+
+    form = " (TorchScript)" if weights.is_torchscript(path) else ""
+    name = f"I3D{form}, Kinetics-400, 400 logits; PIL bicubic to 224 x 224"
+    return FeatureExtractor(name, I3D.dimension, weights.digest(path), prepare, extract)
 
 
 def vgg_features(device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -165,13 +139,8 @@ def vgg_features(device: torch.device | str = "cpu") -> FeatureExtractor:
         # Unit length at every position, as LPIPS does.
         return F.normalize(layer, dim=1).mean(dim=(2, 3))
 
-    return FeatureExtractor(
-        "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the image",
-        512,
-        sha256,
-        prepare,
-        lambda features: features,
-    )
+    name = "VGG-16 of ST-LPIPS, 512 features of unit length, averaged over the image"
+    return FeatureExtractor(name, 512, sha256, prepare, lambda features: features)
 
 
 def vgg_clip_features(frame: FeatureExtractor) -> FeatureExtractor:
@@ -180,13 +149,8 @@ def vgg_clip_features(frame: FeatureExtractor) -> FeatureExtractor:
     def extract(clips: Tensor) -> Tensor:
         return torch.cat([clips.mean(dim=1), clips.diff(dim=1).abs().mean(dim=1)], dim=1)
 
-    return FeatureExtractor(
-        f"{frame.network}; over a window their mean and their mean change from frame to frame",
-        2 * frame.dimension,
-        frame.sha256,
-        frame.prepare,
-        extract,
-    )
+    name = f"{frame.network}; over a window their mean and their mean change from frame to frame"
+    return replace(frame, network=name, dimension=2 * frame.dimension, extract=extract)
 
 
 def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> ImageDistance:
@@ -195,9 +159,8 @@ def lpips(net: str, folder: Path, device: torch.device | str = "cpu") -> ImageDi
     path = weights.find_weights(file, folder, f"lpips_{net}")
     heads_path = weights.packaged_path(weights.LPIPS_HEADS[net])
     stack = {"alex": alexnet, "vgg": vgg16}[net]()
-    _load_stack(stack, weights.read_state(path), _CONVOLUTIONS[net], path)
-    network = PerceptualDistance(stack, _heads(weights.read_state(heads_path))).eval().to(device)
-    return ImageDistance(f"LPIPS 0.1, {_NAMES[net]}", weights.digest(path), network.requires_grad_(False))
+    network = _perceptual_distance(stack, path, _CONVOLUTIONS[net], heads_path, device)
+    return ImageDistance(f"LPIPS 0.1, {_NAMES[net]}", weights.digest(path), network)
 
 
 def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> ImageDistance:
@@ -208,29 +171,32 @@ def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> ImageD
 
 def _shift_tolerant(net: str, device: torch.device | str) -> tuple[PerceptualDistance, str]:
     path = weights.packaged_path(weights.SHIFT_TOLERANT[net])
-    state = weights.read_state(path)
     stack = {"alex": shift_tolerant_alexnet, "vgg": shift_tolerant_vgg16}[net]()
-    _load_stack(stack, state, _SHIFT_TOLERANT_LAYERS[net], path)
-    network = PerceptualDistance(stack, _heads(state)).eval().to(device).requires_grad_(False)
-    return network, weights.digest(path)
+    return _perceptual_distance(stack, path, _SHIFT_TOLERANT_LAYERS[net], path, device), weights.digest(path)
 
 
-def _load_stack(stack: FeatureStack, state: dict[str, Tensor], names: tuple[str, ...], path: Path) -> None:
+def _perceptual_distance(
+    stack: FeatureStack, path: Path, names: tuple[str, ...], heads_path: Path, device: torch.device | str
+) -> PerceptualDistance:
+    """The distance with the layers `names` of one weight file and the heads of another, or of the same."""
     try:
-        stack.load_named(state, names)
+        stack.load_named(weights.read_state(path), names)
     except (KeyError, RuntimeError) as error:
         raise weights.unfitting(path, "the network of LPIPS", error) from None
+    heads = weights.read_state(heads_path)
+    network = PerceptualDistance(stack, [heads[f"lin{index}.model.1.weight"] for index in range(5)])
+    return network.eval().to(device).requires_grad_(False)
 
 
-def _heads(state: dict[str, Tensor]) -> list[Tensor]:
-    return [state[f"lin{index}.model.1.weight"] for index in range(5)]
-
-
-def _run_torchscript(program: nn.Module, images: Tensor) -> Tensor:
-    """Call a published TorchScript network, whose flags differ from file to file, for its features alone."""
+def _load_network(network: nn.Module, path: Path, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """The network with a file's weights, or the published TorchScript program that the file holds in its place."""
+    if not weights.is_torchscript(path):
+        return weights.load_network(network, path).to(device)
+    program = torch.jit.load(path, map_location=device).eval()
+    # Flags differ from file to file; the features alone are wanted.
     wanted = {"return_features": True, "rescale": False, "resize": False}
     known = {argument.name for argument in program.forward.schema.arguments}
-    return program(images, **{name: value for name, value in wanted.items() if name in known})
+    return partial(program, **{name: value for name, value in wanted.items() if name in known})
 
 
 def window_starts(num_frames: int, length: int, stride: int) -> range:

@@ -1,24 +1,18 @@
-"""Measures of a generated image against the true one, pixel by pixel.
+"""Measures of a generated image against the true one, pixel by pixel, and of the person's pose and colours in it.
 
 Images are uint8 RGB arrays (..., h, w, 3) of one shape; masks (..., h, w) bool choose the pixels that count, all
-without one. A measure over no pixel at all is NaN.
+without one. A measure over no pixel at all is NaN. Keypoints are (17, 2) pixels (x, y) in COCO order.
 """
 
 import cv2
 import numpy as np
+from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 
 IDENTICAL_PSNR = 100.0  # dB given to identical images, whose PSNR is infinite, as the published code does
-SSIM_VARIANTS = ("grey-uniform", "rgb-gaussian")
-_SSIM_SETTINGS = {
-    "grey-uniform": {"win_size": 7},
-    "rgb-gaussian": {
-        "win_size": 11,
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-        "channel_axis": -1,
-    },
+SSIM_VARIANTS = {
+    "grey-uniform": dict(win_size=7),  # on the grey image (DisCo)
+    "rgb-gaussian": dict(win_size=11, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1),
 }
 
 
@@ -33,10 +27,7 @@ def flicker(
 ) -> float:
     """Mean absolute difference between what changes from one frame to the next and what truly changes, 0 to 255.
 
-    A constant error, such as a wrong colour, costs nothing; one that comes and goes does.
-
-    Args:
-        generated, truth: the frame before and the frame.
+    Both are pairs of the frame before and the frame. A constant error, such as a wrong colour, costs nothing.
     """
     changes = []
     for before, after in (generated, truth):
@@ -75,19 +66,13 @@ def overflowing_psnr(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray 
 def ssim(
     generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, variant: str = "rgb-gaussian"
 ) -> float:
-    """Structural similarity of two images (h, w, 3), by scikit-image.
-
-    Args:
-        mask: (h, w) bool; the mean is taken over the similarity at these pixels, whose windows reach a little beyond.
-        variant: "grey-uniform", a 7 x 7 uniform window on the grey image (DisCo); "rgb-gaussian", a Gaussian
-            window of 1.5 pixels on each channel (Wang et al. 2004).
-    """
+    """Structural similarity of two images (h, w, 3), by scikit-image; windows of the mask's pixels reach beyond it."""
     _check(generated, truth, mask)
     if variant not in SSIM_VARIANTS:
-        raise ValueError(f"variant must be one of {SSIM_VARIANTS}, got {variant!r}")
+        raise ValueError(f"variant must be one of {tuple(SSIM_VARIANTS)}, got {variant!r}")
     if generated.ndim != 3:
         raise ValueError(f"ssim takes single images (h, w, 3), got {generated.shape}")
-    settings = _SSIM_SETTINGS[variant]
+    settings = SSIM_VARIANTS[variant]
     if min(truth.shape[:2]) < settings["win_size"]:
         raise ValueError(f"images must be at least {settings['win_size']} pixels wide, got {truth.shape[:2]}")
     if variant == "grey-uniform":
@@ -116,3 +101,71 @@ def _check(generated: np.ndarray, truth: np.ndarray, mask: np.ndarray | None) ->
         raise ValueError(f"generated and truth must have one shape, got {generated.shape} and {truth.shape}")
     if mask is not None and (mask.shape != truth.shape[:-1] or mask.dtype != bool):
         raise ValueError(f"mask must be {truth.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
+
+
+# Body parts as lines between COCO keypoints, and the width of the line in parts of the person's height. Widths are
+# narrower than the body, so that the background does not come in.
+PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
+    "head": ((3, 4), (0,), 0.05),
+    "chest": ((5, 6), (5, 6, 11, 12), 0.10),
+    "belly": ((5, 6, 11, 12), (11, 12), 0.10),
+    "left upper arm": ((5,), (7,), 0.03),
+    "right upper arm": ((6,), (8,), 0.03),
+    "left forearm": ((7,), (9,), 0.025),
+    "right forearm": ((8,), (10,), 0.025),
+    "left thigh": ((11,), (13,), 0.05),
+    "right thigh": ((12,), (14,), 0.05),
+    "left shin": ((13,), (15,), 0.035),
+    "right shin": ((14,), (16,), 0.035),
+}
+
+
+def keypoint_error(
+    keypoints: np.ndarray,
+    scores: np.ndarray,
+    target: np.ndarray,
+    target_scores: np.ndarray,
+    height: float,
+    threshold: float = 0.3,
+) -> float:
+    """Mean distance of the keypoints from their targets in units of the target's height; NaN without targets.
+
+    Keypoints with scores above `threshold` are visible; all scores (17,) are 0 when nobody was found.
+    """
+    wanted = target_scores > threshold
+    if not wanted.any() or not height > 0:
+        return float("nan")
+    distance = np.linalg.norm(keypoints.astype(np.float64) - target, axis=-1) / height
+    # A keypoint that the result lacks counts for one height: a person who cannot be found is no success.
+    distance = np.where(scores > threshold, np.minimum(distance, 1.0), 1.0)
+    return float(distance[wanted].mean())
+
+
+def part_colours(
+    image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, height: float, threshold: float = 0.3
+) -> dict[str, np.ndarray]:
+    """Median colour (3,), CIE L*a*b*, of every body part whose keypoints are visible in an image (h, w, 3) uint8."""
+    lab = rgb2lab(image)
+    colours = {}
+    for name, (start, end, width) in PARTS.items():
+        if not (scores[[*start, *end]] > threshold).all():
+            continue
+        mask = np.zeros(image.shape[:2], np.uint8)
+        ends = [tuple(int(v) for v in np.round(keypoints[list(part)].mean(axis=0))) for part in (start, end)]
+        cv2.line(mask, *ends, 1, max(1, round(width * height)))
+        if mask.any():
+            colours[name] = np.median(lab[mask > 0], axis=0)
+    return colours
+
+
+def part_colour_difference(generated: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> float:
+    """Identity without a network: mean CIEDE2000 difference of the body parts' colours, over parts seen in both.
+
+    Each image's parts lie where its own keypoints say, so a person in the wrong place keeps their colours. About 1
+    is the least difference that is seen; NaN when no part is visible in both.
+    """
+    shared = [name for name in truth if name in generated]
+    if not shared:
+        return float("nan")
+    pairs = (np.stack([colours[name] for name in shared]) for colours in (generated, truth))
+    return float(deltaE_ciede2000(*pairs).mean())

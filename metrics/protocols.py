@@ -7,7 +7,7 @@
 A change that alters any number gets a new version.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import cv2
@@ -16,8 +16,6 @@ from PIL import Image
 
 from metrics.image import historical_l1, mean_absolute_error, overflowing_psnr, psnr, ssim
 
-CROPS = ("none", "centre square")
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -25,75 +23,39 @@ class Measure:
 
     name: str  # in result files
     label: str  # in tables
-    unit: str  # "" for none
-    better: str  # "higher" or "lower"
     # "pixels", their "changes" from frame to frame, a learned "distance" of images, a Frechet distance of "frames" or
     # "windows", or of the "person".
     kind: str
     definition: str
+    unit: str = ""
+    better: str = "lower"  # or "higher"
 
 
-MEASURES = {
-    measure.name: measure
-    for measure in (
-        Measure("mae", "L1", "0-255", "lower", "pixels", "mean absolute difference over pixels and channels"),
-        Measure(
-            "l1_historical", "L1 (historical)", "", "lower", "pixels", "mean absolute difference / (height x width)"
-        ),
-        Measure("psnr", "PSNR", "dB", "higher", "pixels", "10 log10(255^2 / MSE) of each frame; 100 if identical"),
-        Measure(
-            "psnr_overflow",
-            "PSNR (overflow)",
-            "dB",
-            "higher",
-            "pixels",
-            "PSNR with squares that wrap around in 8 bits",
-        ),
-        Measure("ssim", "SSIM", "", "higher", "pixels", "structural similarity of each frame"),
-        Measure(
-            "flicker",
-            "flicker",
-            "0-255",
-            "lower",
-            "changes",
-            "mean absolute difference of the change since the frame before from the true change",
-        ),
-        Measure("lpips_alex", "LPIPS (AlexNet)", "", "lower", "distance", "LPIPS 0.1 with AlexNet"),
-        Measure("lpips_vgg", "LPIPS (VGG)", "", "lower", "distance", "LPIPS 0.1 with VGG-16"),
-        Measure("st_lpips_alex", "ST-LPIPS (AlexNet)", "", "lower", "distance", "shift-tolerant LPIPS, not LPIPS"),
-        Measure("st_lpips_vgg", "ST-LPIPS (VGG)", "", "lower", "distance", "shift-tolerant LPIPS, not LPIPS"),
-        Measure("fid", "FID", "", "lower", "frames", "Frechet distance of Inception features of all frames, pooled"),
-        Measure("fid_vid", "FID-VID", "", "lower", "windows", "Frechet distance of 3D ResNet-50 features of windows"),
-        Measure("fvd", "FVD", "", "lower", "windows", "Frechet distance of I3D logits of windows"),
-        Measure(
-            "vgg_frechet", "VGG Frechet distance", "", "lower", "frames", "Frechet distance of VGG features, not FID"
-        ),
-        Measure(
-            "vgg_frechet_video",
-            "VGG Frechet video distance",
-            "",
-            "lower",
-            "windows",
-            "Frechet distance of VGG features of windows and of their change over time, not FVD",
-        ),
-        Measure(
-            "keypoint_error",
-            "keypoint error",
-            "heights",
-            "lower",
-            "person",
-            "distance of estimated keypoints from the target's, in heights of the person",
-        ),
-        Measure(
-            "part_colour",
-            "part colour difference",
-            "CIEDE2000",
-            "lower",
-            "person",
-            "difference of the median colours of body parts",
-        ),
-    )
-}
+_MEASURES = (
+    Measure("mae", "L1", "pixels", "mean absolute difference over pixels and channels", "0-255"),
+    Measure("l1_historical", "L1 (historical)", "pixels", "mean absolute difference / (height x width)"),
+    Measure("psnr", "PSNR", "pixels", "10 log10(255^2 / MSE) of each frame; 100 if identical", "dB", "higher"),
+    Measure("psnr_overflow", "PSNR (overflow)", "pixels",
+            "PSNR with squares that wrap around in 8 bits", "dB", "higher"),
+    Measure("ssim", "SSIM", "pixels", "structural similarity of each frame", better="higher"),
+    Measure("flicker", "flicker", "changes",
+            "mean absolute difference of the change since the frame before from the true change", "0-255"),
+    Measure("lpips_alex", "LPIPS (AlexNet)", "distance", "LPIPS 0.1 with AlexNet"),
+    Measure("lpips_vgg", "LPIPS (VGG)", "distance", "LPIPS 0.1 with VGG-16"),
+    Measure("st_lpips_alex", "ST-LPIPS (AlexNet)", "distance", "shift-tolerant LPIPS, not LPIPS"),
+    Measure("st_lpips_vgg", "ST-LPIPS (VGG)", "distance", "shift-tolerant LPIPS, not LPIPS"),
+    Measure("fid", "FID", "frames", "Frechet distance of Inception features of all frames, pooled"),
+    Measure("fid_vid", "FID-VID", "windows", "Frechet distance of 3D ResNet-50 features of windows"),
+    Measure("fvd", "FVD", "windows", "Frechet distance of I3D logits of windows"),
+    Measure("vgg_frechet", "VGG Frechet distance", "frames", "Frechet distance of VGG features, not FID"),
+    Measure("vgg_frechet_video", "VGG Frechet video distance", "windows",
+            "Frechet distance of VGG features of windows and of their change over time, not FVD"),
+    Measure("keypoint_error", "keypoint error", "person",
+            "distance of estimated keypoints from the target's, in heights of the person", "heights"),
+    Measure("part_colour", "part colour difference", "person",
+            "difference of the median colours of body parts", "CIEDE2000"),
+)  # fmt: skip
+MEASURES = {measure.name: measure for measure in _MEASURES}
 # What stands in for measures whose networks must be brought.
 STAND_INS = {
     "lpips_alex": "st_lpips_alex",
@@ -104,19 +66,19 @@ STAND_INS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """The form that images are brought to and the measures that are taken of them."""
 
     name: str
     version: str
-    crop: str  # "centre square" or "none"
-    size: tuple[int, int] | None  # (width, height) that both are resized to after the crop, None as generated
-    resize: str  # in words
-    ssim: str  # variant of `metrics.image.ssim`
-    lpips_range: tuple[float, float]  # of the images that LPIPS gets; (-1, 1) is right
-    window: int  # frames
-    stride: int  # frames between the starts of windows
+    crop: str = "none"  # or "centre square"
+    size: tuple[int, int] | None = None  # (width, height) that both are resized to after the crop, None as generated
+    resize: str = "none"  # in words
+    ssim: str = "rgb-gaussian"  # variant of `metrics.image.ssim`
+    lpips_range: tuple[float, float] = (-1.0, 1.0)  # of the images that LPIPS gets; (-1, 1) is right
+    window: int = 16  # frames
+    stride: int = 1  # frames between the starts of windows
     measures: tuple[str, ...]  # names of `MEASURES`
     regions: str = "pixels outside the region are painted grey (128) in both images; pixel measures leave them out"
 
@@ -138,47 +100,25 @@ class Protocol:
 
 
 _BASIC = ("mae", "psnr", "ssim")
-_DISCO_RESIZE = "PIL bilinear (generated squares of another size: OpenCV bilinear)"
+_DISTANCES = ("lpips_vgg", "fid", "fid_vid", "fvd")
+_DISCO = Protocol(
+    name="disco-fixed",
+    version="1.0",
+    crop="centre square",
+    size=(256, 256),
+    resize="PIL bilinear (generated squares of another size: OpenCV bilinear)",
+    ssim="grey-uniform",
+    measures=(*_BASIC, *_DISTANCES),
+)
 PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "disco-2023",
-            "1.0",
-            "centre square",
-            (256, 256),
-            _DISCO_RESIZE,
-            "grey-uniform",
-            (0.0, 1.0),
-            16,
-            1,
-            ("l1_historical", "psnr_overflow", *_BASIC, "lpips_vgg", "fid", "fid_vid", "fvd"),
-        ),
-        Protocol(
-            "disco-fixed",
-            "1.0",
-            "centre square",
-            (256, 256),
-            _DISCO_RESIZE,
-            "grey-uniform",
-            (-1.0, 1.0),
-            16,
-            1,
-            (*_BASIC, "lpips_vgg", "fid", "fid_vid", "fvd"),
-        ),
-        Protocol(
-            "native",
-            "1.0",
-            "none",
-            None,
-            "none",
-            "rgb-gaussian",
-            (-1.0, 1.0),
-            16,
-            1,
-            (*_BASIC, "lpips_alex", "lpips_vgg", "fid", "fid_vid", "fvd"),
-        ),
-    )
+    "disco-2023": replace(
+        _DISCO,
+        name="disco-2023",
+        lpips_range=(0.0, 1.0),
+        measures=("l1_historical", "psnr_overflow", *_DISCO.measures),
+    ),
+    "disco-fixed": _DISCO,
+    "native": Protocol(name="native", version="1.0", measures=(*_BASIC, "lpips_alex", *_DISTANCES)),
 }
 
 
@@ -213,10 +153,6 @@ def pixel_measure(
     """One measure of kind "pixels" of two images in the protocol's form."""
     if name == "ssim":
         return ssim(generated, truth, mask, protocol.ssim)
-    measure = {
-        "mae": mean_absolute_error,
-        "l1_historical": historical_l1,
-        "psnr": psnr,
-        "psnr_overflow": overflowing_psnr,
-    }[name]
-    return measure(generated, truth, mask)
+    measures = {"mae": mean_absolute_error, "l1_historical": historical_l1}
+    measures |= {"psnr": psnr, "psnr_overflow": overflowing_psnr}
+    return measures[name](generated, truth, mask)

