@@ -1,8 +1,10 @@
-"""Actions of the legs, arms and trunk of a moving person: functions that add curves to a `Score`.
+"""Actions of the legs, arms and trunk of a moving person, functions that add curves to a `Score`, and their recipes.
 
-Angles are those of `data.people.bodies.rotations_from_angles`, in radians. Leg and trunk actions take the score, arm
-actions the score and a side, "left" or "right".
+Angles are those of `data.people.bodies.rotations_from_angles`, in radians.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,9 +35,8 @@ class Score:
 
     def hold(self, shift: float = 0.0, multiple: float = 1.0) -> np.ndarray:
         """Go from 0 to 1 and back with a rest at both ends."""
-        return 0.5 + 0.5 * np.tanh(
-            2.2 * np.sin(2 * np.pi * (multiple * (self.rate * self.times + self.phase) + shift))
-        )
+        turn = multiple * (self.rate * self.times + self.phase) + shift
+        return 0.5 + 0.5 * np.tanh(2.2 * np.sin(2 * np.pi * turn))
 
     def drift(self, low: float, high: float, period: float = 2.2) -> np.ndarray:
         """Wander smoothly and without repetition between two angles."""
@@ -62,8 +63,7 @@ def stand(score: Score) -> None:
 
 
 def walk(score: Score) -> None:
-    reach = score.rng.uniform(0.35, 0.6)
-    _gait(score, reach, 0.9)
+    _gait(score, score.rng.uniform(0.35, 0.6), 0.9)
     score.translation[:, 2] += score.cycle(0.0, 0.008, multiple=2)
 
 
@@ -158,9 +158,8 @@ def sit(score: Score) -> None:
 def dance_legs(score: Score) -> None:
     _gait(score, score.rng.uniform(0.15, 0.35), score.rng.uniform(0.4, 1.0))
     for side in SIDES:
-        score.add(
-            f"{side}_thigh", side=score.drift(0.03, 0.4), bend=score.drift(0.0, 0.5), twist=score.drift(-0.1, 0.4)
-        )
+        out, bend, twist = score.drift(0.03, 0.4), score.drift(0.0, 0.5), score.drift(-0.1, 0.4)
+        score.add(f"{side}_thigh", bend, out, twist)
         score.add(f"{side}_shin", bend=score.drift(0.05, 0.9))
     score.add("pelvis", side=score.cycle(-0.14, 0.14), twist=score.drift(-0.3, 0.3))
     score.translation[:, 0] += score.drift(-0.07, 0.07)
@@ -208,12 +207,7 @@ def punch(score: Score, side: str) -> None:
 
 
 def free(score: Score, side: str) -> None:
-    score.add(
-        f"{side}_upper_arm",
-        bend=score.drift(-0.4, 1.5),
-        side=score.drift(0.15, 1.9),
-        twist=score.drift(0.0, 1.5),
-    )
+    score.add(f"{side}_upper_arm", score.drift(-0.4, 1.5), score.drift(0.15, 1.9), score.drift(0.0, 1.5))
     score.add(f"{side}_forearm", bend=score.drift(0.1, 1.9, 1.6))
     score.add(f"{side}_hand", bend=score.drift(-0.4, 0.4, 1.5))
 
@@ -225,10 +219,8 @@ def overhead(score: Score, side: str) -> None:
 
 
 def upright(score: Score) -> None:
-    score.add(
-        "spine", bend=score.drift(-0.08, 0.15, 3), side=score.drift(-0.1, 0.1, 3), twist=score.drift(-0.12, 0.12)
-    )
-    score.add("chest", bend=score.drift(-0.05, 0.1, 3), side=score.drift(-0.08, 0.08), twist=score.drift(-0.15, 0.15))
+    score.add("spine", score.drift(-0.08, 0.15, 3), score.drift(-0.1, 0.1, 3), score.drift(-0.12, 0.12))
+    score.add("chest", score.drift(-0.05, 0.1, 3), score.drift(-0.08, 0.08), score.drift(-0.15, 0.15))
 
 
 def bend_forward(score: Score) -> None:
@@ -262,3 +254,37 @@ def look(score: Score, reach: float) -> None:
     turn = score.drift(-reach, reach, 2.0)
     score.add("neck", bend=score.drift(-0.12, 0.15), twist=0.4 * turn)
     score.add("head", bend=score.drift(-0.15, 0.25), side=score.drift(-0.15, 0.15), twist=0.6 * turn)
+
+
+@dataclass(frozen=True)
+class MotionRecipe:
+    """Actions that a motion may combine; every entry of a tuple is equally likely."""
+
+    legs: tuple[Callable[[Score], None], ...]
+    arms: tuple[Callable[[Score, str], None], ...]  # of the arm that leads
+    other_arms: tuple[Callable[[Score, str], None], ...] = (hang, on_hip, free)  # unless it does the same
+    trunk: tuple[Callable[[Score], None], ...] = (upright,)
+    mirrored_arms: float = 0.4  # probability that both arms do the same
+    turns: bool = False
+    look: float = 0.5  # how far the head turns, radians
+    weight: float = 1.0  # how often, relative to the others
+
+
+MOTIONS = {
+    "walk": MotionRecipe((walk,), (swing,), mirrored_arms=1.0),
+    "march": MotionRecipe((march,), (swing, punch, raise_sideways), mirrored_arms=0.8),
+    "turn": MotionRecipe((walk, stand), (hang, swing, raise_sideways), turns=True),
+    "bend": MotionRecipe((stand,), (hang, raise_forward, free), trunk=(bend_forward, bend_sideways)),
+    "stretch": MotionRecipe((stand, lunge), (overhead, raise_sideways, on_hip), trunk=(bend_sideways, twist)),
+    "wave": MotionRecipe((stand, side_step), (wave,), mirrored_arms=0.15),
+    "dance": MotionRecipe((dance_legs,), (free,), trunk=(groove,), mirrored_arms=1.0, weight=3),
+    "squat": MotionRecipe((squat,), (raise_forward, free, on_hip), mirrored_arms=0.8),
+    "jump": MotionRecipe((jump,), (raise_sideways, overhead, swing), mirrored_arms=0.9),
+    "raise": MotionRecipe((stand, walk), (raise_sideways, raise_forward, overhead), trunk=(upright, twist), weight=2),
+    "sit": MotionRecipe((sit,), (free, hang, wave), trunk=(upright, twist)),
+    "side_step": MotionRecipe((side_step,), (hang, swing, raise_sideways, punch), trunk=(upright, groove)),
+    "look_around": MotionRecipe((stand,), (on_hip, hang), trunk=(upright, twist), look=1.0, weight=0.5),
+    "leg_lift": MotionRecipe((leg_lift, lunge), (raise_sideways, on_hip, free)),
+    "box": MotionRecipe((stand, dance_legs), (punch,), trunk=(twist, groove), mirrored_arms=1.0),
+    "gesture": MotionRecipe((stand,), (free,), trunk=(upright, groove), mirrored_arms=1.0, weight=2),
+}

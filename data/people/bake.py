@@ -30,7 +30,6 @@ JOINT_BONES = {
         ("thigh", "upperleg01"), ("shin", "lowerleg01"), ("foot", "foot"),
     )},
 }  # fmt: skip
-COCO_COUNT = 17
 HEAD_GRID, HAND_GRID = 0.0045, 0.009  # metres; smaller detail of head and hands is below a pixel at 512 px
 
 
@@ -44,32 +43,20 @@ class BakeConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Phenotype:
-    """anny's body parameters, each in [0, 1]; 2/3 of `age` is a young adult, 1 is old."""
-
-    gender: float
-    age: float
-    muscle: float
-    weight: float
-    height: float
-    proportions: float
+# anny's body parameters, each in [0, 1]; 2/3 of `age` is a young adult, 1 is old.
+MEAN_PHENOTYPE = {"gender": 0.5, "age": 0.67, "muscle": 0.5, "weight": 0.5, "height": 0.5, "proportions": 0.5}
 
 
-MEAN_PHENOTYPE = Phenotype(gender=0.5, age=0.67, muscle=0.5, weight=0.5, height=0.5, proportions=0.5)
-
-
-def random_phenotype(rng: np.random.Generator) -> Phenotype:
+def random_phenotype(rng: np.random.Generator) -> dict[str, float]:
     """An adult body: gender mostly near one of the ends, the rest spread widely."""
-    gender = float(np.clip(rng.choice([0.08, 0.92]) + rng.normal(0, 0.12), 0, 1))
-    return Phenotype(
-        gender=gender,
-        age=float(rng.uniform(0.62, 0.9)),
-        muscle=float(rng.uniform(0.25, 0.85)),
-        weight=float(rng.beta(2, 2)),
-        height=float(rng.uniform(0.25, 0.6)),
-        proportions=float(rng.uniform(0.3, 0.95)),
-    )
+    return {
+        "gender": float(np.clip(rng.choice([0.08, 0.92]) + rng.normal(0, 0.12), 0, 1)),
+        "age": float(rng.uniform(0.62, 0.9)),
+        "muscle": float(rng.uniform(0.25, 0.85)),
+        "weight": float(rng.beta(2, 2)),
+        "height": float(rng.uniform(0.25, 0.6)),
+        "proportions": float(rng.uniform(0.3, 0.95)),
+    }
 
 
 class Baker:
@@ -80,14 +67,14 @@ class Baker:
         self.bones = list(self.model.bone_labels)
         self.groups = _mesh_groups(get_anny_root_dir() / "data/mpfb2/3dobjs/base.obj")
         self.weights = self._joint_weights()
-        self.regressor = KeypointsRegressor.coco(self.model).regression_weights[:COCO_COUNT].numpy()
+        self.regressor = KeypointsRegressor.coco(self.model).regression_weights[:17].numpy()
         self.mean_vertices, self.mean_joints = self.rest(MEAN_PHENOTYPE)
 
-    def rest(self, phenotype: Phenotype) -> tuple[np.ndarray, np.ndarray]:
+    def rest(self, phenotype: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
         """Rest vertices (v, 3) and joints (19, 3) in metres, feet on z = 0, pelvis above x = y = 0."""
         identity = torch.eye(4).repeat(1, self.model.bone_count, 1, 1)
         with torch.no_grad():
-            output = self.model(pose_parameters=identity, phenotype_kwargs=vars(phenotype))
+            output = self.model(pose_parameters=identity, phenotype_kwargs=phenotype)
         vertices = output["rest_vertices"][0].double().numpy()
         heads = output["rest_bone_heads"][0].double().numpy()
         joints = np.stack([heads[self.bones.index(JOINT_BONES[name])] for name in JOINTS])
@@ -157,11 +144,6 @@ def _thin(faces: np.ndarray, vertices: np.ndarray, grid: float) -> np.ndarray:
     return faces[distinct]
 
 
-def _angle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Texture coordinate u of directions around an axis: 0.5 in front (-y), 0.75 at the person's left (+x)."""
-    return 0.5 + np.arctan2(x, -y) / (2 * np.pi)
-
-
 def _limb_uv(points: np.ndarray, chain: np.ndarray) -> np.ndarray:
     """(n, 2): u around and v along a polyline of joints (k, 3)."""
     lengths = np.linalg.norm(np.diff(chain, axis=0), axis=1)
@@ -192,10 +174,6 @@ def _unwrap(corner_uv: np.ndarray) -> np.ndarray:
     return corner_uv
 
 
-def _fit(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    return np.clip((values - low) / (high - low), 0, 1)
-
-
 class SharedMesh:
     """Triangles, parts, texture coordinates and weights that all bodies share, built on the mean body."""
 
@@ -209,8 +187,8 @@ class SharedMesh:
         pieces.append(("skirt", baker.triangles("helper-skirt")))
         pieces.append(("hair", self._hair(baker.triangles("helper-hair"))))
         faces = np.concatenate([piece for _, piece in pieces])
-        self.parts = np.concatenate([np.full(len(piece), PARTS.index(name)) for name, piece in pieces]).astype(
-            np.uint8
+        self.parts = np.repeat(
+            np.array([PARTS.index(name) for name, _ in pieces], np.uint8), [len(piece) for _, piece in pieces]
         )
         self.corner_uv = np.concatenate([_unwrap(self._uv(name, piece)) for name, piece in pieces])
         self.used, faces = np.unique(faces, return_inverse=True)
@@ -252,7 +230,7 @@ class SharedMesh:
         return np.interp(z, levels, [(y.min() + y.max()) / 2 for y in near])
 
     def _uv(self, part: str, faces: np.ndarray) -> np.ndarray:
-        """Texture coordinates (f, 3, 2); v runs downwards, along the limb, or from heel to toe."""
+        """Texture coordinates (f, 3, 2) as in `data.people.clothes`; v of shoes runs from heel to toe."""
         points = self.vertices[faces.reshape(-1)]
         joint = {name: self.joints[index] for name, index in JOINT_INDEX.items()}
         side = part.split("_")[0]
@@ -269,11 +247,9 @@ class SharedMesh:
             skull = joint["head"] + (0, 0.012, 0)
             centre = {"head": skull, "hair": skull, "skirt": joint["pelvis"]}.get(part, points.mean(0))
             y = self._trunk_centre(points[:, 2], faces) if part == "torso" else centre[1]
-            u = _angle(points[:, 0] - centre[0], points[:, 1] - y)
-            if part.endswith("shoe"):
-                uv = np.stack([u, _fit(-points[:, 1], -points[:, 1].max(), -points[:, 1].min())], 1)
-            else:
-                uv = np.stack([u, _fit(-points[:, 2], -points[:, 2].max(), -points[:, 2].min())], 1)
+            u = 0.5 + np.arctan2(points[:, 0] - centre[0], y - points[:, 1]) / (2 * np.pi)
+            down = -points[:, 1 if part.endswith("shoe") else 2]
+            uv = np.stack([u, (down - down.min()) / np.ptp(down)], 1)
         return np.clip(uv, 0, 1).reshape(-1, 3, 2)
 
     def mark_uv(self, part: str, point: np.ndarray) -> np.ndarray:
@@ -308,7 +284,7 @@ def _garment_part(joint: str) -> str:
     return f"{side}_" + {"thigh": "leg", "shin": "leg", "foot": "shoe"}.get(bone, "sleeve")
 
 
-def save_body(path: Path, baker: Baker, topology: SharedMesh, phenotype: Phenotype) -> None:
+def save_body(path: Path, baker: Baker, topology: SharedMesh, phenotype: dict[str, float]) -> None:
     """Write one body: its vertices and joints at rest, and its COCO keypoints as skinned points."""
     vertices, joints = baker.rest(phenotype)
     homogeneous = np.concatenate([vertices, np.ones((len(vertices), 1))], 1)
@@ -320,7 +296,7 @@ def save_body(path: Path, baker: Baker, topology: SharedMesh, phenotype: Phenoty
             vertices=np.rint(vertices[topology.used] / COORDINATE_UNIT).astype(np.int16),
             joints=joints.astype(np.float32),
             keypoints=keypoints.astype(np.float32),
-            phenotype=np.array(list(vars(phenotype).values()), np.float32),
+            phenotype=np.array(list(phenotype.values()), np.float32),
         )
 
 

@@ -22,7 +22,6 @@ from data.people.textures import paint_texture
 
 PEOPLE_FOLDER = Path(__file__).parents[2] / "assets" / "people"
 SPLITS = ("train", "heldout")
-TWO_SIDED_PARTS = ("skirt", "hair")
 COORDINATE_UNIT = 1 / 12000  # metres in one step of the stored vertices; 16 bits reach 2.7 m
 UV_UNIT = 1 / 32000  # one step of the stored texture coordinates, which reach 2
 
@@ -93,10 +92,9 @@ class Person:
     texture: np.ndarray  # (parts, t, t, 3) uint8 RGB
 
 
-def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
-    """Read the shared topology and every body of `folder`."""
-    folder = Path(folder)
-    with np.load(folder / "topology.npz") as file:
+def load_people() -> PeopleLibrary:
+    """Read the shared topology and every body that is shipped."""
+    with np.load(PEOPLE_FOLDER / "topology.npz") as file:
         weights = file["joint_weights"].astype(np.float32)
         topology = Topology(
             faces=file["faces"].astype(np.int32),
@@ -106,7 +104,7 @@ def load_people(folder: str | Path = PEOPLE_FOLDER) -> PeopleLibrary:
             joint_weights=weights / weights.sum(1, keepdims=True),
             face_marks=file["face_marks"],
         )
-    bodies = {path.stem: _load_body(path) for split in SPLITS for path in sorted(folder.glob(f"{split}_*.npz"))}
+    bodies = {path.stem: _load_body(path) for split in SPLITS for path in sorted(PEOPLE_FOLDER.glob(f"{split}_*.npz"))}
     return PeopleLibrary(topology, bodies)
 
 
@@ -120,10 +118,7 @@ def random_identity(
 
 
 def build_person(identity: Identity, library: PeopleLibrary, texture_size: int = 256) -> Person:
-    """Dress the identity's body.
-
-    `texture_size` is the side of each part's square texture: 256 suits persons up to 512 px high, 128 below 200 px.
-    """
+    """Dress the identity's body; textures of 256 texels suit persons up to 512 px high, of 128 below 200 px."""
     if identity.body not in library.bodies:
         raise ValueError(f"identity.body must be one of the library's bodies, got {identity.body!r}")
     topology, body = library.topology, library.bodies[identity.body]
@@ -143,7 +138,7 @@ def build_person(identity: Identity, library: PeopleLibrary, texture_size: int =
         faces=faces,
         corner_uv=corner_uv,
         parts=parts,
-        two_sided=np.array([name in TWO_SIDED_PARTS for name in PARTS]),
+        two_sided=np.array([name in ("skirt", "hair") for name in PARTS]),
         texture=paint_texture(outfit, topology.face_marks, texture_size),
     )
 
@@ -247,13 +242,7 @@ def rest_to_neutral(joints: np.ndarray) -> np.ndarray:
 
 
 def pose_joints(joints: np.ndarray, neutral: np.ndarray, pose: Pose, height: float) -> np.ndarray:
-    """Skinning transforms (19, 3, 4), rest -> world, of a posed body.
-
-    Args:
-        joints: (19, 3) at rest, metres, soles at z = 0.
-        neutral: (19, 3, 3) from `rest_to_neutral`.
-        height: of the standing body, metres.
-    """
+    """Skinning transforms (19, 3, 4), rest -> world, of a posed `Body` with these joints, `neutral` and height."""
     world = np.empty((len(JOINTS), 3, 3))
     position = np.zeros((len(JOINTS), 3))
     for joint, parent in enumerate(PARENTS):

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.people import actions
-from data.people.actions import SIDES, Score
+from data.people.actions import MOTIONS, SIDES, Score, look
 from data.people.bodies import JOINT_INDEX, JOINTS, Pose, axis_rotation, rotations_from_angles
 
 # Lowest and highest bend, side and twist of each joint.
@@ -45,77 +44,6 @@ class Motion:
         return Pose(self.rotations[frame], self.translations[frame])
 
 
-LegAction = TrunkAction = Callable[[Score], None]
-ArmAction = Callable[[Score, str], None]
-
-
-@dataclass(frozen=True)
-class MotionRecipe:
-    """Actions that a motion may combine; every entry of a tuple is equally likely."""
-
-    legs: tuple[LegAction, ...]
-    arms: tuple[ArmAction, ...]  # of the arm that leads
-    other_arms: tuple[ArmAction, ...] = (actions.hang, actions.on_hip, actions.free)  # unless it does the same
-    trunk: tuple[TrunkAction, ...] = (actions.upright,)
-    mirrored_arms: float = 0.4  # probability that both arms do the same
-    turns: bool = False
-    look: float = 0.5  # how far the head turns, radians
-    weight: float = 1.0  # how often, relative to the others
-
-
-MOTIONS = {
-    "walk": MotionRecipe((actions.walk,), (actions.swing,), mirrored_arms=1.0),
-    "march": MotionRecipe((actions.march,), (actions.swing, actions.punch, actions.raise_sideways), mirrored_arms=0.8),
-    "turn": MotionRecipe(
-        (actions.walk, actions.stand), (actions.hang, actions.swing, actions.raise_sideways), turns=True
-    ),
-    "bend": MotionRecipe(
-        (actions.stand,),
-        (actions.hang, actions.raise_forward, actions.free),
-        trunk=(actions.bend_forward, actions.bend_sideways),
-    ),
-    "stretch": MotionRecipe(
-        (actions.stand, actions.lunge),
-        (actions.overhead, actions.raise_sideways, actions.on_hip),
-        trunk=(actions.bend_sideways, actions.twist),
-    ),
-    "wave": MotionRecipe((actions.stand, actions.side_step), (actions.wave,), mirrored_arms=0.15),
-    "dance": MotionRecipe(
-        (actions.dance_legs,), (actions.free,), trunk=(actions.groove,), mirrored_arms=1.0, weight=3
-    ),
-    "squat": MotionRecipe((actions.squat,), (actions.raise_forward, actions.free, actions.on_hip), mirrored_arms=0.8),
-    "jump": MotionRecipe(
-        (actions.jump,), (actions.raise_sideways, actions.overhead, actions.swing), mirrored_arms=0.9
-    ),
-    "raise": MotionRecipe(
-        (actions.stand, actions.walk),
-        (actions.raise_sideways, actions.raise_forward, actions.overhead),
-        trunk=(actions.upright, actions.twist),
-        weight=2,
-    ),
-    "sit": MotionRecipe(
-        (actions.sit,), (actions.free, actions.hang, actions.wave), trunk=(actions.upright, actions.twist)
-    ),
-    "side_step": MotionRecipe(
-        (actions.side_step,),
-        (actions.hang, actions.swing, actions.raise_sideways, actions.punch),
-        trunk=(actions.upright, actions.groove),
-    ),
-    "look_around": MotionRecipe(
-        (actions.stand,), (actions.on_hip, actions.hang), trunk=(actions.upright, actions.twist), look=1.0, weight=0.5
-    ),
-    "leg_lift": MotionRecipe(
-        (actions.leg_lift, actions.lunge), (actions.raise_sideways, actions.on_hip, actions.free)
-    ),
-    "box": MotionRecipe(
-        (actions.stand, actions.dance_legs), (actions.punch,), trunk=(actions.twist, actions.groove), mirrored_arms=1.0
-    ),
-    "gesture": MotionRecipe(
-        (actions.stand,), (actions.free,), trunk=(actions.upright, actions.groove), mirrored_arms=1.0, weight=2
-    ),
-}
-
-
 def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: str | None = None) -> Motion:
     """Draw a clip of the motion `name`, a key of `MOTIONS`, or of any; a cycle takes one to two seconds."""
     if name is not None and name not in MOTIONS:
@@ -129,7 +57,7 @@ def random_motion(rng: np.random.Generator, num_frames: int, fps: float, name: s
     lead, arm = score.any_side(), _pick(rng, recipe.arms)
     arm(score, lead)
     (arm if rng.random() < recipe.mirrored_arms else _pick(rng, recipe.other_arms))(score, score.other(lead))
-    actions.look(score, recipe.look)
+    look(score, recipe.look)
     _shrug(score)
     _face(score, recipe.turns)
     rotations = rotations_from_angles(limited(score.angles))

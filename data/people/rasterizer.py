@@ -10,12 +10,7 @@ EMPTY_DEPTH = np.float32(1e9)
 
 @numba.njit(cache=True, nogil=True)
 def vertex_normals(vertices, faces):
-    """Unit normals (v, 3) float32: the mean of the normals of the faces by area; 0 for vertices of no face.
-
-    Args:
-        vertices: (v, 3) float32.
-        faces: (f, 3) int32 vertex indices.
-    """
+    """Unit normals (v, 3) float32: the mean of the normals of the faces by area; 0 for vertices of no face."""
     normals = np.zeros_like(vertices)
     for f in range(faces.shape[0]):
         i, j, k = faces[f, 0], faces[f, 1], faces[f, 2]
@@ -36,18 +31,13 @@ def vertex_normals(vertices, faces):
 def skin_and_project(
     vertices, normals, joint_indices, joint_weights, transforms, distance, affine, light, ambient, screen, shades
 ):
-    """Pose, project and light all vertices.
+    """Write screen (v, 3), x, y in pixels and depth in metres, and shades (v,), the brightness of posed vertices.
 
     Args:
-        vertices, normals: (v, 3) at rest.
-        joint_indices, joint_weights: (v, 4) uint8 and float32.
         transforms: (j, 3, 4) rest -> camera axes (x right, y away, z up), metres from the point looked at.
         distance: metres from the camera to that point.
         affine: (2, 3) metres right and down at that point -> pixels.
-        light: (3,) direction towards the light in camera axes, of length 1.
-        ambient: share of light that falls everywhere.
-        screen: (v, 3) written: x, y in pixels and depth in metres.
-        shades: (v,) written: brightness.
+        light: (3,) direction towards the light in camera axes, of length 1; `ambient` falls from everywhere.
     """
     for v in range(vertices.shape[0]):
         x, y, z = vertices[v, 0], vertices[v, 1], vertices[v, 2]
@@ -79,17 +69,9 @@ def skin_and_project(
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def rasterize(screen, shades, faces, corner_uv, parts, two_sided, texture, color, depth):
-    """Draw triangles with a z-buffer.
+    """Draw triangles with a z-buffer: color (h, w, 3) is written where the person is, depth (h, w) is in metres.
 
-    Args:
-        screen, shades: (v, 3), (v,) from `skin_and_project`.
-        faces: (f, 3) vertex indices, counter-clockwise seen from outside.
-        corner_uv: (f, 3, 2) texture coordinates in units of the part's square; u wraps round.
-        parts: (f,) index of the part's texture.
-        two_sided: (p,) parts whose inside may be seen.
-        texture: (p, t, t, 3) uint8.
-        color: (h, w, 3) float32, written where the person is.
-        depth: (h, w) float32 metres, `EMPTY_DEPTH` where nothing has been drawn.
+    `screen` and `shades` are of `skin_and_project`, the others of a `data.people.bodies.Person`; u wraps round.
     """
     height, width = depth.shape
     size = np.float32(texture.shape[1])
@@ -146,12 +128,9 @@ def rasterize(screen, shades, faces, corner_uv, parts, two_sided, texture, color
 
 @numba.njit(cache=True, nogil=True)
 def resolve(color, depth, factor, image, mask):
-    """Average `factor` x `factor` samples over the image below.
+    """Average `factor` x `factor` samples of `rasterize` over the image (h, w, 3) uint8 below.
 
-    Args:
-        color, depth: (h * factor, w * factor, 3) and (h * factor, w * factor) from `rasterize`.
-        image: (h, w, 3) uint8, drawn over.
-        mask: (h, w) bool, written: at least half of the samples are the person's.
+    The mask (h, w) bool is written: at least half of a pixel's samples are the person's.
     """
     height, width = mask.shape
     samples = factor * factor

@@ -16,8 +16,7 @@ from data.people.bodies import Person, Pose, axis_rotation, pose_joints
 from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, skin_and_project
 
 HIDDEN_SCORE = 0.6
-FACE_POINTS = 5  # nose, eyes and ears come first in COCO order
-_HIDDEN_SCORES = np.where(np.arange(17) < FACE_POINTS, 0.0, HIDDEN_SCORE)
+_HIDDEN_SCORES = np.array([0.0] * 5 + [HIDDEN_SCORE] * 12)  # nose, eyes and ears come first in COCO order
 # Metres in front of a keypoint from which a surface hides it: joints lie inside the body, ears may be under hair.
 _TOLERANCES = np.array([0.06] * 3 + [0.09] * 2 + [0.22] * 2 + [0.13] * 4 + [0.22] * 2 + [0.13] * 4)
 SUPERSAMPLING_LIMIT = 640  # images with a longer side than this are drawn without supersampling
@@ -86,8 +85,7 @@ def project_keypoints(
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCO keypoints (17, 2) in pixels, in or outside the image, and their depths (17,) in metres.
 
-    Args:
-        transforms: of `_view_transforms`, when they are known already.
+    `transforms` are of `_view_transforms`, when they are known already.
     """
     body = figure.person.body
     transforms = _view_transforms(figure) if transforms is None else transforms
@@ -134,12 +132,9 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
 def project_vertices(
     figure: Figure, size: tuple[int, int], factor: int, transforms: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices in the image, (v, 3) x, y in samples and depth in metres; and their brightness (v,).
+    """Vertices in the image, (v, 3) x, y in samples (`factor` a pixel and axis) and depth in metres; brightness (v,).
 
-    Args:
-        size: (width, height) of the image in pixels.
-        factor: samples per pixel and axis.
-        transforms: of `_view_transforms`, when they are known already.
+    `transforms` as in `project_keypoints`.
     """
     person = figure.person
     transforms = _view_transforms(figure) if transforms is None else transforms
@@ -167,11 +162,8 @@ def project_vertices(
 def render_surface(person: Person, pose: Pose, camera: Camera, size: tuple[int, int]) -> np.ndarray:
     """Surface map of one person, (h, w, 3) float32: for every pixel the point at rest in metres; NaN off the person.
 
-    Two maps of one person tell exactly which of their pixels show the same point of the body or of the clothes.
-
-    Args:
-        camera: of the image; it counts in shares of the image, so a map of any size belongs to it.
-        size: (width, height) of the map.
+    Two maps of one person tell exactly which of their pixels show the same point of the body or of the clothes. A
+    camera counts in shares of the image, so a map of any (width, height) belongs to it.
     """
     width, height = size
     screen, _ = project_vertices(Figure(person, pose, camera), size, factor=1)

@@ -83,12 +83,9 @@ def misaligned_reference(
     shift: tuple[float, float] = (0.0, 0.0),
     background: np.ndarray | None = None,
 ) -> Rendered:
-    """Scene's reference with the person framed otherwise than in the clip.
+    """Scene's reference with the person framed otherwise than in the clip; a background gives it another size.
 
-    Args:
-        rotation: turn added in the image plane, radians, clockwise.
-        shift: added to the person's position, as shares of the image's width and height.
-        background: (h, w, 3) uint8, of any size, which the reference then has; None: the scene's own.
+    The turn in the image plane is in radians, clockwise, the shift in shares of the image's width and height.
     """
     camera = reframed(scene.camera, scale, rotation, shift)
     background = scene.background if background is None else background
