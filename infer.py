@@ -19,11 +19,11 @@ from pathlib import Path
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder
-from core.processes import process_state
+from core.processes import choose_device, process_state
 from data.inputs import SAMPLES, load_driving, load_reference
 from data.poses.poses import PoseConfig, open_estimator
 from inference.animate import SamplingConfig, Stopwatch, animate, write_animation
-from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
+from models.animators.registry import SHIPPED_MODEL, load_pipeline
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
 

@@ -22,7 +22,8 @@ from benchmarks.speed.peers.driver_protocol import resident_peak
 from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
-from models.animators.registry import SHIPPED_MODEL, choose_device, load_pipeline
+from core.processes import choose_device
+from models.animators.registry import SHIPPED_MODEL, load_pipeline
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
 

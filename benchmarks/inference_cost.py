@@ -30,8 +30,8 @@ from models.checkpoints.networks import (
     make_denoising_unet,
     make_reference_net,
 )
+from models.sampling import context_windows
 from models.unets import DenoisingUNet
-from models.windows import context_windows
 from tpc.attach import visibility_flags
 from tpc.config import PROPAGATIONS
 from tpc.propagation import Schedule

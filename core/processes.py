@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch`, where no model is trained."""
+"""Devices, and the processes of `accelerate launch` where no model is trained."""
 
 import os
 from datetime import timedelta
@@ -27,3 +27,28 @@ def process_state(device: str = "auto") -> PartialState:
             "launch with --multi_gpu --num_processes N, on CPUs too"
         )
     return state
+
+
+def choose_device(device: str, dtype: str, process: int = 0) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of inference.
+
+    Args:
+        device: "auto" takes CUDA when there is one, or a torch device.
+        dtype: "auto" takes bfloat16 on CUDA and float32 elsewhere, or "float32", "bfloat16", "float16".
+        process: index of this process on its machine, which gets the CUDA device of that index.
+
+    Raises:
+        UserError: a device that torch does not know or this machine does not have, or another dtype.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in known:
+        raise UserError(f"dtype={dtype} is not one of auto, {', '.join(known)}")
+    if device == "auto":
+        device = f"cuda:{process}" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device} cannot be used: {str(error).splitlines()[0]}") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+    return chosen, known[dtype]

@@ -12,7 +12,7 @@ import numpy as np
 from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
-from core.processes import process_state
+from core.processes import choose_device, process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from data.transforms import fit_matrix
 from evaluation.clips import ClipSet, EvaluationClip, with_pose_noise
@@ -29,7 +29,7 @@ from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_metric_sui
 from evaluation.report import claim_output, remove_parts, run_parts
 from inference.animate import Animation, SamplingConfig, animate
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
-from models.animators.registry import choose_device, load_pipeline
+from models.animators.registry import load_pipeline
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
 

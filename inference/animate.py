@@ -23,7 +23,7 @@ from data.video.files import write_video
 from inference.comparison import comparison_frames, comparison_strip
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
-from models.schedules import EVERY_LEVEL, check_sampling
+from models.sampling import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.warping import Framing, mask_pyramid, warp_mask
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import remove_partial
+from core.processes import choose_device
 from data.clips.caches import FeatureCache, FeatureInputs
 from data.clips.rendered import clip_tensor
 from data.preparation.clips import UsableClip, usable_clips
@@ -22,7 +23,7 @@ from data.preparation.settings import FeatureConfig, Shard
 from data.transforms import apply_fit
 from data.video.files import VideoReader
 from models.animators.animate_anyone.model import image_context
-from models.animators.registry import choose_device, component_classes, load_component, read_index
+from models.animators.registry import component_classes, load_component, read_index
 from models.pipeline import AnimationPipeline
 from models.vae import load_vae, vae_posterior, vae_scale_factor
 

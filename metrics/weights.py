@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.packages import PackagedFile, cache_folder, fetch_from_wheel, is_published
+from core.files import PackagedFile, cache_folder, fetch_from_wheel, is_published
 
 
 @dataclass(frozen=True)

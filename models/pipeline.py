@@ -24,9 +24,16 @@ from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording, AttentionRun
 from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
-from models.schedules import EVERY_LEVEL, check_sampling, guidance_at, with_solver
+from models.sampling import (
+    EVERY_LEVEL,
+    check_sampling,
+    context_windows,
+    guidance_at,
+    step_shift,
+    window_weights,
+    with_solver,
+)
 from models.vae import VAE, decoded_chunks, vae_decode, vae_scale_factor
-from models.windows import context_windows, step_shift, window_weights
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not attend to each other are denoised this many at a time.
@@ -198,8 +205,8 @@ class AnimationPipeline(DiffusionPipeline):
             reference_mask: where the reference's persons are, for models that take them apart from the background:
                 array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
             guidance_interval: noise levels (low, high]; elsewhere the conditional half of guidance runs alone. Levels
-                are the share of noise in the noisy latents, 0 to 1, see `models.schedules.noise_level`.
-            solver: of `models.schedules.SOLVERS`, in place of the pipeline's own scheduler.
+                are the share of noise in the noisy latents, 0 to 1, see `models.sampling.noise_level`.
+            solver: of `models.sampling.SOLVERS`, in place of the pipeline's own scheduler.
 
         Returns:
             `AnimationPipelineOutput`, or a tuple of its frames.

@@ -23,8 +23,8 @@ from models.attention.processors import PlainProcessor, ReferenceReadProcessor
 from models.images import ImageBatch, ImageSequence, as_images
 from models.pipeline import AnimationPipeline
 from models.reference_images import ReferenceImages
+from models.sampling import context_windows, window_weights
 from models.vae import vae_encode
-from models.windows import context_windows, window_weights
 from tpc import Calibration
 from tpc.attach import frame_visibility
 

@@ -8,7 +8,7 @@ from core.config import load_config
 from core.errors import UserError
 from inference.animate import SamplingConfig
 from models.animators.registry import ANIMATORS
-from models.schedules import noise_level
+from models.sampling import noise_level
 from tests.small_animators import calibrated, sample, small_pipeline
 
 STEPS = 4

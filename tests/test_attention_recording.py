@@ -16,7 +16,7 @@ from models.attention.measures import token_indices
 from models.attention.probe import COPIES
 from models.attention.processors import reference_layers
 from models.attention.recording import AttentionConfig, AttentionRecording, AttentionRun
-from models.windows import window_weights
+from models.sampling import window_weights
 from tests.published import small_magic_pipeline
 from tpc import CalibrationConfig, calibrate
 from tpc.attach import frame_visibility

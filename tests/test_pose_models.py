@@ -1,7 +1,7 @@
 import pytest
 
 from core.errors import UserError
-from core.packages import store_file
+from core.files import store_file
 from data.poses import weights as pose_models
 from data.poses.blazepose import BlazePose
 from data.poses.weights import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, ModelFile, model_folder, model_path

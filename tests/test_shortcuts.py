@@ -21,8 +21,8 @@ from models.attention.processors import ReferenceReadProcessor, ReferenceWritePr
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.images import ImageBatch, ImageSequence, as_images
 from models.reference_images import ReferenceImages
+from models.sampling import context_windows
 from models.vae import vae_decode, vae_encode
-from models.windows import context_windows
 from tests.plain import SHORTCUTS, plain_animation, plain_unet
 from tests.published import small_magic_pipeline
 from tpc import Calibration, CalibrationConfig, calibrate

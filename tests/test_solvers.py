@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 
 from core.errors import UserError
 from models.checkpoints.convert import families, published_scheduler
-from models.schedules import SOLVERS, with_solver
+from models.sampling import SOLVERS, with_solver
 
 MEAN, DEVIATION = 1.5, 0.6  # of the data
 FAMILIES = sorted(families())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.windows import context_windows, step_shift, window_weights
+from models.sampling import context_windows, step_shift, window_weights
 
 
 @given(

@@ -22,7 +22,7 @@ from benchmarks.speed.report import speed_tables
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
-from models.animators.registry import choose_device
+from core.processes import choose_device
 
 
 def main(arguments: list[str]) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.packages import PackagedFile as ModelFile
-from core.packages import cache_folder, fetch_from_wheel, is_published, run_fetch, store_file
+from core.files import PackagedFile as ModelFile
+from core.files import cache_folder, fetch_from_wheel, is_published, run_fetch, store_file
 
 _WHEEL = "mediapipe==0.10.21"  # the last release that carries its models
 _WHEEL_PLATFORM = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--only-binary=:all:"]

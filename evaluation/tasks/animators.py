@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
+from core.processes import choose_device
 from evaluation.clips import EvaluationClip
 from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import MisalignedClips
@@ -36,14 +37,7 @@ from evaluation.report import (
 from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, Values, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
-from models.animators.registry import (
-    SMALL_ANIMATORS,
-    choose_device,
-    load_pipeline,
-    pipeline_names,
-    read_index,
-    saved_class,
-)
+from models.animators.registry import SMALL_ANIMATORS, load_pipeline, pipeline_names, read_index, saved_class
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder
-from core.processes import process_state
+from core.processes import choose_device, process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
 from evaluation.measure import FramePair, Number, clip_means, measure_clip, person_values, summarise, with_persons
@@ -28,7 +28,6 @@ from evaluation.report import (
     write_results,
 )
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
-from models.animators.registry import choose_device
 
 # Keys that do not decide the numbers, or by files that are compared themselves.
 ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", "weights")

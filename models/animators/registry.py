@@ -28,8 +28,7 @@ ANIMATORS = {
 SHIPPED_MODEL = Path(__file__).parents[2] / "assets" / "tiny_model"
 # Smaller ones, one of each animator, for comparisons; see their README.
 SMALL_ANIMATORS = tuple(
-    SHIPPED_MODEL.parent / "small_animators" / name
-    for name in ("animate_anyone", "magic_animate", "disco", "dream_pose")
+    folder for name in ANIMATORS if (folder := SHIPPED_MODEL.parent / "small_animators" / name).is_dir()
 )
 # Values in folders of earlier releases that have another name today: key of model_index.json -> old -> new.
 OLD_VALUES = {"null_tokens": {"empty_picture": "empty_image"}}
@@ -138,28 +137,3 @@ def load_component(folder: Path, name: str, entry: Any, classes: dict[str, type]
     if ".safetensors" not in files:
         raise UserError(f"model={folder}: component {name} is missing or incomplete")
     return load_folder(classes[entry[1]], folder / name, f"model={folder}: component {name}", dtype)
-
-
-def choose_device(device: str, dtype: str, process: int = 0) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of inference.
-
-    Args:
-        device: "auto" takes CUDA when there is one, or a torch device.
-        dtype: "auto" takes bfloat16 on CUDA and float32 elsewhere, or "float32", "bfloat16", "float16".
-        process: index of this process on its machine, which gets the CUDA device of that index.
-
-    Raises:
-        UserError: a device that torch does not know or this machine does not have, or another dtype.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in known:
-        raise UserError(f"dtype={dtype} is not one of auto, {', '.join(known)}")
-    if device == "auto":
-        device = f"cuda:{process}" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} cannot be used: {str(error).splitlines()[0]}") from None
-    if dtype == "auto":
-        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
-    return chosen, known[dtype]

@@ -29,7 +29,7 @@ from core.files import complete_folder
 from models.attention.layers import LayerShape
 from models.attention.maps import AXES, LayerMaps, MapSelection, RecordedAttention, recording_folder
 from models.attention.probe import COPIES, WindowProbe, block_sizes
-from models.windows import window_weights
+from models.sampling import window_weights
 
 WINDOWS = ("nearest", "mean")
 FLOAT_BYTES = 4
