@@ -63,7 +63,7 @@ class CompositionConfig:
 
 @dataclass
 class CalibratedTrainingConfig:
-    """How training samples are given calibrated tokens."""
+    """Calibrated images for training samples, per sample."""
 
     probability: float = 0.0  # that a sample is calibrated; 0 = off
     keypoints: str = "trunk"  # all, trunk, torso, face

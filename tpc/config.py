@@ -18,7 +18,7 @@ MATCHES = ("track", "given")
 
 @dataclass
 class CalibrationConfig:
-    """How a reference is calibrated to a driving clip. `None` means: as the preset says.
+    """Choices of a calibration; `None` takes the preset's.
 
     `CalibrationConfig(preset="paper", groups=10)` is the paper's method with ten groups; `resolve` fills in the rest.
     """
@@ -141,7 +141,7 @@ def paper() -> CalibrationConfig:
 
 
 def release() -> CalibrationConfig:
-    """What the authors' code does: five points of the face, every fourth frame held, exclusive masks.
+    """The authors' code: five points of the face, every fourth frame held, exclusive masks.
 
     Its errors are left out: a face of three points is fitted like any other, and the image keeps its aspect ratio.
     """

@@ -82,7 +82,7 @@ class PackedMasks:
 
     @classmethod
     def from_arrays(cls, content: np.ndarray, lengths: np.ndarray, size: tuple[int, int]) -> PackedMasks:
-        """What `to_arrays` gave."""
+        """Masks from the two results of `to_arrays`."""
         ends = lengths.reshape(-1).cumsum()
         parts = np.empty(lengths.size, object)
         for i, (end, length) in enumerate(zip(ends, lengths.reshape(-1), strict=True)):
