@@ -11,6 +11,7 @@ results.json, table.md, psnr.png (and .pdf) and strips.png. A run that was stopp
 seeds or clips can be added.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,7 +124,9 @@ def _with_settings(tpc: CalibrationConfig, settings: str) -> CalibrationConfig:
         varied = replace(tpc, **{name: getattr(given, name) for name in (word.partition("=")[0] for word in words)})
         resolve(varied)
     except UserError as error:
-        raise UserError(f"variants: {settings!r}: {error}") from None
+        # Errors of values begin with the key, which is one of the group tpc here.
+        group = "tpc." if hasattr(tpc, re.split(r"\W", str(error))[0]) else ""
+        raise UserError(f"variants: {settings!r}: {group}{error}") from None
     return varied
 
 
