@@ -27,64 +27,41 @@ PoseCondition = Callable[[range, Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditions of one window of frames.
+    """Conditions of one window of frames."""
 
-    Attributes:
-        conditioning: from `Animator.encode_reference`.
-        pose: from the `PoseCondition`.
-        context: the images that each frame attends to, with the tokens of `Animator.encode_images`.
-    """
-
-    conditioning: Any
-    pose: Any
-    context: ReferenceContext
+    conditioning: Any  # from `Animator.encode_reference`
+    pose: Any  # from the `PoseCondition`
+    context: ReferenceContext  # the images that each frame attends to, with the tokens of `Animator.encode_images`
 
 
 @dataclass(frozen=True)
 class CalibratedImages:
-    """The calibrated images of a batch, clip by clip.
+    """The calibrated images of a batch, clip by clip."""
 
-    Attributes:
-        pixels: (b*m, 3, H, W) in [-1, 1].
-        masks: (b*m, 1, H, W), 1 where the calibrated person is.
-    """
-
-    pixels: Tensor
-    masks: Tensor
+    pixels: Tensor  # (b*m, 3, H, W) in [-1, 1]
+    masks: Tensor  # (b*m, 1, H, W), 1 where the calibrated person is
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Arguments of `Animator.forward`, b clips.
+    """Arguments of `Animator.forward`, b clips."""
 
-    Attributes:
-        noisy_latents: (b, c, f, h, w).
-        timestep: (b,).
-        reference_latents: of `vae_images`, (b, c, h, w); with `calibrated_latents` those of calibrated images follow,
-            as many of every clip, (b + b*m, c, h, w).
-        reference_image: (b, 3, H, W) in [-1, 1]; with `takes_embeddings` also its embedding, (b, 1, channels).
-        poses: pose images, (b, 3, f, H, W) in [0, 1].
-        dropped: (b,), conditions that a sample goes without: 0 none, 1 to `drop_modes` as the animator numbers them.
-        reference: index and flags of what each of the b*f frames attends to among [b references | b*m calibrated
-            images], its `tokens` unused; None: each clip its own reference.
-        probe: records what queries attend to.
-        reference_mask: (b, 1, H, W), 1 where the person is; given where `needs_mask`.
-        calibrated: None without calibrated training.
-    """
-
-    noisy_latents: Tensor
-    timestep: Tensor
+    noisy_latents: Tensor  # (b, c, f, h, w)
+    timestep: Tensor  # (b,)
+    # Of `vae_images`, (b, c, h, w); with `calibrated_latents` also of calibrated images, clip by clip, (b + b*m, ...)
     reference_latents: Tensor
-    reference_image: Tensor
-    poses: Tensor
-    dropped: Tensor
+    reference_image: Tensor  # (b, 3, H, W) in [-1, 1]; with `takes_embeddings` also its embedding, (b, 1, channels)
+    poses: Tensor  # pose images, (b, 3, f, H, W) in [0, 1]
+    dropped: Tensor  # (b,), conditions that a sample goes without: 0 none, 1 to `drop_modes` as the animator says
+    # Index and flags of what each of the b*f frames attends to among [b references | b*m calibrated images], its
+    # `tokens` unused; None: each clip its own reference.
     reference: ReferenceContext | None = None
     probe: Probe | None = None
-    reference_mask: Tensor | None = None
+    reference_mask: Tensor | None = None  # (b, 1, H, W), 1 where the person is; given where `needs_mask`
     calibrated: CalibratedImages | None = None
 
     def context(self, tokens: dict[str, Tensor]) -> ReferenceContext:
-        """The images that the frames attend to, with their tokens by layer, those of the b references first."""
+        """The images that frames attend to, with tokens by layer, those of the b references first."""
         clips, _, num_frames = self.noisy_latents.shape[:3]
         reference = self.reference
         if reference is None:
@@ -101,53 +78,34 @@ class Animator(nn.Module, ABC):
 
     Arguments of the constructor without a default are networks, `denoising_unet` among them; those with a default are
     settings, which are kept as attributes of their names and saved with a pipeline.
-
-    Attributes:
-        pose_kind: of the pose images; figures of "OpenPose" are drawn from keypoints.
-        reference_follows_timestep: images are encoded anew at every denoising step, at its timestep.
-        shared_noise: every frame starts from the same noise.
-        needs_mask: `encode_reference` needs to know where the person is.
-        joint_frames: frames of a window attend to each other; otherwise windows need not overlap.
-        guidance_names: of the scales of guidance.
-        latent_multiple: that height and width of the latents must be multiples of.
-
-        trainable: has what `train.py` asks, the methods below `training_prediction`.
-        drop_modes: what condition dropout may take away; 1: everything at once.
-        takes_embeddings: cached image embeddings may stand in for the reference image.
-        alters_reference: `vae_images` changes the images, so that their cached latents are of no use.
-        calibrated_latents: training needs the latents of calibrated images.
-        adapted_networks: children that low-rank adapters are made for.
-        motion_parts: what names of layers over several frames have in common.
     """
 
     denoising_unet: ModelMixin
 
-    pose_kind = "OpenPose"
-    reference_follows_timestep = False
-    shared_noise = False
-    needs_mask = False
-    joint_frames = True
-    guidance_names: tuple[str, ...] = ("reference",)
-    latent_multiple = 1
+    pose_kind = "OpenPose"  # of the pose images; figures of "OpenPose" are drawn from keypoints
+    reference_follows_timestep = False  # images are encoded anew at every denoising step, at its timestep
+    shared_noise = False  # every frame starts from the same noise
+    needs_mask = False  # `encode_reference` needs to know where the person is
+    joint_frames = True  # frames of a window attend to each other; otherwise windows need not overlap
+    guidance_names: tuple[str, ...] = ("reference",)  # of the scales of guidance
+    latent_multiple = 1  # that height and width of the latents must be multiples of
 
-    trainable = False
-    drop_modes = 1
-    takes_embeddings = False
-    alters_reference = False
-    calibrated_latents = True
-    adapted_networks: tuple[str, ...] = ()
-    motion_parts: tuple[str, ...] = ("motion_modules",)
+    trainable = False  # has what `train.py` asks, the methods below `training_prediction`
+    drop_modes = 1  # what condition dropout may take away; 1: everything at once
+    takes_embeddings = False  # cached image embeddings may stand in for the reference image
+    alters_reference = False  # `vae_images` changes the images, so that their cached latents are of no use
+    calibrated_latents = True  # training needs the latents of calibrated images
+    adapted_networks: tuple[str, ...] = ()  # children that low-rank adapters are made for
+    motion_parts: tuple[str, ...] = ("motion_modules",)  # in names of layers over several frames
 
     # Sizes and settings
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the latents that `predict` takes."""
         return self.denoising_unet.dtype
 
     @property
     def latent_channels(self) -> int:
-        """Channels c of the latents that are denoised."""
         return self.denoising_unet.config.out_channels
 
     @property
@@ -169,23 +127,18 @@ class Animator(nn.Module, ABC):
     def constructor_parameters(cls) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
         """Networks and settings among the arguments of the constructor."""
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        networks = [parameter for parameter in parameters if parameter.default is parameter.empty]
-        return networks, [parameter for parameter in parameters if parameter.default is not parameter.empty]
+        return [p for p in parameters if p.default is p.empty], [p for p in parameters if p.default is not p.empty]
 
     def settings(self) -> dict[str, Any]:
-        """The settings of this model, by name."""
         return {parameter.name: getattr(self, parameter.name) for parameter in self.constructor_parameters()[1]}
 
     # Inference
 
     @abstractmethod
     def encode_reference(self, reference: ImageBatch) -> Any:
-        """The conditioning that follows from the reference alone, once a run: context, null context, background.
+        """Conditioning that follows from the reference, one image, once a run: context, null context, background.
 
         It comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
-
-        Args:
-            reference: one image.
         """
 
     @abstractmethod
@@ -198,14 +151,13 @@ class Animator(nn.Module, ABC):
 
     @abstractmethod
     def pose_condition(self, poses: ImageSequence, conditioning: Any) -> PoseCondition:
-        """The pose condition of a clip's windows, from its pose images."""
+        """The pose condition of a clip's windows."""
 
     @abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
         """Guided prediction for one window, (1, c, f, h, w) as its noisy latents `sample`.
 
-        Args:
-            scales: one for each of `guidance_names`; all 1: the prediction with every condition, without guidance.
+        There is a scale for each of `guidance_names`; all 1: every condition, without guidance.
         """
 
     @abstractmethod
@@ -213,11 +165,7 @@ class Animator(nn.Module, ABC):
         """Layers in which frames attend to images, in the order in which they run, for latents of this (h, w)."""
 
     def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
-        """One scale for each of `guidance_names`, from a number for all of them or from as many numbers.
-
-        Raises:
-            ValueError: another count of numbers.
-        """
+        """One scale for each of `guidance_names`, from a number for all of them or from as many numbers."""
         names = self.guidance_names
         scales = tuple(map(float, scale)) if isinstance(scale, Sequence) else (float(scale),) * len(names)
         if len(scales) != len(names):
@@ -225,12 +173,9 @@ class Animator(nn.Module, ABC):
         return scales
 
     def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
-        """Latents (1, c, f, h, w) that denoising starts from.
+        """Latents (1, c, f, h, w) that denoising starts from, from standard normal noise of that shape.
 
-        Args:
-            noise: (1, c, f, h, w), standard normal.
-            scheduler: with its timesteps set.
-            start: makes the latents (1, c, f, h, w) of the image that each frame takes as its reference.
+        The scheduler's timesteps are set; `start` makes latents (1, c, f, h, w) of each frame's reference image.
         """
         return noise * scheduler.init_noise_sigma
 
@@ -238,11 +183,7 @@ class Animator(nn.Module, ABC):
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Randomly initialised small networks for images of this side in pixels.
-
-        Raises:
-            UserError: sizes that do not go together.
-        """
+        """Randomly initialised small networks for images of this side; a `UserError` if sizes do not fit."""
         raise NotImplementedError
 
     def forward(self, **inputs: Any) -> Tensor:
@@ -265,29 +206,24 @@ class Animator(nn.Module, ABC):
         raise NotImplementedError
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
-        """Names of the parameters that a choice trains, every one of which gets a gradient in every step.
+        """Names of the parameters that a choice trains, each with a gradient in every step.
 
-        Args:
-            image_encoder: whether the image encoder may be among them.
+        The image encoder's are among them with `image_encoder` alone.
         """
         raise NotImplementedError
 
     def unused_parameters(self) -> set[str]:
-        """Names of the parameters that no prediction depends on; adapters leave them alone."""
+        """Names of the parameters that no prediction depends on."""
         return set()
 
     def initialized_from(self, name: str) -> str:
-        """The parameter that a parameter starts as a copy of where two networks begin as the same model, or itself."""
+        """The parameter that a parameter starts as a copy of, or itself."""
         return name
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
         """Refuse training images of a size (width, height) that the networks cannot take.
 
-        Args:
-            factor: pixels of an image's side per latent.
-
-        Raises:
-            UserError: naming what is allowed.
+        The factor is the pixels of an image's side per latent.
         """
         multiple = factor * self.latent_multiple
         if size[0] % multiple or size[1] % multiple:

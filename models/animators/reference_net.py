@@ -20,16 +20,12 @@ class ReferenceNetMixin:
     """Answers of an `Animator` whose frames attend to the reference's tokens beside their own in self-attention.
 
     Its conditioning is the context of cross-attention, (1, tokens, channels).
-
-    Attributes:
-        fusion_blocks: "full" or "midup", the layers in which frames attend to the reference.
-        frozen_parts: children that are trained on demand only, as published ones came from elsewhere.
     """
 
     reference_net: ReferenceNet
     denoising_unet: DenoisingUNet
-    fusion_blocks = "full"
-    frozen_parts: tuple[str, ...] = ()
+    fusion_blocks = "full"  # or "midup", the layers in which frames attend to the reference
+    frozen_parts: tuple[str, ...] = ()  # children that are trained on demand only; published ones came from elsewhere
     trainable = True
 
     @property
@@ -54,15 +50,10 @@ class ReferenceNetMixin:
             self.denoising_unet.use_motion_on_single_frames(False)
 
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
-        """As published: everything but the motion modules, then these."""
         return ("full",) if stage == "image" else ("motion", "full")
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
-        """Everything, or the motion modules, which take no part where clips have one frame.
-
-        Args:
-            image_encoder: whether `frozen_parts` are trained.
-        """
+        """Names of everything, or of the motion modules, which take no part where clips have one frame."""
         names = {name for name, _ in self.named_parameters()} - self.unused_parameters()
         motion = {name for name in names if "motion_modules" in name}
         if choice == "motion":
@@ -71,22 +62,17 @@ class ReferenceNetMixin:
         return {name for name in names if not name.startswith(frozen)} - (motion if stage == "image" else set())
 
     def unused_parameters(self) -> set[str]:
-        """Those after the reference net's last written layer."""
+        # after the reference net's last written layer
         return {f"reference_net.{name}" for name in self.reference_net.unused_parameters()}
 
     def initialized_from(self, name: str) -> str:
-        """The reference net starts as the denoising UNet."""
         return name.replace("reference_net.", "denoising_unet.", 1)
 
 
 def small_unets(
     sizes: NetworkSizes, latent_channels: int, image_size: int, settings: Mapping[str, Any]
 ) -> tuple[ReferenceNet, DenoisingUNet]:
-    """New networks; motion modules end in zeros, so they start as no change.
-
-    Args:
-        settings: further ones of the denoising UNet.
-    """
+    """New networks, with further settings of the denoising UNet; motion modules end in zeros and change nothing."""
     attention, heads = resolution_settings(sizes)
     shared = unet_settings(sizes, latent_channels, image_size)
     reference_net = ReferenceNet(
@@ -102,8 +88,7 @@ def small_unets(
         **block_types(attention, "Motion"),
         **shared,
     )
-    # Both UNets of a published model start as the same image model, so that what one writes means something to the
-    # other's attention; so do these.
+    # As published, both start as the same image model: what one writes means something to the other's attention.
     own = reference_net.state_dict().keys()
     same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}
     reference_net.load_state_dict(same, strict=False)

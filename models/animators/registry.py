@@ -66,14 +66,9 @@ def load_pipeline(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
 ) -> AnimationPipeline:
-    """A pipeline from a local folder; nothing is downloaded, and every tensor must be there.
+    """A pipeline from a local folder; nothing is downloaded, and a `UserError` says what is missing or does not fit.
 
-    Args:
-        lora: folder of adapters that are added to the weights; those in the pipeline folder's own `lora` always are.
-        lora_scale: weight of all adapters; 1 as they were trained.
-
-    Raises:
-        UserError: the folder is missing, is not a pipeline, lacks a component, or its weights do not fit.
+    Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -114,7 +109,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str, type]:
-    """Classes that a component may have by their names: the annotation of the constructor's argument."""
+    """Classes that a component may have, by name."""
     annotation = get_type_hints(pipeline.__init__)[name]
     return {cls.__name__: cls for cls in get_args(annotation) or (annotation,)}
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig
 
 from core.errors import UserError
 
@@ -26,11 +26,7 @@ class NetworkSizes(Protocol):
 
 
 def resolution_settings(sizes: NetworkSizes) -> tuple[list[str], tuple[int, ...]]:
-    """Where each resolution of new UNets has attention, and its heads; finest first.
-
-    Raises:
-        UserError: not one entry a resolution, or unknown ones.
-    """
+    """Where each resolution of new UNets has attention, and its heads; finest first."""
     widths, heads = list(sizes.block_out_channels), list(sizes.attention_heads)
     attention = list(sizes.attention or ["both"] * len(widths))
     if len(attention) != len(widths) or attention[-1] != "both" or not {"none", "up", "both"} >= set(attention):
@@ -49,11 +45,9 @@ def resolution_settings(sizes: NetworkSizes) -> tuple[list[str], tuple[int, ...]
 
 
 def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple[str, ...]]:
-    """`down_block_types` and `up_block_types` of a diffusers UNet.
+    """`down_block_types` and `up_block_types` of a diffusers UNet with classes of "2D" or "Motion".
 
-    Args:
-        attention: "none", "up" or "both" for each resolution, finest first.
-        suffix: of the block classes, "2D" or "Motion".
+    Attention is "none", "up" or "both" for each resolution, finest first.
     """
     return {
         "down_block_types": tuple(f"{'CrossAttn' * (where == 'both')}DownBlock{suffix}" for where in attention),
@@ -62,18 +56,11 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
 
 
 def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
-    """Settings that the UNets of one model share, beside blocks and heads.
-
-    Args:
-        image_size: side of the images in pixels, of which pose images are made as many times smaller as latents.
-
-    Raises:
-        UserError: too few pose channels.
-    """
+    """Settings that the UNets of one model share, beside blocks and heads, for images of this side in pixels."""
     if len(sizes.pose_channels) < 2:
         raise UserError(f"model.pose_channels={list(sizes.pose_channels)} needs at least two entries")
     return {
-        "sample_size": image_size // 2 ** (len(sizes.pose_channels) - 1),
+        "sample_size": image_size // 2 ** (len(sizes.pose_channels) - 1),  # pose images end as small as latents
         "in_channels": latent_channels,
         "out_channels": latent_channels,
         "block_out_channels": tuple(sizes.block_out_channels),
@@ -84,15 +71,7 @@ def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) ->
 
 
 def check_pose_channels(channels: Sequence[int], factor: int) -> None:
-    """Refuse an embedding of pose images that does not end at the latents' size.
-
-    Args:
-        channels: of the embedding; each after the first halves the images.
-        factor: pixels of an image's side per latent.
-
-    Raises:
-        UserError: naming both factors.
-    """
+    """Refuse an embedding of pose images that does not end at the latents' size, `factor` times smaller."""
     smaller = 2 ** (len(channels) - 1)
     if smaller != factor:
         raise UserError(
@@ -102,7 +81,7 @@ def check_pose_channels(channels: Sequence[int], factor: int) -> None:
 
 
 def image_encoder_config(sizes: NetworkSizes) -> CLIPVisionConfig:
-    """A small image encoder whose embedding is as wide as cross-attention's context."""
+    """Small image encoder whose embedding is as wide as cross-attention's context."""
     return CLIPVisionConfig(
         hidden_size=sizes.image_encoder_width,
         intermediate_size=2 * sizes.image_encoder_width,
@@ -112,8 +91,3 @@ def image_encoder_config(sizes: NetworkSizes) -> CLIPVisionConfig:
         patch_size=sizes.image_encoder_patch,
         projection_dim=sizes.context_dim,
     )
-
-
-def small_image_encoder(sizes: NetworkSizes) -> CLIPVisionModelWithProjection:
-    """`image_encoder_config`'s network with random weights."""
-    return CLIPVisionModelWithProjection(image_encoder_config(sizes))

@@ -23,9 +23,7 @@ USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | 
 
 @dataclass
 class VerifyConfig:
-    """`verify`: fixture is the path of a fixture without suffix."""
-
-    fixture: str = MISSING
+    fixture: str = MISSING  # path without suffix
 
 
 def inspect_command(arguments: list[str]) -> None:
@@ -73,7 +71,6 @@ COMMANDS = {"inspect": inspect_command, "verify": verify_command, "convert": con
 
 
 def main(arguments: list[str]) -> None:
-    """Run one command."""
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return

@@ -39,18 +39,12 @@ IMAGE_SCHEDULE = {
 
 @dataclass
 class ConvertConfig:
-    """`convert`; families add a key for each of their files, see `published_file`.
-
-    family: name of a family.
-    output: the folder to write.
-    dtype: of the weights written: float32, float16 or bfloat16.
-    weights: folder that holds the files under their published names.
-    """
+    """`convert`; families add a key for each of their files, see `published_file`."""
 
     family: str = MISSING
-    output: str = MISSING
-    dtype: str = "float32"
-    weights: str | None = None
+    output: str = MISSING  # the folder to write
+    dtype: str = "float32"  # of the weights written
+    weights: str | None = None  # folder that holds the files under their published names
 
     def check(self) -> None:
         if self.dtype not in DTYPES:
@@ -58,7 +52,7 @@ class ConvertConfig:
 
 
 def published_file(*places: str) -> Any:
-    """A key that names a file; places: patterns in `weights=`, of which the first that exists is taken."""
+    """A key that names a file, else the first that exists of these patterns in `weights=`."""
     return field(default=None, metadata={"places": places})
 
 
@@ -73,28 +67,17 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Family:
-    """A published model.
-
-    Attributes:
-        config: keys of `convert`, and where the publishers' instructions put the files.
-        make: the pipeline from its files.
-        schedule: settings of DDIM that its inference uses.
-        window: frames that it was trained on at a time; None: as many as it knows.
-        folder: in `weights=`, where its files may lie in place of `weights=` itself.
-        recognisers: of its files by their tensors' shapes, for `inspect`; None: another file.
-        fixture: names of the files that a fixture of known answers describes.
-        outputs: (name, result) for every output that follows from a `verify.Fixture`.
-    """
+    """A published model."""
 
     name: str
-    config: type[ConvertConfig]
+    config: type[ConvertConfig]  # keys of `convert`, and where the publishers' instructions put the files
     make: Callable[["Sources"], AnimationPipeline]
-    schedule: Mapping[str, Any]
-    window: int | None = None
-    folder: str = ""
-    recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()
-    fixture: frozenset[str] = frozenset()
-    outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None
+    schedule: Mapping[str, Any]  # settings of DDIM that its inference uses
+    window: int | None = None  # frames that it was trained on at a time; None: as many as it knows
+    folder: str = ""  # in `weights=`, where its files may lie in place of `weights=` itself
+    recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()  # of its files, for `inspect`
+    fixture: frozenset[str] = frozenset()  # files that a `verify.Fixture` describes
+    outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None  # (name, result) from such a fixture
 
     def scheduler(self) -> DDIMScheduler:
         settings = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "clip_sample": False}
@@ -133,16 +116,12 @@ def convert_config(family: str, output: str, **keys: Any) -> ConvertConfig:
 
 
 class Sources:
-    """The files that a conversion names.
-
-    Attributes:
-        notes: what the user should know about the result, in sentences.
-    """
+    """The files that a conversion names."""
 
     def __init__(self, config: ConvertConfig):
         self.config, self.family = config, published_family(config.family)
         self.dtype = DTYPES[config.dtype]
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # sentences for the user about the result
 
     def path(self, name: str, required: bool = True) -> Path | None:
         """The file or folder given as `name=`, or found in `weights=`; of several epochs the last."""
@@ -169,13 +148,11 @@ class Sources:
         return tensors, f"{name}={path}"
 
     def load(self, name: str, load: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
-        """The network that a loader of tensors makes of a file."""
         return load(*self.tensors(name), dtype=self.dtype, **arguments)
 
     def load_folder(
         self, name: str, cls: type[nn.Module], dtype: torch.dtype | None = None, others: tuple[str, ...] = ()
     ) -> nn.Module:
-        """A network from a folder of diffusers or transformers."""
         path = self.path(name)
         return load_folder(cls, path, f"{name}={path}", dtype or self.dtype, others)
 
@@ -183,9 +160,7 @@ class Sources:
 def convert(config: ConvertConfig) -> list[str]:
     """Load everything strictly, then write the folder, which appears when it is complete; returns `Sources.notes`.
 
-    Raises:
-        UserError: an unknown family or dtype, a missing file, one that does not fit, or an output folder that holds
-            something else than an earlier result.
+    A `UserError` also stops it where the output folder holds something else than an earlier result.
     """
     family = published_family(config.family)
     config.check()

@@ -43,15 +43,10 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
-    """Name -> tensor of a checkpoint file, in its dtype, on the CPU, without what trainers put around names.
+    """Name -> tensor of a checkpoint, in its dtype, on the CPU, without what trainers put around names.
 
-    Args:
-        path: .safetensors, a torch file of any suffix, a `.index.json` of shards, or a folder of diffusers or
-            transformers.
-        argument: the user's name for this file, for errors.
-
-    Raises:
-        UserError: the file is missing, cut short, of another sort, or holds more than tensors.
+    A checkpoint is a .safetensors or torch file, a `.index.json` of shards, or a folder of diffusers or transformers.
+    A `UserError` names it as `argument` where it is missing, cut short, of another sort, or holds more than tensors.
     """
     file = weights_file(Path(path), f"{argument}={path}")
     what = f"{argument}={file}"
@@ -61,7 +56,7 @@ def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
 
 
 def weights_file(path: Path, what: str) -> Path:
-    """The file itself, or the weights of a folder; `what` names it in errors."""
+    """The file itself, or the weights of a folder."""
     if not path.exists():
         raise UserError(f"{what} does not exist")
     if path.is_file():
@@ -82,7 +77,7 @@ def common_prefix(names: list[str]) -> str:
 
 
 def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors by names without these prefixes, in whatever order and number they come."""
+    """Tensors by names without these prefixes, in any order and number."""
     stripped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = name
@@ -95,7 +90,7 @@ def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[s
 
 
 def read_file(path: Path, what: str) -> dict[str, Tensor]:
-    """Tensors of a file or of its shards, under the names they have there; `what` names it in errors."""
+    """Tensors of a file or of its shards, under the names they have there."""
     if path.name.endswith(".index.json"):
         return _read_shards(path, what)
     with open(path, "rb") as file:

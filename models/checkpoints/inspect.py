@@ -29,6 +29,7 @@ from models.checkpoints.networks import (
     UNetSizes,
     control_net_manifest,
     embedding_channels,
+    has,
     joined,
     make_autoencoder,
     unet_manifest,
@@ -47,7 +48,7 @@ FOLDER_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, CLIPTextModel, CL
 
 @dataclass(frozen=True)
 class Inspection(Recognised):
-    """The same with what the file holds."""
+    """A recognised file and its contents."""
 
     tensors: int = 0
     elements: int = 0
@@ -70,7 +71,7 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
                 candidates.append(recognise(shapes))
     found = min(filter(None, candidates), key=lambda candidate: len(candidate.mismatch), default=None)
     if found is None:
-        others = [kind for prefix, kind in OTHER_FILES.items() if any(name.startswith(prefix) for name in plain)]
+        others = [kind for prefix, kind in OTHER_FILES.items() if has(plain, prefix)]
         found = Recognised(others[0]) if others else Recognised("unknown", f"first names {', '.join(list(plain)[:3])}")
     return Inspection(
         **vars(found),
@@ -81,24 +82,19 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
 
 
 def inspect_folder(folder: Path) -> str | None:
-    """The class of a folder that its own configuration defines, after a check that its weights fit; None for others.
-
-    Raises:
-        UserError: the weights do not fit.
-    """
+    """The class of a folder that its own configuration defines and its weights must fit; None for others."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = config.get("_class_name") or config["architectures"][0]
+        cls = FOLDER_CLASSES[name]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    if name not in FOLDER_CLASSES:
-        return None
-    load_folder(FOLDER_CLASSES[name], folder, str(folder))
+    load_folder(cls, folder, str(folder))
     return name
 
 
 def control_net(shapes: Shapes) -> Recognised | None:
-    if not any(name.startswith(EMBEDDING) for name in shapes):
+    if not has(shapes, EMBEDDING):
         return None
     sizes = unet_sizes(shapes)
     wanted = control_net_manifest(sizes, embedding_channels(shapes, EMBEDDING))
@@ -106,7 +102,7 @@ def control_net(shapes: Shapes) -> Recognised | None:
 
 
 def autoencoder(shapes: Shapes) -> Recognised | None:
-    if not any(name.startswith(("decoder.", "encoder.down_blocks.", "encoder.conv_in.")) for name in shapes):
+    if not has(shapes, "decoder.", "encoder.down_blocks.", "encoder.conv_in."):
         return None
     network = on_meta(make_autoencoder, current_names(shapes))
     wanted = shapes_of(network.state_dict())
@@ -116,14 +112,10 @@ def autoencoder(shapes: Shapes) -> Recognised | None:
 
 
 def image_unet(kind: str, manifest: Callable[[UNetSizes], Shapes]) -> Callable[[Shapes], Recognised | None]:
-    """Recogniser of files that hold an image UNet, or most of one.
-
-    Args:
-        manifest: UNet sizes -> name -> shape in such a file.
-    """
+    """Recogniser of files that hold an image UNet, or most of one, with the names and shapes of `manifest`."""
 
     def recognise(shapes: Shapes) -> Recognised | None:
-        if any(MOTION in name for name in shapes) or not any(name.startswith("up_blocks.") for name in shapes):
+        if any(MOTION in name for name in shapes) or not has(shapes, "up_blocks."):
             return None
         sizes = unet_sizes(shapes)
         return Recognised(kind, str(sizes), compare(manifest(sizes), shapes))

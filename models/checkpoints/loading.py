@@ -35,14 +35,10 @@ class Mismatch:
     unexpected: tuple[str, ...]
     misshapen: tuple[str, ...]
 
-    def __bool__(self) -> bool:
-        return len(self) > 0
-
     def __len__(self) -> int:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def lines(self) -> list[str]:
-        """One line for each sort of difference: its count and first names."""
         return [f"{sort} {len(names)}: {_first(names)}" for sort, names in vars(self).items() if names]
 
 
@@ -68,6 +64,10 @@ def on_meta(make: Callable[..., Module], *arguments: Any, **settings: Any) -> Mo
         return make(*arguments, **settings)
 
 
+def shapes_on_meta(make: Callable[..., nn.Module], *arguments: Any, **settings: Any) -> dict[str, tuple[int, ...]]:
+    return shapes_of(on_meta(make, *arguments, **settings).state_dict())
+
+
 def load_strictly(
     module: Module,
     tensors: Mapping[str, Tensor],
@@ -75,17 +75,10 @@ def load_strictly(
     dtype: torch.dtype = torch.float32,
     unused: Iterable[str] = (),
 ) -> Module:
-    """A network `on_meta` whose parameters become `tensors`, in evaluation mode.
+    """A network `on_meta` whose parameters become `tensors`, in evaluation mode; a `UserError` if they do not fit.
 
-    Tensors of the right dtype are not copied: they may be parts of a mapped file. Position tables are computed.
-
-    Args:
-        tensors: under the names of the module.
-        what: the file, for errors.
-        unused: parameters that no result depends on; they may be missing and are then zeros.
-
-    Raises:
-        UserError: names or shapes differ, or a tensor holds no floating-point numbers.
+    Tensors of the right dtype are not copied: they may be parts of a mapped file. Position tables are computed;
+    parameters that are `unused` may be missing and are then zeros.
     """
     state = module.state_dict()
     zeros = set(unused) - tensors.keys()
@@ -116,12 +109,7 @@ def load_folder(
 ) -> Module:
     """`cls.from_pretrained` of a local folder of diffusers or transformers, as strict as `load_strictly`.
 
-    Args:
-        what: the folder as the user knows it, for errors.
-        others: first parts of the names of tensors of other networks, which the folder may hold too.
-
-    Raises:
-        UserError: no such folder, or its weights do not fit its configuration.
+    Tensors whose names start with `others` belong to other networks, which the folder may hold too.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -208,12 +196,12 @@ def published_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def current_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Names of a VAE of any release -> those of today."""
+    """Entries of a VAE under the names of today, from those of any release."""
     return replaced(entries, VAE_NAMES)
 
 
 def old_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Names of a VAE today -> those of the published files."""
+    """Entries of a VAE under the names of the published files."""
     return replaced(entries, [(new, old) for old, new in VAE_NAMES])
 
 
@@ -227,11 +215,7 @@ def table_length(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def position_length(tensors: Mapping[str, Tensor], what: str) -> int:
-    """Frames that the motion modules of a file know, after a check that its position tables are the sinusoidal ones.
-
-    Raises:
-        UserError: there is no table, lengths differ, or a table holds something else than its formula.
-    """
+    """Frames that the motion modules of a file know; a `UserError` unless its tables are the sinusoidal ones."""
     tables = {name: tensor for name, tensor in tensors.items() if is_position_table(name)}
     if not tables:
         raise UserError(f"{what} has no position tables (*{POSITIONS}): its motion modules are missing or incomplete")

@@ -26,6 +26,7 @@ from models.checkpoints.loading import (
     position_length,
     published_names,
     shapes_of,
+    shapes_on_meta,
 )
 from models.unets import DenoisingUNet, ReferenceNet
 
@@ -38,16 +39,12 @@ UNET_PREFIXES = ("module.", "unet.")
 
 @dataclass(frozen=True)
 class UNetSizes:
-    """Sizes of a UNet or ControlNet; defaults are Stable Diffusion 1.5.
-
-    Attributes:
-        attention: by level, finest first, whether it has spatial transformers.
-    """
+    """Sizes of a UNet or ControlNet; defaults are Stable Diffusion 1.5."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention: tuple[bool, ...] = (True, True, True, False)
+    attention: tuple[bool, ...] = (True, True, True, False)  # levels with spatial transformers, finest first
     layers_per_block: int = 2
     cross_attention_dim: int = 768
     num_attention_heads: int = 8
@@ -77,24 +74,29 @@ def joined(numbers: tuple[int, ...]) -> str:
 
 
 def count(shapes: Shapes, template: str) -> int:
-    """How many of template.format(0), template.format(1), ... there are, up to the first that is missing."""
+    """Count of template.format(0), template.format(1), ... up to the first that is missing."""
     found = 0
     while template.format(found) in shapes:
         found += 1
     return found
 
 
+def has(shapes: Shapes, *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in shapes)
+
+
+def widths(shapes: Shapes, prefix: str = "") -> tuple[int, ...]:
+    """Channels of each resolution of a UNet, or of a VAE's encoder, finest first."""
+    template = prefix + "down_blocks.{}.resnets.0.conv1.weight"
+    return tuple(shapes[template.format(level)][0] for level in range(count(shapes, template)))
+
+
 def unet_sizes(shapes: Shapes) -> UNetSizes:
     """Sizes of a UNet or ControlNet; what its tensors do not tell is Stable Diffusion 1.5's."""
     found: dict[str, Any] = {}
-    levels = range(count(shapes, "down_blocks.{}.resnets.0.conv1.weight"))
-    if levels:
-        found["block_out_channels"] = tuple(
-            shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels
-        )
-        found["attention"] = tuple(
-            any(name.startswith(f"down_blocks.{level}.attentions.") for name in shapes) for level in levels
-        )
+    if levels := range(len(widths(shapes))):
+        found["block_out_channels"] = widths(shapes)
+        found["attention"] = tuple(has(shapes, f"down_blocks.{level}.attentions.") for level in levels)
         found["layers_per_block"] = count(shapes, "down_blocks.0.resnets.{}.conv1.weight")
     if len(shapes.get("conv_in.weight", ())) == 4:
         found["in_channels"] = found["out_channels"] = shapes["conv_in.weight"][1]
@@ -110,7 +112,7 @@ def unet_sizes(shapes: Shapes) -> UNetSizes:
 
 def motion_sizes(shapes: Shapes, max_seq_length: int) -> MotionSizes:
     """Sizes of motion modules with names of this project, whose position tables have this length."""
-    sizes = MotionSizes(max_seq_length, any(name.startswith("mid_block.motion_modules.") for name in shapes))
+    sizes = MotionSizes(max_seq_length, has(shapes, "mid_block.motion_modules."))
     layers = count(shapes, "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight")
     return replace(sizes, layers=layers) if layers else sizes
 
@@ -120,25 +122,23 @@ def embedding_channels(shapes: Shapes, prefix: str = "") -> tuple[int, ...]:
     blocks = count(shapes, prefix + "blocks.{}.weight")
     if f"{prefix}conv_in.weight" not in shapes or not blocks:
         return (16, 32, 96, 256)
-    widths = [shapes[f"{prefix}blocks.{block}.weight"][0] for block in range(1, blocks, 2)]
-    return (shapes[f"{prefix}conv_in.weight"][0], *widths)
+    names = ("conv_in", *(f"blocks.{block}" for block in range(1, blocks, 2)))
+    return tuple(shapes[f"{prefix}{name}.weight"][0] for name in names)
 
 
 def unet_arguments(sizes: UNetSizes, suffix: str = "2D") -> dict[str, Any]:
-    """Arguments of diffusers' UNets, but for their heads; suffix: "2D" or "Motion", of their blocks' classes."""
+    """Arguments of diffusers' UNets, but for their heads, with block classes of "2D" or "Motion"."""
     blocks = block_types(["both" if attention else "none" for attention in sizes.attention], suffix)
     others = {name: value for name, value in vars(sizes).items() if name not in ("attention", "num_attention_heads")}
     return {"sample_size": 64, **blocks, **others}
 
 
 def control_net_arguments(sizes: UNetSizes, channels: tuple[int, ...]) -> dict[str, Any]:
-    """Arguments of `ControlNetModel`; channels: widths of its conditioning embedding."""
-    arguments = unet_arguments(sizes)
-    for name in ("up_block_types", "out_channels", "sample_size"):
-        del arguments[name]
-    # diffusers' misnomer: this is the number of heads
-    return arguments | {
-        "attention_head_dim": sizes.num_attention_heads,
+    """Arguments of `ControlNetModel` with a conditioning embedding of these channels."""
+    unknown = ("up_block_types", "out_channels", "sample_size")
+    return {
+        **{name: value for name, value in unet_arguments(sizes).items() if name not in unknown},
+        "attention_head_dim": sizes.num_attention_heads,  # diffusers' misnomer: this is the number of heads
         "conditioning_embedding_out_channels": channels,
     }
 
@@ -169,13 +169,11 @@ def make_control_net(sizes: UNetSizes, channels: tuple[int, ...]) -> ControlNetM
 
 def make_autoencoder(shapes: Shapes, norm_num_groups: int = 32) -> AutoencoderKL:
     """VAE of these shapes, names of today; scale factor 0.18215, as in Stable Diffusion."""
-    levels = range(count(shapes, "encoder.down_blocks.{}.resnets.0.conv1.weight"))
-    widths = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels]
-    widths = widths or [128, 256, 512, 512]
+    channels = widths(shapes, "encoder.") or (128, 256, 512, 512)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=tuple(widths),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=count(shapes, "encoder.down_blocks.0.resnets.{}.conv1.weight") or 2,
         latent_channels=shapes.get("decoder.conv_in.weight", (0, 4))[1],
         norm_num_groups=norm_num_groups,
@@ -186,7 +184,7 @@ def make_autoencoder(shapes: Shapes, norm_num_groups: int = 32) -> AutoencoderKL
 
 def animated_unet_manifest(sizes: UNetSizes, motion: MotionSizes) -> Shapes:
     """Published name -> shape of an image UNet with motion modules, MagicAnimate's `temporal_attention.ckpt`."""
-    return published_names(shapes_of(on_meta(make_denoising_unet, sizes, motion, "frame").state_dict()))
+    return published_names(shapes_on_meta(make_denoising_unet, sizes, motion, "frame"))
 
 
 def motion_manifest(sizes: UNetSizes, motion: MotionSizes) -> Shapes:
@@ -205,7 +203,7 @@ def reference_unet_manifest(sizes: UNetSizes) -> Shapes:
 
 
 def control_net_manifest(sizes: UNetSizes, channels: tuple[int, ...]) -> Shapes:
-    return shapes_of(on_meta(make_control_net, sizes, channels).state_dict())
+    return shapes_on_meta(make_control_net, sizes, channels)
 
 
 def load_reference_net(
@@ -232,9 +230,7 @@ def load_denoising_unet(
 ) -> DenoisingUNet:
     """Denoising UNet from the tensors of the image UNet and of the motion modules.
 
-    Args:
-        length: frames of the position tables, for models whose own code computes them and ignores the file's; None:
-            as in the file, which must then have them.
+    A `length` of position tables is for models whose own code computes them; else the file must have them.
     """
     tensors = without_prefixes(tensors, what, UNET_PREFIXES)
     length = length or position_length(tensors, what)
@@ -260,8 +256,7 @@ def load_autoencoder(
 ) -> AutoencoderKL:
     """VAE of Stable Diffusion 1 from tensors with the names of any release."""
     tensors = current_names(tensors)
-    network = on_meta(make_autoencoder, shapes_of(tensors), norm_num_groups)
-    return load_strictly(network, tensors, what, dtype)
+    return load_strictly(on_meta(make_autoencoder, shapes_of(tensors), norm_num_groups), tensors, what, dtype)
 
 
 def check_reference_net(reference_net: ReferenceNet, denoising_unet: DenoisingUNet, vae: AutoencoderKL) -> None:

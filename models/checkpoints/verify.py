@@ -1,4 +1,4 @@
-"""Known answers: does this project compute what the published code computes, from the published tensor names?
+"""Known answers: outputs of the published code from the published tensor names, which this project must reproduce.
 
 A fixture is a pair of files: `NAME.json` describes networks, inputs and outputs, `NAME.safetensors` holds the numbers.
 Instead of weights it has names, shapes and seeds, from which `synthetic_tensors` draws the same weights everywhere.
@@ -29,31 +29,20 @@ BIAS_SCALE, NORM_SCALE = 0.05, 0.1
 
 @dataclass(frozen=True)
 class Fixture:
-    """Networks, inputs and known outputs.
+    """Networks, inputs and known outputs."""
 
-    Attributes:
-        config: the numbers that define the networks.
-        shapes: checkpoint file -> tensor name -> shape.
-        seeds: checkpoint file -> seed of its weights.
-        meanings: output -> description.
-        tolerances: output -> largest difference allowed in float32.
-        inputs, expected: name -> tensor.
-    """
-
-    config: Mapping[str, Any]
-    shapes: Mapping[str, Mapping[str, list[int]]]
-    seeds: Mapping[str, int]
-    meanings: Mapping[str, str]
-    tolerances: Mapping[str, float]
+    config: Mapping[str, Any]  # the numbers that define the networks
+    shapes: Mapping[str, Mapping[str, list[int]]]  # checkpoint file -> tensor name -> shape
+    seeds: Mapping[str, int]  # checkpoint file -> seed of its weights
+    meanings: Mapping[str, str]  # output -> description
+    tolerances: Mapping[str, float]  # output -> largest difference allowed in float32
     inputs: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
 
     def checkpoint(self, file: str) -> dict[str, Tensor]:
-        """The tensors of a checkpoint file."""
         return synthetic_tensors(self.shapes[file], self.seeds[file])
 
     def unet_sizes(self) -> UNetSizes:
-        """Sizes of the UNets and of a ControlNet."""
         config = self.config
         if not config.get("flip_sin_to_cos", True) or config.get("freq_shift", 0):
             raise UserError("flip_sin_to_cos must be true and freq_shift 0, as in Stable Diffusion 1")
@@ -86,7 +75,7 @@ class Fixture:
         return words.pop().removeprefix("per ")
 
     def reference_tokens(self, tokens: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Those outputs that are said to be the input of a layer, from layer -> tokens."""
+        """(output, tokens) for outputs that are the input of a layer, from layer -> tokens."""
         for name, meaning in self.meanings.items():
             layer = re.search(r"input of (\S+\.attn1)\b", meaning)
             if layer and layer[1] in tokens:
@@ -148,7 +137,6 @@ def compute(fixture: Fixture) -> dict[str, Tensor]:
 
 
 def verify(fixture: Fixture) -> list[Result]:
-    """One result for each output of the fixture, in its order."""
     computed = compute(fixture)
     return [
         Result(name, difference(computed.get(name), expected), fixture.tolerances[name])

@@ -29,6 +29,7 @@ from models.checkpoints.loading import (
     on_meta,
     position_table,
     shapes_of,
+    shapes_on_meta,
     table_length,
 )
 from models.checkpoints.networks import (
@@ -38,6 +39,7 @@ from models.checkpoints.networks import (
     UNetSizes,
     check_reference_net,
     embedding_channels,
+    has,
     joined,
     load_denoising_unet,
     load_reference_net,
@@ -80,7 +82,7 @@ class StableDiffusionFiles(ConvertConfig):
 
 
 def with_motion(unet: Tensors, motion_module: Tensors) -> dict[str, Tensor]:
-    """The tensors of an image UNet and the motion modules of another file, in one dictionary."""
+    """Tensors of an image UNet and of another file's motion modules."""
     image = {name: tensor for name, tensor in unet.items() if MOTION not in name}
     return image | {name: tensor for name, tensor in motion_module.items() if MOTION in name}
 
@@ -97,7 +99,7 @@ def load_image_unet(tensors: Tensors, what: str, dtype: torch.dtype = torch.floa
 
 
 def reset_motion_module(module: MotionModule) -> None:
-    """New random weights, output projection zero."""
+    """Random weights, output projection zero."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.LayerNorm, nn.GroupNorm)):
             part.reset_parameters()
@@ -112,7 +114,7 @@ def make_pose_guider(width: int, channels: tuple[int, ...]) -> PoseGuider:
 
 
 def pose_guider_manifest(width: int, channels: tuple[int, ...]) -> Shapes:
-    return shapes_of(on_meta(make_pose_guider, width, channels).state_dict())
+    return shapes_on_meta(make_pose_guider, width, channels)
 
 
 def load_pose_guider(tensors: Tensors, what: str, dtype: torch.dtype = torch.float32) -> PoseGuider:
@@ -120,7 +122,7 @@ def load_pose_guider(tensors: Tensors, what: str, dtype: torch.dtype = torch.flo
 
 
 def pose_guider_sizes(shapes: Shapes) -> tuple[int, tuple[int, ...]]:
-    """Channels of its output, and widths."""
+    """Channels of the output, and of the embedding."""
     return shapes.get("conv_out.weight", UNetSizes().block_out_channels)[0], embedding_channels(shapes)
 
 
@@ -173,7 +175,6 @@ def new_pose_guider(sources: Sources) -> PoseGuider:
 def make_pipeline(
     sources: Sources, reference_net: ReferenceNet, denoising_unet: DenoisingUNet, pose_guider: PoseGuider
 ) -> AnimationPipeline:
-    """The networks with image encoder, VAE and schedule."""
     image_encoder = sources.load_folder("image_encoder", CLIPVisionModelWithProjection)
     vae = sources.load_folder("vae", AutoencoderKL)
     check_reference_net(reference_net, denoising_unet, vae)
@@ -220,16 +221,14 @@ def motion_file_sizes(shapes: Shapes) -> UNetSizes:
 
 
 def recognise_pose_guider(shapes: Shapes) -> Recognised | None:
-    if not any(name.startswith("blocks.") for name in shapes):
+    if not has(shapes, "blocks."):
         return None
     width, channels = pose_guider_sizes(shapes)
-    return Recognised(
-        "pose guider", f"widths {joined(channels)}", compare(pose_guider_manifest(width, channels), shapes)
-    )
+    wanted = pose_guider_manifest(width, channels)
+    return Recognised("pose guider", f"widths {joined(channels)}", compare(wanted, shapes))
 
 
 def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
-    """Known answers of the Moore Threads release."""
     sizes = fixture.unet_sizes()
     reference_net = load_reference_net(fixture.checkpoint("reference_unet"), "reference_unet", sizes)
     unet = load_denoising_unet(

@@ -15,7 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.reference_net import ReferenceNetMixin, small_unets
-from models.animators.small_networks import NetworkSizes, check_pose_channels, small_image_encoder
+from models.animators.small_networks import NetworkSizes, check_pose_channels, image_encoder_config
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 
@@ -46,15 +46,14 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
         self.image_encoder = image_encoder
 
     def encode_reference(self, reference: ImageBatch) -> Tensor:
-        """The image embedding of the reference, (1, 1, channels)."""
-        return image_context(self.image_encoder, reference.pixels).to(self.dtype)
+        return image_context(self.image_encoder, reference.pixels).to(self.dtype)  # (1, 1, channels)
 
     def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
         return pose_features(self.pose_guider, poses)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        """The unconditional half has no image and a zero context, and keeps the pose."""
         context, pose = condition.conditioning, condition.pose
+        # The unconditional half has no image and a zero context, and keeps the pose.
         return guided(
             lambda: self.denoising_unet(sample, timestep, context, pose, condition.context),
             lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose, None),
@@ -62,7 +61,6 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
         )
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
-        """Dropped samples train the unconditional half of guidance."""
         image = batch.reference_image
         context = image if image.ndim == 3 else image_context(self.image_encoder, image)  # (b, 1, channels)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
@@ -78,31 +76,27 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Pose guider and motion modules end in zeros, so they start as no change."""
+        # Pose guider and motion modules end in zeros, so they start as no change.
         settings = {"use_motion_mid_block": True}
         reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, settings)
         pose_guider = PoseGuider(sizes.block_out_channels[0], 3, tuple(sizes.pose_channels))
-        return cls(reference_net, denoising_unet, pose_guider, small_image_encoder(sizes))
+        image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
+        return cls(reference_net, denoising_unet, pose_guider, image_encoder)
 
     def unused_parameters(self) -> set[str]:
-        """Those after the ReferenceNet's last written layer, and queries and keys of attention to one image token."""
         names = super().unused_parameters()
+        # queries and keys of attention to one image token
         for network in ("denoising_unet", "reference_net"):
             names |= {f"{network}.{name}" for name in one_token_parameters(getattr(self, network))}
         return names
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Pose features must be of the latents' size, too."""
         check_pose_channels(self.pose_guider.config.block_out_channels, factor)
         super().check_size(factor, size)
 
 
 def pose_features(pose_guider: PoseGuider, poses: ImageSequence, kept_frames: int = KEPT_FRAMES) -> PoseCondition:
-    """Features (1, c, f, h, w) of a window's frames, the same at every step.
-
-    Args:
-        kept_frames: the longest clip whose features are all computed now, and kept.
-    """
+    """Features (1, c, f, h, w) of a window's frames; those of clips up to `kept_frames` are computed now, and kept."""
 
     def compute(frames: range) -> Tensor:
         parts = [frames[start : start + POSE_CHUNK] for start in range(0, len(frames), POSE_CHUNK)]
@@ -115,13 +109,9 @@ def pose_features(pose_guider: PoseGuider, poses: ImageSequence, kept_frames: in
 
 
 def image_context(image_encoder: CLIPVisionModelWithProjection, image: Tensor) -> Tensor:
-    """Image embedding of the reference as cross-attention context: one token, as the published weights expect.
+    """Embedding (b, 1, channels) of images (b, 3, H, W) in [-1, 1], squashed to the encoder's square.
 
-    Args:
-        image: (b, 3, H, W) in [-1, 1], squashed to the encoder's square.
-
-    Returns:
-        (b, 1, projection channels).
+    It is one token of cross-attention's context, as the published weights expect.
     """
     pixels = clip_pixels(image, image_encoder.config.image_size).to(next(image_encoder.parameters()).dtype)
     return image_encoder(pixels).image_embeds[:, None]

@@ -35,7 +35,16 @@ from models.animators.disco.networks import (
 )
 from models.attention.context import ReferenceContext
 from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
-from models.checkpoints.loading import Shapes, compare, current_names, load_strictly, old_names, on_meta, shapes_of
+from models.checkpoints.loading import (
+    Shapes,
+    compare,
+    current_names,
+    load_strictly,
+    old_names,
+    on_meta,
+    shapes_of,
+    shapes_on_meta,
+)
 from models.checkpoints.networks import (
     EMBEDDING,
     Tensors,
@@ -43,6 +52,7 @@ from models.checkpoints.networks import (
     control_net_arguments,
     count,
     embedding_channels,
+    has,
     load_autoencoder,
     make_autoencoder,
     unet_arguments,
@@ -64,17 +74,13 @@ LATENT_SIDE = 32  # trained on 256 x 256 pixels
 
 @dataclass
 class DiscoFiles(ConvertConfig):
-    """`convert family=disco`: checkpoint, in which everything is; or unet, image_encoder and vae to train a new one.
+    """`convert family=disco`: checkpoint; or unet, image_encoder and vae to train a new one."""
 
-    null_tokens: context of the unconditional half of guidance: "empty_image" for models trained with dropped
-        references (drop_ref above 0), "zeros" for the others.
-    """
-
-    checkpoint: str | None = published_file("mp_rank_00_model_states.pt")
+    checkpoint: str | None = published_file("mp_rank_00_model_states.pt")  # everything is in it
     unet: str | None = published_file("unet", "stable-diffusion-v1-5/unet")
     image_encoder: str | None = published_file("image_encoder")
     vae: str | None = published_file("sd-vae-ft-mse", "vae")
-    null_tokens: str = "empty_image"
+    null_tokens: str = "empty_image"  # for models trained with dropped references (drop_ref above 0), or "zeros"
 
     def check(self) -> None:
         super().check()
@@ -102,11 +108,6 @@ def load_disco(
     vae_norm_groups: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> DiscoWeights:
-    """All networks of a file.
-
-    Raises:
-        UserError: missing, unexpected or misshapen tensors.
-    """
     parts = split_parts(tensors)
     strange = next(iter(parts.pop("", {})), None)
     if strange is not None:
@@ -193,15 +194,13 @@ def clip_config(shapes: Shapes) -> CLIPVisionConfig:
 
 
 def disco_manifest(shapes: Shapes) -> Shapes:
-    """Name -> shape of the complete file that a file of these shapes is, or is most of.
-
-    Files of the attribute pre-training have their ControlNet under `controlnet.nets.1.` in it.
-    """
+    """Name -> shape of the complete file that these shapes are from, with a single ControlNet as `nets.1.`."""
     parts = split_parts(shapes)
-    networks, vae = make_networks(parts), on_meta(make_autoencoder, parts[VAE])
+    networks = make_networks(parts)
     if not parts[POSE]:
         del networks[POSE]
-    wanted = {f"{VAE}{name}": shape for name, shape in old_names(shapes_of(vae.state_dict())).items()}
+    vae = old_names(shapes_on_meta(make_autoencoder, parts[VAE]))
+    wanted = {f"{VAE}{name}": shape for name, shape in vae.items()}
     for prefix, network in networks.items():
         own = shapes_of(network.state_dict())
         for name, shape in own.items():
@@ -213,8 +212,7 @@ def disco_manifest(shapes: Shapes) -> Shapes:
 
 
 def recognise_disco(shapes: Shapes) -> Recognised | None:
-    """Image model, temporal variant, or attribute pre-training."""
-    if not all(any(name.startswith(part) for name in shapes) for part in ((PROJECTION, CLIP), UNET)):
+    if not (has(shapes, PROJECTION, CLIP) and has(shapes, UNET)):
         return None
     parts = split_parts(shapes)
     found = {f"{prefix}{name}": shape for prefix, part in parts.items() for name, shape in part.items()}
@@ -228,7 +226,6 @@ def recognise_disco(shapes: Shapes) -> Recognised | None:
 
 
 def make_disco(sources: Sources) -> DiscoPipeline:
-    """The image model, its temporal variant, what attribute pre-training left, or base weights to train one from."""
     if sources.path("checkpoint", required=sources.config.unet is None) is None:
         weights = base_weights(sources)
     else:
@@ -248,8 +245,7 @@ def make_disco(sources: Sources) -> DiscoPipeline:
 
 
 def base_weights(sources: Sources) -> DiscoWeights:
-    """Start of the published training: the UNet of sd-image-variations, a ControlNet of the background made of it, and
-    CLIP's own projection for all of its tokens."""
+    """Start of the published training: UNet of sd-image-variations, its copy as ControlNet, CLIP's own projection."""
     tensors, what = sources.tensors("unet")
     image_encoder = sources.load_folder("image_encoder", CLIPVisionModelWithProjection)
     projection = image_encoder.visual_projection.weight
@@ -271,7 +267,6 @@ def base_weights(sources: Sources) -> DiscoWeights:
 
 
 def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
-    """Known answers of the image model."""
     weights = load_disco(
         fixture.checkpoint("module"),
         "module",

@@ -32,8 +32,8 @@ from models.animators.small_networks import (
     NetworkSizes,
     block_types,
     check_pose_channels,
+    image_encoder_config,
     resolution_settings,
-    small_image_encoder,
     unet_settings,
 )
 from models.attention.context import ReferenceContext
@@ -49,26 +49,14 @@ SOURCE = "images"  # the name of the tokens, which all layers of all networks sh
 
 @dataclass(frozen=True)
 class DiscoConditioning:
-    """Conditioning that follows from the reference alone.
+    """Conditioning that follows from the reference alone."""
 
-    Attributes:
-        null: tokens of the unconditional half of guidance, (1, tokens, channels).
-        background: latents of the reference without the person, (1, c, h, w).
-    """
-
-    null: Tensor
-    background: Tensor
+    null: Tensor  # tokens of the unconditional half of guidance, (1, tokens, channels)
+    background: Tensor  # latents of the reference without the person, (1, c, h, w)
 
 
 class DisCo(Animator):
-    """The networks that are trained together; DeepSpeed and FSDP take one module.
-
-    Args:
-        unet, pose_control_net, background_control_net: of the image model, or of the temporal variant.
-        image_encoder: CLIP's, of which all tokens are used.
-        token_projection: of these tokens to the width of cross-attention.
-        null_tokens: one of `NULL_TOKENS`.
-    """
+    """The networks that are trained together; DeepSpeed and FSDP take one module."""
 
     needs_mask = True
     trainable = True
@@ -83,7 +71,7 @@ class DisCo(Animator):
         background_control_net: DiscoControlNet,
         image_encoder: CLIPVisionModelWithProjection,
         token_projection: TokenProjection,
-        null_tokens: str = "empty_image",
+        null_tokens: str = "empty_image",  # one of `NULL_TOKENS`
     ):
         super().__init__()
         if null_tokens not in NULL_TOKENS:
@@ -101,7 +89,6 @@ class DisCo(Animator):
 
     @property
     def temporal(self) -> bool:
-        """Frames of a clip attend to each other."""
         return self.unet.config.temporal
 
     @property
@@ -110,7 +97,7 @@ class DisCo(Animator):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches of CLIP's input, (16, 16) in the published model; a token of the whole image comes before them."""
+        """Rows and columns of the patches of CLIP's input, (16, 16) in the published model."""
         config = self.image_encoder.config
         return (config.image_size // config.patch_size,) * 2
 
@@ -164,22 +151,14 @@ class DisCo(Animator):
 
     def predict_frames(
         self,
-        latents: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        poses: Tensor,
-        background: Tensor,
+        latents: Tensor,  # (f, c, h, w)
+        timestep: Tensor,  # scalar or (f,)
+        context: Tensor,  # tokens of every frame where `reference` is None, (1, tokens, channels)
+        poses: Tensor,  # (f, 3, H, W) in [0, 1]
+        background: Tensor,  # (1, c, h, w) or (f, c, h, w)
         reference: ReferenceContext | None,
     ) -> Tensor:
-        """Prediction (f, c, h, w) without guidance for single images, or for one clip of the temporal variant.
-
-        Args:
-            latents: (f, c, h, w).
-            timestep: scalar or (f,).
-            context: tokens of every frame where `reference` is None, (1, tokens, channels).
-            poses: (f, 3, H, W) in [0, 1].
-            background: (1, c, h, w) or (f, c, h, w).
-        """
+        """Prediction (f, c, h, w) without guidance for single images, or for one clip of the temporal variant."""
         residuals = self.control_residuals(latents, timestep, context, poses, background, reference)
         return self.unet(
             latents,
@@ -216,7 +195,6 @@ class DisCo(Animator):
         return summed
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
-        """Dropped samples train the unconditional half of guidance, which has no person."""
         clips, _, num_frames = batch.noisy_latents.shape[:3]
         images, masks = batch.reference_image, batch.reference_mask
         if batch.calibrated is not None:
@@ -243,8 +221,7 @@ class DisCo(Animator):
         return prediction.unflatten(0, (clips, num_frames)).transpose(1, 2)
 
     def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        """The background, with the person grey, the middle of the range of values."""
-        return images * (1 - masks.to(images.dtype))
+        return images * (1 - masks.to(images.dtype))  # the person grey, the middle of the range of values
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
@@ -255,25 +232,23 @@ class DisCo(Animator):
             **block_types(attention),
             **unet_settings(sizes, latent_channels, image_size),
         )
-        image_encoder = small_image_encoder(sizes)
+        image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
         projection = TokenProjection(sizes.image_encoder_width, sizes.context_dim)
         projection.linear.load_state_dict(image_encoder.visual_projection.state_dict())
         control_nets = (new_control_net(unet, latent, tuple(sizes.pose_channels)) for latent in (False, True))
         return cls(unet, *control_nets, image_encoder, projection)
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Pose images must end as small as the latents, too."""
         check_pose_channels(self.pose_control_net.config.conditioning_embedding_out_channels, factor)
         super().check_size(factor, size)
 
     def prepare_stage(self, stage: str) -> None:
-        """Clips are trained with the temporal variant, which an image model becomes here."""
+        # Clips are trained with the temporal variant.
         if stage == "motion" and not self.temporal:
             for name in self.adapted_networks:
                 setattr(self, name, with_time(getattr(self, name)))
 
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
-        """As published: everything, what attribute pre-training trains, what one person needs, or what is temporal."""
         return ("full", "attributes", "person") if stage == "image" else ("full", "temporal")
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
@@ -281,8 +256,7 @@ class DisCo(Animator):
         return recipe_parameters(names, choice, image_encoder)
 
     def unused_parameters(self) -> set[str]:
-        """CLIP's own projection, of its first token."""
-        return {"image_encoder.visual_projection.weight"}
+        return {"image_encoder.visual_projection.weight"}  # of CLIP's first token
 
 
 @animated_by(DisCo)

@@ -92,7 +92,7 @@ class TemporalTransformerBlock(BasicTransformerBlock):
 
 
 def add_time(network: nn.Module) -> None:
-    """Make a UNet or ControlNet of the image model a temporal one, with new weights; for constructors."""
+    """Make a UNet or ControlNet of the image model a temporal one, with new weights."""
     for module in list(network.modules()):
         for name, part in list(module.named_children()):
             if isinstance(part, ResnetBlock2D):
@@ -106,15 +106,12 @@ def add_time(network: nn.Module) -> None:
 
 
 def is_temporal(name: str) -> bool:
-    """Tell if a parameter is one that the temporal variant adds."""
+    """True for parameters that the temporal variant adds."""
     return ".tem_" in name
 
 
 class DiscoUNet(UNet2DConditionModel):
-    """Stable Diffusion's UNet. Configuration as its parent's, and:
-
-    temporal: the batch is a clip whose frames attend to each other.
-    """
+    """Stable Diffusion's UNet; if `temporal`, the batch is a clip whose frames attend to each other."""
 
     @with_parameters(UNet2DConditionModel.__init__, temporal=False)
     def __init__(self, *args, temporal: bool = False, **kwargs):
@@ -133,17 +130,11 @@ class LatentEmbedding(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, channels, kernel_size=3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(f, c, h, w) -> (f, channels, h, w)."""
-        return self.conv_in(latents)
+        return self.conv_in(latents)  # (f, c, h, w) -> (f, channels, h, w)
 
 
 class DiscoControlNet(ControlNetModel):
-    """ControlNet of the pose, or of the background. Configuration as its parent's, and:
-
-    temporal: the batch is a clip whose frames attend to each other.
-    latent_conditioning: the condition is latents, (f, c, h, w), as the background's is, instead of images,
-        (f, 3, H, W) in [0, 1], as the pose's.
-    """
+    """ControlNet of the pose, on images (f, 3, H, W) in [0, 1], or of the background, on latents (f, c, h, w)."""
 
     @with_parameters(ControlNetModel.__init__, temporal=False, latent_conditioning=False)
     def __init__(self, *args, temporal: bool = False, latent_conditioning: bool = False, **kwargs):
@@ -167,8 +158,7 @@ class TokenProjection(ModelMixin, ConfigMixin):
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, tokens, in) -> (b, tokens, out)."""
-        return self.linear(tokens)
+        return self.linear(tokens)  # (b, tokens, in) -> (b, tokens, out)
 
 
 def new_control_net(
@@ -176,8 +166,7 @@ def new_control_net(
 ) -> DiscoControlNet:
     """The ControlNet that training starts with: the UNet's downward half, and an output of zero.
 
-    Args:
-        embedding_widths: of the pose images' embedding; each after the first halves the images.
+    Each of the embedding's widths after the first halves the pose images.
     """
     known = inspect.signature(ControlNetModel.__init__).parameters
     network = DiscoControlNet(
@@ -209,19 +198,13 @@ def started_from(network: ModelMixin, weights: Mapping[str, Tensor]) -> ModelMix
 
 
 def recipe_parameters(names: set[str], choice: str, image_encoder: bool) -> set[str]:
-    """Which of a model's parameters a published recipe trains.
-
-    Args:
-        names: parameters of `models.animators.disco.model.DisCo`.
-        choice: "full", "attributes" (pre-training on images of many people), "person" (one person) or "temporal".
-        image_encoder: whether "full" includes CLIP, which the published recipe leaves as it is.
-    """
+    """Those of the parameters of `DisCo` that a published recipe trains, which leaves CLIP as it is."""
 
     def part(*prefixes: str) -> set[str]:
         return {name for name in names if name.startswith(prefixes)}
 
     unet, background = part("unet."), part(BACKGROUND_PREFIX)
-    if choice == "attributes":
+    if choice == "attributes":  # pre-training on images of many people
         return {name for name in unet if ".transformer_blocks." in name} | background | part("token_projection.")
     if choice == "person":
         return {name for name in unet if ".attn2." in name} | background

@@ -19,8 +19,8 @@ from core.errors import UserError
 from models.animators.dream_pose.model import DreamPosePipeline
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, portrait_grid
 from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
-from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of
-from models.checkpoints.networks import Tensors, UNetSizes, load_autoencoder, unet_arguments, unet_sizes
+from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of, shapes_on_meta
+from models.checkpoints.networks import Tensors, UNetSizes, has, load_autoencoder, unet_arguments, unet_sizes
 from models.checkpoints.verify import Fixture
 from models.vae import vae_encode, vae_scale_factor
 
@@ -54,10 +54,8 @@ def make_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -
 
 
 def pose_channels(sizes: UNetSizes) -> tuple[int, ...] | None:
-    """Channels of a pose image that a UNet of these sizes uses; None: it is not DreamPose's.
-
-    One channel is not taken for a pose's: UNets for inpainting have five channels too many.
-    """
+    """Channels of a pose image that a UNet of these sizes uses; None: it is not DreamPose's."""
+    # One channel is not taken for a pose's: UNets for inpainting have five channels too many.
     channels, rest = divmod(sizes.in_channels - sizes.out_channels, POSES)
     return None if rest else IMAGE_CHANNELS.get(channels)
 
@@ -70,11 +68,7 @@ def load_dream_pose_unet(
     poses: int = POSES,
     channels: tuple[int, ...] | None = None,
 ) -> DreamPoseUNet:
-    """UNet from `unet_epoch_<n>.pth`.
-
-    Args:
-        poses, channels: see `DreamPoseUNet`; None: 2 channels are DensePose's, 3 those of a figure.
-    """
+    """UNet from `unet_epoch_<n>.pth`; without `channels`, 2 are DensePose's, 3 those of a figure."""
     sizes = sizes or unet_sizes(shapes_of(tensors))
     channels = channels or pose_channels(sizes)
     if channels is None:
@@ -86,7 +80,7 @@ def load_dream_pose_unet(
 
 
 def widened(tensors: Tensors, channels: int = 2) -> dict[str, Tensor]:
-    """Tensors of a Stable Diffusion UNet with zeros for new pose channels, which therefore change nothing yet."""
+    """Tensors of a Stable Diffusion UNet with zeros for new pose channels, which change nothing."""
     kernel = tensors["conv_in.weight"]
     new = kernel.new_zeros(kernel.shape[0], POSES * channels, *kernel.shape[2:])
     return {**tensors, "conv_in.weight": torch.cat([kernel, new], dim=1)}
@@ -95,11 +89,7 @@ def widened(tensors: Tensors, channels: int = 2) -> dict[str, Tensor]:
 def load_adapter(
     tensors: Tensors, what: str, dtype: torch.dtype = torch.float32, latent_grid: tuple[int, int] | None = None
 ) -> ImageAdapter:
-    """Adapter from `adapter_<n>.pth`, its null latents zero.
-
-    Args:
-        latent_grid: (rows, columns) of its pooled latents; None: 5 : 4 as far as their number allows.
-    """
+    """Adapter from `adapter_<n>.pth`, its null latents zero."""
     network = on_meta(ImageAdapter, **adapter_arguments(shapes_of(tensors), latent_grid))
     return load_strictly(network, tensors, what, dtype, unused=(NULL_LATENTS,))
 
@@ -118,12 +108,12 @@ def adapter_arguments(shapes: Shapes, latent_grid: tuple[int, int] | None = None
 
 
 def dream_pose_unet_manifest(sizes: UNetSizes) -> Shapes:
-    return shapes_of(on_meta(make_unet, sizes, pose_channels(sizes)).state_dict())
+    return shapes_on_meta(make_unet, sizes, pose_channels(sizes))
 
 
 def adapter_manifest(shapes: Shapes) -> Shapes:
     """`adapter_<n>.pth` of the sizes that these shapes tell."""
-    entries = shapes_of(on_meta(ImageAdapter, **adapter_arguments(shapes)).state_dict())
+    entries = shapes_on_meta(ImageAdapter, **adapter_arguments(shapes))
     return {name: shape for name, shape in entries.items() if name != NULL_LATENTS}
 
 
@@ -139,7 +129,7 @@ def recognise_unet(shapes: Shapes) -> Recognised | None:
 
 
 def recognise_adapter(shapes: Shapes) -> Recognised | None:
-    if not any(name.startswith("vae2clip.") for name in shapes):
+    if not has(shapes, "vae2clip."):
         return None
     arguments = adapter_arguments(shapes)
     rows, columns = arguments["latent_grid"]
@@ -194,14 +184,14 @@ def check_epochs(sources: Sources) -> None:
 
 @torch.no_grad()
 def null_latents(vae: AutoencoderKL, adapter: ImageAdapter) -> Tensor:
-    """The adapter's pooled latents of the empty image, grey, (latent channels, rows, columns)."""
+    """Pooled latents of the empty image, grey, (latent channels, rows, columns)."""
     height, width = (2 * vae_scale_factor(vae) * cells for cells in adapter.config.latent_grid)
     grey = torch.zeros(1, vae.config.in_channels, height, width)
     return adapter.pooled(vae_encode(vae, grey))[0].to(adapter.dtype)
 
 
 def clip_token_count(image_encoder: CLIPVisionModel) -> int:
-    """Tokens of an image: its patches and one for all of it."""
+    # patches, and one for the whole image
     return (image_encoder.config.image_size // image_encoder.config.patch_size) ** 2 + 1
 
 

@@ -49,25 +49,14 @@ DROP_IMAGE, DROP_POSE, DROP_BOTH = 1, 2, 3
 
 @dataclass(frozen=True)
 class DreamPoseConditioning:
-    """Conditioning that follows from the reference alone.
+    """Conditioning that follows from the reference alone."""
 
-    Attributes:
-        null: context of the empty image, (1, n, c).
-        latent_size: (h, w).
-    """
-
-    null: Tensor
-    latent_size: tuple[int, int]
+    null: Tensor  # context of the empty image, (1, n, c)
+    latent_size: tuple[int, int]  # (h, w)
 
 
 class DreamPose(Animator):
-    """The networks that are trained together; DeepSpeed and FSDP take one module.
-
-    Args:
-        denoising_unet: its configuration says what pose images it takes.
-        adapter: makes the context of CLIP's tokens and the VAE's latents.
-        image_encoder: a CLIP vision model without projection.
-    """
+    """The networks that are trained together; DeepSpeed and FSDP take one module."""
 
     trainable = True
     shared_noise = True
@@ -88,7 +77,7 @@ class DreamPose(Animator):
 
     @property
     def latent_side(self) -> int:
-        """That of the adapter's latents, which are pooled 2 x 2; any other size is pooled to the same grid."""
+        # The adapter's latents are pooled 2 x 2; any other size is pooled to the same grid.
         rows, columns = self.adapter.config.latent_grid
         return round((4 * rows * columns) ** 0.5)
 
@@ -101,7 +90,6 @@ class DreamPose(Animator):
         return {SOURCE: self.image_context(images.pixels, images.latents)}
 
     def pose_condition(self, poses: ImageSequence, conditioning: DreamPoseConditioning) -> PoseCondition:
-        """The poses around each frame, (1, f, poses*p, h, w), the same at every step."""
         unet, size = self.denoising_unet, conditioning.latent_size
         chunks = [range(start, min(start + POSE_CHUNK, len(poses))) for start in range(0, len(poses), POSE_CHUNK)]
         inputs = torch.cat([unet.pose_input(poses[chunk], size) for chunk in chunks])[None]  # (1, all frames, p, h, w)
@@ -119,20 +107,18 @@ class DreamPose(Animator):
         return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
-        """Tokens are mixed over the image by the adapter, so only whole images can be shown or hidden."""
+        # Tokens are mixed over the image by the adapter, so only whole images can be shown or hidden.
         keys = KeyLayout(None, whole=self.adapter.config.clip_tokens)
         return image_token_layers(self.denoising_unet, latent_size, keys)
 
     def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
-        """Scales of image and pose. A single number is the image's; the pose's goes with it, so that 1 switches
-        guidance off and 8 is the published pair (8, 3)."""
+        # A single number is the image's; the pose's goes with it: 1 switches guidance off, 8 is the published (8, 3).
         if not isinstance(scale, Sequence):
             slope = (POSE_SCALE - 1) / (IMAGE_SCALE - 1)
             scale = (scale, 1 + (scale - 1) * slope)
         return super().guidance_scales(scale)
 
     def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
-        """The reference under the noise of the first timestep, calibrated where that replaces it."""
         return scheduler.add_noise(start().to(noise), noise, scheduler.timesteps[:1])
 
     def image_context(self, images: Tensor, latents: Tensor) -> Tensor:
@@ -153,8 +139,7 @@ class DreamPose(Animator):
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Its pose images are figures of OpenPose; its context is as wide as the image encoder's tokens, whatever
-        `context_dim` says."""
+        # Poses are figures of OpenPose; the context is as wide as the image encoder's tokens, not `context_dim`.
         attention, heads = resolution_settings(sizes)
         settings = unet_settings(sizes, latent_channels, image_size)
         settings |= {
@@ -194,8 +179,7 @@ class DreamPose(Animator):
         return unet(latents, batch.timestep, inputs, null, reference)
 
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
-        """UNet and adapter, as published, or the adapter alone."""
-        return ("full", "adapter")
+        return ("full", "adapter")  # UNet and adapter, as published, or the adapter alone
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
         parts = ("adapter.", "denoising_unet.") if choice == "full" else ("adapter.",)
@@ -203,7 +187,7 @@ class DreamPose(Animator):
         return {name for name, _ in self.named_parameters() if name.startswith(parts)} - self.unused_parameters()
 
     def unused_parameters(self) -> set[str]:
-        """CLIP's last norm, which its tokens do not pass."""
+        # CLIP's last norm, which its tokens do not pass
         return {name for name, _ in self.named_parameters() if name.startswith("image_encoder.post_layernorm.")}
 
 

@@ -19,12 +19,6 @@ class DreamPoseUNet(UNet2DConditionModel):
     """Stable Diffusion's image UNet, whose input is the noisy latents followed by the poses around each frame.
 
     Frames know of each other by these poses alone. Reference and calibrated images are tokens in its cross-attention.
-
-    Its configuration is that of `UNet2DConditionModel`, its `out_channels` being the latents', and:
-        poses: consecutive poses a frame is given, itself in the middle; odd.
-        pose_channels: channels of a pose image that are used. DensePose images (part, U, V) give (1, 2).
-        pose_range: what 0 and 1 of these channels become. 0 of the input says "no pose" and is no pose's background.
-        pose_kind: of the pose images.
     """
 
     @with_parameters(
@@ -37,9 +31,9 @@ class DreamPoseUNet(UNet2DConditionModel):
     def __init__(
         self,
         *args,
-        poses: int = 5,
-        pose_channels: tuple[int, ...] = (1, 2),
-        pose_range: tuple[float, float] = (-1.0, 1.0),
+        poses: int = 5,  # consecutive ones that a frame is given, its own in the middle; odd
+        pose_channels: tuple[int, ...] = (1, 2),  # that are used of a pose image, U and V of DensePose (part, U, V)
+        pose_range: tuple[float, float] = (-1.0, 1.0),  # of 0 and 1; 0 of the input says "no pose"
         pose_kind: str = "DensePose",
         **kwargs,
     ):
@@ -57,24 +51,13 @@ class DreamPoseUNet(UNet2DConditionModel):
 
     def forward(
         self,
-        sample: Tensor,
-        timestep: Tensor | int,
-        poses: Tensor,
-        context: Tensor,
+        sample: Tensor,  # noisy latents, (b, c, f, h, w)
+        timestep: Tensor | int,  # scalar or (b,)
+        poses: Tensor,  # of `consecutive_poses`, (b, f, poses*p, h, w); zeros where there is none
+        context: Tensor,  # the adapter's tokens, (b or b*f, n, c'), of every frame where `reference` is None
         reference: ReferenceContext | None = None,
     ) -> Tensor:
-        """Predict the noise or velocity of clips, frame by frame.
-
-        Args:
-            sample: noisy latents, (b, c, f, h, w).
-            timestep: scalar or (b,).
-            poses: of `consecutive_poses`, (b, f, poses*p, h, w); zeros where there is none.
-            context: the adapter's tokens, (b or b*f, n, c'), of every frame where `reference` is None.
-            reference: the images that each frame attends to instead.
-
-        Returns:
-            Prediction, (b, c, f, h, w).
-        """
+        """Noise or velocity of clips, (b, c, f, h, w)."""
         batch, _, num_frames = sample.shape[:3]
         frames = torch.cat([sample.transpose(1, 2), poses], dim=2).flatten(0, 1)  # (b*f, c + poses*p, h, w)
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch).repeat_interleave(num_frames)
@@ -94,15 +77,9 @@ class DreamPoseUNet(UNet2DConditionModel):
 
 
 def consecutive_poses(poses: Tensor, count: int, frames: range | None = None) -> Tensor:
-    """The poses around each frame side by side, earliest first; beyond the clip's ends its end poses stay.
+    """The `count` poses around each of k frames, (b, f, p, h, w) of whole clips -> (b, k, count*p, h, w).
 
-    Args:
-        poses: of whole clips, (b, f, p, h, w).
-        count: of poses for each frame, odd.
-        frames: k consecutive frames of the clip that are wanted; None: all.
-
-    Returns:
-        (b, k, count*p, h, w).
+    Earliest first; beyond the clip's ends its end poses stay. Without `frames` k = f.
     """
     length = poses.shape[1]
     frames = range(length) if frames is None else frames
@@ -116,26 +93,15 @@ class ImageAdapter(ModelMixin, ConfigMixin):
     """Mixes n CLIP tokens and l tokens made of the latents' channels into n tokens (Karras et al., ICCV 2023).
 
     It starts as CLIP's tokens alone: the mixing is the identity on them and zero on the latents' tokens.
-
-    Attributes:
-        null_latents: latents of the empty image, max-pooled, (l, rows, columns): what the unconditional branch of
-            guidance has, in training and sampling alike. A published file does not hold them.
-
-    Args:
-        clip_tokens: n; 50 of a ViT-B/32 at 224 pixels.
-        channels: of a token.
-        latent_channels: l.
-        latent_grid: (rows, columns) that latents of any size are max-pooled to. The published adapter has 40 x 32,
-            half the latents of its 640 x 512 images.
     """
 
     @register_to_config
     def __init__(
         self,
-        clip_tokens: int = 50,
+        clip_tokens: int = 50,  # n, of a ViT-B/32 at 224 pixels
         channels: int = 768,
-        latent_channels: int = 4,
-        latent_grid: tuple[int, int] = (40, 32),
+        latent_channels: int = 4,  # l
+        latent_grid: tuple[int, int] = (40, 32),  # that latents are max-pooled to; half those of 640 x 512 images
     ):
         super().__init__()
         rows, columns = latent_grid
@@ -145,17 +111,13 @@ class ImageAdapter(ModelMixin, ConfigMixin):
         with torch.no_grad():
             self.linear1.weight.copy_(torch.eye(clip_tokens, clip_tokens + latent_channels))
             self.linear1.bias.zero_()
+        # Max-pooled latents of the empty image, for the unconditional branch of guidance; no published file has them.
         self.register_buffer("null_latents", torch.zeros(latent_channels, rows, columns))
 
     def forward(self, clip_tokens: Tensor, latents: Tensor) -> Tensor:
-        """Context tokens of images.
+        """Context of images (i, n, channels), of CLIP's last hidden states (i, n, channels) and latents (i, l, h, w).
 
-        Args:
-            clip_tokens: CLIP's last hidden states, (i, n, channels).
-            latents: of the same images in [-1, 1], scaled as the denoising UNet has them, (i, l, h, w).
-
-        Returns:
-            (i, n, channels).
+        Latents are of images in [-1, 1], scaled as the denoising UNet has them.
         """
         pooled = self.pooled(latents).flatten(2)  # (i, l, rows*columns)
         tokens = torch.cat([clip_tokens, self.vae2clip(pooled)], dim=1)  # (i, n + l, channels)
@@ -170,10 +132,7 @@ class ImageAdapter(ModelMixin, ConfigMixin):
 
 
 def portrait_grid(cells: int) -> tuple[int, int]:
-    """(rows, columns) with this many cells and the ratio nearest to 5 : 4, that of the published images.
-
-    A file tells how many cells an adapter has, not how they lie.
-    """
+    """(rows, columns) with this many cells, all a file tells, and the ratio nearest to 5 : 4, the published one."""
     pairs = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
     return min(pairs, key=lambda pair: max(pair[0] / pair[1] / 1.25, 1.25 * pair[1] / pair[0]))
 
@@ -181,7 +140,6 @@ def portrait_grid(cells: int) -> tuple[int, int]:
 def branch_weights(image: float, pose: float) -> tuple[float, float, float]:
     """Weights of the predictions with nothing, with the image, and with image and pose, which sum to 1.
 
-    They are the published guidance null + image (e_image - null) + pose (e_image_pose - e_image),
-    sorted by prediction: one whose weight is 0 need not be made.
+    They are the published null + image (e_image - null) + pose (e_image_pose - e_image), sorted by prediction.
     """
     return 1 - image, image - pose, pose

@@ -35,8 +35,6 @@ from models.checkpoints.verify import Fixture
 
 @dataclass
 class MagicAnimateFiles(ConvertConfig):
-    """`convert family=magic_animate`."""
-
     appearance_encoder: str | None = published_file("appearance_encoder", "MagicAnimate/appearance_encoder")
     densepose_controlnet: str | None = published_file("densepose_controlnet", "MagicAnimate/densepose_controlnet")
     temporal_attention: str | None = published_file(
@@ -128,7 +126,7 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
 
 def repeated(shared: Tensor, count: int) -> Tensor:
-    """Rows that all clips share, once for each."""
+    """Rows that all clips share, repeated for each."""
     return shared.repeat(count // len(shared), *[1] * (shared.ndim - 1))
 
 

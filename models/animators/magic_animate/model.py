@@ -24,8 +24,6 @@ from models.unets import DenoisingUNet, ReferenceNet
 
 # Of new small networks. A single token would get all of the attention, whatever a query asks.
 PROMPT_TOKENS = 4
-
-
 CONTROL_CHUNK = 8
 
 
@@ -56,12 +54,6 @@ class ControlCondition:
         self.residuals: list[Tensor] = []
 
     def __call__(self, frames: range, sample: Tensor, timestep: Tensor) -> list[Tensor]:
-        """(f, c, h', w') each: one for every skip connection, then that of the middle block.
-
-        Args:
-            frames: of the window.
-            sample: noisy latents of the whole clip, (1, c, f, h, w).
-        """
         parts, known = [], frames.start
         if sample is self.sample and self.kept.start <= frames.start < self.kept.stop:
             shared = slice(frames.start - self.kept.start, frames.stop - self.kept.start)
@@ -78,16 +70,10 @@ class ControlCondition:
 def control_residuals(
     control_net: ControlNetModel, latents: Tensor, timestep: Tensor | int, context: Tensor, poses: Tensor
 ) -> list[Tensor]:
-    """Residuals of the ControlNet for the denoising UNet, frame by frame.
+    """Residuals (b*f, c, h', w') of the ControlNet: one for every skip connection, then that of the middle block.
 
-    Args:
-        latents: noisy latents, (b, c, f, h, w).
-        timestep: scalar or (b,).
-        context: text tokens, (b, tokens, channels).
-        poses: pose images, (b*f, 3, H, W) in [0, 1].
-
-    Returns:
-        (b*f, c, h', w') each: one for every skip connection, then that of the middle block.
+    Latents are (b, c, f, h, w), the timestep scalar or (b,), the context (b, tokens, channels), poses
+    (b*f, 3, H, W) in [0, 1].
     """
     num_frames = latents.shape[2]
     timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents)).repeat_interleave(num_frames)
@@ -102,15 +88,7 @@ def control_residuals(
 
 
 class MagicAnimate(ReferenceNetMixin, Animator):
-    """The networks that are trained together; DeepSpeed and FSDP take one module.
-
-    Args:
-        reference_net: the appearance encoder.
-        control_net: of the poses.
-        prompt: the empty prompt.
-        fusion_blocks: "midup" or "full", the layers in which frames attend to the reference.
-        pose_kind: of the pose images, "DensePose" or "OpenPose".
-    """
+    """The networks that are trained together; DeepSpeed and FSDP take one module."""
 
     reference_follows_timestep = True
     adapted_networks = ("denoising_unet", "reference_net", "control_net")
@@ -134,15 +112,12 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         self.pose_kind = pose_kind
 
     def encode_reference(self, reference: ImageBatch) -> Tensor:
-        """The empty prompt, whatever the reference, (1, tokens, channels)."""
-        return self.prompt().to(reference.pixels)
+        return self.prompt().to(reference.pixels)  # (1, tokens, channels), whatever the reference
 
     def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
         return ControlCondition(self.control_net, poses, conditioning)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        """The unconditional half has no image; both have the same prompt and residuals."""
-
         def denoised(context: ReferenceContext | None) -> Tensor:
             return self.denoising_unet(
                 sample, timestep, condition.conditioning, reference=context, residuals=condition.pose
@@ -151,7 +126,6 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         return guided(lambda: denoised(condition.context), lambda: denoised(None), *scales)
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
-        """Dropped samples train the unconditional half of guidance."""
         clips = len(batch.noisy_latents)
         # DeepSpeed's bf16 turns the weights into bfloat16 and knows no autocast, so the inputs follow the weights.
         parts = (batch.noisy_latents, batch.reference_latents, batch.poses, self.prompt())
@@ -170,8 +144,7 @@ class MagicAnimate(ReferenceNetMixin, Animator):
 
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Its pose images are figures of OpenPose and its prompt is learned. ControlNet and motion modules end in
-        zeros, so they start as no change."""
+        # ControlNet and motion modules end in zeros, so they start as no change; the prompt is learned.
         settings = {"use_motion_mid_block": False, "norm_scope": "clip"}
         reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, settings)
         control_net = ControlNetModel.from_unet(
@@ -183,12 +156,11 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         return cls(reference_net, denoising_unet, control_net, prompt, pose_kind="OpenPose")
 
     def prepare_stage(self, stage: str) -> None:
-        """Norms over clips of one frame are norms over frames, which take a batch at once."""
         super().prepare_stage(stage)
+        # Norms over clips of one frame are norms over frames, which take a batch at once.
         self.denoising_unet.train_on_single_frames(stage == "image")
 
     def check_size(self, factor: int, size: tuple[int, int]) -> None:
-        """Pose images must end as small as the latents, too."""
         check_pose_channels(self.control_net.config.conditioning_embedding_out_channels, factor)
         super().check_size(factor, size)
 
