@@ -56,9 +56,6 @@ def load_config(
         files: YAML files read before the arguments.
         file_option: name of an option that takes a YAML file, such as "--config".
         flags: boolean keys that may be written as options: "dry_run" allows `--dry-run`.
-
-    Raises:
-        UserError: a file that cannot be read, an unknown key, a wrong value, a missing required value.
     """
     if {"-h", "--help"} & set(arguments):
         print(describe(schema))
@@ -100,12 +97,9 @@ def load_config(
 
 
 def check_config(config: Any, name: str = "") -> None:
-    """Call `check()` of every dataclass in a configuration, innermost first.
+    """Call `check()` of every dataclass in a configuration, whose key in another one is `name`, innermost first.
 
     A `check` raises a `UserError` that starts with a field's name; the keys of the groups around it are put before.
-
-    Args:
-        name: key of `config` itself within another configuration.
     """
     for field in fields(config):
         if is_dataclass(value := getattr(config, field.name)):

@@ -94,24 +94,23 @@ def remove_partial(path: str | Path) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def output_folder(path: str | Path, argument: str = "output") -> Path:
+def output_folder(path: str | Path) -> Path:
     """Create the folder a command writes to, or say why it cannot be one."""
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{argument}={path} is a file; give a folder that may be created")
+        raise UserError(f"output={path} is a file; give a folder that may be created")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{argument}={path} cannot be created: {error.strerror}") from None
+        raise UserError(f"output={path} cannot be created: {error.strerror}") from None
     return path
 
 
 @contextmanager
-def locked_folder(folder: str | Path, argument: str = "output") -> Iterator[None]:
-    """Within the block no other process may lock the folder. The lock ends with the process, however it ends.
+def locked_folder(folder: str | Path) -> Iterator[None]:
+    """Within the block no other process may lock the folder; `UserError` when one has.
 
-    Raises:
-        UserError: another process has locked it; its number is in the message.
+    The lock ends with the process, however it ends.
     """
     path = Path(folder) / ".lock"
     try:
@@ -120,10 +119,8 @@ def locked_folder(folder: str | Path, argument: str = "output") -> Iterator[None
             yield
     except Timeout:
         owner = path.read_text(encoding="utf-8").strip() or "unknown"
-        raise UserError(
-            f"{argument}={folder} is being written by another run (process {owner}); wait for it, end it, or give "
-            f"another folder"
-        ) from None
+        state = f"is being written by another run (process {owner})"
+        raise UserError(f"output={folder} {state}; wait for it, end it, or give another folder") from None
 
 
 def existing_file(path: str | Path, argument: str) -> Path:

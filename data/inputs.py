@@ -53,13 +53,8 @@ def load_reference(
 ) -> Reference:
     """Read the reference image; estimate its poses and masks unless they are given.
 
-    Args:
-        poses: pose file, or None to estimate.
-        mask: 8-bit image, 255 = person; a folder with p0.png, p1.png for several persons; or None.
-        estimator: opens the pose estimator when it is needed; None leaves `poses` None without a file.
-
-    Raises:
-        UserError: unreadable files, sizes that disagree, an image without a person.
+    Masks are an 8-bit image, 255 = person, or a folder with p0.png, p1.png for several persons. Without an opener of
+    the estimator nothing is estimated.
     """
     image = read_image(path, argument="reference")
     size = image.shape[1::-1]
@@ -99,9 +94,6 @@ def load_driving(
         max_frames: counted after every stride-th frame was taken.
         images: video or folder of pose images, one for each frame of the video and of its shape; or None.
         poses_wanted: False reads `images` alone.
-
-    Raises:
-        UserError: unreadable files, counts or sizes that disagree, a video without a person.
     """
     pose_images = None if images is None else strided_video(images, "pose_images", max_frames, stride)
     if pose_images is not None and not poses_wanted:
@@ -128,10 +120,10 @@ def load_driving(
     person_masks = None if found.masks is None else found.masks[: used.frames]
     if masks is not None:
         person_masks = read_driving_masks(Path(masks), used.frames, used.persons, used.size, stride)
-    frames = None if video is None else video.frames[: used.frames]
+    driving = Driving(None if video is None else video.frames[: used.frames], used, person_masks)
     if pose_images is None:
-        return Driving(frames, used, person_masks)
-    return Driving(frames, used, person_masks, pose_images.frames[: used.frames], pose_images.fps)
+        return driving
+    return replace(driving, images=pose_images.frames[: used.frames], image_fps=pose_images.fps)
 
 
 def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
@@ -184,10 +176,8 @@ def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int])
 
 def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int, int], stride: int = 1) -> np.ndarray:
     """(frames, persons, h, w) bool from a folder with 000000.png or 000000_p0.png, numbered as the video's frames."""
-    if not folder.is_dir():
-        raise UserError(f"driving_masks={folder} is not a folder")
-    if not list_images(folder):
-        raise UserError(f"driving_masks={folder} holds no images")
+    if not folder.is_dir() or not list_images(folder):
+        raise UserError(f"driving_masks={folder} {'holds no images' if folder.is_dir() else 'is not a folder'}")
     masks = np.zeros((frames, persons, size[1], size[0]), bool)
     for frame in range(frames):
         for person in range(persons):

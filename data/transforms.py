@@ -13,7 +13,6 @@ FIT_MODES = ("cover", "contain")
 # person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
 # borders where they would not fit; centre: the middle of the image, whomever it cuts.
 CROPS = ("person", "pad", "centre")
-_TOLERANCE = 0.5  # source pixels that a box may be larger than the window
 
 
 def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
@@ -48,8 +47,7 @@ def resize_matrix(source: tuple[int, int], target: tuple[int, int]) -> np.ndarra
 def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | None, mode: str) -> np.ndarray | None:
     """Similarity without rotation (3, 3) from an image of (width, height) to the model's frame, by one of `CROPS`.
 
-    None when the box around everybody over the whole clip does not fit into the largest window of the target's shape
-    (mode "person").
+    None for mode "person" when the box around everybody does not fit into the largest window of the target's shape.
     """
     if mode not in CROPS:
         raise ValueError(f"mode must be one of {CROPS}, got {mode!r}")
@@ -64,7 +62,7 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
         window = length / scale
         start = (side - window) / 2  # pixels from the image's edge
         if box is not None and window <= side:
-            if high - low > window + _TOLERANCE:
+            if high - low > window + 0.5:  # half a pixel is no cut
                 return None
             start = min(max(start, high + 0.5 - window), max(low + 0.5, high + 0.5 - window))
         starts.append(start)

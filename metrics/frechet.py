@@ -87,17 +87,14 @@ def frechet_distance(generated: Moments, truth: Moments) -> FrechetDistance:
     apart = generated.mean - truth.mean
     value = float(apart @ apart + np.trace(first) + np.trace(second) - 2 * overlap)
     samples = (generated.count, truth.count)
-    return FrechetDistance(max(0.0, value), samples, truth.dimension, _singular(samples, truth.dimension))
-
-
-def _singular(samples: tuple[int, int], dimension: int) -> str | None:
-    if min(samples) > dimension:
-        return None
-    return (
-        f"singular covariance: {samples[0]} generated and {samples[1]} true feature vectors for {dimension} "
-        f"dimensions; the covariance of n vectors has at most rank n - 1, and the distance is biased upwards. "
-        f"More than {dimension} vectors a set are needed"
-    )
+    warning = None
+    if min(samples) <= truth.dimension:
+        warning = (
+            f"singular covariance: {samples[0]} generated and {samples[1]} true feature vectors for {truth.dimension} "
+            f"dimensions; the covariance of n vectors has at most rank n - 1, and the distance is biased upwards. "
+            f"More than {truth.dimension} vectors a set are needed"
+        )
+    return FrechetDistance(max(0.0, value), samples, truth.dimension, warning)
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:

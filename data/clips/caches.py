@@ -41,15 +41,12 @@ from data.poses.drawing import draw_pose
 from data.preparation.manifest import Clip
 
 INDEX = "cache.json"
-SURFACES = "surfaces"  # folder beside the arrays
-_SURFACE_SCALE = 2  # pixels of an image's side per pixel of its surface map
 
 
 def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path, workers: int) -> Path:
-    """Make the cache of all clips of a data set in `folder`, unless it is there already.
+    """Make the cache of all clips of a data set in `folder`, unless one of this description is there already.
 
-    Args:
-        description: everything the items depend on, as JSON values.
+    The description holds everything the items depend on, as JSON values.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -95,11 +92,9 @@ class CachedClips(Dataset):
     Items are those of `data.clips.rendered`, plus "clip" (index of the cached clip) and "images" (indices of the
     reference and the frames among its images), int64.
 
-    Args:
-        num_frames: of a clip. 1 pairs two different images of a cached clip at random; otherwise as was cached.
-        length: items; the cache is walked through again and again, each time in another order.
-        surfaces: file of the images' surface maps; items then also have "surfaces" (3, F, h, w) and
-            "reference_surface" (3, h, w), see `data.people.renderer.render_surface`.
+    A `num_frames` of 1 pairs two different images of a cached clip at random; otherwise it is as was cached. The cache
+    is walked through again and again, each time in another order. With the file `surfaces`, items also have "surfaces"
+    (3, F, h, w) and "reference_surface" (3, h, w), see `data.people.renderer.render_surface`.
     """
 
     def __init__(
@@ -134,7 +129,7 @@ class CachedClips(Dataset):
         keypoints = self.keypoints[clip][chosen]
         latents = {name: torch.from_numpy(array[clip][chosen]) for name, array in self.latents.items()}
         poses = [draw_pose(points[None, :, :2], points[None, :, 2], (width, height)) for points in keypoints[1:]]
-        return {
+        item = {
             "reference": images[:, 0],
             "frames": images[:, 1:],
             "poses": torch.from_numpy(np.stack(poses)).permute(3, 0, 1, 2).float() / 255,
@@ -144,15 +139,13 @@ class CachedClips(Dataset):
             "keypoints": torch.from_numpy(keypoints[1:]),
             "clip": torch.tensor(clip),
             "images": torch.from_numpy(chosen),
-            **(latent_item(**latents) if latents else {}),
-            **self._surfaces(clip, chosen),
         }
-
-    def _surfaces(self, clip: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        if self.surfaces is None:
-            return {}
-        maps = torch.from_numpy(self.surfaces[clip][chosen]).permute(3, 0, 1, 2).float()
-        return {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
+        if latents:
+            item |= latent_item(**latents)
+        if self.surfaces is not None:
+            maps = torch.from_numpy(self.surfaces[clip][chosen]).permute(3, 0, 1, 2).float()
+            item |= {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}
+        return item
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Index of the cached clip of item `index`, and indices of the reference and the frames among its images."""
@@ -165,7 +158,7 @@ class CachedClips(Dataset):
 
 
 class SurfaceMaps(Dataset):
-    """Surface maps of the clips of `RenderedPeople`, (1 + frames, h, w, 3) float16, the reference's first."""
+    """Surface maps of the clips of `RenderedPeople`, (1 + frames, h, w, 3) float16, half as large as the images."""
 
     def __init__(self, clips: RenderedPeople) -> None:
         self.clips = clips
@@ -175,14 +168,14 @@ class SurfaceMaps(Dataset):
 
     def __getitem__(self, index: int) -> np.ndarray:
         scene = self.clips.scene(index)
-        size = (scene.size[0] // _SURFACE_SCALE, scene.size[1] // _SURFACE_SCALE)
+        size = (scene.size[0] // 2, scene.size[1] // 2)
         poses = [scene.reference_pose, *scene.poses]
         return np.stack([render_surface(scene.person, pose, scene.camera, size) for pose in poses]).astype(np.float16)
 
 
 def ensure_surfaces(cache: Path, clips: RenderedPeople, workers: int) -> Path:
     """File of the surface maps of all clips of a cache that was made of `clips`, made unless it is there already."""
-    folder = cache / SURFACES
+    folder = cache / "surfaces"
     if not folder.is_dir():
         maps = SurfaceMaps(clips)
         with complete_folder(folder) as temporary:
@@ -266,10 +259,7 @@ class FeatureCache:
             raise UserError(f"{self.path(name)} cannot be read as {self.kind}: {error}") from None
 
     def require(self, clips: Iterator[tuple[str, FeatureInputs, int]], argument: str) -> None:
-        """Refuse a cache that some of the clips (name, inputs and number of frames of each) cannot use.
-
-        The message counts the reasons and says how to make the features again.
-        """
+        """Refuse a cache that some of the clips (name, inputs and number of frames of each) cannot use."""
         reasons: dict[str, list[str]] = {}
         clips = list(clips)
         for name, inputs, frames in clips:

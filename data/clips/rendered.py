@@ -27,10 +27,6 @@ from data.people.renderer import Rendered
 from data.people.scenes import CameraRanges, Scene, random_background, random_camera, random_light
 from data.poses.drawing import draw_pose
 
-REFERENCE_SECONDS = 4.0  # of a motion, in which a clip and its reference are chosen
-OTHER_MOTION = 0.3  # share of references taken from another motion of the person
-SMALL_TEXTURE = 200  # persons up to this many pixels high get textures of 128 texels, taller ones of 256
-
 
 @dataclass
 class PeopleConfig:
@@ -42,7 +38,6 @@ class PeopleConfig:
     plain: float = PLAIN  # share of fabrics without a pattern
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
             raise UserError(f"height={self.height} must be the least and the greatest share of the image")
         for share in ("close_ups", "tilted", "plain"):
@@ -56,13 +51,9 @@ class PeopleConfig:
 class RenderedPeople(Dataset):
     """Rendered people in motion; the reference is another moment under the same camera, as in filmed data sets.
 
-    Args:
-        size: (width, height) in pixels.
-        fps: of the motion, before every `stride`-th frame is taken.
-        split: "train" or "heldout"; they share no body, no outfit and no clip.
-        length: number of clips.
-        cameras: in place of the framing of `people`.
-        library: bodies in place of the ones shipped with the project.
+    `fps` is that of the motion, before every `stride`-th frame is taken. The splits "train" and "heldout" share no
+    body, no outfit and no clip. `cameras` and `library` take the place of the framing of `people` and of the bodies
+    that are shipped.
     """
 
     def __init__(
@@ -101,7 +92,7 @@ class RenderedPeople(Dataset):
         check_index(index, self.length)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])  # any worker draws the same
         camera = random_camera(rng, self.cameras)
-        texture_size = 128 if camera.scale * self.size[1] <= SMALL_TEXTURE else 256
+        texture_size = 128 if camera.scale * self.size[1] <= 200 else 256
         identity = random_identity(rng, self.library, self.split, self.plain)
         person = build_person(identity, self.library, texture_size)
         poses, reference_pose = self._poses(rng)
@@ -109,11 +100,12 @@ class RenderedPeople(Dataset):
 
     def _poses(self, rng: np.random.Generator) -> tuple[list[Pose], Pose]:
         span = (self.num_frames - 1) * self.stride + 1
-        length = span + round(REFERENCE_SECONDS * self.fps)
+        length = span + round(4.0 * self.fps)  # four seconds, in which a clip and its reference are chosen
         motion = random_motion(rng, length, self.fps)
         start = int(rng.integers(length - span + 1))
         poses = [motion.pose(frame) for frame in range(start, start + span, self.stride)]
-        source = random_motion(rng, length, self.fps) if rng.random() < OTHER_MOTION else motion
+        # Of the references, 30 % are from another motion of the person.
+        source = random_motion(rng, length, self.fps) if rng.random() < 0.3 else motion
         return poses, source.pose(int(rng.integers(length)))
 
 

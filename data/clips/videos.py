@@ -28,7 +28,6 @@ from data.video.files import VideoReader
 from data.video.images import list_images
 
 logger = logging.getLogger(__name__)
-_VISIBLE = 0.3  # score above which pose images show a joint
 
 
 class VideoFolder(Dataset):
@@ -43,16 +42,11 @@ class VideoFolder(Dataset):
 
     Args:
         root: the folder, or its manifest; videos may lie in folders below it.
-        size: (width, height) in pixels.
         length: number of items, a walk through all clips again and again, each time in another order; None: as many
             as there are clips.
-        crop: one of `data.transforms.CROPS`.
         split: "train" leaves out clips that are held out, "heldout" takes only them, if there are any; None: all.
         latents, embeddings: features to read in place of images.
         pose_images: folder of the clips' pose images by another tool, see `pose_images_of`; None: figures are drawn.
-
-    Raises:
-        UserError: no such folder, or no clip of it can be used: the message counts the reasons.
     """
 
     def __init__(
@@ -169,7 +163,7 @@ class VideoFolder(Dataset):
 
     def _choose(self, poses: Poses, rng: np.random.Generator) -> list[int]:
         """Indices of a reference and the frames of a clip, at random among those in which somebody is visible."""
-        visible = poses.present(_VISIBLE).any(axis=1)
+        visible = poses.present(0.3).any(axis=1)  # as pose images show it
         offsets = np.arange(0, self.span, self.stride)
         windows = np.arange(poses.frames - self.span + 1)[:, None] + offsets  # (starts, num_frames)
         starts = np.flatnonzero(visible[windows].all(axis=1))
@@ -192,10 +186,7 @@ class VideoFolder(Dataset):
 
 
 def pose_images_of(folder: Path, clip: Clip) -> Path | None:
-    """Video or folder of pose images that another tool, such as DensePose, made of a clip; None: there is none.
-
-    It lies in `folder` under the clip's name, with an image for each frame and of the video's shape.
-    """
+    """Video or folder under the clip's name of pose images by another tool, such as DensePose; None: there is none."""
     path = folder / clip.name
     if path.is_dir() and list_images(path):
         return path
@@ -205,12 +196,10 @@ def pose_images_of(folder: Path, clip: Clip) -> Path | None:
 def read_pose_images(
     source: Path, clip: Clip, frames: list[int], matrix: np.ndarray, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Pose images of some frames, cut as the clip's own images are, (3, f, H, W) in [0, 1]; 0 beyond the image.
+    """Pose images of some frames, (3, f, H, W) in [0, 1]; 0 beyond the image.
 
-    Args:
-        source: of `pose_images_of`; `UserError` for another number of images than frames, or another shape.
-        matrix: (3, 3), pixels of the clip -> pixels of the result.
-        size: (width, height) of the result.
+    They are cut as the clip's own images are: the matrix (3, 3) maps the clip's pixels to those of the result, of
+    (width, height). `UserError` for another number of images than frames, or another shape.
     """
     with VideoReader(source, clip.fps if source.is_dir() else None, "pose_images") as reader:
         width, height = reader.size

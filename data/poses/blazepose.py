@@ -34,11 +34,8 @@ from data.poses.person import (
 from data.poses.weights import DETECTOR, FULL_LANDMARKS, HEAVY_LANDMARKS, model_path
 
 _LEAST_PERSON = 0.5  # below this the landmark network says that the region shows no person
-_LEAST_IN_TILE = 0.5  # a tile that shows a vase as large as a person asks for surer landmarks
-_SETTLING_PASSES = 3  # a region from the detector is rough: each pass centres, turns and scales it better
 # Turns (radians) and scales of the region in the passes over a still, whose mean halves the noise.
 _STILL_PASSES = ((0.0, 1.0), (-0.15, 1.0), (0.15, 1.0), (-0.3, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 1.1))
-_SEARCH_INTERVAL = 10  # frames between thorough searches of a video for somebody who is missing
 _SHARPNESS = (0.2, 0.6)  # of a heatmap's peak: worth nothing, worth full trust
 _AREA_ROOT = 0.35  # root of a person's area in units of the side of the region around them, for COCO's keypoint scale
 _ALL_ROTATIONS = tuple(math.radians(30 * step) for step in range(12))
@@ -96,7 +93,7 @@ class BlazePose:
                 # Searched at all rotations when a person has just been lost and in every tenth frame, else upright.
                 just_lost = followed.count(None) > persons.count(None)
                 plan = UPRIGHT
-                if just_lost or index % _SEARCH_INTERVAL == 0:
+                if just_lost or index % 10 == 0:
                     plan = TURNED if any(followed) else THOROUGH
                 followed = self._fill_slots(frame, plan, followed, last_seen)
             persons = followed
@@ -126,7 +123,8 @@ class BlazePose:
             found = []
             for candidate in find_candidates(self._detector, image, rotations, tiled)[: 2 * max_persons + 2]:
                 person = self._settle(image, candidate.roi)
-                if person is None or (tiled and person.confidence < _LEAST_IN_TILE):
+                # A tile that shows a vase as large as a person asks for surer landmarks.
+                if person is None or (tiled and person.confidence < 0.5):
                     continue
                 if person.confidence * candidate.score >= plan.least_confidence:
                     found.append(replace(person, confidence=person.confidence * candidate.score))
@@ -136,12 +134,10 @@ class BlazePose:
         return by_prominence(persons, image.shape[1::-1])[:max_persons]
 
     def _settle(self, image: np.ndarray, roi: Roi) -> _Person | None:
-        person = None
-        for _ in range(_SETTLING_PASSES):
-            person = self._track(image, roi)
-            if person is None:
-                return None
-            roi = person.next_roi
+        person = self._track(image, roi)
+        # A region from the detector is rough: each pass centres, turns and scales it better.
+        for _ in range(2):
+            person = person and self._track(image, person.next_roi)
         return person
 
     def _track(self, image: np.ndarray, roi: Roi) -> _Person | None:
@@ -161,10 +157,9 @@ class BlazePose:
 def find_candidates(
     detector: DetectorNet, image: np.ndarray, rotations: tuple[float, ...], tiled: bool
 ) -> list[Detection]:
-    """Regions of the image (h, w, 3) where the detector finds persons, best supported first.
+    """Regions where the detector finds persons, best supported first; their score is its mean over the rotations.
 
-    A region's score is the detector's mean over the rotations. `tiled` searches overlapping tiles of half the image's
-    longer side, not the whole image.
+    `tiled` searches overlapping tiles of half the image's longer side, not the whole image.
     """
     height, width = image.shape[:2]
     # Turned by 45 degrees the crop's side is the diagonal; this size keeps it below twice what the detector takes.
@@ -176,12 +171,8 @@ def find_candidates(
     for left, top, tile in _tiles(small) if tiled else [(0, 0, small)]:
         for index, rotation in enumerate(rotations):
             for found in detector(tile, rotation):
-                roi = replace(
-                    found.roi,
-                    x=(found.roi.x + left) * factors[0],
-                    y=(found.roi.y + top) * factors[1],
-                    side=found.roi.side * max(factors),
-                )
+                x, y = (found.roi.x + left) * factors[0], (found.roi.y + top) * factors[1]
+                roi = replace(found.roi, x=x, y=y, side=found.roi.side * max(factors))
                 hits.append((index, Detection(roi, found.score)))
     return _agreeing(hits, len(rotations))
 
@@ -195,16 +186,13 @@ def _tiles(image: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
 
 
 def _agreeing(hits: list[tuple[int, Detection]], rotations: int) -> list[Detection]:
-    """Candidates from pairs (index of the rotation, detection) that agree.
-
-    A rotation counts once, with its best score, however many tiles hit.
-    """
+    """Candidates from pairs (index of the rotation, detection) that agree."""
     candidates = []
     waiting = sorted(hits, key=lambda hit: -hit[1].score)
     while waiting:
         best = waiting[0][1].roi
         agreeing = [hit for hit in waiting if _alike(best, hit[1].roi)]
-        scores = {rotation: found.score for rotation, found in reversed(agreeing)}
+        scores = {rotation: found.score for rotation, found in reversed(agreeing)}  # the best of each rotation
         candidates.append(Detection(_mean_roi([found for _, found in agreeing]), sum(scores.values()) / rotations))
         waiting = [hit for hit in waiting if hit not in agreeing]
     return sorted(candidates, key=lambda candidate: -candidate.score)

@@ -18,12 +18,9 @@ import numpy as np
 from core.errors import UserError
 
 DETECTOR_SIDE = 224
-_DETECTOR_ANCHORS = ((8, 2), (16, 2), (32, 6))  # (stride, anchors per cell)
 _LANDMARK_SIDE = 256
 _LANDMARKS = 39  # 33 on the body, then the hip centre, the point that gives size and rotation, and four unused ones
 _HIP_CENTRE, _SIZE_POINT = 33, 34
-_ROI_MARGIN = 1.25
-_HEATMAP_WINDOW = 7  # cells of the 64 x 64 heatmap around a landmark that refine it
 
 # BlazePose landmarks that are the 17 COCO keypoints.
 COCO_FROM_BLAZEPOSE = np.array([0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28])
@@ -41,9 +38,9 @@ class Roi:
     @classmethod
     def from_points(cls, hip_centre: np.ndarray, size_point: np.ndarray) -> Roi:
         """Region from the middle of the hips and the point above the head on the circle around the whole person."""
-        dx, dy = (float(value) for value in size_point - hip_centre)
-        x, y = (float(value) for value in hip_centre)
-        return cls(x, y, 2 * _ROI_MARGIN * math.hypot(dx, dy), math.atan2(dx, -dy))
+        dx, dy = (size_point - hip_centre).tolist()
+        x, y = hip_centre.tolist()
+        return cls(x, y, 2.5 * math.hypot(dx, dy), math.atan2(dx, -dy))
 
     def matrix(self, side: int) -> np.ndarray:
         """(2, 3) from continuous coordinates of a crop of `side` pixels to those of the image."""
@@ -149,19 +146,14 @@ def crop_region(image: np.ndarray, roi: Roi, side: int) -> np.ndarray:
 
 
 def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Move landmarks to the centre of mass of their heatmap around them, where the heatmap is sure.
+    """Move landmarks (k, 2) in a crop of `side` pixels to the centre of mass of their heatmap, where that is sure.
 
-    Args:
-        points: (k, 2) continuous coordinates in a crop of `side` pixels.
-        heatmaps: (rows, columns, k) in [0, 1].
-
-    Returns:
-        points (k, 2), and the highest value of the heatmap around each (k,), 0 for points outside the crop.
+    `heatmaps` are (rows, columns, k) in [0, 1]. Also the highest value around each point (k,), 0 outside the crop.
     """
     points = points.astype(np.float64)
     highest = np.zeros(len(points), np.float32)
     rows, columns = heatmaps.shape[:2]
-    reach = _HEATMAP_WINDOW // 2
+    reach = 3  # cells of the 64 x 64 heatmap to either side of a landmark
     for k, (x, y) in enumerate(points * (columns / side, rows / side)):
         column, row = math.floor(x), math.floor(y)
         if not (0 <= column < columns and 0 <= row < rows):
@@ -178,15 +170,10 @@ def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) ->
     return points, highest
 
 
-def weighted_clusters(boxes: np.ndarray, scores: np.ndarray, overlap: float = 0.3) -> list[np.ndarray]:
-    """Groups of boxes of the same person, surest first: non-maximum suppression that keeps the suppressed.
+def weighted_clusters(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
+    """Indices of the boxes (n, 4) of each person, surest first: non-maximum suppression that keeps the suppressed.
 
-    Args:
-        boxes: (n, 4) left, top, right, bottom.
-        overlap: boxes whose IoU with the surest remaining one is above this join it.
-
-    Returns:
-        index arrays into `boxes`, the surest box first in each.
+    Boxes (left, top, right, bottom) whose IoU with the surest remaining one is above 0.3 join it.
     """
     clusters = []
     waiting = np.argsort(-scores, kind="stable")
@@ -196,7 +183,7 @@ def weighted_clusters(boxes: np.ndarray, scores: np.ndarray, overlap: float = 0.
         high = np.minimum(boxes[waiting, 2:], best[2:])
         shared = np.prod(np.clip(high - low, 0, None), axis=1)
         areas = np.prod(boxes[waiting, 2:] - boxes[waiting, :2], axis=1)
-        joined = shared > overlap * (areas + areas[0] - shared)
+        joined = shared > 0.3 * (areas + areas[0] - shared)
         joined[0] = True  # also a box without area
         clusters.append(waiting[joined])
         waiting = waiting[~joined]
@@ -228,7 +215,7 @@ def _decode_boxes(raw: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, np.
 
 def _anchor_centres() -> np.ndarray:
     centres = []
-    for stride, count in _DETECTOR_ANCHORS:
+    for stride, count in ((8, 2), (16, 2), (32, 6)):  # anchors per cell
         cells = np.arange(DETECTOR_SIDE // stride)
         grid = np.stack(np.meshgrid(cells, cells), axis=-1).reshape(-1, 2)  # (x, y), row by row
         centres.append(np.repeat((grid + 0.5) * stride, count, axis=0))

@@ -16,8 +16,7 @@ _LIMBS = np.array(
 
 # Eighteen steps of 20 degrees around the hue wheel.
 _COLOURS = [tuple(int(255 * value) for value in colorsys.hsv_to_rgb(step / 18, 1, 1)) for step in range(18)]
-_LIMB_BRIGHTNESS = 0.6
-_LIMB_COLOURS = [tuple(int(value * _LIMB_BRIGHTNESS) for value in colour) for colour in _COLOURS]
+_LIMB_COLOURS = [tuple(int(value * 0.6) for value in colour) for colour in _COLOURS]
 
 _HALF_WIDTH_AT_512 = 4.0  # pixels: half the limb's width and the joint's radius in an image whose short side is 512
 _SHIFT = 4  # fractional bits of the coordinates given to OpenCV
@@ -29,11 +28,7 @@ def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], 
     """OpenPose body-18 image (height, width, 3) uint8 RGB of all persons, on black, anti-aliased.
 
     Limbs are filled ellipses, joints filled circles; their width is in proportion to the image's shorter side.
-
-    Args:
-        keypoints: (persons, 17, 2) COCO keypoints in pixels of this image.
-        scores: (persons, 17); keypoints at or below `threshold` are not drawn.
-        size: (width, height) of the image.
+    Keypoints (persons, 17, 2) with scores (persons, 17) at or below `threshold` are not drawn.
     """
     width, height = size
     factor = max(1, min(4, 512 // min(size)))  # limbs of a pixel or two are drawn larger and averaged

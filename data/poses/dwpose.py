@@ -31,14 +31,9 @@ from data.poses.person import (
     scores_inside,
 )
 
-_STRIDES = (8, 16, 32)
-_LETTERBOX_GREY = 114
-_LEAST_DETECTION = 0.3
-_NMS_OVERLAP = 0.45
-_CROP_PADDING = 1.25
+_LEAST_DETECTION, _NMS_OVERLAP = 0.3, 0.45
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)  # of ImageNet, RGB
 _STD = np.array([58.395, 57.12, 57.375], np.float32)
-_ROTATIONS = tuple(math.radians(30 * step) for step in range(12))
 _ENOUGH = 0.8  # mean keypoint score of an upright person that makes other rotations not worth trying
 
 
@@ -74,8 +69,8 @@ class DWPose:
         # Both networks are trained on upright people, so the image is tried at other rotations too, unless the upright
         # one shows enough persons clearly.
         if sum(person.confidence >= _ENOUGH for person in persons) < max_persons:
-            for rotation in _ROTATIONS[1:]:
-                persons += self._turned(image, rotation)
+            for step in range(1, 12):
+                persons += self._turned(image, math.radians(30 * step))
         return by_prominence(distinct_persons(persons), image.shape[1::-1])[:max_persons]
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
@@ -101,12 +96,9 @@ class DWPose:
         return persons
 
     def _upright(self, image: np.ndarray) -> list[PersonEstimate]:
-        return [self._keypoints(image, found) for found in self._boxes(image)]
-
-    def _boxes(self, image: np.ndarray) -> list[BoxScore]:
         boxed, scale = letterbox(image, self._detector.size)
         (output,) = self._detector(boxed[None])
-        return decode_boxes(output[0], self._detector.size, scale)
+        return [self._keypoints(image, found) for found in decode_boxes(output[0], self._detector.size, scale)]
 
     def _keypoints(self, image: np.ndarray, found: BoxScore) -> PersonEstimate:
         size = self._pose.size
@@ -127,7 +119,7 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
     scale = min(size[0] / image.shape[1], size[1] / image.shape[0])
     shown = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    boxed = np.full((size[1], size[0], 3), _LETTERBOX_GREY, np.uint8)
+    boxed = np.full((size[1], size[0], 3), 114, np.uint8)
     boxed[: shown[1], : shown[0]] = cv2.resize(image, shown, interpolation=interpolation)
     return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1), dtype=np.float32), scale
 
@@ -135,13 +127,11 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
 def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
     """Person boxes from YOLOX's raw output, surest first, after non-maximum suppression.
 
-    Args:
-        output: (cells, 5 + classes), strides 8, 16, 32, row by row.
-        size: (width, height) of the detector's input.
-        scale: from pixels of the image to those of the input.
+    The output is (cells, 5 + classes), of strides 8, 16, 32, row by row, for an input of (width, height), `scale`
+    times the image's.
     """
     cells, strides = [], []
-    for stride in _STRIDES:
+    for stride in (8, 16, 32):
         columns, rows = size[0] // stride, size[1] // stride
         cells.append(np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2))
         strides.append(np.full((rows * columns, 1), stride))
@@ -173,7 +163,7 @@ def box_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
     The box is padded by 1.25 and widened to the input's aspect ratio about its centre.
     """
     width, height = max(box.width, 1.0), max(box.height, 1.0)
-    scale = _CROP_PADDING * max(width / size[0], height / size[1])
+    scale = 1.25 * max(width / size[0], height / size[1])
     centre = np.array([box.left + box.right, box.top + box.bottom]) / 2
     return np.column_stack([scale * np.eye(2), centre - scale * np.asarray(size) / 2])
 
@@ -181,8 +171,7 @@ def box_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
 def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Points (k, 2) in pixels of an input of (width, height), and scores (k,), from SimCC's two classifications.
 
-    Args:
-        x, y: (1, k, bins); the bins divide the input's width and height, usually two to a pixel.
+    The bins of x and y (1, k, bins) divide the width and the height, usually two to a pixel.
     """
     bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)  # (k, 2)
     points = bins * (np.asarray(size) / (x.shape[-1], y.shape[-1]))

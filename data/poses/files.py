@@ -28,12 +28,11 @@ from data.video.images import natural_order
 
 _DEFAULT_FPS = 25.0
 # Index of each COCO keypoint in the other orders.
-_COCO_FROM_BODY25 = [0, 16, 15, 18, 17, 5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11]
 _COCO_FROM_COCO18 = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
 _COCO_ORDERS = {
     17: list(range(17)),
     18: _COCO_FROM_COCO18,
-    25: _COCO_FROM_BODY25,
+    25: [0, 16, 15, 18, 17, 5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11],  # BODY_25
     26: list(range(17)),  # Halpe-26
     133: list(range(17)),  # COCO-WholeBody
 }
@@ -53,19 +52,11 @@ class _Frames:
 
 
 def load_poses(
-    path: str | Path,
-    size: tuple[int, int] | None = None,
-    fps: float | None = None,
-    argument: str = "poses",
+    path: str | Path, size: tuple[int, int] | None = None, fps: float | None = None, argument: str = "poses"
 ) -> Poses:
-    """Read poses from any of the formats above, recognised by its content.
+    """Read poses from any of the formats above, recognised by its content; `UserError` for others.
 
-    Args:
-        size, fps: for formats that do not state them; 25 frames per second when not given.
-        argument: what the path was given as, for error messages.
-
-    Raises:
-        UserError: missing or unreadable file, unknown format, unknown image size.
+    `size` and `fps` are for formats that do not state them; 25 frames per second when not given.
     """
     path = Path(path)
     if not path.exists():

@@ -61,8 +61,7 @@ class PersonEstimate:
 def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, margin: float = 0.0) -> Box | None:
     """Smallest box around the keypoints (17, 2) whose score is above `threshold`; None for fewer than two.
 
-    Args:
-        margin: part of the box's longer side added on each side; 0.1 takes in most of the head and the feet.
+    `margin` is the part of its longer side added on each side; 0.1 takes in most of the head and the feet.
     """
     visible = np.asarray(keypoints, dtype=np.float64)[np.asarray(scores) > threshold]
     if len(visible) < 2:
@@ -153,11 +152,9 @@ def by_prominence(estimates: list[PersonEstimate], size: tuple[int, int]) -> lis
 
 
 def assign_slots(last_seen: list[PersonEstimate | None], found: list[PersonEstimate]) -> list[PersonEstimate | None]:
-    """Match the persons found in a frame to slots, so that person k stays person k; None for a slot without a match.
+    """Match the persons found, most prominent first, to slots, so that person k stays person k.
 
-    Args:
-        last_seen: per slot the person as last seen, None for a slot that was never used.
-        found: persons of the new frame, the most prominent first.
+    `last_seen` holds None for a slot that was never used, the result None for one without a match.
     """
     slots: list[PersonEstimate | None] = [None] * len(last_seen)
     # Nearest pairs first, as long as the person moved by less than the size of their box.

@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,6 @@ from data.poses.person import Box, PersonEstimate, joint_box, person_box, scores
 from data.transforms import map_points, resize_matrix
 
 _ARRAYS = ("keypoints", "scores", "size", "fps")  # of a pose file
-_MARGIN = 0.1  # of a skeleton's longer side: keypoints end at the eyes, wrists and ankles
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,8 @@ class Poses:
         """(frames, persons) bool: any keypoint of the person is above `threshold`."""
         return (self.scores > threshold).any(axis=-1)
 
-    def box(self, margin: float = _MARGIN) -> Box | None:
-        """Box around the visible keypoints of all persons and frames, cut to the image; None without any.
-
-        Args:
-            margin: part of each skeleton's longer side that is added around it, for the top of the head and the feet.
-        """
+    def box(self, margin: float = 0.1) -> Box | None:
+        """Box around the visible keypoints of all persons and frames, cut to the image; see `person_box`."""
         keypoints, scores = self.keypoints.reshape(-1, 17, 2), self.scores.reshape(-1, 17)
         boxes = [person_box(*person, margin=margin) for person in zip(keypoints, scores, strict=True)]
         return joint_box([box for box in boxes if box is not None], self.size)
@@ -155,7 +151,6 @@ class PoseConfig:
     threads: int = 2  # CPU threads of the networks
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if self.max_persons < 1:
             raise UserError(f"max_persons={self.max_persons} must be at least 1")
         if not self.smoothing >= 0:
@@ -216,27 +211,18 @@ def estimate_poses(
     max_persons: int = 1,
     smoothing: float = 0.0,
 ) -> PoseEstimate:
-    """Poses and masks of the persons in a video; person k is the same person in all frames.
+    """Poses and masks of the persons in frames (h, w, 3) uint8 RGB; person k is the same person in all frames.
 
     Persons come in the order in which they appear, the most prominent first; slots that nobody takes are left out.
-
-    Args:
-        frames: (h, w, 3) uint8 RGB each; read once and one at a time, for example a `VideoReader`.
-        smoothing: see `PoseConfig`; masks are not smoothed.
+    Masks are not smoothed.
     """
-    size: tuple[int, int] | None = None
-
-    def sized_frames() -> Iterator[np.ndarray]:
-        nonlocal size
-        for frame in frames:
-            size = frame.shape[1::-1]
-            yield frame
-
-    slots = list(estimator.video(sized_frames(), max_persons))
-    if size is None:
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
         raise ValueError("frames must hold at least one frame, got none")
+    slots = list(estimator.video(chain([first], frames), max_persons))
     used = [k for k in range(max_persons) if any(persons[k] is not None for persons in slots)]
-    estimate = _collect([[persons[k] for k in used] for persons in slots], size, fps)
+    estimate = _collect([[persons[k] for k in used] for persons in slots], first.shape[1::-1], fps)
     return PoseEstimate(estimate.poses.smoothed(smoothing), estimate.masks) if smoothing else estimate
 
 
@@ -253,15 +239,13 @@ def temporal_means(poses: Poses, frames: float) -> np.ndarray:
 
 
 def _collect(slots: list[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
-    masks = {
-        (frame, slot): person.mask
-        for frame, persons in enumerate(slots)
-        for slot, person in enumerate(persons)
-        if person is not None and person.mask is not None
-    }
-    stacked = np.zeros((len(slots), len(slots[0]), size[1], size[0]), bool) if masks else None
-    for index, mask in masks.items():
-        stacked[index] = mask
+    stacked = None
+    for frame, persons in enumerate(slots):
+        for slot, person in enumerate(persons):
+            if person is not None and person.mask is not None:
+                if stacked is None:
+                    stacked = np.zeros((len(slots), len(persons), size[1], size[0]), bool)
+                stacked[frame, slot] = person.mask
     return PoseEstimate(Poses.of_persons(slots, size, fps), stacked)
 
 

@@ -27,13 +27,6 @@ from data.video.images import list_images, read_image
 
 Item = TypeVar("Item")
 VISIBLE = 0.3  # score above which a joint counts as visible
-_MANY_MISSING = 0.4  # share of joints
-_MANY_ABSENT = 0.1  # share of frames without anybody
-_JUMP = 0.5  # of the person's height, from one frame to the next
-_ENLARGED = 1.5
-_SLOW, _FAST = 12.0, 65.0  # frames per second
-_OTHER_RATE = 0.2  # relative difference to the middle of all clips
-_CHECKED_MASKS = 8  # of a clip
 
 
 def check_dataset(config: CheckConfig) -> Report:
@@ -57,14 +50,9 @@ def check_dataset(config: CheckConfig) -> Report:
 
 def _each(check: Callable[[Item, CheckConfig], ClipFacts], clips: list[Item], config: CheckConfig) -> list[ClipFacts]:
     """Check every clip, in `config.workers` processes."""
-    bar = tqdm(total=len(clips), desc="checking clips", unit="clip")
-    facts = []
     with ProcessPoolExecutor(config.workers) if config.workers > 1 else nullcontext() as pool:
-        for found in (pool.map if pool else map)(check, clips, repeat(config)):
-            facts.append(found)
-            bar.update()
-    bar.close()
-    return facts
+        found = (pool.map if pool else map)(check, clips, repeat(config))
+        return list(tqdm(found, total=len(clips), desc="checking clips", unit="clip"))
 
 
 def check_source(source: SourceClip, config: CheckConfig) -> ClipFacts:
@@ -79,8 +67,7 @@ def check_source(source: SourceClip, config: CheckConfig) -> ClipFacts:
         try:
             _check_poses(facts, load_poses(source.poses, facts.size, facts.fps))
         except UserError as error:
-            advice = "prepare with poses=estimate"
-            facts.add("error", "poses", str(error), advice)
+            facts.add("error", "poses", str(error), "prepare with poses=estimate")
     _check_length(facts, config)
     return facts
 
@@ -90,12 +77,10 @@ def check_prepared(clip: Clip, config: CheckConfig) -> ClipFacts:
     facts = ClipFacts(clip.name, str(clip.video), clip.split)
     again = "run the same preparation again"
     if not clip.video.exists():
-        message = f"{clip.video} does not exist any more"
-        facts.add("error", "missing", message, f"bring it back, or {again}")
+        facts.add("error", "missing", f"{clip.video} does not exist any more", f"bring it back, or {again}")
         return facts
     if not clip.fingerprint.matches(clip.video):
-        message = "the video has changed since its poses were made"
-        facts.add("error", "changed", message, again)
+        facts.add("error", "changed", "the video has changed since its poses were made", again)
     _check_video(facts, clip.video, replace(config, frame_fps=clip.fps))
     try:
         _check_poses(facts, Poses.load(clip.poses))
@@ -122,10 +107,9 @@ def _check_video(facts: ClipFacts, video: Path, config: CheckConfig) -> None:
     except UserError as error:
         advice = "fetch or export the file again; what is before the damage can be cut out and kept"
         facts.add("error", "damaged", str(error), advice)
-    if facts.fps is not None and not _SLOW <= facts.fps <= _FAST:
-        message = f"{facts.fps:g} frames per second"
+    if facts.fps is not None and not 12 <= facts.fps <= 65:
         advice = "use another data.stride for such clips, or re-encode them at 24 to 30"
-        facts.add("warning", "frame rate", message, advice)
+        facts.add("warning", "frame rate", f"{facts.fps:g} frames per second", advice)
     if video.is_dir():
         facts.findings += frame_order_findings(video)
 
@@ -141,14 +125,13 @@ def _check_poses(facts: ClipFacts, poses: Poses) -> None:
         facts.add("error", "poses", message, "prepare it again with poses=estimate")
         return
     if not present.any():
-        advice = "leave the clip out, or try pose.heavy=true"
-        facts.add("error", "nobody", "no joint is seen in any frame", advice)
+        facts.add("error", "nobody", "no joint is seen in any frame", "leave the clip out, or try pose.heavy=true")
         return
-    if facts.absent_frames > _MANY_ABSENT:
+    if facts.absent_frames > 0.1:
         message = f"nobody is seen in {facts.absent_frames:.0%} of the frames"
         advice = "training keeps away from these frames; if somebody is there, try pose.heavy=true"
         facts.add("warning", "absent", message, advice)
-    if facts.missing_joints > _MANY_MISSING:
+    if facts.missing_joints > 0.4:
         rare = np.argsort(visible[present].mean(axis=0), kind="stable")[:3]
         names = ", ".join(COCO_KEYPOINTS[joint] for joint in rare)
         message = f"{facts.missing_joints:.0%} of the joints are missing, most of all {names}"
@@ -173,7 +156,7 @@ def pose_jumps(poses: Poses) -> np.ndarray:
     centres[enough] = np.nanmedian(points[enough], axis=1)  # (frames, 2)
     heights[enough] = [np.ptp(p[s], axis=0).max() for p, s in zip(points[enough], visible[enough], strict=True)]
     moved = np.linalg.norm(np.diff(centres, axis=0), axis=1)
-    return np.flatnonzero(moved > _JUMP * np.maximum(heights[1:], heights[:-1])) + 1
+    return np.flatnonzero(moved > 0.5 * np.maximum(heights[1:], heights[:-1])) + 1
 
 
 def _check_masks(facts: ClipFacts, clip: Clip, again: str) -> None:
@@ -186,13 +169,12 @@ def _check_masks(facts: ClipFacts, clip: Clip, again: str) -> None:
         message = f"{len(missing)} of {clip.frames} frames have no mask, first frame {missing[0]}"
         facts.add("error", "masks", message, again)
         return
-    checked = np.unique(np.linspace(0, clip.frames - 1, min(clip.frames, _CHECKED_MASKS)).astype(int)).tolist()
+    checked = np.unique(np.linspace(0, clip.frames - 1, min(clip.frames, 8)).astype(int)).tolist()
     empty = 0
     for frame in checked:
         masks = [read_image(file)[..., 0] for file in mask_files(clip.masks, frame)]
         if any(mask.shape != clip.size[::-1] for mask in masks):
-            message = f"the mask of frame {frame} is not of the video's size"
-            facts.add("error", "masks", message, again)
+            facts.add("error", "masks", f"the mask of frame {frame} is not of the video's size", again)
             return
         empty += not any((mask > 127).any() for mask in masks)
     if empty > len(checked) / 2:
@@ -203,9 +185,8 @@ def _check_masks(facts: ClipFacts, clip: Clip, again: str) -> None:
 def _check_length(facts: ClipFacts, config: CheckConfig) -> None:
     needed = (config.num_frames - 1) * config.stride + 1
     if facts.frames is not None and facts.frames < needed:
-        message = (
-            f"{facts.frames} frames, {needed} are needed for num_frames={config.num_frames} stride={config.stride}"
-        )
+        setting = f"num_frames={config.num_frames} stride={config.stride}"
+        message = f"{facts.frames} frames, {needed} are needed for {setting}"
         advice = "use fewer frames or a smaller stride; training leaves the clip out"
         facts.add("error", "too short", message, advice)
 
@@ -217,7 +198,7 @@ def _check_frame(facts: ClipFacts, clip: Clip, size: tuple[int, int], crop: str)
         message = f"people fill {box} pixels over the whole clip, more than a frame of {size[0]}x{size[1]} shows"
         advice = "use crop=pad, or a size of the video's shape; training with crop=person leaves the clip out"
         facts.add("error", "crop", message, advice)
-    elif matrix[0, 0] > _ENLARGED:
+    elif matrix[0, 0] > 1.5:
         message = f"{clip.size[0]}x{clip.size[1]} pixels would be enlarged {matrix[0, 0]:.1f} times"
         facts.add("warning", "small", message, "find a larger version, or train at a smaller size")
 
@@ -226,7 +207,7 @@ def _compare_rates(clips: list[ClipFacts]) -> None:
     rates = [clip.fps for clip in clips if clip.fps is not None]
     middle = float(np.median(rates)) if rates else 0.0
     for clip in clips:
-        if clip.fps is not None and abs(clip.fps / middle - 1) > _OTHER_RATE:
+        if clip.fps is not None and abs(clip.fps / middle - 1) > 0.2:
             message = f"{clip.fps:g} frames per second, most clips have {middle:g}: a stride spans another time"
             clip.add("warning", "other rate", message, f"re-encode it at {middle:g}")
 
@@ -240,15 +221,11 @@ def _compare_contents(facts: list[ClipFacts], clips: list[Clip]) -> None:
         if same:
             leaks = any(other.split != clip.split for other in same)
             message = f"the same video as {same[0].name}" + (", which is in the other part" if leaks else "")
-            severity = "error" if leaks else "warning"
-            fact.add(severity, "duplicate", message, "remove one of the two")
+            fact.add("error" if leaks else "warning", "duplicate", message, "remove one of the two")
 
 
 def frame_order_findings(folder: Path) -> list[Finding]:
-    """Faults of the names of a folder of frames; empty when they are numbered without gaps.
-
-    Frames are read in the order of the numbers, whatever their padding.
-    """
+    """Faults of the names of a folder's frames, which are read in the order of the numbers, whatever their padding."""
     names = [file.name for file in list_images(folder)]
     numbers = [re.findall(r"\d+", Path(name).stem) for name in names]
     if not names or not all(numbers):
@@ -256,14 +233,13 @@ def frame_order_findings(folder: Path) -> list[Finding]:
         message = f"{unnumbered} of {len(names)} frames have no number in their names; they are read by name"
         return [Finding("warning", "order", message, "number the frames in the order of time")] if names else []
     last = np.array([int(found[-1]) for found in numbers])
-    findings: list[Finding] = []
+    findings = []
     values, counts = np.unique(last, return_counts=True)
     if (counts > 1).any():
         doubled = int(values[counts > 1][0])
         message = f"{int((counts > 1).sum())} numbers occur more than once, first {doubled}"
-        findings.append(
-            Finding("error", "order", message, "remove the copies, such as frame_1.jpg beside frame_1.png")
-        )
+        advice = "remove the copies, such as frame_1.jpg beside frame_1.png"
+        findings.append(Finding("error", "order", message, advice))
     elif (np.diff(last) < 0).any():
         message = "the numbers do not grow in the order of the names"
         findings.append(Finding("error", "order", message, "give all frames one pattern of names, such as 000000.png"))
@@ -276,7 +252,6 @@ def frame_order_findings(folder: Path) -> list[Finding]:
         findings.append(Finding("warning", "gaps", message, "bring the missing frames back, or make two clips of it"))
     if sorted(names) != names:
         message = "the numbers are not padded; they are read by number here, but tools that sort by name mix them up"
-        findings.append(
-            Finding("note", "padding", message, "rename to frame_000000.png, ... before using other tools")
-        )
+        advice = "rename to frame_000000.png, ... before using other tools"
+        findings.append(Finding("note", "padding", message, advice))
     return findings

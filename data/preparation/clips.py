@@ -19,8 +19,6 @@ from data.transforms import crop_matrix
 from data.video.files import VideoReader
 from data.video.images import list_images, read_image
 
-_SHOWN_NAMES = 3
-
 
 @dataclass(frozen=True)
 class UsableClip:
@@ -74,10 +72,14 @@ def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
     clips, left_out = [], {}
     for path, video in found:
         name = path.relative_to(root).with_suffix("").as_posix()
+        masks = path.with_name(f"{path.stem}_masks")
+        masks = masks if masks.is_dir() else None
         try:
-            clips.append(_unlisted_clip(name, video, path))
+            poses = Poses.load(path)
         except UserError as error:
             left_out[name] = f"poses cannot be read: {error}"
+            continue
+        clips.append(Clip(name, video, path, masks, poses.frames, poses.fps, poses.size, poses.box(), None, None))
     return clips, left_out
 
 
@@ -106,26 +108,8 @@ def summarize(left_out: dict[str, str], clips: int) -> str:
         names.setdefault(reason.split(":")[0], []).append(name)
     parts = []
     for reason, found in sorted(names.items(), key=lambda item: -len(item[1])):
-        more = ", ..." if len(found) > _SHOWN_NAMES else ""
-        parts.append(f"{len(found)} {reason} ({', '.join(found[:_SHOWN_NAMES])}{more})")
+        parts.append(f"{len(found)} {reason} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})")
     return f"{len(left_out)} of {clips} clips are left out: {'; '.join(parts)}"
-
-
-def _unlisted_clip(name: str, video: Path, path: Path) -> Clip:
-    poses = Poses.load(path)
-    masks = path.with_name(f"{path.stem}_masks")
-    return Clip(
-        name=name,
-        video=video,
-        poses=path,
-        masks=masks if masks.is_dir() else None,
-        frames=poses.frames,
-        fps=poses.fps,
-        size=poses.size,
-        box=poses.box(),
-        split=None,
-        fingerprint=None,
-    )
 
 
 class MaskWriter:
@@ -136,13 +120,11 @@ class MaskWriter:
         self._written: set[tuple[int, int]] = set()
 
     def write(self, frame: int, slot: int, mask: np.ndarray) -> None:
-        """Keep the mask (h, w) bool of the person in a slot."""
         _save_mask(self._path(frame, slot), mask)
         self._written.add((frame, slot))
 
     @property
     def empty(self) -> bool:
-        """True when no mask was written."""
         return not self._written
 
     def finish(self, frames: int) -> None:
@@ -152,7 +134,7 @@ class MaskWriter:
         nobody = np.zeros(self._size[::-1], bool)
         for person, slot in enumerate(used):
             for frame in range(frames):
-                name = f"{frame:06d}.png" if len(used) == 1 else f"{frame:06d}_p{person}.png"
+                name = _mask_name(frame, person, len(used))
                 if (frame, slot) in self._written:
                     self._path(frame, slot).rename(self._folder / name)
                 else:
@@ -204,8 +186,11 @@ def import_masks(source: Path, target: Path, frames: int, size: tuple[int, int])
                 mask = read_image(file)[..., 0]
                 if mask.shape != size[::-1]:
                     raise UserError(f"{file} is {mask.shape[1]}x{mask.shape[0]}, the clip is {size[0]}x{size[1]}")
-                name = f"{frame:06d}.png" if len(found) == 1 else f"{frame:06d}_p{person}.png"
-                _save_mask(folder / name, mask >= 128)
+                _save_mask(folder / _mask_name(frame, person, len(found)), mask >= 128)
+
+
+def _mask_name(frame: int, person: int, persons: int) -> str:
+    return f"{frame:06d}.png" if persons == 1 else f"{frame:06d}_p{person}.png"
 
 
 def _save_mask(path: Path, mask: np.ndarray) -> None:

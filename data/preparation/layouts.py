@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from core.errors import UserError
 from data.video.images import list_images, natural_order
@@ -44,15 +43,9 @@ class SourceClip:
 
 
 def find_clips(source: str | Path, layout: str = "auto", argument: str = "source") -> list[SourceClip]:
-    """Clips of a data set, in natural order of their names.
+    """Clips of a data set in natural order of their names; `UserError` for no such folder, unknown layout, no clip.
 
-    Args:
-        source: a folder, or a list of clips (.json) for moore and musepose.
-        layout: a key of `LAYOUTS`, or "auto".
-        argument: what the path was given as, for error messages.
-
-    Raises:
-        UserError: no such folder, unknown layout, no clip.
+    The source is a folder, or a list of clips (.json) for moore and musepose; `argument` is what it was given as.
     """
     source = Path(source)
     if not source.exists():
@@ -65,7 +58,9 @@ def find_clips(source: str | Path, layout: str = "auto", argument: str = "source
         raise UserError(
             f"{argument}={source} holds no clip of layout={chosen}; `docs/data.md` shows what each looks like"
         )
-    return sorted(_with_unique_names(clips), key=_by_parts)
+    return sorted(
+        _with_unique_names(clips), key=lambda clip: [natural_order(Path(part)) for part in clip.name.split("/")]
+    )
 
 
 def detect_layout(source: Path, argument: str = "source") -> str:
@@ -74,13 +69,13 @@ def detect_layout(source: Path, argument: str = "source") -> str:
         if source.suffix.lower() == ".json":
             return "moore"
         raise UserError(f"{argument}={source} is a file; give a folder, or a list of clips (*_meta.json)")
-    if any((source / part).is_dir() and _numbered_folders(source / part, "images") for part in ("rec", "vec")):
+    if any((source / part).is_dir() and _numbered_folders(source / part) for part in ("rec", "vec")):
         return "stableanimator"
     if _meta_files(source / "meta"):
         return "musepose"
     if _meta_files(source):
         return "moore"
-    if _numbered_folders(source, "images"):
+    if _numbered_folders(source):
         return "tiktok"
     first = next(_videos(source), None)
     if first is not None:
@@ -96,7 +91,13 @@ def _moore(source: Path) -> Iterator[SourceClip]:
     if not files:
         raise UserError(f"source={source} holds no list of clips, *_meta.json")
     for file in files:
-        for index, entry in enumerate(_entries(file)):
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is not JSON: {error}") from None
+        if not isinstance(entries, list):
+            raise UserError(f"{file} is not a list of {{'video_path', 'kps_path'}}")
+        for index, entry in enumerate(entries):
             video = entry.get("video_path") if isinstance(entry, dict) else None
             if not isinstance(video, str):
                 raise UserError(f"{file}: entry {index} has no 'video_path'")
@@ -105,15 +106,11 @@ def _moore(source: Path) -> Iterator[SourceClip]:
 
 
 def _tiktok(source: Path) -> Iterator[SourceClip]:
-    for folder in _numbered_folders(source, "images"):
+    for folder in _numbered_folders(source):
         masks, poses = folder / "masks", folder / "openpose_json"
-        yield SourceClip(
-            folder.name,
-            folder / "images",
-            "tiktok",
-            poses=poses if poses.is_dir() else None,
-            masks=masks if masks.is_dir() and list_images(masks) else None,
-        )
+        masks = masks if masks.is_dir() and list_images(masks) else None
+        poses = poses if poses.is_dir() else None
+        yield SourceClip(folder.name, folder / "images", "tiktok", poses=poses, masks=masks)
 
 
 def _splits(source: Path) -> Iterator[SourceClip]:
@@ -128,7 +125,7 @@ def _stableanimator(source: Path) -> Iterator[SourceClip]:
         if not (source / part).is_dir():
             continue
         listed = source / f"video_{part}_path.txt"
-        folders = _numbered_folders(source / part, "images")
+        folders = _numbered_folders(source / part)
         if listed.is_file():
             lines = listed.read_text(encoding="utf-8").splitlines()
             folders = [_resolve(line.strip(), listed) for line in lines if line.strip()]
@@ -146,15 +143,10 @@ def _frames(source: Path) -> Iterator[SourceClip]:
 
 def _plain(source: Path) -> Iterator[SourceClip]:
     for video in _videos(source):
-        files = [video.with_suffix(suffix) for suffix in (".npz", ".json")]
+        name = video.relative_to(source).with_suffix("").as_posix()
+        poses = next((file for ext in (".npz", ".json") if (file := video.with_suffix(ext)).is_file()), None)
         masks = video.with_name(f"{video.stem}_masks")
-        yield SourceClip(
-            video.relative_to(source).with_suffix("").as_posix(),
-            video,
-            "videos",
-            poses=next((file for file in files if file.is_file()), None),
-            masks=masks if masks.is_dir() else None,
-        )
+        yield SourceClip(name, video, "videos", poses=poses, masks=masks if masks.is_dir() else None)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[SourceClip]]] = {
@@ -170,20 +162,6 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[SourceClip]]] = {
 }
 
 
-def _by_parts(clip: SourceClip) -> list[list[int | str]]:
-    return [natural_order(Path(part)) for part in clip.name.split("/")]
-
-
-def _entries(file: Path) -> list[Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, list):
-        raise UserError(f"{file} is not a list of {{'video_path', 'kps_path'}}")
-    return content
-
-
 def _resolve(path: str, listed_in: Path) -> Path:
     """Path of a list's entry: as it stands, or below one of the folders above the list, where such lists are made."""
     given = Path(path)
@@ -197,9 +175,9 @@ def _meta_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*meta.json")) if folder.is_dir() else []
 
 
-def _numbered_folders(root: Path, inside: str) -> list[Path]:
-    """Folders directly below `root`, or one level further down, that have a folder `inside`."""
-    for pattern in (f"*/{inside}", f"*/*/{inside}"):
+def _numbered_folders(root: Path) -> list[Path]:
+    """Folders directly below `root`, or one level further down, that have a folder `images`."""
+    for pattern in ("*/images", "*/*/images"):
         found = [path.parent for path in root.glob(pattern) if path.is_dir() and not path.parent.name.startswith(".")]
         if found:
             return sorted(found, key=natural_order)

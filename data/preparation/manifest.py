@@ -20,7 +20,6 @@ from data.video.images import list_images
 
 MANIFEST = "manifest.json"
 VERSION = 1
-RECORD_SUFFIX = ".clip.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Fingerprint:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
     def is_fresh(self, path: str | Path) -> bool:
-        """True for the noted size and time, so that nothing needs to be read."""
+        """True for the noted size and time; nothing is read."""
         try:
             return _stamp(_files(Path(path))) == self.stamp
         except (OSError, UserError):
@@ -143,7 +142,7 @@ def read_manifest(path: str | Path, argument: str = "dataset") -> Manifest:
 
 
 def record_path(root: Path, name: str) -> Path:
-    return root / f"{name}{RECORD_SUFFIX}"
+    return root / f"{name}.clip.json"
 
 
 def read_record(root: Path, name: str) -> dict[str, Any] | None:

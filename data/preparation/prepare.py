@@ -7,7 +7,9 @@ they were; then the clip is not made again.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,8 @@ def hold_out(clips: list[SourceClip], share: float) -> list[SourceClip]:
     """Clips with a share of those that have no part marked as held out, the same ones whatever else is there."""
     if not share:
         return clips
-    return [clip if clip.split else replace(clip, split=_drawn_split(clip.name, share)) for clip in clips]
-
-
-def _drawn_split(name: str, share: float) -> str:
-    value = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
-    return "heldout" if value < share else "train"
+    drawn = {clip.name: int(hashlib.sha256(clip.name.encode()).hexdigest()[:8], 16) / 16**8 for clip in clips}
+    return [replace(clip, split=clip.split or ("heldout" if drawn[clip.name] < share else "train")) for clip in clips]
 
 
 def prepare_clips(
@@ -65,20 +63,10 @@ def prepare_clips(
 ) -> PreparedClips:
     """Prepare clips that are not prepared yet; those that cannot be used are recorded with the reason.
 
-    Args:
-        open_estimator: called once, and only when poses or masks must be estimated.
-        position: row of the progress bar, for several processes.
-
-    Raises:
-        UserError: the output cannot be written; what is finished stays.
+    The estimator is opened once, and only when poses or masks must be estimated. `position` is the row of the progress
+    bar, for several processes. `UserError` for an output that cannot be written; what is finished stays.
     """
-    opened: list[PoseEstimator] = []
-
-    def estimator() -> PoseEstimator:
-        if not opened:
-            opened.append(open_estimator())
-        return opened[0]
-
+    estimator = cache(open_estimator)
     counts = PreparedClips()
     bar = tqdm(clips, desc="preparing clips", unit="clip", position=position)
     for clip in bar:
@@ -163,35 +151,26 @@ def _make(clip: SourceClip, output: Path, config: PrepareConfig, estimator: Pose
 
 def _estimate(reader: VideoReader, masks: Path | None, config: PoseConfig, estimator: PoseEstimator) -> _Made:
     """Poses and, when `masks` names a folder, person masks; one frame at a time, so long clips need no more memory."""
-    if masks is None:
-        poses, boxes = _follow(reader, None, config, estimator)
-        return _Made(poses, joint_box(boxes, reader.size), None)
-    with complete_folder(masks) as folder:
-        writer = MaskWriter(folder, reader.size)
-        poses, boxes = _follow(reader, writer, config, estimator)
-        writer.finish(len(reader))
-    if writer.empty:  # not every estimator gives masks
-        masks.rmdir()
-    return _Made(poses, joint_box(boxes, reader.size), None if writer.empty else masks)
-
-
-def _follow(
-    reader: VideoReader, writer: MaskWriter | None, config: PoseConfig, estimator: PoseEstimator
-) -> tuple[Poses, list[Box]]:
-    """Poses of a clip, and the boxes of the masks that were written."""
     tracks: list[list[PersonEstimate | None]] = []
-    boxes: list[Box] = []
-    for index, persons in enumerate(estimator.video(_with_bar(reader), config.max_persons)):
-        for slot, person in enumerate(persons):
-            if writer is not None and person is not None and person.mask is not None:
-                writer.write(index, slot, person.mask)
-                box = mask_box(person.mask)
-                boxes.extend([] if box is None else [box])
-        tracks.append([person and PersonEstimate(person.keypoints, person.scores, None, 0.0) for person in persons])
+    boxes: list[Box | None] = []  # of the masks
+    with complete_folder(masks) if masks else nullcontext() as folder:
+        writer = MaskWriter(folder, reader.size) if masks else None
+        for index, persons in enumerate(estimator.video(_with_bar(reader), config.max_persons)):
+            for slot, person in enumerate(persons):
+                if writer and person is not None and person.mask is not None:
+                    writer.write(index, slot, person.mask)
+                    boxes.append(mask_box(person.mask))
+            tracks.append([person and replace(person, mask=None) for person in persons])
+        if writer:
+            writer.finish(len(reader))
+    if masks and writer.empty:  # not every estimator gives masks
+        masks.rmdir()
+        masks = None
     poses = Poses.of_persons(tracks, reader.size, reader.fps)
     used = poses.present().any(axis=0)
     poses = Poses(poses.keypoints[:, used], poses.scores[:, used], reader.size, reader.fps)
-    return (poses.smoothed(config.smoothing) if config.smoothing else poses), boxes
+    poses = poses.smoothed(config.smoothing) if config.smoothing else poses
+    return _Made(poses, joint_box([box for box in boxes if box is not None], reader.size), masks)
 
 
 def _with_bar(reader: VideoReader) -> tqdm:

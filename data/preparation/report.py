@@ -9,7 +9,6 @@ import numpy as np
 
 from core.files import complete_file, output_folder, write_json
 
-_SHOWN_CLIPS = 60
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -59,8 +58,7 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write `report.json` and `report.md`; returns their paths."""
-    folder = folder if folder.is_dir() or not folder.is_file() else folder.parent
-    output_folder(folder)
+    folder = output_folder(folder.parent if folder.is_file() else folder)
     paths = folder / "report.json", folder / "report.md"
     write_json(paths[0], {**summary(report), "clips": [asdict(clip) for clip in report.clips]})
     with complete_file(paths[1]) as temporary:
@@ -88,7 +86,7 @@ def summary(report: Report) -> dict[str, Any]:
     }
 
 
-def report_table(report: Report, shown: int = _SHOWN_CLIPS) -> str:
+def report_table(report: Report, shown: int = 60) -> str:
     """Summary, a row for each clip, those with errors first, and advice for every kind of finding."""
     numbers = summary(report)
     usable = numbers["checked"] - numbers["errors"]
@@ -141,6 +139,6 @@ def _details(clips: list[ClipFacts]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _counts(counts: dict[str, int], most: int = 4) -> str:
-    parts = [f"{value} ({count})" for value, count in list(counts.items())[:most]]
-    return ", ".join(parts) + (", ..." if len(counts) > most else "") or "none"
+def _counts(counts: dict[str, int]) -> str:
+    parts = [f"{value} ({count})" for value, count in list(counts.items())[:4]]
+    return ", ".join(parts) + (", ..." if len(counts) > 4 else "") or "none"

@@ -36,7 +36,6 @@ class PrepareConfig:
     pose: PoseConfig = field(default_factory=PoseConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)} is not one of {', '.join(allowed)}")
@@ -62,7 +61,6 @@ class CheckConfig:
     workers: int = 1  # processes that read clips
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[512,512]")
         if self.crop not in CROPS:
@@ -89,7 +87,6 @@ class FeatureConfig:
     num_shards: int = 1
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if len(self.size) != 2 or min(self.size) < 8:
             raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
         if self.dtype not in DTYPES:

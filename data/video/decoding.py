@@ -18,9 +18,6 @@ _INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Where decord 0.6 gives the same pixels as PyAV does, in an indexed format: it has no AV1, ignores pixel aspect ratios
 # and, of AVI files with B-frames, returns other frames than were asked for.
 _DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")
-_DECORD_PIXELS = ("yuv420p",)
-# Seeking costs about as much as decoding this many frames, so nearer frames are reached by decoding on.
-_SEEK_COST = 12
 
 
 class VideoFile:
@@ -28,9 +25,6 @@ class VideoFile:
 
     The file's rotation and pixel aspect ratio are applied; an alpha plane is laid over white. `times` counts frames
     that a truncated file announces but lacks; reading them is the error.
-
-    Raises:
-        UserError: not a video, no frames; while reading: damaged or cut short, with the index of the frame.
     """
 
     def __init__(self, path: str | Path, argument: str):
@@ -59,7 +53,7 @@ class VideoFile:
         self._decord_may_read = (
             self._indexed_format
             and codec in _DECORD_CODECS
-            and frame.format.name in _DECORD_PIXELS
+            and frame.format.name == "yuv420p"
             and self._decoder is None
             and self.size == (frame.width, frame.height)
             and self._quarter_turns == 0
@@ -141,7 +135,8 @@ class VideoFile:
             for index, frame in self._decode_from(waiting[0]):
                 while waiting and waiting[0] <= index:
                     found[waiting.pop(0)] = self._image(frame)
-                if not waiting or waiting[0] > index + _SEEK_COST:
+                # Seeking costs about as much as decoding 12 frames, so nearer frames are reached by decoding on.
+                if not waiting or waiting[0] > index + 12:
                     break
             else:
                 if waiting:

@@ -44,14 +44,9 @@ class VideoReader:
     """Frames of a video at a constant rate, decoded when they are asked for.
 
     Frame k is the image on display at time k / fps, so a video of variable rate keeps its duration: frames are
-    repeated or left out. The file's rotation and pixel aspect ratio are applied, transparency is laid over white.
-
-    Args:
-        fps: rate to read at; None takes the average rate of the video (25 for folders and stills).
-        argument: what the path was given as, for error messages.
-
-    Raises:
-        UserError: missing, not a video, empty; while reading: damaged or cut short, with the index of the frame.
+    repeated or left out. The file's rotation and pixel aspect ratio are applied, transparency is laid over white. An
+    `fps` of None takes the average rate of the video (25 for folders and stills). `UserError`, also while reading, for
+    files that are missing, damaged or cut short, with the index of the frame.
     """
 
     def __init__(self, path: str | Path, fps: float | None = None, argument: str = "video"):
@@ -127,9 +122,6 @@ def _open_source(path: Path, fps: float | None, argument: str) -> VideoFile | An
     return VideoFile(path, argument)
 
 
-_SUFFIXES = (".mp4", ".mov", ".mkv")
-
-
 def write_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
@@ -137,17 +129,14 @@ def write_video(
     metadata: dict[str, Any] | None = None,
     crf: int = 18,
 ) -> None:
-    """Write frames as H.264 (yuv420p, BT.709), which every player shows; the file appears when it is complete.
+    """Write frames (h, w, 3) uint8 RGB of one size as H.264 (yuv420p, BT.709), which every player shows.
 
-    Args:
-        path: .mp4, .mov or .mkv.
-        frames: (h, w, 3) uint8 RGB each, all of one size; any iterable, read once.
-        metadata: JSON values, kept in the file's comment; `video_metadata` gives them back.
-        crf: x264's quality: 0 is the best, 18 hardly differs from the input, 51 is the worst.
+    Metadata are JSON values in the file's comment, which `video_metadata` gives back. `crf` is x264's quality: 0 is
+    the best, 18 hardly differs from the input, 51 is the worst.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"{path} cannot be written: give a name that ends in {', '.join(_SUFFIXES)}")
+    if path.suffix.lower() not in (".mp4", ".mov", ".mkv"):
+        raise UserError(f"{path} cannot be written: give a name that ends in .mp4, .mov, .mkv")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
@@ -168,13 +157,13 @@ def write_video(
         container.mux(stream.encode())
 
 
-def video_metadata(path: str | Path, argument: str = "video") -> dict[str, Any]:
+def video_metadata(path: str | Path) -> dict[str, Any]:
     """Metadata that `write_video` put into a file; of other videos, the container's own tags."""
     try:
         with av.open(str(path)) as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
     except (FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{argument}={path} is not a video that can be read: {error}") from None
+        raise UserError(f"video={path} is not a video that can be read: {error}") from None
     try:
         stored = json.loads(tags.get("comment", ""))
     except json.JSONDecodeError:

@@ -14,18 +14,13 @@ from core.files import existing_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
-_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-_DEFAULT_DURATION_MS = 100.0  # what browsers use for an animated image whose frames state no duration
 
 
 def read_image(path: str | Path, argument: str = "image") -> np.ndarray:
-    """Read a still image, or an animated one's first frame, as (h, w, 3) uint8 RGB.
+    """Read a still image, or an animated one's first frame, as (h, w, 3) uint8 RGB, turned as the camera says (EXIF).
 
-    The camera's orientation (EXIF) is applied. `argument` is what the path was given as, for the error message.
-
-    Raises:
-        UserError: missing, not an image, or damaged.
+    A `UserError` for a file that is missing, not an image, or damaged names the `argument`.
     """
     with _open_image(path, argument) as image:
         return to_rgb(ImageOps.exif_transpose(image))
@@ -102,11 +97,15 @@ class AnimatedImage:
         self._path, self._argument = Path(path), argument
         durations = []
         with _open_image(path, argument) as image:
-            self._check_end_of_gif(image)
+            # PIL takes the end of a truncated GIF for the end of the animation; a whole one ends with a semicolon.
+            if image.format == "GIF" and not self._path.read_bytes().rstrip(b"\0").endswith(b";"):
+                whole = getattr(image, "n_frames", 1)
+                raise UserError(f"{argument}={path} is cut short: decoding stopped at frame {whole}")
             self._still = not getattr(image, "is_animated", False)
             for frame in ImageSequence.Iterator(image):
                 frame.load()  # only then does a WebP state the frame's duration
-                durations.append(float(frame.info.get("duration") or _DEFAULT_DURATION_MS) / 1000)
+                # Browsers show frames that state no duration for 100 ms.
+                durations.append(float(frame.info.get("duration") or 100.0) / 1000)
                 if self._still:
                     break
             self.size = to_rgb(ImageOps.exif_transpose(image) if self._still else image).shape[1::-1]
@@ -135,17 +134,11 @@ class AnimatedImage:
     def close(self) -> None:
         """Nothing is kept open."""
 
-    def _check_end_of_gif(self, image: Image.Image) -> None:
-        # PIL takes the end of a truncated GIF for the end of the animation; a whole one ends with a semicolon.
-        if image.format == "GIF" and not self._path.read_bytes().rstrip(b"\0").endswith(b";"):
-            whole = getattr(image, "n_frames", 1)
-            raise UserError(f"{self._argument}={self._path} is cut short: decoding stopped at frame {whole}")
-
 
 def is_animated_image(path: str | Path) -> bool:
     """True for an image file that `AnimatedImage` reads."""
     try:
-        with Image.open(path, formats=_ANIMATED_FORMATS):
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")):
             return True
     except (UnidentifiedImageError, *_READ_ERRORS):
         return False
