@@ -17,8 +17,6 @@ SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.pe
 
 @dataclass(frozen=True)
 class Reference:
-    """Image whose person is animated."""
-
     image: np.ndarray  # (h, w, 3) uint8 RGB
     poses: Poses | None  # one frame; None when neither given nor wanted
     masks: np.ndarray | None  # (persons, h, w) bool
@@ -26,8 +24,6 @@ class Reference:
 
 @dataclass(frozen=True)
 class Driving:
-    """Motion of f frames."""
-
     frames: np.ndarray | None  # (f, h, w, 3) uint8 RGB; None when only poses were given
     poses: Poses | None  # None when there are pose images and no poses were given or wanted
     masks: np.ndarray | None  # (f, persons, h, w) bool
@@ -36,7 +32,6 @@ class Driving:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the driving clip."""
         return self.images.shape[2:0:-1] if self.poses is None else self.poses.size
 
     @property

@@ -59,8 +59,6 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class ImageDistance:
-    """A learned distance of two images."""
-
     network: str  # its name, for reports
     sha256: str  # of its weight files
     distance: Callable[[Tensor, Tensor], Tensor]  # images (n, 3, h, w), twice -> (n,)

@@ -36,8 +36,7 @@ class Moments:
             raise ValueError(f"a covariance needs at least two vectors, got {self.count}")
         return self.scatter / (self.count - 1)
 
-    def update(self, vectors: np.ndarray) -> None:
-        """Take in vectors (n, dimension)."""
+    def update(self, vectors: np.ndarray) -> None:  # (n, dimension)
         vectors = np.asarray(vectors, np.float64)
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
             raise ValueError(f"vectors must have the shape (n, {self.dimension}), got {vectors.shape}")
@@ -49,7 +48,6 @@ class Moments:
             self._join(len(vectors), mean, deviations.T @ deviations)
 
     def merge(self, other: Moments) -> None:
-        """Take in everything that `other` has seen."""
         if other.dimension != self.dimension:
             raise ValueError(f"other must be of dimension {self.dimension}, got {other.dimension}")
         if other.count:

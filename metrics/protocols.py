@@ -19,8 +19,6 @@ from metrics.image import historical_l1, mean_absolute_error, overflowing_psnr, 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a table."""
-
     name: str  # in result files
     label: str  # in tables
     # "pixels", their "changes" from frame to frame, a learned "distance" of images, a Frechet distance of "frames" or
@@ -83,7 +81,6 @@ class Protocol:
     regions: str = "pixels outside the region are painted grey (128) in both images; pixel measures leave them out"
 
     def plain(self) -> dict[str, Any]:
-        """Only dicts, lists and scalars, as in JSON."""
         values = asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

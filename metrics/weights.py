@@ -24,8 +24,6 @@ from core.files import PackagedFile, cache_folder, fetch_from_wheel, is_publishe
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file that people bring."""
-
     names: tuple[str, ...]  # that it may have, the usual one first
     content: str
     origin: str
@@ -84,7 +82,6 @@ class FetchConfig:
 
 
 def weights_folder() -> Path:
-    """The default folder of weight files; it need not exist."""
     return cache_folder() / "metrics"
 
 
@@ -156,7 +153,6 @@ def unfitting(path: Path, network: str, error: Exception) -> UserError:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -30,8 +30,6 @@ from data.poses.drawing import draw_pose
 
 @dataclass
 class PeopleConfig:
-    """Framing and clothes of rendered people."""
-
     height: list[float] = field(default_factory=lambda: [0.55, 1.05])  # least and greatest, standing, of the image's
     close_ups: float = 0.12  # share of clips that show the upper half of the body
     tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
@@ -111,8 +109,6 @@ class RenderedPeople(Dataset):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image of a clip."""
-
     image: np.ndarray | None  # (h, w, 3) uint8 RGB; None where features take its place
     mask: np.ndarray  # (h, w) bool
     keypoints: np.ndarray  # (persons, 17, 2) in pixels

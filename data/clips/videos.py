@@ -117,7 +117,6 @@ class VideoFolder(Dataset):
         )
 
     def digest(self) -> str:
-        """SHA-256 over the videos and how they are cut."""
         digest = hashlib.sha256()
         for usable in self.clips:
             clip = usable.clip

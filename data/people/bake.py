@@ -83,7 +83,6 @@ class Baker:
         return vertices - origin, joints - origin
 
     def _joint_weights(self) -> np.ndarray:
-        """Skinning weights (v, 19)."""
         target = np.array([_joint_of_bone(bone) for bone in self.bones])
         indices = self.model.vertex_bone_indices.numpy()
         values = self.model.vertex_bone_weights.double().numpy()

@@ -59,7 +59,6 @@ class PeopleLibrary:
     bodies: dict[str, Body]
 
     def names(self, split: str) -> list[str]:
-        """Sorted names of the bodies of a split."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         return sorted(name for name in self.bodies if name.startswith(split))
@@ -173,8 +172,6 @@ ANKLE_HEIGHT = 0.053  # height of the ankles above the soles in body heights
 
 @dataclass(frozen=True)
 class Pose:
-    """One pose of a person."""
-
     rotations: np.ndarray  # (19, 3, 3) of every joint relative to its parent; the pelvis turns the whole person
     # (3,) in body heights: x and y of the pelvis from where the person stands, and the height of the lower ankle above
     # its standing height (0 = on the ground).
@@ -182,7 +179,6 @@ class Pose:
 
 
 def neutral_pose() -> Pose:
-    """Pose of standing upright, arms hanging."""
     return Pose(np.tile(np.eye(3, dtype=np.float32), (len(JOINTS), 1, 1)), np.zeros(3, np.float32))
 
 

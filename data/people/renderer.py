@@ -44,8 +44,6 @@ class Light:
 
 @dataclass(frozen=True)
 class Figure:
-    """One person in an image."""
-
     person: Person
     pose: Pose
     camera: Camera = field(default_factory=Camera)
@@ -54,8 +52,6 @@ class Figure:
 
 @dataclass(frozen=True)
 class Rendered:
-    """An image of one person."""
-
     image: np.ndarray  # (h, w, 3) uint8 RGB
     mask: np.ndarray  # (h, w) bool, where the person is visible
     keypoints: np.ndarray  # (17, 2) float32 pixels

@@ -36,16 +36,13 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
         return self.background.shape[1], self.background.shape[0]
 
     def render(self, pose: Pose) -> Rendered:
-        """Image of the person in `pose` under the clip's camera."""
         return render_person(self.person, pose, self.camera, self.size, self.background, self.light)
 
 
 def random_camera(rng: np.random.Generator, ranges: CameraRanges) -> Camera:
-    """Draw the framing of a person."""
     close_up = rng.random() < ranges.close_ups
     scale = rng.uniform(*(ranges.close_up_height if close_up else ranges.height))
     if close_up:
@@ -111,7 +108,6 @@ def random_background(rng: np.random.Generator, size: tuple[int, int]) -> np.nda
 
 
 def _color(rng: np.random.Generator) -> np.ndarray:
-    """Mostly muted, as surroundings are."""
     grey = rng.uniform(30, 235)
     return np.clip(grey + rng.uniform(0.1, 1.0) * rng.normal(0, 55, 3), 5, 250).astype(np.float32)
 

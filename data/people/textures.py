@@ -184,7 +184,6 @@ def _paint_head(outfit: Outfit, marks: np.ndarray, size: int) -> np.ndarray:
 
 
 def _strands(color: np.ndarray, size: int) -> np.ndarray:
-    """Hair: fine vertical streaks."""
     u, v = _grid(size)
     streaks = 1 + 0.16 * np.sin(2 * np.pi * (23 * u + 0.4 * np.sin(9 * v))) + 0.08 * np.sin(2 * np.pi * 61 * u)
     return (streaks * (1.08 - 0.2 * v))[..., None] * color.astype(np.float32)

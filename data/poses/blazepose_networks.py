@@ -60,8 +60,6 @@ class Detection:
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Outputs of the landmark network for one region."""
-
     points: np.ndarray  # (33, 2) pixels of the image, centres at integers
     visibility: np.ndarray  # (33,) in [0, 1]: in the image and not hidden
     presence: np.ndarray  # (33,) in [0, 1]: in the image
@@ -113,7 +111,6 @@ class LandmarkNet:
         self._net = _Net(path, threads)
 
     def __call__(self, image: np.ndarray, roi: Roi) -> Landmarks:
-        """Landmarks in the region `roi` of the image (h, w, 3) uint8 RGB."""
         crop = crop_region(image, roi, _LANDMARK_SIDE)
         values, person, mask, heatmaps, _ = self._net(crop[None].astype(np.float32) / 255)
         values = values.reshape(_LANDMARKS, 5)  # x, y, z, visibility, presence

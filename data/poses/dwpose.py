@@ -64,7 +64,6 @@ class DWPose:
         return cls(*paths, threads=threads)
 
     def image(self, image: np.ndarray, max_persons: int = 1) -> list[PersonEstimate]:
-        """Persons in a still (h, w, 3) uint8 RGB, the most prominent first."""
         persons = self._upright(image)
         # Both networks are trained on upright people, so the image is tried at other rotations too, unless the upright
         # one shows enough persons clearly.

@@ -50,8 +50,6 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PersonEstimate:
-    """A person that a pose estimator found in one image."""
-
     keypoints: np.ndarray  # (17, 2) float32, pixels of the image
     scores: np.ndarray  # (17,) float32 in [0, 1]
     mask: np.ndarray | None  # (h, w) bool, True on the person; None when the estimator gives no mask

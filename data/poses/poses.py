@@ -79,7 +79,6 @@ class Poses:
         return Poses(self.keypoints[index], self.scores[index], self.size, self.fps)
 
     def person(self, index: int) -> Poses:
-        """Poses of one person alone."""
         chosen = [np.arange(self.persons)[index]]
         return Poses(self.keypoints[:, chosen], self.scores[:, chosen], self.size, self.fps)
 
@@ -141,8 +140,6 @@ class Poses:
 
 @dataclass
 class PoseConfig:
-    """Settings of pose estimation."""
-
     backend: str = "blazepose"  # or "dwpose", with ONNX files of your own
     weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
     heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy

@@ -42,7 +42,6 @@ class FetchConfig:
 
 
 def model_folder() -> Path:
-    """Folder of the model files; it need not exist."""
     return cache_folder() / "blazepose"
 
 

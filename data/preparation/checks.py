@@ -73,7 +73,6 @@ def check_source(source: SourceClip, config: CheckConfig) -> ClipFacts:
 
 
 def check_prepared(clip: Clip, config: CheckConfig) -> ClipFacts:
-    """Check a clip of a manifest: its video, poses, masks, and crop."""
     facts = ClipFacts(clip.name, str(clip.video), clip.split)
     again = "run the same preparation again"
     if not clip.video.exists():

@@ -84,7 +84,6 @@ def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
 
 
 def video_of(pose_file: Path) -> Path | None:
-    """Video beside a pose file, or None."""
     return next((path for ext in VIDEO_SUFFIXES if (path := pose_file.with_suffix(ext)).is_file()), None)
 
 
@@ -145,7 +144,6 @@ class MaskWriter:
 
 
 def mask_files(folder: Path, frame: int) -> list[Path]:
-    """Mask files of a frame, one a person."""
     single = folder / f"{frame:06d}.png"
     return [single] if single.is_file() else sorted(folder.glob(f"{frame:06d}_p*.png"))
 

@@ -72,7 +72,6 @@ class Clip:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], root: Path) -> "Clip":
-        """Clip of a record in a data set's folder."""
         return cls(
             name=record["name"],
             video=root / record["video"],
@@ -89,8 +88,6 @@ class Clip:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared data set."""
-
     root: Path
     layout: str
     source: str
@@ -106,7 +103,6 @@ class Manifest:
 
 
 def has_manifest(path: str | Path) -> bool:
-    """True for a manifest or a folder with one."""
     path = Path(path)
     return path.name == MANIFEST and path.is_file() or (path / MANIFEST).is_file()
 

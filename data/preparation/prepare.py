@@ -86,7 +86,6 @@ def prepare_clips(
 
 
 def _prepare(clip: SourceClip, output: Path, config: PrepareConfig, estimator: OpenEstimator) -> dict[str, Any]:
-    """Make a clip's files and its record."""
     record = _provenance(clip, output, config)
     # Opened here: that it cannot be is no fault of the clip's.
     needed = clip.poses is None or (clip.masks is None and config.masks == "estimate")

@@ -43,8 +43,6 @@ class ClipFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """Facts of all clips of a data set."""
-
     dataset: str
     layout: str
     found: int  # clips of its source
@@ -52,7 +50,6 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Number of clips with an error."""
         return sum(any(finding.severity == "error" for finding in clip.findings) for clip in self.clips)
 
 
@@ -67,7 +64,6 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """Numbers of the whole data set."""
     known = [clip for clip in report.clips if clip.frames is not None]
     findings = Counter(f"{found.severity}: {found.kind}" for clip in report.clips for found in clip.findings)
     return {

@@ -109,7 +109,6 @@ class Shard:
     row: int = 0  # of this process's progress bar among those of the same machine
 
     def part(self, items: Sequence[Item]) -> list[Item]:
-        """Items of this part."""
         return list(items[self.index :: self.count])
 
     def __str__(self) -> str:

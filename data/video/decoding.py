@@ -87,11 +87,9 @@ class VideoFile:
         return {**self.__dict__, "_decord": None}  # an open decoder cannot travel to another process
 
     def close(self) -> None:
-        """Close the decoder that `pick` keeps open."""
         self._decord = None
 
     def frames(self) -> Iterator[np.ndarray]:
-        """All frames in order."""
         expected, image = 0, None
         for index, frame in self._decode_from(0):
             previous, image = image, self._image(frame)
@@ -103,7 +101,6 @@ class VideoFile:
             raise self._stopped(expected)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Frames by index, in that order."""
         if (indices >= self._count).any():
             raise self._stopped(self._count)
         frames = self._pick_with_decord(indices) if self._decord_may_read else None

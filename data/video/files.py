@@ -36,7 +36,6 @@ class Video:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height)."""
         return self.frames.shape[2], self.frames.shape[1]
 
 

@@ -69,12 +69,10 @@ class FolderOfFrames:
         self.size = read_image(self._files[0], argument).shape[1::-1]  # (width, height)
 
     def frames(self) -> Iterator[np.ndarray]:
-        """All frames in order."""
         for file in self._files:
             yield self._read(file)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Frames by index, in that order."""
         return [self._read(self._files[index]) for index in indices]
 
     def close(self) -> None:
@@ -116,7 +114,6 @@ class AnimatedImage:
         self.nominal_fps = len(durations) / self.duration
 
     def frames(self) -> Iterator[np.ndarray]:
-        """All frames in order."""
         if self._still:
             yield read_image(self._path, self._argument)
             return
@@ -125,7 +122,6 @@ class AnimatedImage:
                 yield to_rgb(frame)
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Frames by index, in that order."""
         wanted = set(indices.tolist())
         # Later frames build on earlier ones, so all are decoded.
         found = {index: frame for index, frame in enumerate(self.frames()) if index in wanted}

@@ -53,7 +53,6 @@ class FeatureStack(nn.Module):
         self.taps = tuple(taps)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (n, 3, h, w) -> the tapped layers."""
         features, tapped = images, []
         for index, layer in enumerate(self.layers):
             features = layer(features)
@@ -120,11 +119,9 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Layers of images (n, 3, h, w) in [-1, 1]."""
+    def features(self, images: Tensor) -> list[Tensor]:  # images (n, 3, h, w) in [-1, 1]
         return self.stack((images - self.shift) / self.scale)
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (n,) of images (n, 3, h, w) in [-1, 1]."""
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:  # (n, 3, h, w) in [-1, 1] -> (n,)
         heads = [getattr(self, f"head_{index}") for index in range(self.num_heads)]
         return lpips_from_features(self.features(first), self.features(second), heads)
