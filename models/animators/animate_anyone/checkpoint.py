@@ -179,11 +179,9 @@ def make_pipeline(
     vae = sources.load_folder("vae", AutoencoderKL)
     check_reference_net(reference_net, denoising_unet, vae)
     width, context = denoising_unet.config.block_out_channels[0], denoising_unet.config.cross_attention_dim
-    if pose_guider.config.conditioning_embedding_channels != width:
-        channels = pose_guider.config.conditioning_embedding_channels
+    if (channels := pose_guider.config.conditioning_embedding_channels) != width:
         raise UserError(f"the pose guider gives {channels} channels, the denoising UNet takes {width}")
-    if image_encoder.config.projection_dim != context:
-        dimension = image_encoder.config.projection_dim
+    if (dimension := image_encoder.config.projection_dim) != context:
         raise UserError(f"image_encoder= gives {dimension} channels, the UNets' cross-attention takes {context}")
     return AnimationPipeline(
         vae=vae,
@@ -231,13 +229,9 @@ def recognise_pose_guider(shapes: Shapes) -> Recognised | None:
 def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     sizes = fixture.unet_sizes()
     reference_net = load_reference_net(fixture.checkpoint("reference_unet"), "reference_unet", sizes)
-    unet = load_denoising_unet(
-        with_motion(fixture.checkpoint("denoising_unet"), fixture.checkpoint("motion_module")),
-        "denoising_unet and motion_module",
-        fixture.norm_scope(),
-        sizes,
-        fixture.motion_sizes(),
-    )
+    tensors = with_motion(fixture.checkpoint("denoising_unet"), fixture.checkpoint("motion_module"))
+    what = "denoising_unet and motion_module"
+    unet = load_denoising_unet(tensors, what, fixture.norm_scope(), sizes, fixture.motion_sizes())
     pose_guider = load_pose_guider(fixture.checkpoint("pose_guider"), "pose_guider")
 
     inputs = fixture.inputs

@@ -180,19 +180,12 @@ class DisCo(Animator):
         reference: ReferenceContext | None,
     ) -> list[Tensor]:
         """The sum of both ControlNets, (f, c', h', w') each: of every skip connection, then of the middle block."""
-        summed: list[Tensor] = []
+        attending = {"cross_attention_kwargs": {"reference": reference}, "return_dict": False}
+        residuals = []
         for network, image in ((self.pose_control_net, poses), (self.background_control_net, background)):
-            down, mid = network(
-                latents,
-                timestep,
-                context,
-                controlnet_cond=image,
-                cross_attention_kwargs={"reference": reference},
-                return_dict=False,
-            )
-            parts = [*down, mid]
-            summed = parts if not summed else [one + other for one, other in zip(summed, parts, strict=True)]
-        return summed
+            down, mid = network(latents, timestep, context, controlnet_cond=image, **attending)
+            residuals.append([*down, mid])
+        return [one + other for one, other in zip(*residuals, strict=True)]
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         clips, _, num_frames = batch.noisy_latents.shape[:3]

@@ -9,6 +9,7 @@ Shapes use f = frames, n = tokens, c = channels, h, w = latent size, H, W = imag
 """
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,23 +48,18 @@ class TemporalResnetBlock(ResnetBlock2D):
         hidden = self.conv1(F.silu(self.norm1(input_tensor)))
         hidden = hidden + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        hidden = hidden + self.over_frames(F.silu(self.tem_norm(hidden)))
+        # The temporal convolution, at all coordinates alike
+        tracks = F.silu(self.tem_norm(hidden)).permute(2, 3, 1, 0).flatten(0, 1)  # (h*w, c, f)
+        hidden = hidden + self.tem_conv(tracks).unflatten(0, hidden.shape[-2:]).permute(3, 2, 0, 1)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return input_tensor + hidden
-
-    def over_frames(self, frames: Tensor) -> Tensor:
-        """The temporal convolution, at all coordinates alike; (f, c, h, w) -> same shape."""
-        height, width = frames.shape[-2:]
-        tracks = self.tem_conv(frames.permute(2, 3, 1, 0).flatten(0, 1))  # (h*w, c, f)
-        return tracks.unflatten(0, (height, width)).permute(3, 2, 0, 1)
 
 
 class TemporalTransformerBlock(BasicTransformerBlock):
     """Transformer block with attention of each token to the same coordinates in other frames, before cross-attention.
 
-    The published block normalises its input with the norm of cross-attention, `norm2`. The norm that it has for this
-    purpose, `tem_norm`, is never used, and left out here.
+    As published, its input is normalised with the norm of cross-attention, `norm2`; `tem_norm` is left out.
     """
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, cross_attention_dim: int):
@@ -122,17 +118,6 @@ class DiscoUNet(UNet2DConditionModel):
         set_image_processors(self)
 
 
-class LatentEmbedding(nn.Module):
-    """Conditioning embedding of a ControlNet that reads latents instead of images: one convolution."""
-
-    def __init__(self, latent_channels: int, channels: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(latent_channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.conv_in(latents)  # (f, c, h, w) -> (f, channels, h, w)
-
-
 class DiscoControlNet(ControlNetModel):
     """ControlNet of the pose, on images (f, 3, H, W) in [0, 1], or of the background, on latents (f, c, h, w)."""
 
@@ -141,9 +126,9 @@ class DiscoControlNet(ControlNetModel):
         super().__init__(*args, **kwargs)
         self.register_to_config(temporal=temporal, latent_conditioning=latent_conditioning)
         if latent_conditioning:
-            self.controlnet_cond_embedding = LatentEmbedding(
-                self.config.conditioning_channels, self.config.block_out_channels[0]
-            )
+            channels = self.config.conditioning_channels, self.config.block_out_channels[0]
+            convolution = nn.Conv2d(*channels, kernel_size=3, padding=1)
+            self.controlnet_cond_embedding = nn.Sequential(OrderedDict(conv_in=convolution))
         if temporal:
             add_time(self)
         set_image_processors(self, prefix=BACKGROUND_PREFIX if latent_conditioning else POSE_PREFIX)

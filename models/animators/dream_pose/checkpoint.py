@@ -212,12 +212,9 @@ def check_fit(unet: DreamPoseUNet, adapter: ImageAdapter, image_encoder: CLIPVis
 
 def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     inputs, config = fixture.inputs, fixture.config
+    poses, channels = config["poses"], tuple(range(config["pose_channels"]))
     unet = load_dream_pose_unet(
-        fixture.checkpoint("unet"),
-        "unet",
-        fixture.unet_sizes(),
-        poses=config["poses"],
-        channels=tuple(range(config["pose_channels"])),
+        fixture.checkpoint("unet"), "unet", fixture.unet_sizes(), poses=poses, channels=channels
     )
     rows, columns = inputs["image_latents"].shape[-2:]
     adapter = load_adapter(fixture.checkpoint("adapter"), "adapter", latent_grid=(rows // 2, columns // 2))

@@ -1,13 +1,9 @@
 """DreamPose (Karras et al., ICCV 2023): an image UNet that attends to CLIP and VAE tokens of the reference and has
 five poses among its input channels.
 
-Images are in [-1, 1] for the VAE, whose latents the adapter takes as the UNet does, scaled; CLIP has its own mean and
-deviation of the same images. Pose images are in [0, 1] and become `pose_range` of the UNet's configuration, [-1, 1] as
-published, where 0 says that there is no pose. The empty image of the unconditional branch is what the published code
-feeds: zeros, grey to the VAE and black to CLIP.
-
-Frames are denoised each by itself, from the same noise. What makes them consecutive is that each is given the poses
-before and after its own.
+Pose images are in [0, 1] and become `pose_range` of the UNet's configuration, [-1, 1] as published, where 0 says that
+there is no pose. The empty image of the unconditional branch is what the published code feeds: zeros, grey to the VAE
+and black to CLIP. Frames are denoised each by itself, from the same noise, given the poses before and after their own.
 
 Shapes use b = batch, f = frames, i = reference images, n = context tokens, c = channels, h, w = latent size,
 H, W = image size.

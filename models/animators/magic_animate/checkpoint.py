@@ -91,13 +91,8 @@ def outputs(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     sizes = fixture.unet_sizes()
     encoder = load_reference_net(fixture.checkpoint("appearance_encoder"), "appearance_encoder", sizes)
     control_net = load_control_net(fixture.checkpoint("densepose_controlnet"), "densepose_controlnet", sizes)
-    unet = load_denoising_unet(
-        fixture.checkpoint("temporal_attention"),
-        "temporal_attention",
-        fixture.norm_scope(),
-        sizes,
-        fixture.motion_sizes(),
-    )
+    tensors = fixture.checkpoint("temporal_attention")
+    unet = load_denoising_unet(tensors, "temporal_attention", fixture.norm_scope(), sizes, fixture.motion_sizes())
 
     inputs = fixture.inputs
     latents, timestep = inputs["noisy_latents"], inputs["timestep"]

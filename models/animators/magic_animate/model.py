@@ -7,6 +7,7 @@ input; new small networks read figures of OpenPose, which can be drawn.
 Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels, h, w = latent size, H, W = image size.
 """
 
+from functools import partial
 from typing import Self
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.reference_net import ReferenceNetMixin, small_unets
 from models.animators.small_networks import NetworkSizes, check_pose_channels
-from models.attention.context import ReferenceContext
 from models.images import ImageBatch, ImageSequence
 from models.pipeline import AnimationPipeline, animated_by
 from models.unets import DenoisingUNet, ReferenceNet
@@ -118,12 +118,9 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         return ControlCondition(self.control_net, poses, conditioning)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        def denoised(context: ReferenceContext | None) -> Tensor:
-            return self.denoising_unet(
-                sample, timestep, condition.conditioning, reference=context, residuals=condition.pose
-            )
-
-        return guided(lambda: denoised(condition.context), lambda: denoised(None), *scales)
+        # The unconditional half has no image; both have the same prompt and residuals.
+        denoised = partial(self.denoising_unet, sample, timestep, condition.conditioning, residuals=condition.pose)
+        return guided(lambda: denoised(reference=condition.context), denoised, *scales)
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         clips = len(batch.noisy_latents)
