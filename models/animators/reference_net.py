@@ -3,7 +3,6 @@
 Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -70,24 +69,15 @@ class ReferenceNetMixin:
 
 
 def small_unets(
-    sizes: NetworkSizes, latent_channels: int, image_size: int, settings: Mapping[str, Any]
+    sizes: NetworkSizes, latent_channels: int, image_size: int, **settings: Any
 ) -> tuple[ReferenceNet, DenoisingUNet]:
     """New networks, with further settings of the denoising UNet; motion modules end in zeros and change nothing."""
-    attention, heads = resolution_settings(sizes)
     shared = unet_settings(sizes, latent_channels, image_size)
-    reference_net = ReferenceNet(
-        attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
-        **block_types(attention),
-        **shared,
-    )
-    denoising_unet = DenoisingUNet(
-        num_attention_heads=heads,
-        motion_num_attention_heads=heads,
-        motion_max_seq_length=sizes.motion_max_seq_length,
-        **settings,
-        **block_types(attention, "Motion"),
-        **shared,
-    )
+    reference_net = ReferenceNet(**shared)
+    attention, heads = resolution_settings(sizes)
+    settings |= {"num_attention_heads": heads, "motion_num_attention_heads": heads, **block_types(attention, "Motion")}
+    del shared["attention_head_dim"]
+    denoising_unet = DenoisingUNet(motion_max_seq_length=sizes.motion_max_seq_length, **shared | settings)
     # As published, both start as the same image model: what one writes means something to the other's attention.
     own = reference_net.state_dict().keys()
     same = {name: value for name, value in denoising_unet.state_dict().items() if name in own}

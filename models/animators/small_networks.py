@@ -56,7 +56,8 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
 
 
 def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
-    """Settings that the UNets of one model share, beside blocks and heads, for images of this side in pixels."""
+    """Settings of a diffusers image UNet for images of this side in pixels."""
+    attention, heads = resolution_settings(sizes)
     if len(sizes.pose_channels) < 2:
         raise UserError(f"model.pose_channels={list(sizes.pose_channels)} needs at least two entries")
     return {
@@ -67,6 +68,8 @@ def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) ->
         "layers_per_block": sizes.layers_per_block,
         "cross_attention_dim": sizes.context_dim,
         "norm_num_groups": sizes.norm_num_groups,
+        "attention_head_dim": heads,  # diffusers' misnomer: this is the number of heads
+        **block_types(attention),
     }
 
 

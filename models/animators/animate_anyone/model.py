@@ -77,8 +77,7 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         # Pose guider and motion modules end in zeros, so they start as no change.
-        settings = {"use_motion_mid_block": True}
-        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, settings)
+        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, use_motion_mid_block=True)
         pose_guider = PoseGuider(sizes.block_out_channels[0], 3, tuple(sizes.pose_channels))
         image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
         return cls(reference_net, denoising_unet, pose_guider, image_encoder)

@@ -28,14 +28,7 @@ from models.animators.disco.networks import (
     recipe_parameters,
     with_time,
 )
-from models.animators.small_networks import (
-    NetworkSizes,
-    block_types,
-    check_pose_channels,
-    image_encoder_config,
-    resolution_settings,
-    unet_settings,
-)
+from models.animators.small_networks import NetworkSizes, check_pose_channels, image_encoder_config, unet_settings
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
 from models.images import ImageBatch, ImageSequence, clip_mask, clip_pixels
@@ -219,12 +212,7 @@ class DisCo(Animator):
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Image model. ControlNets start as copies of the UNet's downward half, the projection as CLIP's own."""
-        attention, heads = resolution_settings(sizes)
-        unet = DiscoUNet(
-            attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
-            **block_types(attention),
-            **unet_settings(sizes, latent_channels, image_size),
-        )
+        unet = DiscoUNet(**unet_settings(sizes, latent_channels, image_size))
         image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
         projection = TokenProjection(sizes.image_encoder_width, sizes.context_dim)
         projection.linear.load_state_dict(image_encoder.visual_projection.state_dict())

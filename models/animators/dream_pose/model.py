@@ -21,13 +21,7 @@ from transformers import CLIPVisionModel
 
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
-from models.animators.small_networks import (
-    NetworkSizes,
-    block_types,
-    image_encoder_config,
-    resolution_settings,
-    unet_settings,
-)
+from models.animators.small_networks import NetworkSizes, image_encoder_config, unet_settings
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
@@ -136,20 +130,11 @@ class DreamPose(Animator):
     @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         # Poses are figures of OpenPose; the context is as wide as the image encoder's tokens, not `context_dim`.
-        attention, heads = resolution_settings(sizes)
-        settings = unet_settings(sizes, latent_channels, image_size)
-        settings |= {
+        settings = unet_settings(sizes, latent_channels, image_size) | {
             "in_channels": latent_channels + SMALL_POSES * len(FIGURE_CHANNELS),
             "cross_attention_dim": sizes.image_encoder_width,
         }
-        unet = DreamPoseUNet(
-            attention_head_dim=heads,  # diffusers' misnomer: this is the number of heads
-            poses=SMALL_POSES,
-            pose_channels=FIGURE_CHANNELS,
-            pose_kind="OpenPose",
-            **block_types(attention),
-            **settings,
-        )
+        unet = DreamPoseUNet(poses=SMALL_POSES, pose_channels=FIGURE_CHANNELS, pose_kind="OpenPose", **settings)
         config = image_encoder_config(sizes)
         tokens = 1 + (config.image_size // config.patch_size) ** 2
         grid = (max(settings["sample_size"] // 2, 1),) * 2
