@@ -15,8 +15,6 @@ from data.poses.poses import PoseConfig  # noqa: E402
 from data.poses.weights import fetch_models  # noqa: E402
 from data.video.files import read_video, video_metadata  # noqa: E402
 from evaluation.attention.grids import short_layer  # noqa: E402
-from viewer.animate_tab import AnimateTab  # noqa: E402
-from viewer.attention_tab import AttentionTab, choice_of  # noqa: E402
 from viewer.controls import (  # noqa: E402
     SAMPLE_CLIP,
     SAMPLE_IMAGES,
@@ -28,8 +26,8 @@ from viewer.controls import (  # noqa: E402
     required,
     without_folders,
 )
-from viewer.images import HEIGHT  # noqa: E402
-from viewer.page import build_page, serve  # noqa: E402
+from viewer.images import HEIGHT, choice_of  # noqa: E402
+from viewer.page import AnimateTab, AttentionTab, build_page, serve  # noqa: E402
 
 IMAGE = SAMPLE_IMAGES["Rendered person"]
 SETTINGS = ("best", 3, 4, 2, 1.0, 0)

@@ -1,9 +1,9 @@
-"""Show reference attention in a browser: click a point of a frame and see what it attends to, without and with TPC.
+"""Show in a browser what a clicked point of a frame attends to, without and with TPC; animate an image with a clip.
 
     pip install -r requirements-viewer.txt
     python -m viewer [model=path/to/pipeline] [port=7860] [server_name=127.0.0.1] [key=value ...]
 
-The second tab animates an image with a clip. See docs/viewer.md.
+See docs/viewer.md.
 """
 
 import importlib.util
@@ -22,27 +22,19 @@ from models.animators.registry import SHIPPED_MODEL, load_pipeline
 
 @dataclass
 class ViewerConfig:
-    """The model that is served, and where.
+    """The served model and its address."""
 
-    model: saved pipeline folder; null is the shipped small model.
-    lora: folder of low-rank adapters; lora_scale: their weight.
-    port: of the page; server_name: address to listen at, 0.0.0.0 for other machines, which then all can use it.
-    memory_mib: of recorded attention for each of the last few open pages; longer runs keep fewer denoising steps.
-    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
-    """
-
-    model: str | None = None
-    lora: str | None = None
+    model: str | None = None  # saved pipeline folder; null: the shipped small model
+    lora: str | None = None  # folder of low-rank adapters
     lora_scale: float = 1.0
     port: int = 7860
-    server_name: str = "127.0.0.1"
-    memory_mib: int = 1024
-    device: str = "auto"
-    dtype: str = "auto"
+    server_name: str = "127.0.0.1"  # address to listen at; 0.0.0.0: other machines can use the page too
+    memory_mib: int = 1024  # recorded attention of each of the last few open pages; longer runs keep fewer steps
+    device: str = "auto"  # "cpu", "cuda", ...
+    dtype: str = "auto"  # "float32", ...; auto: bfloat16 on CUDA, float32 elsewhere
     pose: PoseConfig = field(default_factory=PoseConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work, naming them."""
         if not 1 <= self.port <= 65535:
             raise UserError(f"port={self.port} must be 1 to 65535")
         if self.memory_mib < 1:

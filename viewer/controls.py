@@ -35,30 +35,6 @@ class Machine:
     folder: Path  # of videos; removed with the server
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Components that hold the paths of the chosen image and clip."""
-
-    image: gr.State
-    clip: gr.State
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Components with the choices of a run."""
-
-    preset: gr.Dropdown
-    frames: gr.Slider
-    stride: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Slider
-    seed: gr.Number
-
-    def components(self) -> list[gr.components.Component]:
-        """In the order of `chosen`."""
-        return [self.preset, self.frames, self.stride, self.steps, self.guidance, self.seed]
-
-
 class ReportingStopwatch(Stopwatch):
     """A stopwatch that shows in the page which stage begins."""
 
@@ -83,15 +59,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 def without_folders(message: str) -> str:
-    """A message whose `argument=path` names the file alone."""
-    # A page's user does not know the server's folders.
+    """A message whose `argument=path` names the file alone; the page's user does not know the server's folders."""
     return re.sub(r"=\S*[/\\](?=[^/\\\s])", "=", message)
 
 
 def chosen(
     preset: str, frames: int, stride: int, steps: int, guidance: float, seed: float | None
 ) -> tuple[SamplingConfig, CalibrationConfig]:
-    """The values of `Settings` as configurations."""
+    """Values of `choose_settings` as configurations."""
     if seed is None or seed != int(seed) or not 0 <= seed < 2**63:
         raise UserError("seed must be a whole number from 0")
     sampling = SamplingConfig(
@@ -108,8 +83,8 @@ def read_inputs(
     return load_inputs(required(image, "reference"), required(clip, "driving"), sampling, machine.pose)
 
 
-def choose_inputs(tab: str) -> Inputs:
-    """Draw the choice of an image and a clip; bad files are refused as they come in."""
+def choose_inputs(tab: str) -> tuple[gr.State, gr.State]:
+    """Paths of the chosen image and clip; bad files are refused as they come in."""
     image = SAMPLE_IMAGES["Rendered person"]
     image_path, clip_path = gr.State(str(image)), gr.State(str(SAMPLE_CLIP))
     shown = gr.Image(
@@ -134,7 +109,7 @@ def choose_inputs(tab: str) -> Inputs:
     upload.upload(accept_image, upload, [image_path, shown], show_progress="hidden")
     film.upload(accept_clip, film, [clip_path, clip], show_progress="hidden")
     again.click(lambda: (str(SAMPLE_CLIP), str(SAMPLE_CLIP)), None, [clip_path, clip], queue=False)
-    return Inputs(image_path, clip_path)
+    return image_path, clip_path
 
 
 def accept_image(path: str | None) -> tuple[str, np.ndarray]:
@@ -159,8 +134,8 @@ def required(path: str | None, argument: str) -> str:
     return path
 
 
-def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> Settings:
-    """Draw the choices of a run with their defaults."""
+def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> list[gr.components.Component]:
+    """Choices of a run in the order of `chosen`, with their defaults."""
     preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset")
     with gr.Row():
         count = gr.Slider(1, most_frames, frames, step=1, label="Frames")
@@ -168,4 +143,4 @@ def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> S
     with gr.Row():
         denoising = gr.Slider(1, 50, steps, step=1, label="Steps")
         guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance")
-    return Settings(preset, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0))
+    return [preset, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0)]

@@ -1,7 +1,4 @@
-"""Images and words of the attention tab: a result with the chosen point, and what it attends to.
-
-Images are enlarged to a fixed height, so that a small model's frames can be clicked.
-"""
+"""Images and words of the attention tab: a result with the chosen point, and what it attends to."""
 
 from dataclasses import dataclass
 
@@ -14,8 +11,9 @@ from evaluation.attention.grids import short_layer
 from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
 from inference.comparison import MARGIN
 
-HEIGHT = 384
+HEIGHT = 384  # of all images, so that a small model's frames can be clicked
 PAPER = 246
+NO_RUN = "There is no animation yet; press Run first."
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,31 @@ class Choice:
     step: int | None = None  # denoising step, 0 first; None: the mean over the recorded steps
     layer: str | None = None  # name; None: the mean over layers
     point: tuple[float, float] | None = None  # (x, y) pixels of the model's frame; None: none is chosen yet
+
+
+def choice_of(
+    run: RecordedRun | None,
+    point: tuple[float, float] | None,
+    frame: int,
+    step: int,
+    all_steps: bool,
+    layer: int,
+    all_layers: bool,
+) -> Choice:
+    """The page's controls, which count from 1, as a choice; steps count those that were recorded."""
+    if run is None:
+        raise UserError(NO_RUN)
+    steps, layers = run.plain.recorded.selection.steps, run.plain.recorded.layers
+    counts = {"frame": len(run.driving), "step": len(steps), "layer": len(layers)}
+    for (name, count), value in zip(counts.items(), (frame, step, layer), strict=True):
+        if not 1 <= value <= count:
+            raise UserError(f"{name}={value} is out of range; there are 1 to {count}")
+    return Choice(
+        int(frame) - 1,
+        None if all_steps else steps[int(step) - 1],
+        None if all_layers else layers[int(layer) - 1],
+        point,
+    )
 
 
 @dataclass(frozen=True)
