@@ -2,8 +2,7 @@
 
     python -m benchmarks.attention_kernels [tokens=[64,256,512,1024]] [dtypes=[float32,bfloat16]] [threads=2]
 
-Keys are twice as many as queries, as where frames attend to themselves and a reference. `training.run` follows
-from it.
+`training.run` follows from it.
 """
 
 from dataclasses import dataclass, field
@@ -22,15 +21,12 @@ KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "products": SDPBackend.MATH}
 
 @dataclass
 class KernelsConfig:
-    """tokens: of a frame; frames, heads, channels: of the queries, channels by head; threads: of a CPU, 0 = torch's
-    choice."""
-
-    tokens: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])
+    tokens: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])  # of a frame
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     frames: int = 16
     heads: int = 4
-    channels: int = 32
-    threads: int = 0
+    channels: int = 32  # of a head
+    threads: int = 0  # of a CPU; 0: torch's choice
     repeats: int = 5
 
 
@@ -42,6 +38,7 @@ def measure(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str,
         values = torch.randn(config.frames, count, config.heads, config.channels, device=device).to(dtype)
         return values.transpose(1, 2).requires_grad_()
 
+    # Keys are twice as many, as where frames attend to themselves and a reference.
     query, key, value = drawn(tokens), drawn(2 * tokens), drawn(2 * tokens)
 
     def once(kernel: SDPBackend) -> float:

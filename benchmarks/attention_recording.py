@@ -2,10 +2,8 @@
 
     python -m benchmarks.attention_recording [model=DIR] [frames=16] [steps=10] [repeats=3] [output=recording.json]
 
-Runs without recording, with every query token of one layer (the finest), with the 17 keypoints of all layers, and with
-every token of all layers take turns. On a CPU the processor's time is measured, which other work on the machine hardly
-changes. Then one process each runs without recording and with everything of all layers and steps in memory; the
-difference of their peaks is what the recording took.
+Runs with and without recording take turns. Memory is the difference of the peaks of two processes, one without
+recording and one with everything of all layers and steps.
 """
 
 import multiprocessing
@@ -32,22 +30,19 @@ KEYPOINTS = 17
 
 @dataclass
 class RecordingConfig:
-    """model: pipeline folder; frames, steps: of a run; repeats: of every kind of run; threads: of a CPU, 0 = torch's
-    choice; memory: measure it too; output: JSON file, null prints only."""
-
     model: str = str(SHIPPED_MODEL)
     frames: int = 16
     steps: int = 10
     repeats: int = 3
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 1
-    memory: bool = True
-    output: str | None = None
+    threads: int = 1  # of a CPU; 0: torch's choice
+    memory: bool = True  # measure it too
+    output: str | None = None  # JSON file; null prints only
 
 
 def opened(config: RecordingConfig) -> tuple[AnimationPipeline, int]:
-    """The pipeline on its device, and the side of its images in pixels."""
+    """Pipeline on its device, and the side of its images in pixels."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device, config.dtype)
@@ -57,7 +52,6 @@ def opened(config: RecordingConfig) -> tuple[AnimationPipeline, int]:
 
 
 def animate_noise(pipeline: AnimationPipeline, config: RecordingConfig, recording: AttentionRecording | None) -> None:
-    """One run with images of noise, without decoding."""
     side = pipeline.denoising_unet.config.sample_size * pipeline.vae_scale_factor
     images = np.random.default_rng(0).integers(0, 256, (1 + config.frames, side, side, 3), dtype=np.uint8)
     pipeline(
@@ -86,7 +80,7 @@ def measure_time(config: RecordingConfig) -> dict[str, dict[str, float]]:
             with make() as recording:
                 animate_noise(pipeline, config, recording)
 
-        started = time.process_time()
+        started = time.process_time()  # which other work on the machine hardly changes
         wall = timed(once, pipeline.device)
         return time.process_time() - started if pipeline.device.type == "cpu" else wall
 

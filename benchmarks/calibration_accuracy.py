@@ -3,8 +3,7 @@
     python -m benchmarks.calibration_accuracy [pairs=300] [noise=2.0] [output=outputs/calibration_accuracy]
 
 Prints the tables of docs/calibration.md and writes them, with the numbers, to `output`. The error of a transform is
-the mean distance between where it and the true one put the four corners of the person's box, in pixels of a 512 x
-512 frame.
+its mean distance from the true one at the corners of the person's box, in pixels of a 512 x 512 frame.
 """
 
 from collections.abc import Sequence
@@ -33,11 +32,9 @@ ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))  # degrees
 
 @dataclass
 class BenchmarkConfig:
-    """pairs: images to compare; clips: of 30 frames; noise: pixels of standard deviation, on all keypoints."""
-
     pairs: int = 300
-    clips: int = 12
-    noise: float = 2.0
+    clips: int = 12  # of 30 frames
+    noise: float = 2.0  # pixels of standard deviation, on all keypoints
     seed: int = 0
     output: str = "outputs/calibration_accuracy"
 
@@ -73,7 +70,7 @@ def estimate_pair(
 
 
 def corner_offsets(matrix: np.ndarray, pair: Pair) -> np.ndarray:
-    """(4, 2) pixels between the corners of the person's box as a matrix and as the true one maps them."""
+    """(4, 2) pixels."""
     return apply_matrix(matrix, pair.box) - apply_matrix(pair.truth, pair.box)
 
 
@@ -88,7 +85,7 @@ def measure(pairs: Sequence[Pair], config: CalibrationConfig, same_pose: bool, n
 
 
 def measure_smoothing(config: BenchmarkConfig) -> str:
-    """Clips in which the camera moves steadily: error, and how much the error changes from frame to frame."""
+    """Table of errors on clips whose camera moves steadily."""
     rng, base = np.random.default_rng(config.seed), replace(best(), min_iou=0.0)
     errors, jumps = ({sigma: [] for sigma in SMOOTHING} for _ in range(2))
     for clip_index in tqdm(range(config.clips), desc="clips"):

@@ -55,7 +55,7 @@ def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
 
 
 def rendered_clip(seed: int) -> list[Pair]:
-    """A reference and the frames of a clip whose camera zooms and turns steadily, as one pair a frame."""
+    """One pair a frame of a clip whose camera zooms and turns steadily."""
     rng, library = np.random.default_rng(seed), load_people()
     person = build_person(random_identity(rng, library, "heldout"), library)
     motion = random_motion(rng, MOTION_FRAMES, FPS)

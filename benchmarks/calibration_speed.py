@@ -2,8 +2,7 @@
 
     python -m benchmarks.calibration_speed [pairs=40] [frames=93] [long_frames=2000]
 
-Everything runs on one core. Times are process times, of searches the best of three, so that other work on the
-machine counts as little as possible.
+Everything runs on one core. Times are process times, of searches the best of three.
 """
 
 import time
@@ -28,11 +27,9 @@ SUBSETS = 130_918  # of 17 keypoints, with at least three each
 
 @dataclass
 class BenchmarkConfig:
-    """pairs: searches to time; frames: of the clip; long_frames: of the long clip whose memory is measured."""
-
-    pairs: int = 40
+    pairs: int = 40  # searches to time
     frames: int = 93
-    long_frames: int = 2000
+    long_frames: int = 2000  # of the clip whose memory is measured
     seed: int = 0
 
 
@@ -54,22 +51,18 @@ def search_times(config: BenchmarkConfig) -> None:
             times.append(1e3 * min(seconds))
         losses.append(found[True].iou - found[False].iou)
         if index < 3:
-            naive.append(naive_seconds(source, target, reference, outline))
+            # A plain loop over a part of the subsets, extrapolated to all.
+            weights = (np.random.default_rng(0).random((400, 17)) < 0.5).astype(float)
+            weights = weights[weights.sum(1) >= 3]
+            start = time.process_time()
+            for matrix in SimilarityTransform.from_estimate(source, target, weights).matrix:
+                silhouette_iou(matrix, reference, outline, SIZE)
+            naive.append((time.process_time() - start) / len(weights) * SUBSETS)
     print(f"search over {SUBSETS} subsets of 17 keypoints, {len(quick)} pairs at {SIZE[0]} x {SIZE[1]}")
     print(f"  by pieces first: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
     print(f"  every subset scored: median {np.median(every):.0f} ms; plain numpy about {np.mean(naive):.1f} s")
     given = f"mean {np.mean(losses):.5f}, 90 % {np.quantile(losses, 0.9):.5f}, most {np.max(losses):.5f}"
     print(f"  IoU given up: {given}; nothing in {100 * (np.array(losses) < 1e-9).mean():.0f} % of the pairs")
-
-
-def naive_seconds(source: np.ndarray, target: np.ndarray, reference: ReferenceSilhouette, outline) -> float:
-    """Seconds of a loop over all subsets, extrapolated from a part of them."""
-    weights = (np.random.default_rng(0).random((400, 17)) < 0.5).astype(float)
-    weights = weights[weights.sum(1) >= 3]
-    start = time.process_time()
-    for matrix in SimilarityTransform.from_estimate(source, target, weights).matrix:
-        silhouette_iou(matrix, reference, outline, SIZE)
-    return (time.process_time() - start) / len(weights) * SUBSETS
 
 
 def clip_times(config: BenchmarkConfig) -> None:

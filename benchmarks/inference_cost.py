@@ -1,9 +1,8 @@
-"""Floating-point operations of inference at full size, counted on the meta device: no weights, no GPU, a minute.
+"""Floating-point operations of inference at full size, in 10^12, counted on the meta device: no weights, no GPU.
 
     python -m benchmarks.inference_cost [groups=30] [propagation=iterative|hold|off] [output=cost.json]
 
-"published" is what the published implementations compute, "ours" what this project computes for the same result. A
-multiplication and an addition count as two operations; unit 10^12.
+"published" is what the published implementations compute, "ours" what this project computes for the same result.
 """
 
 from collections.abc import Callable
@@ -24,12 +23,7 @@ from models.attention.context import ReferenceContext, fused_layers
 from models.attention.layers import token_levels, unet_layers
 from models.attention.masking import Visibility
 from models.attention.processors import set_reference_processors
-from models.checkpoints.networks import (
-    MotionSizes,
-    make_control_net,
-    make_denoising_unet,
-    make_reference_net,
-)
+from models.checkpoints.networks import MotionSizes, make_control_net, make_denoising_unet, make_reference_net
 from models.sampling import context_windows
 from models.unets import DenoisingUNet
 from tpc.attach import visibility_flags
@@ -41,11 +35,9 @@ UNET = SIZES["sd15"].unet
 
 @dataclass
 class CostConfig:
-    """groups, propagation: of calibrated images, see `tpc.config`; output: JSON file, null prints the numbers only."""
-
-    groups: int = 30
+    groups: int = 30  # of calibrated images, see `tpc.config`
     propagation: str = "iterative"
-    output: str | None = None
+    output: str | None = None  # JSON file; null prints only
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations in 10^12."""
+    """Operations, in 10^12."""
 
     published: float  # one guided step of the whole clip, without TPC
     ours: float  # the same
@@ -88,12 +80,10 @@ class Cost:
 
 
 class PublishedReadProcessor(AttnProcessor2_0):
-    """Reference attention as the published pipelines compute it for [unconditional | conditional] frames.
+    """Reference attention as the published pipelines compute it for [unconditional | conditional] frames."""
 
-    Keys and values of the reference are projected for every frame. The unconditional half attends to them too, is then
-    computed once more without them, and its first result is thrown away. Own tokens stand for the reference's here.
-    """
-
+    # The unconditional half attends to the reference too, is computed once more without it, and its first result is
+    # thrown away. Own tokens stand for the reference's here.
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, reference=None) -> Tensor:
         both = super().__call__(attn, hidden_states, torch.cat([hidden_states, hidden_states], dim=1))
         half = hidden_states[: len(hidden_states) // 2]
@@ -111,7 +101,6 @@ class PublishedPlainProcessor(AttnProcessor2_0):
 
 
 def count(compute: Callable[[], object]) -> float:
-    """Operations of a computation on the meta device."""
     with torch.no_grad(), counting() as counted:
         compute()
         return counted() / 1e12
@@ -127,10 +116,8 @@ def published_unet(setting: Setting, motion: MotionSizes) -> DenoisingUNet:
 
     set_reference_processors(unet, attention_of)
     processors = unet.attn_processors
-    for name in processors:
-        if "attn2" in name and "motion_modules" not in name:
-            processors[name] = PublishedPlainProcessor()
-    unet.set_attn_processor(processors)
+    plain = [name for name in processors if "attn2" in name and "motion_modules" not in name]
+    unet.set_attn_processor(processors | {name: PublishedPlainProcessor() for name in plain})
     return unet
 
 
@@ -158,7 +145,6 @@ def drawn_images(setting: Setting, groups: int, propagation: str) -> tuple[int, 
 
 
 def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
-    """Count one setting."""
     height, width = setting.latent_size
     with torch.device("meta"):
         motion = MotionSizes(24, False) if setting.follows_timestep else MotionSizes()

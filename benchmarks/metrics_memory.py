@@ -2,9 +2,7 @@
 
     python -m benchmarks.metrics_memory [frames=10000] [side=64] [output=memory.json]
 
-Clips of noise are measured by all pixel measures and by Frechet distances of the dimensions of FID, FID-VID and FVD,
-with random projections in place of the networks, whose own memory is another matter. Prints the growth of the
-process's peak over its size before the first frame.
+Clips of noise, with random projections in place of the networks. Prints the growth of the process's peak.
 """
 
 import tempfile
@@ -34,12 +32,10 @@ MIB = 2**20
 
 @dataclass
 class MemoryConfig:
-    """frames: in all; clips: they are divided into; side: pixels; output: JSON file, null prints only."""
-
-    frames: int = 10_000
+    frames: int = 10_000  # in all clips
     clips: int = 10
-    side: int = 64
-    output: str | None = None
+    side: int = 64  # pixels
+    output: str | None = None  # JSON file; null prints only
 
 
 def projection(dimension: int, windows: bool) -> FeatureExtractor:

@@ -2,8 +2,7 @@
 
     python -m benchmarks.training_strategies config=configs/train_stage1_tiny.yaml overrides="model.vae=runs/vae/vae"
 
-Prints a table: the command, its processes, its batch size, seconds a step, clips a second, and the most memory that
-the main process held: on its GPU, or resident without one.
+Prints a table; memory is the main process's, on its GPU, or resident without one.
 """
 
 import json
@@ -26,19 +25,17 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class StrategiesConfig:
-    """config, overrides (further arguments, as one text): of `train.py`; strategies: files of `configs/accelerate/`;
-    steps: of each run, whose first one, which allocates, is left out of the speed."""
-
     config: str = MISSING
-    overrides: str = ""
+    overrides: str = ""  # further arguments of `train.py`, as one text
+    # files of `configs/accelerate/`
     strategies: list[str] = field(
         default_factory=lambda: ["cpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     )
-    steps: int = 6
+    steps: int = 6  # the first one, which allocates, is left out of the speed
 
 
 def measure(name: str, config: StrategiesConfig) -> str:
-    """Train a few steps with one strategy; returns its row of the table."""
+    """Row of the table for a few steps of one strategy."""
     shown = ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", "train.py"]
     with tempfile.TemporaryDirectory() as output:
         command = [str(Path(sys.executable).parent / shown[0]), *shown[1:], "--config", config.config]

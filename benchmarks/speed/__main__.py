@@ -3,10 +3,8 @@
     python -m benchmarks.speed [size=tiny|half|sd15] [model=FOLDER] [parts=[inference,training,...]] [threads=2]
         [dtypes=[float32,bfloat16]] [repeats=3] [output=outputs/speed] [key=value ...]
 
-`size` chooses AnimateAnyone with random weights, from sizes for tests to those of Stable Diffusion 1.5; `model` takes
-a pipeline folder instead. Every part runs in a process of its own, things to be compared in turns. Writes
-results.json, with device, versions and threads, and table.md. A part that was measured already is not measured again.
-`python -m benchmarks.speed.peers.compare` measures beside a checkout of a peer.
+Every part runs in a process of its own, things to be compared in turns. Writes results.json and table.md; a part that
+was measured already is not measured again. `python -m benchmarks.speed.peers.compare` measures beside a peer.
 """
 
 import json

@@ -58,7 +58,6 @@ class StepClock:
 def run_once(
     pipeline: AnimationPipeline, scene: Scene, calibration: Calibration | None, size: RunSize, clock: StepClock
 ) -> None:
-    """One whole run."""
     pipeline(
         scene.reference,
         scene.images,
@@ -107,27 +106,22 @@ def measure_inference(
     return found
 
 
-def measure_growth(
-    pipeline: AnimationPipeline, size: RunSize, preset: CalibrationConfig, repeats: int
-) -> dict[str, Measured]:
+def measure_growth(pipeline: AnimationPipeline, size: RunSize, preset: CalibrationConfig) -> dict[str, Measured]:
     """Runs with TPC of one person at several numbers of frames and resolutions, and of up to four persons."""
     found = {}
     # More frames than a window are denoised in windows of `size.frames`.
     runs = {f"frames {size.frames * n}": replace(size, frames=size.frames * n) for n in (1, 2, 4)}
     runs |= {f"side {size.side * share // 4}": replace(size, side=size.side * share // 4) for share in (2, 4, 6)}
     for name, run in runs.items():
-        taken = measure_inference(pipeline, replace(run, window=size.frames), [1], preset, repeats)
+        taken = measure_inference(pipeline, replace(run, window=size.frames), [1], preset, 1)
         found[name] = taken["TPC, 1 person"]
-    for name, measured in measure_inference(pipeline, size, [1, 2, 3, 4], preset, repeats).items():
+    for name, measured in measure_inference(pipeline, size, [1, 2, 3, 4], preset, 1).items():
         found[f"persons {name.split()[1] if name.startswith('TPC') else 0}"] = measured
     return found
 
 
 def measure_processes(processes: list[int], clips: int, steps: int) -> dict[str, Measured]:
-    """A list of clips animated by `infer.py` in one and in several processes of one thread each.
-
-    Facts: clips_per_minute, while clips are animated and with everything that starting takes.
-    """
+    """A list of clips animated by `infer.py` in each number of processes of one thread each."""
     return {f"{number} processes": _animate_list(number, clips, steps) for number in processes}
 
 
@@ -140,14 +134,8 @@ def _animate_list(processes: int, clips: int, steps: int) -> Measured:
         # accelerate calls several processes of one machine "multi_gpu", on CPUs too.
         kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]
         command = [str(Path(sys.executable).parent / "accelerate"), "launch", *kind, "--num_processes", str(processes)]
-        command += [
-            "infer.py",
-            f"pairs={pairs}",
-            f"output={folder}",
-            f"steps={steps}",
-            "num_frames=8",
-            "compare=false",
-        ]
+        command += ["infer.py", f"pairs={pairs}", f"output={folder}", f"steps={steps}"]
+        command += ["num_frames=8", "compare=false"]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)

@@ -31,17 +31,13 @@ _CPU_ATTENTION = {
 
 @dataclass
 class Measured:
-    """Measurements of one thing; seconds by repetition, `parts` of them by name, `facts` are other numbers.
+    """Measurements of one thing."""
 
-    `operations` are floating-point operations of one repetition, a multiplication and an addition being two; 0 there
-    and in `peak_bytes` stands for what was not measured.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    operations: float = 0.0
-    parts: dict[str, list[float]] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)  # by repetition
+    peak_bytes: int = 0  # 0: not measured
+    operations: float = 0.0  # floating-point ones of a repetition; 0: not counted
+    parts: dict[str, list[float]] = field(default_factory=dict)  # of the seconds, by name
+    facts: dict[str, float] = field(default_factory=dict)  # other numbers
 
     @property
     def typical(self) -> float:
@@ -62,14 +58,12 @@ class Measured:
 
 
 def chosen_dtype(name: str) -> torch.dtype:
-    """A dtype by its name."""
     if name not in DTYPES:
         raise UserError(f"dtypes has {name}; {', '.join(DTYPES)} are known")
     return DTYPES[name]
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of some work."""
     wait_for(device)
     started = time.perf_counter()
     work()
@@ -79,10 +73,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """A function that returns the most bytes held since: of a GPU by torch, else resident in this process.
-
-    Resident memory is Linux's high-water mark, which is set back at the start; elsewhere 0.
-    """
+    """A function that returns the most bytes held since: of a GPU by torch, else resident in this process (Linux)."""
     reset_peak(device)
     yield lambda: peak(device)
 
@@ -94,11 +85,11 @@ def counting() -> Iterator[Callable[[], float]]:
         yield lambda: float(counter.get_total_flops())
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = MATRIX_SIDE, repeats: int = 5) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of products of square matrices: what the other rates are shares of."""
-    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    one, other = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(dtype) for _ in range(2))
     one @ other
-    return 2 * side**3 / min(timed(lambda: one @ other, device) for _ in range(repeats))
+    return 2 * MATRIX_SIDE**3 / min(timed(lambda: one @ other, device) for _ in range(5))
 
 
 def in_turns(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

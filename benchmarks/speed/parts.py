@@ -20,42 +20,32 @@ PARTS = ("machine", "inference", "training", "loading", "growth", "processes")
 
 @dataclass
 class SpeedConfig:
-    """What is measured, and how often.
-
-    size: of networks with random weights; model: pipeline folder to measure in their place.
-    parts: some of `PARTS`; dtypes: of inference; in training bfloat16 is autocast.
-    frames, side, steps, batch, clip_frames: in place of those of `size`.
-    persons: of runs with TPC; guidance_scale: 1 halves the time.
-    vae, batch_size, workers, loading_steps: of the training that loads rendered people, one run a number of workers.
-    clips: animated in every number of `processes`.
-    threads: of a CPU, 0: torch's choice.
-    """
-
-    size: str = "tiny"
-    model: str | None = None
+    size: str = "tiny"  # of networks with random weights
+    model: str | None = None  # pipeline folder to measure in their place
     parts: list[str] = field(default_factory=lambda: list(PARTS))
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])  # in training bfloat16 is autocast
+    # In place of those of `size`:
     frames: int | None = None
     side: int | None = None
     steps: int | None = None
     batch: int | None = None
     clip_frames: int | None = None
-    persons: list[int] = field(default_factory=lambda: [1, 2])
+    persons: list[int] = field(default_factory=lambda: [1, 2])  # of runs with TPC
     guidance_scale: float = 3.5
+    # Of training that loads rendered people:
     vae: str = str(SHIPPED_MODEL / "vae")
     batch_size: int = 16
     workers: list[int] = field(default_factory=lambda: [0, 1])
     loading_steps: int = 10
-    clips: int = 6
+    clips: int = 6  # animated in every number of `processes`
     processes: list[int] = field(default_factory=lambda: [1, 2])
-    threads: int = 0
+    threads: int = 0  # of a CPU; 0: torch's choice
     repeats: int = 3
     device: str = "auto"
     output: str = "outputs/speed"
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        """Refuse what cannot be measured, naming it."""
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise UserError(f"parts={self.parts} must be some of {', '.join(PARTS)}")
@@ -70,18 +60,15 @@ class SpeedConfig:
         self.sizes()
 
     def sizes(self) -> SpeedSizes:
-        """The sizes, with what was given in their place."""
         given = {name: getattr(self, name) for name in ("frames", "side", "steps", "batch", "clip_frames")}
         return chosen_sizes(self.size, **given)
 
     def run_size(self) -> RunSize:
-        """The run of inference."""
         sizes = self.sizes()
         return RunSize(sizes.frames, sizes.side, sizes.steps, self.guidance_scale)
 
 
 def pipeline_of(config: SpeedConfig, dtype: str):
-    """The pipeline that is measured, of a dtype, on the device."""
     device = torch.device(choose_device(config.device, dtype)[0])
     return open_pipeline(config.model, config.sizes(), device, chosen_dtype(dtype))
 
@@ -109,7 +96,7 @@ def loading(config: SpeedConfig) -> dict[str, Measured]:
 
 
 def growth(config: SpeedConfig, dtype: str) -> dict[str, Measured]:
-    return measure_growth(pipeline_of(config, dtype), config.run_size(), config.tpc, 1)
+    return measure_growth(pipeline_of(config, dtype), config.run_size(), config.tpc)
 
 
 def works(config: SpeedConfig) -> dict[str, tuple]:
@@ -127,7 +114,6 @@ def works(config: SpeedConfig) -> dict[str, tuple]:
 
 
 def run_part(threads: int, function: Callable[..., dict[str, Measured]], *arguments: Any) -> dict[str, dict[str, Any]]:
-    """The numbers of a part, measured with so many threads; 0: as many as torch chooses."""
     if threads:
         torch.set_num_threads(threads)
     return {name: measured.numbers() for name, measured in function(*arguments).items()}

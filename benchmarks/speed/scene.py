@@ -32,7 +32,6 @@ class Scene:
 
 
 def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
-    """`persons` in square images of `side` pixels."""
     rng, library, size = np.random.default_rng(seed), load_people(), (side, side)
     people = [build_person(random_identity(rng, library, "heldout"), library) for _ in range(persons)]
     motions = [random_motion(rng, frames, FPS) for _ in people]

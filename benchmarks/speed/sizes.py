@@ -27,58 +27,30 @@ class SpeedSizes:
     image_size: int  # pixels, of the image encoder
     side: int  # pixels, of the animation
     frames: int  # of a clip that is denoised in one window
-    steps: int
     batch: int  # images of a training step in stage=image
     clip_frames: int  # of the one clip of a training step in stage=motion
+    steps: int = 4
 
 
-_SD15 = UNetSizes()
+TINY_UNET = UNetSizes(block_out_channels=(32, 64, 128, 128), cross_attention_dim=64)
+HALF_UNET = UNetSizes(block_out_channels=(160, 320, 640, 640))
 SIZES = {
-    "tiny": SpeedSizes(
-        replace(_SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
-        vae=(32, 32, 32, 32),
-        image_encoder=(64, 2, 4),
-        image_size=56,
-        side=64,
-        frames=4,
-        steps=4,
-        batch=2,
-        clip_frames=4,
-    ),
-    "half": SpeedSizes(
-        replace(_SD15, block_out_channels=(160, 320, 640, 640)),
-        vae=(64, 128, 256, 256),
-        image_encoder=(512, 12, 8),
-        image_size=224,
-        side=256,
-        frames=8,
-        steps=4,
-        batch=2,
-        clip_frames=8,
-    ),
+    "tiny": SpeedSizes(TINY_UNET, (32, 32, 32, 32), (64, 2, 4), 56, side=64, frames=4, batch=2, clip_frames=4),
+    "half": SpeedSizes(HALF_UNET, (64, 128, 256, 256), (512, 12, 8), 224, side=256, frames=8, batch=2, clip_frames=8),
     "sd15": SpeedSizes(
-        _SD15,
-        vae=(128, 256, 512, 512),
-        image_encoder=(1024, 24, 16),
-        image_size=224,
-        side=512,
-        frames=24,
-        steps=4,
-        batch=1,
-        clip_frames=24,
+        UNetSizes(), (128, 256, 512, 512), (1024, 24, 16), 224, side=512, frames=24, batch=1, clip_frames=24
     ),
 }
 
 
 def chosen_sizes(name: str, **given: int | None) -> SpeedSizes:
-    """Sizes by name, with `given` entries in place of their own as far as they are not None."""
+    """Sizes by name, with those of the `given` entries that are not None."""
     if name not in SIZES:
         raise UserError(f"size={name} is not one of {', '.join(SIZES)}")
     return replace(SIZES[name], **{key: value for key, value in given.items() if value is not None})
 
 
 def make_vae(sizes: SpeedSizes) -> AutoencoderKL:
-    """The VAE with random weights."""
     levels = len(sizes.vae)
     return AutoencoderKL(
         block_out_channels=sizes.vae,
@@ -91,7 +63,6 @@ def make_vae(sizes: SpeedSizes) -> AutoencoderKL:
 
 
 def make_image_encoder(sizes: SpeedSizes, image_size: int) -> CLIPVisionModelWithProjection:
-    """The image encoder with random weights, for images of `image_size` pixels a side."""
     width, layers, heads = sizes.image_encoder
     settings = CLIPVisionConfig(
         hidden_size=width,
@@ -123,7 +94,6 @@ def make_pipeline(sizes: SpeedSizes, seed: int = 0) -> AnimationPipeline:
 
 
 def networks_of(pipeline: AnimationPipeline) -> list[torch.nn.Module]:
-    """The components that have weights."""
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 

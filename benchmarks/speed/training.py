@@ -27,20 +27,14 @@ UNMEASURED = 3  # steps that fill the loader's queue
 
 
 class TrainingStep:
-    """Loss, backward pass and optimiser of `train.py`, without data set and logging.
-
-    Args:
-        pipeline: float32, on its device; its networks are trained and are not what they were afterwards.
-        batch: "reference", "frames" and "poses", see `training.objective.Objective.loss`.
-        frozen: dtype of what the stage does not train.
-    """
+    """Loss, backward pass and optimiser of `train.py`, without data set and logging."""
 
     def __init__(
         self,
-        pipeline: AnimationPipeline,
+        pipeline: AnimationPipeline,  # float32, on its device; its networks are trained
         config: TrainConfig,
-        batch: dict[str, Tensor],
-        frozen: torch.dtype = torch.float32,
+        batch: dict[str, Tensor],  # "reference", "frames" and "poses", see `training.objective.Objective.loss`
+        frozen: torch.dtype = torch.float32,  # of what the stage does not train
         seed: int = 0,
     ):
         self.config, self.batch, self.seed = config, batch, seed
@@ -63,7 +57,6 @@ class TrainingStep:
             return self.objective.loss(self.model, self.batch, generators).loss
 
     def move(self) -> None:
-        """Clip the gradients, update the parameters, drop the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -71,16 +64,13 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class StepSize:
-    """A step of stage "image" or "motion" on `batch` clips of `frames` frames of `side` x `side` pixels.
+    """A training step on square images."""
 
-    With `mixed`, autocast computes in bfloat16; weights and moments are float32.
-    """
-
-    stage: str
-    batch: int
+    stage: str  # "image" or "motion"
+    batch: int  # clips
     frames: int
-    side: int
-    mixed: bool
+    side: int  # pixels
+    mixed: bool  # autocast computes in bfloat16; weights and moments are float32
 
 
 def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
@@ -131,10 +121,7 @@ def measure_rendering(side: int, clips: int) -> Measured:
 
 
 def measure_loading(vae: str, workers: list[int], batch_size: int, steps: int) -> dict[str, Measured]:
-    """Training steps of the small model with people rendered on the fly, by number of loader processes.
-
-    Facts: busy, the share of the time in which the model computes and does not wait for its batch.
-    """
+    """Training steps of the small model with people rendered on the fly, by number of loader processes."""
     arguments = ["output=unused", f"model.vae={vae}", f"batch_size={batch_size}", f"max_steps={steps + UNMEASURED}"]
     arguments += ["data.cache=null", "data.cache_latents=false"]
     found = {}
@@ -152,6 +139,7 @@ def _measure_waiting(config: TrainConfig) -> Measured:
         steps = list(_steps(prepare(config, Path(folder), accelerator, vae, model)))[UNMEASURED:]
     waiting, computing = map(list, zip(*steps, strict=True))
     measured = Measured([sum(step) for step in steps], parts={"waiting": waiting, "computing": computing})
+    # The share of the time in which the model computes and does not wait for its batch.
     measured.facts["busy"] = sum(computing) / sum(measured.seconds)
     return measured
 

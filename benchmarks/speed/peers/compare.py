@@ -3,12 +3,12 @@
     python -m benchmarks.speed.peers.compare peer=moore checkout=PATH python=PATH [size=half] [threads=2]
         [dtypes=[float32,bfloat16]] [side=512] [frames=4] [rounds=3] [output=DIR]
 
-checkout is the peer's code, python that of the environment in which it runs. Each side runs in a process of its own,
-both with all threads, one computes at a time. Prints a table; `output` gets it as table.md, beside results.json.
+Each side runs in a process of its own, both with all threads, one computes at a time. Prints a table; `output` gets it
+as table.md, beside results.json.
 """
 
+import json
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -22,14 +22,7 @@ from safetensors.torch import load_file
 from benchmarks.speed.measuring import chosen_dtype, machine_facts
 from benchmarks.speed.peers.session import PeerSession, chosen_peer
 from benchmarks.speed.peers.table import Row, markdown
-from benchmarks.speed.peers.weights import (
-    SETTINGS,
-    PeerSettings,
-    kept_facts,
-    peer_settings,
-    weights_facts,
-    write_weights,
-)
+from benchmarks.speed.peers.weights import SETTINGS, PeerSettings, peer_settings, weights_facts, write_weights
 from benchmarks.speed.sizes import PIXELS, SpeedSizes, chosen_sizes
 from core.config import config_dict, load_config
 from core.errors import UserError, run_command
@@ -40,41 +33,24 @@ INFERENCE = "inference"
 
 @dataclass
 class CompareConfig:
-    """What is compared, and how often.
-
-    peer: "moore" (Moore-AnimateAnyone), "magic_animate", or "tpc_animate", another checkout of this project.
-    checkout: folder of its code; python: the interpreter of an environment in which that runs.
-    size: of the networks and clips, `benchmarks.speed.sizes`: "tiny", "half", "sd15".
-    side, frames: of the images in pixels and of the clips, in place of those of `size`.
-    works: of inference, image, motion (a training step of either stage); null: all that the peer has.
-    dtypes: float32, bfloat16, float16; training keeps its weights in float32 and computes in these.
-    checkpointing: of gradients; [false,true] measures training steps both ways.
-    rounds: repetitions, after one run of each side that sets things up.
-    steps, guidance: of inference.
-    device: "cpu" or "cuda"; threads: of each side; null: all processors.
-    weights: folder that keeps the random weights for the next time; null: a temporary one.
-    output: folder; null prints the table only.
-    """
-
-    peer: str = "moore"
-    checkout: str = MISSING
-    python: str = MISSING
-    size: str = "tiny"
-    side: int | None = None
-    frames: int | None = None
-    works: list[str] | None = None
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    checkpointing: list[bool] = field(default_factory=lambda: [False])
-    rounds: int = 3
+    peer: str = "moore"  # Moore-AnimateAnyone; or "magic_animate", or "tpc_animate", another checkout of this project
+    checkout: str = MISSING  # folder of the peer's code
+    python: str = MISSING  # interpreter of an environment in which it runs
+    size: str = "tiny"  # of `benchmarks.speed.sizes`
+    side: int | None = None  # pixels, in place of that of `size`
+    frames: int | None = None  # of a clip, in place of those of `size`
+    works: list[str] | None = None  # of inference, image, motion (training steps of either stage); null: all
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])  # training keeps float32 weights
+    checkpointing: list[bool] = field(default_factory=lambda: [False])  # [false,true] measures training both ways
+    rounds: int = 3  # after one run of each side that sets things up
     steps: int = 4
     guidance: float = 3.5
     device: str = "cpu"
-    threads: int | None = None
-    weights: str | None = None
-    output: str | None = None
+    threads: int | None = None  # of each side; null: all processors
+    weights: str | None = None  # folder that keeps the random weights for the next time; null: a temporary one
+    output: str | None = None  # folder; null prints the table only
 
     def check(self) -> None:
-        """Refuse what cannot work before weights are written."""
         known = (INFERENCE, *chosen_peer(self.peer).stages)
         for work in self.works or ():
             if work not in known:
@@ -97,33 +73,30 @@ class CompareConfig:
 
 
 def sizes_of(config: CompareConfig) -> SpeedSizes:
-    """The sizes that a configuration names."""
     return chosen_sizes(config.size, side=config.side, frames=config.frames)
 
 
 def commands(config: CompareConfig) -> list[tuple[str, bool, dict[str, Any]]]:
-    """All that is measured: work, whether gradients are checkpointed, and the drivers' command."""
+    """Each work, with or without gradient checkpointing, and the drivers' command for it."""
     found = []
     for work in config.works or (INFERENCE, *chosen_peer(config.peer).stages):
         if work == INFERENCE:
             found.append((work, False, {"do": "infer", "steps": config.steps, "guidance": config.guidance}))
-            continue
-        for checkpointed in config.checkpointing:
-            found.append((work, checkpointed, {"do": "train", "stage": work, "gradient_checkpointing": checkpointed}))
+        else:
+            training = {"do": "train", "stage": work}
+            found += [(work, way, {**training, "gradient_checkpointing": way}) for way in config.checkpointing]
     return found
 
 
 def compare(config: CompareConfig, sizes: SpeedSizes, folder: Path) -> list[Row]:
-    """A row for each work and dtype that the configuration names, with the weights of a folder.
-
-    The peer's failures are part of the result; where nothing of the peer runs, the first one is an error.
-    """
+    """A row for each work and dtype, with the weights of a folder."""
     threads = config.threads or os.cpu_count() or 1
     rows: list[Row] = []
     for dtype in config.dtypes:
         settings = peer_settings(chosen_peer(config.peer).family, sizes, dtype, config.device, threads)
         for work, checkpointed, command in commands(config):
             row = measure(config, settings, folder, Row(work, dtype, checkpointed), command)
+            # The peer's failures are part of the result, unless nothing of it runs.
             if row.reason and not any(earlier.theirs for earlier in rows):
                 raise UserError(row.reason)
             rows.append(row)
@@ -134,10 +107,10 @@ def measure(config: CompareConfig, settings: PeerSettings, folder: Path, row: Ro
     """`row` with the answers of both sides to a command, in turns."""
     ours, theirs, reason, difference = [], [], None, {}
     infers = command["do"] == "infer"
-    with ExitStack() as stack:
-        our_side = stack.enter_context(PeerSession.of_ours(settings, folder))
-        peer = PeerSession.of_peer(config.peer, config.python, config.checkout, settings, folder)
-        their_side = stack.enter_context(peer)
+    with (
+        PeerSession.of_ours(settings, folder) as our_side,
+        PeerSession.of_peer(config.peer, config.python, config.checkout, settings, folder) as their_side,
+    ):
         first = our_side.ask(**command, **({"peer_rounding": True} if infers else {}))
         try:
             their_first = their_side.ask(**command)
@@ -184,9 +157,10 @@ def main(arguments: list[str]) -> None:
     sizes, family = sizes_of(config), chosen_peer(config.peer).family
     with TemporaryDirectory() as scratch:
         weights = Path(config.weights or f"{scratch}/weights")
+        kept = weights / SETTINGS
         if not weights.exists():
             write_weights(weights, family, sizes)
-        elif kept_facts(weights) != weights_facts(family, sizes):
+        elif not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != weights_facts(family, sizes):
             held = f"holds no {SETTINGS} of {family} at size={config.size}"
             raise UserError(f"weights={weights} {held}; give a new folder")
         rows = compare(config, sizes, weights)

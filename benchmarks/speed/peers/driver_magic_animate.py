@@ -1,14 +1,10 @@
-"""Runs a checkout of MagicAnimate in its own environment, for `compare.py`: inference, as it has no training code.
+"""Run a checkout of MagicAnimate in its own environment, for `compare.py`: inference, as it has no training code.
 
     PEER_PYTHON -u driver_magic_animate.py CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
-Networks, attention control, pipeline and network configuration are the checkout's; the pipeline's `__call__` runs as
-it is. Weights, images and the initial noise are given, and equal to ours. What differs nevertheless: features of the
-reference are rounded to half precision, as the checkout does in any number format. In bfloat16, for which it was not
-made, it runs under autocast.
-
-Two imports of the checkout are answered here where its environment cannot: `diffusers.pipeline_utils`, which diffusers
-moved after the release that the checkout names, and torchvision, which only its writing of video files needs.
+Networks, attention control, pipeline and network configuration are the checkout's; weights, images and the initial
+noise are given, and equal to ours. The checkout rounds features of the reference to half precision in any dtype. In
+bfloat16, for which it was not made, it runs under autocast.
 """
 
 import sys
@@ -22,16 +18,13 @@ from safetensors.torch import load_file
 
 
 def answer_missing_imports() -> None:
-    """See above; nothing is replaced that is there."""
-    if find_spec("diffusers.pipeline_utils") is None:
+    if find_spec("diffusers.pipeline_utils") is None:  # moved after the release that the checkout names
         sys.modules["diffusers.pipeline_utils"] = diffusers.pipelines.pipeline_utils
-    if find_spec("torchvision") is None:
+    if find_spec("torchvision") is None:  # only its writing of video files needs it
         sys.modules["torchvision"] = types.ModuleType("torchvision")
 
 
 class Inference:
-    """The checkout's pipeline."""
-
     def __init__(self, job: Job):
         from diffusers import AutoencoderKL, DDIMScheduler
         from magicanimate.models.appearance_encoder import AppearanceEncoderModel

@@ -1,4 +1,4 @@
-"""Runs a checkout of Moore-AnimateAnyone in its own environment, for `compare.py`.
+"""Run a checkout of Moore-AnimateAnyone in its own environment, for `compare.py`.
 
     PEER_PYTHON -u driver_moore.py CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
@@ -7,10 +7,10 @@ Networks, attention control, pipeline and network configuration are the checkout
 between two batches, on its networks: encoding with VAE and image encoder, noise, prediction, min-SNR loss, backward
 pass, clipping, AdamW.
 
-Given from outside and equal to ours: weights, images, in training also noise, timesteps and draws of the posterior.
-The reference's latents are the posterior's mean in training, too, and no condition is dropped. Features of the
-reference are rounded to half precision, as the checkout does in any dtype, and images for the image encoder to
-bytes. In bfloat16, for which it was not made, it runs under autocast and draws the initial noise in bfloat16, too.
+Given and equal to ours: weights, images, in training also noise, timesteps and draws of the posterior. Latents of the
+reference are the posterior's mean, and no condition is dropped. The checkout rounds features of the reference to half
+precision and images for the image encoder to bytes. In bfloat16, for which it was not made, it runs under autocast
+and draws the initial noise in bfloat16, too.
 """
 
 import sys
@@ -23,7 +23,6 @@ STAGES = ("image", "motion")
 
 
 def read_weights(job: Job, *names: str) -> dict:
-    """The tensors of some published files together."""
     tensors = {}
     for name in names:
         tensors.update(torch.load(job.folder / f"{name}.pth", map_location="cpu", weights_only=True))
@@ -31,13 +30,9 @@ def read_weights(job: Job, *names: str) -> dict:
 
 
 class Networks:
-    """The checkout's networks with the given weights, in float32 on the job's device.
+    """The checkout's networks with the given weights, in float32 on the job's device."""
 
-    Args:
-        motion: with motion modules; the first stage of training is without.
-    """
-
-    def __init__(self, job: Job, motion: bool = True):
+    def __init__(self, job: Job, motion: bool = True):  # motion modules; the first stage of training is without
         from diffusers import AutoencoderKL
         from omegaconf import OmegaConf
         from src.models.pose_guider import PoseGuider
@@ -71,8 +66,6 @@ class Networks:
 
 
 class Inference:
-    """The checkout's pipeline."""
-
     def __init__(self, job: Job):
         from diffusers import DDIMScheduler
         from PIL import Image
@@ -114,16 +107,17 @@ class Inference:
 
 
 class Training:
-    """One of the two training stages, without data set and logging."""
+    """Steps of one of the two training stages."""
 
     def __init__(self, job: Job, stage: str, gradient_checkpointing: bool):
         from diffusers import DDIMScheduler
+        from diffusers.utils.import_utils import is_xformers_available
         from src.models.mutual_self_attention import ReferenceAttentionControl
         from transformers import CLIPImageProcessor
 
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-        self.job, self.stage, self.gradient_checkpointing = job, stage, gradient_checkpointing
+        self.job, self.stage = job, stage
         self.networks = networks = Networks(job, motion=stage == "motion")
         # What both training scripts set over the configuration of inference.
         self.scheduler = DDIMScheduler(**{**networks.schedule, "beta_schedule": "scaled_linear"})
@@ -131,7 +125,12 @@ class Training:
         sides = {"do_classifier_free_guidance": False, "fusion_blocks": "full"}
         self.writer = ReferenceAttentionControl(networks.reference_unet, mode="write", **sides)
         self.reader = ReferenceAttentionControl(networks.denoising_unet, mode="read", **sides)
-        self.enable_what_is_there(gradient_checkpointing)
+        for network in (networks.reference_unet, networks.denoising_unet):
+            # As its configuration has it.
+            if job.device.type == "cuda" and is_xformers_available():
+                network.enable_xformers_memory_efficient_attention()
+            if gradient_checkpointing:
+                network.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         self.batch = {name: value.to(job.device) for name, value in job.tensors(f"batch_{stage}").items()}
         # Its data set hands on images of the reference as the image encoder takes them.
@@ -154,23 +153,13 @@ class Training:
             network.requires_grad_(False).to(job.dtype)
         return [p for network in networks.all() for p in network.parameters() if p.requires_grad]
 
-    def enable_what_is_there(self, gradient_checkpointing: bool) -> None:
-        """Memory-efficient attention as its configuration has it, where it is installed, and checkpointing."""
-        from diffusers.utils.import_utils import is_xformers_available
-
-        for network in (self.networks.reference_unet, self.networks.denoising_unet):
-            if self.job.device.type == "cuda" and is_xformers_available():
-                network.enable_xformers_memory_efficient_attention()
-            if gradient_checkpointing:
-                network.enable_gradient_checkpointing()
-
     def latents_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of the scaled latents, all images at once."""
         found = self.networks.vae.encode(images.to(self.networks.vae.dtype)).latent_dist
         return found.mean.float() * 0.18215, found.std.float() * 0.18215
 
     def step(self) -> float:
-        """One optimiser step; returns its loss."""
+        """Loss of one optimiser step."""
         networks, batch, job = self.networks, self.batch, self.job
         timesteps, noise = batch["timesteps"], batch["noise"]
         with torch.no_grad():

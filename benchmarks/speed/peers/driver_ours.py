@@ -1,27 +1,25 @@
-"""Runs this project for `compare.py`, in a process of its own, so that memory is counted as a peer's is.
+"""Run this project for `compare.py`, in a process of its own, so that memory is counted as a peer's is.
 
-    python -u -m benchmarks.speed.peers.driver_ours CHECKOUT SETTINGS.json WEIGHTS_FOLDER
-
-Weights are converted from the published files as `models.checkpoints convert` does. Inference is the `__call__` of the
-pipeline in the folder that it writes; a training step is that of `train.py`, by the same functions.
+python -u -m benchmarks.speed.peers.driver_ours CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 """
 
 import sys
-from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.speed.peers.driver_protocol import DTYPES, Driver, Job, StepTimes, read_job, serve
-from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE_OFFSET, STAGES
+from benchmarks.speed.peers.driver_protocol import Driver, Job, StepTimes, read_job, serve
+from benchmarks.speed.peers.weights import CLIP_SIDE, NOISE, STAGES
 from benchmarks.speed.training import TrainingStep
 from core.files import complete_folder
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import Sources, convert_config
 from models.images import ImageBatch
 from models.pipeline import AnimationPipeline
-from training.config import NoiseConfig, TrainConfig
+from training.config import TrainConfig
 
 
 def load(job: Job, dtype: str) -> AnimationPipeline:
@@ -32,24 +30,6 @@ def load(job: Job, dtype: str) -> AnimationPipeline:
     return pipeline.to(job.device)
 
 
-def open_saved(job: Job, dtype: str) -> AnimationPipeline:
-    """The pipeline out of the folder of it, which is written at first use."""
-    folder = job.folder / f"pipeline_{dtype}"
-    if not folder.exists():
-        with complete_folder(folder) as path:
-            load(job, dtype).save_pretrained(path)
-    pipeline = load_pipeline(folder, DTYPES[dtype])
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(job.device)
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image (1, 3, H, W) in [-1, 1] as `models.images.ImageBatch`, as far as image encoders ask."""
-
-    pixels: torch.Tensor
-
-
 def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> AnimationPipeline:
     """The same networks, rounding what the peers round: features of the reference to half precision, and its resized
     image for the image encoder to bytes. What then differs in float32 is the order of additions alone."""
@@ -57,12 +37,11 @@ def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> A
     class Animator(pipeline.animator_cls):
         def encode_reference(self, images: ImageBatch) -> torch.Tensor:
             resized = torch.from_numpy(np.array(reference.resize((CLIP_SIDE, CLIP_SIDE)))).permute(2, 0, 1)[None]
-            return super().encode_reference(EncodedImage(resized.to(images.pixels) / 127.5 - 1))
+            # Image encoders ask for nothing but pixels (1, 3, H, W) in [-1, 1].
+            return super().encode_reference(SimpleNamespace(pixels=resized.to(images.pixels) / 127.5 - 1))
 
-        def encode_images(
-            self, images: ImageBatch, timestep: int, conditioning: torch.Tensor
-        ) -> dict[str, torch.Tensor]:
-            tokens = super().encode_images(images, timestep, conditioning)
+        def encode_images(self, *inputs: Any) -> dict[str, torch.Tensor]:
+            tokens = super().encode_images(*inputs)
             return {layer: value.half().to(value) for layer, value in tokens.items()}
 
     class Pipeline(type(pipeline)):
@@ -74,11 +53,16 @@ def with_peer_rounding(pipeline: AnimationPipeline, reference: Image.Image) -> A
 
 
 class Inference:
-    """The pipeline, in the job's dtype."""
+    """Runs of the pipeline's folder, which is written at first use."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.pipeline = open_saved(job, job.settings["dtype"])
+        folder = job.folder / f"pipeline_{job.settings['dtype']}"
+        if not folder.exists():
+            with complete_folder(folder) as path:
+                load(job, job.settings["dtype"]).save_pretrained(path)
+        self.pipeline = load_pipeline(folder, job.dtype).to(job.device)
+        self.pipeline.set_progress_bar_config(disable=True)
         inputs = job.tensors("inputs")
         self.reference = Image.fromarray(inputs["reference"].numpy())
         self.poses = [Image.fromarray(pose.numpy()) for pose in inputs["poses"]]
@@ -104,24 +88,23 @@ class Inference:
 
 
 class Training:
-    """One of the two training stages, without data set and logging."""
+    """Steps of one of the two training stages."""
 
     def __init__(self, job: Job, stage: str, gradient_checkpointing: bool):
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
         self.job = job
-        noise = NoiseConfig(noise_offset=NOISE_OFFSET, condition_dropout=0.0)
         batch = job.tensors(f"batch_{stage}")
         self.training = TrainingStep(
             load(job, "float32"),
-            TrainConfig(stage=stage, output="", noise=noise, gradient_checkpointing=gradient_checkpointing),
+            TrainConfig(stage=stage, output="", noise=NOISE, gradient_checkpointing=gradient_checkpointing),
             {name: batch[name].to(job.device) for name in ("reference", "frames", "poses")},
             job.dtype,
             job.settings["seed"],
         )
 
     def step(self) -> float:
-        """One optimiser step; returns its loss."""
+        """Loss of one optimiser step."""
         loss = self.training.loss(self.job.autocast())
         loss.backward()
         self.training.move()

@@ -1,9 +1,8 @@
-"""What every driver does beside computing: JSON lines in and out, seconds and peak memory, inputs.
+"""Parts that all drivers share: JSON lines in and out, seconds and peak memory, inputs.
 
     PYTHON -u DRIVER.py CHECKOUT SETTINGS.json WEIGHTS_FOLDER
 
-Drivers run in a peer's environment: this file needs the standard library, torch and safetensors, which all of them
-have, and nothing of the project.
+Drivers run in a peer's environment, which has torch and safetensors, and nothing of the project.
 """
 
 import gc
@@ -29,7 +28,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Job:
-    """What a driver was started with."""
+    """Arguments of a driver."""
 
     checkout: Path  # the peer's code
     settings: dict[str, Any]  # `weights.PeerSettings`
@@ -55,12 +54,10 @@ class Job:
         }
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file of inputs, on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
 
     def generator(self) -> torch.Generator:
-        """The generator of the initial noise."""
-        # On the CPU, so that every device draws the same.
+        """The initial noise's, on the CPU, so that every device draws the same."""
         return torch.Generator().manual_seed(self.settings["seed"])
 
     def autocast(self) -> AbstractContextManager:
@@ -88,7 +85,6 @@ class StepTimes:
     peak_bytes: int = 0
 
     def note(self, latents: torch.Tensor) -> None:
-        """A step has ended with these latents."""
         wait_for(self.device)
         self.seconds.append(time.perf_counter())
         self.latents, self.peak_bytes = latents, peak(self.device)
@@ -117,7 +113,6 @@ def load_complete(kind: Any, folder: Path) -> torch.nn.Module:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until everything that was started on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -149,8 +144,7 @@ def measured(device: torch.device, work: Callable[[], object]) -> dict[str, floa
 class PrivatePeak:
     """`most`: the largest private memory in bytes that this process holds while the context is open.
 
-    Private is what is not a copy of a file: the system can drop weights that are mapped from a file and read them
-    again, so resident memory counts what is there and private memory what must be. Linux alone tells them apart.
+    Private is what is no copy of a file, which the system could drop and read again. Linux alone tells them apart.
     """
 
     def __init__(self, every_seconds: float = 0.02):
@@ -192,22 +186,15 @@ def status_bytes(name: str) -> int:
 
 
 class Driver:
-    """The commands. Networks are built at first use, and one kind of work at a time is kept.
-
-    Args:
-        inference: a class made of a job, with `run(steps, guidance, ...)` and afterwards `times`.
-        training: a class made of a job, a stage and whether gradients are checkpointed, with `step()`, which returns
-            the loss; None: the peer cannot be trained.
-    """
+    """Answers to commands. Networks are built at first use, and one kind of work at a time is kept."""
 
     def __init__(self, job: Job, inference: Callable[[Job], Any], training: Callable[..., Any] | None = None):
         self.job, self.make_inference, self.make_training = job, inference, training
-        self.inference: Any = None
-        self.training: Any = None
-        self.trained: tuple[str, bool] | None = None
+        self.inference: Any = None  # has `run(steps, guidance, ...)` and afterwards `times`
+        self.training: Any = None  # has `step()`, which returns the loss
+        self.trained: tuple[str, bool] | None = None  # stage, checkpointing
 
     def commands(self) -> dict[str, Callable[..., dict]]:
-        """For `serve`."""
         found = {"infer": self.infer, "result": self.result}
         return found if self.make_training is None else {**found, "train": self.train}
 

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.speed.peers.weights import STAGES, PeerSettings
@@ -20,8 +19,6 @@ ROOT = FOLDER.parents[2]
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with."""
-
     driver: tuple[str, ...]  # what Python is given to run, before the driver's three arguments
     family: str  # of `models.checkpoints.convert`
     holds: str  # a file of every checkout, by which it is recognised
@@ -40,29 +37,22 @@ PEERS = {
 
 
 def chosen_peer(name: str) -> Peer:
-    """A peer by name."""
     if name not in PEERS:
         raise UserError(f"peer={name} is not one of {', '.join(PEERS)}")
     return PEERS[name]
 
 
 class PeerSession:
-    """A running driver; a context manager that ends it.
-
-    Args:
-        name: for errors; command: starts the driver, without its three arguments.
-        checkout: the code that it runs, and its working folder; settings, folder: see `weights.py`.
-        wait_seconds: that it may take to end when it is told to.
-    """
+    """A running driver; a context manager that ends it."""
 
     def __init__(
         self,
-        name: str,
-        command: list[str],
-        checkout: str | Path,
+        name: str,  # for errors
+        command: list[str],  # starts the driver, without its three arguments
+        checkout: str | Path,  # the code that it runs, and its working folder
         settings: PeerSettings,
-        folder: str | Path,
-        wait_seconds: float = 10.0,
+        folder: str | Path,  # weights and inputs
+        wait_seconds: float = 10.0,  # for its end
     ):
         self.name, self.wait_seconds = name, wait_seconds
         self._scratch = tempfile.TemporaryDirectory()
@@ -80,7 +70,7 @@ class PeerSession:
 
     @classmethod
     def of_peer(cls, name: str, python: str, checkout: str | Path, settings: PeerSettings, folder: str | Path) -> Self:
-        """One of `PEERS` by name, in its own environment."""
+        """A driver of one of `PEERS`, in the peer's own environment."""
         peer, checkout = chosen_peer(name), Path(checkout)
         if not (checkout / peer.holds).is_file():
             raise UserError(f"checkout={checkout} is not a checkout of {name}: it has no {peer.holds}")
@@ -90,7 +80,6 @@ class PeerSession:
 
     @classmethod
     def of_ours(cls, settings: PeerSettings, folder: str | Path) -> Self:
-        """This project, in this environment."""
         return cls("our side", [sys.executable, "-u", *PEERS[OURS].driver], ROOT, settings, folder)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -103,7 +92,9 @@ class PeerSession:
             line = ""
         if not line:
             code = self._process.wait()
-            raise UserError(f"{self.name} ended with code {code}: {self._last_words()}")
+            self._log.seek(0)
+            said = [text.strip() for text in self._log if text.strip()]
+            raise UserError(f"{self.name} ended with code {code}: {said[-1] if said else 'it said nothing'}")
         try:
             answer = json.loads(line)
         except json.JSONDecodeError:
@@ -112,13 +103,10 @@ class PeerSession:
             raise UserError(f"{self.name} failed at {do}: {' '.join(answer['error'].split())}")
         return answer
 
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+    def __enter__(self) -> Self:
+        return self
 
-    def close(self) -> None:
-        """End the driver."""
+    def __exit__(self, *error: object) -> None:
         if self._process.poll() is None:
             try:
                 self._process.stdin.write(json.dumps({"do": "quit"}) + "\n")
@@ -133,9 +121,3 @@ class PeerSession:
         self._process.stdout.close()
         self._log.close()
         self._scratch.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

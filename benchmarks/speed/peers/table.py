@@ -14,20 +14,15 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of work in one dtype.
-
-    `ours` and `theirs`, empty where a side did not run, have medians of "seconds", "peak_bytes", on CPUs
-    "private_peak_bytes" of them, and of inference also "step_seconds" and "loop_peak_bytes" before decoding.
-    `difference` is of inference the largest and the mean one of the latents, their deviation, and the same with us
-    rounding what the peer rounds; of training that of the losses before the first and before the last step.
-    """
+    """One kind of work in one dtype."""
 
     work: str  # "inference", or the stage of a training step
     dtype: str
     checkpointed: bool = False  # gradients
+    # "seconds", "peak_bytes", on CPUs "private_peak_bytes"; of inference also "step_seconds" and "loop_peak_bytes"
     ours: dict[str, float] = field(default_factory=dict)
-    theirs: dict[str, float] = field(default_factory=dict)
-    difference: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, float] = field(default_factory=dict)  # empty where the peer did not run
+    difference: dict[str, Any] = field(default_factory=dict)  # of latents or of losses, see `compare.measure`
     reason: str | None = None  # why the peer did not run
 
     @property
@@ -66,18 +61,16 @@ class Row:
 
 def markdown(rows: Sequence[Row], peer: str) -> str:
     """A table with a line for every pair, for the whole run and for a denoising step, and why the peer did not run."""
-    lines = [_line(column.format(peer=peer) for column in COLUMNS), "|---" * len(COLUMNS) + "|\n"]
+    table = [[column.format(peer=peer) for column in COLUMNS]]
     for row in rows:
         for other in row.peers(rows):
-            lines.append(_line(_cells(row, other)))
+            table.append(_cells(row, other))
             if "step_seconds" in row.ours and "step_seconds" in other.theirs:
-                lines.append(_line(_cells(row, other, of_step=True)))
+                table.append(_cells(row, other, of_step=True))
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in table]
+    lines.insert(1, "|---" * len(COLUMNS) + "|\n")
     notes = [f"\n{row.title}, {row.format}: {row.reason}\n" for row in rows if row.reason]
     return "".join(lines + notes)
-
-
-def _line(cells: Iterator[str] | list[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
 
 
 def _cells(row: Row, other: Row, of_step: bool = False) -> list[str]:
@@ -92,11 +85,10 @@ def _cells(row: Row, other: Row, of_step: bool = False) -> list[str]:
         cells += [ratios.get("private_memory", "")]
     else:
         cells += [""] * 3
-    return [*cells, _difference(row.difference) if row is other and not of_step else ""]
-
-
-def _difference(found: dict[str, Any]) -> str:
+    found = row.difference
+    if row is not other or of_step:
+        return [*cells, ""]
     if "loss" in found:
-        return f"loss {found['loss']:.1e}"
+        return [*cells, f"loss {found['loss']:.1e}"]
     rounded = found["peer_rounding"]["largest"]
-    return f"{found['largest']:.1e} of {found['deviation']:.1f}; {rounded:.1e} when rounding alike"
+    return [*cells, f"{found['largest']:.1e} of {found['deviation']:.1f}; {rounded:.1e} when rounding alike"]

@@ -1,4 +1,4 @@
-"""What both sides of a comparison read: random weights in the published files, images, and batches to train on."""
+"""Inputs of both sides of a comparison: random weights in the published files, images, and batches to train on."""
 
 import json
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from models.checkpoints.networks import (
     unet_manifest,
 )
 from models.checkpoints.verify import synthetic_tensors
+from training.config import NoiseConfig
 from training.noise import draw, sample_generators
 
 SETTINGS, INPUTS = "settings.json", "inputs"
@@ -35,13 +36,12 @@ CLIP_SIDE, CLIP_TOKENS = 224, 77
 # Motion modules of AnimateDiff v1, which MagicAnimate has.
 MAGIC_MOTION = MotionSizes(max_seq_length=24, mid_block=False)
 VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-NOISE_OFFSET = 0.05
-TRAIN_TIMESTEPS = 1000
+NOISE = NoiseConfig(noise_offset=0.05, condition_dropout=0.0)
 
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What a driver reads beside the weights. One window takes all frames, so that window rules do not matter."""
+    """Settings that a driver reads. One window takes all frames, so that window rules do not matter."""
 
     family: str  # of `models.checkpoints.convert`
     unet: dict[str, Any]  # `models.checkpoints.networks.UNetSizes` as a dictionary
@@ -54,7 +54,6 @@ class PeerSettings:
 
 
 def peer_settings(family: str, sizes: SpeedSizes, dtype: str, device: str, threads: int) -> PeerSettings:
-    """The settings that go with some sizes."""
     side = sizes.side // PIXELS
     return PeerSettings(family, asdict(sizes.unet), POSE_CHANNELS, (side, side), dtype, device, threads)
 
@@ -68,7 +67,9 @@ def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int 
     with complete_folder(folder) as path:
         WRITERS[family](path, sizes, seed)
         make_vae(sizes).save_pretrained(path / "vae")
-        save_file(images(sizes, seed), path / f"{INPUTS}.safetensors")
+        waves = smooth_images(np.random.default_rng(seed), 1 + sizes.frames, sizes.side)
+        inputs = {"reference": waves[0], "poses": waves[1:].contiguous()}  # (H, W, 3) and (f, H, W, 3) uint8
+        save_file(inputs, path / f"{INPUTS}.safetensors")
         for stage in STAGES:
             save_file(training_batch(sizes, stage, seed), path / f"batch_{stage}.safetensors")
         write_json(path / SETTINGS, weights_facts(family, sizes, seed))
@@ -77,12 +78,6 @@ def write_weights(folder: str | Path, family: str, sizes: SpeedSizes, seed: int 
 def weights_facts(family: str, sizes: SpeedSizes, seed: int = 0) -> dict[str, Any]:
     """The settings from which the content of a folder follows, as JSON has them."""
     return json.loads(json.dumps({"family": family, "seed": seed, **asdict(sizes)}))
-
-
-def kept_facts(folder: Path) -> dict[str, Any] | None:
-    """The settings file of a folder; None: there is none."""
-    path = folder / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_animate_anyone(folder: Path, sizes: SpeedSizes, seed: int) -> None:
@@ -126,19 +121,12 @@ def write_magic_animate(folder: Path, sizes: SpeedSizes, seed: int) -> None:
     )
     text.save_pretrained(folder / "text_encoder")
     # Published files have these names; what transformers writes depends on its release.
-    named = {
-        f"text_model.{name.removeprefix('text_model.')}": v for name, v in CLIPTextModel(text).state_dict().items()
-    }
+    tensors = CLIPTextModel(text).state_dict()
+    named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
     save_file(named, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer").mkdir()
     write_json(folder / "tokenizer" / "vocab.json", VOCABULARY)
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-
-
-def images(sizes: SpeedSizes, seed: int) -> dict[str, Tensor]:
-    """ "reference" (H, W, 3) and "poses" (f, H, W, 3), uint8."""
-    waves = smooth_images(np.random.default_rng(seed), 1 + sizes.frames, sizes.side)
-    return {"reference": waves[0], "poses": waves[1:].contiguous()}
 
 
 def smooth_images(rng: np.random.Generator, count: int, side: int) -> Tensor:
@@ -152,21 +140,14 @@ def smooth_images(rng: np.random.Generator, count: int, side: int) -> Tensor:
 
 
 def training_batch(sizes: SpeedSizes, stage: str, seed: int) -> dict[str, Tensor]:
-    """A batch as `training.objective.diffusion_loss` takes it, and the "timesteps", "noise" and "posterior" that it
-    will draw."""
+    """A batch to train on, and the "timesteps", "noise" and "posterior" that the objective will draw."""
     clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
     rng = np.random.default_rng([seed, STAGES.index(stage)])
     waves = smooth_images(rng, clips * (1 + 2 * frames), sizes.side).permute(0, 3, 1, 2).float() / 255
     reference, moving, poses = waves.split([clips, clips * frames, clips * frames])
     moving, poses = (part.unflatten(0, (clips, frames)).transpose(1, 2) for part in (moving, poses))
     side = sizes.side // PIXELS
-    drawn = draw(
-        (sizes.unet.in_channels, frames, side, side),
-        TRAIN_TIMESTEPS,
-        dropout=0.0,
-        noise_offset=NOISE_OFFSET,
-        generators=sample_generators(seed, range(clips)),
-    )
+    drawn = draw((sizes.unet.in_channels, frames, side, side), NOISE, sample_generators(seed, range(clips)))
     batch = {"reference": 2 * reference - 1, "frames": 2 * moving - 1, "poses": poses}
     batch |= {"timesteps": drawn.timesteps, "noise": drawn.noise, "posterior": drawn.posterior}
     return {name: value.contiguous() for name, value in batch.items()}
