@@ -30,34 +30,24 @@ from tpc.warping import Framing, mask_pyramid, warp_mask
 
 @dataclass
 class SamplingConfig:
-    """Settings of sampling.
+    """Settings of sampling."""
 
-    size: width and height of the result in pixels; null: the driving video's shape at the model's resolution.
-    num_frames: frames to animate, null: all; stride: use every stride-th frame of the driving video.
-    seed: of the initial noise.
-    steps: denoising steps; guidance_scale: 1 switches classifier-free guidance off and halves the time.
-    guidance_scales: one for each kind of guidance, where a model has several, in place of guidance_scale.
-    window_size, window_overlap: frames denoised together, and shared by neighbours; null: as many as the model knows.
-    shift_windows: move the windows at every step, so that no frame is always at a window's end.
-    compare: also sample without TPC, for the comparison.
-    guidance_interval: noise levels [low, high] where guidance is applied, 0 (none) to 1 (nothing else); elsewhere its
-        conditional half runs alone. See `docs/speed.md`.
-    solver: ddim, dpm++ (DPM-Solver++, second order) or unipc (UniPC, second order); null: the model's own.
-    """
-
-    size: list[int] | None = None
-    num_frames: int | None = None
-    stride: int = 1
-    seed: int = 0
+    size: list[int] | None = None  # width and height in pixels; null: the video's shape at the model's resolution
+    num_frames: int | None = None  # null: all
+    stride: int = 1  # use every stride-th frame of the driving video
+    seed: int = 0  # of the initial noise
     steps: int = 20
-    guidance_scale: float = 2.0
-    guidance_scales: list[float] | None = None
-    window_size: int | None = None
-    window_overlap: int = 4
-    shift_windows: bool = False
-    compare: bool = True
+    guidance_scale: float = 2.0  # 1 switches classifier-free guidance off and halves the time
+    guidance_scales: list[float] | None = None  # one for each kind of guidance, where a model has several
+    window_size: int | None = None  # frames denoised together; null: as many as the model knows
+    window_overlap: int = 4  # frames
+    shift_windows: bool = False  # at every step, so that no frame is always at a window's end
+    compare: bool = True  # also sample without TPC
+    # Noise levels [low, high] with guidance, from 0 (none) to 1 (nothing else); elsewhere its conditional half alone.
     guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
-    solver: str | None = None
+    solver: str | None = (
+        None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
+    )
 
     def check(self) -> None:
         for name in ("steps", "stride", "num_frames"):
@@ -115,11 +105,7 @@ class Animation:
 
 
 def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:
-    """The frame that `animate` uses.
-
-    Raises:
-        UserError: a size that the model cannot do.
-    """
+    """The frame that `animate` uses."""
     size = pipeline.default_size(driving.size) if sampling.size is None else tuple(sampling.size)
     if any(side % pipeline.size_multiple for side in size):
         raise UserError(
@@ -132,7 +118,7 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
 
 def animate(
     pipeline: AnimationPipeline,
-    reference: Reference,
+    reference: Reference,  # with poses when `tpc` is given
     driving: Driving,
     sampling: SamplingConfig,
     tpc: CalibrationConfig | None,
@@ -140,18 +126,7 @@ def animate(
     show_progress: bool = True,
     attention: AttentionRecording | None = None,
 ) -> Animation:
-    """Animate a reference with a driving clip.
-
-    Args:
-        reference: with poses when `tpc` is given.
-        tpc: None runs without calibration.
-        watch: gets the seconds of every stage.
-        show_progress: draw progress bars.
-        attention: records the run that `Animation.result` is of.
-
-    Raises:
-        UserError: a size that the model cannot do, or no pose images of the kind that it reads.
-    """
+    """Animate a reference with a driving clip; `attention` records the run that `Animation.result` is of."""
     if driving.images is None and pipeline.pose_kind != "OpenPose":
         raise UserError(f"the model reads {pipeline.pose_kind} images, which cannot be drawn from keypoints")
     watch = watch or Stopwatch()

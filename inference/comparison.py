@@ -12,16 +12,7 @@ CELL_HEIGHT = 256
 
 
 def labelled_row(images: Sequence[np.ndarray], labels: Sequence[str] | None, height: int = CELL_HEIGHT) -> np.ndarray:
-    """Images side by side, scaled to one height, with a label above each.
-
-    Args:
-        images: (h, w, 3) uint8, of any size.
-        labels: one each, or None for a row without labels.
-        height: of every image in the row, in pixels.
-
-    Returns:
-        (h, w, 3) uint8.
-    """
+    """Images (h, w, 3) uint8 of any size side by side, scaled to one height, with a label above each."""
     cells = []
     for index, image in enumerate(images):
         width = max(1, round(image.shape[1] * height / image.shape[0]))
@@ -35,9 +26,8 @@ def labelled_row(images: Sequence[np.ndarray], labels: Sequence[str] | None, hei
 
 def labelled_sheet(rows: Sequence[Mapping[str, np.ndarray]], height: int = CELL_HEIGHT) -> np.ndarray:
     """Rows of images by label under each other; the labels, the same in every row, stand above the first."""
-    return np.concatenate(
-        [labelled_row(list(row.values()), None if index else list(row), height) for index, row in enumerate(rows)]
-    )
+    sheet = [labelled_row(list(row.values()), None if index else list(row), height) for index, row in enumerate(rows)]
+    return np.concatenate(sheet)
 
 
 def comparison_strip(columns: Mapping[str, Sequence[np.ndarray]], rows: int = 4) -> np.ndarray:

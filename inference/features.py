@@ -35,24 +35,17 @@ Features = dict[str, Tensor]
 
 @dataclass
 class FeaturesMade:
-    """What a run did, counted in clips; `again` counts by reason those whose features had been made before."""
+    """Numbers of clips by outcome."""
 
     folder: Path
     current: int = 0
     made: int = 0
-    again: Counter = field(default_factory=Counter)
-    left_out: dict[str, str] = field(default_factory=dict)
+    again: Counter = field(default_factory=Counter)  # of those made, by the reason why older features were outdated
+    left_out: dict[str, str] = field(default_factory=dict)  # reason by name
 
 
 def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMade:
-    """Compute the features of the clips of a prepared data set that have none, or none that are valid any more.
-
-    Args:
-        kind: "latents" or "embeddings".
-
-    Raises:
-        UserError: settings, data set or model that cannot work, no space to write to.
-    """
+    """Compute missing and outdated "latents" or "embeddings" of the clips of a prepared data set."""
     config.check()
     dataset, size = Path(config.dataset), (config.size[0], config.size[1])
     if not has_manifest(dataset):
@@ -96,14 +89,7 @@ def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMad
 def clip_features(
     usable: UsableClip, size: tuple[int, int], crop: str, batch_size: int, encode: Callable[[Tensor], Features]
 ) -> Features:
-    """Features of all frames of a clip, cut to the model's frame as training cuts them.
-
-    Args:
-        encode: images (n, 3, H, W) in [-1, 1] -> features with n rows each, on the CPU.
-
-    Raises:
-        UserError: the video is damaged.
-    """
+    """Features of all frames of a clip, cut as training cuts them; `encode` takes (n, 3, H, W) in [-1, 1]."""
     parts = [encode(clip_tensor(images).transpose(0, 1)) for images in _batches(usable, size, crop, batch_size)]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     rows = len(next(iter(found.values())))

@@ -41,10 +41,7 @@ def layer_mean(
     head: int | None = None,
     layers: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(k, H, W) attention of one query to all images, the mean over layers, upsampled to the images' size.
-
-    The sum is 1 minus the attention to its own frame. Arguments as in `RecordedAttention.query_map`.
-    """
+    """(k, H, W) attention of one query, see `RecordedAttention.query_map`, the mean over layers; sums to 1 - `own`."""
     width, height = recorded.selection.size
     total = np.zeros((recorded.selection.images, height, width), np.float32)
     layers = recorded.layers if layers is None else layers
@@ -63,12 +60,7 @@ def upsampled(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, density: np.ndarray, peak: float | None = None, strength: float = 0.8) -> np.ndarray:
-    """An image (H, W, 3) uint8 under the colours of a map (h, w) of any size; grey where there is no attention.
-
-    Args:
-        peak: attention that gets the strongest colour; None: the largest there is.
-        strength: opacity of the strongest colour.
-    """
+    """An image (H, W, 3) uint8 under the colours of a map (h, w) of any size, the strongest at `peak`; else grey."""
     density = upsampled(density, image.shape[1::-1])
     peak = float(density.max()) if peak is None else peak
     weight = np.clip(density / max(peak, 1e-12), 0, 1)
@@ -111,21 +103,15 @@ def marked_overlay(found: PointMap, height: int = CELL) -> np.ndarray:
 def point_maps(
     recorded: RecordedAttention,
     truth: BodyTruth,
-    reference: np.ndarray,
+    reference: np.ndarray,  # (H, W, 3) uint8, as the model gets it
     calibration: Calibration | None,
     point: int | str,
     frame: int,
     steps: Sequence[int],
     layers: Sequence[str] | None = None,
-    image: int | None = None,
+    image: int | None = None,  # index, 0 the reference; None: the one that gets most at each step
 ) -> list[PointMap]:
-    """Attention of a point of one frame at some steps, the mean over layers.
-
-    Args:
-        reference: (H, W, 3) uint8, as the model gets it.
-        calibration: of the run.
-        image: index of the image that is shown, 0 the reference; None: the one that gets most at each step.
-    """
+    """Attention of a point of one frame at some steps, the mean over layers."""
     if recorded.selection.mean and set(recorded.selection.mean) != {"heads"}:
         raise UserError("mean: images through denoising need steps and frames apart")
     selection, query = recorded.selection, recorded.query_index(recorded.layers[0], point)
@@ -142,7 +128,7 @@ def point_maps(
 
 
 def attended_images(reference: np.ndarray, calibration: Calibration | None, step: int, frame: int) -> list[np.ndarray]:
-    """The k images that a frame can attend to in a step, (H, W, 3) uint8; grey for an uncalibrated person."""
+    """The k images (H, W, 3) uint8 that a frame can attend to; grey for an uncalibrated person."""
     images = [reference]
     for image in () if calibration is None else calibration.index(step)[frame]:
         images.append(np.full_like(reference, GREY) if image < 0 else calibration.images[int(image)])
@@ -151,13 +137,13 @@ def attended_images(reference: np.ndarray, calibration: Calibration | None, step
 
 def point_maps_row(
     found: Sequence[PointMap],
-    frame: np.ndarray,
-    point: np.ndarray,
+    frame: np.ndarray,  # (H, W, 3) uint8
+    point: np.ndarray,  # (2,)
     label: str,
     steps: Sequence[int],
     height: int = CELL,
 ) -> np.ndarray:
-    """One row of Figure 2: a frame (H, W, 3) uint8 with the point (2,), then what it attends to, step by step."""
+    """One row of Figure 2: a frame with the point, then the attended images, step by step."""
     query = mark(at_height(frame, height), point, height / frame.shape[0], TRUE_COORDS, cross=False)
     labels = [f"step {step + 1}: {shown.name} {shown.share:.0%}" for step, shown in zip(steps, found, strict=True)]
     return labelled_row([query, *(marked_overlay(shown, height) for shown in found)], [label, *labels], height)
@@ -166,6 +152,5 @@ def point_maps_row(
 def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Rows (h, w, 3) under each other, the shorter ones filled up with white."""
     width = max(row.shape[1] for row in rows)
-    return np.concatenate(
-        [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    )
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate(padded)

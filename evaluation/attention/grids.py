@@ -1,12 +1,10 @@
-"""Images and charts that the notebooks show: rows through denoising, measures by step, by layer and by head.
-
-Charts are matplotlib figures of their own, drawn without pyplot, so nothing needs closing.
-"""
+"""Images and charts of the notebooks: rows through denoising, measures by step, by layer and by head."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,10 +25,9 @@ PART_INDICES = {part: [COCO_KEYPOINTS.index(name) for name in names] for part, n
 
 
 def truths(run: RecordedRun, reference: Poses, reference_map: np.ndarray | None = None) -> dict[str, BodyTruth]:
-    """The true coordinates of a run's recorded keypoints by side, see `body_truth`."""
-    return {
-        name: body_truth(side.recorded, reference, side.calibration, reference_map) for name, side in run.sides.items()
-    }
+    """True coordinates of a run's recorded keypoints by side."""
+    sides = run.sides.items()
+    return {name: body_truth(side.recorded, reference, side.calibration, reference_map) for name, side in sides}
 
 
 def visible_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]:
@@ -44,13 +41,8 @@ def visible_in_both(run: RecordedRun, reference: Poses, frame: int) -> list[str]
 def denoising_rows(
     run: RecordedRun, reference: Poses, keypoint: str, frame: int, steps: Sequence[int], height: int = 192
 ) -> np.ndarray:
-    """A keypoint of one frame through denoising, a row for each side, as in Figure 2; (h, w, 3) uint8.
-
-    A circle marks the keypoint's true coordinates, a cross the strongest attention; the image shown is the one of
-    reference and calibrated image that gets most.
-    """
-    rows = []
-    found = truths(run, reference)
+    """A keypoint of one frame through denoising, a row for each side, as in Figure 2; (h, w, 3) uint8."""
+    rows, found = [], truths(run, reference)
     for name, side in run.sides.items():
         query = side.recorded.query_index(side.recorded.layers[0], keypoint)
         maps = point_maps(side.recorded, found[name], run.reference, side.calibration, keypoint, frame, steps)
@@ -60,7 +52,7 @@ def denoising_rows(
 
 
 def pointings(run: RecordedRun, reference: Poses, radius: float = 0.15) -> dict[str, dict[str, Pointing]]:
-    """`Pointing` of every layer of both sides, heads averaged: side -> layer -> it."""
+    """`Pointing` with heads averaged: side -> layer -> it."""
     found = truths(run, reference)
     return {
         name: {layer: pointing(side.recorded, found[name], layer, radius) for layer in side.recorded.layers}
@@ -70,11 +62,9 @@ def pointings(run: RecordedRun, reference: Poses, radius: float = 0.15) -> dict[
 
 def over_layers(by_layer: Mapping[str, Pointing], measure: str, radius: float = 0.15) -> Tensor:
     """(layers, s, f, p) of "accuracy", "entropy", "near", "strongest" or "centroid"; NaN where there is none."""
-    values = [
-        (found.accuracy(radius) if measure == "accuracy" else getattr(found, measure))[:, :, 0]
-        for found in by_layer.values()
-    ]
-    return torch.stack(values)
+    layers = by_layer.values()
+    values = [found.accuracy(radius) if measure == "accuracy" else getattr(found, measure) for found in layers]
+    return torch.stack([value[:, :, 0] for value in values])
 
 
 def accuracy_by_part(by_layer: Mapping[str, Pointing], radius: float = 0.15) -> dict[str, float]:
@@ -97,7 +87,7 @@ def share_means(side: RecordedSide, mask: np.ndarray) -> dict[str, float]:
 
 
 def known_side(run: RecordedRun, side: str) -> str:
-    """The side's name, or a UserError when the run does not have it."""
+    """The side's name, checked."""
     if side not in run.sides:
         raise UserError(f"side={side} is not one of {', '.join(run.sides)}")
     return side
@@ -111,10 +101,7 @@ def short_layer(layer: str) -> str:
 
 
 def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> dict[str, np.ndarray]:
-    """Pointing accuracy of every head of every layer: part of the body -> (layers, heads), over steps and frames.
-
-    NaN where no keypoint of the part is visible in frames and reference.
-    """
+    """Pointing accuracy over steps and frames: part of the body -> (layers, heads); NaN where the part is hidden."""
     recorded = run.sides[known_side(run, side)].recorded
     if "heads" in recorded.selection.mean:
         raise UserError("mean: the mean over heads was recorded; heads apart are needed")
@@ -131,11 +118,16 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
     }
 
 
+def empty_chart(width: float) -> tuple[Figure, Axes]:
+    # Drawn without pyplot, so nothing needs closing.
+    figure = Figure(figsize=(width, 2.8), layout="constrained")
+    return figure, figure.subplots()
+
+
 def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int = 31) -> Figure:
     """PCK curves: the share of each name's known distances within every radius up to `longest` body heights."""
     radii = np.linspace(0, longest, count)
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = empty_chart(7)
     for name, values in distances.items():
         axes.plot(radii, pck(values, radii), label=name)
     axes.set(xlabel="radius (body heights)", ylabel="share within", ylim=(0, 1.02), xlim=(0, longest))
@@ -145,8 +137,7 @@ def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int 
 
 def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label: str) -> Figure:
     """One line (s,) a name over denoising steps, which count from 1."""
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = empty_chart(7)
     for name, line in values.items():
         axes.plot(np.array(steps) + 1, line, marker="o", markersize=3, label=name)
     axes.set(xlabel="denoising step", ylabel=label)
@@ -158,8 +149,7 @@ def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label:
 def grouped_bars(values: Mapping[str, Mapping[str, float]], label: str) -> Figure:
     """Bars: a group for each inner name, a colour for each outer one; missing ones are left out."""
     groups = list(dict.fromkeys(name for inner in values.values() for name in inner))
-    figure = Figure(figsize=(3 + 1.2 * len(groups), 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = empty_chart(3 + 1.2 * len(groups))
     width = 0.8 / len(values)
     for index, (name, inner) in enumerate(values.items()):
         lefts = [groups.index(group) + (index - (len(values) - 1) / 2) * width for group in inner]

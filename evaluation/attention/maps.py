@@ -1,4 +1,4 @@
-"""Recorded attention against the truth: where a point of the body attends, and where it should; shares of attention.
+"""Recorded attention against the truth: where points of the body attend and where they should; shares of attention.
 
     names, points = body_points(driving.poses, frame_map, size)
     with AttentionRecording(AttentionConfig(mean=["heads"]), points, names) as recording:
@@ -6,9 +6,8 @@
     truth = body_truth(recording.result, reference.poses, calibration)
     pointing(recording.result, truth, layer).accuracy(radius=0.15)
 
-A point is a keypoint of a person in a driving frame. Its true coordinates are those of the same keypoint in the
-reference; the calibration's transform moves them into a calibrated image. Distances are in body heights of the person
-as the image shows them, so images of small and of large persons compare.
+A point is a keypoint of a person in a driving frame; its true coordinates are those of the same keypoint in the
+reference, moved by the calibration's transform into a calibrated image. Distances are in body heights in the image.
 
 Shapes use s = steps, f = frames, a = heads, p = points or queries, k = attended images (the reference, then a
 calibrated image a person), h, w = a layer's grid, r = h*w tokens of an image.
@@ -82,13 +81,7 @@ class Pointing:
 def body_points(
     poses: Poses, frame_map: np.ndarray, size: tuple[int, int], threshold: float = SCORE
 ) -> tuple[list[str], np.ndarray]:
-    """Names and coordinates (f, persons*17, 2) of keypoints in the model's frame, for `AttentionRecording`.
-
-    Keypoints below the threshold or outside the frame are NaN.
-
-    Args:
-        frame_map: (3, 3), pixels of the driving clip to the model's frame of `size` (width, height).
-    """
+    """Names and coordinates (f, persons*17, 2) of keypoints in the model's frame; NaN where hidden or outside."""
     moved = poses.mapped(frame_map, size).clipped()
     shown = visible(moved.scores, moved.keypoints, threshold)
     points = np.where(shown[..., None], moved.keypoints, np.nan).reshape(poses.frames, -1, 2)
@@ -97,7 +90,6 @@ def body_points(
 
 
 def require_reference(recorded: RecordedAttention) -> None:
-    """Refuse recordings in which no map of the reference can be read."""
     if recorded.selection.replaced:
         raise UserError("tpc.attach=replace shows no reference beside calibrated images; record with tpc.attach=add")
     for name, shape in recorded.selection.layers.items():
@@ -110,20 +102,13 @@ def require_reference(recorded: RecordedAttention) -> None:
 
 def body_truth(
     recorded: RecordedAttention,
-    reference: Poses,
+    reference: Poses,  # one frame, in the reference's own pixels
     calibration: Calibration | None = None,
-    reference_map: np.ndarray | None = None,
-    persons: Sequence[int] | None = None,
+    reference_map: np.ndarray | None = None,  # (3, 3), those pixels to the model's frame; None: fitted in whole
+    persons: Sequence[int] | None = None,  # index in the reference of every person of the points; None: in order
     threshold: float = SCORE,
 ) -> BodyTruth:
-    """Coordinates of the points of `body_points` in the reference and in the calibrated images.
-
-    Args:
-        reference: pose of the reference, in its own pixels; one frame.
-        calibration: of the run.
-        reference_map: (3, 3), pixels of the reference to the model's frame; None: it is fitted in whole.
-        persons: index in the reference of every person of the points; None: in order.
-    """
+    """Coordinates of the points of `body_points` in the reference and in the calibrated images."""
     require_reference(recorded)
     selection = recorded.selection
     if recorded.points is None or selection.points % JOINTS:
@@ -157,10 +142,7 @@ def body_truth(
 def image_matrices(
     recorded: RecordedAttention, calibration: Calibration | None, reference_map: np.ndarray
 ) -> np.ndarray:
-    """(s, f, persons, 3, 3): from the reference to each frame's calibrated image, both in the model's frame.
-
-    NaN where a person is not calibrated. A mean over steps or frames with different calibrated images is refused.
-    """
+    """(s, f, persons, 3, 3): reference to calibrated image, both in the model's frame; NaN where there is none."""
     selection = recorded.selection
     persons = selection.images - 1
     steps, frames = selection.shape(recorded.layers[0])[:2]
@@ -193,7 +175,7 @@ def layer_maps(recorded: RecordedAttention, layer: str, mean_heads: bool = True)
 def pointing(
     recorded: RecordedAttention, truth: BodyTruth, layer: str, radius: float = 0.15, mean_heads: bool = True
 ) -> Pointing:
-    """Attention of one layer against the truth; heads apart without `mean_heads`."""
+    """Attention of one layer against the truth."""
     return pointing_of(layer_maps(recorded, layer, mean_heads), truth, recorded.grid(layer), radius)
 
 
@@ -223,11 +205,7 @@ def pointing_of(maps: Tensor, truth: BodyTruth, grid: tuple[int, int], radius: f
 
 
 def chance(recorded: RecordedAttention, truth: BodyTruth, layer: str, person: np.ndarray, radius: float) -> Tensor:
-    """(s, f, p) `accuracy` of attention to a random token of the person in the reference.
-
-    Args:
-        person: (r,) part of every reference token that the person covers, see `token_coverage`.
-    """
+    """(s, f, p) `accuracy` of attention to a random token of the person, `token_coverage` (r,) of the reference."""
     grid, (width, height) = recorded.grid(layer), truth.size
     coords = token_coords(truth.coords[..., 0, :], (height, width), grid)
     unit = truth.heights[..., 0] * (grid[0] * grid[1] / (height * width)) ** 0.5
@@ -250,12 +228,8 @@ SELF, PERSON, BACKGROUND = "self", "reference person", "reference background"
 def shares(
     recorded: RecordedAttention, layer: str, reference_mask: np.ndarray, mean_heads: bool = True
 ) -> dict[str, Tensor]:
-    """(s, f, a, p) attention of every query to `SELF` (and class tokens, see `RecordedAttention.own`), `PERSON`,
-    `BACKGROUND`, and "calibrated 0" ... for every person; they sum to 1.
-
-    Args:
-        reference_mask: (H, W) bool, the persons in the model's reference image.
-    """
+    """(s, f, a, p) attention of every query to `SELF` (see `RecordedAttention.own`), `PERSON` and `BACKGROUND` by the
+    mask (H, W) bool of the model's reference, and "calibrated 0" ... for every person; they sum to 1."""
     require_reference(recorded)
     maps = layer_maps(recorded, layer, mean_heads)
     own = torch.from_numpy(np.asarray(recorded.own[layer]))
@@ -278,12 +252,7 @@ def token_coverage(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def mean_over(values: Tensor, weights: Tensor | None = None) -> float | None:
-    """Mean over queries (..., p) that are not NaN; None when all are.
-
-    Args:
-        weights: (p,) or (..., p), such as the `token_coverage` of the driving person, or 1 minus it for the
-            background's queries.
-    """
+    """Mean over queries (..., p) that are not NaN, by weights (p,) or (..., p); None when all are."""
     known = ~values.isnan()
     weights = known.to(values.dtype) * (1 if weights is None else weights.to(values))
     total = float(weights.sum())

@@ -1,10 +1,7 @@
 """An image animated with a clip, without and with TPC, and the recorded attention of both results.
 
-    reference, driving = load_inputs("photo.png", "dance.mp4", sampling)
-    run = record_both(pipeline, reference, driving, sampling, CalibrationConfig())
-    run.calibrated.recorded.query_map(layer, (64.0, 40.0), step=5, frame=0)
-
-Shapes use f = frames, p = points, H, W = the model's frame.
+run = record_both(pipeline, *load_inputs("photo.png", "dance.mp4", sampling), sampling, CalibrationConfig())
+run.calibrated.recorded.query_map(layer, (64.0, 40.0), step=5, frame=0)
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +24,6 @@ from tpc import Calibration, CalibrationConfig
 
 @dataclass(frozen=True)
 class RecordedSide:
-    """One of the two results."""
-
     frames: np.ndarray  # (f, H, W, 3) uint8 RGB
     recorded: RecordedAttention  # heads averaged
     calibration: Calibration | None  # None: the result is without TPC
@@ -54,7 +49,7 @@ class RecordedRun:
 def load_inputs(
     image: str | Path, clip: str | Path, sampling: SamplingConfig, pose: PoseConfig | None = None
 ) -> tuple[Reference, Driving]:
-    """Read an image and a clip and estimate their poses and masks."""
+    """An image and a clip with estimated poses and masks."""
     pose = pose or PoseConfig()
     estimator = cache(lambda: open_estimator(pose))
     reference = load_reference(image, None, None, estimator, pose.max_persons)
@@ -70,19 +65,12 @@ def record_both(
     driving: Driving,
     sampling: SamplingConfig,
     tpc: CalibrationConfig,
-    config: AttentionConfig | None = None,
-    keypoints_only: bool = False,
+    config: AttentionConfig | None = None,  # None: every step and layer, heads averaged
+    keypoints_only: bool = False,  # record the persons' keypoints, under their names, in place of every token
     watch: Stopwatch | None = None,
     show_progress: bool = False,
 ) -> RecordedRun:
-    """Animate without and with TPC and record the attention of both.
-
-    Args:
-        config: None: every step and layer, heads averaged.
-        keypoints_only: record the keypoints of the clip's persons as queries, under their names, in place of every
-            token.
-        watch: gets the seconds of every stage.
-    """
+    """Animate without and with TPC and record the attention of both."""
     config = config or AttentionConfig(mean=["heads"])
     alone = replace(sampling, compare=False)
     frame = framing(pipeline, reference, driving, sampling)
@@ -121,5 +109,5 @@ def affordable_steps(
 
 
 def spread_steps(steps: int, count: int) -> list[int]:
-    """`count` of a run's steps, evenly spread from the first to the last; a single one is the last."""
+    """`count` of a run's steps, evenly spread; the last one is always there."""
     return [] if count < 1 else sorted({round(n) for n in np.linspace(steps - 1, 0, count)})
