@@ -45,9 +45,7 @@ class SamplingConfig:
     compare: bool = True  # also sample without TPC
     # Noise levels [low, high] with guidance, from 0 (none) to 1 (nothing else); elsewhere its conditional half alone.
     guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
-    solver: str | None = (
-        None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
-    )
+    solver: str | None = None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
 
     def check(self) -> None:
         for name in ("steps", "stride", "num_frames"):

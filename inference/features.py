@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -90,11 +90,16 @@ def clip_features(
     usable: UsableClip, size: tuple[int, int], crop: str, batch_size: int, encode: Callable[[Tensor], Features]
 ) -> Features:
     """Features of all frames of a clip, cut as training cuts them; `encode` takes (n, 3, H, W) in [-1, 1]."""
-    parts = [encode(clip_tensor(images).transpose(0, 1)) for images in _batches(usable, size, crop, batch_size)]
+    clip, parts = usable.clip, []
+    border = "zero" if crop == "pad" else "replicate"
+    with VideoReader(clip.video, clip.fps if clip.video.is_dir() else None) as reader:
+        frames = (apply_fit(frame, usable.matrix, size, border) for frame in reader)
+        while images := list(islice(frames, batch_size)):
+            parts.append(encode(clip_tensor(images).transpose(0, 1)))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     rows = len(next(iter(found.values())))
-    if rows != usable.clip.frames:
-        raise UserError(f"{usable.clip.video} has {rows} frames, its poses {usable.clip.frames}; prepare it again")
+    if rows != clip.frames:
+        raise UserError(f"{clip.video} has {rows} frames, its poses {clip.frames}; prepare it again")
     return found
 
 
@@ -136,16 +141,3 @@ def _encoder(kind: str, network: nn.Module, dtype: torch.dtype) -> Callable[[Ten
         return {"embedding": image_context(network, images.to(device))[:, 0].to("cpu", dtype)}
 
     return latents if kind == "latents" else embeddings
-
-
-def _batches(usable: UsableClip, size: tuple[int, int], crop: str, batch_size: int) -> Iterator[list[np.ndarray]]:
-    clip, waiting = usable.clip, []
-    border = "zero" if crop == "pad" else "replicate"
-    with VideoReader(clip.video, clip.fps if clip.video.is_dir() else None) as reader:
-        for frame in reader:
-            waiting.append(apply_fit(frame, usable.matrix, size, border))
-            if len(waiting) == batch_size:
-                yield waiting
-                waiting = []
-    if waiting:
-        yield waiting

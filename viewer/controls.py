@@ -87,21 +87,14 @@ def choose_inputs(tab: str) -> tuple[gr.State, gr.State]:
     """Paths of the chosen image and clip; bad files are refused as they come in."""
     image = SAMPLE_IMAGES["Rendered person"]
     image_path, clip_path = gr.State(str(image)), gr.State(str(SAMPLE_CLIP))
-    shown = gr.Image(
-        read_image(image),
-        label="Reference image",
-        height=200,
-        interactive=False,
-        buttons=[],
-        format="png",
-        elem_id=f"{tab}-reference",
-    )
+    still = {"height": 200, "interactive": False, "buttons": []}
+    shown = gr.Image(read_image(image), label="Reference image", format="png", elem_id=f"{tab}-reference", **still)
     upload = gr.UploadButton("Upload an image", file_types=["image"], size="sm", elem_id=f"{tab}-image")
     with gr.Row():
         for name, path in SAMPLE_IMAGES.items():
             sample = gr.Button(name, size="sm", min_width=80)
             sample.click(lambda path=path: (str(path), read_image(path)), None, [image_path, shown], queue=False)
-    clip = gr.Video(str(SAMPLE_CLIP), label="Driving clip", height=200, interactive=False, buttons=[])
+    clip = gr.Video(str(SAMPLE_CLIP), label="Driving clip", **still)
     with gr.Row():
         film = gr.UploadButton("Upload a clip", file_types=["video", ".gif"], size="sm", elem_id=f"{tab}-clip")
         again = gr.Button("Sample clip", size="sm", min_width=80)

@@ -7,6 +7,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 from core.errors import UserError
 from data.poses.person import COCO_KEYPOINTS
@@ -106,16 +107,11 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
     if "heads" in recorded.selection.mean:
         raise UserError("mean: the mean over heads was recorded; heads apart are needed")
     truth = truths(run, reference)[side]
-    found = {part: [] for part in PARTS}
-    for layer in recorded.layers:
-        accuracy = pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius)  # (s, f, a, p)
-        for part, indices in PART_INDICES.items():
-            found[part].append(accuracy[..., indices].nanmean((0, 1, 3)).numpy())
-    heads = max(len(row) for rows in found.values() for row in rows)
-    return {
-        part: np.stack([np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in rows])
-        for part, rows in found.items()
-    }
+    layers = [pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius) for layer in recorded.layers]
+    heads = max(layer.shape[2] for layer in layers)
+    # (layers, s, f, heads, p)
+    padded = torch.stack([pad(layer, (0, 0, 0, heads - layer.shape[2]), value=np.nan) for layer in layers])
+    return {part: padded[..., indices].nanmean((1, 2, 4)).numpy() for part, indices in PART_INDICES.items()}
 
 
 def empty_chart(width: float) -> tuple[Figure, Axes]:

@@ -53,10 +53,8 @@ def load_inputs(
     pose = pose or PoseConfig()
     estimator = cache(lambda: open_estimator(pose))
     reference = load_reference(image, None, None, estimator, pose.max_persons)
-    driving = load_driving(
-        clip, None, None, estimator, pose.max_persons, sampling.num_frames, sampling.stride, pose.smoothing
-    )
-    return reference, driving
+    frames = sampling.num_frames, sampling.stride
+    return reference, load_driving(clip, None, None, estimator, pose.max_persons, *frames, pose.smoothing)
 
 
 def record_both(
