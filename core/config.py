@@ -111,6 +111,19 @@ def check_config(config: Any, name: str = "") -> None:
             raise UserError(f"{name}.{error}" if name else str(error)) from None
 
 
+def check_choice(config: object, name: str, allowed: Sequence[str | None]) -> None:
+    """Refuse a field's value that is not one of those allowed."""
+    if (value := getattr(config, name)) not in allowed:
+        raise UserError(f"{name}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse counts below 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config(schema, [], files=[path])` gives it back."""
     with complete_file(path) as temporary:

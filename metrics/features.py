@@ -35,15 +35,9 @@ _CONVOLUTIONS = {
     "vgg": tuple(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
 }
 _SHIFT_TOLERANT_LAYERS = {
-    "alex": tuple(f"net.slice{name}" for name in ("1.0", "1.1", "2.4", "2.5", "3.8", "3.9", "4.11", "5.13")),
-    "vgg": tuple(
-        f"net.slice{name}"
-        for name in (
-            *("1.0", "1.2", "2.5", "2.6", "2.8", "3.11", "3.12", "3.14", "3.16"),
-            *("4.19", "4.20", "4.22", "4.24", "5.27", "5.28", "5.30", "5.32"),
-        )
-    ),
-}
+    "alex": "1.0 1.1 2.4 2.5 3.8 3.9 4.11 5.13",
+    "vgg": "1.0 1.2 2.5 2.6 2.8 3.11 3.12 3.14 3.16 4.19 4.20 4.22 4.24 5.27 5.28 5.30 5.32",
+}  # behind "net.slice"
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,8 @@ def shift_tolerant_lpips(net: str, device: torch.device | str = "cpu") -> ImageD
 def _shift_tolerant(net: str, device: torch.device | str) -> tuple[PerceptualDistance, str]:
     path = weights.packaged_path(weights.SHIFT_TOLERANT[net])
     stack = {"alex": shift_tolerant_alexnet, "vgg": shift_tolerant_vgg16}[net]()
-    return _perceptual_distance(stack, path, _SHIFT_TOLERANT_LAYERS[net], path, device), weights.digest(path)
+    layers = tuple(f"net.slice{name}" for name in _SHIFT_TOLERANT_LAYERS[net].split())
+    return _perceptual_distance(stack, path, layers, path, device), weights.digest(path)
 
 
 def _perceptual_distance(

@@ -1,27 +1,14 @@
 """Configuration of training. Every knob is documented here; the recipes in `configs/` say where they differ."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from core.config import check_choice, check_positive
 from core.errors import UserError
 from data.clips.rendered import PeopleConfig
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
 from tpc.config import PRESETS
-
-
-def check_choice(config: object, name: str, allowed: Sequence[str | None]) -> None:
-    """Refuse a field's value that is not one of those allowed."""
-    if (value := getattr(config, name)) not in allowed:
-        raise UserError(f"{name}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Refuse counts below 1."""
-    for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise UserError(f"{name}={value} must be at least 1")
 
 
 def check_share(config: object, name: str) -> None:

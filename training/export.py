@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.config import load_config
+from core.config import check_choice, load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
 from models.lora import merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
-from training.config import TrainConfig, check_choice
+from training.config import TrainConfig
 from training.ema import FILE as AVERAGE
 
 

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from core.config import load_config, save_config
+from core.config import check_choice, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_file, complete_folder, output_folder
 from models.checkpoints.loading import load_folder
 from models.vae import VAE, vae_class, vae_decode, vae_encode
-from training.config import DataConfig, OptimizerConfig, check_choice
+from training.config import DataConfig, OptimizerConfig
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
 

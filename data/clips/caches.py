@@ -19,7 +19,7 @@ Its metadata say what it was computed from; a file counts only while all of that
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,27 +52,26 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
     index = folder / INDEX
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")) == description:
         return folder
-    first = clips[0]
-    images = 1 + first["frames"].shape[1]
-    height, width = first["frames"].shape[-2:]
-    shapes = {
-        "pictures": ((images, height, width, 3), np.uint8),
-        "masks": ((images, height, width), np.uint8),
-        "keypoints": ((images, 17, 3), np.float32),
-    }
     with complete_folder(folder) as temporary:
-        arrays = {
-            name: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (len(clips), *shape))
-            for name, (shape, dtype) in shapes.items()
-        }
-        loader = DataLoader(clips, batch_size=None, num_workers=workers)
-        for index, item in enumerate(tqdm(loader, desc="caching clips", total=len(clips))):
-            for name, value in pack_clip(item).items():
-                arrays[name][index] = value
-        for array in arrays.values():
-            array.flush()
+        _write_arrays(temporary, clips, pack_clip, "caching clips", workers)
         (temporary / INDEX).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _write_arrays(
+    folder: Path, items: Dataset, pack: Callable[[Any], dict[str, np.ndarray]], title: str, workers: int
+) -> None:
+    """Write the arrays that `pack` makes of every item as one file a name, with a leading axis of items."""
+    arrays: dict[str, np.memmap] = {}
+    loader = DataLoader(items, batch_size=None, num_workers=workers)
+    for index, item in enumerate(tqdm(loader, desc=title, total=len(items))):
+        for name, value in pack(item).items():
+            if index == 0:
+                shape = (len(items), *value.shape)
+                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
+            arrays[name][index] = value
+    for array in arrays.values():
+        array.flush()
 
 
 def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -177,14 +176,9 @@ def ensure_surfaces(cache: Path, clips: RenderedPeople, workers: int) -> Path:
     """File of the surface maps of all clips of a cache that was made of `clips`, made unless it is there already."""
     folder = cache / "surfaces"
     if not folder.is_dir():
-        maps = SurfaceMaps(clips)
         with complete_folder(folder) as temporary:
-            shape = (len(maps), *maps[0].shape)
-            array = np.lib.format.open_memmap(temporary / "surfaces.npy", "w+", np.float16, shape)
-            loader = DataLoader(maps, batch_size=None, num_workers=workers)
-            for index, item in enumerate(tqdm(loader, desc="surface maps", total=len(maps))):
-                array[index] = item
-            array.flush()
+            maps = SurfaceMaps(clips)
+            _write_arrays(temporary, maps, lambda item: {"surfaces": item.numpy()}, "surface maps", workers)
     return folder / "surfaces.npy"
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from core.config import check_config
+from core.config import check_config, check_positive
 from core.errors import UserError
 from core.files import complete_file, existing_file
 from data.poses.person import Box, PersonEstimate, joint_box, person_box, scores_inside
@@ -148,8 +148,7 @@ class PoseConfig:
     threads: int = 2  # CPU threads of the networks
 
     def check(self) -> None:
-        if self.max_persons < 1:
-            raise UserError(f"max_persons={self.max_persons} must be at least 1")
+        check_positive(self, "max_persons")
         if not self.smoothing >= 0:
             raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
         if self.backend not in ("blazepose", "dwpose"):

@@ -166,7 +166,11 @@ def write_manifest(root: Path, names: list[str], layout: str, source: str) -> Ma
     records: list[dict[str, Any]] | None = None
     # Several processes may do so at their ends: each reads again after it has written, so the last manifest holds
     # every record whatever the order.
-    while records != (present := _finished(root, names)):
+    while True:
+        read = (read_record(root, name) for name in names)
+        present = [record for record in read if record is not None and record.get("state") == "done"]
+        if present == records:
+            return read_manifest(root)
         records = present
         content = {
             "version": VERSION,
@@ -177,12 +181,6 @@ def write_manifest(root: Path, names: list[str], layout: str, source: str) -> Ma
             "left_out": [record for record in records if "left_out" in record],
         }
         write_json(root / MANIFEST, content)
-    return read_manifest(root)
-
-
-def _finished(root: Path, names: list[str]) -> list[dict[str, Any]]:
-    records = (read_record(root, name) for name in names)
-    return [record for record in records if record is not None and record.get("state") == "done"]
 
 
 def _files(path: Path) -> list[Path]:

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from omegaconf import MISSING
 
+from core.config import check_choice, check_positive
 from core.errors import UserError
 from data.poses.poses import PoseConfig
 from data.transforms import CROPS
 
 Item = TypeVar("Item")
 DTYPES = ("float32", "float16")
-_CHOICES = {"poses": ("auto", "estimate"), "masks": ("auto", "estimate", "none")}
 
 
 @dataclass
@@ -36,9 +36,8 @@ class PrepareConfig:
     pose: PoseConfig = field(default_factory=PoseConfig)
 
     def check(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)} is not one of {', '.join(allowed)}")
+        check_choice(self, "poses", ("auto", "estimate"))
+        check_choice(self, "masks", ("auto", "estimate", "none"))
         if not self.frame_fps > 0:
             raise UserError(f"frame_fps={self.frame_fps} must be above 0")
         if not 0 <= self.heldout < 1:
@@ -63,11 +62,8 @@ class CheckConfig:
     def check(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[512,512]")
-        if self.crop not in CROPS:
-            raise UserError(f"crop={self.crop} is not one of {', '.join(CROPS)}")
-        for name in ("num_frames", "stride", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_choice(self, "crop", CROPS)
+        check_positive(self, "num_frames", "stride", "workers")
 
 
 @dataclass
@@ -89,12 +85,9 @@ class FeatureConfig:
     def check(self) -> None:
         if len(self.size) != 2 or min(self.size) < 8:
             raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
-        if self.crop not in CROPS:
-            raise UserError(f"crop={self.crop} is not one of {', '.join(CROPS)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+        check_choice(self, "dtype", DTYPES)
+        check_choice(self, "crop", CROPS)
+        check_positive(self, "batch_size")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,7 @@ VGG_BLOCKS = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512,
 
 
 def lpips_from_features(first: Sequence[Tensor], second: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
-    """Equation 1 of the LPIPS paper: (n,) distances of images from their layers (n, c, h, w).
-
-    Args:
-        heads: (1, c, 1, 1) weights of the channels, one each layer.
-    """
+    """Equation 1 of the LPIPS paper: distances (n,) from layers (n, c, h, w) and their heads (1, c, 1, 1)."""
     distance = first[0].new_zeros(len(first[0]))
     for a, b, head in zip(first, second, heads, strict=True):
         difference = (_unit_length(a) - _unit_length(b)) ** 2
