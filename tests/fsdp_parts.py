@@ -1,4 +1,4 @@
-"""One of two processes that shard a small model with FSDP2 over gloo; run by tests/test_training_processes.py."""
+"""One of two processes that shard a small model with FSDP2 over gloo; run by test_training_processes.py."""
 
 import sys
 from pathlib import Path

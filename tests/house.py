@@ -2,7 +2,7 @@
 
     python -m tests.house
 
-`tests/test_architecture.py` holds the floors; the other figures are for readers.
+`tests/core/test_architecture.py` holds the floors; the other figures are for readers.
 """
 
 import ast

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from models.animators.registry import animator_class
 from models.pipeline import AnimationPipeline
+from tests.models.animators.test_animators import calibration
 from tests.networks import TINY
-from tests.test_animators import calibration
 from tpc import Calibration
 from training.build import make_pipeline
 from training.config import NoiseConfig

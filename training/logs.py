@@ -1,4 +1,8 @@
-"""Lines of a training run in TensorBoard.
+"""Lines of a training run in TensorBoard, and curves drawn from them.
+
+    python -m training.logs runs=[runs/vae,runs/stage1,runs/stage2] output=curve.png
+
+One panel a run: its loss, smoothed, over optimiser steps; the wall-clock time is in the title. The lines:
 
 loss                      weighted, the mean over all samples since the last line
 loss_by_timestep/000-099  mean squared error without weight, by noise level
@@ -14,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +28,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from core.config import load_config
+from core.errors import UserError, run_command
+from core.files import complete_file
 from tpc.augmentation import misalignment
 from training.objective import StepLoss
 
@@ -145,3 +153,54 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class CurvesConfig:
+    """runs: output folders of training runs; output: image; scalar: what is plotted; smoothing: points averaged."""
+
+    runs: list[str] = field(default_factory=list)
+    output: str = "curve.png"
+    scalar: str = "loss"
+    smoothing: int = 9
+
+
+def read_scalar(run: str | Path, scalar: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Steps, values, and minutes from the first to the last value of one run's logs."""
+    # Here, not above: training itself neither reads logs nor draws.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = Path(run) / "logs"
+    if not logs.is_dir():
+        raise UserError(f"runs={run} has no logs; give output folders of train.py or training/vae.py")
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    if scalar not in events.Tags()["scalars"]:
+        raise UserError(f"scalar={scalar} is not in {logs}; there are {', '.join(events.Tags()['scalars'])}")
+    points = events.Scalars(scalar)
+    minutes = (points[-1].wall_time - points[0].wall_time) / 60
+    return np.array([p.step for p in points]), np.array([p.value for p in points]), minutes
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(CurvesConfig, arguments)
+    if not config.runs:
+        raise UserError("runs= is required: output folders of training runs")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(config.runs), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, run in zip(np.atleast_1d(figure.subplots(1, len(config.runs))), config.runs, strict=True):
+        steps, values, minutes = read_scalar(run, config.scalar)
+        width = min(config.smoothing, len(values))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps, values, color="0.8", linewidth=0.8)
+        axes.plot(steps[width - 1 :], smooth, color="tab:blue")
+        axes.set(title=f"{Path(run).name}: {minutes:.0f} minutes", xlabel="step", ylabel=config.scalar, yscale="log")
+    with complete_file(config.output) as path:
+        figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    run_command(main)
