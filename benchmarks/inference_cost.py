@@ -28,7 +28,7 @@ from models.sampling import context_windows
 from models.unets import DenoisingUNet
 from tpc.attach import visibility_flags
 from tpc.config import PROPAGATIONS
-from tpc.propagation import Schedule
+from tpc.trajectory import Schedule
 
 UNET = SIZES["sd15"].unet
 

@@ -34,26 +34,18 @@ from tpc.result import Calibration
 
 @dataclass
 class CommandConfig:
-    """Reference, driving clip and options.
+    """Reference, driving clip and options."""
 
-    reference, driving: image and video; output: folder for the results.
-    reference_poses, driving_poses: pose files, instead of estimating.
-    reference_mask: 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
-    driving_masks: folder with 000000.png, or 000000_p0.png for several persons.
-    max_side: pixels of the longer side of the calibrated images; 0 = those of the driving video.
-    max_frames: frames to use; stride: use every stride-th.
-    """
-
-    reference: str = MISSING
-    output: str = MISSING
-    driving: str | None = None
-    reference_poses: str | None = None
-    driving_poses: str | None = None
-    reference_mask: str | None = None
-    driving_masks: str | None = None
-    max_side: int = 0
-    max_frames: int | None = None
-    stride: int = 1
+    reference: str = MISSING  # image
+    output: str = MISSING  # folder for the results
+    driving: str | None = None  # video
+    reference_poses: str | None = None  # pose file, instead of estimating
+    driving_poses: str | None = None  # the same
+    reference_mask: str | None = None  # 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
+    driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
+    max_side: int = 0  # pixels of the longer side of the calibrated images; 0 = those of the driving video
+    max_frames: int | None = None  # frames to use
+    stride: int = 1  # use every stride-th frame
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 

@@ -90,9 +90,7 @@ def frame_visibility(
 ) -> Visibility:
     """Flags for frames (b,) of a clip where calibrated images stand beside the reference.
 
-    Args:
-        index: (b, persons) their calibrated images, such as `calibration.index(step)[frames]`; -1 = uncalibrated.
-        preset: of `HIDDEN`; None = the calibration's.
+    `index` (b, persons) are their calibrated images, -1 = uncalibrated; `preset` is of `HIDDEN`, None = configured.
     """
     frames, index = np.asarray(frames), np.asarray(index)
     if index.shape != (len(frames), calibration.persons):
@@ -151,12 +149,10 @@ def visibility_flags(
     """Flags of one level, (b, n, g) of the queries and (b, keys, g) of the keys, as `HIDDEN` says.
 
     Args:
-        target: (b, persons, n) part of each query token covered by each person.
+        target, reference, calibrated: (b, persons, n), (b, persons, r) twice: part of each query, reference and
+            calibrated token covered by each person.
         other: (b, n) part covered by persons whom nobody in the reference corresponds to.
-        reference: (b, persons, r) part of each reference token covered by each person of the reference.
-        calibrated: (b, persons, r) part of each calibrated token covered by its person.
         present: (b, persons) bool, False where a person is not calibrated.
-        preset: of `HIDDEN`.
         threshold: part above which a token belongs to a person; 0 = any pixel does.
         layout: of the keys, whose grid has r tokens; None = reference attention.
     """

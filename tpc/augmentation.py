@@ -1,9 +1,8 @@
 """Training on misaligned references: composition augmentation and calibrated training.
 
-A model trained on clips only knows references whose person sits as in the clip. Composition augmentation moves,
-turns and resizes the reference, so that the model learns to attend elsewhere. Calibrated training also hands it
-calibrated tokens, as inference will. Both are functions on a training batch (b = batch, f = frames, sizes of the
-model's frame):
+Composition augmentation moves, turns and resizes the reference, so that the model learns to attend elsewhere;
+calibrated training also gives calibrated tokens, as inference will. Both are functions on a training batch
+(b = batch, f = frames, sizes of the model's frame):
 
     reference (b, 3, h, w) in [-1, 1]; reference_mask (b, 1, h, w); reference_keypoints (b, 17, 3) x, y, score
     frames (b, 3, f, h, w) in [-1, 1]; masks (b, 1, f, h, w); keypoints (b, f, 17, 3)
@@ -28,9 +27,9 @@ from models.attention.masking import Visibility
 from tpc.attach import gate_flags, visibility_flags
 from tpc.config import VISIBILITIES, check_choice, check_range
 from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.propagation import group_of_frames
 from tpc.silhouettes import head_axis, keypoint_box, relative_angle
 from tpc.subsets import FIXED_RULES
+from tpc.trajectory import group_of_frames
 
 Batch = dict[str, Tensor]
 # The middle of the person stays this far inside the image, as a part of its sides.
@@ -82,19 +81,12 @@ class CalibratedTrainingConfig:
 
 @dataclass(frozen=True)
 class CalibratedBatch:
-    """Calibrated references of a batch.
+    """Calibrated references of a batch."""
 
-    Attributes:
-        images: (b, m, 3, h, w) in [-1, 1].
-        masks: (b, m, 1, h, w) float, 1 = the calibrated person.
-        index: (b, f) which of the m images each frame uses.
-        present: (b, f) bool, False where the sample was not drawn or could not be calibrated.
-    """
-
-    images: Tensor
-    masks: Tensor
-    index: Tensor
-    present: Tensor
+    images: Tensor  # (b, m, 3, h, w) in [-1, 1]
+    masks: Tensor  # (b, m, 1, h, w) float, 1 = the calibrated person
+    index: Tensor  # (b, f) which of the m images each frame uses
+    present: Tensor  # (b, f) bool, False where the sample was not drawn or could not be calibrated
 
 
 @torch.no_grad()
@@ -124,10 +116,8 @@ def compose_references(
 def composition_matrices(
     mask: Tensor, config: CompositionConfig, step: int = 0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(b, 3, 3) float64 random similarities about the persons of masks (b, 1, h, w); identities with 1 - probability.
-
-    Drawn on the CPU, so that one generator gives the same on every device.
-    """
+    """(b, 3, 3) float64 random similarities about the persons of masks (b, 1, h, w); some are identities."""
+    # Drawn on the CPU, so that one generator gives the same on every device.
     b, (width, height) = len(mask), _size(mask)
     strength = min(1.0, step / config.ramp_steps) if config.ramp_steps > 0 else 1.0
     drawn = torch.rand((6, b), generator=generator, dtype=torch.float64)
@@ -175,14 +165,11 @@ def calibrate_batch(
         source[..., :2] + noise[0], target[..., :2] + noise[1], seen * rule * source[..., 2] * target[..., 2]
     )
     wanted = torch.rand(b, generator=generator).to(keypoints.device) < config.probability
+    valid = torch.zeros(b, m, dtype=torch.bool, device=keypoints.device)
+    matrices = torch.eye(3, dtype=torch.float64, device=keypoints.device).expand(b, m, 3, 3)
     if transform:
         valid = transform.valid & wanted[:, None] & (seen * rule).sum(-1).ge(2)
-        matrices = torch.where(
-            valid[..., None, None], transform.matrix, torch.eye(3, dtype=torch.float64).to(valid.device)
-        )
-    else:
-        valid = torch.zeros(b, m, dtype=torch.bool, device=keypoints.device)
-        matrices = torch.eye(3, dtype=torch.float64, device=keypoints.device).expand(b, m, 3, 3)
+        matrices = torch.where(valid[..., None, None], transform.matrix, matrices)
     mask = batch["reference_mask"].float()
     flat = matrices.flatten(0, 1)
     images = place(reference.repeat_interleave(m, 0), mask.repeat_interleave(m, 0), flat, size, "scene")
@@ -199,10 +186,8 @@ def training_visibility(
 ) -> Visibility:
     """Flags as inference gives them, for b f frames in the order of `frames.transpose(1, 2).flatten(0, 1)`.
 
-    The keys are [own | the sample's reference | the calibrated image of the frame].
-
-    Args:
-        grids: (h, w) of every level of reference attention, or levels of any attention.
+    The keys are [own | the sample's reference | the calibrated image of the frame]. Grids (h, w) are levels of
+    reference attention.
     """
     b, frames = calibrated.index.shape
     masks = batch["masks"].transpose(1, 2).flatten(0, 1)[:, 0]
@@ -234,8 +219,7 @@ def training_visibility(
 def misalignment(batch: Batch, threshold: float = 0.3) -> dict[str, Tensor]:
     """The paper's two measures of every sample and frame (b, f), for the log; nan where keypoints are missing.
 
-    Returns:
-        relative_angle_deg in [0, 180], between the pelvis-to-nose lines, and box_iou, of the visible keypoints' boxes.
+    Angles are between the pelvis-to-nose lines, in [0, 180]; boxes those of the visible keypoints.
     """
     source, target = batch["reference_keypoints"][:, None], batch["keypoints"]
     people = [(person[..., :2], person[..., 2] > threshold) for person in (source, target)]

@@ -45,17 +45,13 @@ def calibrate(
     the original reference to the model's frame.
 
     Args:
-        reference: (h, w, 3) uint8 RGB, the original image.
-        reference_poses: its persons, one frame.
+        reference: (h, w, 3) uint8 RGB, the original image; reference_poses: its persons, one frame.
         driving_poses: persons of the clip, in original driving pixels.
         size: (width, height) of the model's frame.
-        config: None = our default.
-        reference_masks: (persons, h, w) bool in the order of `reference_poses`; None = drawn around the keypoints.
-        driving_masks: for every frame (persons, H, W) bool in the order of `driving_poses`, an array or any sequence
-            of which one frame is read at a time; None, or an empty mask = drawn.
-        frame_map: (3, 3) similarity from original driving pixels to the model's frame; None = fitted in, centred.
-        reference_map: (3, 3) similarity from the original reference to the model's reference image, which has the
-            same `size`; None = fitted in, centred.
+        reference_masks: (persons, h, w) bool in the order of the poses; None = drawn around the keypoints.
+        driving_masks: for every frame (persons, H, W) bool in the order of the poses, any sequence of which one frame
+            is read at a time; None, or an empty mask = drawn.
+        frame_map, reference_map: (3, 3) similarities from the original images to the model's; None = fitted, centred.
         progress: wraps the loop over frames, such as `tqdm`.
 
     Raises:
@@ -94,6 +90,7 @@ def calibrate(
         )
         for f, row in enumerate(estimates)
     )
+    model_masks = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
     return Calibration(
         config=config,
         size=framing.size,
@@ -108,7 +105,7 @@ def calibrate(
         records=records,
         target_masks=targets,
         other_masks=others,
-        reference_masks=_in_model_image(masks, framing),
+        reference_masks=np.array(model_masks, bool).reshape(-1, *framing.size[::-1]),
         seconds=time.perf_counter() - start,
     )
 
@@ -133,11 +130,6 @@ def _reference_persons(
         if given is None:
             masks[p] = draw_silhouette(person.keypoints, person.seen, poses.size)
     return persons, masks
-
-
-def _in_model_image(masks: np.ndarray, framing: Framing) -> np.ndarray:
-    warped = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
-    return np.stack(warped) if warped else np.zeros((0, framing.size[1], framing.size[0]), bool)
 
 
 def _record(

@@ -39,19 +39,13 @@ DRAWING_SIDE = 320  # pixels of the person's longer side when a silhouette is dr
 
 @dataclass(frozen=True)
 class ReferencePerson:
-    """A person of the reference, as all frames need it.
+    """A person of the reference, as all frames need it."""
 
-    Attributes:
-        keypoints, scores, seen: (17, 2), (17,), (17,) bool.
-        silhouette: from the person's mask, or drawn around the keypoints.
-        size: (width, height) of the reference.
-    """
-
-    keypoints: np.ndarray
-    scores: np.ndarray
-    seen: np.ndarray
-    silhouette: ReferenceSilhouette
-    size: tuple[int, int]
+    keypoints: np.ndarray  # (17, 2)
+    scores: np.ndarray  # (17,)
+    seen: np.ndarray  # (17,) bool
+    silhouette: ReferenceSilhouette  # from the person's mask, or drawn around the keypoints
+    size: tuple[int, int]  # (width, height) of the reference
 
     @classmethod
     def of(
@@ -84,25 +78,15 @@ class ReferencePerson:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The transform of one person in one frame.
+    """The transform of one person in one frame."""
 
-    Attributes:
-        matrix: (3, 3) reference to driving pixels, or None.
-        reason: why there is none; or something to know about the one there is.
-        keypoints: indices of the points used.
-        residual: their weighted RMS distance after the transform, driving pixels.
-        iou: of the two silhouettes in the driving frame.
-        mirrored: left and right keypoints of the reference were exchanged.
-        common: indices of the points visible in both.
-    """
-
-    matrix: np.ndarray | None
-    reason: str | None = None
-    keypoints: tuple[int, ...] = ()
-    residual: float = 0.0
-    iou: float = 0.0
-    mirrored: bool = False
-    common: tuple[int, ...] = ()
+    matrix: np.ndarray | None  # (3, 3) reference to driving pixels, or None
+    reason: str | None = None  # why there is none; or something to know about the one there is
+    keypoints: tuple[int, ...] = ()  # indices of the points used
+    residual: float = 0.0  # their weighted RMS distance after the transform, driving pixels
+    iou: float = 0.0  # of the two silhouettes in the driving frame
+    mirrored: bool = False  # left and right keypoints of the reference were exchanged
+    common: tuple[int, ...] = ()  # indices of the points visible in both
 
 
 def estimate_clip(
@@ -114,17 +98,12 @@ def estimate_clip(
     config: CalibrationConfig,
     order: Iterable[int],
 ) -> tuple[list[list[Estimate]], PackedMasks, PackedMasks]:
-    """Estimate every person in every frame; a frame's masks are read once.
+    """Estimates [frame][person], target masks and other masks of a clip, see `Calibration`.
 
     Args:
         slots: (frames, persons), see `matching.match_persons`.
-        masks: of every frame (driving persons, H, W) bool. The outline of a person whose mask is not given, or empty,
-            is drawn around the keypoints.
-        order: names each frame once.
-
-    Returns:
-        estimates [frame][person]; target masks (frames, persons, h, w) and other masks (frames, h, w), see
-        `Calibration`.
+        masks: of every frame (driving persons, H, W) bool; a person without one, or with an empty one, is drawn.
+        order: names each frame once; a frame's masks are read once.
     """
     frames: list[list[Estimate]] = [[] for _ in range(len(slots))]
     targets = PackedMasks.zeros((len(slots), len(persons)), framing.size)
@@ -188,11 +167,7 @@ def estimate(
 ) -> Estimate:
     """Estimate and judge the transform that carries the reference person onto a driving person.
 
-    Args:
-        keypoints, scores: (17, 2) driving pixels, (17,).
-        silhouette: of the driving person.
-        size: (width, height) of the driving frame.
-        config: resolved.
+    Keypoints (17, 2), scores, silhouette and size (width, height) are of the driving frame; `config` is resolved.
     """
     seen = visible(scores, keypoints, config.score_threshold)
     note, mirrored = None, False

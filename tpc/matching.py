@@ -1,8 +1,7 @@
 """Persons of a driving clip followed over time and assigned to the persons of the reference.
 
-Pose estimators number persons as they find them, and the numbers may change from frame to frame. Tracks are built by
-optimal assignment between neighbouring frames, then assigned to the reference's persons by where they stand and how
-large they are.
+Slots of pose estimators may change from frame to frame. Tracks are built by optimal assignment between neighbouring
+frames, then assigned to the reference's persons by where they stand and how large they are.
 """
 
 from dataclasses import dataclass
@@ -77,11 +76,9 @@ class _Track:
 
 
 def track_persons(keypoints: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Follow persons through a clip: (tracks, frames) int, the slot in which a track's person is found, -1 = absent.
+    """(tracks, frames) int: the slot in which a track's person is found, -1 = absent.
 
-    Args:
-        keypoints: (frames, slots, 17, 2) pixels.
-        seen: (frames, slots, 17) bool.
+    Keypoints are (frames, slots, 17, 2) pixels, `seen` (frames, slots, 17) bool.
     """
     frames = len(keypoints)
     tracks: list[_Track] = []
@@ -110,14 +107,10 @@ def assign_persons(
     seen: np.ndarray,
     size: tuple[int, int],
 ) -> np.ndarray:
-    """(frames, persons) int: the driving slot that each person of the reference takes in each frame, -1 = absent.
+    """Slots of the driving poses as `match_persons` gives them; persons lead the reference's shapes.
 
     The tracks that are seen longest and largest go to the persons of the reference by the least total difference in
     place and size. Other tracks go to a person whose own are absent at those times: somebody who left and came back.
-
-    Args:
-        reference_keypoints, reference_seen: (persons, 17, 2) and (persons, 17).
-        keypoints, seen: (frames, slots, 17, 2) and (frames, slots, 17).
     """
     frames, persons = len(keypoints), len(reference_keypoints)
     tracks = track_persons(keypoints, seen)
@@ -126,7 +119,8 @@ def assign_persons(
     if not len(wanted) or not len(tracks):
         return assigned
     weight = _prominence(tracks, keypoints, seen)
-    main = np.sort(np.argsort(-weight, kind="stable")[: max(len(wanted), _at_once(tracks))])
+    at_once = int((tracks >= 0).sum(0).max())
+    main = np.sort(np.argsort(-weight, kind="stable")[: max(len(wanted), at_once)])
     places = _track_places(tracks[main], keypoints, seen, size)
     goals = np.stack([_place(reference_keypoints[p], reference_seen[p], reference_size) for p in wanted])
     cost = _layout_cost(goals, places) + 2 * (1 - weight[main] / weight.max())
@@ -177,10 +171,6 @@ def _prominence(tracks: np.ndarray, keypoints: np.ndarray, seen: np.ndarray) -> 
         for frame in np.flatnonzero(track >= 0):
             weight[n] += max(_extent(keypoints[frame, track[frame]], seen[frame, track[frame]]), 1.0)
     return weight
-
-
-def _at_once(tracks: np.ndarray) -> int:
-    return int((tracks >= 0).sum(0).max())
 
 
 def _track_places(tracks: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:

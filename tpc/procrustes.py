@@ -4,15 +4,12 @@ Convention, for every transform here:
     direction   source -> target: `transform(source)` is close to `target`
     points      (..., k, 2), each point (x, y) in pixels, y pointing down, pixel centres at integers
     rotation    radians, atan2(matrix[1, 0], matrix[0, 0]); with y down a positive angle turns clockwise on the screen
-    precision   everything is computed and returned in float64, whatever comes in
-    libraries   numpy in, numpy out; torch in, torch out, differentiable and on the same device
+    weights     (..., k) not negative, such as keypoint scores; only their ratios matter; None = equal
+    libraries   numpy or torch, as given (torch: differentiable, on the same device); always float64
 
-Leading dimensions are a batch (frames, subsets of keypoints, ...) and broadcast against each other. A point counts
-where its weight is positive and all four coordinates are finite.
-
-No estimate is ever NaN. When no element of the batch can be determined, `from_estimate` returns a
-`FailedEstimation`, which is false in a condition and says why. When only some can, `valid` tells which, and the
-others hold the identity.
+Leading dimensions are a batch and broadcast. A point counts where its weight is positive and all four coordinates are
+finite. No estimate is NaN: where none in the batch can be determined, `from_estimate` returns a `FailedEstimation`;
+where only some can, `valid` tells which, and the others hold the identity.
 """
 
 from __future__ import annotations
@@ -47,38 +44,26 @@ REASONS = {
 }
 
 
+@dataclass(frozen=True)
 class FailedEstimation:
     """Returned by `from_estimate` in place of a transform: false in a condition, with the reason in words."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    reason: str
 
     def __bool__(self) -> bool:
         return False
 
-    def __repr__(self) -> str:
-        return f"FailedEstimation({self.reason!r})"
-
 
 @dataclass(frozen=True)
 class AffineTransform:
-    """y = A x + t with six free parameters: rotation, two scales, shear and translation.
+    """y = A x + t with six free parameters: rotation, two scales, shear and translation."""
 
-    Attributes:
-        matrix: (..., 3, 3), last row 0 0 1.
-        valid: (...) bool, False where nothing could be estimated and the identity stands in.
-    """
-
-    matrix: Array
-    valid: Array = True
+    matrix: Array  # (..., 3, 3), last row 0 0 1
+    valid: Array = True  # (...) bool, False where the identity stands in
 
     @classmethod
     def from_estimate(cls, source: Array, target: Array, weights: Array = None) -> AffineTransform | FailedEstimation:
-        """Least squares over all six parameters, from three points or more that are not on one line.
-
-        Args:
-            weights: (..., k) not negative, such as keypoint scores; only their ratios matter. None: equal.
-        """
+        """Least squares over all six parameters, from three points or more that are not on one line."""
         points = _Correspondence.of(source, target, weights)
         if isinstance(points, FailedEstimation):
             return points
@@ -97,11 +82,6 @@ class AffineTransform:
 
         return _result(reason, build)
 
-    @property
-    def translation(self) -> Array:
-        """(..., 2) pixels."""
-        return self.matrix[..., :2, 2]
-
     def inverse(self) -> AffineTransform:
         return AffineTransform(library(self.matrix).linalg.inv(self.matrix), self.valid)
 
@@ -112,19 +92,12 @@ class AffineTransform:
 
 @dataclass(frozen=True)
 class SimilarityTransform:
-    """y = scale R(rotation) x + translation: moves, turns and resizes, never shears or mirrors.
+    """y = scale R(rotation) x + translation: moves, turns and resizes, never shears or mirrors."""
 
-    Attributes:
-        scale: (...) positive.
-        rotation: (...) radians in [-pi, pi].
-        translation: (..., 2) pixels.
-        valid: (...) bool, False where nothing could be estimated and the identity stands in.
-    """
-
-    scale: Array
-    rotation: Array
-    translation: Array
-    valid: Array = True
+    scale: Array  # (...) positive
+    rotation: Array  # (...) radians in [-pi, pi]
+    translation: Array  # (..., 2) pixels
+    valid: Array = True  # (...) bool, False where the identity stands in
 
     @classmethod
     def from_estimate(
@@ -133,11 +106,8 @@ class SimilarityTransform:
         """Procrustes analysis: the similarity with the least weighted squared error, from two distinct points or more.
 
         In two dimensions the closed form needs no SVD: with centred points written as complex numbers, y = c x has the
-        least squares solution c = sum(w conj(x) y) / sum(w |x|^2); |c| is the scale and arg(c) the angle.
-        Reflections are not among the candidates, so this equals the SVD solution over proper rotations.
-
-        Args:
-            weights: (..., k) not negative, such as keypoint scores; only their ratios matter. None: equal.
+        least squares solution c = sum(w conj(x) y) / sum(w |x|^2); |c| is the scale and arg(c) the angle. Reflections
+        are not among the candidates: this equals the SVD solution over proper rotations.
         """
         points = _Correspondence.of(source, target, weights)
         if isinstance(points, FailedEstimation):
@@ -194,9 +164,8 @@ class SimilarityTransform:
 class LinearTransform(SimilarityTransform):
     """Scale and rotation only: the ablation in which the person is resized and turned but not put in place.
 
-    The angle is that of the Procrustes solution; the scale is the ratio of the diagonals of the two person boxes, the
-    source's box taken after the turn. `source_origin` goes to `target_origin`: with the centres of the two images the
-    image is turned and resized about its centre.
+    The angle is the Procrustes solution's; the scale is the ratio of the diagonals of the two person boxes, the
+    source's after the turn. `source_origin` goes to `target_origin`, such as the centres of the two images.
     """
 
     @classmethod
@@ -216,7 +185,8 @@ class LinearTransform(SimilarityTransform):
         turn = SimilarityTransform(one, rotation, xp.zeros_like(similarity.translation))
         length = xp.where(valid, points.box_diagonal(turn(points.source)), one)
         scale = xp.where(valid, points.box_diagonal(points.target) / length, one)
-        offset = points.like(target_origin) - _turned(xp, scale, rotation, points.like(source_origin))
+        start, end = xp.asarray([source_origin, target_origin], dtype=rotation.dtype, device=rotation.device)
+        offset = end - _turned(xp, scale, rotation, start)
         return cls(scale, rotation, xp.where(valid[..., None], offset, xp.zeros_like(offset)), valid)
 
 
@@ -312,9 +282,6 @@ class _Correspondence:
         far = xp.full_like(positions, np.inf)
         sides = xp.amax(xp.where(used, positions, -far), -2) - xp.amin(xp.where(used, positions, far), -2)
         return xp.sqrt((sides**2).sum(-1))
-
-    def like(self, value: tuple[float, float]) -> Array:
-        return self.xp.asarray(value, dtype=self.source.dtype, device=self.source.device)
 
     def eye(self, n: int) -> Array:
         return self.xp.eye(n, dtype=self.source.dtype, device=self.source.device)

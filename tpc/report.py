@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import cv2
 import numpy as np
@@ -18,6 +19,12 @@ from tpc.silhouettes import visible
 NUM_COLUMNS = 5  # driving frames that are shown
 GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)
 STATUS_COLOURS = {"calibrated": GREEN, "interpolated": AMBER, "uncalibrated": RED}
+# Label of the axis -> two fields of `PersonFrame`, with their labels.
+PLOTS = {
+    "IoU": {"mask_iou": "calibrated", "box_iou": "boxes before calibration"},
+    "scale": {"scale": "used", "torso_scale": "shoulders and hips alone"},
+    "rotation, degrees": {"rotation_deg": "used", "relative_angle_deg": "pelvis to nose"},
+}
 PERSON_COLOURS = ("#1f77b4", "#e377c2", "#8c564b", "#17becf", "#7f7f7f")
 
 
@@ -31,9 +38,7 @@ def write_report(
 ) -> None:
     """Draw keypoints, common set, chosen subset, calibrated images, and everything over time.
 
-    Args:
-        reference: (h, w, 3) uint8, the original image.
-        driving_frames: original driving frames, (H, W, 3) uint8 each; None = their skeletons on black.
+    Images are the original ones, (h, w, 3) uint8; driving frames None = their skeletons on black.
     """
     shown = _frames_to_show(calibration)
     figure = Figure(figsize=(2.6 * (len(shown) + 1), 13), layout="constrained")
@@ -50,9 +55,10 @@ def write_report(
         _show(figure.add_subplot(grid[0, column]), driving, f"frame {frame}")
         _show(figure.add_subplot(grid[1, column]), calibrated, "calibrated", calibration.records[frame])
         _show(figure.add_subplot(grid[2, column]), _overlay(calibration, frame, driving_frames), "laid over the frame")
-    _plot_iou(figure.add_subplot(grid[3, :]), calibration, shown)
-    _plot_scale(figure.add_subplot(grid[4, :]), calibration, shown)
-    _plot_angle(figure.add_subplot(grid[5, :]), calibration, shown)
+    for row, (label, lines) in enumerate(PLOTS.items(), start=3):
+        axes = figure.add_subplot(grid[row, :])
+        _plot(axes, calibration, shown, label, lines)
+    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated)")
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -87,25 +93,14 @@ def _legend(axes, calibration: Calibration) -> None:
     summary = calibration.summary()
     text = [f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5]]
     text += [f"Note: {note}." for note in summary["notes"]]
-    wrapped = "\n\n".join(_wrap(line, 34) for line in text)
+    wrapped = "\n\n".join(fill(line, 34, break_long_words=False, break_on_hyphens=False) for line in text)
     axes.text(0.0, 0.74, wrapped, va="top", fontsize=9)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-
-
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + word
-    return "\n".join(lines)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
 def _show(axes, image: np.ndarray, title: str, records: Sequence[PersonFrame] = ()) -> None:
     axes.imshow(image)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
     if records:
         worst = max(records, key=lambda r: list(STATUS_COLOURS).index(r.status))
@@ -143,9 +138,8 @@ def _driving_image(
         image = np.array(frames[frame])
     for slot in range(poses.persons):
         seen = visible(poses.scores[frame, slot], poses.keypoints[frame, slot], calibration.config.score_threshold)
-        records = [r for r in calibration.records[frame] if r.slot == slot]
-        used = set(records[0].keypoints) if records else set()
-        common = set(records[0].common) if records else set()
+        record = next((r for r in calibration.records[frame] if r.slot == slot), None)
+        used, common = (set(), set()) if record is None else (set(record.keypoints), set(record.common))
         _draw_points(image, poses.keypoints[frame, slot], seen, used, common)
     return image
 
@@ -182,33 +176,17 @@ def _outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], 
     cv2.drawContours(image, contours, -1, colour, width, cv2.LINE_AA)
 
 
-def _plot_iou(axes, calibration: Calibration, shown: Sequence[int]) -> None:
+def _plot(axes, calibration: Calibration, shown: Sequence[int], label: str, lines: dict[str, str]) -> None:
+    """Draw two fields of `PersonFrame` over time for every person, the second dotted, with their labels."""
     for person in range(calibration.persons):
         colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
-        axes.plot(_values(calibration, person, "mask_iou"), color=colour, label=f"person {person}, calibrated")
-        axes.plot(_values(calibration, person, "box_iou"), color=colour, ls=":", label="boxes before calibration")
-    axes.set_ylim(0, 1)
-    _finish(axes, calibration, shown, "IoU")
-
-
-def _plot_scale(axes, calibration: Calibration, shown: Sequence[int]) -> None:
-    for person in range(calibration.persons):
-        colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
-        axes.plot(_values(calibration, person, "scale"), color=colour, label=f"person {person}, used")
-        axes.plot(_values(calibration, person, "torso_scale"), color=colour, ls=":", label="shoulders and hips alone")
-    _finish(axes, calibration, shown, "scale")
-
-
-def _plot_angle(axes, calibration: Calibration, shown: Sequence[int]) -> None:
-    for person in range(calibration.persons):
-        colour = PERSON_COLOURS[person % len(PERSON_COLOURS)]
-        axes.plot(_values(calibration, person, "rotation_deg"), color=colour, label=f"person {person}, used")
-        axes.plot(_values(calibration, person, "relative_angle_deg"), color=colour, ls=":", label="pelvis to nose")
-    _finish(axes, calibration, shown, "rotation, degrees")
-    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated)")
-
-
-def _finish(axes, calibration: Calibration, shown: Sequence[int], label: str) -> None:
+        prefixes = {"-": f"person {person}, ", ":": ""}
+        for (style, prefix), (name, text) in zip(prefixes.items(), lines.items(), strict=True):
+            values = [getattr(row[person], name) for row in calibration.records]
+            values = np.array([np.nan if value is None else value for value in values], np.float64)
+            axes.plot(values, color=colour, ls=style, label=prefix + text)
+    if label == "IoU":
+        axes.set_ylim(0, 1)
     axes.set_ylabel(label)
     axes.set_xlim(-0.5, calibration.frames - 0.5)
     axes.grid(alpha=0.3)
@@ -220,11 +198,6 @@ def _finish(axes, calibration: Calibration, shown: Sequence[int], label: str) ->
         axes.axvline(frame, color="black", lw=0.6, alpha=0.4)
     if calibration.persons:
         axes.legend(fontsize=8, ncols=2 * calibration.persons, loc="best")
-
-
-def _values(calibration: Calibration, person: int, name: str) -> np.ndarray:
-    values = [getattr(row[person], name) for row in calibration.records]
-    return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 def _unit(colour: tuple[int, int, int]) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from core.errors import UserError
 from core.files import complete_folder
 from tpc.config import CalibrationConfig, resolve
-from tpc.propagation import Schedule
+from tpc.trajectory import Schedule
 
 if TYPE_CHECKING:
     from models.attention.layers import TokenLevel
@@ -52,13 +52,10 @@ class LazyImages:
         if chosen.ndim == 0:
             return self._make(int(chosen))
         images = [self._make(int(i)) for i in chosen.reshape(-1)]
-        return np.stack(images).reshape(*chosen.shape, *self.shape[1:]) if images else self._empty(chosen.shape)
+        return np.array(images, np.uint8).reshape(*chosen.shape, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
-
-    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros((*shape, *self.shape[1:]), np.uint8)
 
 
 class PackedMasks:
@@ -82,7 +79,7 @@ class PackedMasks:
 
     @classmethod
     def from_arrays(cls, content: np.ndarray, lengths: np.ndarray, size: tuple[int, int]) -> PackedMasks:
-        """Masks from the two results of `to_arrays`."""
+        """Masks from the two arrays of `to_arrays`."""
         ends = lengths.reshape(-1).cumsum()
         parts = np.empty(lengths.size, object)
         for i, (end, length) in enumerate(zip(ends, lengths.reshape(-1), strict=True)):
@@ -110,22 +107,21 @@ class PackedMasks:
         width, height = self.size
         if isinstance(chosen, bytes):
             return self._expanded(chosen)
-        masks = np.empty((chosen.size, height, width), bool)
-        for i, part in enumerate(chosen.reshape(-1)):
-            masks[i] = self._expanded(part)
-        return masks.reshape(*chosen.shape, height, width)
+        masks = np.empty((*chosen.shape, height, width), bool)
+        for i in np.ndindex(chosen.shape):
+            masks[i] = self._expanded(chosen[i])
+        return masks
 
     def __setitem__(self, index: object, masks: np.ndarray) -> None:
         chosen = self._parts[index]
         if isinstance(chosen, bytes):
             self._parts[index] = _compressed(masks)
             return
-        parts = np.empty(chosen.size, object)
-        for i, mask in enumerate(
-            np.broadcast_to(masks, (*chosen.shape, *masks.shape[-2:])).reshape(-1, *masks.shape[-2:])
-        ):
-            parts[i] = _compressed(mask)
-        self._parts[index] = parts.reshape(chosen.shape)
+        masks = np.broadcast_to(masks, (*chosen.shape, *masks.shape[-2:]))
+        parts = np.empty(chosen.shape, object)
+        for i in np.ndindex(parts.shape):
+            parts[i] = _compressed(masks[i])
+        self._parts[index] = parts
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[...].astype(dtype or self.dtype, copy=False)
@@ -172,9 +168,7 @@ class PersonFrame:
 class Calibration:
     """A reference calibrated to a driving clip; made by `tpc.calibrate`, a plain value without hidden state.
 
-    Sizes are (width, height); "the model's frame" is the image the animator works on, of `size`.
-
-    Masks are (h, w) bool of the model's frame.
+    Sizes are (width, height); "the model's frame" is the image the animator works on; masks are (h, w) bool of it.
     """
 
     config: CalibrationConfig  # resolved
@@ -212,11 +206,7 @@ class Calibration:
         return self._gather("reason")
 
     def index(self, step: int) -> np.ndarray:
-        """(frames, persons) int: the image of `images` each frame attends to at a denoising step, -1 = none.
-
-        A pure function of (seed, step, group, person): the same in every context window, on every rank and after a
-        resume.
-        """
+        """(frames, persons) int: the image of `images` each frame attends to at a denoising step, -1 = none."""
         schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed)
         source = schedule.source_frame(step)
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
@@ -280,11 +270,8 @@ class Calibration:
         """Sentences to read before the numbers are trusted; often none."""
         notes = []
         for person in range(self.persons):
-            ratios = [
-                row[person].scale / row[person].torso_scale
-                for row in self.records
-                if row[person].scale and row[person].torso_scale
-            ]
+            known = [row[person] for row in self.records if row[person].scale and row[person].torso_scale]
+            ratios = [record.scale / record.torso_scale for record in known]
             ratio = float(np.median(ratios)) if ratios else 1.0
             if not 1 / NOTABLE_SCALE_RATIO <= ratio <= NOTABLE_SCALE_RATIO:
                 notes.append(
@@ -299,9 +286,7 @@ class Calibration:
         An earlier calibration in the folder is replaced; a folder with anything else in it is refused.
         """
         folder = Path(folder)
-        if folder.exists() and not (
-            folder.is_dir() and ((folder / REPORT_FILE).exists() or not any(folder.iterdir()))
-        ):
+        if folder.exists() and not (folder / REPORT_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and does not hold a calibration; give a new folder")
         with complete_folder(folder) as temporary:
             self.write(temporary)
@@ -311,7 +296,8 @@ class Calibration:
         images = folder / IMAGES_FOLDER
         images.mkdir(exist_ok=True)
         for number in range(len(self.images)):
-            image, mask = _encoded(self.images[number][..., ::-1]), _encoded(self.masks[number].astype(np.uint8) * 255)
+            pixels = self.images[number][..., ::-1], self.masks[number].astype(np.uint8) * 255
+            image, mask = (cv2.imencode(".png", np.ascontiguousarray(each))[1].tobytes() for each in pixels)
             for frame, person in zip(*np.nonzero(self.member == number), strict=True):
                 (images / f"{image_name(frame, person)}.png").write_bytes(image)
                 (images / f"{image_name(frame, person)}_mask.png").write_bytes(mask)
@@ -365,10 +351,6 @@ class Calibration:
 def image_name(frame: int, person: int) -> str:
     """File name without suffix of a calibrated image: 000000_p0."""
     return f"{frame:06d}_p{person}"
-
-
-def _encoded(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
 
 
 def _stored_images(folder: Path, member: np.ndarray, count: int, size: tuple[int, int]) -> LazyImages:

@@ -43,7 +43,13 @@ FACE_BONES = {
     (NOSE, RIGHT_EAR): 0.065,
 }
 HEAD_WIDTH, HEAD_HEIGHT = 0.1, 0.14
-HAND_LENGTH, FOOT_LENGTH = 0.08, 0.06
+# Hands and feet: length beyond the end of the bone, and width.
+ENDS = {
+    (LEFT_ELBOW, LEFT_WRIST): (0.08, 0.05),
+    (RIGHT_ELBOW, RIGHT_WRIST): (0.08, 0.05),
+    (LEFT_KNEE, LEFT_ANKLE): (0.06, 0.07),
+    (RIGHT_KNEE, RIGHT_ANKLE): (0.06, 0.07),
+}
 
 # Silhouettes are compared by about this many samples of the reference's: on a person 300 pixels tall every 4th to
 # 5th pixel of every 4th to 5th row.
@@ -79,11 +85,9 @@ def keypoint_box(keypoints: Array, seen: Array) -> Array:
 
 
 def facing(keypoints: np.ndarray, seen: np.ndarray) -> float:
-    """Direction of the torso: about +1 seen from the front, -1 from behind, 0 from the side or unknown.
-
-    The width of shoulders and hips, signed by left and right, over the torso's length, in units of that ratio of a
-    person seen squarely; it does not depend on the person's place, scale or rotation in the image.
-    """
+    """Direction of the torso: about +1 seen from the front, -1 from behind, 0 from the side or unknown."""
+    # The width of shoulders and hips, signed by left and right, over the torso's length, in units of that ratio of a
+    # person seen squarely: place, scale and rotation in the image do not matter.
     if not (seen[list(TORSO)]).all():
         return 0.0
     left, right = keypoints[[LEFT_SHOULDER, LEFT_HIP]], keypoints[[RIGHT_SHOULDER, RIGHT_HIP]]
@@ -111,19 +115,12 @@ def relative_angle(reference: Array, driving: Array) -> Array:
 
 @dataclass(frozen=True)
 class Silhouette:
-    """A person's outline as a bitmap of its own resolution.
+    """A person's outline as a bitmap of its own resolution."""
 
-    Attributes:
-        mask: (rows, columns) bool.
-        origin: (x, y) image pixels of the bitmap's first sample.
-        cell: image pixels between samples.
-        area: the person's area in image pixels.
-    """
-
-    mask: np.ndarray
-    origin: tuple[float, float]
-    cell: float
-    area: float
+    mask: np.ndarray  # (rows, columns) bool
+    origin: tuple[float, float]  # (x, y) image pixels of the bitmap's first sample
+    cell: float  # image pixels between samples
+    area: float  # of the person, image pixels
 
     def points(self) -> np.ndarray:
         """(n, 2) image coordinates of the samples inside the outline."""
@@ -143,8 +140,7 @@ class Silhouette:
 def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_side: int | None = None) -> Silhouette:
     """Crop a mask (h, w) bool to the person and sample it on a regular grid of whole pixels.
 
-    The grid is the finest with at most about `max_samples` samples inside and `max_side` along the longer side of
-    the box.
+    The finest grid with at most about `max_samples` samples inside and `max_side` along the box's longer side.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -161,19 +157,12 @@ def silhouette_from_mask(mask: np.ndarray, max_samples: int | None = None, max_s
 
 
 class Samples(NamedTuple):
-    """Points spread evenly over a silhouette, in chunks.
+    """Points spread evenly over a silhouette, in chunks."""
 
-    Attributes:
-        points: (chunks, 2, CHUNK) x and y; the last chunk is padded.
-        counts: (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding.
-        left: (chunks,) int64, finest samples in a chunk and all after it.
-        number: of the points.
-    """
-
-    points: np.ndarray
-    counts: np.ndarray
-    left: np.ndarray
-    number: int
+    points: np.ndarray  # (chunks, 2, CHUNK) x and y; the last chunk is padded
+    counts: np.ndarray  # (chunks, CHUNK) int32, of the finest samples that each stands for; 0 for padding
+    left: np.ndarray  # (chunks,) int64, finest samples in a chunk and all after it
+    number: int  # of the points
 
     @classmethod
     def of(cls, points: np.ndarray, counts: np.ndarray) -> "Samples":
@@ -198,19 +187,12 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferenceSilhouette:
-    """The reference person's outline, sampled once for all frames.
+    """The reference person's outline, sampled once for all frames."""
 
-    Attributes:
-        samples: all samples, reference pixels, float64.
-        pieces: coarser ones, from few to many, float32.
-        sample_area: reference pixels that one sample stands for.
-        box: (4,) centre x and y, half the width and the height of the box of the samples.
-    """
-
-    samples: Samples
-    pieces: tuple[Samples, ...]
-    sample_area: float
-    box: np.ndarray
+    samples: Samples  # all samples, reference pixels, float64
+    pieces: tuple[Samples, ...]  # coarser ones, from few to many, float32
+    sample_area: float  # reference pixels that one sample stands for
+    box: np.ndarray  # (4,) centre x and y, half the width and the height of the box of the samples
 
     @classmethod
     def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
@@ -253,11 +235,9 @@ def silhouette_iou(
 def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Outline of a clothed body around the visible keypoints (17, 2): (h, w) bool, empty without a visible bone.
 
-    Limbs are thick lines, the torso a filled polygon, the head an ellipse, with widths in proportion to the person's
-    size.
+    Limbs are thick lines, the torso a filled polygon, the head an ellipse, in proportion to the person's size.
     """
-    width, height = size
-    canvas = np.zeros((height, width), np.uint8)
+    canvas = np.zeros((size[1], size[0]), np.uint8)
     body = body_height(keypoints, seen)
     if body == 0:
         return canvas.astype(bool)
@@ -265,12 +245,9 @@ def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, in
     for (a, b), (_, thickness) in BONES.items():
         if seen[a] and seen[b]:
             pen.line(keypoints[a], keypoints[b], thickness)
-    for elbow, wrist in ((LEFT_ELBOW, LEFT_WRIST), (RIGHT_ELBOW, RIGHT_WRIST)):
-        if seen[elbow] and seen[wrist]:
-            pen.beyond(keypoints[elbow], keypoints[wrist], HAND_LENGTH, 0.05)
-    for knee, ankle in ((LEFT_KNEE, LEFT_ANKLE), (RIGHT_KNEE, RIGHT_ANKLE)):
-        if seen[knee] and seen[ankle]:
-            pen.beyond(keypoints[knee], keypoints[ankle], FOOT_LENGTH, 0.07)
+    for (a, b), (length, thickness) in ENDS.items():
+        if seen[a] and seen[b]:
+            pen.beyond(keypoints[a], keypoints[b], length, thickness)
     torso = [i for i in (LEFT_SHOULDER, RIGHT_SHOULDER, RIGHT_HIP, LEFT_HIP) if seen[i]]
     if len(torso) >= 3:
         pen.polygon(keypoints[torso])

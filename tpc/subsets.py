@@ -1,10 +1,8 @@
 """The keypoints that serve in a transform: fixed sets, the largest set that agrees, or the best of all subsets.
 
-The paper takes the subset whose transform aligns the two silhouettes best, and does not say how the subsets are
-enumerated. Here all of them are tried. A similarity is fixed by a handful of moments of the points that serve, and
-moments of a subset are sums over its points: the transforms of all 2^k subsets come from two small tables, one for
-each half of the points, added pairwise. How well a transform aligns the silhouettes is counted over samples of the
-reference's.
+The paper takes the subset whose transform aligns the two silhouettes best; here all subsets are tried. A similarity
+follows from a few moments, which are sums over the points that serve: the transforms of all 2^k subsets come from two
+small tables, one for each half of the points, added pairwise. Silhouettes are compared over samples of one of them.
 
 Points are (x, y) in pixels, pixel centres at integers; transforms lead from the reference to the driving frame.
 """
@@ -71,13 +69,10 @@ def select_fixed(rule: str, common: np.ndarray, min_points: int) -> Selection:
 def select_consensus(
     source: np.ndarray, target: np.ndarray, weights: np.ndarray, tolerance: float, min_points: int
 ) -> Selection:
-    """The largest set of points that one similarity maps to within `tolerance` pixels; ties go to the smaller error.
+    """The largest set of points (17, 2) that one similarity maps to within `tolerance` pixels, of least error.
 
-    Every pair of points proposes a transform, which is refitted once to the points that agree with it.
-
-    Args:
-        source, target: (17, 2).
-        weights: (17,), 0 = not visible in both.
+    Every pair of points proposes a transform, which is refitted once to the points that agree with it. Weight 0: not
+    visible in both.
     """
     common = np.flatnonzero(weights > 0)
     if len(common) < min_points:
@@ -120,9 +115,7 @@ def select_exhaustive(
     Ties go to the larger subset, then to the smaller residual.
 
     Args:
-        source, target: (17, 2) reference and driving pixels.
-        weights: (17,), 0 = not visible in both.
-        silhouette: the driving person.
+        source, target: (17, 2) reference and driving pixels; weights: (17,), 0 = not visible in both.
         size: (width, height) of the driving frame.
         outright: score every subset by all samples, however many; None = when they are few. Otherwise all are scored
             by few large pieces of the silhouette first, and those that could still win by more and smaller ones.
@@ -174,15 +167,10 @@ def select_exhaustive(
 def _solve(
     x: np.ndarray, y: np.ndarray, weights: np.ndarray, limits: SearchLimits, smallest: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The similarity of every subset of k points that keeps to the limits.
+    """The similarity of every subset of k points (k, 2) that keeps to the limits.
 
-    Args:
-        x, y: (k, 2).
-        smallest: mean squared distance from their mean below which points coincide.
-
-    Returns:
-        subsets (n,), bit i of which is point i; their sizes (n,); and (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]]
-        and the mean squared residual.
+    Points coincide when their mean squared distance from their mean is below `smallest`. Returns subsets (n,), bit i
+    of which is point i; their sizes (n,); (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and mean squared residual.
     """
     (x, y), (u, v) = x.T, y.T
     # The last two but one: Re and Im of conj(x) y, for points as complex numbers.
@@ -228,37 +216,24 @@ def _with(members: np.ndarray, one: int) -> np.ndarray:
 
 
 class _Pair(NamedTuple):
-    """The two silhouettes, in coordinates whose origins are the means of the keypoints.
+    """The two silhouettes, in coordinates whose origins are the means of the keypoints."""
 
-    Attributes:
-        sample_area: reference pixels that one of the finest samples stands for.
-        box: (4,) of the reference's samples, see `ReferenceSilhouette`.
-        area: of the driving person, pixels.
-        frame: (4,) left, top, right, bottom of the driving frame.
-    """
-
-    sample_area: float
-    box: np.ndarray
-    area: float
-    frame: np.ndarray
+    sample_area: float  # reference pixels that one of the finest samples stands for
+    box: np.ndarray  # (4,) of the reference's samples, see `ReferenceSilhouette`
+    area: float  # of the driving person, pixels
+    frame: np.ndarray  # (4,) left, top, right, bottom of the driving frame
 
 
 class _Level(NamedTuple):
-    """Samples of the reference, in the same coordinates, and the driving person that they are looked up in.
+    """Samples of the reference, in the same coordinates, and the driving person that they are looked up in."""
 
-    Attributes:
-        points, counts, left: see `Samples`.
-        cover: (rows, columns) uint8, part of a sample around each cell that the person covers, with a border of zeros.
-        origin: (2,) of the first cell inside the border.
-        per_pixel: cells.
-    """
-
-    points: np.ndarray
+    points: np.ndarray  # these three: see `Samples`
     counts: np.ndarray
     left: np.ndarray
+    # (rows, columns) uint8, part of a sample around each cell that the person covers, with a border of zeros
     cover: np.ndarray
-    origin: np.ndarray
-    per_pixel: float
+    origin: np.ndarray  # (2,) of the first cell inside the border
+    per_pixel: float  # cells
 
     @classmethod
     def of(

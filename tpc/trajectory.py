@@ -1,8 +1,12 @@
-"""A person's transforms over time: gaps bridged, noise filtered.
+"""Calibrations over time: gaps, smoothing, propagation.
 
 A similarity is described by log scale, angle, and where it puts the middle of the reference person: interpolating
 the translation of the image's corner instead would swing the person around it. An affine map is described by its
 four coefficients and the same point.
+
+Iterative propagation (paper) divides the frames into consecutive groups. At each denoising step one member of a group
+is drawn uniformly at random, and the frames of the group attend to its calibrated image: neighbours agree at every
+step, and over the steps every member is heard.
 """
 
 from dataclasses import dataclass
@@ -12,11 +16,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Track:
-    """One person's transforms over the clip: (frames, 3, 3), identity where neither flag (frames,) is set."""
+    """One person's transforms over the clip."""
 
-    matrices: np.ndarray
-    calibrated: np.ndarray
-    interpolated: np.ndarray
+    matrices: np.ndarray  # (frames, 3, 3), identity where neither flag is set
+    calibrated: np.ndarray  # (frames,) bool
+    interpolated: np.ndarray  # (frames,) bool
 
     @property
     def available(self) -> np.ndarray:
@@ -26,13 +30,9 @@ class Track:
 def follow(
     matrices: list[np.ndarray | None], centre: np.ndarray, similar: bool, max_gap: int, smoothing: float
 ) -> Track:
-    """Bridge short gaps and filter noise in one person's transforms.
+    """Bridge short gaps and filter noise in one person's transforms (3, 3), None where there is none.
 
-    Args:
-        matrices: of every frame (3, 3), None where there is none.
-        centre: (2,) middle of the reference person.
-        similar: similarities, not affine maps.
-        max_gap, smoothing: frames; see `CalibrationConfig`.
+    `centre` (2,) is the middle of the reference person; `similar`: similarities, not affine maps.
     """
     calibrated = np.array([matrix is not None for matrix in matrices], bool)
     result = np.array([np.eye(3) if matrix is None else matrix for matrix in matrices]).reshape(-1, 3, 3)
@@ -79,10 +79,7 @@ def unwrap(parameters: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def interpolate(parameters: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill gaps of at most `max_gap` frames between known frames, linearly.
-
-    Returns the parameters and (frames,) bool, which frames were filled.
-    """
+    """Parameters with gaps of at most `max_gap` frames filled linearly, and (frames,) bool, those that were filled."""
     result, filled = parameters.copy(), np.zeros(len(known), bool)
     frames = np.flatnonzero(known)
     for before, after in zip(frames[:-1], frames[1:], strict=True):
@@ -94,12 +91,9 @@ def interpolate(parameters: np.ndarray, known: np.ndarray, max_gap: int) -> tupl
 
 
 def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarray:
-    """Local linear regression over time with Gaussian weights, within each unbroken run of known frames.
+    """Local linear regression over time with Gaussian weights of `sigma` frames, within each run of known frames.
 
     A local line, unlike a plain average, follows steady motion without lag and does not flatten the ends of a run.
-
-    Args:
-        sigma: frames, standard deviation of the weights; 0 changes nothing.
     """
     if sigma <= 0:
         return parameters
@@ -118,3 +112,53 @@ def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarra
             share = weight * (1 - (mean * (offset - mean) / spread if spread > 0 else 0))
             result[frame] = share @ parameters[near]
     return result
+
+
+FRAMES_PER_GROUP = 4  # what the paper's 30 groups come to on its clips of about 120 frames
+
+
+def group_of_frames(num_frames: int, num_groups: int) -> np.ndarray:
+    """Group index (frames,) of every frame; sizes differ by at most one. 0 makes groups of four frames."""
+    frames = np.arange(num_frames)
+    if num_groups == 0:
+        return frames // FRAMES_PER_GROUP
+    return frames * min(num_groups, num_frames) // max(num_frames, 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The draws of a clip, a pure function of (seed, step, group, person).
+
+    Nothing else enters: every context window, rank and resumed run draws the same.
+    """
+
+    available: np.ndarray  # (frames, persons) bool, frames that have a calibrated image of the person
+    groups: int  # number of groups M, 0 = groups of four frames
+    mode: str  # "iterative", "hold" (the first available member for all steps) or "off" (each frame its own)
+    seed: int
+
+    def source_frame(self, step: int) -> np.ndarray:
+        """(frames, persons) int: the frame whose calibrated image each frame uses at `step`; -1 = none.
+
+        Only frames with an image of their own take part: the others stay uncalibrated whatever their group draws.
+        """
+        frames, persons = self.available.shape
+        if self.mode == "off":
+            return np.where(self.available, np.arange(frames)[:, None], -1)
+        source = np.full((frames, persons), -1)
+        group = group_of_frames(frames, self.groups)
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        for g, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
+            for person in range(persons):
+                members = start + np.flatnonzero(self.available[start:stop, person])
+                if len(members):
+                    drawn = 0 if self.mode == "hold" else self._draw(step, g, person, len(members))
+                    source[members, person] = members[drawn]
+        return source
+
+    def _draw(self, step: int, group: int, person: int, count: int) -> int:
+        if count == 1:
+            return 0
+        # Philox is counter-based: its stream at a counter does not depend on what was drawn before.
+        stream = np.random.Philox(key=self.seed % 2**64, counter=[0, person, group, step])
+        return int(np.random.Generator(stream).integers(count))

@@ -26,30 +26,21 @@ MIN_AREA = 1e-12  # of a source pixel in the frame
 
 @dataclass(frozen=True)
 class Framing:
-    """The model's frame, and how original images come into it.
+    """The model's frame, and how original images come into it."""
 
-    Attributes:
-        size: (width, height) of the model's frame in pixels.
-        frame_map, reference_map: (3, 3), pixels of the driving clip, and of the reference, to the model's frame.
-    """
-
-    size: tuple[int, int]
-    frame_map: np.ndarray
-    reference_map: np.ndarray
+    size: tuple[int, int]  # (width, height) of the model's frame in pixels
+    frame_map: np.ndarray  # (3, 3), pixels of the driving clip to the model's frame
+    reference_map: np.ndarray  # (3, 3), pixels of the reference to the model's frame
 
 
 @dataclass(frozen=True)
 class WarpedClip:
-    """The distinct calibrated images of a clip.
+    """The distinct calibrated images of a clip."""
 
-    Attributes:
-        images, masks, member: see `Calibration`.
-        iou: (frames, persons) of the calibrated and the driving person's masks, nan where there is nothing to compare.
-    """
-
-    images: LazyImages
+    images: LazyImages  # these three: see `Calibration`
     masks: PackedMasks
     member: np.ndarray
+    # (frames, persons) of the calibrated and the driving person's masks, nan where there is nothing to compare
     iou: np.ndarray
 
 

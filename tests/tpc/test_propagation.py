@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpc.propagation import Schedule, group_of_frames
+from tpc.trajectory import Schedule, group_of_frames
 
 
 def schedule(available: np.ndarray, groups: int = 0, mode: str = "iterative", seed: int = 0) -> Schedule:
