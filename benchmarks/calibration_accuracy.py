@@ -92,7 +92,7 @@ def measure_smoothing(config: BenchmarkConfig) -> str:
         clip = rendered_clip(1000 + config.seed + clip_index)
         found = [estimate_pair(pair, pair.other_pose, base, config.noise, rng) for pair in clip]
         for sigma in SMOOTHING:
-            track = follow([f.matrix for _, f in found], found[0][0].centre, True, base.max_gap, sigma)
+            track = follow([f.matrix for _, f in found], found[0][0].centre, replace(base, smoothing=sigma))
             offsets = [corner_offsets(matrix, pair) for matrix, pair in zip(track.matrices, clip, strict=True)]
             errors[sigma] += np.linalg.norm(offsets, axis=-1).mean(-1).tolist()
             jumps[sigma] += np.linalg.norm(np.diff(offsets, axis=0), axis=-1).mean(-1).tolist()

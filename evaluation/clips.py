@@ -37,19 +37,16 @@ class ClipsConfig:
     dataset: "rendered" (held-out people, exact poses and masks); a folder that `prepare.py` made; or a folder of
         videos with pose files beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is
         one of its own frames.
-    clips: number of clips, 0 = all of a folder; frames, stride: of every clip, 0 frames = all of a video.
-    source: pixels of the side of rendered images; clip_seed: other seeds are other rendered clips.
-    reference_frame: of a video, the image that is animated.
-    people: how rendered people look; the clothes that the shipped model knows, whole persons, cameras held upright.
     """
 
     dataset: str = RENDERED
-    clips: int = 8
-    frames: int = 16
-    stride: int = 2
-    source: int = 256
-    clip_seed: int = 100
-    reference_frame: int = 0
+    clips: int = 8  # number of clips, 0 = all of a folder
+    frames: int = 16  # of every clip, 0 = all of a video
+    stride: int = 2  # of frames
+    source: int = 256  # pixels of the side of rendered images
+    clip_seed: int = 100  # other seeds are other rendered clips
+    reference_frame: int = 0  # of a video, the image that is animated
+    # clothes that the shipped model knows, whole persons, cameras held upright
     people: PeopleConfig = field(
         default_factory=lambda: PeopleConfig(height=[0.7, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
     )
@@ -174,9 +171,7 @@ def _poses_of(frames: Sequence[Rendered], size: tuple[int, int]) -> Poses:
 def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Generator) -> EvaluationClip:
     """The clip with errors in the keypoints of reference and frames, as a pose estimator makes them; masks stay exact.
 
-    Args:
-        deviation: standard deviation of the errors along x and along y, in parts of the person's standing height in
-            that image; every keypoint of every image has an error of its own.
+    `deviation` is the standard deviation along x and y, in parts of the person's standing height in that image.
     """
     reference, driving = (
         replace(given, poses=_noisy(given.poses, deviation, rng)) for given in (clip.reference, clip.driving)
@@ -195,16 +190,11 @@ def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
 
 
 class ClipPaths(NamedTuple):
-    """The files of a filmed clip.
-
-    Attributes:
-        video: file or folder of frames; None when there are poses only.
-        masks: folder, or None: silhouettes are drawn around the keypoints.
-    """
+    """The files of a filmed clip."""
 
     poses: Path
-    video: Path | None
-    masks: Path | None
+    video: Path | None  # file or folder of frames; None when there are poses only
+    masks: Path | None  # folder, or None: silhouettes are drawn around the keypoints
 
 
 class FilmedClips:

@@ -33,11 +33,9 @@ class ClipFiles:
 
     @property
     def path(self) -> Path:
-        """The video, or the folder of the images."""
         return self.video if self.video is not None else self.images[0].parent
 
     def count(self) -> int:
-        """Number of frames."""
         if self.video is None:
             return len(self.images)
         with VideoReader(self.video, argument=self.argument) as reader:
@@ -66,11 +64,9 @@ class MaskFiles:
 
     @property
     def path(self) -> Path:
-        """The folder of the images."""
         return self.images[0][0].parent
 
     def count(self) -> int:
-        """Number of frames."""
         return len(self.images)
 
     def frames(self) -> Iterator[np.ndarray]:

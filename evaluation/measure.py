@@ -6,10 +6,9 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +53,7 @@ def _region_mask(person: np.ndarray | None, region: str) -> np.ndarray | None:
 def measure_clip(pairs: Iterable[FramePair], metric_suite: MetricSuite, folder: Path) -> None:
     """Measure the frames of a clip in order and write the results to `folder`.
 
-    `values.json` has the number of frames and, for every measure taken frame by frame, its values; NaN is null.
-    Changes from frame to frame are one fewer than frames.
+    `values.json` has the number of frames and the values of every measure taken frame by frame; NaN is null.
     """
     values: dict[str, list[float | None]] = {}
     frames, before = 0, None
@@ -102,20 +100,16 @@ def _change_values(
 ) -> dict[str, list[float]]:
     """Measures of kind "changes" of each frame of a batch since the one before; the first frame of a clip has none."""
     pairs = list(pairwise(batch if before is None else [before, *batch]))
+    # The foreground is where the person is in either frame.
+    masks = [None if a.mask is None or b.mask is None else a.mask | b.mask for a, b in pairs]
     values: dict[str, list[float]] = {}
     for region in metric_suite.regions:
         for measure in metric_suite.of_kind("changes"):
             values[measured_name(measure, region)] = [
-                flicker((first.generated, then.generated), (first.truth, then.truth), _moving(first, then, region))
-                for first, then in pairs
+                flicker((first.generated, then.generated), (first.truth, then.truth), _region_mask(mask, region))
+                for (first, then), mask in zip(pairs, masks, strict=True)
             ]
     return values
-
-
-def _moving(first: FramePair, then: FramePair, region: str) -> np.ndarray | None:
-    """Mask of a region over two frames; the foreground is where the person is in either."""
-    both = None if first.mask is None or then.mask is None else first.mask | then.mask
-    return _region_mask(both, region)
 
 
 def _region_frames(batch: Sequence[FramePair], side: str, region: str) -> np.ndarray:
@@ -159,7 +153,6 @@ def _write_features(batch: Sequence[FramePair], side: str, writers: list[_Featur
 
 
 def _feature_file(folder: Path, measure: str, region: str, side: str) -> Path:
-    """The feature vectors of a clip, as rows of float32."""
     return folder / f"{measured_name(measure, region)}.{side}.f32"
 
 
@@ -170,10 +163,6 @@ class Number:
     value: float | None  # None when nothing could be measured
     samples: int  # frames or windows that it rests on, of each side
     warning: str | None = None  # what makes it doubtful, or None
-
-    def plain(self) -> dict[str, Any]:
-        """Only dicts, lists and scalars, as in JSON."""
-        return asdict(self)
 
 
 def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, Number]:

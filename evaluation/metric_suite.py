@@ -19,21 +19,15 @@ PERSON_MEASURES = ("keypoint_error", "part_colour")
 
 @dataclass
 class ProtocolConfig:
-    """Measures and their protocol.
+    """Measures and their protocol."""
 
-    protocol: "disco-2023", "disco-fixed" or "native".
-    features: networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in"
-        (ST-LPIPS and VGG Frechet distances, fetched by `python -m metrics.weights`) or "none".
-    measures: names instead of all measures of the protocol.
-    weights: folder of the networks' files; null is the cache.
-    batch_size: frames at a time.
-    """
-
-    protocol: str = "native"
+    protocol: str = "native"  # "disco-2023", "disco-fixed" or "native"
+    # networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in" (ST-LPIPS and
+    # VGG Frechet distances, fetched by `python -m metrics.weights`) or "none"
     features: str = "published"
-    measures: list[str] | None = None
-    weights: str | None = None
-    batch_size: int = 8
+    measures: list[str] | None = None  # names instead of all measures of the protocol
+    weights: str | None = None  # folder of the networks' files; null is the cache
+    batch_size: int = 8  # frames at a time
 
     def check(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -64,25 +58,16 @@ class MetricSuite:
     def measured_names(self) -> list[tuple[str, str, str]]:
         """Name, region and measure of everything measured, in the order of tables; person measures have no region."""
         persons = self.of_kind("person")
-        names = [
-            (measured_name(measure, region), region, measure)
-            for region in self.regions
-            for measure in self.measures
-            if measure not in persons
-        ]
-        return names + [(measure, "", measure) for measure in persons]
+        pairs = [(region, measure) for region in self.regions for measure in self.measures if measure not in persons]
+        pairs += [("", measure) for measure in persons]
+        return [(measured_name(measure, region), region, measure) for region, measure in pairs]
 
     def networks(self) -> dict[str, dict[str, Any]]:
         """The network behind each measure, for reports."""
-        described: dict[str, dict[str, Any]] = {
-            name: {"network": distance.network, "sha256": distance.sha256} for name, distance in self.distances.items()
-        }
-        for name, extractor in self.extractors.items():
-            described[name] = {
-                "network": extractor.network,
-                "dimension": extractor.dimension,
-                "sha256": extractor.sha256,
-            }
+        described: dict[str, dict[str, Any]] = {}
+        for name, made in (self.distances | self.extractors).items():
+            dimension = {"dimension": made.dimension} if isinstance(made, FeatureExtractor) else {}
+            described[name] = {"network": made.network, **dimension, "sha256": made.sha256}
         return described
 
 
@@ -103,14 +88,10 @@ def open_metric_suite(
     persons: bool = False,
     device: torch.device | str = "cpu",
 ) -> MetricSuite:
-    """The measures of a configuration with their networks.
-
-    Args:
-        persons: poses are estimated, so the person can be measured.
+    """The measures of a configuration with their networks; `persons`: poses are estimated.
 
     Raises:
-        UserError: unknown names, measures of the person without poses, or a weight file that is missing or not what
-            it should be.
+        UserError: unknown names, measures of the person without poses, a weight file that is missing or wrong.
     """
     protocol, names = PROTOCOLS[config.protocol], config.measures
     if names is None:

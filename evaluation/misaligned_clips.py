@@ -161,24 +161,14 @@ def fitting(clip: ClipSpec) -> list[ClipSpec]:
 
 
 class MisalignedClips:
-    """Clips of some kinds by name; an `evaluation.clips.PosedClipSet`.
-
-    Args:
-        kinds: of `KINDS`.
-        count: clips of each kind, the first ones; 0: all.
-
-    Attributes:
-        names: of the clips of the manifests.
-        by_kind: kind -> names.
-        fitting: name -> names of the clips that it would be without misalignment, which can be rendered like the
-            others; the clip itself where nothing is misaligned.
-    """
+    """The first `count` clips of some of `KINDS` by name, 0: all; an `evaluation.clips.PosedClipSet`."""
 
     def __init__(self, kinds: Sequence[str] = KINDS, count: int = 0):
         if not kinds or not set(kinds) <= set(KINDS):
             raise UserError(f"kinds={list(kinds)} must be some of {', '.join(KINDS)}")
         self._found: dict[str, tuple[ClipManifest, ClipSpec]] = {}
-        self.by_kind: dict[str, list[str]] = {}
+        self.by_kind: dict[str, list[str]] = {}  # kind -> names
+        # name -> clips that it would be without misalignment, rendered like the others; itself where it is aligned
         self.fitting: dict[str, list[str]] = {}
         for kind in kinds:
             manifest = read_manifest(kind)
@@ -197,7 +187,6 @@ class MisalignedClips:
         return clip.reference.poses, clip.driving.poses
 
     def clip(self, name: str) -> EvaluationClip:
-        """Render a clip."""
         manifest, spec = self._found[name]
         drawn = draw(manifest, spec)
         if spec.digest and digest_of(drawn) != spec.digest:

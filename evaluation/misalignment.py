@@ -1,7 +1,6 @@
 """Misalignment of a reference and a clip: the paper's relative angle and box IoU, and the kinds of misalignment."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,20 +15,14 @@ SUBSETS = ("original", "misaligned")
 
 @dataclass
 class ThresholdConfig:
-    """Thresholds above which a clip counts as misaligned.
+    """Thresholds above which a clip counts as misaligned."""
 
-    angle: radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6).
-    box_iou: IoU of the persons' boxes below which it is (paper: 0.7).
-    share: of a clip's frames that must be misaligned for the clip to be.
-    consistent_share: of a clip's frames above which a kind is consistent and not temporal.
-    score: a keypoint is visible when its score is above it.
-    """
-
+    # radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6)
     angle: float = float(np.pi / 6)
-    box_iou: float = 0.7
-    share: float = 0.25
-    consistent_share: float = 0.75
-    score: float = 0.3
+    box_iou: float = 0.7  # IoU of the persons' boxes below which it is (paper: 0.7)
+    share: float = 0.25  # of a clip's frames that must be misaligned for the clip to be
+    consistent_share: float = 0.75  # of a clip's frames above which a kind is consistent and not temporal
+    score: float = 0.3  # a keypoint is visible when its score is above it
 
     def check(self) -> None:
         for name, high in (("angle", np.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
@@ -66,10 +59,6 @@ class ClipSplit:
     def subset(self) -> str:
         """One of `SUBSETS`."""
         return SUBSETS[self.misaligned]
-
-    def plain(self) -> dict[str, Any]:
-        """Only dicts, lists and scalars, as in JSON."""
-        return asdict(self) | {"kinds": list(self.kinds)}
 
 
 def misalignment(reference: Poses, driving: Poses, score: float = 0.3) -> Misalignment:

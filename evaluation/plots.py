@@ -131,15 +131,8 @@ def draw_histograms(path: Path, histograms: Sequence[Histogram]) -> None:
 
 def _note_beside(axes: Axes, x: float, text: str, height: float) -> None:
     """Write a small text right of a vertical line, at a share of the axes' height."""
-    axes.annotate(
-        text,
-        (x, height),
-        xycoords=("data", "axes fraction"),
-        xytext=(2, 0),
-        textcoords="offset points",
-        color="0.35",
-        fontsize=7,
-    )
+    where = {"xycoords": ("data", "axes fraction"), "xytext": (2, 0), "textcoords": "offset points"}
+    axes.annotate(text, (x, height), **where, color="0.35", fontsize=7)
 
 
 def draw_scatter(
@@ -156,12 +149,7 @@ def draw_scatter(
 
 
 def draw_bars(path: Path, groups: Sequence[str], bars: dict[str, Sequence[Cell]], y_label: str) -> None:
-    """Draw groups of bars with deviations, one bar a label in every group.
-
-    Args:
-        groups: written under the groups.
-        bars: label in the legend -> one cell a group; those without a mean are left out.
-    """
+    """Draw groups of bars with deviations; `bars`: label -> one cell a group, left out without a mean."""
     with _figure(path, 2.2, 0.5) as figure:
         axes = figure.subplots()
         width = 0.8 / len(bars)

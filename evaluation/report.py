@@ -34,12 +34,10 @@ LATEX_SYMBOLS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "
 def claim_output(
     output: Path, settings: dict[str, Any], state: PartialState, inputs: dict[str, Any] | None = None
 ) -> None:
-    """Write down what an output folder is for; refuse one that was begun with other settings.
+    """Write down what an output folder is for; UserError when it was begun with other settings.
 
-    Args:
-        settings: everything that decides the numbers.
-        inputs: what describes the inputs. While the run is not finished they may change: `run_parts` does the parts
-            concerned again.
+    Settings are everything that decides the numbers. Inputs may change while the run is not finished: `run_parts` does
+    the parts concerned again.
     """
     if state.is_main_process:
         path = output / RUN_FILE
@@ -72,9 +70,7 @@ def run_parts(
     """Do the parts that are not there yet and return the folders of all, in the order of `names`.
 
     Args:
-        names: of the parts, each fit for a folder name.
-        work: gets a name and the folder to write to.
-        description: of the progress bar.
+        names: of the parts, each fit for a folder name; work: gets one and the folder to write to.
         inputs: by name, what describes a part's inputs; a part that was made of others is done again.
     """
     folders = [output / PARTS_FOLDER / name for name in names]
@@ -96,7 +92,6 @@ def run_parts(
 
 
 def remove_parts(output: Path) -> None:
-    """Delete the parts, when what is made of them is written."""
     shutil.rmtree(output / PARTS_FOLDER, ignore_errors=True)
 
 
@@ -109,7 +104,6 @@ class Cell:
     best: bool = False  # printed in bold
 
     def plain(self) -> dict[str, float | None]:
-        """Mean and deviation, as in JSON."""
         return {"mean": self.mean, "deviation": self.deviation}
 
 
@@ -159,13 +153,21 @@ def measure_label(name: str) -> str:
     return f"{region} {about.label}{unit} {ARROWS[about.better]}".lstrip()
 
 
-def better(name: str) -> str:
-    """The better direction of a measured name, "higher" or "lower"."""
-    return MEASURES[split_name(name)[1]].better
+def best_table(
+    corner: str,
+    columns: Sequence[tuple[str, str]],
+    labels: Iterable[str],
+    cells: Sequence[Sequence[Cell]],
+    caption: str,
+) -> Table:
+    """A table with the best cell of every column (header prefix, measured name) in bold."""
+    cells = with_best(cells, [MEASURES[split_name(name)[1]].better for _, name in columns])
+    headers = tuple(prefix + measure_label(name) for prefix, name in columns)
+    return Table(corner, headers, tuple(zip(labels, map(tuple, cells), strict=True)), caption)
 
 
 def with_best(rows: Sequence[Sequence[Cell]], directions: Sequence[str]) -> list[list[Cell]]:
-    """The rows with the best cell of every column marked; a direction for each column, see `better`."""
+    """The rows with the best cell of every column marked; directions are "higher" or "lower"."""
     marked = [list(row) for row in rows]
     for column, direction in enumerate(directions):
         known = [row[column].mean for row in marked if row[column].mean is not None]
@@ -191,7 +193,6 @@ def format_number(cell: Cell, plus_minus: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown."""
     lines = ["| " + " | ".join((table.corner, *table.columns)) + " |", "|---" * (len(table.columns) + 1) + "|"]
     for label, cells in table.rows:
         shown = [format_number(cell, " ± ") for cell in cells]
@@ -250,10 +251,7 @@ def write_results(
 ) -> None:
     """Write config.yaml, the tables by file name, and results.json, which says that the run is complete.
 
-    Args:
-        metric_suite: None where nothing is measured by a protocol.
-        results: what the task adds to configuration, versions and protocol.
-        tables: with "table.md", which is printed.
+    `table.md` is printed. The suite is None where nothing is measured by a protocol.
     """
     facts: dict[str, Any] = {
         "configuration": config_dict(config),
@@ -282,10 +280,6 @@ def write_table(
     warnings: Iterable[tuple[str, str | None]],
     output: Path,
 ) -> None:
-    """Write and print the one table of a task; see `write_results`.
-
-    Args:
-        warnings: of numbers, by name.
-    """
+    """Write and print the one table of a task, with warnings of its numbers by name; see `write_results`."""
     text = heading(metric_suite, table.caption) + markdown(table) + warning_lines(warnings)
     write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)

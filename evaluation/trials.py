@@ -47,23 +47,17 @@ EXTENDABLE = (
 
 @dataclass
 class TrialsConfig:
-    """Seeds, device and measures of trials.
+    """Seeds, device and measures of trials."""
 
-    seeds: of the initial noise; numbers are means and deviations over them.
-    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
-    keep_parts: keep the values and features of every trial when the results are written, to add seeds or clips later.
-    persons: estimate poses in the results, for the error of the pose and the colours of body parts.
-    pose_noise: standard deviation of errors added to the keypoints that the animator gets, in parts of the person's
-        height. Results are measured against the exact ones; attention is taken at those with errors.
-    sampling, tpc: of the animation and of its calibration.
-    """
-
+    # of the initial noise; numbers are means and deviations over them
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    device: str = "auto"
-    dtype: str = "auto"
-    keep_parts: bool = True
-    persons: bool = False
+    device: str = "auto"  # "auto", "cpu", "cuda", ...
+    dtype: str = "auto"  # "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
+    keep_parts: bool = True  # keep the values and features of every trial, to add seeds or clips later
+    persons: bool = False  # estimate poses in the results, for the error of the pose and the colours of body parts
     pose: PoseConfig = field(default_factory=PoseConfig)
+    # standard deviation of errors added to the keypoints that the animator gets, in parts of the person's height;
+    # results are measured against the exact ones, attention at those with errors
     pose_noise: float = 0.0
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -84,10 +78,8 @@ class Variant:
 
 def without_and_with(config: Any) -> list[Variant]:
     """The model of a configuration without and with its TPC."""
-    return [
-        Variant(VARIANT_NAMES[WITHOUT], config.model, None),
-        Variant(VARIANT_NAMES[WITH], config.model, config.tpc),
-    ]
+    tpc = {WITHOUT: None, WITH: config.tpc}
+    return [Variant(name, config.model, tpc[label]) for label, name in VARIANT_NAMES.items()]
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,6 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Name of the trial's part."""
         return f"{self.variant.name}--{self.clip}--seed{self.seed}"
 
 
@@ -144,11 +135,9 @@ def run_task(
     """Animate and measure every clip by every variant with every seed; one process then writes the results.
 
     Args:
-        config: of the task, a `TrialsConfig` with `output` and `sampling`.
-        protocol, regions: what is measured.
+        config: of the task, a `TrialsConfig` with `output`.
         write: gets the folder of each trial's measurements, the metric suite and the output folder.
         further: trials beside these, of the same variants and of clips that `clips` can give.
-        sampler: animates.
     """
     state = process_state(config.device)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
@@ -191,10 +180,7 @@ def run_task(
 
 
 def trials_identity(task: str, config: Any, variants: Sequence[Variant]) -> dict[str, Any]:
-    """Everything that decides the numbers of a trial: configuration and weights of the models.
-
-    What only adds trials is left out, so a finished run goes on when there are more seeds or clips.
-    """
+    """Everything that decides the numbers of a trial: configuration, but for what adds trials, and model weights."""
     settings = {key: value for key, value in config_dict(config).items() if key not in (*WHERE, *EXTENDABLE)}
     models = {variant.model: _weights_digest(Path(variant.model)) for variant in variants}
     return {"task": task} | settings | {"weights of models": models}

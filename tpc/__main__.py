@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import existing_file, output_folder
 from data.inputs import Driving, Reference, load_driving, load_reference
-from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from data.poses.poses import PoseConfig, open_estimator
 from data.video.files import write_video
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig, resolve
@@ -89,13 +90,7 @@ def main(arguments: list[str]) -> None:
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
     """Images, poses and masks; the estimator is opened when one of the two needs it."""
-    opened: list[PoseEstimator] = []
-
-    def estimator() -> PoseEstimator:
-        if not opened:
-            opened.append(open_estimator(config.pose))
-        return opened[0]
-
+    estimator = cache(lambda: open_estimator(config.pose))
     persons = config.pose.max_persons
     reference = load_reference(config.reference, config.reference_poses, config.reference_mask, estimator, persons)
     driving = load_driving(

@@ -70,26 +70,13 @@ def calibrate(
     slots = match_persons(persons, driving_poses, config)
     order = progress(range(len(slots))) if progress else range(len(slots))
     estimates, targets, others = estimate_clip(persons, driving_poses, slots, driving_masks, framing, config, order)
-    tracks = [
-        follow(
-            [row[p].matrix for row in estimates],
-            person.centre,
-            config.transform != "affine",
-            config.max_gap,
-            config.smoothing,
-        )
-        for p, person in enumerate(persons)
-    ]
+    tracks = [follow([row[p].matrix for row in estimates], person.centre, config) for p, person in enumerate(persons)]
     warped = warp_clip(reference, masks, tracks, targets, framing, config)
-    records = tuple(
-        tuple(
-            _record(
-                p, person, tracks[p], f, row[p], int(slots[f, p]), driving_poses, warped.iou[f, p], framing, config
-            )
-            for p, person in enumerate(persons)
-        )
-        for f, row in enumerate(estimates)
-    )
+
+    def record(frame: int, p: int) -> PersonFrame:
+        estimate, slot, iou = estimates[frame][p], int(slots[frame, p]), warped.iou[frame, p]
+        return _record(p, persons[p], tracks[p], frame, estimate, slot, driving_poses, iou, framing, config)
+
     model_masks = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
     return Calibration(
         config=config,
@@ -102,7 +89,7 @@ def calibrate(
         masks=warped.masks,
         member=warped.member,
         matrices=np.stack([t.matrices for t in tracks], 1) if tracks else np.zeros((len(slots), 0, 3, 3)),
-        records=records,
+        records=tuple(tuple(record(frame, p) for p in range(len(persons))) for frame in range(len(slots))),
         target_masks=targets,
         other_masks=others,
         reference_masks=np.array(model_masks, bool).reshape(-1, *framing.size[::-1]),

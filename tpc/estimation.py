@@ -61,9 +61,8 @@ class ReferencePerson:
             outline = drawn_silhouette(keypoints, seen, size, NUM_SAMPLES)
         else:
             outline = silhouette_from_mask(mask, NUM_SAMPLES)
-        return cls(
-            keypoints.astype(np.float64), scores.astype(np.float64), seen, ReferenceSilhouette.of(outline), size
-        )
+        points, scores = keypoints.astype(np.float64), scores.astype(np.float64)
+        return cls(points, scores, seen, ReferenceSilhouette.of(outline), size)
 
     @property
     def centre(self) -> np.ndarray:

@@ -149,9 +149,8 @@ def _join_others(
             own = np.flatnonzero(assigned[:, person] >= 0)
             if len(own) and (assigned[during, person] >= 0).any():
                 continue
-            if not len(own):
-                candidate = (np.inf, 0.0)
-            else:
+            candidate = (np.inf, 0.0)
+            if len(own):
                 near = own[np.abs(own - during[0]).argmin()]
                 here, there = tracks[track, during[0]], assigned[near, person]
                 gap = _middle(keypoints[during[0], here], seen[during[0], here]) - _middle(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpc.config import CalibrationConfig
+
 
 @dataclass(frozen=True)
 class Track:
@@ -27,20 +29,19 @@ class Track:
         return self.calibrated | self.interpolated
 
 
-def follow(
-    matrices: list[np.ndarray | None], centre: np.ndarray, similar: bool, max_gap: int, smoothing: float
-) -> Track:
+def follow(matrices: list[np.ndarray | None], centre: np.ndarray, config: CalibrationConfig) -> Track:
     """Bridge short gaps and filter noise in one person's transforms (3, 3), None where there is none.
 
-    `centre` (2,) is the middle of the reference person; `similar`: similarities, not affine maps.
+    `centre` (2,) is the middle of the reference person; `config` is resolved.
     """
+    similar = config.transform != "affine"
     calibrated = np.array([matrix is not None for matrix in matrices], bool)
     result = np.array([np.eye(3) if matrix is None else matrix for matrix in matrices]).reshape(-1, 3, 3)
     parameters = unwrap(to_parameters(result, centre, similar), calibrated)
-    parameters, filled = interpolate(parameters, calibrated, max_gap)
+    parameters, filled = interpolate(parameters, calibrated, config.max_gap)
     available = calibrated | filled
-    if filled.any() or smoothing > 0:
-        parameters = smooth(parameters, available, smoothing)
+    if filled.any() or config.smoothing > 0:
+        parameters = smooth(parameters, available, config.smoothing)
         result = np.where(available[:, None, None], to_matrices(parameters, centre, similar), result)
     return Track(result, calibrated, filled)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from core.errors import UserError
 from evaluation.clips import ClipsConfig, open_clips
-from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
+from evaluation.report import best_table, measure_numbers, over_seeds, write_table
 from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task
 from models.animators.registry import SHIPPED_MODEL
 from tpc.config import resolve
@@ -16,23 +15,20 @@ from tpc.config import resolve
 
 @dataclass
 class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Every transform with every propagation and every choice of keypoints, and a run without TPC.
+    """Every transform with every propagation and every choice of keypoints, and a run without TPC."""
 
-    output: folder for the results; model: pipeline folder.
-    transforms: procrustes, affine, linear.
-    propagations: "off" (each frame its own image), "hold" (the group's first), or the number of groups M of
-        iterative propagation, 0 = groups of four frames.
-    subsets: rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face.
-    attachments: add calibrated images to the reference, or replace it by them.
-    """
-
-    output: str = "outputs/ablation"
-    model: str = str(SHIPPED_MODEL)
+    output: str = "outputs/ablation"  # folder for the results
+    model: str = str(SHIPPED_MODEL)  # pipeline folder
     features: str = "stand-in"
     measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
+    # of procrustes, affine, linear
     transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
+    # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
+    # 0 = groups of four frames
     propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
+    # rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face
     subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
+    # add calibrated images to the reference, or replace it by them
     attachments: list[str] = field(default_factory=lambda: ["add"])
 
     def check(self) -> None:
@@ -49,7 +45,18 @@ def run(config: AblationConfig) -> None:
             label: numbers_by_seed(folders, metric_suite, config.seeds, lambda trial, v=variant: trial.variant == v)
             for label, variant in variants.items()
         }
-        _write(config, metric_suite, runs, len(clips.names), output)
+        names = [name for name, _, _ in metric_suite.measured_names()]
+        cells = [[over_seeds([run[name].value for run in by_seed]) for name in names] for by_seed in runs.values()]
+        counted = f"{len(clips.names)} clips, mean and deviation over {len(config.seeds)} seeds"
+        caption = f"Ablation of the calibration: {counted}."
+        table = best_table("calibration", [("", name) for name in names], runs, cells, caption)
+        results = {
+            "counts": {"clips": len(clips.names), "seeds": len(config.seeds), "conditions": len(runs)},
+            "results": {label: measure_numbers(by_seed, config.seeds) for label, by_seed in runs.items()},
+        }
+        numbers = (numbers for by_seed in runs.values() for numbers in by_seed)
+        warnings = ((name, number.warning) for run in numbers for name, number in run.items())
+        write_table(config, metric_suite, table, results, warnings, output)
 
     run_task("ablation", config, config, ("foreground", "background"), list(variants.values()), clips, write)
 
@@ -77,27 +84,3 @@ def _propagation(propagation: str) -> tuple[dict[str, str | int], str]:
         raise UserError(f"propagations: {propagation!r} is neither off, hold nor a number of groups")
     label = "IP, groups of 4" if propagation == "0" else f"IP, M = {propagation}"
     return {"propagation": "iterative", "groups": int(propagation)}, label
-
-
-def _write(
-    config: AblationConfig,
-    metric_suite: MetricSuite,
-    runs: dict[str, list[dict[str, Number]]],
-    clips: int,
-    output: Path,
-) -> None:
-    names = [name for name, _, _ in metric_suite.measured_names()]
-    cells = [[over_seeds([run[name].value for run in by_seed]) for name in names] for by_seed in runs.values()]
-    cells = with_best(cells, [better(name) for name in names])
-    table = Table(
-        "calibration",
-        tuple(map(measure_label, names)),
-        tuple((label, tuple(row)) for label, row in zip(runs, cells, strict=True)),
-        f"Ablation of the calibration: {clips} clips, mean and deviation over {len(config.seeds)} seeds.",
-    )
-    results = {
-        "counts": {"clips": clips, "seeds": len(config.seeds), "conditions": len(runs)},
-        "results": {label: measure_numbers(by_seed, config.seeds) for label, by_seed in runs.items()},
-    }
-    warnings = ((name, number.warning) for by_seed in runs.values() for run in by_seed for name, number in run.items())
-    write_table(config, metric_suite, table, results, warnings, output)

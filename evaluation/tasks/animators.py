@@ -23,17 +23,7 @@ from evaluation.clips import EvaluationClip
 from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import MisalignedClips
 from evaluation.misalignment import SUBSETS
-from evaluation.report import (
-    Table,
-    better,
-    heading,
-    latex,
-    markdown,
-    measure_label,
-    over_seeds,
-    with_best,
-    write_results,
-)
+from evaluation.report import Table, best_table, heading, latex, markdown, measure_label, over_seeds, write_results
 from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, Values, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
@@ -46,24 +36,18 @@ COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
 
 @dataclass
 class AnimatorsConfig(MisalignedTrialsConfig):
-    """Models to compare; `MisalignedTrialsConfig` says on which clips.
+    """Models to compare; `MisalignedTrialsConfig` says on which clips."""
 
-    output: folder for the results.
-    models: pipeline folders; without, the four small ones that are shipped.
-    names: of the models in the table; without, those of their classes.
-    attachments: how TPC is attached: "add" gives calibrated tokens beside the reference's, "replace" in their place.
-    strips: whether strips.png shows the last frame of the first clip of each kind.
-    """
-
-    output: str = "outputs/animators"
+    output: str = "outputs/animators"  # folder for the results
+    # pipeline folders; without, the four small ones that are shipped
     models: list[str] = field(default_factory=lambda: [str(folder) for folder in SMALL_ANIMATORS])
-    names: list[str] | None = None
+    names: list[str] | None = None  # of the models in the table; null: those of their classes
+    # of TPC: "add" gives calibrated tokens beside the reference's, "replace" in their place
     attachments: list[str] = field(default_factory=lambda: ["add", "replace"])
-    strips: bool = True
+    strips: bool = True  # draw strips.png, the last frame of the first clip of each kind
 
 
 def model_names(config: AnimatorsConfig) -> list[str]:
-    """Names of the models in the table."""
     names = config.names or [animator_name(model) for model in config.models]
     if not config.models or len(names) != len(config.models) or len(set(names)) < len(names):
         raise UserError(f"names={names} must be different names, one for each of models={config.models}")
@@ -127,10 +111,7 @@ def animators_table(values: Values, variants: Mapping[str, Variant], caption: st
         [over_seeds(kinds_mean(values, kinds[subset], variant.name, measure)) for subset, measure in columns]
         for variant in variants.values()
     ]
-    rows = with_best(rows, [better(measure) for _, measure in columns])
-    headers = tuple(f"{subset}: {measure_label(measure)}" for subset, measure in columns)
-    labelled = tuple((label, tuple(row)) for label, row in zip(variants, rows, strict=True))
-    return Table("model", headers, labelled, caption)
+    return best_table("model", [(f"{subset}: ", measure) for subset, measure in columns], variants, rows, caption)
 
 
 def kinds_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:

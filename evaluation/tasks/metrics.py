@@ -1,7 +1,8 @@
 """`evaluate.py metrics`: generated clips on disk against the true ones."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +36,16 @@ ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", 
 
 @dataclass
 class MetricsConfig(ProtocolConfig):
-    """Folders to compare; `ProtocolConfig` has everything about measures.
+    """Folders to compare; `ProtocolConfig` has everything about measures."""
 
-    generated, truth: a video, a folder of frames, or a folder of clips, which are matched by name.
-    output: folder for the results; the same command again goes on where it was stopped.
-    masks: folder with the persons' masks of each clip, 255 = person: adds foreground and background.
-    persons: estimate poses in both, for the error of the pose and the colours of body parts.
-    keep_parts: keep the values and features of every clip, some kilobytes a frame, when the results are written.
-    device: "auto", "cpu", "cuda", ...
-    """
-
-    generated: str = MISSING
-    truth: str = MISSING
-    output: str = "outputs/metrics"
+    generated: str = MISSING  # a video, a folder of frames, or a folder of clips, which are matched by name
+    truth: str = MISSING  # the same
+    output: str = "outputs/metrics"  # folder for the results; the same command again goes on where it was stopped
+    # folder with the persons' masks of each clip, 255 = person: adds foreground and background
     masks: str | None = None
-    persons: bool = False
-    keep_parts: bool = False
-    device: str = "auto"
+    persons: bool = False  # estimate poses in both, for the error of the pose and the colours of body parts
+    keep_parts: bool = False  # keep the values and features of every clip, some kilobytes a frame
+    device: str = "auto"  # "auto", "cpu", "cuda", ...
     pose: PoseConfig = field(default_factory=PoseConfig)
 
 
@@ -83,7 +77,7 @@ def run(config: MetricsConfig) -> None:
         counts = {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())}
         results = {
             "counts": counts,
-            "results": {name: number.plain() for name, number in numbers.items()},
+            "results": {name: asdict(number) for name, number in numbers.items()},
             "clips": {
                 name: {"frames": pairs[name].frames} | clip_means(folder)
                 for name, folder in zip(pairs, folders, strict=True)
@@ -98,31 +92,17 @@ def run(config: MetricsConfig) -> None:
 def frame_pairs(
     pair: ClipPair, protocol: Protocol, estimators: list[PoseEstimator] | None = None
 ) -> Iterator[FramePair]:
-    """The frames of two clips in the protocol's form, one at a time.
-
-    Args:
-        estimators: for the generated and the true clip; adds the measures of the person.
-    """
+    """The frames of two clips in the protocol's form, one at a time; with estimators, the person's measures too."""
     formed = _formed_frames(pair, protocol)
     if estimators is None:
         yield from formed
         return
     # The estimators follow each person through the clip, so both streams advance side by side.
-    sides: list[list[np.ndarray]] = [[], []]
-    waiting: list[FramePair] = []
-
-    def stream(side: int) -> Iterator[np.ndarray]:
-        while sides[side] or (following := next(formed, None)) is not None:
-            if not sides[side]:
-                waiting.append(following)
-                sides[0].append(following.generated)
-                sides[1].append(following.truth)
-            yield sides[side].pop(0)
-
-    streams = [with_persons(stream(side), estimator) for side, estimator in enumerate(estimators)]
-    for (generated, found), (truth, target) in zip(*streams, strict=True):
-        frame = waiting.pop(0)
-        yield FramePair(generated, truth, frame.mask, person_values(generated, found, truth, target))
+    frames, ours, theirs = tee(formed, 3)
+    generated = with_persons((frame.generated for frame in ours), estimators[0])
+    truth = with_persons((frame.truth for frame in theirs), estimators[1])
+    for frame, (_, found), (_, target) in zip(frames, generated, truth, strict=True):
+        yield replace(frame, person=person_values(frame.generated, found, frame.truth, target))
 
 
 def _formed_frames(pair: ClipPair, protocol: Protocol) -> Iterator[FramePair]:

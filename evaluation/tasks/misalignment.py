@@ -54,23 +54,16 @@ STRIP_HEIGHT = 192
 
 @dataclass
 class MisalignedTrialsConfig(TrialsConfig):
-    """Trials of the frozen clips, and what is measured beside PSNR and SSIM of person and background.
+    """Trials of the frozen clips, and the measures beside PSNR and SSIM of person and background."""
 
-    kinds: of clips; clips: of each kind, the first ones, 0: all.
-    flicker: also the error of the change from frame to frame.
-    lpips: also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches.
-    weights: folder of ST-LPIPS's network; null: the cache.
-    """
-
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    clips: int = 0
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))  # of clips
+    clips: int = 0  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
-    flicker: bool = False
-    lpips: bool = False
-    weights: str | None = None
+    flicker: bool = False  # also the error of the change from frame to frame
+    lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
+    weights: str | None = None  # folder of ST-LPIPS's network; null: the cache
 
     def protocol(self) -> ProtocolConfig:
-        """The measures that are asked for."""
         measures = ["psnr", "ssim", *(["flicker"] if self.flicker else []), *([LPIPS] if self.lpips else [])]
         measures += PERSON_MEASURES if self.persons else ()
         features = "stand-in" if self.lpips else "none"
@@ -79,20 +72,15 @@ class MisalignedTrialsConfig(TrialsConfig):
 
 @dataclass
 class MisalignmentConfig(MisalignedTrialsConfig):
-    """Presets and variants to measure; `MisalignedTrialsConfig` says on which clips.
+    """Presets and variants to measure; `MisalignedTrialsConfig` says on which clips."""
 
-    output: folder for the results; model: pipeline folder.
-    presets: of TPC, in the order of the tables.
-    variants: of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; what is not
-        said is as in `tpc`.
-    strips: clips of each kind that strips.png shows; 0: no image.
-    """
-
-    output: str = "outputs/misalignment"
-    model: str = str(SHIPPED_MODEL)
+    output: str = "outputs/misalignment"  # folder for the results
+    model: str = str(SHIPPED_MODEL)  # pipeline folder
+    # of TPC, in the order of the tables
     presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
+    # of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; others as in `tpc`
     variants: list[str] = field(default_factory=list)
-    strips: int = 1
+    strips: int = 1  # clips of each kind that strips.png shows; 0: no image
 
     def check(self) -> None:
         super().check()
@@ -156,11 +144,7 @@ class Values:
     seeds: Sequence[int]  # of the initial noise
 
     def by_seed(self, kind: str, variant: str, measure: str, fitting: bool = False) -> list[float | None]:
-        """Mean over the clips of a kind, for every seed.
-
-        Args:
-            fitting: of the clips without misalignment instead; a clip with several counts once.
-        """
+        """Mean over the clips of a kind, or over those `fitting` them (a clip with several counts once), by seed."""
         means = []
         for seed in self.seeds:
             clips = []
@@ -173,7 +157,6 @@ class Values:
         return means
 
     def plain(self) -> list[dict[str, Any]]:
-        """Every trial with the means over its frames, as in JSON."""
         return [
             {"condition": variant, "clip": clip, "seed": seed, **measured}
             for (variant, clip, seed), measured in self.by_trial.items()
@@ -181,17 +164,12 @@ class Values:
 
 
 def read_values(folders: Mapping[Trial, Path], clips: MisalignedClips, seeds: Sequence[int]) -> Values:
-    """The values of all measured trials."""
     by_trial = {(trial.variant.name, trial.clip, trial.seed): clip_means(folder) for trial, folder in folders.items()}
     return Values(by_trial, clips.by_kind, clips.fitting, seeds)
 
 
 def measure_table(values: Values, variants: Mapping[str, Variant], measure: str, caption: str) -> Table:
-    """One measure: a row a kind, a column for the fitting reference and for every variant.
-
-    Args:
-        variants: by label; `WITHOUT` must be among them.
-    """
+    """One measure: a row a kind, a column for the fitting reference and for every variant, `WITHOUT` among them."""
     rows = []
     for kind in values.by_kind:
         cells = [over_seeds(values.by_seed(kind, variants[WITHOUT].name, measure, fitting=True))]
@@ -259,6 +237,5 @@ def _draw_strips(config: MisalignmentConfig, clips: Sequence[EvaluationClip], ou
 
 
 def save_sheet(path: Path, rows: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Write rows of labelled images as one."""
     with complete_file(path) as temporary:
         Image.fromarray(labelled_sheet(rows, STRIP_HEIGHT)).save(temporary)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,10 @@ CLIP_FILE = "clip.json"
 
 @dataclass
 class SplitConfig(ClipsConfig):
-    """Clips to split; `ClipsConfig` says where they come from. A folder needs pose files only.
-
-    output: folder for the results; thresholds: see `ThresholdConfig`.
-    """
+    """Clips to split; `ClipsConfig` says where they come from. A folder needs pose files only."""
 
     dataset: str = MISSING
-    output: str = "outputs/split"
+    output: str = "outputs/split"  # folder for the results
     clips: int = 0
     frames: int = 0
     stride: int = 1
@@ -44,7 +41,7 @@ def run(config: SplitConfig) -> None:
 
     def measure(name: str, folder: Path) -> None:
         measured = misalignment(*clips.poses(name), config.thresholds.score)
-        write_json(folder / CLIP_FILE, classify(name, measured, config.thresholds).plain())
+        write_json(folder / CLIP_FILE, asdict(classify(name, measured, config.thresholds)))
 
     folders = run_parts(list(clips.names), measure, output, state, "comparing poses")
     if state.is_main_process:
@@ -68,7 +65,7 @@ def _write(config: SplitConfig, splits: list[ClipSplit], output: Path) -> None:
     draw_histograms(output / "histogram.png", histograms)
     results = {
         "counts": {name: len(subset) for name, subset in subsets.items()} | {kind: kinds[kind] for kind in KINDS},
-        "clips": {split.name: split.plain() for split in splits},
+        "clips": {split.name: asdict(split) for split in splits},
     }
     lines = ["| clips | number |", "|---|---|", *(f"| {name} | {n} |" for name, n in results["counts"].items())]
     lists = {f"{name}.txt": "".join(f"{split.name}\n" for split in subset) for name, subset in subsets.items()}

@@ -48,19 +48,15 @@ PANELS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class SweepConfig(ClipsConfig, TrialsConfig):
-    """Rendered clips whose reference is turned and scaled; `ClipsConfig` and `TrialsConfig` say which and how.
+    """Rendered clips whose reference is turned and scaled; `ClipsConfig` and `TrialsConfig` say which and how."""
 
-    output: folder for the results; model: pipeline folder.
-    angles: number of angles of the reference over a full turn; 0 leaves angles out.
-    scales: factors on the person's size in the reference, and 1 beside them; [] leaves them out.
-    """
-
-    output: str = "outputs/sweep"
-    model: str = str(SHIPPED_MODEL)
+    output: str = "outputs/sweep"  # folder for the results
+    model: str = str(SHIPPED_MODEL)  # pipeline folder
     clips: int = 8
     frames: int = 4
     stride: int = 6
-    angles: int = 12
+    angles: int = 12  # number of angles of the reference over a full turn; 0 leaves angles out
+    # factors on the person's size in the reference, and 1 beside them; [] leaves them out
     scales: list[float] = field(default_factory=lambda: [0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0])
 
     def check(self) -> None:
@@ -223,9 +219,8 @@ def _write(
         "curves": {
             quantity: {
                 label: {
-                    "x": curve.x.tolist(),
-                    "mean": curve.mean.tolist(),
-                    "deviation": None if curve.deviation is None else curve.deviation.tolist(),
+                    name: None if (values := getattr(curve, name)) is None else values.tolist()
+                    for name in ("x", "mean", "deviation")
                 }
                 for label, curve in lines.items()
             }

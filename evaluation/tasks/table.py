@@ -8,26 +8,21 @@ from evaluation.clips import ClipsConfig, open_clips
 from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.misalignment import SUBSETS, ThresholdConfig, classify, misalignment
-from evaluation.report import Table, better, measure_label, measure_numbers, over_seeds, with_best, write_table
+from evaluation.report import best_table, measure_numbers, over_seeds, write_table
 from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task
 from models.animators.registry import SHIPPED_MODEL
 
 
 @dataclass
 class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Models to compare.
+    """Models to compare."""
 
-    output: folder for the results.
-    models: pipeline folders; names: of them in the table, their folders' names without.
-    thresholds: what makes a clip misaligned.
-    """
-
-    output: str = "outputs/table"
-    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])
-    names: list[str] | None = None
+    output: str = "outputs/table"  # folder for the results
+    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])  # pipeline folders
+    names: list[str] | None = None  # of the models in the table; null: their folders' names
     features: str = "stand-in"
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
+    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
     def check(self) -> None:
         for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
@@ -53,7 +48,31 @@ def run(config: TableConfig) -> None:
             label: {subset: numbers(variant, names) for subset, names in members.items()}
             for label, variant in variants.items()
         }
-        _write(config, metric_suite, runs, members, output)
+        columns = [(subset, measure) for subset in SUBSETS if members[subset] for measure in metric_suite.measures]
+        cells = [
+            [over_seeds([run[m].value if m in run else None for run in by_subset[subset]]) for subset, m in columns]
+            for by_subset in runs.values()
+        ]
+        counts = ", ".join(f"{len(members[subset])} {subset}" for subset in SUBSETS)
+        caption = f"{counts} clips; mean and deviation over {len(config.seeds)} seeds."
+        table = best_table("model", [(f"{subset}: ", measure) for subset, measure in columns], runs, cells, caption)
+        results = {
+            "counts": {subset: len(names) for subset, names in members.items()} | {"seeds": len(config.seeds)},
+            "subsets": members,
+            "results": {
+                label: {subset: measure_numbers(by_seed, config.seeds) for subset, by_seed in by_subset.items()}
+                for label, by_subset in runs.items()
+            },
+        }
+        warnings = (
+            (f"{subset} {name}", number.warning)
+            for by_subset in runs.values()
+            for subset, by_seed in by_subset.items()
+            if members[subset]
+            for run in by_seed
+            for name, number in run.items()
+        )
+        write_table(config, metric_suite, table, results, warnings, output)
 
     run_task("table", config, config, ("",), list(variants.values()), clips, write)
 
@@ -68,42 +87,3 @@ def table_variants(config: TableConfig) -> dict[str, Variant]:
         found[name] = Variant(f"model{index}-without", model, None)
         found[f"{name} + TPC"] = Variant(f"model{index}-with", model, config.tpc)
     return found
-
-
-def _write(
-    config: TableConfig,
-    metric_suite: MetricSuite,
-    runs: dict[str, dict[str, list[dict[str, Number]]]],
-    members: dict[str, list[str]],
-    output: Path,
-) -> None:
-    columns = [(subset, measure) for subset in SUBSETS if members[subset] for measure in metric_suite.measures]
-    cells = [
-        [over_seeds([run[m].value if m in run else None for run in by_subset[subset]]) for subset, m in columns]
-        for by_subset in runs.values()
-    ]
-    cells = with_best(cells, [better(measure) for _, measure in columns])
-    counts = ", ".join(f"{len(members[subset])} {subset}" for subset in SUBSETS)
-    table = Table(
-        "model",
-        tuple(f"{subset}: {measure_label(measure)}" for subset, measure in columns),
-        tuple((label, tuple(row)) for label, row in zip(runs, cells, strict=True)),
-        f"{counts} clips; mean and deviation over {len(config.seeds)} seeds.",
-    )
-    results = {
-        "counts": {subset: len(names) for subset, names in members.items()} | {"seeds": len(config.seeds)},
-        "subsets": members,
-        "results": {
-            label: {subset: measure_numbers(by_seed, config.seeds) for subset, by_seed in by_subset.items()}
-            for label, by_subset in runs.items()
-        },
-    }
-    warnings = (
-        (f"{subset} {name}", number.warning)
-        for by_subset in runs.values()
-        for subset, by_seed in by_subset.items()
-        if members[subset]
-        for run in by_seed
-        for name, number in run.items()
-    )
-    write_table(config, metric_suite, table, results, warnings, output)
