@@ -182,9 +182,13 @@ class Animator(nn.Module, ABC):
     # Training, for animators that are `trainable`
 
     @classmethod
+    def _untrained(cls) -> UserError:
+        return UserError(f"{cls.__name__} cannot be trained: it lacks what docs/animators.md lists for train.py")
+
+    @classmethod
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         """Randomly initialised small networks for images of this side; a `UserError` if sizes do not fit."""
-        raise NotImplementedError
+        raise cls._untrained()
 
     def forward(self, **inputs: Any) -> Tensor:
         """`training_prediction` of these fields of a `TrainingBatch`; DDP and FSDP move and cast their tensors."""
@@ -192,7 +196,7 @@ class Animator(nn.Module, ABC):
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         """One training step's prediction, (b, c, f, h, w)."""
-        raise NotImplementedError
+        raise self._untrained()
 
     def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """The images whose latents training takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""
@@ -203,14 +207,14 @@ class Animator(nn.Module, ABC):
 
     def trainable_choices(self, stage: str) -> tuple[str, ...]:
         """Values of `trainable=` in a stage, beside "lora"; the default comes first."""
-        raise NotImplementedError
+        raise self._untrained()
 
     def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
         """Names of the parameters that a choice trains, each with a gradient in every step.
 
         The image encoder's are among them with `image_encoder` alone.
         """
-        raise NotImplementedError
+        raise self._untrained()
 
     def unused_parameters(self) -> set[str]:
         """Names of the parameters that no prediction depends on."""
