@@ -23,23 +23,15 @@ REFERENCE = -1  # index of the reference, beside those of calibrated images
 
 
 class CalibratedClip(Protocol):
-    """Calibrated images of a clip, and the frames that attend to them; `tpc.Calibration` is one.
+    """Calibrated images of a clip, and the frames that attend to them; `tpc.Calibration` is one."""
 
-    Attributes:
-        images: (m, H, W, 3) uint8; masks: (m, H, W) bool, the calibrated person in each. Both are indexed like arrays.
-        reference_masks: (persons, H, W) bool, the persons in the reference.
-        frames, persons: of the clip, and of the reference.
-        size: (width, height) of the images.
-        replaces_reference: a calibrated image takes the reference's place in its frames.
-    """
-
-    images: Sequence[np.ndarray]
-    masks: Sequence[np.ndarray]
-    reference_masks: np.ndarray
+    images: Sequence[np.ndarray]  # (m, H, W, 3) uint8, indexed like an array
+    masks: Sequence[np.ndarray]  # (m, H, W) bool, the calibrated person in each image
+    reference_masks: np.ndarray  # (persons, H, W) bool, the persons in the reference
     frames: int
-    persons: int
-    size: tuple[int, int]
-    replaces_reference: bool
+    persons: int  # of the reference
+    size: tuple[int, int]  # (width, height)
+    replaces_reference: bool  # a calibrated image takes the reference's place in its frames
 
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the calibrated image each frame attends to at a denoising step, -1 = none."""
@@ -50,8 +42,8 @@ class CalibratedClip(Protocol):
     def flags(self, frames: range, step: int, levels: Sequence[TokenLevel]) -> Visibility | None:
         """Flags for consecutive frames at a denoising step; None where nothing is hidden.
 
-        The keys are [own, if any | reference | calibrated image of each person]; with `replaces_reference` [own, if
-        any | calibrated image of each person, or the reference where the person is uncalibrated].
+        Keys are [own, if any | reference | calibrated image of each person]; with `replaces_reference` [own, if any |
+        calibrated image of each person, or the reference where the person is uncalibrated].
         """
 
 
@@ -94,24 +86,18 @@ def resize_images(images: Tensor, width: int, height: int) -> Tensor:
 
 
 def as_mask(mask: Any, width: int, height: int) -> Tensor:
-    """PIL image, array or tensor (H, W) of bool, bytes or numbers in [0, 1] -> (1, 1, height, width), 0 or 1.
-
-    A pixel of the result that is covered by half belongs to the mask.
-    """
+    """Mask (1, 1, height, width), 0 or 1, of a PIL image, array or tensor (H, W) of bool, bytes or [0, 1]."""
     if isinstance(mask, Image.Image):
         mask = mask.convert("L")
     array = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if array.ndim != 2:
         raise ValueError(f"reference_mask must have shape (H, W), got {tuple(array.shape)}")
     resized = resize_images(unit_range(array)[None, None], width, height)
-    return (resized >= 0.5).float()
+    return (resized >= 0.5).float()  # a pixel covered by half belongs to the mask
 
 
 def clip_pixels(images: Tensor, side: int) -> Tensor:
-    """Images (b, 3, H, W) in [-1, 1] -> (b, 3, side, side) float32 with CLIP's mean and deviation.
-
-    They are squashed to the encoder's square, aspect ratio not kept, in training and inference alike.
-    """
+    """Images (b, 3, H, W) in [-1, 1] squashed to (b, 3, side, side) float32, with CLIP's mean and deviation."""
     # Rounding may leave [0, 1] by a little after the cubic filter; the encoder was trained on clipped images.
     pixels = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
@@ -124,16 +110,11 @@ def clip_mask(masks: Tensor, side: int) -> Tensor:
 
 
 class ImageSequence:
-    """Images of a clip that are resized, converted and moved to a device where they are used, a few at a time.
-
-    Args:
-        images: (f, 3, H, W), uint8 or float in [0, 1].
-        size: (width, height) wanted.
-    """
+    """Images (f, 3, H, W), uint8 or in [0, 1], resized, converted and moved where they are used."""
 
     def __init__(self, images: Tensor, size: tuple[int, int], device: torch.device, dtype: torch.dtype):
         self.images = images
-        self.size = size
+        self.size = size  # (width, height)
         self.device, self.dtype = device, dtype
 
     def __len__(self) -> int:
@@ -147,20 +128,14 @@ class ImageSequence:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some of the reference and calibrated images of a run; pixels, masks and latents are made when asked for.
-
-    Attributes:
-        reference: (1, 3, H, W) in [-1, 1].
-        mask: (1, 1, H, W), 1 where the reference's persons are; None: as the calibration has it.
-        indices: of calibrated images, or `REFERENCE`.
-        encoded: index -> latents (1, c, h, w), each image once in a run: batches of it share them.
-    """
+    """Some of the reference and calibrated images of a run; pixels, masks and latents are made when asked for."""
 
     vae: VAE
-    reference: Tensor
-    mask: Tensor | None = None
+    reference: Tensor  # (1, 3, H, W) in [-1, 1]
+    mask: Tensor | None = None  # (1, 1, H, W), 1 where the reference's persons are; None: as the calibration has it
     calibration: CalibratedClip | None = None
-    indices: Sequence[int] = (REFERENCE,)
+    indices: Sequence[int] = (REFERENCE,)  # of calibrated images, or `REFERENCE`
+    # Index -> latents (1, c, h, w), which the batches of a run share.
     encoded: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -1,9 +1,6 @@
 """Low-rank adapters (Hu et al., ICLR 2022) of an animator's networks, through PEFT.
 
-A folder of adapters has a sub-folder for each adapted network, with the file that diffusers writes; of AnimateAnyone:
-
-    lora/denoising_unet/pytorch_lora_weights.safetensors
-    lora/reference_net/pytorch_lora_weights.safetensors
+A folder of adapters has a sub-folder for each network, such as denoising_unet/pytorch_lora_weights.safetensors.
 """
 
 import json
@@ -27,12 +24,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def adaptable_layers(network: ModelMixin, unused: Collection[str], excluded: Collection[str] = ()) -> list[str]:
-    """Names of the attention projections that a result depends on.
-
-    Args:
-        unused: names of parameters that none depends on.
-        excluded: parts of names of layers that are left out, too.
-    """
+    """Names of attention projections, without `unused` parameters and names that contain one of `excluded`."""
     return [
         name
         for name, module in network.named_modules()
@@ -44,11 +36,9 @@ def adaptable_layers(network: ModelMixin, unused: Collection[str], excluded: Col
 
 
 def add_lora(model: Animator, rank: int, alpha: float, motion: bool) -> None:
-    """Give the attention projections of a model's networks adapters, which start as no change, and make nothing else
-    trainable.
+    """Give a model's attention projections adapters, which start as no change, and make nothing else trainable.
 
-    Args:
-        motion: also those of layers over several frames.
+    `motion`: also the projections of layers over several frames.
     """
     model.requires_grad_(False)
     unused = model.unused_parameters()
@@ -86,14 +76,7 @@ def merge(network: ModelMixin, scale: float = 1.0) -> None:
 
 
 def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.0) -> None:
-    """Add the adapters of a folder to the weights of a pipeline.
-
-    Args:
-        scale: weight of the adapters; 1 as they were trained.
-
-    Raises:
-        UserError: no adapters there, or adapters of other networks.
-    """
+    """Add the adapters of a folder, times `scale`, to a pipeline's weights; UserError where they do not fit."""
     folder, names = Path(folder), pipeline.animator_cls.adapted_networks
     if not any((folder / name / FILE).is_file() for name in names):
         places = " or ".join(f"{name}/{FILE}" for name in names) or f"{type(pipeline).__name__} takes none"
@@ -107,7 +90,7 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.
 
 
 def check_fit(network: ModelMixin, file: Path) -> None:
-    """Refuse adapters of layers that the network does not have, or has in another size."""
+    """UserError for adapters of layers that the network does not have, or has in another size."""
     try:
         with safe_open(file, "pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}

@@ -45,22 +45,20 @@ DECODED_BY_GPU, DECODED_BY_CPU = 8, 1
 
 @dataclass
 class AnimationPipelineOutput(BaseOutput):
-    """Frames of one clip, by `output_type`: list of PIL images, array (f, H, W, 3) of float32 in [0, 1] or of uint8,
-    tensor (f, 3, H, W) in [0, 1], or latents (1, c, f, h, w)."""
+    """Frames of one clip in the form of `output_type`."""
 
+    # PIL images, array (f, H, W, 3) in [0, 1] or uint8, tensor (f, 3, H, W) in [0, 1], latents (1, c, f, h, w)
     frames: list[Image.Image] | np.ndarray | Tensor
 
 
 def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
-    """Decorator of a pipeline class, whose constructor takes what the animator's does, a VAE and a scheduler.
-
-    diffusers reads from the signature of the constructor which components and settings a pipeline saves.
-    """
+    """Decorator of a pipeline class, whose constructor takes what the animator's does, a VAE and a scheduler."""
 
     def own(self: Any, vae: VAE, scheduler: SchedulerMixin, window_size: int | None = None) -> None: ...
 
     this, vae, scheduler, window_size = inspect.signature(own).parameters.values()
     networks, settings = animator_cls.constructor_parameters()
+    # diffusers reads from it which components and settings a pipeline saves.
     signature = inspect.Signature([this, vae, *networks, scheduler, *settings, window_size])
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,18 +79,11 @@ def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
 class AnimationPipeline(DiffusionPipeline):
     """An animator with VAE and scheduler; of AnimateAnyone, and the base of other animators' pipelines.
 
-    Everything that depends on the model is asked of the animator; see `models.animators.base` and `docs/animators.md`.
-
-    Attributes:
-        animator: the networks as the denoising loop uses them.
-
-    Args:
-        window_size: frames that the model was trained on, the default of `__call__`; None: all that its motion
-            modules know.
+    `window_size`: frames that the model was trained on; None: all that its motion modules know.
     """
 
     animator_cls: type[Animator]
-    animator: Animator
+    animator: Animator  # the networks as the denoising loop uses them; all that depends on the model is asked of it
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -179,41 +170,30 @@ class AnimationPipeline(DiffusionPipeline):
         """Animate the person of `reference` with `poses`.
 
         Args:
-            reference: an image: PIL image, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
-            poses: pose images of f frames: list of PIL images, array (f, H, W, 3), or tensor (f, 3, H, W), in [0, 1]
-                or uint8; see `data.poses.drawing.draw_pose`.
-            calibration: result of `tpc.calibrate` for these frames at this size; None runs without TPC.
+            reference: image: PIL, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
+            poses: pose images: f PIL images, array (f, H, W, 3) or tensor (f, 3, H, W), in [0, 1] or uint8.
+            calibration: result of `tpc.calibrate` for these frames at this size; None: without TPC.
             width, height: of the result in pixels; default: those of the first pose image.
             num_inference_steps: denoising steps.
-            guidance_scale: 1 switches classifier-free guidance off; its unconditional half attends to neither
-                reference nor calibrated images, and keeps the pose. Models with several scales take one number for
-                all, or a sequence.
-            window_size: frames denoised together; default: what the model was trained on, at most all.
+            guidance_scale: 1: no classifier-free guidance; one number, or one for each scale of the model.
+            window_size: frames denoised together; default: what the model was trained on.
             window_overlap: frames that neighbouring windows share at least.
-            shift_windows: move the windows at every step, so that no frame is always at a window's end; one more
-                window a step.
-            generator: source of the initial noise; a CPU generator gives the same noise on every device.
-            latents: initial noise, (1, c, f, h, w), instead of drawing it.
-            output_type: "pil", "np", "uint8", "pt" or "latent"; "uint8" takes least memory, for long clips.
+            shift_windows: move the windows at every step, which takes one more of them.
+            generator: of the initial noise; a CPU generator draws the same on every device.
+            latents: initial noise (1, c, f, h, w), instead of drawing it.
+            output_type: "pil", "np", "uint8" (least memory), "pt" or "latent".
             return_dict: False returns a tuple.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every step; what it
-                returns replaces the tensors.
+            callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> tensors that replace these.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
             decode_chunk_size: frames the VAE decodes at a time; default: one on CPUs, 8 elsewhere.
-            attention: records what frames attend to in the reference and in calibrated images, in the conditional
-                half of guidance; the result stays the same, bit for bit.
-            reference_mask: where the reference's persons are, for models that take them apart from the background:
-                array or tensor (H, W) in [0, 1] or uint8, or PIL image; default: as the calibration has it.
-            guidance_interval: noise levels (low, high]; elsewhere the conditional half of guidance runs alone. Levels
-                are the share of noise in the noisy latents, 0 to 1, see `models.sampling.noise_level`.
-            solver: of `models.sampling.SOLVERS`, in place of the pipeline's own scheduler.
-
-        Returns:
-            `AnimationPipelineOutput`, or a tuple of its frames.
+            attention: records the attention to images in the conditional half of guidance.
+            reference_mask: (H, W) in [0, 1] or uint8, or PIL: the persons; default: the calibration's.
+            guidance_interval: noise levels (low, high] of 0 to 1 that are guided, see `models.sampling.noise_level`.
+            solver: of `models.sampling.SOLVERS`, in place of the pipeline's scheduler.
 
         Raises:
-            ValueError: for inputs that disagree in size or count, named.
-            UserError: the model needs a mask and there is none; or a solver or an interval that does not fit.
+            ValueError: inputs that disagree in size or count.
+            UserError: a mask that the model needs is missing; a solver or interval that does not fit.
         """
         animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
         poses = image_tensor(poses, "poses")
@@ -251,6 +231,7 @@ class AnimationPipeline(DiffusionPipeline):
                     if attention is not None:
                         context = replace(context, probe=attention.probe(step, int(timestep), windows, i))
                     pose = pose_condition(window, sample, timestep)
+                    # The unconditional half attends to no images, and keeps the pose.
                     condition = Condition(references.conditioning, pose, context)
                     frames = slice(window.start, window.stop)
                     predicted = animator.predict(sample[:, :, frames], timestep, condition, step_scales)
@@ -317,11 +298,7 @@ class AnimationPipeline(DiffusionPipeline):
     def prepare_images(
         self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int]
     ) -> ImageBatch:
-        """The images of a run, the reference in the wanted size (width, height) on the networks' device.
-
-        Raises:
-            UserError: the animator needs a mask and there is none.
-        """
+        """Images of a run, the reference resized to (width, height); UserError without a mask that is needed."""
         device, dtype = self._execution_device, self.animator.dtype
         pixels = resize_images(as_images(reference, "reference")[:1], *size).to(device, dtype) * 2 - 1
         if self.animator.needs_mask and mask is None and (calibration is None or not calibration.persons):

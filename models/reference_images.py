@@ -20,15 +20,7 @@ MAX_IMAGES = 128
 class ReferenceImages:
     """Contexts for the windows of a run.
 
-    Args:
-        images: of the run.
-        steps: denoising steps.
-        max_images: how many images are kept encoded. A run with more keeps those of one step, or of one window.
-
-    Attributes:
-        conditioning: from the animator's `encode_reference`.
-        tokens, projected: by layer, see `ReferenceContext`.
-        rows: index of an encoded image -> its row in the tokens.
+    Of more than `max_images` images only those of a step or a window stay encoded.
     """
 
     def __init__(self, animator: Animator, images: ImageBatch, steps: int, max_images: int = MAX_IMAGES):
@@ -39,15 +31,15 @@ class ReferenceImages:
         self.levels = token_levels(animator.attention_layers((height // factor, width // factor)))
         self.used = [] if self.calibration is None else [int(image) for image in self.calibration.used(steps)]
         self.conditioning = animator.encode_reference(images.select([REFERENCE]))
+        # By layer, see `ReferenceContext`.
         self.tokens: dict[str, Tensor] = {}
         self.projected: dict[str, tuple[Tensor, Tensor]] = {}
-        self.rows: dict[int, int] = {}
+        self.rows: dict[int, int] = {}  # index of an encoded image -> its row in the tokens
         self._encoded_at: int | None = None
         self._index: tuple[int, np.ndarray] | None = None
 
     def start_latents(self) -> Tensor:
-        """Latents (1, c, f, h, w) of the image that each frame of a calibrated clip takes as its reference, or
-        (1, c, 1, h, w) where all take the reference."""
+        """Latents (1, c, f, h, w) of what replaces each frame's reference, or (1, c, 1, h, w) of the reference."""
         indices = [REFERENCE]
         if self.calibration is not None and self.calibration.replaces_reference:
             indices = self.index(0).max(axis=1, initial=REFERENCE).tolist()
@@ -108,11 +100,7 @@ class ReferenceImages:
 
 
 def attended_images(calibrated: Tensor, replaces_reference: bool) -> Tensor:
-    """The images that frames attend to, (f, k): the reference, image 0, and one of each person, or those alone.
-
-    Args:
-        calibrated: (f, persons) long, 0 for uncalibrated persons.
-    """
+    """Rows (f, k) of the attended images: the reference and `calibrated` (f, persons), or the latter alone."""
     if replaces_reference and calibrated.shape[1]:
         return calibrated
     return torch.cat([calibrated.new_zeros(len(calibrated), 1), calibrated], dim=1)

@@ -1,7 +1,6 @@
-"""How clips are sampled: solvers of the noise schedule that a pipeline folder carries, and context windows.
+"""Solvers of the noise schedule, guidance in an interval of noise levels, and context windows of long clips.
 
-Long clips are denoised in overlapping windows whose predictions are blended. They are open-ended: none wraps from the
-last frame to the first, which the peers' do and which mixes the end of a clip with its beginning.
+Windows overlap and their predictions are blended. They are open-ended: none wraps from the last frame to the first.
 """
 
 import math
@@ -13,29 +12,24 @@ from torch import Tensor
 
 from core.errors import UserError
 
+# DPM-Solver++ of second order with multisteps (Lu et al., 2022); UniPC of second order (Zhao et al., 2023).
 SOLVERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 EVERY_LEVEL = (0.0, 1.0)  # of noise
 
 
 def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
-    """Another solver of the same diffusion: its noise levels, prediction type, spacing and last noise level.
+    """A solver, one of `SOLVERS`, of the same diffusion: noise levels, prediction type, spacing and last level.
 
-    The last step goes where the given scheduler's does, to no noise or to the lowest level that was trained
-    (`set_alpha_to_one` of DDIM). Spacing "leading" differs by a step between diffusers' DDIM and the others.
-
-    Args:
-        solver: "ddim"; "dpm++", DPM-Solver++ of second order with multisteps (Lu et al., 2022); or "unipc", UniPC of
-            second order (Zhao et al., 2023).
-
-    Raises:
-        UserError: a scheduler whose diffusion the solvers do not know.
+    UserError for a scheduler whose diffusion the solvers do not know.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     config = scheduler.config
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:
         raise UserError(f"solver={solver} cannot take the place of the model's {type(scheduler).__name__}")
+    # The last step goes to no noise or to the lowest trained level, where the given scheduler's does (DDIM's
+    # `set_alpha_to_one`). Spacing "leading" differs by a step between diffusers' DDIM and the others.
     last = config.get("final_sigmas_type") or ("zero" if config.get("set_alpha_to_one", True) else "sigma_min")
     clips = config.get("clip_sample", False)
     if solver == "ddim":
@@ -48,11 +42,7 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
 
 
 def check_sampling(guidance_interval: Sequence[float], solver: str | None) -> None:
-    """Refuse an interval of noise levels or a solver that does not exist.
-
-    Raises:
-        UserError: naming it.
-    """
+    """UserError for an interval of noise levels or a solver that does not exist."""
     interval = list(guidance_interval)
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"guidance_interval={interval} must be two numbers, 0 <= first < second <= 1")
@@ -63,11 +53,9 @@ def check_sampling(guidance_interval: Sequence[float], solver: str | None) -> No
 def guidance_at(
     scales: tuple[float, ...], interval: Sequence[float], scheduler: SchedulerMixin, timestep: Tensor
 ) -> tuple[float, ...]:
-    """Scales of guidance at one step: as they are for noise levels in (low, high], all 1 elsewhere.
-
-    Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-    Models", 2024; its levels s are s / sqrt(1 + s^2) here.
-    """
+    """Guidance scales at a timestep: `scales` for noise levels in (low, high], 1 elsewhere."""
+    # Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+    # Diffusion Models", 2024; its levels s are s / sqrt(1 + s^2) here.
     low, high = interval
     # The whole range includes the level 0, and asks no scheduler for its levels.
     if (low, high) == EVERY_LEVEL or low < noise_level(scheduler, timestep) <= high:
@@ -76,10 +64,7 @@ def guidance_at(
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
-    """Share of noise in the noisy latents at a timestep, their standard deviation of it, in [0, 1].
-
-    It is s / sqrt(1 + s^2) of the noise level s that is counted against latents of unchanged size.
-    """
+    """Share of noise in the noisy latents at a timestep, in [0, 1]."""
     return float((1 - scheduler.alphas_cumprod[timestep.cpu()]).sqrt())
 
 
@@ -91,15 +76,8 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 def context_windows(num_frames: int, size: int, overlap: int, shift: float = 0.0) -> list[range]:
     """Ranges of `size` frames that cover a clip, neighbours sharing at least `overlap` frames.
 
-    Starts are spread evenly, so the last window ends with the clip and no window is shorter than the others. A clip
-    of at most `size` frames is one window.
-
-    Args:
-        shift: in [0, 1), moves all windows but the first and the last by this fraction of their distance, and takes
-            one more of them.
-
-    Raises:
-        ValueError: for sizes or a shift that cannot be, or an overlap that is not smaller than the window.
+    Starts are spread evenly and the last window ends with the clip. `shift` in [0, 1) moves all but the first and the
+    last window by this fraction of their distance, and adds one. ValueError for numbers that cannot be.
     """
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
@@ -122,11 +100,8 @@ def step_shift(step: int) -> float:
 
 
 def window_weights(windows: list[range], num_frames: int) -> list[Tensor]:
-    """Blending weights of each window's frames, (size,) float32, which sum to 1 over the windows of every frame.
-
-    A window counts most in its middle, where its motion modules see context on both sides, and tapers linearly
-    towards ends that it shares with a neighbour; the clip's own ends are not tapered.
-    """
+    """Blending weights of each window's frames, (size,) float32, which sum to 1 over the windows of every frame."""
+    # Largest in the middle, where motion modules see context on both sides, tapered linearly to ends that are shared.
     weights = []
     for window in windows:
         size = len(window)

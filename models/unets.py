@@ -1,9 +1,6 @@
-"""ReferenceNet, denoising UNet with motion modules, and pose guider, on diffusers' stock blocks.
+"""ReferenceNet, denoising UNet with motion modules, and pose guider, on diffusers' stock blocks and parameter names.
 
-Shapes use b = batch, f = frames, c = channels, h, w = latent height and width.
-
-Parameter names are those of diffusers; where the published AnimateAnyone code computes something else than
-diffusers does, the class says so.
+Shapes use b = batch, f = frames, i = images, c = channels, h, w = latent height and width.
 """
 
 import inspect
@@ -64,13 +61,9 @@ class ReferenceNet(UNet2DConditionModel):
 
 
 class ClipGroupNorm(nn.GroupNorm):
-    """GroupNorm with one set of statistics for all frames of a clip, (f, c, h, w) -> same shape.
+    """GroupNorm with one set of statistics for all frames of a clip, (f, c, h, w) -> same shape."""
 
-    Attributes:
-        single_frames: in training mode, each of the frames is a clip of its own. In evaluation they are one clip.
-    """
-
-    single_frames = False
+    single_frames = False  # in training mode each frame is a clip of its own; in evaluation they are one clip
 
     def forward(self, frames: Tensor) -> Tensor:
         if self.single_frames and self.training:
@@ -79,7 +72,7 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 def clip_norm(norm: nn.GroupNorm) -> ClipGroupNorm:
-    """The same norm, over clips. Its parameters are those of `norm`."""
+    """The same norm over clips, with the parameters of `norm`."""
     replacement = ClipGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
     replacement.weight, replacement.bias = norm.weight, norm.bias
     return replacement
@@ -88,9 +81,8 @@ def clip_norm(norm: nn.GroupNorm) -> ClipGroupNorm:
 class MotionModule(AnimateDiffTransformer3D):
     """Temporal transformer as AnimateDiff and AnimateAnyone trained it.
 
-    It differs from its diffusers parent in four ways: GroupNorm statistics are taken per frame, a single frame passes
-    through unchanged unless `single_frames` says otherwise, the output projection starts at zero, and its blocks take
-    part in gradient checkpointing.
+    Unlike in its diffusers parent GroupNorm statistics are of one frame, a single frame passes unchanged unless
+    `single_frames`, the output projection starts at zero, and blocks take part in gradient checkpointing.
     """
 
     def __init__(
@@ -141,7 +133,7 @@ class MotionModule(AnimateDiffTransformer3D):
 
 
 class PoseConv2d(nn.Conv2d):
-    """Convolves the first `in_channels` channels and adds the remaining ones, pose features if any, to the result."""
+    """Convolution of the first `in_channels` channels, plus the remaining ones, pose features if any."""
 
     def forward(self, x: Tensor) -> Tensor:
         latents, pose_features = x.tensor_split([self.in_channels], dim=1)
@@ -150,11 +142,9 @@ class PoseConv2d(nn.Conv2d):
 
 
 def with_parameters(init: Callable, **added: object) -> Callable:
-    """Decorator of an `__init__` that takes the parameters of `init` and further ones, name=default.
+    """Decorator of an `__init__` that takes the parameters of `init` and further ones, name=default."""
 
-    diffusers reads from the signature which entries of a saved configuration belong to a class.
-    """
-
+    # diffusers reads from the signature which entries of a saved configuration belong to a class.
     def decorate(function: Callable) -> Callable:
         function = wraps(init)(function)
         signature = inspect.signature(init)
@@ -166,15 +156,7 @@ def with_parameters(init: Callable, **added: object) -> Callable:
 
 
 class DenoisingUNet(UNetMotionModel):
-    """AnimateDiff's UNet with pose features added after its first convolution and reference images in its attention.
-
-    Its configuration is that of `UNetMotionModel` and:
-        norm_scope: "frame" or "clip", over which the GroupNorms of ResNets and output take their statistics. It is
-            "clip" in MagicAnimate and AnimateDiff v1, which therefore tie a frame's result to the others.
-        motion_norm_num_groups: groups of the motion modules' norm; None: `norm_num_groups`.
-        motion_on_single_frames: motion modules act on clips of one frame, as the published code has it; otherwise
-            the UNet is an image model there.
-    """
+    """AnimateDiff's UNet with pose features after its first convolution and reference images in its attention."""
 
     @with_parameters(
         UNetMotionModel.__init__, norm_scope="frame", motion_norm_num_groups=None, motion_on_single_frames=False
@@ -182,9 +164,11 @@ class DenoisingUNet(UNetMotionModel):
     def __init__(
         self,
         *args,
+        # "frame" or "clip", over which GroupNorms of ResNets and output take their statistics; "clip" in MagicAnimate
+        # and AnimateDiff v1, which therefore tie a frame's result to the others.
         norm_scope: str = "frame",
-        motion_norm_num_groups: int | None = None,
-        motion_on_single_frames: bool = False,
+        motion_norm_num_groups: int | None = None,  # None: `norm_num_groups`
+        motion_on_single_frames: bool = False,  # as the published code has it; False: an image model there
         **kwargs,
     ):
         if norm_scope not in ("frame", "clip"):
@@ -225,19 +209,10 @@ class DenoisingUNet(UNetMotionModel):
         reference: ReferenceContext | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Predict the noise or velocity of a clip.
+        """Predicted noise or velocity (b, c, f, h, w) of noisy latents (b, c, f, h, w) at timesteps, scalar or (b,).
 
-        Args:
-            sample: noisy latents, (b, c, f, h, w).
-            timestep: scalar or (b,).
-            encoder_hidden_states: image embedding or text, (b, tokens, channels).
-            pose_features: output of the `PoseGuider`, (b, c, f, h, w), added after the first convolution.
-            reference: the images that frames attend to; None: no image.
-            residuals: output of a ControlNet, (b*f, c, h', w') each: those of the skip connections, then that of the
-                middle block.
-
-        Returns:
-            Prediction, (b, c, f, h, w).
+        Context is (b, tokens, channels), pose features (b, c, f, h, w). Residuals of a ControlNet are (b*f, c, h', w')
+        each, those of the skip connections, then that of the middle block.
         """
         by_clip = self.config.norm_scope == "clip" and not self.takes_single_frames(sample.shape[2])
         if by_clip and len(sample) > 1:
@@ -280,14 +255,14 @@ class DenoisingUNet(UNetMotionModel):
         return torch.cat(predictions)
 
     def use_motion_on_single_frames(self, used: bool) -> None:
-        """Change `motion_on_single_frames`. Image training of a published model wants the image model: False."""
+        """Set `motion_on_single_frames`; image training of a published model needs the image model: False."""
         self.register_to_config(motion_on_single_frames=used)
         for module in self.modules():
             if isinstance(module, MotionModule):
                 module.single_frames = used
 
     def train_on_single_frames(self, used: bool) -> None:
-        """Say that batches in training mode are single frames, which norms over clips then take all at once."""
+        """Take the batch entries in training mode as single frames, which norms over clips then take all at once."""
         for module in self.modules():
             if isinstance(module, ClipGroupNorm):
                 module.single_frames = used
@@ -302,18 +277,16 @@ class DenoisingUNet(UNetMotionModel):
 
 
 def one_token_parameters(unet: nn.Module) -> list[str]:
-    """Names of the parameters that cross-attention to a single token does not depend on: its queries and keys.
-
-    Softmax over one key is 1 whatever they are, so their gradient is zero; only weight decay would ever move them.
-    """
+    """Names of the parameters that cross-attention to a single token does not depend on: its queries and keys."""
+    # Softmax over one key is 1, so their gradient is zero; only weight decay would ever move them.
     unused = re.compile(r"\.attn2\.to_[qk]\.|\.transformer_blocks\.\d+\.norm2\.")
     return [name for name, _ in unet.named_parameters() if unused.search(name) and "motion_modules" not in name]
 
 
 class PoseGuider(ControlNetConditioningEmbedding, ModelMixin, ConfigMixin):
-    """Encodes pose images into features of the denoising UNet's first resolution, frame by frame.
+    """Features of pose images for the denoising UNet's first resolution, frame by frame.
 
-    Each entry of `block_out_channels` after the first halves the image, so four of them fit a VAE of factor 8.
+    Each of `block_out_channels` after the first halves the image: four of them fit a VAE of factor 8.
     """
 
     @register_to_config

@@ -15,15 +15,10 @@ VAE = AutoencoderKL | AutoencoderTiny
 
 
 def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
-    """Images (n, 3, H, W) in [-1, 1] -> latents (n, c, h, w), scaled to about unit variance.
-
-    Args:
-        chunk: images at a time; None: all at once.
-        sample: draw from the posterior of an AutoencoderKL instead of taking its mean.
-    """
+    """Latents (n, c, h, w), scaled to about unit variance, of images (n, 3, H, W) in [-1, 1], `chunk` at a time."""
     parts = []
     for part in images.split(chunk or len(images)):
-        encoded = vae.encode(part)
+        encoded = vae.encode(part)  # `sample` draws from the posterior instead of taking its mean
         if isinstance(vae, AutoencoderTiny):
             parts.append(encoded.latents)
         else:
@@ -32,11 +27,7 @@ def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool 
 
 
 def vae_posterior(vae: VAE, images: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (n, c, h, w) each.
-
-    Args:
-        chunk: images at a time; None: all at once.
-    """
+    """Mean and standard deviation, (n, c, h, w) each, of the scaled latents of images (n, 3, H, W) in [-1, 1]."""
     means, deviations = [], []
     for part in images.split(chunk or len(images)):
         encoded = vae.encode(part)
@@ -73,14 +64,7 @@ def load_vae(folder: str | Path) -> VAE:
 def vae_class(
     folder: str | Path, argument: str = "model.vae"
 ) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
-    """Class and configuration of the VAE in a folder, from its config.json.
-
-    Args:
-        argument: what the user calls the folder, for errors.
-
-    Raises:
-        UserError: not a VAE's folder, or another one's.
-    """
+    """Class and configuration of the VAE in a folder; UserError, naming the argument, where there is none."""
     index = Path(folder) / "config.json"
     if not index.is_file():
         raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")

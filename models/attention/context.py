@@ -1,4 +1,4 @@
-"""The reference images that frames attend to, as a value among a network's arguments.
+"""Reference images that frames attend to, as a value among a network's arguments.
 
 Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
 k = reference images that a frame attends to, g = flag channels, c = channels, d = channels of a head.
@@ -20,10 +20,7 @@ class Probe(Protocol):
     def record(
         self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
     ) -> None:
-        """Record the attention of queries (b*f, heads, n, d) to keys (b*f, heads, keys, d) in one layer.
-
-        The keys are [own tokens, if any | image 0 | ... | image k-1]; flags are None where all is visible.
-        """
+        """Record queries (b*f, heads, n, d) and keys (b*f, heads, keys, d) of a layer; flags None: all is visible."""
 
     def clip(self, rows: slice) -> Self:
         """A probe of these frames of the batch, for networks that take the clips of a batch one after another."""
@@ -31,13 +28,11 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceContext:
-    """The reference images that a batch of frames attends to.
-
-    Keys are [own n | image 0: r | ... | image k-1: r], in cross-attention without the own ones.
-    """
+    """The reference images that a batch of frames attends to."""
 
     # Layer, or a name that layers share -> (i, r, c), the tokens of the i different images. A layer of reference
     # attention without tokens attends to its own frame only.
+    # Keys are [own n | image 0: r | ... | image k-1: r], in cross-attention without the own ones.
     tokens: dict[str, Tensor]
     index: Tensor  # (b*f, k) long, the images of each frame
     visibility: Visibility | None = None  # None: every key is visible

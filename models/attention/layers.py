@@ -1,4 +1,4 @@
-"""Layers in which frames attend to reference images: where they are in a network, and what their tokens are.
+"""Layers in which frames attend to reference images: their grids in a network, and their keys.
 
 Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid of tokens, H, W = image size.
 """
@@ -74,11 +74,7 @@ def self_attention_level(grid: tuple[int, int], image_grid: tuple[int, int] | No
 
 
 def token_levels(layers: dict[str, LayerShape]) -> list[TokenLevel]:
-    """The different levels of some layers, finest first.
-
-    Raises:
-        ValueError: layers of as many query tokens that attend to different keys.
-    """
+    """Different levels of some layers, finest first; ValueError where equal query tokens attend to different keys."""
     levels = {TokenLevel(shape.grid, shape.layout) for shape in layers.values()}
     if len({level.tokens for level in levels}) < len(levels):
         raise ValueError(f"layers with as many query tokens must have the same grids and keys, got {levels}")
@@ -95,11 +91,7 @@ def unet_layers(
 def image_token_layers(
     network: nn.Module, latent_size: tuple[int, int], keys: KeyLayout, prefix: str = ""
 ) -> dict[str, LayerShape]:
-    """Layers of cross-attention to image tokens in a UNet or ControlNet, in the order in which they run.
-
-    Args:
-        prefix: of the names, as given to `set_image_processors`.
-    """
+    """Layers of cross-attention to image tokens, as they run; prefix: see `set_image_processors`."""
     names = [name.removeprefix(prefix) for name in image_layers(network)]
     found = layer_shapes(network, latent_size, names, keys)
     return {f"{prefix}{name}": shape for name, shape in found.items()}

@@ -89,7 +89,6 @@ class RecordedAttention:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
         return sum(array.nbytes for arrays in (self.maps, self.own) for array in arrays.values())
 
     def query_map(
@@ -100,14 +99,10 @@ class RecordedAttention:
         frame: int | None = None,
         head: int | None = None,
     ) -> QueryMap:
-        """Attention of one query.
+        """Attention of one query; step, frame, head: None takes the mean of the recorded ones.
 
-        Args:
-            point: index or name of a recorded point; with all query tokens recorded, (x, y) in pixels.
-            step, frame, head: None takes the mean of the recorded ones.
-
-        Raises:
-            UserError: something that was not recorded, or a point that is not visible there.
+        `point` is an index or name, or (x, y) in pixels where all query tokens were recorded. UserError for what was
+        not recorded, or a point that is not visible there.
         """
         if layer not in self.maps:
             raise UserError(f"layer={layer} was not recorded; there are {', '.join(self.maps)}")
@@ -173,7 +168,7 @@ class RecordedAttention:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Open a recording; maps stay on disk until they are used. UserError when the folder does not hold one."""
+        """Open a recording, maps staying on disk until they are used; UserError when the folder does not hold one."""
         folder = Path(folder)
         try:
             facts = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
@@ -224,7 +219,7 @@ def array_file(name: str, layer: str) -> str:
 
 
 def recording_folder(folder: str | Path) -> Path:
-    """The folder as a path, or a UserError when something else than a recording is there."""
+    """The folder as a path; UserError when something else than a recording is there."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / RECORD_FILE).exists() or not any(folder.iterdir()))):
         raise UserError(f"folder={folder} exists and does not hold recorded attention; give a new folder")

@@ -1,11 +1,7 @@
 """Masked attention without a mask tensor: flags of queries and keys say what is hidden from whom.
 
-A pair is hidden when its query and its key share a raised flag,
-
-    hidden(query, key) = sum_g query_flags[g] key_flags[g] > 0.
-
-Appended to query and key as g channels, flags times a penalty, they push hidden logits far down in plain
-scaled-dot-product attention, so every fused kernel serves; visible logits get exactly 0 added.
+hidden(query, key) = sum_g query_flags[g] key_flags[g] > 0. Flags times a penalty, appended as g channels, push hidden
+logits far down in plain scaled-dot-product attention, so every fused kernel serves; visible ones get exactly 0 added.
 
 Shapes use b = batch, n = query tokens, g = flag channels, d = channels of a head.
 """
@@ -58,10 +54,8 @@ def masked_attention(
 def append_flags(
     query: Tensor, key: Tensor, query_flags: Tensor, key_flags: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Query (b, heads, n, d) and key (b, heads, keys, d) with g flag channels and zeros up to a multiple of 8.
-
-    `scale` must stay that of d channels, 1 / sqrt(d).
-    """
+    """Query (b, heads, n, d) and key (b, heads, keys, d) with g flag channels and zeros up to a multiple of 8."""
+    # `scale` stays that of d channels, 1 / sqrt(d).
     padding = -(query.shape[-1] + query_flags.shape[-1]) % 8
     # A power of two is exact in every dtype, and the factor goes where 0 stays 0.
     factor = 2.0 ** math.ceil(math.log2(PENALTY / scale))
@@ -78,5 +72,5 @@ def hidden_pairs(query_flags: Tensor, key_flags: Tensor) -> Tensor:
 
 
 def dense_mask(visibility: Visibility, n: int) -> Tensor:
-    """(b, n, keys) bool, True = visible: the flags of layers with n query tokens, written out."""
+    """(b, n, keys) bool, True where layers with n query tokens leave a pair visible."""
     return ~hidden_pairs(visibility.query[n], visibility.key[n])

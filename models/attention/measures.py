@@ -1,9 +1,7 @@
 """Coords of tokens, and measures of attention over the tokens of an image, differentiable where they can be.
 
-Coords are (x, y). In pixels, pixel centres are integers; in tokens, 0 is the centre of the first token. An image of
-W pixels spans [-0.5, W - 0.5], as a grid of w tokens spans [-0.5, w - 0.5].
-
-Shapes use ... = any leading axes, such as frames and points, r = h*w tokens of an image's grid, H, W = image size.
+Coords are (x, y): in pixels, pixel centres are integers and an image of W pixels spans [-0.5, W - 0.5]; in tokens, 0
+is the centre of the first one. Shapes use ... = any leading axes, r = h*w tokens of a grid, H, W = image size.
 """
 
 import torch
@@ -44,10 +42,8 @@ def token_distances(coords: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def edge_distances(coords: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Distances (..., r) in tokens from coords (..., 2) to the edges of all tokens; 0 inside.
-
-    On a coarse grid centres lie far from what their tokens hold, so what a token cannot resolve does not count.
-    """
+    """Distances (..., r) in tokens from coords (..., 2) to the edges of all tokens; 0 inside."""
+    # On a coarse grid centres lie far from what their tokens hold; what a token cannot resolve does not count.
     apart = (coords[..., None, :] - token_centres(grid, coords)).abs() - 0.5
     return apart.clamp(min=0).norm(dim=-1)
 

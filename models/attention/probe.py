@@ -25,13 +25,10 @@ COPIES = 4
 
 
 class AttentionProbe:
-    """Attention of some queries of some layers, with gradients; a `models.attention.context.Probe`.
-
-    Args:
-        queries: number of query tokens n of a layer -> the probed ones, (b*f, p) long; other layers are left alone.
-    """
+    """Attention of some queries of some layers, with gradients; a `models.attention.context.Probe`."""
 
     def __init__(self, queries: Mapping[int, Tensor]):
+        # Number of query tokens n of a layer -> the probed ones, (b*f, p) long; other layers are left alone.
         self.queries = dict(queries)
         self.tokens: dict[str, int] = {}  # layer -> n
         self._first_row = 0

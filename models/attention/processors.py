@@ -1,8 +1,7 @@
-"""Attention to reference images.
+"""Attention to reference images, which travel as an argument, never as state on a module.
 
 In reference attention the ReferenceNet writes the tokens that enter its self-attention layers, and the denoising UNet
-reads them as extra keys and values. In other models images are tokens of an image encoder in cross-attention. The
-images travel as an argument (`cross_attention_kwargs`), never as state on a module.
+reads them as extra keys and values. In other models images are tokens of an image encoder in cross-attention.
 
 Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = tokens of one reference image,
 k = reference images that a frame attends to, d = channels of a head, c = channels of all heads.
@@ -20,10 +19,7 @@ from models.attention.masking import masked_attention
 
 
 class PlainProcessor(AttnProcessor2_0):
-    """Attention without reference images: of a layer to itself, or to context tokens.
-
-    Context of fewer rows than there are frames is shared by the frames of a clip, and projected once a clip.
-    """
+    """Attention without reference images: of a layer to itself, or to context tokens."""
 
     def __call__(
         self,
@@ -38,6 +34,7 @@ class PlainProcessor(AttnProcessor2_0):
         # (b*f, n, c), context (b*f or b, tokens, c) -> (b*f, n or 1, c)
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, attention_mask=attention_mask)
+        # Context of fewer rows than frames is shared by the frames of a clip, and projected once a clip.
         frames = len(hidden_states) // len(encoder_hidden_states)
         value = attn.to_v(encoder_hidden_states).repeat_interleave(frames, dim=0)  # (b*f, tokens, c)
         # One token gets all the attention, whatever the queries. Where these are trained nevertheless they keep their
@@ -53,16 +50,12 @@ class PlainProcessor(AttnProcessor2_0):
 
 
 class ReferenceWriteProcessor(AttnProcessor2_0):
-    """Self-attention that first stores its input, (i, r, c), in `written_tokens`.
-
-    Args:
-        is_last: the attention itself is left out, because nothing reads what comes after.
-    """
+    """Self-attention that first stores its input, (i, r, c), in `written_tokens`."""
 
     def __init__(self, layer: str, is_last: bool = False):
         super().__init__()
         self.layer = layer
-        self.is_last = is_last
+        self.is_last = is_last  # nothing reads what comes after, so the attention itself is left out
 
     def __call__(
         self,
@@ -106,16 +99,11 @@ class ReferenceReadProcessor(AttnProcessor2_0):
 
 
 class ImageTokenProcessor(PlainProcessor):
-    """Cross-attention to the images of a frame; without a `ReferenceContext`, to the network's context tokens.
-
-    Args:
-        layer: its name, unlike that of any other layer of the model.
-        source: the name of its tokens in `ReferenceContext.tokens`.
-    """
+    """Cross-attention to the images of a frame; without a `ReferenceContext`, to the network's context tokens."""
 
     def __init__(self, layer: str, source: str = "images"):
         super().__init__()
-        self.layer, self.source = layer, source
+        self.layer, self.source = layer, source  # unlike all others; of the tokens in `ReferenceContext.tokens`
 
     def __call__(
         self,
@@ -147,10 +135,8 @@ def image_keys(
 def replace_dropped(
     own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of images (b*f, k*n, c), in dropped frames (b*f,) bool the frame's own (b*f, n, c), repeated.
-
-    Attention to the same tokens several times is attention to them once.
-    """
+    """Keys and values of images (b*f, k*n, c); in dropped frames (b*f,) bool the frame's own (b*f, n, c), repeated."""
+    # Attention to the same tokens several times is attention to them once.
     times = images[0].shape[1] // own[0].shape[1]
     key, value = (
         torch.where(dropped[:, None, None], frame.repeat(1, times, 1), image)
@@ -192,16 +178,12 @@ def set_reference_processors(unet: nn.Module, make_processor: Callable[[str], At
 
 
 def set_image_processors(network: nn.Module, prefix: str = "", source: str = "images") -> None:
-    """Let the spatial cross-attention of a UNet or ControlNet attend to image tokens.
-
-    Args:
-        prefix: put before the names of its layers; must differ between the networks of a model.
-        source: the name of the tokens in `ReferenceContext.tokens`.
-    """
+    """Let the spatial cross-attention of a UNet or ControlNet attend to image tokens of `ReferenceContext.tokens`."""
     processors = network.attn_processors
     for key in processors:
         layer = key.removesuffix(".processor")
         if layer.endswith("attn2") and "motion_modules" not in layer:
+            # Prefixes must differ between the networks of a model.
             processors[key] = ImageTokenProcessor(f"{prefix}{layer}", source)
         elif layer.endswith("attn1") and "motion_modules" not in layer:
             processors[key] = PlainProcessor()

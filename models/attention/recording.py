@@ -4,11 +4,9 @@
         frames = pipeline(image, poses, calibration, attention=recording).frames
     recorded = recording.result                                # a models.attention.maps.RecordedAttention
 
-Nothing is hooked or replaced: a probe travels to the layers among their arguments, computes a softmax of its own for
-the queries that are asked for, and the pass goes on as without it.
+A probe travels to the layers among their arguments and computes a softmax of its own; the pass goes on as without it.
 
-Shapes use f = frames, p = recorded queries, n = query tokens of a layer, k = reference images that a frame attends to,
-r = tokens of one reference image.
+Shapes use f = frames, p = recorded queries, k = reference images that a frame attends to.
 """
 
 import difflib
@@ -89,11 +87,7 @@ class RecordingSize:
 
 
 def select(config: AttentionConfig, run: AttentionRun, points: int | None) -> MapSelection:
-    """The part of a run that a configuration chooses.
-
-    Raises:
-        UserError: a layer, step, frame or head that the run does not have.
-    """
+    """The part of a run that a configuration chooses; UserError for what the run does not have."""
     names = list(run.layers) if config.layers is None else list(config.layers)
     for name in names:
         if name not in run.layers:
@@ -121,10 +115,8 @@ def _indices(name: str, chosen: Sequence[int] | None, count: int, of: str = "") 
 class AttentionRecording:
     """Records one run, as a context manager. When the block raises, nothing is kept.
 
-    Args:
-        points: (f, p, 2) coords (x, y) in pixels of the frames; the tokens that contain them are recorded. NaN: not
-            visible in this frame, not recorded. None: every query token of every recorded layer.
-        names: of the points, such as `data.poses.person.COCO_KEYPOINTS`.
+    The tokens that contain `points` (f, p, 2), coords (x, y) in pixels, are recorded; NaN: not visible in this frame;
+    None: every query token. `names` are of the points.
     """
 
     def __init__(
@@ -198,11 +190,7 @@ class AttentionRecording:
         return select(self.config, run, None if self.points is None else self.points.shape[1])
 
     def begin(self, run: AttentionRun) -> None:
-        """Make room for a run, before its first pass.
-
-        Raises:
-            UserError: the run lacks something that is to be recorded, or would take more than the limit.
-        """
+        """Make room for a run before its first pass; UserError where it lacks something or exceeds the limit."""
         if self._stack is None:
             raise ValueError("the recording is not open: use it inside `with AttentionRecording(...) as recording:`")
         if self._selection is not None:
@@ -218,12 +206,7 @@ class AttentionRecording:
         self._maps = {layer: LayerMaps(selection, layer, self._folder) for layer in selection.layers}
 
     def probe(self, step: int, timestep: int, windows: Sequence[range], index: int) -> WindowProbe | None:
-        """A probe of one pass, of a window of frames at a denoising step; None when nothing of it is recorded.
-
-        Args:
-            step: index of the denoising step.
-            windows: all windows of the step; index: of this one.
-        """
+        """Probe of window `index` of the `windows` of a denoising step; None when nothing of it is recorded."""
         selection = self._selection
         if step not in selection.steps:
             return None
@@ -241,7 +224,7 @@ class AttentionRecording:
         return WindowProbe(selection, self._maps, selection.position("steps", step), rows, frames, points, weights)
 
     def _weights(self, windows: Sequence[range]) -> list[np.ndarray]:
-        """How much of every window's frames is kept, (size,) each; sums to 1 over the windows of a frame."""
+        """Kept part of every window's frames, (size,) each; sums to 1 over the windows of a frame."""
         total = max(window.stop for window in windows)
         blending = [weight.numpy() for weight in window_weights(list(windows), total)]
         if self.config.windows == "mean":
