@@ -37,33 +37,24 @@ class TPCOptions(CalibrationConfig):
 
 @dataclass
 class InferConfig(SamplingConfig):
-    """Inputs, model and calibration; `SamplingConfig` has everything about sampling.
+    """Inputs, model and calibration; `SamplingConfig` has everything about sampling."""
 
-    reference, driving: image and video; both absent: the shipped samples.
-    pose_images: video or folder of pose images as the model takes them, one for each frame of the driving video:
-        DensePose for MagicAnimate, which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
-    output: folder for the results.
-    pairs: file with one JSON object a line that overrides reference, driving, output and the pose and mask inputs.
-    model: saved pipeline folder; null is the shipped small model.
-    lora: folder of low-rank adapters, as `train.py trainable=lora lora.export=separate` writes it; lora_scale: their
-        weight, 1 as trained. Adapters in the model folder's own `lora` are used without being named.
-    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
-    """
-
-    reference: str | None = None
-    driving: str | None = None
+    reference: str | None = None  # image; without it and `driving`: the shipped samples
+    driving: str | None = None  # video
     output: str = "outputs/demo"
-    pairs: str | None = None
-    model: str | None = None
-    lora: str | None = None
-    lora_scale: float = 1.0
+    pairs: str | None = None  # file with a JSON object a line that overrides any of `PAIR_KEYS`
+    model: str | None = None  # saved pipeline folder; null: the shipped small model
+    lora: str | None = None  # folder of `train.py lora.export=separate`; the model folder's own `lora` needs no name
+    lora_scale: float = 1.0  # weight of the adapters; 1 as trained
     reference_poses: str | None = None
     driving_poses: str | None = None
+    # Video or folder of pose images as the model takes them, one for each driving frame: DensePose for MagicAnimate,
+    # which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
     pose_images: str | None = None
     reference_mask: str | None = None
     driving_masks: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = "auto"  # or "cpu", "cuda", ...
+    dtype: str = "auto"  # bfloat16 on CUDA, float32 elsewhere; or "float32", ...
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
 
@@ -88,7 +79,6 @@ def jobs_of(config: InferConfig) -> list[InferConfig]:
 
 
 def listed_jobs(config: InferConfig) -> list[InferConfig]:
-    """One configuration for each line of `pairs`."""
     jobs = []
     path = existing_file(config.pairs, "pairs")
     for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -123,15 +113,7 @@ def check_inputs(job: InferConfig) -> None:
     output_folder(job.output)
 
 
-def check_pose_images(job: InferConfig, pipeline: AnimationPipeline) -> None:
-    """Refuse a model that cannot read drawn figures where no images were given."""
-    if job.pose_images is None and pipeline.pose_kind != "OpenPose":
-        kind = f"model={job.model} reads {pipeline.pose_kind} images"
-        raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
-
-
 def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
-    """Animate one pair and write its results."""
     output, watch = Path(job.output), Stopwatch()
     estimator = partial(open_estimator, job.pose)
     masked = pipeline.animator_cls.needs_mask and not job.reference_mask
@@ -175,7 +157,9 @@ def main(arguments: list[str]) -> None:
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for job in jobs:
-        check_pose_images(job, pipeline)
+        if job.pose_images is None and pipeline.pose_kind != "OpenPose":
+            kind = f"model={job.model} reads {pipeline.pose_kind} images"
+            raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
     with state.split_between_processes(jobs) as mine:
         for job in mine:
             if config.pairs is not None and (Path(job.output) / "result.json").is_file():

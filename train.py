@@ -41,7 +41,7 @@ from training.validate import validate
 
 
 def build(config: TrainConfig) -> tuple[VAE, Animator]:
-    """A frozen VAE, and one module of which each stage trains its part."""
+    """The frozen VAE, and the animator of which each stage trains its part."""
     set_seed(config.seed)  # new networks are the same on every rank
     vae, model = make_networks(config)
     model.check_size(vae_scale_factor(vae), tuple(config.data.size))
@@ -53,16 +53,11 @@ def build(config: TrainConfig) -> tuple[VAE, Animator]:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the present step."""
     save_checkpoint(run.accelerator, run.output, run.progress, run.layout, run.average, run.config.keep_checkpoints)
 
 
 def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
-    """Train until the last step, or until a signal asks to stop; either way the last step is saved.
-
-    Returns:
-        True if the run was stopped early.
-    """
+    """True if a signal ended training before the last step; the last step taken is saved."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
     written = saved = progress.step
     stopping = False

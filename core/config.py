@@ -49,13 +49,10 @@ def load_config(
     file_option: str | None = None,
     flags: Sequence[str] = (),
 ) -> Config:
-    """Build an instance of the dataclass `schema` from YAML files and overrides, later ones win, and check it.
+    """Checked instance of the dataclass `schema` from YAML files and overrides, of which later ones win.
 
-    Args:
-        arguments: the command's arguments: `key=value`, `group.key=value`, `--flag` for each of `flags`.
-        files: YAML files read before the arguments.
-        file_option: name of an option that takes a YAML file, such as "--config".
-        flags: boolean keys that may be written as options: "dry_run" allows `--dry-run`.
+    `arguments` are `key=value`, `group.key=value`, `--flag` for each of the boolean keys `flags`, and `file_option`,
+    such as "--config", with a YAML file; `files` are read before them.
     """
     if {"-h", "--help"} & set(arguments):
         print(describe(schema))
@@ -97,9 +94,9 @@ def load_config(
 
 
 def check_config(config: Any, name: str = "") -> None:
-    """Call `check()` of every dataclass in a configuration, whose key in another one is `name`, innermost first.
+    """Call `check()` of every dataclass in a configuration, innermost first.
 
-    A `check` raises a `UserError` that starts with a field's name; the keys of the groups around it are put before.
+    Its `UserError` starts with a field's name; `name` and the keys of the groups around it are put before.
     """
     for field in fields(config):
         if is_dataclass(value := getattr(config, field.name)):
@@ -112,13 +109,11 @@ def check_config(config: Any, name: str = "") -> None:
 
 
 def check_choice(config: object, name: str, allowed: Sequence[str | None]) -> None:
-    """Refuse a field's value that is not one of those allowed."""
     if (value := getattr(config, name)) not in allowed:
         raise UserError(f"{name}={value} is not one of {', '.join(word or 'null' for word in allowed)}")
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Refuse counts below 1."""
     for name in names:
         if (value := getattr(config, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")

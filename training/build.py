@@ -79,7 +79,7 @@ def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
 
 
 def start_from(model: Animator, folder: str) -> None:
-    """Give new networks the weights of a pipeline folder wherever name and shape agree.
+    """Load a pipeline folder's weights wherever name and shape agree.
 
     Transformers that the folder does not have end in zeros, so that they start as no change.
     """
@@ -106,11 +106,7 @@ def start_from(model: Animator, folder: str) -> None:
 
 
 def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
-    """VAE and networks of a pipeline folder.
-
-    Args:
-        key: of the configuration, for messages.
-    """
+    """VAE and networks of a pipeline folder; `key` is the configuration's, for messages."""
     trainable_class(key, folder, read_index(Path(folder)))
     pipeline = load_pipeline(folder)
     return pipeline.vae, pipeline.animator
@@ -124,12 +120,7 @@ def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> 
 
 
 def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type[Animator]:
-    """The animator of a pipeline folder, which must be one that can be trained.
-
-    Args:
-        key: of the configuration; folder: of the pipeline; for messages.
-        index: of the folder.
-    """
+    """The animator class of a pipeline folder; `UserError`, naming the key, if it cannot be trained."""
     pipeline = saved_class(index)
     if pipeline is None or not pipeline.animator_cls.trainable:
         known = [cls.__name__ for cls in map(pipeline_class, ANIMATORS) if cls.animator_cls.trainable]
@@ -152,7 +143,6 @@ def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
 
 
 def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
-    """AnimateAnyone as published."""
     sizes = UNetSizes()
     return AutoencoderKL(**PUBLISHED_VAE), AnimateAnyone(
         make_reference_net(sizes),
@@ -231,8 +221,7 @@ def enable_gradient_checkpointing(model: Animator) -> None:
 def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
     """Keep frozen convolutions and linear layers in a smaller dtype; autocast computes in it anyway.
 
-    Norms stay in float32, which autocast gives them, and so do first layers: networks are asked for their dtype by
-    their first parameter.
+    Norms stay in float32, which autocast gives them, and first layers, which tell a network's dtype.
     """
     for network in (vae, *model.children()):
         first = next(network.parameters())
@@ -243,11 +232,7 @@ def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
 
 
 def make_pipeline(vae: VAE, model: Animator, noise: NoiseConfig, window_size: int | None = None) -> AnimationPipeline:
-    """The networks as an inference pipeline that shares their memory.
-
-    Args:
-        window_size: frames that are trained on together.
-    """
+    """An inference pipeline that shares the networks' memory."""
     return pipeline_of(type(model))(
         vae=vae,
         scheduler=make_scheduler(noise),
@@ -258,14 +243,14 @@ def make_pipeline(vae: VAE, model: Animator, noise: NoiseConfig, window_size: in
 
 
 def trained_window(config: TrainConfig) -> int | None:
-    """Frames that the motion modules of the result know together: this run's, or those of `model.init`."""
+    """Window size of the motion modules in frames: this run's, or that of `model.init`."""
     if config.stage == "motion":
         return config.data.num_frames
     return read_index(Path(config.model.init)).get("window_size") if config.model.init else None
 
 
 def schedule_differences(config: TrainConfig) -> list[str]:
-    """Settings of the noise schedule in which the run differs from the pipeline it starts from, for a warning."""
+    """Settings of the noise schedule that differ from the pipeline in `model.init`, for a warning."""
     if not config.model.init:
         return []
     path = Path(config.model.init) / "scheduler" / "scheduler_config.json"

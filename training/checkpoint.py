@@ -8,8 +8,7 @@
         pytorch_model_fsdp_0/, optimizer_0/   (FSDP)
         random_states_<rank>.pkl              random state of every process
 
-The learning rate is a function of the step. A name that starts with a point is not a checkpoint: it is being written,
-or being removed.
+The learning rate is a function of the step. Names that start with a point are being written or removed.
 """
 
 import hashlib
@@ -54,7 +53,7 @@ class Layout:
 
 
 def layout(accelerator: Accelerator, named: list[tuple[str, nn.Parameter]]) -> Layout:
-    """The layout of this run's checkpoints; `named` are the trainable parameters."""
+    """Layout of this run's checkpoints, from the names and parameters that are trained."""
     shapes = [(name, list(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in named]
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
     return Layout(strategy(accelerator), accelerator.num_processes, digest)
@@ -73,7 +72,7 @@ def remove_leftovers(output: Path) -> None:
 
 
 def exchange_with_bare_model(accelerator: Accelerator) -> None:
-    """Save and load weights under the bare model's names, which DDP prefixes: any number of processes reads them."""
+    """Save and load weights under the bare model's names, without DDP's prefix."""
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
         for index, model in enumerate(models[: len(weights)]):
@@ -94,13 +93,10 @@ def save_checkpoint(
     average: WeightAverage | None,
     keep: int,
 ) -> Path:
-    """Save the complete state as `checkpoint-<step>`; every process must call it.
+    """Save the complete state as `checkpoint-<step>` and keep the newest `keep`; every process must call it.
 
-    The folder has a temporary name until all ranks have written and the disk has it; a crash in between leaves
-    earlier checkpoints untouched. Of those, the newest `keep` stay.
-
-    Raises:
-        UserError: it could not be written; earlier checkpoints are as they were.
+    The folder has a temporary name until all ranks have written and the disk has it. `UserError` if it could not be
+    written; earlier checkpoints are then as they were.
     """
     final = output / f"checkpoint-{progress.step}"
     temporary = output / f".{final.name}.partial"
@@ -137,7 +133,7 @@ def prepare_folder(output: Path, temporary: Path) -> None:
 def write_state(
     accelerator: Accelerator, folder: Path, progress: Progress, arrangement: Layout, average: WeightAverage | None
 ) -> str | None:
-    """Write this process's part of a checkpoint; returns why it could not be written, or None."""
+    """Reason why this process's part of a checkpoint could not be written, or None."""
     try:
         accelerator.save_state(str(folder))
         if average is not None:
@@ -170,7 +166,7 @@ def publish(output: Path, temporary: Path, final: Path, keep: int) -> None:
 
 
 def retire(checkpoint: Path) -> Path:
-    """Take a checkpoint its name away at once, so that none is ever found half-removed."""
+    """The checkpoint under a hidden name, renamed at once, so that none is ever found half-removed."""
     old = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(checkpoint, old)
@@ -178,7 +174,6 @@ def retire(checkpoint: Path) -> Path:
 
 
 def not_written(output: Path, name: str, reason: str) -> str:
-    """Message about a checkpoint that could not be written."""
     free = shutil.disk_usage(output).free / 2**20
     found = checkpoints(output)
     last = f"the last complete one is {found[-1][1]}" if found else "there is none before it"
@@ -189,13 +184,9 @@ def not_written(output: Path, name: str, reason: str) -> str:
 
 
 def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average: WeightAverage | None) -> Progress:
-    """Load the newest complete checkpoint, if there is one; every process must call it.
+    """Progress of the newest complete checkpoint, which is loaded, or of a new start; every process must call it.
 
-    Returns:
-        Where to go on; a new `Progress` for a new start.
-
-    Raises:
-        UserError: a checkpoint of another training or of other processes, or one that cannot be read.
+    Raises `UserError` for a checkpoint of another training or number of processes, or one that cannot be read.
     """
     newest = [str(path) for _, path in checkpoints(output)[-1:]] if accelerator.is_main_process else []
     chosen = [newest[0] if newest else None]
@@ -223,7 +214,6 @@ def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average:
 
 
 def check_layout(folder: Path, saved: Layout, present: Layout) -> None:
-    """Refuse a checkpoint that does not fit, and say what to do instead."""
     if saved.trained != present.trained:
         raise UserError(
             f"{folder} is of a training of other parameters (another stage, fine-tuning mode or network size); give "

@@ -24,9 +24,8 @@ class DataConfig:
     source: str = "rendered"  # people drawn on the fly, or "videos": those of `root`, with pose files
     root: str | None = None
     split: str = "train"  # or "heldout": identities of rendered people; of videos, what their manifest marks so
-    size: list[int] = field(
-        default_factory=lambda: [128, 128]
-    )  # width, height; multiples of VAE's times UNet's factor
+    # Width and height, multiples of the VAE's times the UNet's factor.
+    size: list[int] = field(default_factory=lambda: [128, 128])
     num_frames: int = 1  # of a clip; 1 for the image stage
     stride: int = 1  # a clip takes every stride-th frame
     # Folder of the videos' pose images under their names, such as DensePose, for models that read these; null: draw
@@ -159,9 +158,7 @@ class AugmentationConfig:
     """Misaligned references and calibrated tokens in training; both are off by default, as published."""
 
     composition: CompositionConfig = field(default_factory=CompositionConfig)  # moves the reference's person
-    calibrated: CalibratedTrainingConfig = field(
-        default_factory=CalibratedTrainingConfig
-    )  # as inference with TPC does
+    calibrated: CalibratedTrainingConfig = field(default_factory=CalibratedTrainingConfig)  # as in TPC's inference
 
 
 @dataclass
@@ -170,13 +167,11 @@ class ModelConfig:
 
     animator: str = "animate_anyone"  # of new networks, see `models.animators.registry`; a folder says what it is
     init: str | None = None  # pipeline folder whose networks training starts from; null builds new ones
-    # Pipeline folder whose weights new networks begin with wherever name and shape agree, the rest is random: networks
-    # that got further layers go on learning.
+    # Pipeline folder whose weights new networks begin with wherever name and shape agree; the rest is random.
     start: str | None = None
     vae: str | None = None  # folder of a trained VAE, needed when init is null
     block_out_channels: list[int] = field(default_factory=lambda: [96, 160])
-    # Of each resolution, finest first: "both", on the way down and up, "up" or "none"; null: both everywhere. The last
-    # one must have both.
+    # Of each resolution, finest first: "both" (down and up), "up" or "none"; null: "both", which the last must have.
     attention: list[str] | None = None
     layers_per_block: int = 1
     attention_heads: list[int] = field(default_factory=lambda: [4])  # one number, or one for each resolution

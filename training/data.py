@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_dataset(config: DataConfig, length: int) -> Dataset:
-    """The clips that `config` describes, `length` of them; makes the cache first if there is to be one."""
+    """Data set of `length` clips; makes the cache first if there is to be one."""
     check_config(config.people, "data.people")
     if config.pose_images is not None and (config.source == "rendered" or config.cache is not None):
         raise UserError(
@@ -55,7 +55,7 @@ def make_dataset(config: DataConfig, length: int) -> Dataset:
 
 
 def clips(config: DataConfig, length: int) -> Dataset:
-    """The clips themselves, each made when it is asked for."""
+    """Uncached clips, each made when it is asked for."""
     size = (config.size[0], config.size[1])
     shared = {"size": size, "num_frames": config.num_frames, "stride": config.stride, "seed": config.seed}
     if config.source == "rendered":
@@ -77,7 +77,6 @@ def clips(config: DataConfig, length: int) -> Dataset:
 
 
 def check_pose_kind(config: DataConfig, kind: str) -> None:
-    """Refuse to train a model on drawn figures that reads pose images of another kind."""
     if kind != "OpenPose" and config.pose_images is None:
         raise UserError(f"the model reads {kind} images; give data.pose_images=, a folder of the videos' own")
 
@@ -85,9 +84,7 @@ def check_pose_kind(config: DataConfig, kind: str) -> None:
 def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
     """Refuse cached features that are not what this run would compute itself.
 
-    Raises:
-        UserError: features of another network, size, crop or video, or of too few clips; settings that change what is
-            cached from step to step.
+    Raises `UserError` for another network, size, crop or video, too few clips, or settings that change the reference.
     """
     data = config.data
     given = {"latents": data.latents, "embeddings": data.embeddings}
@@ -127,12 +124,12 @@ def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
 
 
 def broken_clips(dataset: Dataset) -> int:
-    """Clips of a data set that turned out to be damaged while they were read, and are left out."""
+    """Number of damaged clips that were found while reading, and left out."""
     return dataset.broken_clips if isinstance(dataset, VideoFolder) else 0
 
 
 def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
-    """Batches of consecutive clips from clip `start` on; the order is random already, by the data sets' design."""
+    """Batches of consecutive clips from clip `start` on; data sets are in random order already."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -154,7 +151,7 @@ def latents_folder(cache: Path, vae: VAE) -> Path:
 
 @torch.no_grad()
 def ensure_latents(cache: Path, vae: VAE, chunk: int = 32) -> Path:
-    """Encode all images of a clip cache, `chunk` at a time, unless it has been done; returns the latents' folder."""
+    """Folder of the latents of a clip cache's images, which are encoded unless it exists."""
     folder = latents_folder(cache, vae)
     if folder.is_dir():
         return folder

@@ -29,7 +29,7 @@ SHARDED = ("zero3", "fsdp")
 
 
 def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """Accelerate's front end, of a `TrainConfig` or a `VAEConfig`. Without a GPU, processes talk over gloo."""
+    """Accelerate's front end, of a `TrainConfig` or a `VAEConfig`; over gloo without a GPU."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     has_gpu = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
 
 
 def check_launch(launched: int, deepspeed: bool, has_gpu: bool) -> None:
-    """Refuse launches that would train something else than was asked for, or fail late."""
+    """Refuse launches that would fail late."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not has_gpu:
         raise UserError("FSDP needs GPUs; on CPUs use configs/accelerate/ddp.yaml or zero3.yaml")
     if deepspeed and not has_gpu and launched > 1 and not (shutil.which("g++") or shutil.which("c++")):
@@ -69,7 +69,7 @@ def check_launch(launched: int, deepspeed: bool, has_gpu: bool) -> None:
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Tell DeepSpeed the batch size, accumulation and gradient norm of our configuration."""
+    """Give DeepSpeed our batch size, accumulation and gradient norm."""
     if config.channels_last:
         raise UserError("DeepSpeed cannot spread channels_last=true; set channels_last=false")
     plugin = accelerator.state.deepspeed_plugin
@@ -92,7 +92,7 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def spread_batch(config: TrainConfig) -> TrainConfig:
-    """The configuration with `gradient_accumulation` chosen to reach `total_batch_size`, where that is given."""
+    """Configuration whose `gradient_accumulation` reaches `total_batch_size`, where that is given."""
     if config.total_batch_size is None:
         return config
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -113,7 +113,7 @@ def strategy(accelerator: Accelerator) -> str:
 
 
 def check_shared(accelerator: Accelerator, config: TrainConfig, file: Path) -> None:
-    """Wait until the main process has written the configuration, then see that every process finds it."""
+    """Refuse an output folder in which a process does not find the main one's configuration."""
     accelerator.wait_for_everyone()
     if not file.is_file() or load_config(TrainConfig, [], files=[file]) != config:
         raise UserError(f"output={file.parent} must be one folder for all processes, on a file system they share")
@@ -129,7 +129,7 @@ def check_validation(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def end_together(accelerator: Accelerator) -> None:
-    """Take the process group apart when no process needs it any more."""
+    """End the process group when no process needs it any more."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # A gloo thread needs the interpreter for a moment to let go of its last message, and the destructor of DDP's
@@ -139,11 +139,7 @@ def end_together(accelerator: Accelerator) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
-    """Call `work` on the main process while the others wait.
-
-    Raises:
-        UserError: the main process's, on every process.
-    """
+    """Call `work` on the main process while the others wait; its `UserError` is raised on every process."""
     message = [None]
     if accelerator.is_main_process:
         try:
@@ -181,9 +177,9 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """For loader workers: cluster managers signal whole process groups, and the training process still needs data.
+    """Ignore stop signals in a loader worker: clusters signal whole groups, and training still needs data.
 
-    A worker ends when the training process ends it, by the same signal, or when that process is no more.
+    A worker ends by its training process's signal, or when that process is no more.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Only Linux says who sent a signal.

@@ -1,7 +1,6 @@
 """Exponential moving average of the trainable parameters, sharded over processes as the parameters are.
 
-Under ZeRO-3 a parameter is flattened, padded to a multiple of the processes, and cut into equal consecutive parts;
-`ds_tensor` is a process's part. Under FSDP a parameter is a DTensor. Elsewhere a process holds all of it.
+ZeRO-3 flattens a parameter, pads it and cuts it into equal parts, `ds_tensor`; under FSDP it is a DTensor.
 """
 
 from collections.abc import Iterator
@@ -22,11 +21,10 @@ FILE = "average.safetensors"
 
 
 class WeightAverage:
-    """diffusers' EMA, in float32, of the parts of parameters that a process holds.
+    """EMA in float32 of the parts of parameters that a process holds.
 
-    Args:
-        named: trainable parameters as `accelerator.prepare` left them, with their names in the bare model.
-        decay: of the EMA; early steps decay faster, (1 + s) / (10 + s).
+    `named` are the trainable parameters, as prepared, with their bare names. The decay of step s is at most
+    (1 + s) / (10 + s).
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float):
@@ -38,7 +36,6 @@ class WeightAverage:
         return [held_part(parameter).detach().requires_grad_() for _, parameter in self.named]
 
     def step(self) -> None:
-        """Take the parameters' present values into the average."""
         self.ema.step(self._parts())
 
     @contextmanager
@@ -71,10 +68,7 @@ class WeightAverage:
             save_file(tensors, folder / FILE, {"steps": str(self.ema.optimization_step)})
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
-        """Read what `save` wrote, with however many processes, sharded in whatever way.
-
-        A checkpoint without an average leaves the present weights as the start of one.
-        """
+        """Read an average saved under any strategy; without one the present weights start it."""
         if not (folder / FILE).is_file():
             self.ema.shadow_params = [part.detach().float().clone() for part in self._parts()]
             return
@@ -94,11 +88,7 @@ def held_part(parameter: nn.Parameter) -> Tensor:
 
 
 def whole(parameter: nn.Parameter, part: Tensor, accelerator: Accelerator) -> Tensor:
-    """The tensor of a parameter's full shape from the processes' parts; every process must call it.
-
-    Args:
-        part: this process's, laid out as `held_part(parameter)`; itself the result where nothing is sharded.
-    """
+    """Tensor of a parameter's full shape from the parts of all processes, every one of which must call it."""
     if hasattr(parameter, "ds_tensor"):
         parts = accelerator.gather(part.to(accelerator.device))
         return parts[: parameter.ds_numel].view(parameter.ds_shape)

@@ -1,9 +1,8 @@
-"""From a checkpoint of any strategy to the pipeline folder that `infer.py` loads.
+"""Pipeline folder, as `infer.py` loads it, from a checkpoint of any strategy; `train.py` ends with it too.
 
     python -m training.export checkpoint=runs/stage1 output=pipeline [average=false] [dtype=float16]
 
-`train.py` does the same with its last checkpoint. No GPU and no second process is needed, whatever wrote the weights:
-one process, DDP, every ZeRO stage, FSDP.
+It needs no GPU and no second process.
 """
 
 import tempfile
@@ -50,11 +49,7 @@ def export_name(config: TrainConfig) -> str:
 
 
 def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, average: bool = True) -> None:
-    """Write the pipeline folder of a checkpoint, or the folder of its adapters.
-
-    Args:
-        average: take EMA weights where there are any.
-    """
+    """Write the pipeline folder of a checkpoint, or the folder of its adapters, with EMA weights if `average`."""
     # Networks are built anew: what was trained comes from the checkpoint, the rest from where the run took it.
     vae, model = make_networks(config)
     set_trainable(model, config)
@@ -88,11 +83,7 @@ def save_pipeline(pipeline: AnimationPipeline, folder: Path, config: TrainConfig
 
 
 def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, average: bool = True) -> None:
-    """Load what was trained from a checkpoint; what was frozen too, unless it comes from `model.init`.
-
-    Args:
-        model: as `set_trainable` left it.
-    """
+    """Load trained weights from a checkpoint, and frozen ones unless they come from `model.init`."""
     weights = checkpoint_weights(checkpoint)
     if average and (checkpoint / AVERAGE).is_file():
         weights |= load_file(checkpoint / AVERAGE)
@@ -126,7 +117,6 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"checkpoint={path} is not a folder; give a checkpoint-<step> or a run's output folder")

@@ -35,6 +35,7 @@ from tpc.augmentation import misalignment
 from training.objective import StepLoss
 
 BUCKETS = 10
+MISALIGNMENT = ("reference/relative_angle_deg", "reference/box_iou")
 POINTING = ("attention/loss", "attention/pointing_accuracy")
 
 
@@ -52,15 +53,12 @@ class StepLog:
     started: float = field(default_factory=time.perf_counter)
 
     def resume_clock(self) -> None:
-        """Count time as training again."""
         self.started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Stop counting time: something else than training begins."""
         self.seconds += time.perf_counter() - self.started
 
     def add(self, result: StepLoss, batch: dict[str, Tensor]) -> None:
-        """Take in one batch of this process."""
         self.losses.append(result.loss.detach().float())
         self.samples.append(torch.stack([result.timesteps.float(), result.errors.float()], dim=1))
         if result.pointing is not None:
@@ -70,14 +68,9 @@ class StepLog:
         self.misaligned.append(torch.stack(columns, dim=1).float())
 
     def write(self, accelerator: Accelerator, step: int, clips: int, values: dict[str, float]) -> float:
-        """Write a line for the samples of all processes and start the next; every process must call it.
+        """Mean loss, nan when no step was finite, of the line written to the log; every process must call it.
 
-        Args:
-            clips: trained on since the last line, by all processes.
-            values: further scalars.
-
-        Returns:
-            The mean loss; nan when no step was finite.
+        `clips` counts those of all processes since the last line; `values` are further scalars.
         """
         losses, samples, misaligned, pointing = (
             accelerator.gather(torch.cat(part)) if part else None
@@ -93,7 +86,8 @@ class StepLog:
             scalars |= dict(zip(POINTING, pointing.nanmean(dim=0).tolist(), strict=True))
         if samples is not None:
             scalars |= loss_by_timestep(samples[:, 0], samples[:, 1], self.timesteps)
-            scalars |= misalignment_means(misaligned)
+            # Angles and IoUs that cannot be measured are nan and do not count.
+            scalars |= dict(zip(MISALIGNMENT, misaligned.nanmean(dim=0).tolist(), strict=True))
             if accelerator.is_main_process:
                 add_histograms(accelerator.get_tracker("tensorboard").writer, misaligned, step)
         accelerator.log({name: value for name, value in scalars.items() if math.isfinite(value)}, step=step)
@@ -105,12 +99,7 @@ class StepLog:
 
 
 def loss_by_timestep(timesteps: Tensor, errors: Tensor, count: int, buckets: int = BUCKETS) -> dict[str, float]:
-    """Mean error of each range of timesteps that occurs.
-
-    Args:
-        timesteps, errors: (n,).
-        count: timesteps of the schedule.
-    """
+    """Mean error of each range of timesteps that occurs; `count` is the schedule's length, inputs are (n,)."""
     bucket = (timesteps.long() * buckets) // count
     width = len(str(count - 1))
     found = {}
@@ -118,12 +107,6 @@ def loss_by_timestep(timesteps: Tensor, errors: Tensor, count: int, buckets: int
         first, last = math.ceil(index * count / buckets), math.ceil((index + 1) * count / buckets) - 1
         found[f"loss_by_timestep/{first:0{width}d}-{last:0{width}d}"] = errors[bucket == index].mean().item()
     return found
-
-
-def misalignment_means(misaligned: Tensor) -> dict[str, float]:
-    """Means over (n, 2) angles and IoUs; those that cannot be measured are nan and do not count."""
-    angle, iou = misaligned.nanmean(dim=0).tolist()
-    return {"reference/relative_angle_deg": angle, "reference/box_iou": iou}
 
 
 def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None:
@@ -135,7 +118,7 @@ def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None
 
 
 def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
-    """Log a clip of (h, w, 3) uint8 frames as a moving image; TensorBoard plays GIFs."""
+    """Log a clip of (h, w, 3) uint8 frames as a GIF, which TensorBoard plays."""
     # The writer's own `add_video` needs a package that nothing else here does.
     height, width = frames[0].shape[:2]
     images = [Image.fromarray(frame) for frame in frames]
@@ -157,12 +140,12 @@ def peak_memory() -> int:
 
 @dataclass
 class CurvesConfig:
-    """runs: output folders of training runs; output: image; scalar: what is plotted; smoothing: points averaged."""
+    """`python -m training.logs`."""
 
-    runs: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)  # output folders of training runs
     output: str = "curve.png"
-    scalar: str = "loss"
-    smoothing: int = 9
+    scalar: str = "loss"  # what is plotted
+    smoothing: int = 9  # points averaged
 
 
 def read_scalar(run: str | Path, scalar: str) -> tuple[np.ndarray, np.ndarray, float]:

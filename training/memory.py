@@ -1,7 +1,6 @@
-"""`--dry-run`: sizes, trainable parameters, and an estimate of the memory that training takes under each strategy.
+"""`--dry-run`: sizes, trainable parameters, and an estimate of training memory under each strategy.
 
-A step's activations are found by running it on PyTorch's fake tensors, which know shapes, dtypes and life spans, and
-counting every storage that is alive. Nothing is computed: a full-size step takes seconds.
+A step runs on PyTorch's fake tensors, and every storage alive is counted; a full-size step takes seconds.
 """
 
 import weakref
@@ -68,12 +67,9 @@ class StepMemory:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is active and are still alive.
+    """Bytes of storages made while it is active and still alive, without the networks' own.
 
     torch's own `MemTracker` cannot: it hooks gradients of all parameters, and fails on frozen ones.
-
-    Args:
-        networks: their own storages do not count, of which views are made.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
@@ -103,7 +99,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
-    """The configuration's networks without weights, what is trained chosen, and the memory of a step."""
+    """VAE and animator without weights, frozen as in training, and the memory of a step."""
     vae, model = describe_networks(config)
     vae.requires_grad_(False)
     model.check_size(vae_scale_factor(vae), tuple(config.data.size))
@@ -114,11 +110,7 @@ def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
 
 
 def step_memory(vae: VAE, model: Animator, config: TrainConfig) -> StepMemory:
-    """Memory of one batch's step on one process.
-
-    Args:
-        vae, model: on the meta device, with what is trained chosen; they are changed.
-    """
+    """Memory of one batch's step on one process; the networks, on the meta device, are changed."""
     width, height = config.data.size
     batch, frames, factor = config.batch_size, config.data.num_frames, vae_scale_factor(vae)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -147,7 +139,7 @@ def widen_norms(network: nn.Module) -> None:
 
 @contextmanager
 def counted(config: TrainConfig, *networks: nn.Module) -> Iterator[LiveStorages]:
-    """Within the block storages are counted, and convolutions and products are in the run's dtype."""
+    """Count storages within the block, under the run's autocast."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
     live = LiveStorages(*networks)
     with live, torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
@@ -190,7 +182,7 @@ def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -
 
 
 def free_gradients(model: nn.Module) -> None:
-    """Let every parameter's gradient go as soon as it is there: gradients are counted by themselves."""
+    """Free every parameter's gradient as soon as it is there: gradients are counted by themselves."""
 
     def forget(parameter: nn.Parameter) -> None:
         parameter.grad = None
@@ -220,7 +212,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of one process on its GPU, by purpose, and of all processes of a machine in its main memory; bytes."""
+    """Bytes of one process on its GPU, by purpose; `host`: main memory of all processes of a machine."""
 
     weights: float
     gradients: float
@@ -232,12 +224,10 @@ class Need:
 
     @property
     def gpu(self) -> float:
-        """The sum on the GPU."""
         return sum(astuple(self)) - self.host
 
 
 def amounts(vae: VAE, model: Animator, config: TrainConfig, step: StepMemory) -> Amounts:
-    """The amounts of a configuration; networks may be on the meta device."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     blocks = (
@@ -264,8 +254,7 @@ def amounts(vae: VAE, model: Animator, config: TrainConfig, step: StepMemory) ->
 def needs(a: Amounts, processes: int) -> dict[str, Need]:
     """Memory by strategy, with `processes` GPUs in one machine.
 
-    One GPU and DDP hold weights in float32 and compute in half precision; DeepSpeed holds half-precision weights and
-    float32 masters, the masters with gradients and moments on one process each.
+    One GPU and DDP hold float32 weights; DeepSpeed half-precision ones, and float32 masters spread over processes.
     """
     t, f, n = a.trained, a.frozen, processes
     small = 2 if a.half else 4

@@ -28,17 +28,16 @@ class Draws:
 
 
 def sample_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:
-    """One generator on the CPU for each sample; positions count over all steps and processes of the run."""
+    """CPU generators, one a sample; positions count over all steps and processes of the run."""
     # A CPU generator takes 32 bits of its seed; hashing keeps neighbouring positions of neighbouring seeds apart.
     states = [np.random.SeedSequence([seed, position]).generate_state(1)[0] for position in positions]
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
 def shifted(steps: Tensor, timesteps: int, shift: float) -> Tensor:
-    """Timesteps drawn evenly, (b,) long, moved towards noise; a shift of 1 changes nothing.
+    """Timesteps (b,) drawn evenly, moved towards noise: u becomes s u / (1 + (s - 1) u) with the shift s.
 
-    The shift s of Esser et al., "Scaling Rectified Flow Transformers" (ICML 2024), section 5.3.2: u becomes
-    s u / (1 + (s - 1) u), where u is 0 without noise and 1 without signal.
+    Esser et al., "Scaling Rectified Flow Transformers" (ICML 2024), section 5.3.2; u is 0 without noise.
     """
     u = (steps.double() + 0.5) / timesteps
     return (timesteps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=timesteps - 1)
@@ -51,11 +50,9 @@ def draw(
     device: torch.device | str = "cpu",
     drop_modes: int = 1,
 ) -> Draws:
-    """Draw everything that one training step needs, sample by sample; on the CPU, so every device gets the same.
+    """Random values of one training step, for latents of shape (c, f, h, w), drawn on the CPU for every device.
 
-    Args:
-        shape: (c, f, h, w) of one sample's latents.
-        drop_modes: conditions that may be missing, each as often.
+    `drop_modes` conditions may be missing, each as often.
     """
     # Every quantity is drawn whether it is used or not, so that switching one off leaves the others as they were.
     steps = torch.cat([torch.randint(config.num_train_timesteps, (1,), generator=g) for g in generators])

@@ -44,7 +44,7 @@ class StepLoss:
 
 @dataclass
 class Objective:
-    """The objective of a run."""
+    """The diffusion objective of a run."""
 
     animator: Animator  # the bare one, whose attributes say what it needs; the wrapped one is an argument of `loss`
     vae: VAE
@@ -70,14 +70,11 @@ class Objective:
         return max((height * width for height, width in self.grids), default=0)
 
     def loss(self, model: nn.Module, batch: Batch, generators: Generators) -> StepLoss:
-        """Loss of one batch of clips: weighted mean squared error of the prediction.
+        """Weighted mean squared error of the model's prediction for one batch of clips.
 
-        Args:
-            model: the animator, possibly wrapped for distributed training.
-            batch: "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], "poses" (b, 3, f, H, W) in [0, 1];
-                masks and keypoints for calibrated training and supervision, see `data.clips.rendered`; cached
-                features in place of images.
-            generators: one a sample, see `training.noise`.
+        The batch has "reference" (b, 3, H, W) and "frames" (b, 3, f, H, W) in [-1, 1], or their cached features, and
+        "poses" (b, 3, f, H, W) in [0, 1]; for calibration and supervision also masks and keypoints, see
+        `data.clips.rendered`. `model` may be wrapped for distributed training.
         """
         animator, config = self.animator, self.config
         noise, calibrated, attention = config.noise, config.augmentation.calibrated, config.attention
@@ -141,11 +138,7 @@ def check_supervised(levels: list[TokenLevel]) -> None:
 
 @torch.no_grad()
 def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the scaled latents (b, c, f, h, w) of clips (b, 3, f, H, W) in [-1, 1].
-
-    Args:
-        chunk: images that pass the VAE at a time; its activations are the peak of a step's memory otherwise.
-    """
+    """Mean and deviation of scaled latents (b, c, f, h, w) of clips (b, 3, f, H, W) in [-1, 1]."""
     parts = vae_posterior(vae, frames.transpose(1, 2).flatten(0, 1), chunk)  # (b*f, c, h, w) each
     mean, deviation = (part.float().unflatten(0, (len(frames), -1)).transpose(1, 2) for part in parts)
     return mean, deviation
@@ -153,7 +146,7 @@ def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[T
 
 @torch.no_grad()
 def encode_reference(vae: VAE, images: Tensor, chunk: int | None = None) -> Tensor:
-    """Scaled latents (b, c, h, w) of images (b, 3, H, W) in [-1, 1]: the posterior's mean, as in inference."""
+    """Scaled latents (b, c, h, w) of images (b, 3, H, W) in [-1, 1]: the posterior's mean."""
     return vae_encode(vae, images, chunk).float()
 
 
@@ -162,7 +155,7 @@ def batch_latents(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and deviation of the frames' latents (b, c, f, h, w), and the references' latents (b, c, h, w).
 
-    Latents from `prepare.py latents` are taken as they are, the rest is encoded.
+    Latents from `prepare.py latents` are taken as they are.
     """
     if "latent_mean" in batch:
         mean, deviation = batch["latent_mean"], batch["latent_deviation"]
@@ -175,7 +168,6 @@ def batch_latents(
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The target of the UNet's prediction, by the scheduler's prediction type."""
     predicted = scheduler.config.prediction_type
     if predicted == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
@@ -183,10 +175,9 @@ def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, 
 
 
 def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR weights (Hang et al., ICCV 2023) of timesteps, (b,).
+    """Min-SNR weights (b,) of timesteps (Hang et al., ICCV 2023).
 
-    For velocity prediction min(snr + 1, gamma) / (snr + 1): it is 1 at zero terminal SNR. The form
-    min(snr, gamma) / (snr + 1) is 0 there and would never train the step where sampling starts.
+    For velocity min(snr + 1, gamma) / (snr + 1): 1 at zero terminal SNR, where min(snr, gamma) / (snr + 1) would be 0.
     """
     if gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
@@ -200,19 +191,14 @@ def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float | None
 
 
 def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tensor:
-    """Weights (b, 1, f, h, w) of latents, mean 1 over a sample: `weight` on the person against 1 elsewhere.
-
-    Args:
-        masks: (b, 1, f, H, W), 1 where the person is.
-        size: (h, w).
-    """
+    """Weights (b, 1, f, h, w), mean 1: `weight` on the person in masks (b, 1, f, H, W), 1 elsewhere."""
     share = F.adaptive_avg_pool2d(masks.transpose(1, 2).flatten(0, 1).float(), size)  # (b*f, 1, h, w)
     weights = 1 + (weight - 1) * share.unflatten(0, (len(masks), -1)).transpose(1, 2)
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def compose_samples(batch: Batch, config: CompositionConfig, step: int, generators: Generators) -> Batch:
-    """`compose_references` with a generator a sample, so that a sample's composition does not depend on its batch."""
+    """`compose_references` with a generator for each sample."""
     if config.probability == 0:
         return batch
     # Cached latents are of the reference as it was.
@@ -221,28 +207,17 @@ def compose_samples(batch: Batch, config: CompositionConfig, step: int, generato
     return {name: torch.cat([part[name] for part in parts]) for name in batch}
 
 
-def calibrate_samples(batch: Batch, config: CalibratedTrainingConfig, generators: Generators) -> CalibratedBatch:
-    """`calibrate_batch` with a generator a sample."""
-    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
-    names = ("images", "masks", "index", "present")
-    return CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
 def sample(batch: Batch, index: int) -> Batch:
-    """A batch of one sample."""
     return {name: value[index : index + 1] for name, value in batch.items()}
 
 
 def calibrated_reference(
     batch: Batch, levels: list[TokenLevel], config: CalibratedTrainingConfig, generators: Generators
 ) -> tuple[CalibratedImages, ReferenceContext]:
-    """Calibrated images beside the references, as inference with TPC has them.
-
-    Returns:
-        The m calibrated images of each clip; index and flags of what the b*f frames attend to of
-        [b references | b*m calibrated images].
-    """
-    calibrated = calibrate_samples(batch, config, generators)
+    """The m calibrated images of each clip; index and visibility for b*f frames of [b references | b*m images]."""
+    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
+    names = ("images", "masks", "index", "present")
+    calibrated = CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
     flags = training_visibility(batch, calibrated, levels, config)
     batch_size, images = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]

@@ -31,7 +31,7 @@ FEW_TOKENS = 128
 
 @dataclass
 class StepGuard:
-    """Counts steps that were left out because a loss or gradient was not finite; too many in a row end the run."""
+    """Counter of steps left out because a loss or gradient was not finite; too many in a row end the run."""
 
     limit: int  # steps left out in a row that end the run
     skipped: int = 0  # steps left out in the whole run
@@ -40,11 +40,9 @@ class StepGuard:
     streak: int = 0
 
     def allows_step(self, norm: Tensor | float | None, accelerator: Accelerator) -> bool:
-        """True if the optimiser may step: the gradients are finite, or somebody else sees to it.
+        """True if the optimiser may step: the gradients are finite, or DeepSpeed or the scaler sees to it.
 
-        Args:
-            norm: of the accumulated gradients of all processes, so all of them decide alike. A loss that is not
-                finite has made it so, whichever batch and process it came from.
+        `norm` is of the accumulated gradients of all processes, so all of them decide alike.
         """
         # DeepSpeed steps inside `backward`, where it finds gradients that are not finite itself. The scaler of fp16
         # does so too, and must see infinite ones to lower its scale.
@@ -53,11 +51,7 @@ class StepGuard:
         return bool(torch.isfinite(torch.as_tensor(norm)))
 
     def count(self, taken: bool, step: int) -> None:
-        """Close a step; `taken`: the parameters moved.
-
-        Raises:
-            UserError: `limit` steps in a row were left out; checkpoints are as they were before the first of them.
-        """
+        """Close a step, `taken` if the parameters moved; `UserError` after `limit` steps in a row that were not."""
         self.streak = 0 if taken else self.streak + 1
         self.skipped += not taken
         if self.streak >= self.limit:
@@ -93,11 +87,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: Animator) -> Run:
-    """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint.
-
-    Args:
-        vae, model: on the CPU; the model's trainable parameters are those that require gradients.
-    """
+    """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint."""
     objective = Objective(model, vae, config)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
     exchange_with_bare_model(accelerator)
@@ -129,7 +119,7 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
 def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     """Make buffers half-precision under DeepSpeed, which makes parameters so and leaves buffers.
 
-    The motion modules' position tables would turn activations into float32, which half-precision layers refuse.
+    Position tables would turn activations into float32, which half-precision layers refuse.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if strategy(accelerator).startswith("zero") and half is not None:
@@ -139,7 +129,7 @@ def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with moments of four bytes or of one."""
+    """AdamW with moments of four bytes or of one."""
     settings = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -159,9 +149,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
 
 
 def learning_rate(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """The learning rate of step i, counted from 0, by diffusers' schedule of that name.
+    """Learning rate of step i, counted from 0, by diffusers' schedule of that name.
 
-    A function of the step alone: nothing of it needs saving, and a run may go on with another `max_steps`.
+    A function of the step alone: nothing needs saving, and a run may go on with another `max_steps`.
     """
     # The schedule's factors are all that is wanted; diffusers gives none without an optimiser.
     any_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -188,8 +178,7 @@ def make_clips(run: Run) -> Dataset:
 def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:
     """This process's batches, each with one random generator a clip.
 
-    Processes take consecutive batches in turn. What is drawn for a clip follows its position in the whole run, so it
-    is the same on whatever process and in whatever batch the clip is.
+    Processes take consecutive batches in turn; a clip's generator follows from its position in the whole run.
     """
     config, accelerator = run.config, run.accelerator
     first = run.progress.clips
@@ -200,7 +189,6 @@ def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:
 
 
 def accumulate_gradients(run: Run, batch: Batch, generators: Generators) -> None:
-    """Forward and backward of one batch of this process."""
     config, accelerator = run.config, run.accelerator
     # DeepSpeed moves the parameters within `backward`, so the rate is set before.
     for group in run.optimizer.param_groups:
@@ -216,15 +204,10 @@ def accumulate_gradients(run: Run, batch: Batch, generators: Generators) -> None
 
 @contextmanager
 def attention_kernels(device: torch.device, tokens: int, half: bool) -> Iterator[None]:
-    """The kernels for a forward and backward pass: those that torch chooses, but for few tokens on CPUs.
+    """Attention kernels for a pass: torch's choice, but two products and a softmax for few tokens in bf16 on CPUs.
 
-    There two products and a softmax take half the time of torch's fused kernel up to 128 tokens in bfloat16, as much
-    at 256, and more from there on and in float32; with half precision kept between them, which torch leaves to the
-    user to allow. `python -m benchmarks.attention_kernels` measures it.
-
-    Args:
-        tokens: of a frame, in the layer that has most.
-        half: the pass computes in bfloat16.
+    That takes half the time of torch's fused kernel up to 128 tokens, as much at 256, and more beyond or in float32;
+    `python -m benchmarks.attention_kernels` measures it. `tokens` are a frame's, in the layer that has most.
     """
     if device.type != "cpu" or not half or tokens > FEW_TOKENS:
         yield
@@ -239,7 +222,7 @@ def attention_kernels(device: torch.device, tokens: int, half: bool) -> Iterator
 
 
 def move_parameters(run: Run) -> None:
-    """Clip the gradients and move the parameters, unless something was not finite; then the step is left out."""
+    """Clip the gradients and move the parameters, unless something was not finite."""
     accelerator, progress = run.accelerator, run.progress
     norm = accelerator.clip_grad_norm_([p for _, p in run.trainable], run.config.optimizer.max_grad_norm)
     taken = run.guard.allows_step(norm, accelerator)

@@ -3,8 +3,8 @@
     python -m training.vae --config configs/vae_tiny.yaml output=runs/vae [key=value ...]
     python -m training.vae --config configs/vae_dreampose.yaml output=runs/vae init=weights/vae data.root=videos
 
-Writes `output/vae/` (a diffusers folder; the `scaling_factor` of a new one makes latents of unit variance),
-`output/logs/` (TensorBoard) and `output/reconstructions.png` (held-out people: image above, reconstruction below).
+Writes `output/vae/` (diffusers; a new one scales latents to unit variance), `output/logs/` (TensorBoard) and
+`output/reconstructions.png` (held-out people: image above, reconstruction below).
 """
 
 import os
@@ -36,9 +36,7 @@ from training.distributed import end_together, make_accelerator
 
 @dataclass
 class VAEConfig:
-    """Training of a small autoencoder (diffusers' AutoencoderTiny) for rendered people, or of the decoder of a
-    published one (AutoencoderKL), fine-tuned to the images of a person as DreamPose does.
-    """
+    """A new AutoencoderTiny for rendered people, or a published AutoencoderKL fine-tuned as DreamPose does."""
 
     output: str = MISSING
     init: str | None = None  # VAE folder to go on from, such as the `vae` of a pipeline folder; null starts anew
@@ -72,7 +70,6 @@ class VAEConfig:
 
 
 def build_vae(config: VAEConfig) -> VAE:
-    """A new autoencoder, or the one in the folder `init`."""
     if config.init:
         cls, _ = vae_class(config.init, "init")
         if cls is AutoencoderKL and not config.freeze_encoder:
@@ -91,7 +88,7 @@ def build_vae(config: VAEConfig) -> VAE:
 
 
 def images_and_masks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All images of a batch and their person masks: (n, 3, H, W) in [-1, 1] and (n, 1, H, W)."""
+    """All images (n, 3, H, W) of a batch in [-1, 1], and their person masks (n, 1, H, W)."""
     frames = batch["frames"].transpose(1, 2).flatten(0, 1)
     masks = batch["masks"].transpose(1, 2).flatten(0, 1)
     return torch.cat([batch["reference"], frames]), torch.cat([batch["reference_mask"], masks])
@@ -116,16 +113,13 @@ def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Te
 
 
 def latents_of(vae: VAE, images: Tensor) -> Tensor:
-    """Latents as the decoder takes them, unscaled; drawn from the posterior where there is one."""
+    """Unscaled latents, drawn from the posterior where there is one."""
     encoded = vae.encode(images)
     return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
 
 
 def vae_loss(vae: VAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
-    """The loss and the mean squared error of the reconstructions.
-
-    "edges" is the weighted absolute and squared error plus edges and the latents' size.
-    """
+    """The loss, and the mean squared error of the reconstructions."""
     latents = latents_of(vae, images)
     noisy = latents + config.latent_noise * torch.randn_like(latents)
     error = vae.decode(noisy).sample.float() - images
@@ -152,14 +146,8 @@ class VAELoss(nn.Module):
 
 
 @torch.no_grad()
-def latent_scale(vae: VAE, images: Tensor) -> float:
-    """1 / standard deviation of the latents of these images."""
-    return 1 / latents_of(vae, images.to(vae.device)).float().std().item()
-
-
-@torch.no_grad()
 def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
-    """Write images above their reconstructions; returns the mean PSNR of image and person in dB over [0, 1]."""
+    """Mean PSNR of image and person in dB, of the images written above their reconstructions."""
     latents = vae_encode(vae, images.to(vae.device), chunk=1)
     decoded = vae_decode(vae, latents, chunk=1).clamp(-1, 1)
     error = (decoded - images).square() / 4
@@ -173,7 +161,6 @@ def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) ->
 
 
 def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
-    """Train the parameters of `vae` that require gradients."""
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -223,12 +210,14 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
             accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": schedule.get_last_lr()[0]}, step=step)
 
 
+@torch.no_grad()
 def finish(vae: VAE, config: VAEConfig, accelerator: Accelerator, output: Path) -> None:
     """Scale the latents of a new VAE, measure it on held-out people, and write its folder."""
     heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
     images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
     if not config.freeze_encoder:
-        vae.register_to_config(scaling_factor=latent_scale(vae, images))
+        # Latents of unit variance.
+        vae.register_to_config(scaling_factor=1 / latents_of(vae, images.to(vae.device)).float().std().item())
     psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
     accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
     with complete_folder(output / "vae") as folder:

@@ -75,7 +75,7 @@ class ValidationClip:
     misaligned: bool  # the reference was moved, turned and resized
 
     def metrics(self) -> dict[str, float]:
-        """Means over the frames, for the results with and without TPC: "psnr/with_tpc", "person_ssim/without_tpc"."""
+        """Means over frames, for results with and without TPC: "psnr/with_tpc", "person_ssim/without_tpc"."""
         truth = self.columns["truth"]
         values = {}
         for name in ("without TPC", "with TPC"):
@@ -91,7 +91,7 @@ class ValidationClip:
 
 @contextmanager
 def undisturbed(*networks: nn.Module) -> Iterator[None]:
-    """Within the block the networks are in evaluation mode; afterwards all modes and random states are as before."""
+    """Networks in evaluation mode within the block; afterwards all modes and random states are as before."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     states = random.getstate(), np.random.get_state()
     for network in networks:
@@ -108,10 +108,9 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: ValidationConfig) -> list[ValidationClip]:
-    """Animate the validation clips; the same ones with the same noise every time.
+    """The animated validation clips, the same with the same noise every time; the first have misaligned references.
 
-    Rendered data are drawn from held-out identities. Videos are those of `config.root`, or of the training folder,
-    cut with another seed. The first clips are those with misaligned references.
+    Videos of `config.root`, or of the training folder, are cut with another seed.
     """
     data = replace(
         data,
@@ -132,12 +131,7 @@ def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: Validati
 def sample_clip(
     pipeline: AnimationPipeline, item: dict[str, Tensor], config: ValidationConfig, index: int, misaligned: bool
 ) -> ValidationClip:
-    """Animate one clip of a data set.
-
-    Args:
-        index: of the clip, from which its noise and its reference's composition are drawn.
-        misaligned: recompose the reference.
-    """
+    """One animated clip; noise and, if `misaligned`, the reference's composition are drawn from its index."""
     batch = {name: value[None] for name, value in item.items()}
     if misaligned:
         (generator,) = sample_generators(index, [index])
@@ -171,7 +165,7 @@ def sample_clip(
 
 
 def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
-    """Calibrate the reference of a data set's item to its frames, as `infer.py` would with these poses and masks."""
+    """Calibration of an item's reference to its frames, as `infer.py` makes it of these poses and masks."""
     size = (item["frames"].shape[-1], item["frames"].shape[-2])
     reference, driving = item["reference_keypoints"][None, None].numpy(), item["keypoints"][:, None].numpy()
     masks = item["reference_mask"], item["masks"].transpose(0, 1)
