@@ -25,7 +25,6 @@ from models.attention.measures import (
 )
 from models.attention.probe import AttentionProbe
 from training.config import AttentionLossConfig
-from training.noise import Generators
 
 NOSE = 0
 LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))  # COCO indices
@@ -86,7 +85,7 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
     return MatchingPoints(targets, sources, in_frame & in_reference, size, len(weights))
 
 
-def surface_points(batch: dict[str, Tensor], count: int, generators: Generators) -> MatchingPoints:
+def surface_points(batch: dict[str, Tensor], count: int, generators: Sequence[torch.Generator]) -> MatchingPoints:
     """At most `count` random points of the person's surface in each frame, and the same points in the references.
 
     The batch has "surfaces" (b, 3, f, h, w) and "reference_surface" (b, 3, h, w) of `data.clips.caches`. Points
@@ -108,7 +107,7 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Generators)
 
 
 def with_background(
-    points: MatchingPoints, batch: dict[str, Tensor], per_side: int, generators: Generators
+    points: MatchingPoints, batch: dict[str, Tensor], per_side: int, generators: Sequence[torch.Generator]
 ) -> MatchingPoints:
     """`points`, and one of the background in each of per_side x per_side cells, at the same place in both images.
 

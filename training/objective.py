@@ -1,14 +1,20 @@
 """The diffusion objective: noise, target, loss weight.
 
+Random numbers follow from the run's seed and a sample's position in the run alone: two processes repeat what one does
+with the doubled batch, and a resumed run repeats an unbroken one.
+
 Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from core.errors import UserError
@@ -26,10 +32,63 @@ from tpc.augmentation import (
 )
 from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.build import make_scheduler
-from training.config import TrainConfig
-from training.noise import Generators, draw
+from training.config import NoiseConfig, TrainConfig
 
 Batch = dict[str, Tensor]
+Generators = Sequence[torch.Generator]  # one for each sample of a batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random values of b samples whose latents are (b, c, f, h, w)."""
+
+    timesteps: Tensor  # (b,) long
+    dropped: Tensor  # (b,) long, condition that a sample is trained without: 0 none, or which, from 1
+    noise: Tensor  # (b, c, f, h, w) added to the latents, offset included
+    posterior: Tensor  # (b, c, f, h, w) standard normal, for the VAE's posterior
+
+
+def sample_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:
+    """CPU generators, one a sample; positions count over all steps and processes of the run."""
+    # A CPU generator takes 32 bits of its seed; hashing keeps neighbouring positions of neighbouring seeds apart.
+    states = [np.random.SeedSequence([seed, position]).generate_state(1)[0] for position in positions]
+    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+
+def shifted(steps: Tensor, timesteps: int, shift: float) -> Tensor:
+    """Timesteps (b,) drawn evenly, moved towards noise: u becomes s u / (1 + (s - 1) u) with the shift s.
+
+    Esser et al., "Scaling Rectified Flow Transformers" (ICML 2024), section 5.3.2; u is 0 without noise.
+    """
+    u = (steps.double() + 0.5) / timesteps
+    return (timesteps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=timesteps - 1)
+
+
+def draw(
+    shape: Sequence[int],
+    config: NoiseConfig,
+    generators: Generators,
+    device: torch.device | str = "cpu",
+    drop_modes: int = 1,
+) -> Draws:
+    """Random values of one training step, for latents of shape (c, f, h, w), drawn on the CPU for every device.
+
+    `drop_modes` conditions may be missing, each as often.
+    """
+    # Every quantity is drawn whether it is used or not, so that switching one off leaves the others as they were.
+    steps = torch.cat([torch.randint(config.num_train_timesteps, (1,), generator=g) for g in generators])
+    uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+    # The offset is constant in all frames and pixels of a (sample, channel).
+    offsets = randn_tensor((len(generators), shape[0], 1, 1, 1), generator=list(generators))
+    noise, posterior = (randn_tensor((len(generators), *shape), generator=list(generators)) for _ in range(2))
+    dropout = config.condition_dropout
+    which = 1 + (uniform * drop_modes / max(dropout, 1e-12)).long().clamp(max=drop_modes - 1)
+    return Draws(
+        shifted(steps, config.num_train_timesteps, config.timestep_shift).to(device),
+        torch.where(uniform < dropout, which, 0).to(device),
+        (noise + config.noise_offset * offsets).to(device),
+        posterior.to(device),
+    )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from training.data import ensure_latents, latents_folder, make_dataset, make_loa
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
 from training.logs import StepLog
-from training.noise import Generators, sample_generators
-from training.objective import Batch, Objective, compose_samples
+from training.objective import Batch, Generators, Objective, compose_samples, sample_generators
 
 # Tokens of a frame up to which writing the probabilities down is faster than recomputing them, on CPUs.
 FEW_TOKENS = 128

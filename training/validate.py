@@ -24,8 +24,7 @@ from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset
 from training.distributed import SHARDED
 from training.logs import add_clip
-from training.noise import sample_generators
-from training.objective import sample
+from training.objective import sample, sample_generators
 from training.run import Run
 
 FPS = 12.0  # of the clips shown; data sets do not say theirs

@@ -18,8 +18,7 @@ from models.pipeline import AnimationPipeline
 from training.build import enable_gradient_checkpointing, make_networks, set_trainable, shrink_frozen
 from training.config import TrainConfig
 from training.data import make_dataset
-from training.noise import sample_generators
-from training.objective import Objective
+from training.objective import Objective, sample_generators
 from training.run import Run, accumulate_gradients, batches, make_optimizer, move_parameters, prepare
 
 RECIPE = Path(__file__).parents[2] / "configs" / "train_stage1_tiny.yaml"

@@ -24,7 +24,7 @@ from benchmarks.speed.sizes import SIZES
 from core.errors import UserError
 from models.checkpoints.loading import MOTION, module_names, published_names, shapes_of
 from training.config import NoiseConfig
-from training.noise import draw, sample_generators
+from training.objective import draw, sample_generators
 
 SMALL = replace(SIZES["tiny"], image_encoder=(32, 1, 4), frames=2, clip_frames=2)
 SETTINGS = peer_settings("animate_anyone", SMALL, "float32", "cpu", threads=1)

@@ -22,8 +22,7 @@ from tests.networks import TINY
 from training.build import make_networks
 from training.config import AugmentationConfig, DataConfig, ModelConfig, NoiseConfig, TrainConfig
 from training.data import check_features, make_dataset
-from training.noise import sample_generators
-from training.objective import Objective, compose_samples
+from training.objective import Objective, compose_samples, sample_generators
 
 SIZE = [32, 32]
 ALONE = Shard()

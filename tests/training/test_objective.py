@@ -19,13 +19,15 @@ from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
 from training.build import enable_gradient_checkpointing, make_scheduler, set_trainable, shrink_frozen
 from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.noise import draw, sample_generators, shifted
 from training.objective import (
     Objective,
     check_supervised,
     compose_samples,
+    draw,
     prediction_target,
     sample,
+    sample_generators,
+    shifted,
     snr_weights,
 )
 

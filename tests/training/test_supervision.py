@@ -28,8 +28,7 @@ from training.config import (
     TrainConfig,
 )
 from training.data import ensure_latents, make_dataset
-from training.noise import sample_generators
-from training.objective import Objective, batch_latents, person_weights
+from training.objective import Objective, batch_latents, person_weights, sample_generators
 
 SIZE = [32, 32]
 GRIDS = [(8, 8), (4, 4)]

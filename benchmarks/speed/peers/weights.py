@@ -27,7 +27,7 @@ from models.checkpoints.networks import (
 )
 from models.checkpoints.verify import synthetic_tensors
 from training.config import NoiseConfig
-from training.noise import draw, sample_generators
+from training.objective import draw, sample_generators
 
 SETTINGS, INPUTS = "settings.json", "inputs"
 STAGES = ("image", "motion")

@@ -18,7 +18,7 @@ from tpc.augmentation import CompositionConfig
 from training.attention_loss import SAME_POINT, surface_points
 from training.config import AttentionLossConfig, AugmentationConfig, DataConfig, TrainConfig
 from training.data import make_dataset
-from training.noise import sample_generators
+from training.objective import sample_generators
 
 SIZE = (96, 96)
 NOSE, EYES = 0, (1, 2)

@@ -17,8 +17,7 @@ from tpc.augmentation import CalibratedTrainingConfig
 from training.build import make_pipeline, set_trainable
 from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.noise import sample_generators
-from training.objective import Objective
+from training.objective import Objective, sample_generators
 
 SIZE, FRAMES, STEPS = (32, 24), 4, 2
 
