@@ -6,14 +6,19 @@ from core.config import check_config
 from core.errors import UserError
 
 PRESETS = ("best", "paper", "release")
-TRANSFORMS = ("procrustes", "affine", "linear")
-KEYPOINT_RULES = ("exhaustive", "consensus", "all", "trunk", "torso", "face")
 PROPAGATIONS = ("iterative", "hold", "off")
 VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
-FILLS = ("scene", "reference", "black", "mean")
-BACK_VIEWS = ("swap", "keep", "reject")
-MATCHES = ("track", "given")
+CHOICES = {
+    "transform": ("procrustes", "affine", "linear"),
+    "keypoints": ("exhaustive", "consensus", "all", "trunk", "torso", "face"),
+    "back_view": ("swap", "keep", "reject"),
+    "match": ("track", "given"),
+    "fill": ("scene", "reference", "black", "mean"),
+    "propagation": PROPAGATIONS,
+    "attach": ATTACHMENTS,
+    "visibility": VISIBILITIES,
+}
 
 
 @dataclass
@@ -60,16 +65,7 @@ class CalibrationConfig:
     def check(self) -> None:
         check_choice("preset", self.preset, PRESETS)
         full = _filled(self)
-        for name, allowed in (
-            ("transform", TRANSFORMS),
-            ("keypoints", KEYPOINT_RULES),
-            ("back_view", BACK_VIEWS),
-            ("match", MATCHES),
-            ("fill", FILLS),
-            ("propagation", PROPAGATIONS),
-            ("attach", ATTACHMENTS),
-            ("visibility", VISIBILITIES),
-        ):
+        for name, allowed in CHOICES.items():
             check_choice(name, getattr(full, name), allowed)
         for name, low, high in (
             ("min_keypoints", 2, 17),
@@ -160,11 +156,7 @@ def release() -> CalibrationConfig:
 
 
 def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
-    """Fill every `None` of `config` from its preset and check the values.
-
-    Raises:
-        UserError: an unknown choice or a value out of range, with the allowed ones.
-    """
+    """The configuration with every `None` filled from its preset; UserError for an unknown choice or value."""
     config = config or CalibrationConfig()
     check_config(config, "tpc")
     full = _filled(config)

@@ -83,7 +83,21 @@ def run(config: AnimatorsConfig) -> None:
     variants, clips = variants_of(config), MisalignedClips(config.kinds, config.clips)
 
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
-        _write(config, metric_suite, read_values(folders, clips, config.seeds), variants, output)
+        values = read_values(folders, clips, config.seeds)
+        each = len(next(iter(values.by_kind.values())))
+        counts = {subset: each * len(kinds) for subset, kinds in subsets_of(config.kinds).items()}
+        counted = ", ".join(f"{count} {subset}" for subset, count in counts.items())
+        caption = f"{counted} clips; mean and deviation over {len(config.seeds)} seeds"
+        table = animators_table(values, variants, caption)
+        by_kind = {measure: kinds_table(values, variants, measure) for measure in COLUMNS}
+        results = {
+            "counts": counts | {"seeds": len(config.seeds)},
+            "results": table.plain(),
+            "kinds": {measure: table.plain() for measure, table in by_kind.items()},
+            "trials": values.plain(),
+        }
+        text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
+        write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)
         if config.strips:
             _draw_strips(config, [clips.clip(names[0]) for names in clips.by_kind.values()], variants, output)
 
@@ -122,25 +136,6 @@ def kinds_table(values: Values, variants: Mapping[str, Variant], measure: str) -
     )
     columns = tuple(kind.replace("_", " ") for kind in values.by_kind)
     return Table(measure_label(measure), columns, rows, measure_label(measure))
-
-
-def _write(
-    config: AnimatorsConfig, metric_suite: MetricSuite, values: Values, variants: dict[str, Variant], output: Path
-) -> None:
-    each = len(next(iter(values.by_kind.values())))
-    counts = {subset: each * len(kinds) for subset, kinds in subsets_of(config.kinds).items()}
-    counted = ", ".join(f"{count} {subset}" for subset, count in counts.items())
-    caption = f"{counted} clips; mean and deviation over {len(config.seeds)} seeds"
-    table = animators_table(values, variants, caption)
-    by_kind = {measure: kinds_table(values, variants, measure) for measure in COLUMNS}
-    results = {
-        "counts": counts | {"seeds": len(config.seeds)},
-        "results": table.plain(),
-        "kinds": {measure: table.plain() for measure, table in by_kind.items()},
-        "trials": values.plain(),
-    }
-    text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
-    write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)
 
 
 def _draw_strips(

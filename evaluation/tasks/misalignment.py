@@ -125,10 +125,26 @@ def run(config: MisalignmentConfig) -> None:
     further = all_trials(counterparts, [variants[WITHOUT]], config.seeds) if counterparts else []
 
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
-        _write(config, metric_suite, read_values(folders, clips, config.seeds), variants, output)
+        values = read_values(folders, clips, config.seeds)
+        count = len(next(iter(values.by_kind.values())))
+        caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
+        measured = list(next(iter(values.by_trial.values())))
+        tables = [recovered_table(values, variants, PERSON_PSNR)]
+        tables += [measure_table(values, variants, name, caption) for name in measured]
+        shown = {label: variant for label, variant in variants.items() if label not in config.variants}
+        psnr = measure_table(values, shown, PERSON_PSNR, "")
+        bars = dict(zip(psnr.columns, zip(*(cells for _, cells in psnr.rows), strict=True), strict=True))
+        draw_bars(output / "psnr.png", [kind.replace("_", "\n") for kind in values.by_kind], bars, PERSON_PSNR_LABEL)
+        results = {
+            "counts": {kind: len(names) for kind, names in values.by_kind.items()} | {"seeds": len(config.seeds)},
+            "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},
+            "trials": values.plain(),
+        }
+        text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
+        write_results(config, metric_suite, results, {"table.md": text}, output)
         if config.strips:
-            shown = [clips.clip(name) for names in clips.by_kind.values() for name in names[: config.strips]]
-            _draw_strips(config, shown, output)
+            drawn = [clips.clip(name) for names in clips.by_kind.values() for name in names[: config.strips]]
+            _draw_strips(config, drawn, output)
 
     run_task("misalignment", config, config.protocol(), REGIONS, list(variants.values()), clips, write, further)
 
@@ -195,31 +211,6 @@ def recovered_table(values: Values, variants: Mapping[str, Variant], measure: st
     columns = ("cost of misalignment (dB)", *(f"{label}: won back (%)" for label in with_tpc))
     caption = f"shares only where misalignment costs at least {LOWEST_COST} dB"
     return Table(measure_label(measure), columns, tuple(rows), caption)
-
-
-def _write(
-    config: MisalignmentConfig,
-    metric_suite: MetricSuite,
-    values: Values,
-    variants: dict[str, Variant],
-    output: Path,
-) -> None:
-    count = len(next(iter(values.by_kind.values())))
-    caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
-    measured = list(next(iter(values.by_trial.values())))
-    tables = [recovered_table(values, variants, PERSON_PSNR)]
-    tables += [measure_table(values, variants, name, caption) for name in measured]
-    shown = {label: variant for label, variant in variants.items() if label not in config.variants}
-    psnr = measure_table(values, shown, PERSON_PSNR, "")
-    bars = dict(zip(psnr.columns, zip(*(cells for _, cells in psnr.rows), strict=True), strict=True))
-    draw_bars(output / "psnr.png", [kind.replace("_", "\n") for kind in values.by_kind], bars, PERSON_PSNR_LABEL)
-    results = {
-        "counts": {kind: len(names) for kind, names in values.by_kind.items()} | {"seeds": len(config.seeds)},
-        "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},
-        "trials": values.plain(),
-    }
-    text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
-    write_results(config, metric_suite, results, {"table.md": text}, output)
 
 
 def _draw_strips(config: MisalignmentConfig, clips: Sequence[EvaluationClip], output: Path) -> None:

@@ -121,13 +121,48 @@ class SweptClips:
 def run(config: SweepConfig) -> None:
     """Write results.json, table.md, sweep.png and sweep.pdf."""
     variants, clips = without_and_with(config), SweptClips(config)
+    references = clips.references
     measures = ["psnr", "ssim", *(PERSON_MEASURES if config.persons else ())]
     protocol = ProtocolConfig(protocol="native", features="none", measures=measures)
 
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
         psnr = {trial: clip_means(folder)[PERSON_PSNR] for trial, folder in folders.items()}
         box_iou = {name: clips.box_iou(name) for name in clips.names}
-        _write(config, metric_suite, clips.references, box_iou, psnr, output)
+        curves = _curves(config, references, box_iou, psnr)
+        panels = [
+            Panel(list(lines.values()), **{"y_label": PERSON_PSNR_LABEL} | PANELS[quantity])
+            for quantity, lines in curves.items()
+        ]
+        draw_panels(output / "sweep.png", panels)
+        counts = {"clips": config.clips, "frames": config.frames, "seeds": len(config.seeds)}
+        results = {
+            "counts": counts | {"trials": len(psnr)},
+            "curves": {
+                quantity: {
+                    label: {
+                        name: None if (values := getattr(curve, name)) is None else values.tolist()
+                        for name in ("x", "mean", "deviation")
+                    }
+                    for label, curve in lines.items()
+                }
+                for quantity, lines in curves.items()
+            },
+            "trials": [
+                {
+                    "clip": references[trial.clip].clip,
+                    "angle_deg": references[trial.clip].angle_deg,
+                    "scale": references[trial.clip].scale,
+                    "box_iou": round(box_iou[trial.clip], 4),
+                    "tpc": trial.variant.tpc is not None,
+                    "seed": trial.seed,
+                    "person_psnr_db": value,
+                }
+                for trial, value in psnr.items()
+            ],
+        }
+        caption = f"{config.clips} clips of {config.frames} frames, mean and deviation over {len(config.seeds)} seeds"
+        tables = "\n".join(markdown(_table(quantity, lines)) for quantity, lines in curves.items())
+        write_results(config, metric_suite, results, {"table.md": heading(metric_suite, caption) + tables}, output)
 
     run_task("sweep", config, protocol, ("foreground", "background"), variants, clips, write)
 
@@ -198,50 +233,6 @@ def _curve(
     coords = sorted(cells)
     deviation = None if len(seeds) < 2 else np.array([cells[x].deviation for x in coords])
     return Curve(label, np.array(coords), np.array([cells[x].mean for x in coords]), deviation)
-
-
-def _write(
-    config: SweepConfig,
-    metric_suite: MetricSuite,
-    references: dict[str, SweptReference],
-    box_iou: dict[str, float],
-    psnr: dict[Trial, float | None],
-    output: Path,
-) -> None:
-    curves = _curves(config, references, box_iou, psnr)
-    panels = [
-        Panel(list(lines.values()), **{"y_label": PERSON_PSNR_LABEL} | PANELS[quantity])
-        for quantity, lines in curves.items()
-    ]
-    draw_panels(output / "sweep.png", panels)
-    results = {
-        "counts": {"clips": config.clips, "frames": config.frames, "seeds": len(config.seeds), "trials": len(psnr)},
-        "curves": {
-            quantity: {
-                label: {
-                    name: None if (values := getattr(curve, name)) is None else values.tolist()
-                    for name in ("x", "mean", "deviation")
-                }
-                for label, curve in lines.items()
-            }
-            for quantity, lines in curves.items()
-        },
-        "trials": [
-            {
-                "clip": references[trial.clip].clip,
-                "angle_deg": references[trial.clip].angle_deg,
-                "scale": references[trial.clip].scale,
-                "box_iou": round(box_iou[trial.clip], 4),
-                "tpc": trial.variant.tpc is not None,
-                "seed": trial.seed,
-                "person_psnr_db": value,
-            }
-            for trial, value in psnr.items()
-        ],
-    }
-    caption = f"{config.clips} clips of {config.frames} frames, mean and deviation over {len(config.seeds)} seeds"
-    tables = "\n".join(markdown(_table(quantity, lines)) for quantity, lines in curves.items())
-    write_results(config, metric_suite, results, {"table.md": heading(metric_suite, caption) + tables}, output)
 
 
 def _table(quantity: str, lines: dict[str, Curve]) -> Table:
