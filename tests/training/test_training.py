@@ -43,9 +43,10 @@ FAST = ["optimizer.learning_rate=3e-3", "log_steps=5", "seed=3", "mixed_precisio
 
 
 def run(script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == expect, done.stderr[-3000:]
     return done
@@ -65,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vae(folder) -> Path:
     run(
-        "training/vae.py",
+        "training.vae",
         f"output={folder / 'vae'}",
         "width=16",
         "blocks=[0,1,1]",
