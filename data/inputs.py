@@ -46,10 +46,9 @@ def load_reference(
     estimator: Callable[[], PoseEstimator] | None,
     max_persons: int = 1,
 ) -> Reference:
-    """Read the reference image; estimate its poses and masks unless they are given.
+    """Reference image, with poses and masks given, or estimated where there is an opener of the estimator.
 
-    Masks are an 8-bit image, 255 = person, or a folder with p0.png, p1.png for several persons. Without an opener of
-    the estimator nothing is estimated.
+    Masks are an 8-bit image, 255 = person, or a folder with p0.png, p1.png for several persons.
     """
     image = read_image(path, argument="reference")
     size = image.shape[1::-1]
@@ -69,27 +68,18 @@ def load_reference(
 
 
 def load_driving(
-    path: str | Path | None,
-    poses: str | Path | None,
-    masks: str | Path | None,
+    path: str | Path | None,  # of the video; None when poses are given
+    poses: str | Path | None,  # pose file of all frames of the video; None: estimate
+    masks: str | Path | None,  # folder with 000000.png (one person) or 000000_p0.png
     estimator: Callable[[], PoseEstimator],
     max_persons: int = 1,
-    max_frames: int | None = None,
+    max_frames: int | None = None,  # counted after every stride-th frame was taken
     stride: int = 1,
     smoothing: float = 0.0,
-    images: str | Path | None = None,
-    poses_wanted: bool = True,
+    images: str | Path | None = None,  # pose images, one for each frame of the video and of its shape
+    poses_wanted: bool = True,  # False: `images` alone are read
 ) -> Driving:
-    """Read the driving video; estimate its poses and masks unless they are given.
-
-    Args:
-        path: video, or None when poses are given.
-        poses: pose file of all frames of the video, or None to estimate.
-        masks: folder with 000000.png (one person) or 000000_p0.png; or None.
-        max_frames: counted after every stride-th frame was taken.
-        images: video or folder of pose images, one for each frame of the video and of its shape; or None.
-        poses_wanted: False reads `images` alone.
-    """
+    """Driving clip, with poses and masks given or estimated."""
     pose_images = None if images is None else strided_video(images, "pose_images", max_frames, stride)
     if pose_images is not None and not poses_wanted:
         return Driving(None, None, None, pose_images.frames, pose_images.fps)

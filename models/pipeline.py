@@ -186,7 +186,7 @@ class AnimationPipeline(DiffusionPipeline):
             callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> tensors that replace these.
             callback_on_step_end_tensor_inputs: names of the tensors it gets.
             decode_chunk_size: frames the VAE decodes at a time; default: one on CPUs, 8 elsewhere.
-            attention: records the attention to images in the conditional half of guidance.
+            attention: records attention to images in the conditional half of guidance; frames stay the same.
             reference_mask: (H, W) in [0, 1] or uint8, or PIL: the persons; default: the calibration's.
             guidance_interval: noise levels (low, high] of 0 to 1 that are guided, see `models.sampling.noise_level`.
             solver: of `models.sampling.SOLVERS`, in place of the pipeline's scheduler.

@@ -67,13 +67,11 @@ class _Person(PersonEstimate):
 
 
 class BlazePose:
-    """Pose estimator with the published BlazePose networks on the CPU.
-
-    The heavy landmark network is about three times slower and less noisy than the full one.
-    """
+    """Pose estimator with the published BlazePose networks on the CPU."""
 
     def __init__(self, heavy: bool = False, threads: int = 2):
         self._detector = DetectorNet(model_path(DETECTOR), threads)
+        # The heavy network is about three times slower and less noisy than the full one.
         self._landmarks = LandmarkNet(model_path(HEAVY_LANDMARKS if heavy else FULL_LANDMARKS), threads)
 
     def image(self, image: np.ndarray, max_persons: int = 1) -> list[PersonEstimate]:
@@ -82,7 +80,7 @@ class BlazePose:
         return _with_exclusive_masks([self._refine(image, person) for person in found])
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for those who are not visible."""
+        """Persons in each frame, in `max_persons` fixed slots, None for those who are not visible."""
         persons: list[_Person | None] = [None] * max_persons
         last_seen = persons
         for index, frame in enumerate(frames):
@@ -157,10 +155,7 @@ class BlazePose:
 def find_candidates(
     detector: DetectorNet, image: np.ndarray, rotations: tuple[float, ...], tiled: bool
 ) -> list[Detection]:
-    """Regions where the detector finds persons, best supported first; their score is its mean over the rotations.
-
-    `tiled` searches overlapping tiles of half the image's longer side, not the whole image.
-    """
+    """Regions where persons are found, best supported first; `tiled`: in tiles of half the image's longer side."""
     height, width = image.shape[:2]
     # Turned by 45 degrees the crop's side is the diagonal; this size keeps it below twice what the detector takes.
     scale = min(1.0, (2 if tiled else 1) * math.sqrt(2) * DETECTOR_SIDE / max(height, width))
@@ -174,7 +169,7 @@ def find_candidates(
                 x, y = (found.roi.x + left) * factors[0], (found.roi.y + top) * factors[1]
                 roi = replace(found.roi, x=x, y=y, side=found.roi.side * max(factors))
                 hits.append((index, Detection(roi, found.score)))
-    return _agreeing(hits, len(rotations))
+    return _agreeing(hits, len(rotations))  # scores are means over the rotations
 
 
 def _tiles(image: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
@@ -215,11 +210,7 @@ def _alike(a: Roi, b: Roi) -> bool:
 
 
 def _person(passes: list[Landmarks], size: tuple[int, int]) -> _Person:
-    """Person of one or several passes over nearly the same region of an image of (width, height).
-
-    The score of a keypoint is visibility times presence, times a trust that grows with the heatmap's sharpness, times
-    how well the passes agree on its coordinates (COCO's object keypoint similarity to their mean).
-    """
+    """Person of one or several passes over nearly the same region of an image of (width, height)."""
     coords = np.stack([landmarks.points[COCO_FROM_BLAZEPOSE] for landmarks in passes])  # (passes, 17, 2)
     sharpness = np.stack([landmarks.sharpness[COCO_FROM_BLAZEPOSE] for landmarks in passes])
     visible = np.stack([(landmarks.visibility * landmarks.presence)[COCO_FROM_BLAZEPOSE] for landmarks in passes])
@@ -228,6 +219,8 @@ def _person(passes: list[Landmarks], size: tuple[int, int]) -> _Person:
     points = (weights[..., None] * coords).sum(axis=0)
     away = np.linalg.norm(coords - points, axis=-1) / (2 * COCO_SIGMAS * _AREA_ROOT * passes[0].roi.side)
     trust = np.clip((sharpness - _SHARPNESS[0]) / (_SHARPNESS[1] - _SHARPNESS[0]), 0, 1)
+    # Visibility times presence, times a trust that grows with the heatmap's sharpness, times how well the passes agree
+    # on the coordinates (COCO's object keypoint similarity to their mean).
     scores = (weights * visible * trust * np.exp(-(away**2) / 2)).sum(axis=0)
     scores = scores_inside(points, np.clip(scores, 0, 1), size)
     inside = scores[scores > 0]

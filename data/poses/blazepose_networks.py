@@ -1,7 +1,7 @@
 """The two BlazePose networks with their pre- and post-processing: person detector, and landmarks with person mask.
 
-Coordinates inside this file are continuous: (0, 0) is the outer corner of the first pixel, whose centre is (0.5, 0.5).
-Only what leaves `LandmarkNet.__call__` is in pixels with centres at integers.
+Coordinates in here are continuous: (0, 0) is the outer corner of the first pixel. Only what leaves
+`LandmarkNet.__call__` is in pixels with centres at integers.
 
 Source: Bazarevsky et al., "BlazePose: On-device Real-time Body Pose tracking", 2020, and the published model card.
 """
@@ -143,9 +143,9 @@ def crop_region(image: np.ndarray, roi: Roi, side: int) -> np.ndarray:
 
 
 def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Move landmarks (k, 2) in a crop of `side` pixels to the centre of mass of their heatmap, where that is sure.
+    """Landmarks (k, 2) moved to their heatmap's centre of mass, where that is sure; highest values near them (k,).
 
-    `heatmaps` are (rows, columns, k) in [0, 1]. Also the highest value around each point (k,), 0 outside the crop.
+    `heatmaps` are (rows, columns, k) in [0, 1] of a crop of `side` pixels. The values are 0 outside the crop.
     """
     points = points.astype(np.float64)
     highest = np.zeros(len(points), np.float32)
@@ -168,10 +168,7 @@ def refine_with_heatmaps(points: np.ndarray, heatmaps: np.ndarray, side: int) ->
 
 
 def weighted_clusters(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
-    """Indices of the boxes (n, 4) of each person, surest first: non-maximum suppression that keeps the suppressed.
-
-    Boxes (left, top, right, bottom) whose IoU with the surest remaining one is above 0.3 join it.
-    """
+    """Indices of each person's boxes (n, 4), surest first: non-maximum suppression that keeps the suppressed."""
     clusters = []
     waiting = np.argsort(-scores, kind="stable")
     while len(waiting):
@@ -180,6 +177,7 @@ def weighted_clusters(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]
         high = np.minimum(boxes[waiting, 2:], best[2:])
         shared = np.prod(np.clip(high - low, 0, None), axis=1)
         areas = np.prod(boxes[waiting, 2:] - boxes[waiting, :2], axis=1)
+        # IoU above 0.3 with the surest remaining box.
         joined = shared > 0.3 * (areas + areas[0] - shared)
         joined[0] = True  # also a box without area
         clusters.append(waiting[joined])

@@ -27,7 +27,6 @@ _CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 24, endpoint=False)) for f in (n
 def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], threshold: float = 0.3) -> np.ndarray:
     """OpenPose body-18 image (height, width, 3) uint8 RGB of all persons, on black, anti-aliased.
 
-    Limbs are filled ellipses, joints filled circles; their width is in proportion to the image's shorter side.
     Keypoints (persons, 17, 2) with scores (persons, 17) at or below `threshold` are not drawn.
     """
     width, height = size
@@ -35,6 +34,7 @@ def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], 
     image = np.zeros((height * factor, width * factor, 3), np.uint8)
     joints, visible = body_joints(keypoints, scores, threshold)
     joints = (joints + 0.5) * factor - 0.5  # pixel centres at integers, edges to edges
+    # Limbs are filled ellipses, joints filled circles.
     half_width = _HALF_WIDTH_AT_512 * min(size) / 512 * factor
     _draw_limbs(image, joints, visible, half_width)
     _draw_joints(image, joints, visible, half_width)

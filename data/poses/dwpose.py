@@ -1,12 +1,10 @@
-"""DWPose / RTMPose as a pose estimator, from ONNX files of your own: a YOLOX person detector and a SimCC pose network.
+"""DWPose / RTMPose as a pose estimator, from your own ONNX files: a YOLOX person detector and a SimCC pose network.
 
     pose.backend=dwpose pose.weights=yolox_l.onnx,dw-ll_ucoco_384.onnx
 
-Any YOLOX with undecoded output (n, boxes, 5 + classes) and any RTMPose with outputs simcc_x, simcc_y whose first 17
-keypoints are COCO's (17, 26 or 133 keypoints) will do; input sizes are read from the files.
-
-Sources: Ge et al., "YOLOX", 2021; Li et al., "SimCC", 2022; Jiang et al., "RTMPose", 2023; Yang et al., "Effective
-Whole-body Pose Estimation with Two-stages Distillation", 2023.
+Any YOLOX with undecoded output (n, boxes, 5 + classes) and any RTMPose with outputs simcc_x, simcc_y of 17, 26 or 133
+keypoints, COCO's 17 first, will do. Sources: Ge et al., "YOLOX", 2021; Li et al., "SimCC", 2022; Jiang et al.,
+"RTMPose", 2023; Yang et al., "Effective Whole-body Pose Estimation with Two-stages Distillation", 2023.
 """
 
 from __future__ import annotations
@@ -73,7 +71,7 @@ class DWPose:
         return by_prominence(distinct_persons(persons), image.shape[1::-1])[:max_persons]
 
     def video(self, frames: Iterable[np.ndarray], max_persons: int = 1) -> Iterator[list[PersonEstimate | None]]:
-        """Persons in each frame, in fixed slots: a list of `max_persons`, None for those who are not visible."""
+        """Persons in each frame, in `max_persons` fixed slots, None for those who are not visible."""
         last_seen: list[PersonEstimate | None] = [None] * max_persons
         for frame in frames:
             persons = by_prominence(distinct_persons(self._upright(frame)), frame.shape[1::-1])
@@ -124,11 +122,8 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
 
 
 def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
-    """Person boxes from YOLOX's raw output, surest first, after non-maximum suppression.
-
-    The output is (cells, 5 + classes), of strides 8, 16, 32, row by row, for an input of (width, height), `scale`
-    times the image's.
-    """
+    """Person boxes of YOLOX's raw output (cells, 5 + classes), surest first, after non-maximum suppression."""
+    # Strides come in this order, cells row by row, for an input of (width, height) that is `scale` times the image.
     cells, strides = [], []
     for stride in (8, 16, 32):
         columns, rows = size[0] // stride, size[1] // stride
@@ -157,10 +152,8 @@ def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> lis
 
 
 def box_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """(2, 3) from pixels of the pose network's input of (width, height) to pixels of the image.
-
-    The box is padded by 1.25 and widened to the input's aspect ratio about its centre.
-    """
+    """(2, 3) from pixels of the pose network's input of (width, height) to pixels of the image, box padded by 1.25."""
+    # The padded box is widened to the input's aspect ratio about its centre.
     width, height = max(box.width, 1.0), max(box.height, 1.0)
     scale = 1.25 * max(width / size[0], height / size[1])
     centre = np.array([box.left + box.right, box.top + box.bottom]) / 2
@@ -168,10 +161,8 @@ def box_matrix(box: Box, size: tuple[int, int]) -> np.ndarray:
 
 
 def decode_simcc(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Points (k, 2) in pixels of an input of (width, height), and scores (k,), from SimCC's two classifications.
-
-    The bins of x and y (1, k, bins) divide the width and the height, usually two to a pixel.
-    """
+    """Points (k, 2) in pixels of an input of (width, height), and scores (k,), from SimCC's bins x, y (1, k, bins)."""
+    # The bins divide width and height, usually two to a pixel.
     bins = np.stack([x[0].argmax(axis=-1), y[0].argmax(axis=-1)], axis=-1)  # (k, 2)
     points = bins * (np.asarray(size) / (x.shape[-1], y.shape[-1]))
     return points, np.clip(np.minimum(x[0].max(axis=-1), y[0].max(axis=-1)), 0, 1)

@@ -54,9 +54,9 @@ class _Frames:
 def load_poses(
     path: str | Path, size: tuple[int, int] | None = None, fps: float | None = None, argument: str = "poses"
 ) -> Poses:
-    """Read poses from any of the formats above, recognised by its content; `UserError` for others.
+    """Poses from any of the formats above, recognised by content; `UserError` for others.
 
-    `size` and `fps` are for formats that do not state them; 25 frames per second when not given.
+    `size` and `fps` (default 25) are for formats that do not state them.
     """
     path = Path(path)
     if not path.exists():
@@ -188,7 +188,7 @@ def _coco_annotations(content: dict) -> _Frames:
 
 
 def _triplets(values: Any) -> np.ndarray:
-    """(17, 3) in COCO order from a flat list of x, y, score in any known order; flags of visibility become 1."""
+    """(17, 3) in COCO order from a flat list of x, y, score in any known order; visibility flags become 1."""
     flat = np.asarray(values, np.float64).reshape(-1)  # x, y, score of each keypoint in turn
     if len(flat) % 3 or len(flat) // 3 not in _COCO_ORDERS:
         known = ", ".join(str(count) for count in _COCO_ORDERS)

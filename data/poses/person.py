@@ -1,7 +1,6 @@
 """One estimated person: 17 COCO keypoints, scores, an optional mask; boxes, and comparisons of two estimates.
 
-Keypoints are (x, y) pixels, y down, pixel centres at integers: an image reaches from -0.5 to size - 0.5. Score 0 means
-not visible.
+Keypoints are (x, y) pixels, y down, centres at integers: an image spans [-0.5, size - 0.5]. Score 0: not visible.
 """
 
 from dataclasses import dataclass
@@ -57,9 +56,9 @@ class PersonEstimate:
 
 
 def person_box(keypoints: np.ndarray, scores: np.ndarray, threshold: float = 0.3, margin: float = 0.0) -> Box | None:
-    """Smallest box around the keypoints (17, 2) whose score is above `threshold`; None for fewer than two.
+    """Smallest box around keypoints (17, 2) with scores above `threshold`; None for fewer than two.
 
-    `margin` is the part of its longer side added on each side; 0.1 takes in most of the head and the feet.
+    `margin` is the part of its longer side added on each side; 0.1 takes in most of head and feet.
     """
     visible = np.asarray(keypoints, dtype=np.float64)[np.asarray(scores) > threshold]
     if len(visible) < 2:
@@ -93,10 +92,8 @@ def scores_inside(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, in
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> ArrayLike:
-    """Intersection over union (...) of boxes (..., 4) left, top, right, bottom; 0 without area, nan where one is.
-
-    `Box`es, arrays or tensors: only methods that all of these have are called.
-    """
+    """Intersection over union (...) of boxes (..., 4) left, top, right, bottom; 0 without area, nan where one is."""
+    # `Box`es, arrays or tensors: only methods that all of these have are called.
     a, b = (np.asarray(box) if isinstance(box, tuple) else box for box in (a, b))
     sides = a[..., 2:].clip(max=b[..., 2:]) - a[..., :2].clip(min=b[..., :2])
     shared = sides.clip(min=0).prod(-1)
@@ -150,9 +147,9 @@ def by_prominence(estimates: list[PersonEstimate], size: tuple[int, int]) -> lis
 
 
 def assign_slots(last_seen: list[PersonEstimate | None], found: list[PersonEstimate]) -> list[PersonEstimate | None]:
-    """Match the persons found, most prominent first, to slots, so that person k stays person k.
+    """Persons found, most prominent first, matched to slots, so that person k stays person k; None without a match.
 
-    `last_seen` holds None for a slot that was never used, the result None for one without a match.
+    `last_seen` holds None for a slot that was never used.
     """
     slots: list[PersonEstimate | None] = [None] * len(last_seen)
     # Nearest pairs first, as long as the person moved by less than the size of their box.

@@ -93,10 +93,7 @@ class Poses:
         return joint_box([box for box in boxes if box is not None], self.size)
 
     def mapped(self, matrix: np.ndarray, size: tuple[int, int]) -> Poses:
-        """Poses after an affine map (2, 3) or (3, 3), from pixels of this image to those of one of (width, height).
-
-        Keypoints that fall outside of the new image stay as they are; see `clipped`.
-        """
+        """Poses mapped (2, 3) or (3, 3) to an image of (width, height), also those outside of it, see `clipped`."""
         keypoints = map_points(self.keypoints, np.asarray(matrix, np.float64))
         keypoints = np.where(self.present()[..., None, None], keypoints, 0.0)
         return Poses(keypoints, self.scores, size, self.fps)
@@ -110,11 +107,7 @@ class Poses:
         return Poses(self.keypoints, scores_inside(self.keypoints, self.scores, self.size), self.size, self.fps)
 
     def smoothed(self, frames: float) -> Poses:
-        """Poses with every keypoint averaged over time by a Gaussian of `frames` standard deviation; scores stay.
-
-        Frames count by the keypoint's score, so nothing is pulled towards a missing one. The average takes both
-        directions of time: fast motion is flattened but does not lag.
-        """
+        """Poses with keypoints averaged over time by a Gaussian of `frames` standard deviation; scores stay."""
         return Poses(temporal_means(self, frames), self.scores, self.size, self.fps)
 
     def save(self, path: str | Path) -> None:
@@ -124,7 +117,7 @@ class Poses:
 
     @classmethod
     def load(cls, path: str | Path, argument: str = "poses") -> Poses:
-        """Read what `save` wrote. `argument` is named in the `UserError` for a file that is something else."""
+        """Read what `save` wrote; UserError, naming the argument, for a file that is something else."""
         path = existing_file(path, argument)
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -165,7 +158,7 @@ class PoseEstimate:
     masks: np.ndarray | None
 
     def require_person(self, argument: str) -> PoseEstimate:
-        """This estimate, or a `UserError` that names the argument when it holds nobody."""
+        """This estimate; UserError that names the argument when it holds nobody."""
         if self.poses.persons == 0:
             raise UserError(f"{argument}: no person was found; give an image that shows one clearly, or a pose file")
         return self
@@ -209,8 +202,7 @@ def estimate_poses(
 ) -> PoseEstimate:
     """Poses and masks of the persons in frames (h, w, 3) uint8 RGB; person k is the same person in all frames.
 
-    Persons come in the order in which they appear, the most prominent first; slots that nobody takes are left out.
-    Masks are not smoothed.
+    Persons come as they appear, the most prominent first, without empty slots. Masks are not smoothed.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -224,6 +216,8 @@ def estimate_poses(
 
 def temporal_means(poses: Poses, frames: float) -> np.ndarray:
     """Keypoints (frames, persons, 17, 2) float64 of `Poses.smoothed`."""
+    # Frames count by the keypoint's score, so nothing is pulled towards a missing one. Both directions of time are
+    # averaged: fast motion is flattened but does not lag.
     sigma = max(frames, 1e-6)
     radius = min(math.ceil(9 * sigma), poses.frames)  # further frames weigh less than a double's rounding
     scores = poses.scores[..., None].astype(np.float64)

@@ -103,7 +103,8 @@ class ImageTokenProcessor(PlainProcessor):
 
     def __init__(self, layer: str, source: str = "images"):
         super().__init__()
-        self.layer, self.source = layer, source  # unlike all others; of the tokens in `ReferenceContext.tokens`
+        self.layer = layer  # unlike the name of any other layer of the model
+        self.source = source  # name of its tokens in `ReferenceContext.tokens`
 
     def __call__(
         self,
