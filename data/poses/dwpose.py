@@ -123,7 +123,8 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, flo
 
 def decode_boxes(output: np.ndarray, size: tuple[int, int], scale: float) -> list[BoxScore]:
     """Person boxes of YOLOX's raw output (cells, 5 + classes), surest first, after non-maximum suppression."""
-    # Strides come in this order, cells row by row, for an input of (width, height) that is `scale` times the image.
+    # Strides come in this order, cells row by row, for an input of (width, height) that is `scale` times
+    # the image's size.
     cells, strides = [], []
     for stride in (8, 16, 32):
         columns, rows = size[0] // stride, size[1] // stride

@@ -93,7 +93,7 @@ class Poses:
         return joint_box([box for box in boxes if box is not None], self.size)
 
     def mapped(self, matrix: np.ndarray, size: tuple[int, int]) -> Poses:
-        """Poses mapped (2, 3) or (3, 3) to an image of (width, height), also those outside of it, see `clipped`."""
+        """Poses mapped by (2, 3) or (3, 3) to an image of (width, height); points outside stay, see `clipped`."""
         keypoints = map_points(self.keypoints, np.asarray(matrix, np.float64))
         keypoints = np.where(self.present()[..., None, None], keypoints, 0.0)
         return Poses(keypoints, self.scores, size, self.fps)
