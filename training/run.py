@@ -47,6 +47,7 @@ class StepGuard:
         # does so too, and must see infinite ones to lower its scale.
         if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None:
             return True
+        # A loss that is not finite makes the norm so, whichever batch and process it came from.
         return bool(torch.isfinite(torch.as_tensor(norm)))
 
     def count(self, taken: bool, step: int) -> None:
