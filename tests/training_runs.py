@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-TIMEOUT = 120  # seconds after which a process hangs
+TIMEOUT = 300  # seconds after which a process hangs; the first one with DeepSpeed compiles an extension
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # The smallest networks.
 TINY_NETWORKS = [
