@@ -145,6 +145,8 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
     write_animation(animation, output, config_dict(job), watch)
     print(f"animation:  {output / 'animation.mp4'}")
     print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
+    for note in animation.calibration.notes() if animation.calibration is not None else ():
+        print(f"note: {note}")
 
 
 def main(arguments: list[str]) -> None:

@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> None:
     summary = calibration.summary()
     print(f"{summary['calibrated']} calibrated, {summary['interpolated']} interpolated, ", end="")
     print(f"{summary['uncalibrated']} uncalibrated; see {output / 'report.png'}")
+    for note in summary["notes"]:
+        print(f"note: {note}")
 
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:

@@ -268,7 +268,12 @@ class Calibration:
 
     def notes(self) -> list[str]:
         """Sentences to read before the numbers are trusted; often none."""
-        notes = []
+        notes, groups = [], self.config.groups
+        if self.config.propagation != "off" and groups >= self.frames > 1:
+            notes.append(
+                f"tpc.groups={groups} gives each of the {self.frames} frames a group of its own, so that propagation "
+                "changes nothing; tpc.groups=0 makes groups of four frames"
+            )
         for person in range(self.persons):
             known = [row[person] for row in self.records if row[person].scale and row[person].torso_scale]
             ratios = [record.scale / record.torso_scale for record in known]

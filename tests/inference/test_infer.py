@@ -85,9 +85,10 @@ def test_same_seed_same_images_and_without_tpc_no_calibration(result, model, inp
     assert np.array_equal(plain[:, column], sheet[:, 3 * 260 : 4 * 260])
 
 
-def test_driving_poses_alone_are_enough(model, inputs, tmp_path):
+def test_driving_poses_alone_are_enough(model, inputs, tmp_path, capsys):
     arguments = [a for a in given(inputs) if not a.startswith(("driving=", "driving_masks="))]
-    infer.main([*arguments, model, f"output={tmp_path / 'o'}", *QUICK])
+    infer.main([*arguments, model, f"output={tmp_path / 'o'}", "tpc.preset=paper", "tpc.groups=30", *QUICK])
+    assert "note: tpc.groups=30 gives each of the 3 frames a group of its own" in capsys.readouterr().out
     written = json.loads((tmp_path / "o" / "result.json").read_text())
     assert written["frames"] == 3 and written["calibration"]["calibrated"] == 3
     assert written["configuration"]["driving"] is None

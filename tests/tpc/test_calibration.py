@@ -1,5 +1,7 @@
 """Calibration of whole clips: geometry, matching of persons, gaps, and every degenerate input."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from tests.tpc_bodies import SIZE, TORSO, body, image, place, poses, reference, 
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.config import best, paper, release, resolve
 from tpc.procrustes import apply_matrix
-from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
+from tpc.trajectory import group_of_frames, interpolate, smooth, to_matrices, to_parameters, unwrap
+from tpc.warping import ImagePyramid, quad_mask
 
 
 def walk(points: np.ndarray, frames: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -275,8 +278,29 @@ def test_index_used_and_presets():
     np.testing.assert_array_equal(held.used(50), [0, 4, 8])
     off = calibrate(*call, CalibrationConfig(keypoints="trunk", propagation="off"))
     np.testing.assert_array_equal(off.index(3), off.member)
-    ungrouped = calibrate(*call, CalibrationConfig(preset="paper", keypoints="trunk"))  # 30 groups of one
-    np.testing.assert_array_equal(ungrouped.index(3), ungrouped.member)
+
+
+@pytest.mark.parametrize(("groups", "identity"), [(None, False), (0, False), (11, False), (12, True), (30, True)])
+def test_propagation_in_groups_of_one_is_the_identity_and_noted(groups, identity):
+    points = reference()
+    driving, _ = walk(points, 12)
+    config = CalibrationConfig(preset="paper", keypoints="trunk", groups=groups)
+    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, config)
+    drawn = [(found.index(step) == found.member).all() for step in range(20)]
+    noted = [note for note in found.notes() if f"tpc.groups={groups} gives each of the 12 frames a group" in note]
+    assert all(drawn) == identity == bool(noted) and found.summary()["notes"] == found.notes()
+    assert not replace(found, config=resolve(replace(config, propagation="off"))).notes()
+
+
+def test_paper_leaves_the_warped_background_and_makes_groups_of_four():
+    points = reference()
+    driving, _ = walk(points, 12)
+    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, CalibrationConfig("paper"))
+    np.testing.assert_array_equal(group_of_frames(12, found.config.groups), np.repeat(range(3), 4))
+    everything = ImagePyramid(image()).warp(found.frame_map @ found.matrices[5, 0], SIZE)
+    shown = quad_mask(found.frame_map @ found.matrices[5, 0], SIZE, SIZE)
+    np.testing.assert_array_equal(found.images[found.member[5, 0]], everything * shown[..., None])
+    assert (shown & ~found.masks[found.member[5, 0]]).any()
 
 
 def test_save_and_load(tmp_path):

@@ -98,13 +98,14 @@ def test_two_persons_with_everything_given(files, tmp_path, capsys):
     assert "11 calibrated, 1 interpolated, 0 uncalibrated" in capsys.readouterr().out
 
 
-def test_poses_alone_are_enough_and_options_are_obeyed(files, tmp_path):
+def test_poses_alone_are_enough_and_options_are_obeyed(files, tmp_path, capsys):
     options = {
         "tpc__preset": "release",
         "tpc__keypoints": "all",
         "tpc__transform": "affine",
         "max_side": "48",
         "stride": "2",
+        "tpc__groups": "3",
     }
     main(arguments(files, tmp_path / "out", **options))
     report = json.loads((tmp_path / "out" / "calibration.json").read_text())
@@ -112,6 +113,7 @@ def test_poses_alone_are_enough_and_options_are_obeyed(files, tmp_path):
     config = report["config"]
     assert (config["preset"], config["keypoints"], config["transform"]) == ("release", "all", "affine")
     assert config["propagation"] == "hold"
+    assert "note: tpc.groups=3 gives each of the 3 frames a group of its own" in capsys.readouterr().out
 
 
 def test_an_output_folder_keeps_other_files(files, tmp_path):
