@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from core.errors import UserError
 from data.clips.rendered import PeopleConfig, RenderedPeople
@@ -28,6 +29,10 @@ RENDERED_FPS = 24.0
 MISALIGNED_BY = ("", "turned", "", "scaled", "", "turned and scaled")
 POSE_SUFFIXES = (".npz", ".json")
 SCORE_THRESHOLD = 0.3  # of keypoints that silhouettes are drawn around
+# Errors of masks in sizes of the person, the longer side of its box: greatest offset of the whole boundary, standard
+# deviation and length of its raggedness. About twice what BlazePose's masks of rendered people show, who are easy to
+# tell from their backgrounds.
+MASK_OFFSET, MASK_RAGGEDNESS, MASK_GRAIN = 0.008, 0.008, 0.012
 
 
 @dataclass
@@ -187,6 +192,23 @@ def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
     ]
     found = (poses.scores > 0)[..., None]  # what was not found stays where it is
     return replace(poses, keypoints=poses.keypoints + errors * np.asarray(heights)[..., None, None] * found)
+
+
+def estimated_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A mask (h, w) bool as an estimator gives it: everywhere wider or narrower, with a ragged boundary.
+
+    Only pixels within `MASK_OFFSET` + 2 `MASK_RAGGEDNESS` sizes of the person of the boundary change. Every mask has
+    errors of its own, so those of a clip's frames flicker, as from estimators that see one frame at a time.
+    """
+    if mask.all() or not mask.any():
+        return mask.copy()
+    size = max(np.ptp(indices) + 1 for indices in np.nonzero(mask))
+    # A field of deviation 1 that is alike everywhere: white noise, smoothed.
+    field = gaussian_filter(rng.standard_normal(mask.shape), MASK_GRAIN * size, mode="wrap")
+    offset = rng.uniform(-MASK_OFFSET, MASK_OFFSET) + MASK_RAGGEDNESS * np.clip(field / field.std(), -2, 2)
+    # Pixels to the boundary, positive inside; it runs halfway between pixel centres.
+    depth = np.where(mask, distance_transform_edt(mask) - 0.5, 0.5 - distance_transform_edt(~mask))
+    return depth + size * offset > 0
 
 
 class ClipPaths(NamedTuple):

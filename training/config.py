@@ -50,6 +50,7 @@ class DataConfig:
 
     def check(self) -> None:
         check_choice(self, "source", ("rendered", "videos"))
+        check_choice(self, "split", ("train", "heldout"))  # development people are for choices, never for training
         if len(self.size) != 2 or min(self.size) < 8:
             raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
         check_positive(self, "num_frames")

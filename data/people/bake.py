@@ -3,7 +3,7 @@
     python -m data.people.bake output=assets/people
 
 The only module that needs anny, which is not a dependency of the project: `pip install anny==0.6.2` in an
-environment of its own. Its first start takes a minute and writes a cache of 0.9 GB (`ANNY_CACHE_DIR` says where).
+environment of its own. Its first start takes minutes and writes a cache of 0.9 GB (`ANNY_CACHE_DIR` says where).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from anny.paths import get_anny_root_dir
 from core.config import load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder
-from data.people.bodies import COORDINATE_UNIT, JOINT_INDEX, JOINTS, UV_UNIT
+from data.people.bodies import COORDINATE_UNIT, JOINT_INDEX, JOINTS, SPLITS, UV_UNIT
 from data.people.clothes import PARTS
 
 # anny's bones that hold each joint's position; the bones further down are merged into it by `_joint_of_bone`.
@@ -40,6 +40,7 @@ class BakeConfig:
     output: str = "assets/people"
     train: int = 72
     heldout: int = 16
+    development: int = 8
     seed: int = 0
 
 
@@ -305,9 +306,9 @@ def main(arguments: list[str]) -> None:
     baker = Baker()
     topology = SharedMesh(baker)
     topology.save(folder / "topology.npz", baker)
-    for split, count, offset in (("train", config.train, 0), ("heldout", config.heldout, 1)):
-        rng = np.random.default_rng([config.seed, offset])
-        for index in range(count):
+    for number, split in enumerate(SPLITS):
+        rng = np.random.default_rng([config.seed, number])
+        for index in range(getattr(config, split)):
             save_body(folder / f"{split}_{index:02d}.npz", baker, topology, random_phenotype(rng))
 
 

@@ -4,8 +4,8 @@
     identity = random_identity(np.random.default_rng(0), library, split="train")
     person = build_person(identity, library)
 
-An identity is a body and a seed; the seed decides skin, hair, garments and their patterns. The two splits share
-neither bodies nor seeds: the seeds of "train" are even, those of "heldout" odd.
+An identity is a body and a seed; the seed decides skin, hair, garments and their patterns. The splits share neither
+bodies nor seeds: below 2**31 even ones are of "train" and odd ones of "heldout", those from there of "development".
 
 World axes of a person: x towards the person's left, y towards the person's back, z up, metres. In the neutral pose
 the person stands upright and looks along -y, arms hanging, and every joint rotation is the identity.
@@ -21,7 +21,7 @@ from data.people.rasterizer import vertex_normals
 from data.people.textures import paint_texture
 
 PEOPLE_FOLDER = Path(__file__).parents[2] / "assets" / "people"
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "development")  # for training, for reported numbers, for choices between settings
 COORDINATE_UNIT = 1 / 12000  # metres in one step of the stored vertices; 16 bits reach 2.7 m
 UV_UNIT = 1 / 32000  # one step of the stored texture coordinates, which reach 2
 
@@ -53,7 +53,7 @@ class Body:
 
 @dataclass(frozen=True)
 class PeopleLibrary:
-    """Shared topology, and the bodies by name: "train_00", ..., "heldout_00", ..."""
+    """Shared topology, and the bodies by name: "train_00", ..., "heldout_00", ..., "development_00", ..."""
 
     topology: Topology
     bodies: dict[str, Body]
@@ -110,9 +110,9 @@ def load_people() -> PeopleLibrary:
 def random_identity(
     rng: np.random.Generator, library: PeopleLibrary, split: str = "train", plain: float = PLAIN
 ) -> Identity:
-    """Draw a person of a split, "train" or "heldout", with this share of plain fabrics."""
+    """Draw a person of one of `SPLITS`, with this share of plain fabrics."""
     body = str(rng.choice(library.names(split)))
-    seed = 2 * int(rng.integers(2**30)) + SPLITS.index(split)  # even for train, odd for heldout
+    seed = 2 * int(rng.integers(2**30)) + {"train": 0, "heldout": 1, "development": 2**31}[split]
     return Identity(body, seed, plain)
 
 

@@ -1,6 +1,7 @@
 """Rendered data sets: what an item holds, determinism, splits, workers."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from data.clips.rendered import RenderedPeople
-from data.people.bodies import load_people
+from data.people.bodies import SPLITS, load_people
 from data.people.scenes import CameraRanges, misaligned_reference, random_camera
 from data.poses.drawing import draw_pose
 from tests.items import check_item, same
@@ -43,10 +44,11 @@ def test_items_depend_on_seed_split_and_index_alone(library):
 def test_splits_show_different_people(library):
     people = {
         split: {rendered(library, split=split, length=40).scene(index).person.identity for index in range(20)}
-        for split in ("train", "heldout")
+        for split in SPLITS
     }
-    assert not {person.body for person in people["train"]} & {person.body for person in people["heldout"]}
-    assert not {person.seed for person in people["train"]} & {person.seed for person in people["heldout"]}
+    for one, other in combinations(SPLITS, 2):
+        assert not {person.body for person in people[one]} & {person.body for person in people[other]}
+        assert not {person.seed for person in people[one]} & {person.seed for person in people[other]}
 
 
 def test_reference_shares_camera_background_and_person_with_the_frames(library):
