@@ -24,10 +24,15 @@ from core.errors import UserError
 from core.files import complete_file, complete_folder, write_json
 from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, split_name
+from evaluation.statistics import FEWEST, LEVEL, Interval
 from metrics.protocols import MEASURES
 
 RUN_FILE, RESULTS_FILE, PARTS_FOLDER, INPUTS_FILE = "run.json", "results.json", "parts", "inputs.json"
 ARROWS = {"higher": "↑", "lower": "↓"}
+INTERVALS_NOTE = (
+    f"[low, high] are bootstrap intervals of {LEVEL:.0%} over clips, each the mean over its seeds; with fewer than "
+    f"{FEWEST} clips there is none; in bold where they exclude 0"
+)
 LATEX_SYMBOLS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "×": r"$\times$"}
 
 
@@ -97,13 +102,16 @@ def remove_parts(output: Path) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table over seeds."""
+    """A number of a table, over seeds or with an interval over clips."""
 
     mean: float | None  # None when there is nothing
     deviation: float | None = None  # sample standard deviation over seeds; None for a single one
-    best: bool = False  # printed in bold
+    bold: bool = False
+    interval: Interval | None = None
 
-    def plain(self) -> dict[str, float | None]:
+    def plain(self) -> dict[str, float | int | None]:
+        if self.interval is not None:
+            return self.interval.plain()
         return {"mean": self.mean, "deviation": self.deviation}
 
 
@@ -117,7 +125,7 @@ class Table:
     caption: str  # what the numbers are
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """Row -> column -> mean and deviation, as in JSON."""
+        """Row -> column -> numbers of the cell, as in JSON."""
         return {
             label: {column: cell.plain() for column, cell in zip(self.columns, cells, strict=True)}
             for label, cells in self.rows
@@ -130,6 +138,11 @@ def over_seeds(values: Sequence[float | None]) -> Cell:
         return Cell(None)
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Cell(float(np.mean(values)), deviation)
+
+
+def interval_cell(interval: Interval) -> Cell:
+    """A number with its interval, in bold where that excludes 0; `INTERVALS_NOTE` says so to readers."""
+    return Cell(interval.value, bold=interval.excludes_zero, interval=interval)
 
 
 def measure_numbers(runs: Sequence[dict[str, Number]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -175,14 +188,19 @@ def with_best(rows: Sequence[Sequence[Cell]], directions: Sequence[str]) -> list
             continue
         best = max(known) if direction == "higher" else min(known)
         for row in marked:
-            row[column] = replace(row[column], best=row[column].mean == best)
+            row[column] = replace(row[column], bold=row[column].mean == best)
     return marked
 
 
 def format_number(cell: Cell, plus_minus: str) -> str:
-    """Mean with three significant digits, deviation with as many decimals."""
+    """Mean with three significant digits, deviation with as many decimals; an interval's widest number has three."""
     if cell.mean is None:
         return "-"
+    if cell.interval is not None and cell.interval.low is not None:
+        numbers = cell.mean, cell.interval.low, cell.interval.high
+        widest = max(map(abs, numbers)) or 1.0
+        value, low, high = (f"{number:.{max(0, 2 - math.floor(math.log10(widest)))}f}" for number in numbers)
+        return f"{value} [{low}, {high}]"
     if cell.mean == 0:
         return "0"
     if abs(cell.mean) < 1e-3:
@@ -196,7 +214,7 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join((table.corner, *table.columns)) + " |", "|---" * (len(table.columns) + 1) + "|"]
     for label, cells in table.rows:
         shown = [format_number(cell, " ± ") for cell in cells]
-        shown = [f"**{text}**" if cell.best else text for text, cell in zip(shown, cells, strict=True)]
+        shown = [f"**{text}**" if cell.bold else text for text, cell in zip(shown, cells, strict=True)]
         lines.append("| " + " | ".join((label, *shown)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -214,7 +232,7 @@ def latex(table: Table) -> str:
     ]
     for label, cells in table.rows:
         shown = [format_number(cell, r"\,$\pm$\,") for cell in cells]
-        shown = [rf"\textbf{{{text}}}" if cell.best else text for text, cell in zip(shown, cells, strict=True)]
+        shown = [rf"\textbf{{{text}}}" if cell.bold else text for text, cell in zip(shown, cells, strict=True)]
         lines.append(" & ".join((_escape(label), *shown)) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 

@@ -111,18 +111,12 @@ def subsets_of(kinds: Sequence[str]) -> dict[str, list[str]]:
     return {subset: names for subset, names in found.items() if names}
 
 
-def kinds_mean(values: Values, kinds: Sequence[str], variant: str, measure: str) -> list[float | None]:
-    """Mean over some kinds of clips, each of which counts alike, for every seed."""
-    by_kind = [values.by_seed(kind, variant, measure) for kind in kinds]
-    return [None if None in found else float(np.mean(found)) for found in zip(*by_kind, strict=True)]
-
-
 def animators_table(values: Values, variants: Mapping[str, Variant], caption: str) -> Table:
     """Original and misaligned clips, a column for each of `COLUMNS`."""
     kinds = subsets_of(list(values.by_kind))
     columns = [(subset, measure) for subset in kinds for measure in COLUMNS]
     rows = [
-        [over_seeds(kinds_mean(values, kinds[subset], variant.name, measure)) for subset, measure in columns]
+        [over_seeds(values.by_seed(kinds[subset], variant.name, measure)) for subset, measure in columns]
         for variant in variants.values()
     ]
     return best_table("model", [(f"{subset}: ", measure) for subset, measure in columns], variants, rows, caption)
@@ -131,7 +125,7 @@ def animators_table(values: Values, variants: Mapping[str, Variant], caption: st
 def kinds_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:
     """One measure, a column for each kind of clips."""
     rows = tuple(
-        (label, tuple(over_seeds(values.by_seed(kind, variant.name, measure)) for kind in values.by_kind))
+        (label, tuple(over_seeds(values.by_seed([kind], variant.name, measure)) for kind in values.by_kind))
         for label, variant in variants.items()
     )
     columns = tuple(kind.replace("_", " ") for kind in values.by_kind)

@@ -28,7 +28,18 @@ from evaluation.measure import clip_means
 from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
 from evaluation.misaligned_clips import KINDS, MisalignedClips
 from evaluation.plots import draw_bars
-from evaluation.report import Table, heading, markdown, measure_label, over_seeds, write_results
+from evaluation.report import (
+    INTERVALS_NOTE,
+    Cell,
+    Table,
+    heading,
+    interval_cell,
+    markdown,
+    measure_label,
+    over_seeds,
+    write_results,
+)
+from evaluation.statistics import clip_differences, mean_interval, ratio_interval
 from evaluation.trials import (
     PERSON_PSNR,
     PERSON_PSNR_LABEL,
@@ -47,6 +58,9 @@ from tpc.config import PRESETS, resolve
 
 FITTING = "fitting reference"
 LOWEST_COST = 0.5  # dB; of less, a recovered share is noise
+# Kinds that a table also gives the mean of, each kind alike.
+AVERAGED = tuple(kind for kind in KINDS if kind not in ("aligned", "two_persons"))
+AVERAGE = "mean of misaligned kinds, one person"
 LPIPS = "st_lpips_alex"
 REGIONS = ("foreground", "background")
 STRIP_HEIGHT = 192
@@ -130,17 +144,19 @@ def run(config: MisalignmentConfig) -> None:
         caption = f"{count} clips of each kind; mean and deviation over {len(config.seeds)} seeds"
         measured = list(next(iter(values.by_trial.values())))
         tables = [recovered_table(values, variants, PERSON_PSNR)]
-        tables += [measure_table(values, variants, name, caption) for name in measured]
+        for name in measured:
+            tables += [measure_table(values, variants, name, caption), differences_table(values, variants, name)]
         shown = {label: variant for label, variant in variants.items() if label not in config.variants}
         psnr = measure_table(values, shown, PERSON_PSNR, "")
         bars = dict(zip(psnr.columns, zip(*(cells for _, cells in psnr.rows), strict=True), strict=True))
-        draw_bars(output / "psnr.png", [kind.replace("_", "\n") for kind in values.by_kind], bars, PERSON_PSNR_LABEL)
+        groups = [row.replace(", ", " ").replace(" ", "\n") for row, _ in psnr.rows]
+        draw_bars(output / "psnr.png", groups, bars, PERSON_PSNR_LABEL)
         results = {
             "counts": {kind: len(names) for kind, names in values.by_kind.items()} | {"seeds": len(config.seeds)},
             "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},
             "trials": values.plain(),
         }
-        text = heading(metric_suite, caption) + "\n".join(markdown(table) for table in tables)
+        text = heading(metric_suite, caption, INTERVALS_NOTE) + "\n".join(markdown(table) for table in tables)
         write_results(config, metric_suite, results, {"table.md": text}, output)
         if config.strips:
             drawn = [clips.clip(name) for names in clips.by_kind.values() for name in names[: config.strips]]
@@ -159,18 +175,38 @@ class Values:
     fitting: Mapping[str, Sequence[str]]  # clip -> the clips that it would be without misalignment
     seeds: Sequence[int]  # of the initial noise
 
-    def by_seed(self, kind: str, variant: str, measure: str, fitting: bool = False) -> list[float | None]:
-        """Mean over the clips of a kind, or over those `fitting` them (a clip with several counts once), by seed."""
+    def by_clip(self, kind: str, variant: str, measure: str, fitting: bool = False) -> np.ndarray:
+        """(clips, seeds), NaN where there is none; of those `fitting` a clip (several count once) in its place."""
+        by_clip = []
+        for clip in self.by_kind[kind]:
+            names = self.fitting[clip] if fitting else [clip]
+            found = [[self.by_trial[variant, name, seed].get(measure) for name in names] for seed in self.seeds]
+            known = [[value for value in values if value is not None] for values in found]
+            by_clip.append([float(np.mean(values)) if values else np.nan for values in known])
+        return np.array(by_clip, np.float64)
+
+    def by_seed(self, kinds: Sequence[str], variant: str, measure: str, fitting: bool = False) -> list[float | None]:
+        """Mean over kinds, each of which counts alike, of the means over their clips, for every seed."""
         means = []
-        for seed in self.seeds:
-            clips = []
-            for clip in self.by_kind[kind]:
-                names = self.fitting[clip] if fitting else [clip]
-                found = [self.by_trial[variant, name, seed].get(measure) for name in names]
-                if known := [value for value in found if value is not None]:
-                    clips.append(float(np.mean(known)))
-            means.append(float(np.mean(clips)) if clips else None)
-        return means
+        for kind in kinds:
+            columns = [column[~np.isnan(column)] for column in self.by_clip(kind, variant, measure, fitting).T]
+            means.append([float(np.mean(column)) if len(column) else None for column in columns])
+        return [None if None in of_kinds else float(np.mean(of_kinds)) for of_kinds in zip(*means, strict=True)]
+
+    def differences(
+        self, kinds: Sequence[str], first: str, second: str, measure: str, fitting: bool = False
+    ) -> list[np.ndarray]:
+        """(clips,) of each kind: one variant, of the clips `fitting` where so, minus another, mean over seeds."""
+        return [
+            clip_differences(self.by_clip(kind, first, measure, fitting), self.by_clip(kind, second, measure))
+            for kind in kinds
+        ]
+
+    def rows(self) -> dict[str, list[str]]:
+        """Label of a table's row -> its kinds."""
+        averaged = [kind for kind in self.by_kind if kind in AVERAGED]
+        rows = {kind.replace("_", " "): [kind] for kind in self.by_kind}
+        return rows | ({AVERAGE: averaged} if len(averaged) > 1 else {})
 
     def plain(self) -> list[dict[str, Any]]:
         return [
@@ -187,29 +223,46 @@ def read_values(folders: Mapping[Trial, Path], clips: MisalignedClips, seeds: Se
 def measure_table(values: Values, variants: Mapping[str, Variant], measure: str, caption: str) -> Table:
     """One measure: a row a kind, a column for the fitting reference and for every variant, `WITHOUT` among them."""
     rows = []
-    for kind in values.by_kind:
-        cells = [over_seeds(values.by_seed(kind, variants[WITHOUT].name, measure, fitting=True))]
-        cells += [over_seeds(values.by_seed(kind, variant.name, measure)) for variant in variants.values()]
-        rows.append((kind.replace("_", " "), tuple(cells)))
+    for label, kinds in values.rows().items():
+        cells = [over_seeds(values.by_seed(kinds, variants[WITHOUT].name, measure, fitting=True))]
+        cells += [over_seeds(values.by_seed(kinds, variant.name, measure)) for variant in variants.values()]
+        rows.append((label, tuple(cells)))
     return Table(measure_label(measure), (FITTING, *variants), tuple(rows), caption)
 
 
+def differences_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:
+    """One measure, compared clip by clip: what misalignment costs, each variant with the one without TPC, and with the
+    first that has it.
+    """
+    with_tpc = [label for label in variants if label != WITHOUT]
+    pairs = [(FITTING, WITHOUT), *((label, WITHOUT) for label in with_tpc)]
+    pairs += [(label, with_tpc[0]) for label in with_tpc[1:]]
+
+    def cell(kinds: Sequence[str], first: str, second: str) -> Cell:
+        compared = variants[WITHOUT if first == FITTING else first].name, variants[second].name
+        return interval_cell(mean_interval(*values.differences(kinds, *compared, measure, fitting=first == FITTING)))
+
+    rows = tuple((row, tuple(cell(kinds, *pair) for pair in pairs)) for row, kinds in values.rows().items())
+    columns = tuple(f"{first} minus {second}" for first, second in pairs)
+    return Table(f"differences of {measure_label(measure)}", columns, rows, "clip by clip")
+
+
 def recovered_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:
-    """The cost of misalignment, and the share of it that every variant with TPC wins back."""
+    """The cost of misalignment, and the share of it that every variant with TPC wins back: gain by cost, of means."""
     with_tpc = {label: variant for label, variant in variants.items() if label != WITHOUT}
+    without = variants[WITHOUT].name
     rows = []
-    for kind in values.by_kind:
-        fitting = values.by_seed(kind, variants[WITHOUT].name, measure, fitting=True)
-        without = values.by_seed(kind, variants[WITHOUT].name, measure)
-        cost = [a - b for a, b in zip(fitting, without, strict=True)]
-        cells = [over_seeds(cost)]
+    for label, kinds in values.rows().items():
+        costs = values.differences(kinds, without, without, measure, fitting=True)
+        cost = mean_interval(*costs)
+        known = cost.value is not None and cost.value >= LOWEST_COST and (cost.low is None or cost.excludes_zero)
+        cells = [interval_cell(cost)]
         for variant in with_tpc.values():
-            won = [a - b for a, b in zip(values.by_seed(kind, variant.name, measure), without, strict=True)]
-            shares = [100 * a / b for a, b in zip(won, cost, strict=True)] if min(cost) >= LOWEST_COST else [None]
-            cells.append(over_seeds(shares))
-        rows.append((kind.replace("_", " "), tuple(cells)))
+            percents = [100 * gains for gains in values.differences(kinds, variant.name, without, measure)]
+            cells.append(interval_cell(ratio_interval(percents, costs)) if known else Cell(None))
+        rows.append((label, tuple(cells)))
     columns = ("cost of misalignment (dB)", *(f"{label}: won back (%)" for label in with_tpc))
-    caption = f"shares only where misalignment costs at least {LOWEST_COST} dB"
+    caption = f"shares only where misalignment surely costs something, and at least {LOWEST_COST} dB"
     return Table(measure_label(measure), columns, tuple(rows), caption)
 
 

@@ -8,7 +8,7 @@ import torch
 
 import evaluate
 from core.errors import UserError
-from evaluation.tasks.animators import COLUMNS, animators_table, kinds_mean, kinds_table, subsets_of
+from evaluation.tasks.animators import COLUMNS, animators_table, kinds_table, subsets_of
 from evaluation.tasks.misalignment import Values
 from evaluation.trials import Variant
 from models.animators.registry import ANIMATORS, animator_class
@@ -46,9 +46,9 @@ def test_kinds_count_alike_however_many_clips_they_have():
     values = known_values()
     assert subsets_of(list(KIND_CLIPS)) == {"original": ["aligned"], "misaligned": ["scale", "rotation"]}
     assert subsets_of(["scale"]) == {"misaligned": ["scale"]}
-    assert kinds_mean(values, ["scale", "rotation"], "without", COLUMNS[0]) == [15.0, 16.0]
+    assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, 16.0]
     values.by_trial["without", "d", 1][COLUMNS[0]] = None
-    assert kinds_mean(values, ["scale", "rotation"], "without", COLUMNS[0]) == [15.0, None]
+    assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, None]
 
 
 def test_the_table_has_means_and_deviations_and_the_best():
@@ -58,7 +58,7 @@ def test_the_table_has_means_and_deviations_and_the_best():
     (plain, (original, *_, misaligned)), (_, with_tpc) = table.rows
     assert plain == "A" and (original.mean, misaligned.mean) == (20.5, 15.5)
     assert misaligned.deviation == pytest.approx(np.std([15, 16], ddof=1))
-    assert [cell.best for cell in with_tpc] == [True] * len(table.columns) and not original.best
+    assert [cell.bold for cell in with_tpc] == [True] * len(table.columns) and not original.bold
     (_, cells), *_ = kinds_table(values, variants, COLUMNS[0]).rows
     assert [cell.mean for cell in cells] == [20.5, 11.5, 19.5]
 

@@ -22,8 +22,9 @@ from evaluation.misaligned_clips import (
     read_manifest,
 )
 from evaluation.misalignment import misalignment
+from evaluation.statistics import mean_interval
 from evaluation.tasks import misalignment as command
-from evaluation.tasks.misalignment import Values, measure_table, recovered_table
+from evaluation.tasks.misalignment import AVERAGE, Values, differences_table, measure_table, recovered_table
 from evaluation.trials import WITHOUT, Variant
 from tpc import CalibrationConfig
 
@@ -142,12 +143,88 @@ def test_no_share_of_next_to_nothing():
     assert cells[1].mean is None
 
 
+def many_values(gains: dict[str, np.ndarray], cost: np.ndarray, kinds: tuple[str, ...] = ("scale",)) -> Values:
+    """Clips of every kind whose PSNR is 10 without TPC, 10 and the gain with it, 10 and the cost with a fitting
+    reference; in the second of two seeds 1 dB more throughout.
+    """
+    by_trial, by_kind, fitting = {}, {}, {}
+    for kind in kinds:
+        by_kind[kind] = [f"{kind}-{k}" for k in range(len(cost))]
+        for k, clip in enumerate(by_kind[kind]):
+            fitting[clip] = [f"{clip}-fitting"]
+            for seed in (0, 1):
+                value = 10.0 + seed
+                by_trial["without", clip, seed] = {"foreground_psnr": value}
+                by_trial["without", f"{clip}-fitting", seed] = {"foreground_psnr": value + cost[k]}
+                for name, gain in gains.items():
+                    by_trial[name, clip, seed] = {"foreground_psnr": value + gain[k]}
+    return Values(by_trial, by_kind, fitting, [0, 1])
+
+
+def test_differences_are_of_a_clip_and_have_intervals_over_clips():
+    """Without the pairing 1 dB between the seeds and none between the clips would decide; ten clips, not twenty."""
+    gain, cost = np.linspace(0.1, 0.3, 10), np.full(10, 4.0)
+    values = many_values({"tpc-best": gain, "tpc-release": gain + np.linspace(-0.5, 0.5, 10)}, cost)
+    variants = VARIANTS | {"TPC release": Variant("tpc-release", "", CalibrationConfig())}
+    table = differences_table(values, variants, "foreground_psnr")
+    assert table.columns == (
+        "fitting reference minus without TPC",
+        "TPC best minus without TPC",
+        "TPC release minus without TPC",
+        "TPC release minus TPC best",
+    )
+    ((label, (of_cost, best, release, beside)),) = table.rows
+    assert label == "scale" and (of_cost.interval.low, of_cost.interval.high) == pytest.approx((4, 4)) and of_cost.bold
+    expected = mean_interval(gain)
+    assert (best.interval.low, best.interval.high) == pytest.approx((expected.low, expected.high)) and best.bold
+    assert best.mean == pytest.approx(0.2) and best.interval.n == 10 and 0.1 < best.interval.low
+    assert beside.mean == pytest.approx(0) and not beside.bold and beside.interval.low < 0 < beside.interval.high
+    assert release.mean == pytest.approx(0.2) and not release.bold
+    assert table.plain()["scale"]["TPC best minus without TPC"] == best.interval.plain()
+
+
+def test_the_share_won_back_has_an_interval_of_clips_drawn_jointly():
+    cost = np.linspace(1, 5, 8)
+    table = recovered_table(many_values({"tpc-best": cost / 2}, cost), VARIANTS, "foreground_psnr")
+    ((_, (of_cost, share)),) = table.rows
+    assert of_cost.mean == pytest.approx(3) and of_cost.interval.high - of_cost.interval.low > 1
+    assert (share.interval.low, share.mean, share.interval.high) == pytest.approx((50, 50, 50)) and share.bold
+
+
+def test_no_share_of_a_cost_that_may_be_none():
+    """2 dB on average, of one clip alone."""
+    cost = np.array([16.0, *np.zeros(7)])
+    ((_, (of_cost, share)),) = recovered_table(
+        many_values({"tpc-best": cost / 2}, cost), VARIANTS, "foreground_psnr"
+    ).rows
+    assert of_cost.mean == 2 and not of_cost.bold and share.mean is None
+
+
+def test_the_mean_row_is_of_misaligned_kinds_of_one_person_each_alike():
+    kinds = ("aligned", "scale", "rotation", "two_persons")
+    values = many_values({"tpc-best": np.linspace(1, 2, 6)}, np.full(6, 2.0), kinds)
+    for clip in values.by_kind["rotation"]:
+        for seed in (0, 1):
+            values.by_trial["tpc-best", clip, seed]["foreground_psnr"] += 2
+    rows = dict(differences_table(values, VARIANTS, "foreground_psnr").rows)
+    assert list(rows) == ["aligned", "scale", "rotation", "two persons", AVERAGE]
+    assert rows[AVERAGE][1].mean == pytest.approx(2.5) and rows[AVERAGE][1].interval.n == 12
+    # Differences between the kinds are none of the interval's.
+    assert rows[AVERAGE][1].interval.high - rows[AVERAGE][1].interval.low < 1
+    assert dict(measure_table(values, VARIANTS, "foreground_psnr", "").rows)[AVERAGE][2].mean == pytest.approx(13)
+    assert AVERAGE not in many_values({}, np.ones(2)).rows()
+
+
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
     arguments = [f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1", "presets=[best]", "sampling.steps=1"]
     evaluate.main(["misalignment", *arguments, "seeds=[0]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(results["trials"]) == 5  # 2 clips, without and with TPC, and the fitting one of the turned clip
-    assert "won back" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "won back" in text and "with fewer than 6 clips there is none" in text
+    difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["rotation"]
+    assert difference["TPC best minus without TPC"]["n"] == 1
+    assert difference["TPC best minus without TPC"]["low"] is None
     for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
     capsys.readouterr()
