@@ -8,9 +8,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
+from core.config import check_choice
 from core.errors import UserError
 from data.clips.rendered import PeopleConfig, RenderedPeople
 from data.inputs import Driving, Reference, fitting_poses
+from data.people.bodies import SPLITS
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
@@ -39,12 +41,12 @@ MASK_OFFSET, MASK_RAGGEDNESS, MASK_GRAIN = 0.005, 0.005, 0.012
 class ClipsConfig:
     """Source of clips.
 
-    dataset: "rendered" (held-out people, exact poses and masks); a folder that `prepare.py` made; or a folder of
-        videos with pose files beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is
-        one of its own frames.
+    dataset: "rendered" (exact poses and masks); a folder that `prepare.py` made; or a folder of videos with pose files
+        beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is one of its own frames.
     """
 
     dataset: str = RENDERED
+    split: str = "heldout"  # of rendered people; "development": those that choices between settings are made on
     clips: int = 8  # number of clips, 0 = all of a folder
     frames: int = 16  # of every clip, 0 = all of a video
     stride: int = 2  # of frames
@@ -57,6 +59,7 @@ class ClipsConfig:
     )
 
     def check(self) -> None:
+        check_choice(self, "split", SPLITS[1:])  # not the people of training
         some = int(self.dataset == RENDERED)  # "all" of rendered clips would have no end
         lowest = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
         for name, value in lowest.items():
@@ -105,7 +108,7 @@ def open_clips(config: ClipsConfig) -> PosedClipSet:
 
 
 class RenderedClips:
-    """Held-out people; half of the references are the first frame, the others show it turned, scaled, or both."""
+    """Rendered people; half of the references are the first frame, the others show it turned, scaled, or both."""
 
     def __init__(self, config: ClipsConfig):
         self._config, self._people = config, rendered_people(config)
@@ -135,13 +138,13 @@ class RenderedClips:
 
 
 def rendered_people(config: ClipsConfig) -> RenderedPeople:
-    """Held-out people as the clips of a configuration show them."""
+    """Rendered people as the clips of a configuration show them."""
     return RenderedPeople(
         size=(config.source, config.source),
         num_frames=config.frames,
         stride=config.stride,
         fps=RENDERED_FPS,
-        split="heldout",
+        split=config.split,
         seed=config.clip_seed,
         length=config.clips,
         people=config.people,

@@ -1,10 +1,11 @@
 """Frozen clips of the misalignment benchmark.
 
-    python -m evaluation.misaligned_clips [clips=20] [seed=20]      # writes the manifests anew
+    python -m evaluation.misaligned_clips [test.seed=20] [development.clips=10]      # writes the manifests anew
 
-`assets/misalignment/KIND.json` names, for every clip, the scenes it is made of and how its persons are placed in the
-reference and in the frames. Scenes are functions of a seed; a digest of each clip's keypoints and colours tells when
-the code that draws them has changed, for then numbers no longer compare.
+`assets/misalignment/SPLIT/KIND.json` names, for every clip, the scenes it is made of and how its persons are placed in
+the reference and in the frames. Numbers are reported on the split "test"; every choice between settings is made on
+"development", which has other people, clothes, motions and backgrounds. Scenes are functions of a seed; a digest of
+each clip's keypoints and colours tells when the code that draws them has changed, for then numbers no longer compare.
 
 Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
 
@@ -19,7 +20,7 @@ Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from data.poses.poses import Poses
 from evaluation.clips import RENDERED_FPS, EvaluationClip
 
 FOLDER = Path(__file__).parents[1] / "assets" / "misalignment"
+SPLITS = {"test": "heldout", "development": "development"}  # -> split of the rendered people
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
 # The world of the shipped model, but for cameras that are not upright: rotations are what is measured.
 PEOPLE = PeopleConfig(height=[0.8, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
@@ -89,6 +91,7 @@ class ClipManifest:
     """The clips of one kind."""
 
     kind: str
+    split: str  # one of `SPLITS`
     seed: int  # of the scenes
     frames: int  # of every clip, at 24 frames a second
     stride: int
@@ -96,13 +99,13 @@ class ClipManifest:
     clips: tuple[ClipSpec, ...]
 
     def scenes(self) -> RenderedPeople:
-        """The held-out people that `PersonSpec.scene` counts."""
+        """The people that `PersonSpec.scene` counts."""
         return RenderedPeople(
             self.size,
             self.frames,
             RENDERED_FPS,
             self.stride,
-            split="heldout",
+            split=SPLITS[self.split],
             seed=self.seed,
             length=10**6,
             people=PEOPLE,
@@ -163,7 +166,7 @@ def fitting(clip: ClipSpec) -> list[ClipSpec]:
 class MisalignedClips:
     """The first `count` clips of some of `KINDS` by name, 0: all; an `evaluation.clips.PosedClipSet`."""
 
-    def __init__(self, kinds: Sequence[str] = KINDS, count: int = 0):
+    def __init__(self, kinds: Sequence[str] = KINDS, count: int = 0, split: str = "test"):
         if not kinds or not set(kinds) <= set(KINDS):
             raise UserError(f"kinds={list(kinds)} must be some of {', '.join(KINDS)}")
         self._found: dict[str, tuple[ClipManifest, ClipSpec]] = {}
@@ -171,7 +174,7 @@ class MisalignedClips:
         # name -> clips that it would be without misalignment, rendered like the others; itself where it is aligned
         self.fitting: dict[str, list[str]] = {}
         for kind in kinds:
-            manifest = read_manifest(kind)
+            manifest = read_manifest(kind, split)
             if not 0 <= count <= len(manifest.clips):
                 raise UserError(f"clips={count} must be 0 (all) to {len(manifest.clips)}, the clips of kind {kind}")
             clips = manifest.clips[: count or None]
@@ -200,9 +203,9 @@ class MisalignedClips:
         return [asdict(self._found[name][1])]
 
 
-def read_manifest(kind: str, folder: Path = FOLDER) -> ClipManifest:
+def read_manifest(kind: str, split: str = "test", folder: Path = FOLDER) -> ClipManifest:
     """The frozen clips of a kind."""
-    path = folder / f"{kind}.json"
+    path = folder / split / f"{kind}.json"
     if not path.is_file():
         raise UserError(f"kind={kind} has no manifest {path}; the kinds are {', '.join(KINDS)}")
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -250,38 +253,48 @@ def choose_placements(kind: str, rng: np.random.Generator, index: int) -> list[t
     return found
 
 
-def make_manifest(kind: str, clips: int, seed: int, frames: int = 8, stride: int = 3, size: int = 256) -> ClipManifest:
-    """Draw the clips of a kind; kinds share no scene."""
+def make_manifest(
+    kind: str, clips: int, seed: int, split: str = "test", frames: int = 8, stride: int = 3, size: int = 256
+) -> ClipManifest:
+    """Draw the clips of a kind; kinds share no scene, splits no name."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     first_scene = 1000 * KINDS.index(kind)
-    empty = ClipManifest(kind, seed, frames, stride, (size, size), ())
+    prefix = kind if split == "test" else f"{kind}-dev"
+    empty = ClipManifest(kind, split, seed, frames, stride, (size, size), ())
     specs = []
     for index in range(clips):
         placements = choose_placements(kind, rng, index)
         scene = first_scene + len(placements) * index
         persons = tuple(PersonSpec(scene + person, *chosen) for person, chosen in enumerate(placements))
-        spec = ClipSpec(f"{kind}-{index:02d}", persons)
+        spec = ClipSpec(f"{prefix}-{index:02d}", persons)
         specs.append(replace(spec, digest=digest_of(draw(empty, spec))))
     return replace(empty, clips=tuple(specs))
 
 
 @dataclass
-class ManifestConfig:
+class SplitConfig:
     """clips: of each kind; seed: other seeds are other clips."""
 
-    clips: int = 20
-    seed: int = 20
+    clips: int
+    seed: int
+
+
+@dataclass
+class ManifestConfig:
+    test: SplitConfig = field(default_factory=lambda: SplitConfig(20, 20))
+    development: SplitConfig = field(default_factory=lambda: SplitConfig(10, 21))
     output: str = str(FOLDER)
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(ManifestConfig, arguments)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
-        manifest = make_manifest(kind, config.clips, config.seed)
-        write_json(folder / f"{kind}.json", asdict(manifest))
-        print(f"{folder / kind}.json: {len(manifest.clips)} clips")
+    for split in SPLITS:
+        wanted = getattr(config, split)
+        for kind in KINDS:
+            manifest = make_manifest(kind, wanted.clips, wanted.seed, split)
+            path = Path(config.output) / split / f"{kind}.json"
+            write_json(path, asdict(manifest))
+            print(f"{path}: {len(manifest.clips)} clips")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ PERSON_PSNR_LABEL = "PSNR of the person (dB)"  # of axes
 WITHOUT, WITH = "without TPC", "with TPC"  # labels
 VARIANT_NAMES = {WITHOUT: "without", WITH: "with"}
 # Keys that do not decide a trial's numbers: where it runs, and what only adds trials.
-WHERE = ("output", "device", "keep_parts", "weights", "strips")
+WHERE = ("output", "device", "keep_parts", "weights", "strips", "variants_on_test")
 EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
     *("transforms", "propagations", "subsets", "attachments"),

@@ -19,6 +19,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
 
     output: str = "outputs/ablation"  # folder for the results
     model: str = str(SHIPPED_MODEL)  # pipeline folder
+    split: str = "development"  # what is compared here is chosen between
     features: str = "stand-in"
     measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
     # of procrustes, affine, linear

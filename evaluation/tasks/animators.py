@@ -80,7 +80,7 @@ def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:
 
 def run(config: AnimatorsConfig) -> None:
     """Write results.json, table.md, table.tex and strips.png."""
-    variants, clips = variants_of(config), MisalignedClips(config.kinds, config.clips)
+    variants, clips = variants_of(config), MisalignedClips(config.kinds, config.clips, config.split)
 
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
         values = read_values(folders, clips, config.seeds)

@@ -1,8 +1,9 @@
 """Cost of misaligned references, and the share of it that TPC wins back.
 
     python evaluate.py misalignment [model=FOLDER] [output=outputs/misalignment] [kinds=[aligned,rotation]]
-        [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10]
-        [variants=["visibility=exclusive","propagation=iterative groups=2"]] [key=value ...]
+        [clips=4] [seeds=[0,1]] [presets=[best]] [sampling.steps=10] [key=value ...]
+    python evaluate.py misalignment split=development output=outputs/choice
+        variants=["visibility=exclusive","propagation=iterative groups=2"] [key=value ...]
     accelerate launch evaluate.py misalignment ...                 # clips divided among processes
 
 Every clip of the frozen manifests is animated without TPC and with each preset; and, without TPC, as it would be with
@@ -20,13 +21,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.config import load_config
+from core.config import check_choice, load_config
 from core.errors import UserError
 from core.files import complete_file
 from evaluation.clips import EvaluationClip
 from evaluation.measure import clip_means
 from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
-from evaluation.misaligned_clips import KINDS, MisalignedClips
+from evaluation.misaligned_clips import KINDS, SPLITS, MisalignedClips
 from evaluation.plots import draw_bars
 from evaluation.report import (
     INTERVALS_NOTE,
@@ -70,12 +71,30 @@ STRIP_HEIGHT = 192
 class MisalignedTrialsConfig(TrialsConfig):
     """Trials of the frozen clips, and the measures beside PSNR and SSIM of person and background."""
 
+    split: str = "test"  # clips that numbers are reported on, or "development", on which settings are chosen
+    # also vary TPC on the clips of split=test, for numbers to report of settings that were chosen elsewhere
+    variants_on_test: bool = False
     kinds: list[str] = field(default_factory=lambda: list(KINDS))  # of clips
     clips: int = 0  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
     flicker: bool = False  # also the error of the change from frame to frame
     lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
     weights: str | None = None  # folder of ST-LPIPS's network; null: the cache
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self, "split", tuple(SPLITS))
+        if self.split == "test" and not self.variants_on_test and (varied := self.varied()):
+            raise UserError(
+                f"{varied} would be a choice on the test clips; choose with split=development "
+                "(variants_on_test=true measures a finished choice)"
+            )
+
+    def varied(self) -> str | None:
+        """What of TPC is varied beside its presets, or None. Whole presets and attachments are published choices."""
+        preset = CalibrationConfig(preset=self.tpc.preset)
+        found = [f"tpc.{name}={value}" for name, value in vars(self.tpc).items() if value != getattr(preset, name)]
+        return found[0] if found else None
 
     def protocol(self) -> ProtocolConfig:
         measures = ["psnr", "ssim", *(["flicker"] if self.flicker else []), *([LPIPS] if self.lpips else [])]
@@ -95,6 +114,9 @@ class MisalignmentConfig(MisalignedTrialsConfig):
     # of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; others as in `tpc`
     variants: list[str] = field(default_factory=list)
     strips: int = 1  # clips of each kind that strips.png shows; 0: no image
+
+    def varied(self) -> str | None:
+        return f"variants={self.variants}" if self.variants else super().varied()
 
     def check(self) -> None:
         super().check()
@@ -134,7 +156,7 @@ def _with_settings(tpc: CalibrationConfig, settings: str) -> CalibrationConfig:
 
 def run(config: MisalignmentConfig) -> None:
     """Write results.json, table.md, psnr.png, psnr.pdf and strips.png."""
-    clips, variants = MisalignedClips(config.kinds, config.clips), variants_of(config)
+    clips, variants = MisalignedClips(config.kinds, config.clips, config.split), variants_of(config)
     counterparts = [name for clip in clips.names for name in clips.fitting[clip] if name != clip]
     further = all_trials(counterparts, [variants[WITHOUT]], config.seeds) if counterparts else []
 

@@ -1,15 +1,19 @@
 """The misalignment benchmark: its frozen clips, its numbers, its command."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import evaluate
+from core.config import load_config
 from core.errors import UserError
+from data.people.bodies import load_people
 from evaluation.misaligned_clips import (
     KINDS,
+    SPLITS,
     ClipManifest,
     ClipSpec,
     MisalignedClips,
@@ -25,7 +29,7 @@ from evaluation.misalignment import misalignment
 from evaluation.statistics import mean_interval
 from evaluation.tasks import misalignment as command
 from evaluation.tasks.misalignment import AVERAGE, Values, differences_table, measure_table, recovered_table
-from evaluation.trials import WITHOUT, Variant
+from evaluation.trials import WITHOUT, Variant, trials_identity
 from tpc import CalibrationConfig
 
 VARIANTS = {WITHOUT: Variant("without", "", None), "TPC best": Variant("tpc-best", "", CalibrationConfig())}
@@ -37,6 +41,11 @@ def clips() -> MisalignedClips:
     return MisalignedClips()
 
 
+@pytest.fixture(scope="module")
+def development() -> MisalignedClips:
+    return MisalignedClips(split="development")
+
+
 def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.ndarray]:
     measured = misalignment(*clips.poses(name))
     return np.degrees(np.abs(measured.angle)), measured.box_iou
@@ -44,16 +53,35 @@ def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.nda
 
 def test_every_kind_has_its_clips_and_none_shares_a_scene():
     scenes = []
-    for kind in KINDS:
-        manifest = read_manifest(kind)
-        assert len(manifest.clips) >= 20
-        scenes += [(manifest.seed, person.scene) for clip in manifest.clips for person in clip.persons]
+    for split, count in (("test", 20), ("development", 10)):
+        for kind in KINDS:
+            manifest = read_manifest(kind, split)
+            assert len(manifest.clips) == count
+            scenes += [(split, manifest.seed, person.scene) for clip in manifest.clips for person in clip.persons]
     assert len(set(scenes)) == len(scenes)
 
 
+def test_choices_and_reported_numbers_share_no_clip(clips, development):
+    """Neither names nor bodies nor outfits nor backgrounds; and none of them is of the people of training."""
+    assert not set(clips._found) & set(development._found)
+    bodies, outfits, skies = set(), set(), []
+    for kind in KINDS:
+        manifest = read_manifest(kind, "development")
+        scenes = [manifest.scenes().scene(p.scene) for clip in manifest.clips[:2] for p in clip.persons]
+        bodies |= {scene.person.identity.body for scene in scenes}
+        outfits |= {scene.person.identity.seed for scene in scenes}
+        tested = read_manifest(kind).scenes().scene(manifest.clips[0].persons[0].scene)
+        skies.append(not np.array_equal(tested.background, scenes[0].background))
+    assert bodies <= set(load_people().names("development"))
+    assert min(outfits) >= 2**31
+    assert all(skies)
+
+
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_clips_are_what_their_manifest_was_made_from(clips, kind):
-    clip = clips.clip(f"{kind}-00")
+def test_clips_are_what_their_manifest_was_made_from(request, kind, split):
+    clips = request.getfixturevalue({"test": "clips"}.get(split, split))
+    clip = clips.clip(clips.by_kind[kind][0])
     persons = 2 if kind == "two_persons" else 1
     assert clip.driving.masks.shape[1] == persons == len(clip.reference.masks)
     assert clip.driving.masks.any(axis=(2, 3)).all()
@@ -108,6 +136,10 @@ def test_a_manifest_is_a_function_of_its_seed():
     first, again, other = (make_manifest("rotation", 2, seed, frames=2, size=64) for seed in (5, 5, 6))
     assert first == again
     assert first != other
+    elsewhere = make_manifest("rotation", 2, 5, "development", frames=2, size=64)
+    assert [clip.persons for clip in elsewhere.clips] == [clip.persons for clip in first.clips]
+    assert elsewhere.clips[0].digest != first.clips[0].digest  # other people in the same places
+    assert [clip.name for clip in elsewhere.clips] == ["rotation-dev-00", "rotation-dev-01"]
     assert first.clips[0].digest == digest_of(draw(first, first.clips[0]))
 
 
@@ -248,6 +280,7 @@ def test_a_variant_is_a_column(tmp_path):
         [
             "misalignment",
             *arguments,
+            "split=development",
             'variants=["propagation=hold groups=2"]',
             "flicker=true",
             "pose_noise=0.02",
@@ -270,6 +303,8 @@ def test_a_variant_is_a_column(tmp_path):
         ("presets=[worst]", "presets="),
         ("strips=-1", "strips=-1"),
         ("pose_noise=-0.1", "pose_noise=-0.1"),
+        ("split=heldout", "split=heldout is not one of test, development"),
+        ("split=development clips=11", "clips=11 must be 0"),
         ('variants=["smooth=1"]', "nearest known one is 'smoothing'"),
         ('variants=["smoothing=-1"]', "tpc.smoothing must be in 0 to 1000"),
         ('variants=["--help"]', "must be settings of tpc"),
@@ -278,11 +313,32 @@ def test_a_variant_is_a_column(tmp_path):
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, argument, message):
+    arguments = argument.split(" ", 1) if argument.startswith("split=") else ["split=development", argument]
     with pytest.raises(UserError, match=message):
-        evaluate.main(["misalignment", f"output={tmp_path / 'out'}", argument])
+        evaluate.main(["misalignment", f"output={tmp_path / 'out'}", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("task", "argument", "refused"),
+    [
+        ("misalignment", 'variants=["groups=2"]', True),
+        ("misalignment", "tpc.smoothing=0", True),
+        ("animators", "tpc.visibility=paper", True),
+        ("misalignment", "presets=[paper]", False),
+        ("misalignment", "tpc.preset=paper", False),
+        ("animators", "attachments=[add,replace]", False),
+    ],
+)
+def test_nothing_is_chosen_on_the_test_clips(task, argument, refused):
+    schema, _ = evaluate.load_task(task)
+    load_config(schema, [argument, "split=development"])
+    asked_twice = load_config(schema, [argument, "variants_on_test=true"])
+    assert "variants_on_test" not in trials_identity(task, asked_twice, [])
+    with pytest.raises(UserError, match="choose with split=development") if refused else nullcontext():
+        load_config(schema, [argument])
 
 
 def test_manifest_size_is_what_is_drawn():
-    manifest = ClipManifest("aligned", 5, 1, 1, (48, 64), ())
+    manifest = ClipManifest("aligned", "test", 5, 1, 1, (48, 64), ())
     drawn = draw(manifest, ClipSpec("a", (PersonSpec(0, PLAIN, PLAIN, PLAIN),)))
     assert drawn.reference.image.shape == (64, 48, 3)
