@@ -27,8 +27,7 @@ from models.attention.masking import Visibility
 from tpc.attach import gate_flags, visibility_flags
 from tpc.config import VISIBILITIES, check_choice, check_range
 from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.silhouettes import head_axis, keypoint_box, relative_angle
-from tpc.subsets import FIXED_RULES
+from tpc.silhouettes import FIXED_RULES, head_axis, keypoint_box, relative_angle
 from tpc.trajectory import group_of_frames
 
 Batch = dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from tpc.procrustes import (
 from tpc.result import PackedMasks
 from tpc.silhouettes import (
     BITMAP_SIDE,
+    FIXED_RULES,
+    NUM_KEYPOINTS,
     NUM_SAMPLES,
     ReferenceSilhouette,
     Silhouette,
@@ -29,7 +32,7 @@ from tpc.silhouettes import (
     silhouette_iou,
     visible,
 )
-from tpc.subsets import FIXED_RULES, SearchLimits, Selection, select_consensus, select_exhaustive, select_fixed
+from tpc.subsets import SearchLimits, Selection, select_exhaustive
 from tpc.warping import Framing, mask_pyramid, warp_mask
 
 # A torso turned by more than about 75 degrees from the camera is seen neither from the front nor from behind.
@@ -212,8 +215,54 @@ def _select(
         return select_consensus(reference.keypoints, target, weights, tolerance, config.min_keypoints)
     limits = SearchLimits(config.min_keypoints, config.min_scale, config.max_scale, config.max_rotation)
     return select_exhaustive(
-        reference.keypoints, target, weights, reference.silhouette, silhouette, size, limits=limits
+        reference.keypoints,
+        target,
+        weights,
+        reference.silhouette,
+        silhouette,
+        size,
+        limits=limits,
+        transform=config.transform,
+        origins=_origins(reference, size),
     )
+
+
+def select_fixed(rule: str, common: np.ndarray, min_points: int) -> Selection:
+    """The points of a fixed rule that are in `common` (17,) bool."""
+    chosen = tuple(i for i in FIXED_RULES[rule] if common[i])
+    if len(chosen) < min_points:
+        group = "" if rule == "all" else f" of the {rule}"
+        return Selection((), f"{len(chosen)} keypoints{group} are visible in both; {min_points} are needed")
+    return Selection(chosen)
+
+
+def select_consensus(
+    source: np.ndarray, target: np.ndarray, weights: np.ndarray, tolerance: float, min_points: int
+) -> Selection:
+    """The largest set of points (17, 2) that one similarity maps to within `tolerance` pixels, of least error.
+
+    Every pair of points proposes a transform, which is refitted once to the points that agree with it. Weight 0: not
+    visible in both.
+    """
+    common = np.flatnonzero(weights > 0)
+    if len(common) < min_points:
+        return Selection((), f"{len(common)} keypoints are visible in both; {min_points} are needed")
+    pairs = np.array(list(combinations(common, 2)))
+    proposals = np.zeros((len(pairs), NUM_KEYPOINTS))
+    np.put_along_axis(proposals, pairs, 1, axis=1)
+    for _ in range(2):
+        transform = SimilarityTransform.from_estimate(source, target, proposals * weights)
+        if not transform:
+            return Selection((), transform.reason)
+        distance = np.linalg.norm(apply_matrix(transform.matrix, source) - target, axis=-1)
+        agreeing = (distance <= tolerance) & (weights > 0) & transform.valid[:, None]
+        proposals = agreeing.astype(np.float64)
+    counts = agreeing.sum(-1)
+    error = np.where(agreeing, np.minimum(distance, tolerance) ** 2, 0.0).sum(-1)
+    best = np.lexsort((error, -counts))[0]
+    if counts[best] < min_points:
+        return Selection((), f"no {min_points} keypoints agree on one transform")
+    return Selection(tuple(int(i) for i in np.flatnonzero(agreeing[best])))
 
 
 def _fit(
@@ -222,9 +271,13 @@ def _fit(
     if transform == "affine":
         return AffineTransform.from_estimate(reference.keypoints, target, weights)
     if transform == "linear":
-        centres = [((w - 1) / 2, (h - 1) / 2) for w, h in (reference.size, size)]
-        return LinearTransform.from_estimate(reference.keypoints, target, weights, *centres)
+        return LinearTransform.from_estimate(reference.keypoints, target, weights, *_origins(reference, size))
     return SimilarityTransform.from_estimate(reference.keypoints, target, weights)
+
+
+def _origins(reference: ReferencePerson, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """The centres of the two images, which a linear transform maps to each other."""
+    return [((w - 1) / 2, (h - 1) / 2) for w, h in (reference.size, size)]
 
 
 def _doubt(matrix: np.ndarray, iou: float, config: CalibrationConfig) -> str | None:

@@ -19,6 +19,7 @@ NUM_KEYPOINTS = 17
 FACE = (NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR)
 TORSO = (LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_HIP, RIGHT_HIP)
 TRUNK = FACE + TORSO
+FIXED_RULES = {"all": tuple(range(NUM_KEYPOINTS)), "face": FACE, "torso": TORSO, "trunk": TRUNK}
 
 # Length of each bone and width of the body around it, as parts of the standing height (Drillis and Contini's
 # proportions, rounded; widths include clothes).

@@ -1,24 +1,25 @@
-"""The keypoints that serve in a transform: fixed sets, the largest set that agrees, or the best of all subsets.
+"""The keypoints that serve in a transform: the best of all subsets.
 
-The paper takes the subset whose transform aligns the two silhouettes best; here all subsets are tried. A similarity
+The paper takes the subset whose transform aligns the two silhouettes best; here all subsets are tried. A transform
 follows from a few moments, which are sums over the points that serve: the transforms of all 2^k subsets come from two
 small tables, one for each half of the points, added pairwise. Silhouettes are compared over samples of one of them.
 
 Points are (x, y) in pixels, pixel centres at integers; transforms lead from the reference to the driving frame.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import NamedTuple
 
 import cv2
 import numba
 import numpy as np
 
-from tpc.procrustes import SimilarityTransform, apply_matrix
-from tpc.silhouettes import CHUNK, FACE, NUM_KEYPOINTS, TORSO, TRUNK, ReferenceSilhouette, Samples, Silhouette
+from tpc.procrustes import RELATIVE_FLATNESS, apply_matrix
+from tpc.silhouettes import CHUNK, ReferenceSilhouette, Samples, Silhouette
 
-FIXED_RULES = {"all": tuple(range(NUM_KEYPOINTS)), "face": FACE, "torso": TORSO, "trunk": TRUNK}
+TRANSFORMS = "procrustes", "affine", "linear"
+_, AFFINE, LINEAR = range(len(TRANSFORMS))
 
 COVERED = 255  # the cover of a cell that lies on the driving person as a whole
 # Pieces are looked up in a driving silhouette blurred to the width of a piece times this part. Measured over pairs of
@@ -57,44 +58,6 @@ class SearchLimits:
     max_rotation: float = 180.0  # degrees
 
 
-def select_fixed(rule: str, common: np.ndarray, min_points: int) -> Selection:
-    """The points of a fixed rule that are in `common` (17,) bool."""
-    chosen = tuple(i for i in FIXED_RULES[rule] if common[i])
-    if len(chosen) < min_points:
-        group = "" if rule == "all" else f" of the {rule}"
-        return Selection((), f"{len(chosen)} keypoints{group} are visible in both; {min_points} are needed")
-    return Selection(chosen)
-
-
-def select_consensus(
-    source: np.ndarray, target: np.ndarray, weights: np.ndarray, tolerance: float, min_points: int
-) -> Selection:
-    """The largest set of points (17, 2) that one similarity maps to within `tolerance` pixels, of least error.
-
-    Every pair of points proposes a transform, which is refitted once to the points that agree with it. Weight 0: not
-    visible in both.
-    """
-    common = np.flatnonzero(weights > 0)
-    if len(common) < min_points:
-        return Selection((), f"{len(common)} keypoints are visible in both; {min_points} are needed")
-    pairs = np.array(list(combinations(common, 2)))
-    proposals = np.zeros((len(pairs), NUM_KEYPOINTS))
-    np.put_along_axis(proposals, pairs, 1, axis=1)
-    for _ in range(2):
-        transform = SimilarityTransform.from_estimate(source, target, proposals * weights)
-        if not transform:
-            return Selection((), transform.reason)
-        distance = np.linalg.norm(apply_matrix(transform.matrix, source) - target, axis=-1)
-        agreeing = (distance <= tolerance) & (weights > 0) & transform.valid[:, None]
-        proposals = agreeing.astype(np.float64)
-    counts = agreeing.sum(-1)
-    error = np.where(agreeing, np.minimum(distance, tolerance) ** 2, 0.0).sum(-1)
-    best = np.lexsort((error, -counts))[0]
-    if counts[best] < min_points:
-        return Selection((), f"no {min_points} keypoints agree on one transform")
-    return Selection(tuple(int(i) for i in np.flatnonzero(agreeing[best])))
-
-
 def select_exhaustive(
     source: np.ndarray,
     target: np.ndarray,
@@ -104,21 +67,26 @@ def select_exhaustive(
     size: tuple[int, int],
     *,
     limits: SearchLimits,
+    transform: str = "procrustes",
+    origins: Sequence[tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0)),
     outright: bool | None = None,
 ) -> Selection:
-    """The subset whose similarity gives the highest silhouette IoU, over all subsets of the points visible in both.
+    """The subset whose transform gives the highest silhouette IoU, over all subsets of the points visible in both.
 
     The reference's outline is carried into the driving frame by the samples inside it: with n samples of A reference
-    pixels each and a scale s, the part of it on the frame covers s^2 A (samples on the frame) pixels, and shares s^2
-    A (samples that land on the driving person) of them. What leaves the frame does not count.
+    pixels each and a determinant s^2, the part of it on the frame covers s^2 A (samples on the frame) pixels, and
+    shares s^2 A (samples that land on the driving person) of them. What leaves the frame does not count. This IoU of
+    samples differs by some hundredths from that of the warped mask's pixels, mostly upwards, being the best of many.
 
     Ties go to the larger subset, then to the smaller residual.
 
     Args:
         source, target: (17, 2) reference and driving pixels; weights: (17,), 0 = not visible in both.
         size: (width, height) of the driving frame.
-        outright: score every subset by all samples, however many; None = when they are few. Otherwise all are scored
-            by few large pieces of the silhouette first, and those that could still win by more and smaller ones.
+        transform: procrustes, affine or linear; origins: of a linear one, see `LinearTransform`.
+        outright: score every subset by all samples, however many; None = when they are few, and unless the transform
+            is procrustes. Otherwise all are scored by few large pieces of the silhouette first, and those that could
+            still win by more and smaller ones.
     """
     common = np.flatnonzero(weights > 0)
     if len(common) < limits.min_points:
@@ -128,7 +96,8 @@ def select_exhaustive(
     x, y, w = source[common].astype(np.float64), target[common].astype(np.float64), weights[common] / weights.max()
     x0, y0 = x.mean(0), y.mean(0)  # moments are taken about the means, where they lose no digits
     smallest = (RELATIVE_DISTANCE * max(np.abs(x).max(), 1.0)) ** 2
-    subsets, points, found = _solve(x - x0, y - y0, w, limits, smallest)
+    middles = np.asarray(origins, np.float64) - (x0, y0)
+    subsets, points, found = solve(x - x0, y - y0, w, limits, smallest, transform, middles)
     if not len(found):
         return Selection((), "every subset of the keypoints gives a scale or a rotation outside the bounds")
     frame = np.concatenate([(-0.5, -0.5) - y0, np.asarray(size) - 0.5 - y0])
@@ -136,7 +105,8 @@ def select_exhaustive(
     members = np.arange(len(found), dtype=np.int32)
     if outright is None:
         samples = reference.samples.number
-        outright = samples <= MAX_OUTRIGHT_SAMPLES or samples * len(found) <= MAX_OUTRIGHT
+        few = samples <= MAX_OUTRIGHT_SAMPLES or samples * len(found) <= MAX_OUTRIGHT
+        outright = few or transform != "procrustes"
     everything = best = int(points.argmax())  # with all points: kept to the end, so that no result is worse than it
     if not outright:
         finest = _Level.of(reference.samples, silhouette, x0, y0)
@@ -147,8 +117,8 @@ def select_exhaustive(
     # First come the samples that the best transform so far takes beside the driving person. Others that are as good
     # miss mostly the same, so that the worse ones are known to lose after a few chunks.
     samples = reference.samples.listed()
-    a, b, tx, ty = found[best, :4]
-    missed = silhouette.covers(apply_matrix(np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]]), samples - x0) + y0)
+    a, c, tx, ty, b, d = found[best, :6]
+    missed = silhouette.covers(apply_matrix(np.array([[a, b, tx], [c, d, ty], [0, 0, 1]]), samples - x0) + y0)
     order = np.argsort(missed, kind="stable")
     finest = _Level.of(Samples.of(samples[order], np.ones(len(samples))), silhouette, x0, y0)
     scores = score_candidates(members, found, best, finest, pair, SAME_IOU)
@@ -157,24 +127,32 @@ def select_exhaustive(
     # Only those remain whose IoU is the highest but for rounding.
     tied = np.flatnonzero(scores > 0)
     tied = tied[points[members[tied]] == points[members[tied]].max()]
-    errors = found[members[tied], 4]
+    errors = found[members[tied], 6]
     tied = tied[errors * (1 - 1e-9) <= errors.min()]
     winner = tied[scores[tied].argmax()]
     bits = subsets[members[winner]]
     return Selection(tuple(int(i) for n, i in enumerate(common) if bits >> n & 1), None, float(scores[winner]))
 
 
-def _solve(
-    x: np.ndarray, y: np.ndarray, weights: np.ndarray, limits: SearchLimits, smallest: float
+def solve(
+    source: np.ndarray,
+    target: np.ndarray,
+    weights: np.ndarray,
+    limits: SearchLimits,
+    smallest: float,
+    transform: str,
+    origins: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The similarity of every subset of k points (k, 2) that keeps to the limits.
+    """The transform of every subset of k points (k, 2) that keeps to the limits.
 
     Points coincide when their mean squared distance from their mean is below `smallest`. Returns subsets (n,), bit i
-    of which is point i; their sizes (n,); (n, 5) a, b, tx, ty of [[a, -b, tx], [b, a, ty]] and mean squared residual.
+    of which is point i; their sizes (n,); (n, 7) a, c, tx, ty, b, d of [[a, b, tx], [c, d, ty]], of which the first
+    four tell a similarity, and mean squared residual.
     """
-    (x, y), (u, v) = x.T, y.T
-    # The last two but one: Re and Im of conj(x) y, for points as complex numbers.
+    (x, y), (u, v) = source.T, target.T
+    # For points as complex numbers z and w: 1, z, w, |z|^2, conj(z) w, |w|^2, z^2, z w.
     moments = [np.ones(len(x)), x, y, u, v, x * x + y * y, x * u + y * v, x * v - y * u, u * u + v * v]
+    moments += [x * x - y * y, 2 * x * y, x * u - y * v, x * v + y * u]
     moments = np.stack([*(weights * moment for moment in moments), np.ones(len(x))], axis=1)
     half, tables = (len(x) + 1) // 2, []
     for part in (moments[:half], moments[half:]):
@@ -183,7 +161,8 @@ def _solve(
             table = np.concatenate([table, table + own])
         tables.append(table)
     bounds = limits.min_scale**2, limits.max_scale**2, np.cos(np.deg2rad(limits.max_rotation)) - 1e-12
-    return solve_subsets(*tables, bounds, limits.min_points, smallest)
+    kind = TRANSFORMS.index(transform)
+    return solve_subsets(*tables, bounds, limits.min_points, smallest, kind, source, target, origins)
 
 
 def _contenders(
@@ -254,15 +233,15 @@ class _Level(NamedTuple):
 
 
 @numba.njit(cache=True, nogil=True)
-def solve_subsets(low, high, bounds, min_points, smallest):
-    """See `_solve`; `bounds`: least and largest squared scale, least cosine of the angle."""
+def solve_subsets(low, high, bounds, min_points, smallest, kind, source, target, origins):
+    """See `solve`; `bounds`: least and largest squared scale, least cosine of the angle; `kind`: of `TRANSFORMS`."""
     total, n = len(low) * len(high), 0
     subsets, points = np.empty(total, np.int32), np.empty(total, np.int8)
-    found = np.empty((total, 5))
+    found = np.empty((total, 7))
     for upper in range(len(high)):
         for lower in range(len(low)):
             q, h = low[lower], high[upper]
-            size, w = q[9] + h[9], q[0] + h[0]
+            size, w = q[13] + h[13], q[0] + h[0]
             if size < min_points:
                 continue
             share = 1.0 / w
@@ -273,33 +252,74 @@ def solve_subsets(low, high, bounds, min_points, smallest):
                 continue
             a = ((q[6] + h[6]) * share - x * u - y * v) / spread
             b = ((q[7] + h[7]) * share - x * v + y * u) / spread
-            squared = a * a + b * b
-            if not (squared > 0.0 and bounds[0] <= squared <= bounds[1] and a >= bounds[2] * np.sqrt(squared)):
+            # Of points as complex numbers: z -> (a + ib) z + (c + id) conj(z) + t. A similarity has c = d = 0.
+            c, d, explained = 0.0, 0.0, (a * a + b * b) * spread
+            from_x, from_y, to_x, to_y = x, y, u, v
+            if kind == AFFINE:
+                square = complex((q[9] + h[9]) * share - x * x + y * y, (q[10] + h[10]) * share - 2 * x * y)
+                product = complex((q[11] + h[11]) * share - x * u + y * v, (q[12] + h[12]) * share - x * v - y * u)
+                # Of the two normal equations; four times that of the scatter, which is 0 for points on a line.
+                determinant = spread * spread - abs(square) ** 2
+                if determinant <= 4 * RELATIVE_FLATNESS * spread * spread:
+                    continue
+                same = complex(a, b) * spread
+                first = (same * spread - product * square.conjugate()) / determinant
+                second = (product * spread - same * square) / determinant
+                a, b, c, d = first.real, first.imag, second.real, second.imag
+                explained = (same * first.conjugate() + product * second.conjugate()).real
+            elif kind == LINEAR and explained > 0.0:
+                turn = complex(a, b) / np.hypot(a, b)
+                scale = box_ratio(upper * len(low) + lower, source, target, turn)
+                fitted, a, b = complex(a, b), turn.real * scale, turn.imag * scale
+                from_x, from_y, to_x, to_y = origins[0, 0], origins[0, 1], origins[1, 0], origins[1, 1]
+                missed = complex(a, b) * complex(x - from_x, y - from_y) - complex(u - to_x, v - to_y)
+                explained -= abs(fitted - complex(a, b)) ** 2 * spread + abs(missed) ** 2
+            m00, m01, m10, m11 = a + c, d - b, b + d, a - c
+            squared = abs(a * a + b * b - (c * c + d * d))
+            if not (squared > 0.0 and bounds[0] <= squared <= bounds[1]):
+                continue
+            if not m00 >= bounds[2] * np.sqrt(m00 * m00 + m10 * m10):
                 continue
             subsets[n], points[n] = upper * len(low) + lower, size
-            found[n, 0], found[n, 1], found[n, 2], found[n, 3] = a, b, u - a * x + b * y, v - b * x - a * y
-            found[n, 4] = max((q[8] + h[8]) * share - u * u - v * v - squared * spread, 0.0)
+            found[n, 0], found[n, 1], found[n, 4], found[n, 5] = m00, m10, m01, m11
+            found[n, 2], found[n, 3] = to_x - m00 * from_x - m01 * from_y, to_y - m10 * from_x - m11 * from_y
+            found[n, 6] = max((q[8] + h[8]) * share - u * u - v * v - explained, 0.0)
             n += 1
     return subsets[:n], points[:n], found[:n]
 
 
 @numba.njit(cache=True, nogil=True)
-def count_inside(points, counts, a, b, tx, ty, frame):
+def box_ratio(subset, source, target, turn):
+    """Diagonal of the box of a subset's target points over that of its source points (k, 2) after a turn."""
+    least, most = np.full(4, np.inf), np.full(4, -np.inf)
+    for i in range(len(source)):
+        if subset >> i & 1:
+            turned = turn * complex(source[i, 0], source[i, 1])
+            for j, value in enumerate((turned.real, turned.imag, target[i, 0], target[i, 1])):
+                least[j], most[j] = min(least[j], value), max(most[j], value)
+    sides = most - least
+    return np.hypot(sides[2], sides[3]) / np.hypot(sides[0], sides[1])
+
+
+@numba.njit(cache=True, nogil=True)
+def count_inside(points, counts, transform, frame):
     """The samples that fall on the frame after the transform, times what each counts."""
+    a, c, tx, ty, b, d = transform
     inside = 0
     for chunk in range(len(counts)):
         for i in range(CHUNK):
-            x = a * points[chunk, 0, i] - b * points[chunk, 1, i] + tx
-            y = b * points[chunk, 0, i] + a * points[chunk, 1, i] + ty
+            x = a * points[chunk, 0, i] + b * points[chunk, 1, i] + tx
+            y = c * points[chunk, 0, i] + d * points[chunk, 1, i] + ty
             inside += counts[chunk, i] * ((x >= frame[0]) & (y >= frame[1]) & (x < frame[2]) & (y < frame[3]))
     return inside
 
 
 @numba.njit(inline="always")
-def box_inside(box, a, b, tx, ty, frame):
+def box_inside(box, transform, frame):
     """True when a box (centre x, y, half width, half height) falls on the frame as a whole after the transform."""
-    x, y = a * box[0] - b * box[1] + tx, b * box[0] + a * box[1] + ty
-    width, height = abs(a) * box[2] + abs(b) * box[3], abs(b) * box[2] + abs(a) * box[3]
+    a, c, tx, ty, b, d = transform
+    x, y = a * box[0] + b * box[1] + tx, c * box[0] + d * box[1] + ty
+    width, height = abs(a) * box[2] + abs(b) * box[3], abs(c) * box[2] + abs(d) * box[3]
     # Without branches, which would be hard to predict.
     fits_x = (x - width >= frame[0]) & (x + width < frame[2])
     return fits_x & (y - height >= frame[1]) & (y + height < frame[3])
@@ -319,21 +339,21 @@ def score_candidates(members, found, first, level, pair, margin):
     cells = np.empty(CHUNK, np.uint32)
     for k in range(-1, len(members)):
         i = first if k < 0 else members[k]
-        a, b, tx, ty = found[i, 0], found[i, 1], found[i, 2], found[i, 3]
+        transform = a, c, tx, ty, b, d = found[i, 0], found[i, 1], found[i, 2], found[i, 3], found[i, 4], found[i, 5]
         floor = max(best - margin, 0.0)
-        size = pair.sample_area * (a * a + b * b)  # frame pixels that one sample stands for
+        size = pair.sample_area * abs(a * d - b * c)  # frame pixels that one sample stands for
         inside = left[0]
         if size * inside < floor * area:
             continue
-        if not box_inside(pair.box, a, b, tx, ty, pair.frame):
-            inside = count_inside(points, counts, a, b, tx, ty, pair.frame)
+        if not box_inside(pair.box, transform, pair.frame):
+            inside = count_inside(points, counts, transform, pair.frame)
         warped = size * inside
         if area < floor * warped:
             continue
         # IoU >= floor needs an intersection of at least floor (area + warped) / (1 + floor).
         needed = COVERED * (floor * (area + warped) / ((1.0 + floor) * size) - 1e-9)
         # To cells of the cover; row r, counted without its border, covers [r - 1/2, r + 1/2) from the origin.
-        ca, cb = real(a * scale), real(b * scale)
+        ca, cb, cc, cd = real(a * scale), real(b * scale), real(c * scale), real(d * scale)
         cx, cy = real((tx - origin[0]) * scale + 1.5), real((ty - origin[1]) * scale + 1.5)
         covered = 0
         for chunk in range(len(counts)):
@@ -344,8 +364,8 @@ def score_candidates(members, found, first, level, pair, margin):
             for j in range(CHUNK):
                 x, y = points[chunk, 0, j], points[chunk, 1, j]
                 # Clamped to the border of zeros. Truncation and floor differ only in (-1, 0), which ends there too.
-                column = min(max(np.int32(ca * x - cb * y + cx), zero), right)
-                row = min(max(np.int32(cb * x + ca * y + cy), zero), bottom)
+                column = min(max(np.int32(ca * x + cb * y + cx), zero), right)
+                row = min(max(np.int32(cc * x + cd * y + cy), zero), bottom)
                 cells[j] = np.uint32(row * stride + column)
             part = np.uint64(0)
             for j in range(CHUNK):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from data.poses.person import COCO_MIRROR
 from tests.tpc_bodies import EVERY_POINT, body, place, silhouette
-from tpc.estimation import drawn_silhouette
-from tpc.procrustes import SimilarityTransform, apply_matrix
+from tpc.config import CalibrationConfig, resolve
+from tpc.estimation import ReferencePerson, drawn_silhouette, estimate, select_consensus, select_fixed
+from tpc.procrustes import AffineTransform, LinearTransform, SimilarityTransform, apply_matrix, residual
 from tpc.silhouettes import (
     BITMAP_SIDE,
     NUM_SAMPLES,
@@ -24,7 +25,7 @@ from tpc.silhouettes import (
     silhouette_iou,
     visible,
 )
-from tpc.subsets import SearchLimits, select_consensus, select_exhaustive, select_fixed
+from tpc.subsets import TRANSFORMS, SearchLimits, select_exhaustive, solve
 
 
 def scene(seed: int, height: float = 90, size: tuple[int, int] = (128, 128)):
@@ -43,32 +44,79 @@ def search(source, target, reference, outline, weights=None, size=(128, 128), **
     return select_exhaustive(source, target, weights, reference, outline, size, limits=limits, **options)
 
 
-def fitted(source, target, chosen, weights=None):
+def fitted(source, target, chosen, weights=None, transform="procrustes", origins=((0, 0), (0, 0))):
+    """(3, 3), or None where the points determine no such transform."""
     used = np.zeros(17)
     used[list(chosen)] = 1 if weights is None else weights[list(chosen)]
-    return SimilarityTransform.from_estimate(source, target, used).matrix
+    if transform == "linear":
+        found = LinearTransform.from_estimate(source, target, used, *origins)
+    else:
+        kind = {"procrustes": SimilarityTransform, "affine": AffineTransform}[transform]
+        found = kind.from_estimate(source, target, used)
+    return found.matrix if found else None
 
 
-def brute_force(source, target, reference, outline, points, size=(128, 128)):
+def brute_force(source, target, reference, outline, points, size, *options):
     """The best IoU over all subsets of `points`, one at a time, with the plain measurement."""
     best = 0.0
     for count in range(3, len(points) + 1):
         for chosen in combinations(points, count):
-            best = max(best, silhouette_iou(fitted(source, target, chosen), reference, outline, size))
+            matrix = fitted(source, target, chosen, *options)
+            if matrix is not None:
+                best = max(best, silhouette_iou(matrix, reference, outline, size))
     return best
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("seed", range(4))
-def test_search_equals_brute_force(seed):
-    size = (64, 64)
+def test_search_equals_brute_force(seed, transform):
+    size, rng = (64, 64), np.random.default_rng(seed)
     source, target, reference, outline = scene(seed, 45, size)
-    points = np.sort(np.random.default_rng(seed).choice(17, 9, replace=False))
-    weights = np.isin(np.arange(17), points).astype(float)
-    found = search(source, target, reference, outline, weights, size)
-    best = brute_force(source, target, reference, outline, points.tolist(), size)
-    assert found.iou == pytest.approx(best, abs=1e-9)
-    matrix = fitted(source, target, found.keypoints)
-    assert silhouette_iou(matrix, reference, outline, size) == pytest.approx(best, abs=1e-9)
+    points = np.sort(rng.choice(17, 9, replace=False))
+    options = np.isin(np.arange(17), points) * rng.uniform(0.3, 1, 17), transform, ((31.5, 31.5), (33.0, 30.0))
+
+    def found_by(other: str):
+        return search(source, target, reference, outline, options[0], size, transform=other, origins=options[2])
+
+    best = brute_force(source, target, reference, outline, points.tolist(), size, *options)
+    assert found_by(transform).iou == pytest.approx(best, abs=1e-9)
+    for other in TRANSFORMS:  # each has subsets of its own
+        matrix = fitted(source, target, found_by(other).keypoints, *options)
+        iou = silhouette_iou(matrix, reference, outline, size)
+        assert iou == pytest.approx(best, abs=1e-9) if other == transform else iou <= best + 1e-9
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_all_subsets_are_those_of_one_at_a_time(transform):
+    rng = np.random.default_rng(0)
+    source, target, _, _ = scene(0)
+    weights, origins = np.arange(17) < 8, np.array([[60.0, 50.0], [70.0, 66.0]])
+    weights = weights * rng.uniform(0.3, 1, 17)
+    source[3] = (source[1] + source[2]) / 2  # three on a line, which determine no affine map
+    points = [values[:8] for values in (source, target, weights)]
+    subsets, sizes, found = solve(*points, SearchLimits(), 1e-9, transform, origins)
+    assert len(subsets) == sum(1 for n in range(1 << 8) if n.bit_count() >= 3) - (transform == "affine")
+    for subset, size, (a, c, tx, ty, b, d, error) in zip(subsets.tolist(), sizes, found, strict=True):
+        chosen = [i for i in range(17) if subset >> i & 1]
+        matrix = fitted(source, target, chosen, weights, transform, origins)
+        np.testing.assert_allclose([[a, b, tx], [c, d, ty]], matrix[:2], rtol=1e-6, atol=1e-6)
+        expected = residual(matrix, source, target, weights * np.isin(np.arange(17), chosen))
+        assert size == len(chosen) and np.sqrt(error) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_estimates_from_all_subsets_are_no_worse_than_from_all_points(seed, transform):
+    source, target, reference, outline = scene(seed)
+    person = ReferencePerson(source, np.ones(17), EVERY_POINT, reference, (128, 128))
+    found = {}
+    for rule in ("all", "exhaustive"):
+        config = resolve(CalibrationConfig(transform=transform, keypoints=rule, min_iou=0.0))
+        found[rule] = estimate(person, target, np.ones(17), outline, (128, 128), config)
+    assert found["exhaustive"].iou >= found["all"].iou - 1e-9
+    bounded = resolve(CalibrationConfig(transform=transform, min_iou=0.0, max_rotation=60.0, max_scale=1.5))
+    estimated = estimate(person, target, np.ones(17), outline, (128, 128), bounded)
+    assert estimated.matrix is not None or "outside the bounds" in estimated.reason
 
 
 @pytest.mark.slow
@@ -118,14 +166,15 @@ def test_pieces_share_the_silhouette_evenly():
     assert few.pieces == () and not few.empty
 
 
-@given(st.integers(0, 10_000), st.sets(st.integers(0, 16), min_size=3))
-@settings(max_examples=25, deadline=None)
-def test_search_is_never_worse_than_all_points(seed, points):
+@given(st.integers(0, 10_000), st.sets(st.integers(0, 16), min_size=3), st.sampled_from(TRANSFORMS))
+@settings(max_examples=40, deadline=None)
+def test_search_is_never_worse_than_all_points(seed, points, transform):
     source, target, reference, outline = scene(seed)
     weights = np.isin(np.arange(17), list(points)) * np.random.default_rng(seed).uniform(0.3, 1, 17)
-    found = search(source, target, reference, outline, weights)
-    everything = silhouette_iou(fitted(source, target, sorted(points), weights), reference, outline, (128, 128))
-    assert found.iou >= everything - 1e-9
+    found = search(source, target, reference, outline, weights, transform=transform)
+    matrix = fitted(source, target, sorted(points), weights, transform)
+    everything = 0.0 if matrix is None else silhouette_iou(matrix, reference, outline, (128, 128))
+    assert found.iou >= everything - 1e-9 if found.keypoints else everything < 1e-3
     assert set(found.keypoints) <= points
 
 
