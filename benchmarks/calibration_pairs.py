@@ -1,4 +1,7 @@
-"""Rendered images of one person under two cameras, with the exact map between them."""
+"""Rendered images of one person under two cameras, with the exact map between them.
+
+Settings are chosen on them, so they show people of the development split.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +37,10 @@ class Pair:
 
 
 def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
-    """Held-out people in random poses; scale 0.4 to 2.5 (even in its logarithm), all rotations."""
+    """People of the development split in random poses; scale 0.4 to 2.5 (even in its logarithm), all rotations."""
     rng, library = np.random.default_rng(seed), load_people()
     for _ in range(count):
-        person = build_person(random_identity(rng, library, "heldout"), library)
+        person = build_person(random_identity(rng, library, "development"), library)
         poses = [random_motion(rng, MOTION_FRAMES, FPS).pose(int(rng.integers(MOTION_FRAMES))) for _ in range(2)]
         scale, rotation = np.exp(rng.uniform(np.log(0.4), np.log(2.5))), rng.uniform(-np.pi, np.pi)
         centres = rng.uniform(-0.1, 0.1, (2, 2)) * [1, 0.5] + 0.5
@@ -57,7 +60,7 @@ def rendered_pairs(count: int, seed: int = 0) -> Iterator[Pair]:
 def rendered_clip(seed: int) -> list[Pair]:
     """One pair a frame of a clip whose camera zooms and turns steadily."""
     rng, library = np.random.default_rng(seed), load_people()
-    person = build_person(random_identity(rng, library, "heldout"), library)
+    person = build_person(random_identity(rng, library, "development"), library)
     motion = random_motion(rng, MOTION_FRAMES, FPS)
     pose = random_motion(rng, MOTION_FRAMES, FPS).pose(int(rng.integers(MOTION_FRAMES)))
     still = Camera(HEIGHT, rng.uniform(-np.pi, np.pi), (0.5, 0.5))

@@ -62,7 +62,9 @@ def search_times(config: BenchmarkConfig) -> None:
     print(f"  by pieces first: median {np.median(quick):.1f} ms, 90 % {np.quantile(quick, 0.9):.1f} ms")
     print(f"  every subset scored: median {np.median(every):.0f} ms; plain numpy about {np.mean(naive):.1f} s")
     given = f"mean {np.mean(losses):.5f}, 90 % {np.quantile(losses, 0.9):.5f}, most {np.max(losses):.5f}"
-    print(f"  IoU given up: {given}; nothing in {100 * (np.array(losses) < 1e-9).mean():.0f} % of the pairs")
+    print(
+        f"  IoU of samples given up: {given}; nothing in {100 * (np.array(losses) < 1e-9).mean():.0f} % of the pairs"
+    )
 
 
 def clip_times(config: BenchmarkConfig) -> None:

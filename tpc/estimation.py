@@ -86,7 +86,8 @@ class Estimate:
     reason: str | None = None  # why there is none; or something to know about the one there is
     keypoints: tuple[int, ...] = ()  # indices of the points used
     residual: float = 0.0  # their weighted RMS distance after the transform, driving pixels
-    iou: float = 0.0  # of the two silhouettes in the driving frame
+    # Of samples of the two silhouettes, which selection and gate go by; `PersonFrame.mask_iou` is that of the pixels.
+    iou: float = 0.0
     mirrored: bool = False  # left and right keypoints of the reference were exchanged
     common: tuple[int, ...] = ()  # indices of the points visible in both
 
@@ -289,5 +290,5 @@ def _doubt(matrix: np.ndarray, iou: float, config: CalibrationConfig) -> str | N
     if angle > config.max_rotation:
         return f"the rotation of {angle:.0f} degrees is beyond {config.max_rotation:g}"
     if iou < config.min_iou:
-        return f"the silhouettes overlap by an IoU of {iou:.2f} only"
+        return f"the silhouettes' samples overlap by an IoU of {iou:.2f} only, less than {config.min_iou:g}"
     return None

@@ -41,7 +41,10 @@ RELATIVE_DISTANCE = 1e-6
 
 @dataclass(frozen=True)
 class Selection:
-    """Indices of the chosen keypoints, ascending, or none and the reason; the IoU is nan when it was not measured."""
+    """Indices of the chosen keypoints, ascending, or none and the reason.
+
+    The IoU is that of samples of the silhouettes, nan when it was not measured.
+    """
 
     keypoints: tuple[int, ...]
     reason: str | None = None
