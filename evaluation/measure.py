@@ -167,7 +167,7 @@ class Number:
 
 def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, Number]:
     """Every measure over all clips, by name. Frames count alike, whichever clip they are of."""
-    means = _frame_means(folders)
+    means = frame_means(folders)
     numbers: dict[str, Number] = {}
     for name, region, measure in metric_suite.measured_names():
         if measure in metric_suite.extractors:
@@ -179,10 +179,11 @@ def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, N
 
 def clip_means(folder: Path) -> dict[str, float | None]:
     """The mean over the frames of one clip of every measure that is taken frame by frame."""
-    return {name: number.value for name, number in _frame_means([folder]).items()}
+    return {name: number.value for name, number in frame_means([folder]).items()}
 
 
-def _frame_means(folders: Sequence[Path]) -> dict[str, Number]:
+def frame_means(folders: Sequence[Path]) -> dict[str, Number]:
+    """The mean over the frames of some clips of every measure that is taken frame by frame."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}  # of frames that could be measured
     frames: dict[str, int] = {}

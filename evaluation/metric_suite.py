@@ -62,6 +62,10 @@ class MetricSuite:
         pairs += [("", measure) for measure in persons]
         return [(measured_name(measure, region), region, measure) for region, measure in pairs]
 
+    def names_by_clip(self) -> list[str]:
+        """Names of everything measured that a single clip has a value of; the others pool the features of all."""
+        return [name for name, _, measure in self.measured_names() if measure not in self.extractors]
+
     def networks(self) -> dict[str, dict[str, Any]]:
         """The network behind each measure, for reports."""
         described: dict[str, dict[str, Any]] = {}

@@ -24,15 +24,16 @@ from core.errors import UserError
 from core.files import complete_file, complete_folder, write_json
 from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, split_name
-from evaluation.statistics import FEWEST, LEVEL, Interval
+from evaluation.statistics import FEWEST, LEVEL, Interval, Values, mean_interval
 from metrics.protocols import MEASURES
 
 RUN_FILE, RESULTS_FILE, PARTS_FOLDER, INPUTS_FILE = "run.json", "results.json", "parts", "inputs.json"
 ARROWS = {"higher": "↑", "lower": "↓"}
 INTERVALS_NOTE = (
     f"[low, high] are bootstrap intervals of {LEVEL:.0%} over clips, each the mean over its seeds; with fewer than "
-    f"{FEWEST} clips there is none; in bold where they exclude 0"
+    f"{FEWEST} clips there is none"
 )
+DIFFERENCES_NOTE = f"{INTERVALS_NOTE}; bold where they exclude 0"
 LATEX_SYMBOLS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "×": r"$\times$"}
 
 
@@ -141,8 +142,30 @@ def over_seeds(values: Sequence[float | None]) -> Cell:
 
 
 def interval_cell(interval: Interval) -> Cell:
-    """A number with its interval, in bold where that excludes 0; `INTERVALS_NOTE` says so to readers."""
+    """A number with its interval, in bold where that excludes 0; `DIFFERENCES_NOTE` says so to readers."""
     return Cell(interval.value, bold=interval.excludes_zero, interval=interval)
+
+
+def comparison_table(
+    corner: str,
+    columns: Sequence[tuple[str, Sequence[str], str]],
+    pairs: Iterable[tuple[str, str, str]],
+    values: Values,
+) -> Table:
+    """Variants compared clip by clip.
+
+    Args:
+        columns: header prefix, kinds of clips and measured name of each.
+        pairs: label of a row, and the names of the variants whose difference, first minus second, it has.
+    """
+    rows = tuple(
+        (
+            label,
+            tuple(interval_cell(mean_interval(*values.differences(kinds, *two, name))) for _, kinds, name in columns),
+        )
+        for label, *two in pairs
+    )
+    return Table(corner, tuple(prefix + measure_label(name) for prefix, _, name in columns), rows, DIFFERENCES_NOTE)
 
 
 def measure_numbers(runs: Sequence[dict[str, Number]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -297,7 +320,20 @@ def write_table(
     results: dict[str, Any],
     warnings: Iterable[tuple[str, str | None]],
     output: Path,
+    differences: Table | None = None,
 ) -> None:
-    """Write and print the one table of a task, with warnings of its numbers by name; see `write_results`."""
-    text = heading(metric_suite, table.caption) + markdown(table) + warning_lines(warnings)
-    write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)
+    """Write and print the table of a task, with warnings of its numbers by name, and a table of differences below.
+
+    See `write_results`, whose results get the differences too.
+    """
+    tables, facts = [table], [table.caption]
+    if differences is not None:
+        tables.append(differences)
+        results = results | {"differences": differences.plain()}
+        pooled = ", ".join(MEASURES[name].label for name in metric_suite.extractors)
+        facts += [differences.caption] + (
+            [f"{pooled}: of all clips together, so without an interval"] if pooled else []
+        )
+    text = heading(metric_suite, *facts) + "\n".join(map(markdown, tables)) + warning_lines(warnings)
+    written = {"table.md": text, "table.tex": "\n".join(map(latex, tables))}
+    write_results(config, metric_suite, results, written, output)

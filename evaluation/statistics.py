@@ -7,8 +7,9 @@ Resamples come from one fixed seed, so a table comes out the same again.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -95,6 +96,50 @@ def clip_differences(first: ArrayLike, second: ArrayLike) -> np.ndarray:
     known = ~np.isnan(differences)
     with np.errstate(invalid="ignore"):
         return np.where(known, differences, 0).sum(axis=1) / known.sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Means over the frames of every trial."""
+
+    # (variant, clip, seed) -> measure -> value, None where there is none
+    by_trial: Mapping[tuple[str, str, int], Mapping[str, float | None]]
+    by_kind: Mapping[str, Sequence[str]]  # kind -> its clips
+    fitting: Mapping[str, Sequence[str]]  # clip -> the clips that it would be without misalignment
+    seeds: Sequence[int]  # of the initial noise
+
+    def by_clip(self, kind: str, variant: str, measure: str, fitting: bool = False) -> np.ndarray:
+        """(clips, seeds), NaN where there is none; of those `fitting` a clip (several count once) in its place."""
+        by_clip = []
+        for clip in self.by_kind[kind]:
+            names = self.fitting[clip] if fitting else [clip]
+            found = [[self.by_trial[variant, name, seed].get(measure) for name in names] for seed in self.seeds]
+            known = [[value for value in values if value is not None] for values in found]
+            by_clip.append([float(np.mean(values)) if values else np.nan for values in known])
+        return np.array(by_clip, np.float64)
+
+    def by_seed(self, kinds: Sequence[str], variant: str, measure: str, fitting: bool = False) -> list[float | None]:
+        """Mean over kinds, each of which counts alike, of the means over their clips, for every seed."""
+        means = []
+        for kind in kinds:
+            columns = [column[~np.isnan(column)] for column in self.by_clip(kind, variant, measure, fitting).T]
+            means.append([float(np.mean(column)) if len(column) else None for column in columns])
+        return [None if None in of_kinds else float(np.mean(of_kinds)) for of_kinds in zip(*means, strict=True)]
+
+    def differences(
+        self, kinds: Sequence[str], first: str, second: str, measure: str, fitting: bool = False
+    ) -> list[np.ndarray]:
+        """(clips,) of each kind: one variant, of the clips `fitting` where so, minus another, mean over seeds."""
+        return [
+            clip_differences(self.by_clip(kind, first, measure, fitting), self.by_clip(kind, second, measure))
+            for kind in kinds
+        ]
+
+    def plain(self) -> list[dict[str, Any]]:
+        return [
+            {"condition": variant, "clip": clip, "seed": seed, **measured}
+            for (variant, clip, seed), measured in self.by_trial.items()
+        ]
 
 
 def _means(*strata: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from evaluation.measure import (
     FramePair,
     Number,
     PersonKeypoints,
+    clip_means,
     measure_clip,
     person_values,
     summarise,
@@ -203,6 +204,11 @@ def numbers_by_seed(
         summarise([folder for trial, folder in folders.items() if trial.seed == seed and chosen(trial)], metric_suite)
         for seed in seeds
     ]
+
+
+def values_by_trial(folders: dict[Trial, Path]) -> dict[tuple[str, str, int], dict[str, float | None]]:
+    """(variant, clip, seed) -> the means over frames of every trial, for `evaluation.statistics.Values`."""
+    return {(trial.variant.name, trial.clip, trial.seed): clip_means(folder) for trial, folder in folders.items()}
 
 
 def frame_pairs_of(

@@ -1,5 +1,6 @@
 """`evaluate.py ablation`: transforms, propagation and keypoint subsets compared, by region (Table 2)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -7,15 +8,21 @@ from pathlib import Path
 from core.errors import UserError
 from evaluation.clips import ClipsConfig, open_clips
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.report import best_table, measure_numbers, over_seeds, write_table
-from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task
+from evaluation.report import Table, best_table, comparison_table, measure_numbers, over_seeds, write_table
+from evaluation.statistics import Values
+from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
 from models.animators.registry import SHIPPED_MODEL
 from tpc.config import resolve
+
+ALL = "all"  # the one kind of clips
 
 
 @dataclass
 class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Every transform with every propagation and every choice of keypoints, and a run without TPC."""
+    """Every transform with every propagation and every choice of keypoints, and a run without TPC.
+
+    The first of each are what the other conditions are compared with.
+    """
 
     output: str = "outputs/ablation"  # folder for the results
     model: str = str(SHIPPED_MODEL)  # pipeline folder
@@ -23,7 +30,7 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     features: str = "stand-in"
     measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
     # of procrustes, affine, linear
-    transforms: list[str] = field(default_factory=lambda: ["linear", "affine", "procrustes"])
+    transforms: list[str] = field(default_factory=lambda: ["procrustes", "affine", "linear"])
     # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
     # 0 = groups of four frames
     propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
@@ -57,9 +64,19 @@ def run(config: AblationConfig) -> None:
         }
         numbers = (numbers for by_seed in runs.values() for numbers in by_seed)
         warnings = ((name, number.warning) for run in numbers for name, number in run.items())
-        write_table(config, metric_suite, table, results, warnings, output)
+        values = Values(values_by_trial(folders), {ALL: clips.names}, {}, config.seeds)
+        differences = differences_table(values, variants, metric_suite.names_by_clip())
+        write_table(config, metric_suite, table, results, warnings, output, differences)
 
     run_task("ablation", config, config, ("foreground", "background"), list(variants.values()), clips, write)
+
+
+def differences_table(values: Values, variants: Mapping[str, Variant], names: Sequence[str]) -> Table:
+    """Every condition with TPC compared with the one without, and with the first that has it."""
+    with_tpc = [label for label in variants if label != WITHOUT]
+    compared = [(label, WITHOUT) for label in with_tpc] + [(label, with_tpc[0]) for label in with_tpc[1:]]
+    pairs = [(f"{a} minus {b}", variants[a].name, variants[b].name) for a, b in compared]
+    return comparison_table("differences", [("", [ALL], name) for name in names], pairs, values)
 
 
 def ablation_variants(config: AblationConfig) -> dict[str, Variant]:

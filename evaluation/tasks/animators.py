@@ -13,6 +13,7 @@ command; more seeds or clips can be added.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,19 @@ from evaluation.clips import EvaluationClip
 from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import MisalignedClips
 from evaluation.misalignment import SUBSETS
-from evaluation.report import Table, best_table, heading, latex, markdown, measure_label, over_seeds, write_results
-from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, Values, read_values, save_sheet
+from evaluation.report import (
+    Table,
+    best_table,
+    comparison_table,
+    heading,
+    latex,
+    markdown,
+    measure_label,
+    over_seeds,
+    write_results,
+)
+from evaluation.statistics import Values
+from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
 from models.animators.registry import SMALL_ANIMATORS, load_pipeline, pipeline_names, read_index, saved_class
@@ -90,14 +102,20 @@ def run(config: AnimatorsConfig) -> None:
         caption = f"{counted} clips; mean and deviation over {len(config.seeds)} seeds"
         table = animators_table(values, variants, caption)
         by_kind = {measure: kinds_table(values, variants, measure) for measure in COLUMNS}
+        differences = differences_table(values, variants, subsets_of(list(values.by_kind)))
+        each_kind = differences_table(values, variants, {kind: [kind] for kind in values.by_kind})
         results = {
             "counts": counts | {"seeds": len(config.seeds)},
             "results": table.plain(),
             "kinds": {measure: table.plain() for measure, table in by_kind.items()},
+            "differences": differences.plain(),
+            "differences by kind": each_kind.plain(),
             "trials": values.plain(),
         }
-        text = heading(metric_suite, caption) + "\n".join(map(markdown, [table, *by_kind.values()]))
-        write_results(config, metric_suite, results, {"table.md": text, "table.tex": latex(table)}, output)
+        shown = map(markdown, [table, differences, *by_kind.values()])
+        text = heading(metric_suite, caption, differences.caption) + "\n".join(shown)
+        written = {"table.md": text, "table.tex": latex(table) + "\n" + latex(differences)}
+        write_results(config, metric_suite, results, written, output)
         if config.strips:
             _draw_strips(config, [clips.clip(names[0]) for names in clips.by_kind.values()], variants, output)
 
@@ -120,6 +138,19 @@ def animators_table(values: Values, variants: Mapping[str, Variant], caption: st
         for variant in variants.values()
     ]
     return best_table("model", [(f"{subset}: ", measure) for subset, measure in columns], variants, rows, caption)
+
+
+def differences_table(values: Values, variants: Mapping[str, Variant], kinds: Mapping[str, Sequence[str]]) -> Table:
+    """Every model's variants compared with those before it, a column for each of `COLUMNS` of each group of kinds."""
+    compared = [
+        (f"{second} minus {first}", variants[second].name, variants[first].name)
+        for first, second in combinations(variants, 2)
+        if variants[first].model == variants[second].model
+    ]
+    columns = [
+        (f"{label.replace('_', ' ')}: ", names, measure) for label, names in kinds.items() for measure in COLUMNS
+    ]
+    return comparison_table("differences", columns, compared, values)
 
 
 def kinds_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:

@@ -14,13 +14,15 @@ from core.files import output_folder
 from core.processes import choose_device, process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
-from evaluation.measure import FramePair, Number, clip_means, measure_clip, person_values, summarise, with_persons
+from evaluation.measure import FramePair, Number, frame_means, measure_clip, person_values, summarise, with_persons
 from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_metric_suite
 from evaluation.report import (
+    INTERVALS_NOTE,
     RESULTS_FILE,
     claim_output,
     format_number,
     heading,
+    interval_cell,
     measure_label,
     over_seeds,
     remove_parts,
@@ -28,6 +30,7 @@ from evaluation.report import (
     warning_lines,
     write_results,
 )
+from evaluation.statistics import Interval, ratio_interval
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 
 # Keys that do not decide the numbers, or by files that are compared themselves.
@@ -75,18 +78,30 @@ def run(config: MetricsConfig) -> None:
     if state.is_main_process:
         numbers = summarise(folders, metric_suite)
         counts = {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())}
+        by_clip = [frame_means([folder]) for folder in folders]
+        intervals = {name: over_clips([clip[name] for clip in by_clip]) for name in metric_suite.names_by_clip()}
         results = {
             "counts": counts,
             "results": {name: asdict(number) for name, number in numbers.items()},
+            "intervals": {name: interval.plain() for name, interval in intervals.items()},
             "clips": {
-                name: {"frames": pairs[name].frames} | clip_means(folder)
-                for name, folder in zip(pairs, folders, strict=True)
+                name: {"frames": pairs[name].frames} | {measure: number.value for measure, number in clip.items()}
+                for name, clip in zip(pairs, by_clip, strict=True)
             },
         }
-        write_results(config, metric_suite, results, {"table.md": _table(numbers, metric_suite, counts)}, output)
+        text = _table(numbers, intervals, metric_suite, counts)
+        write_results(config, metric_suite, results, {"table.md": text}, output)
         if not config.keep_parts:
             remove_parts(output)
     state.wait_for_everyone()
+
+
+def over_clips(numbers: list[Number]) -> Interval:
+    """The mean over all frames, with its interval over clips, from each clip's mean over its frames."""
+    known = [number for number in numbers if number.samples]
+    return ratio_interval(
+        [[number.value * number.samples for number in known]], [[number.samples for number in known]]
+    )
 
 
 def frame_pairs(
@@ -130,12 +145,14 @@ def _check_size(clip: ClipFiles | MaskFiles, index: int, image: np.ndarray, expe
         )
 
 
-def _table(numbers: dict[str, Number], metric_suite: MetricSuite, counts: dict[str, int]) -> str:
+def _table(
+    numbers: dict[str, Number], intervals: dict[str, Interval], metric_suite: MetricSuite, counts: dict[str, int]
+) -> str:
     """The numbers with the protocol above and the warnings below."""
     lines = ["| measure | value | samples |", "|---|---|---|"]
     for name, number in numbers.items():
-        value = format_number(over_seeds([number.value]), plus_minus="")
-        lines.append(f"| {measure_label(name)} | {value} | {number.samples} |")
+        cell = interval_cell(intervals[name]) if name in intervals else over_seeds([number.value])
+        lines.append(f"| {measure_label(name)} | {format_number(cell, plus_minus='')} | {number.samples} |")
     warnings = warning_lines((name, number.warning) for name, number in numbers.items())
     counted = f"{counts['clips']} clips, {counts['frames']} frames"
-    return heading(metric_suite, counted) + "\n".join(lines) + "\n" + warnings
+    return heading(metric_suite, counted, INTERVALS_NOTE) + "\n".join(lines) + "\n" + warnings

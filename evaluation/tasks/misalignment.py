@@ -16,7 +16,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,12 +24,11 @@ from core.config import check_choice, load_config
 from core.errors import UserError
 from core.files import complete_file
 from evaluation.clips import EvaluationClip
-from evaluation.measure import clip_means
 from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
 from evaluation.misaligned_clips import KINDS, SPLITS, MisalignedClips
 from evaluation.plots import draw_bars
 from evaluation.report import (
-    INTERVALS_NOTE,
+    DIFFERENCES_NOTE,
     Cell,
     Table,
     heading,
@@ -40,7 +38,7 @@ from evaluation.report import (
     over_seeds,
     write_results,
 )
-from evaluation.statistics import clip_differences, mean_interval, ratio_interval
+from evaluation.statistics import Values, mean_interval, ratio_interval
 from evaluation.trials import (
     PERSON_PSNR,
     PERSON_PSNR_LABEL,
@@ -50,6 +48,7 @@ from evaluation.trials import (
     Variant,
     all_trials,
     run_task,
+    values_by_trial,
 )
 from inference.animate import animate
 from inference.comparison import labelled_sheet
@@ -178,7 +177,7 @@ def run(config: MisalignmentConfig) -> None:
             "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},
             "trials": values.plain(),
         }
-        text = heading(metric_suite, caption, INTERVALS_NOTE) + "\n".join(markdown(table) for table in tables)
+        text = heading(metric_suite, caption, DIFFERENCES_NOTE) + "\n".join(markdown(table) for table in tables)
         write_results(config, metric_suite, results, {"table.md": text}, output)
         if config.strips:
             drawn = [clips.clip(name) for names in clips.by_kind.values() for name in names[: config.strips]]
@@ -187,65 +186,21 @@ def run(config: MisalignmentConfig) -> None:
     run_task("misalignment", config, config.protocol(), REGIONS, list(variants.values()), clips, write, further)
 
 
-@dataclass(frozen=True)
-class Values:
-    """Means over the frames of every trial."""
-
-    # (variant, clip, seed) -> measure -> value, None where there is none
-    by_trial: Mapping[tuple[str, str, int], Mapping[str, float | None]]
-    by_kind: Mapping[str, Sequence[str]]  # kind -> its clips
-    fitting: Mapping[str, Sequence[str]]  # clip -> the clips that it would be without misalignment
-    seeds: Sequence[int]  # of the initial noise
-
-    def by_clip(self, kind: str, variant: str, measure: str, fitting: bool = False) -> np.ndarray:
-        """(clips, seeds), NaN where there is none; of those `fitting` a clip (several count once) in its place."""
-        by_clip = []
-        for clip in self.by_kind[kind]:
-            names = self.fitting[clip] if fitting else [clip]
-            found = [[self.by_trial[variant, name, seed].get(measure) for name in names] for seed in self.seeds]
-            known = [[value for value in values if value is not None] for values in found]
-            by_clip.append([float(np.mean(values)) if values else np.nan for values in known])
-        return np.array(by_clip, np.float64)
-
-    def by_seed(self, kinds: Sequence[str], variant: str, measure: str, fitting: bool = False) -> list[float | None]:
-        """Mean over kinds, each of which counts alike, of the means over their clips, for every seed."""
-        means = []
-        for kind in kinds:
-            columns = [column[~np.isnan(column)] for column in self.by_clip(kind, variant, measure, fitting).T]
-            means.append([float(np.mean(column)) if len(column) else None for column in columns])
-        return [None if None in of_kinds else float(np.mean(of_kinds)) for of_kinds in zip(*means, strict=True)]
-
-    def differences(
-        self, kinds: Sequence[str], first: str, second: str, measure: str, fitting: bool = False
-    ) -> list[np.ndarray]:
-        """(clips,) of each kind: one variant, of the clips `fitting` where so, minus another, mean over seeds."""
-        return [
-            clip_differences(self.by_clip(kind, first, measure, fitting), self.by_clip(kind, second, measure))
-            for kind in kinds
-        ]
-
-    def rows(self) -> dict[str, list[str]]:
-        """Label of a table's row -> its kinds."""
-        averaged = [kind for kind in self.by_kind if kind in AVERAGED]
-        rows = {kind.replace("_", " "): [kind] for kind in self.by_kind}
-        return rows | ({AVERAGE: averaged} if len(averaged) > 1 else {})
-
-    def plain(self) -> list[dict[str, Any]]:
-        return [
-            {"condition": variant, "clip": clip, "seed": seed, **measured}
-            for (variant, clip, seed), measured in self.by_trial.items()
-        ]
-
-
 def read_values(folders: Mapping[Trial, Path], clips: MisalignedClips, seeds: Sequence[int]) -> Values:
-    by_trial = {(trial.variant.name, trial.clip, trial.seed): clip_means(folder) for trial, folder in folders.items()}
-    return Values(by_trial, clips.by_kind, clips.fitting, seeds)
+    return Values(values_by_trial(folders), clips.by_kind, clips.fitting, seeds)
+
+
+def rows_of(values: Values) -> dict[str, list[str]]:
+    """Label of a table's row -> its kinds."""
+    averaged = [kind for kind in values.by_kind if kind in AVERAGED]
+    rows = {kind.replace("_", " "): [kind] for kind in values.by_kind}
+    return rows | ({AVERAGE: averaged} if len(averaged) > 1 else {})
 
 
 def measure_table(values: Values, variants: Mapping[str, Variant], measure: str, caption: str) -> Table:
     """One measure: a row a kind, a column for the fitting reference and for every variant, `WITHOUT` among them."""
     rows = []
-    for label, kinds in values.rows().items():
+    for label, kinds in rows_of(values).items():
         cells = [over_seeds(values.by_seed(kinds, variants[WITHOUT].name, measure, fitting=True))]
         cells += [over_seeds(values.by_seed(kinds, variant.name, measure)) for variant in variants.values()]
         rows.append((label, tuple(cells)))
@@ -264,7 +219,7 @@ def differences_table(values: Values, variants: Mapping[str, Variant], measure: 
         compared = variants[WITHOUT if first == FITTING else first].name, variants[second].name
         return interval_cell(mean_interval(*values.differences(kinds, *compared, measure, fitting=first == FITTING)))
 
-    rows = tuple((row, tuple(cell(kinds, *pair) for pair in pairs)) for row, kinds in values.rows().items())
+    rows = tuple((row, tuple(cell(kinds, *pair) for pair in pairs)) for row, kinds in rows_of(values).items())
     columns = tuple(f"{first} minus {second}" for first, second in pairs)
     return Table(f"differences of {measure_label(measure)}", columns, rows, "clip by clip")
 
@@ -274,7 +229,7 @@ def recovered_table(values: Values, variants: Mapping[str, Variant], measure: st
     with_tpc = {label: variant for label, variant in variants.items() if label != WITHOUT}
     without = variants[WITHOUT].name
     rows = []
-    for label, kinds in values.rows().items():
+    for label, kinds in rows_of(values).items():
         costs = values.differences(kinds, without, without, measure, fitting=True)
         cost = mean_interval(*costs)
         known = cost.value is not None and cost.value >= LOWEST_COST and (cost.low is None or cost.excludes_zero)

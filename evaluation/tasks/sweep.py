@@ -14,11 +14,22 @@ from evaluation.measure import clip_means
 from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
 from evaluation.misalignment import misalignment
 from evaluation.plots import Curve, Panel, draw_panels
-from evaluation.report import Cell, Table, heading, markdown, over_seeds, write_results
+from evaluation.report import (
+    DIFFERENCES_NOTE,
+    Cell,
+    Table,
+    heading,
+    interval_cell,
+    markdown,
+    over_seeds,
+    write_results,
+)
+from evaluation.statistics import Interval, mean_interval
 from evaluation.trials import (
     PERSON_PSNR,
     PERSON_PSNR_LABEL,
     VARIANT_NAMES,
+    WITH,
     WITHOUT,
     Trial,
     TrialsConfig,
@@ -128,7 +139,9 @@ def run(config: SweepConfig) -> None:
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
         psnr = {trial: clip_means(folder)[PERSON_PSNR] for trial, folder in folders.items()}
         box_iou = {name: clips.box_iou(name) for name in clips.names}
-        curves = _curves(config, references, box_iou, psnr)
+        groups = _groups(references, box_iou)
+        curves = _curves(config, references, groups, psnr)
+        gains = {quantity: _gains(at_x, references, psnr) for quantity, at_x in groups.items()}
         panels = [
             Panel(list(lines.values()), **{"y_label": PERSON_PSNR_LABEL} | PANELS[quantity])
             for quantity, lines in curves.items()
@@ -147,6 +160,9 @@ def run(config: SweepConfig) -> None:
                 }
                 for quantity, lines in curves.items()
             },
+            "gains": {
+                quantity: [{"x": x} | gain.plain() for x, gain in at_x.items()] for quantity, at_x in gains.items()
+            },
             "trials": [
                 {
                     "clip": references[trial.clip].clip,
@@ -161,44 +177,64 @@ def run(config: SweepConfig) -> None:
             ],
         }
         caption = f"{config.clips} clips of {config.frames} frames, mean and deviation over {len(config.seeds)} seeds"
-        tables = "\n".join(markdown(_table(quantity, lines)) for quantity, lines in curves.items())
-        write_results(config, metric_suite, results, {"table.md": heading(metric_suite, caption) + tables}, output)
+        tables = "\n".join(markdown(_table(quantity, lines, gains[quantity])) for quantity, lines in curves.items())
+        text = heading(metric_suite, caption, DIFFERENCES_NOTE) + tables
+        write_results(config, metric_suite, results, {"table.md": text}, output)
 
     run_task("sweep", config, protocol, ("foreground", "background"), variants, clips, write)
+
+
+def _groups(references: dict[str, SweptReference], box_iou: dict[str, float]) -> dict[str, dict[float, list[str]]]:
+    """What is swept ("angle", "scale", "box IoU": the middle of a bin) -> its value -> references."""
+    bins = {name: int(np.clip(np.digitize(iou, IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name, iou in box_iou.items()}
+    turned, scaled = ([name for name, r in references.items() if r.swept == swept] for swept in ("angle", "scale"))
+    coords = {
+        "angle": {name: references[name].angle_deg for name in turned},
+        "scale": {name: references[name].scale for name in scaled},
+        "box IoU": {name: float(IOU_BINS[bins[name] : bins[name] + 2].mean()) for name in scaled},
+    }
+    groups: dict[str, dict[float, list[str]]] = {}
+    for quantity, of_names in coords.items():
+        for name, x in of_names.items():
+            groups.setdefault(quantity, {}).setdefault(round(x, 6), []).append(name)
+    return groups
 
 
 def _curves(
     config: SweepConfig,
     references: dict[str, SweptReference],
-    box_iou: dict[str, float],
+    groups: dict[str, dict[float, list[str]]],
     psnr: dict[Trial, float | None],
 ) -> dict[str, dict[str, Curve]]:
-    """Curves by what is swept ("angle", "scale", "box IoU") and label of the variant.
+    """Curves by what is swept and label of the variant.
 
     Different clips reach different IoUs, so that curve is of the change against the same clip aligned, without TPC.
     """
-    bins = {name: int(np.clip(np.digitize(iou, IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name, iou in box_iou.items()}
-    turned, scaled = ([name for name, r in references.items() if r.swept == swept] for swept in ("angle", "scale"))
-    # Swept quantity -> x of every reference, and the values of the trials.
-    swept = {
-        "angle": ({name: references[name].angle_deg for name in turned}, psnr),
-        "scale": ({name: references[name].scale for name in scaled}, psnr),
-        "box IoU": (
-            {name: float(IOU_BINS[bins[name] : bins[name] + 2].mean()) for name in scaled},
-            _change_from_aligned(references, psnr),
-        ),
+    measured = {quantity: psnr for quantity in groups} | {"box IoU": _change_from_aligned(references, psnr)}
+    return {
+        quantity: {
+            label: _curve(label, at_x, config.seeds, measured[quantity], closed=quantity == "angle")
+            for label in VARIANT_NAMES
+        }
+        for quantity, at_x in groups.items()
     }
-    curves: dict[str, dict[str, Curve]] = {}
-    for quantity, (coords, measured) in swept.items():
-        groups: dict[float, list[str]] = {}
-        for name, x in coords.items():
-            groups.setdefault(round(x, 6), []).append(name)
-        if groups:
-            curves[quantity] = {
-                label: _curve(label, groups, config.seeds, measured, closed=quantity == "angle")
-                for label in VARIANT_NAMES
-            }
-    return curves
+
+
+def _gains(
+    groups: dict[float, list[str]], references: dict[str, SweptReference], psnr: dict[Trial, float | None]
+) -> dict[float, Interval]:
+    """What TPC adds at every x, over clips; the seeds, and references that one clip has at one x, are averaged."""
+    without = {(trial.clip, trial.seed): value for trial, value in psnr.items() if trial.variant.tpc is None}
+    gains = {}
+    for x, names in groups.items():
+        by_clip: dict[int, list[float]] = {}
+        for trial, value in psnr.items():
+            if trial.variant.tpc is not None and trial.clip in names:
+                pair = value, without[trial.clip, trial.seed]
+                if None not in pair:
+                    by_clip.setdefault(references[trial.clip].clip, []).append(pair[0] - pair[1])
+        gains[x] = mean_interval([np.mean(of_clip) for of_clip in by_clip.values()])
+    return gains
 
 
 def _change_from_aligned(
@@ -235,7 +271,7 @@ def _curve(
     return Curve(label, np.array(coords), np.array([cells[x].mean for x in coords]), deviation)
 
 
-def _table(quantity: str, lines: dict[str, Curve]) -> Table:
+def _table(quantity: str, lines: dict[str, Curve], gains: dict[float, Interval]) -> Table:
     by_x = [
         {
             float(x): Cell(float(mean), None if curve.deviation is None else float(curve.deviation[index]))
@@ -243,7 +279,10 @@ def _table(quantity: str, lines: dict[str, Curve]) -> Table:
         }
         for curve in lines.values()
     ]
-    rows = [(f"{x:g}", tuple(cells.get(float(x), Cell(None)) for cells in by_x)) for x in lines[WITHOUT].x]
+    rows = []
+    for x in map(float, lines[WITHOUT].x):
+        gain = gains[180.0 if quantity == "angle" and x == -180 else round(x, 6)]
+        rows.append((f"{x:g}", (*(cells.get(x, Cell(None)) for cells in by_x), interval_cell(gain))))
     measured = "change of person PSNR" if quantity == "box IoU" else "person PSNR"
-    header = tuple(f"{measured} {label} (dB)" for label in lines)
+    header = (*(f"{measured} {label} (dB)" for label in lines), f"{WITH} minus {WITHOUT} (dB)")
     return Table(quantity, header, tuple(rows), f"Fidelity of the person against {quantity}")

@@ -8,8 +8,9 @@ from evaluation.clips import ClipsConfig, open_clips
 from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.misalignment import SUBSETS, ThresholdConfig, classify, misalignment
-from evaluation.report import best_table, measure_numbers, over_seeds, write_table
-from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task
+from evaluation.report import best_table, comparison_table, measure_numbers, over_seeds, write_table
+from evaluation.statistics import Values
+from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
 from models.animators.registry import SHIPPED_MODEL
 
 
@@ -72,7 +73,15 @@ def run(config: TableConfig) -> None:
             for run in by_seed
             for name, number in run.items()
         )
-        write_table(config, metric_suite, table, results, warnings, output)
+        compared = [
+            (f"{label} + TPC minus {label}", variants[f"{label} + TPC"].name, variant.name)
+            for label, variant in variants.items()
+            if variant.tpc is None
+        ]
+        known = [(f"{s}: ", [s], name) for s in SUBSETS if members[s] for name in metric_suite.names_by_clip()]
+        values = Values(values_by_trial(folders), members, {}, config.seeds)
+        differences = comparison_table("differences", known, compared, values)
+        write_table(config, metric_suite, table, results, warnings, output, differences)
 
     run_task("table", config, config, ("",), list(variants.values()), clips, write)
 

@@ -8,8 +8,8 @@ import torch
 
 import evaluate
 from core.errors import UserError
-from evaluation.tasks.animators import COLUMNS, animators_table, kinds_table, subsets_of
-from evaluation.tasks.misalignment import Values
+from evaluation.statistics import Values
+from evaluation.tasks.animators import COLUMNS, animators_table, differences_table, kinds_table, subsets_of
 from evaluation.trials import Variant
 from models.animators.registry import ANIMATORS, animator_class
 from models.vae import load_vae
@@ -63,6 +63,19 @@ def test_the_table_has_means_and_deviations_and_the_best():
     assert [cell.mean for cell in cells] == [20.5, 11.5, 19.5]
 
 
+def test_variants_of_one_model_are_compared():
+    values = known_values()
+    variants = {
+        "A": Variant("without", "1", None),
+        "A + TPC": Variant("add", "1", None),
+        "B": Variant("without", "2", None),
+    }
+    table = differences_table(values, variants, subsets_of(list(KIND_CLIPS)))
+    ((label, cells),) = table.rows
+    assert label == "A + TPC minus A" and [cell.mean for cell in cells] == [2] * 6
+    assert [cell.interval.n for cell in cells] == [1] * 3 + [3] * 3
+
+
 def test_the_command_compares_all_animators(models, tmp_path, capsys):
     arguments = [f"models=[{','.join(models)}]", f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1"]
     evaluate.main(["animators", *arguments, "seeds=[0]", "sampling.steps=1", "sampling.size=[32,32]"])
@@ -71,6 +84,13 @@ def test_the_command_compares_all_animators(models, tmp_path, capsys):
     names = ["AnimateAnyone", "DisCo", "DreamPose", "MagicAnimate"]
     assert sorted(results["results"]) == sorted(n + tpc for n in names for tpc in ("", " + TPC", " + TPC (replace)"))
     assert len(results["trials"]) == 2 * 3 * len(names)
+    assert len(results["differences"]) == len(results["differences by kind"]) == 3 * len(names)
+    cells = results["results"]
+    gain = cells["DisCo + TPC"]["misaligned: foreground PSNR (dB) ↑"]["mean"]
+    gain -= cells["DisCo"]["misaligned: foreground PSNR (dB) ↑"]["mean"]
+    for differences, column in (("differences", "misaligned"), ("differences by kind", "rotation")):
+        found = results[differences]["DisCo + TPC minus DisCo"][f"{column}: foreground PSNR (dB) ↑"]
+        assert found == {"value": pytest.approx(gain), "low": None, "high": None, "n": 1}
     columns = next(iter(results["results"].values()))
     assert len(columns) == 2 * len(COLUMNS) and all(np.isfinite(cell["mean"]) for cell in columns.values())
     for name in ("strips.png", "table.md", "table.tex", "config.yaml"):

@@ -20,10 +20,20 @@ from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_c
 from evaluation.folders import pair_clips
 from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.plots import STYLES
-from evaluation.report import Cell, Table, latex, markdown, over_seeds, with_best
-from evaluation.tasks.ablation import ablation_variants
+from evaluation.report import (
+    Cell,
+    Table,
+    comparison_table,
+    interval_cell,
+    latex,
+    markdown,
+    over_seeds,
+    with_best,
+)
+from evaluation.statistics import Interval, Values
+from evaluation.tasks.ablation import ALL, ablation_variants, differences_table
 from evaluation.tasks.metrics import frame_pairs
-from evaluation.trials import frame_pairs_of
+from evaluation.trials import WITHOUT, Variant, frame_pairs_of
 from metrics.protocols import PROTOCOLS
 from tests.clips import save_rendered_pair
 from tpc.silhouettes import body_height
@@ -184,6 +194,12 @@ def test_sweep(model, tmp_path):
         lost = np.mean([scaled[tpc, seed] - aligned[False, seed] for seed in (0, 1)])
         assert iou[label]["mean"][0] == pytest.approx(lost), "the smaller IoU is the scaled one's"
     assert iou["without TPC"]["mean"][-1] == 0
+    # A quarter of the size is an IoU of its own, so both curves have the same gain there.
+    gains = {(quantity, point["x"]): point for quantity, at_x in results["gains"].items() for point in at_x}
+    gained = np.mean([scaled[True, seed] - scaled[False, seed] for seed in (0, 1)])
+    for key in (("scale", 0.5), ("box IoU", iou["with TPC"]["x"][0])):
+        assert gains[key] == {"x": key[1], "value": pytest.approx(gained), "low": None, "high": None, "n": 1}
+    assert "with TPC minus without TPC (dB)" in (tmp_path / "o" / "table.md").read_text()
     assert next(t for t in results["trials"] if t["scale"] == 0.5)["box_iou"] < 0.7
     colours = np.asarray(Image.open(tmp_path / "o" / "sweep.png").convert("RGB")).reshape(-1, 3)
     for colour, _ in STYLES[:2]:
@@ -209,6 +225,10 @@ def test_ablation(model, tmp_path, capsys):
     cell = results["without TPC"]["foreground_ssim"]
     assert cell["mean"] == pytest.approx(np.mean(list(cell["by_seed"].values()))) and cell["samples"] == 2
     assert {"foreground_psnr", "background_psnr"} <= results["linear, torso, IP off"].keys()
+    compared = results_of(tmp_path / "o")["differences"]["linear, torso, IP off minus procrustes, torso, IP off"]
+    gain = results["linear, torso, IP off"]["foreground_ssim"]["mean"]
+    gain -= results["procrustes, torso, IP off"]["foreground_ssim"]["mean"]
+    assert compared["foreground SSIM ↑"]["value"] == pytest.approx(gain) and compared["foreground SSIM ↑"]["n"] == 1
     table = (tmp_path / "o" / "table.md").read_text()
     assert "protocol native" in table and "foreground PSNR (dB) ↑" in table and "±" in table
     assert r"\textbf" in (tmp_path / "o" / "table.tex").read_text()
@@ -231,6 +251,9 @@ def test_table(model, tmp_path):
     assert list(results["results"]) == ["a", "a + TPC", "b", "b + TPC"]
     assert sum(results["counts"][subset] for subset in ("original", "misaligned")) == 2
     assert "rendered-001" in results["subsets"]["misaligned"], "its reference is turned"
+    gain = results["differences"]["a + TPC minus a"]["misaligned: PSNR (dB) ↑"]["value"]
+    of_misaligned = [results["results"][name]["misaligned"]["psnr"]["mean"] for name in ("a + TPC", "a")]
+    assert gain == pytest.approx(of_misaligned[0] - of_misaligned[1])
     same = [results["results"][name]["misaligned"]["psnr"]["mean"] for name in ("a", "b")]
     assert same[0] == same[1], "the same weights and seeds"
     assert (
@@ -321,6 +344,37 @@ class TestTables:
         text = latex(self.table())
         assert r"a\_b & PSNR $\uparrow$ & x $\downarrow$ \\" in text and r"\caption{50 \% of it}" in text
         assert r"row 1 & \textbf{4.00\,$\pm$\,0.00} & \textbf{0.250} \\" in text
+
+    def test_intervals(self):
+        found = [Interval(0.1234, -0.5, 2.5, 9), Interval(-12.31, -20.0, -0.004, 9), Interval(0.5, None, None, 2)]
+        table = Table("x", ("a", "b", "c"), (("row", tuple(map(interval_cell, found))),), "")
+        shown = "0.12 [-0.50, 2.50] | **-12.3 [-20.0, -0.0]** | 0.500"
+        assert markdown(table).splitlines()[2] == f"| row | {shown} |"
+        assert r"\textbf{-12.3 [-20.0, -0.0]}" in latex(table)
+        assert table.plain()["row"]["c"] == {"value": 0.5, "low": None, "high": None, "n": 2}
+
+    def test_variants_are_compared_clip_by_clip(self):
+        """Six clips a kind, 2 dB or 0 more of one; SSIM is lacking in the clips of one kind."""
+        by_trial = {}
+        for k, clip in enumerate("abcdefghijkl"):
+            for variant, more in (("x", 0.0), ("y", 2.0 * (clip < "g"))):
+                by_trial[variant, clip, 0] = {"psnr": 10.0 + k + more, "ssim": None if clip < "g" else 0.5}
+        values = Values(by_trial, {"one": "abcdef", "two": "ghijkl"}, {}, [0])
+        columns = [("one: ", ["one"], "psnr"), ("", ["one", "two"], "psnr"), ("one: ", ["one"], "ssim")]
+        table = comparison_table("differences", columns, [("y minus x", "y", "x")], values)
+        assert table.columns == ("one: PSNR (dB) ↑", "PSNR (dB) ↑", "one: SSIM ↑")
+        ((label, (one, both, without)),) = table.rows
+        assert (label, one.mean, one.bold, both.mean, both.interval.n) == ("y minus x", 2, True, 1, 12)
+        assert without.mean is None and not without.bold
+
+    def test_conditions_are_compared_with_none_and_with_the_first(self):
+        variants = {WITHOUT: Variant("w", "", None)} | {name: Variant(name, "", None) for name in "abc"}
+        values = Values({(name, "clip", 0): {"psnr": k} for k, name in enumerate("wabc")}, {ALL: ["clip"]}, {}, [0])
+        rows = {label: cells[0].mean for label, cells in differences_table(values, variants, ["psnr"]).rows}
+        assert rows == {f"{name} minus {WITHOUT}": k + 1 for k, name in enumerate("abc")} | {
+            "b minus a": 1,
+            "c minus a": 2,
+        }
 
     def test_a_seed_without_a_number_is_no_number(self):
         assert over_seeds([1.0, None]).mean is None and over_seeds([]).mean is None

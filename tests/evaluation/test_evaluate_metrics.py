@@ -15,6 +15,9 @@ import evaluate
 from core.errors import UserError
 from data.video.files import write_video
 from evaluation.folders import find_clips
+from evaluation.measure import Number
+from evaluation.statistics import Interval
+from evaluation.tasks.metrics import over_clips
 from metrics import weights
 from metrics.image import psnr, ssim
 
@@ -66,11 +69,20 @@ def test_known_numbers_by_region(clips, tmp_path, capsys):
     assert numbers["background_psnr"] == 100 and numbers["psnr"] == pytest.approx(20 * np.log10(255 / 5) + 3.0103)
     assert results["counts"] == {"clips": 2, "frames": 8} and results["results"]["mae"]["samples"] == 8
     assert results["clips"]["clip1"]["frames"] == 3 and results["clips"]["clip1"]["mae"] == pytest.approx(2.5)
+    assert results["intervals"]["mae"] == {"value": pytest.approx(2.5), "low": None, "high": None, "n": 2}
     assert results["configuration"]["features"] == "none" and results["protocol"]["name"] == "native"
     table = (tmp_path / "o" / "table.md").read_text()
     assert table == capsys.readouterr().out and "protocol native, version" in table
     assert "| foreground L1 (0-255) ↓ | 5.00 | 8 |" in table
     assert not (tmp_path / "o" / "parts").exists()
+
+
+def test_intervals_are_of_the_mean_over_frames():
+    """Long clips weigh as in the mean itself; a clip that could not be measured is none."""
+    found = over_clips([Number(float(k), 2 * k) for k in range(1, 8)] + [Number(None, 0)])
+    assert found.value == pytest.approx(sum(2 * k * k for k in range(1, 8)) / 56)
+    assert 1 < found.low < found.value < found.high < 7 and found.n == 7
+    assert over_clips([Number(4.0, 2)] * 6) == Interval(4.0, 4.0, 4.0, 6)
 
 
 def test_numbers_are_those_of_the_measures(clips, tmp_path):

@@ -26,9 +26,9 @@ from evaluation.misaligned_clips import (
     read_manifest,
 )
 from evaluation.misalignment import misalignment
-from evaluation.statistics import mean_interval
+from evaluation.statistics import Values, mean_interval
 from evaluation.tasks import misalignment as command
-from evaluation.tasks.misalignment import AVERAGE, Values, differences_table, measure_table, recovered_table
+from evaluation.tasks.misalignment import AVERAGE, differences_table, measure_table, recovered_table, rows_of
 from evaluation.trials import WITHOUT, Variant, trials_identity
 from tpc import CalibrationConfig
 
@@ -244,7 +244,7 @@ def test_the_mean_row_is_of_misaligned_kinds_of_one_person_each_alike():
     # Differences between the kinds are none of the interval's.
     assert rows[AVERAGE][1].interval.high - rows[AVERAGE][1].interval.low < 1
     assert dict(measure_table(values, VARIANTS, "foreground_psnr", "").rows)[AVERAGE][2].mean == pytest.approx(13)
-    assert AVERAGE not in many_values({}, np.ones(2)).rows()
+    assert AVERAGE not in rows_of(many_values({}, np.ones(2)))
 
 
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
