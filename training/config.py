@@ -10,6 +10,8 @@ from data.clips.rendered import PeopleConfig
 from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
 from tpc.config import PRESETS
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 
 def check_share(config: object, name: str) -> None:
     """Refuse a value outside [0, 1]."""
@@ -34,6 +36,9 @@ class DataConfig:
     # Of videos: "person", as large as the image allows with everybody inside over the whole clip, clips whose people
     # do not fit are left out; "pad", made smaller with black borders where they do not; "centre", whomever it cuts.
     crop: str = "person"
+    # Of videos: least distance in frames from the reference to the clip, or as far as possible in shorter ones; 0: any
+    # frame but the clip's own.
+    sample_margin: int = 0
     # Folders of `prepare.py latents` and `prepare.py embeddings`, read in place of encoding.
     latents: str | None = None
     embeddings: str | None = None
@@ -54,6 +59,13 @@ class DataConfig:
         if len(self.size) != 2 or min(self.size) < 8:
             raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
         check_positive(self, "num_frames")
+        if self.sample_margin < 0:
+            raise UserError(f"sample_margin={self.sample_margin} must not be negative; 0 takes any other frame")
+        if self.sample_margin and (self.source != "videos" or self.cache):
+            raise UserError(
+                f"sample_margin={self.sample_margin} needs source=videos, and no data.cache, which keeps a few images "
+                "of every clip and pairs these"
+            )
         if self.cache_latents and not self.cache:
             raise UserError("cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
         if self.cache_surfaces and (self.source != "rendered" or not self.cache):
@@ -70,12 +82,17 @@ class OptimizerConfig:
     beta2: float = 0.999
     weight_decay: float = 1e-2
     epsilon: float = 1e-8
-    schedule: str = "constant_with_warmup"  # any name that diffusers has
+    schedule: str = "constant_with_warmup"  # or another of SCHEDULES, as diffusers defines them
+    # Steps below learning_rate at the start: step i of n, counted from 0, has (i + 1) / (n + 1) of it. "constant" has
+    # none.
     warmup_steps: int = 0
     max_grad_norm: float = 1.0  # gradients are clipped to it
 
     def check(self) -> None:
         check_choice(self, "name", ("adamw", "adamw8bit"))
+        check_choice(self, "schedule", SCHEDULES)
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps={self.warmup_steps} must not be negative")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm={self.max_grad_norm} must be above 0")
 

@@ -68,6 +68,7 @@ def clips(config: DataConfig, length: int) -> Dataset:
         latents=FeatureCache(config.latents, "latents") if config.latents else None,
         embeddings=FeatureCache(config.embeddings, "embeddings") if config.embeddings else None,
         pose_images=config.pose_images,
+        sample_margin=config.sample_margin,
         **shared,
     )
     left_out = dataset.left_out_summary()

@@ -149,7 +149,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
 
 
 def learning_rate(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """Learning rate of step i, counted from 0, by diffusers' schedule of that name.
+    """Learning rate of step i, counted from 0, by diffusers' schedule of that name; never 0.
 
     A function of the step alone: nothing needs saving, and a run may go on with another `max_steps`.
     """
@@ -158,7 +158,14 @@ def learning_rate(config: OptimizerConfig, max_steps: int) -> Callable[[int], fl
     schedule = get_scheduler(
         config.schedule, any_optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max_steps
     )
-    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
+    warmup = config.warmup_steps
+
+    def rate(step: int) -> float:
+        # diffusers' warm-up begins at 0, a step that moves nothing.
+        at = (step + 1) * warmup / (warmup + 1) if step < warmup else step
+        return config.learning_rate * schedule.lr_lambdas[0](at)
+
+    return rate
 
 
 def make_clips(run: Run) -> Dataset:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.optimization import get_scheduler
 from omegaconf import MISSING
 from PIL import Image
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from models.vae import VAE, vae_class, vae_decode, vae_encode
 from training.config import DataConfig, OptimizerConfig
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
+from training.run import learning_rate
 
 
 @dataclass
@@ -170,24 +170,20 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    # The scheduler steps once a process and step under accelerate, hence the factor.
+    rate = learning_rate(settings, config.max_steps)
     processes = accelerator.num_processes
-    schedule = get_scheduler(
-        settings.schedule,
-        optimizer,
-        num_warmup_steps=settings.warmup_steps * processes,
-        num_training_steps=config.max_steps * processes,
-    )
     batches = config.max_steps * config.gradient_accumulation
     dataset = make_dataset(config.data, batches * config.batch_size * processes)
     loader = make_loader(dataset, config.batch_size, config.data.workers)
-    model, optimizer, loader, schedule = accelerator.prepare(VAELoss(vae, config), optimizer, loader, schedule)
+    model, optimizer, loader = accelerator.prepare(VAELoss(vae, config), optimizer, loader)
     # Crops and noise of every process are its own; the weights above are the same on all.
     set_seed(config.seed, device_specific=True)
 
     progress = tqdm(total=config.max_steps, disable=not accelerator.is_main_process)
     errors, step = [], 0
     for batch in loader:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
         images, masks = random_crops(*images_and_masks(batch), config.crop)
         with accelerator.accumulate(model):
             with accelerator.autocast():
@@ -196,7 +192,6 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
         errors.append(mse.item())
         if not accelerator.sync_gradients:
@@ -207,7 +202,7 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
             psnr = -10 * np.log10(np.mean(errors) / 4)
             errors.clear()
             progress.set_postfix(psnr=f"{psnr:.2f}")
-            accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": schedule.get_last_lr()[0]}, step=step)
+            accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": rate(step - 1)}, step=step)
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ class VideoFolder(Dataset):
         root: the folder, or its manifest; videos may lie in folders below it.
         length: number of items, a walk through all clips again and again, each time in another order; None: as many
             as there are clips.
+        sample_margin: least distance in frames from the reference to the clip, as far as possible in shorter videos;
+            0: any frame but the clip's.
         split: "train" leaves out clips that are held out, "heldout" takes only them, if there are any; None: all.
         latents, embeddings: features to read in place of images.
         pose_images: folder of the clips' pose images by another tool, see `pose_images_of`; None: figures are drawn.
@@ -62,12 +64,13 @@ class VideoFolder(Dataset):
         latents: FeatureCache | None = None,
         embeddings: FeatureCache | None = None,
         pose_images: str | Path | None = None,
+        sample_margin: int = 0,
     ) -> None:
         check_positive(num_frames=num_frames, stride=stride, length=1 if length is None else length, size=min(size))
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {CROPS}, got {crop!r}")
         self.root, self.size, self.num_frames, self.stride, self.seed = Path(root), size, num_frames, stride, seed
-        self.crop, self.latents, self.embeddings = crop, latents, embeddings
+        self.crop, self.latents, self.embeddings, self.sample_margin = crop, latents, embeddings, sample_margin
         self.pose_images = None if pose_images is None else Path(pose_images)
         clips, self.left_out = usable_clips(self.root, size, crop, split)
         self.clips: list[UsableClip] = []
@@ -168,8 +171,15 @@ class VideoFolder(Dataset):
         starts = np.flatnonzero(visible[windows].all(axis=1))
         if not len(starts):
             raise UserError(f"no {self.num_frames} frames at stride {self.stride} show somebody throughout")
+        shown = np.flatnonzero(visible)
+        farthest = np.maximum(starts - shown[0], shown[-1] - (starts + offsets[-1]))  # of references, in frames
+        if (farthest >= self.sample_margin).any():
+            starts = starts[farthest >= self.sample_margin]
         frames = (starts[rng.integers(len(starts))] + offsets).tolist()
-        others = sorted(set(np.flatnonzero(visible).tolist()) - set(frames)) or frames
+        distance = np.maximum(frames[0] - shown, shown - frames[-1])  # below 0 within the clip
+        margin = min(self.sample_margin, distance.max())
+        others = shown[distance >= margin] if margin > 0 else np.setdiff1d(shown, frames)
+        others = others.tolist() or frames
         return [others[rng.integers(len(others))], *frames]
 
     def _nothing_usable(self, longest: int) -> UserError:
