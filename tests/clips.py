@@ -1,4 +1,4 @@
-"""A rendered reference and driving clip written as a user would have them."""
+"""A rendered reference and driving clip written as a user would have them, and poses of a standing person."""
 
 from pathlib import Path
 
@@ -8,6 +8,13 @@ from PIL import Image
 from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
 from data.video.files import write_video
+
+# The keypoints of a standing person, 100 pixels high.
+STANDING = np.array(
+    [[50, 10], [52, 8], [48, 8], [55, 9], [45, 9], [62, 25], [38, 25], [66, 40], [34, 40], [68, 54], [32, 54]]
+    + [[56, 55], [44, 55], [57, 75], [43, 75], [58, 94], [42, 94]],
+    np.float64,
+)
 
 
 def save_rendered_pair(folder: Path, size: int = 96, frames: int = 6, seed: int = 1) -> None:
@@ -38,3 +45,13 @@ def given(folder: Path) -> list[str]:
         f"reference_mask={folder / 'reference_mask.png'}",
         f"driving_masks={folder / 'driving_masks'}",
     ]
+
+
+def posed(transforms: list[tuple[float, float]]) -> Poses:
+    """A standing person (angle in degrees, scale) frame by frame, about the pelvis."""
+    pelvis = STANDING[11:13].mean(0)
+    frames = []
+    for angle, scale in transforms:
+        c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        frames.append((STANDING - pelvis) @ (scale * np.array([[c, s], [-s, c]])) + pelvis)
+    return Poses(np.stack(frames)[:, None], np.ones((len(frames), 1, 17)), (100, 100), 8.0)

@@ -28,7 +28,7 @@ from evaluation.attention_measures import (
 from evaluation.clips import ClipsConfig, PosedClipSet, open_clips
 from evaluation.measure import clip_means
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.misalignment import ThresholdConfig, classify, misalignment
+from evaluation.misalignment import UNSEEN, ThresholdConfig, split_clips
 from evaluation.plots import Curve, Panel, draw_panels, draw_scatter
 from evaluation.report import Table, over_seeds, write_table
 from evaluation.trials import (
@@ -91,16 +91,13 @@ def run(config: AttentionTaskConfig) -> None:
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
         groups = _groups(config, clips, folders)
         _draw(config, groups, folders, output)
-        _write(config, metric_suite, groups, output)
+        _write(config, metric_suite, groups, len(clips.names), output)
 
     run_task("attention", config, protocol, ("foreground", "background"), variants, clips, write, sampler=sampler)
 
 
 def _groups(config: AttentionTaskConfig, clips: PosedClipSet, folders: dict[Trial, Path]) -> list[Group]:
-    split = {
-        name: classify(name, misalignment(*clips.poses(name), config.thresholds.score), config.thresholds)
-        for name in clips.names
-    }
+    split = split_clips(clips, config.thresholds)
     order = sorted(clips.names, key=lambda name: split[name].angle_deg or 0.0)
     outcomes = {
         trial: Outcome(MeasuredAttention.read(folder / ATTENTION_FILE), clip_means(folder)[PERSON_PSNR])
@@ -112,7 +109,7 @@ def _groups(config: AttentionTaskConfig, clips: PosedClipSet, folders: dict[Tria
             members = {
                 (trial.clip, trial.seed): outcome
                 for trial, outcome in outcomes.items()
-                if split[trial.clip].misaligned == misaligned and trial.variant.name == variant
+                if split[trial.clip].misaligned is bool(misaligned) and trial.variant.name == variant
             }
             if members:
                 names = [name for name in order if any(clip == name for clip, _ in members)]
@@ -184,7 +181,9 @@ def _figure_rows(groups: list[Group], folders: dict[Trial, Path]) -> list[np.nda
     return rows
 
 
-def _write(config: AttentionTaskConfig, metric_suite: MetricSuite, groups: list[Group], output: Path) -> None:
+def _write(
+    config: AttentionTaskConfig, metric_suite: MetricSuite, groups: list[Group], clips: int, output: Path
+) -> None:
     values: dict[str, Callable[[Outcome], float | None]] = {
         name: lambda outcome, name=name: outcome.attention.mean(name) for name in ATTENTION_MEASURES
     }
@@ -200,7 +199,8 @@ def _write(config: AttentionTaskConfig, metric_suite: MetricSuite, groups: list[
             for name, cell in cells.items()
         }
     counts = {s: len({clip for g in groups if g.subset == s for clip, _ in g.outcomes}) for s in ATTENTION_SUBSETS}
-    shown = ", ".join(f"{count} {subset}" for subset, count in counts.items())
+    counts[UNSEEN] = clips - sum(counts.values())
+    shown = ", ".join(f"{count} {subset}" for subset, count in counts.items() if count or subset != UNSEEN)
     caption = (
         f"{shown} clips of {config.frames} frames, radius {config.radius:g} body heights; mean and deviation over "
         f"{len(config.seeds)} seeds."

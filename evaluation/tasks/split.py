@@ -12,7 +12,7 @@ from core.config import config_dict
 from core.files import output_folder, write_json
 from core.processes import process_state
 from evaluation.clips import ClipsConfig, open_clips
-from evaluation.misalignment import KINDS, SUBSETS, ClipSplit, ThresholdConfig, classify, misalignment
+from evaluation.misalignment import KINDS, SUBSETS, UNSEEN, ClipSplit, ThresholdConfig, classify, misalignment
 from evaluation.plots import Histogram, draw_histograms
 from evaluation.report import claim_output, remove_parts, run_parts, write_results
 
@@ -32,7 +32,7 @@ class SplitConfig(ClipsConfig):
 
 
 def run(config: SplitConfig) -> None:
-    """Write results.json, original.txt, misaligned.txt, table.md and the histograms."""
+    """Write results.json, original.txt, misaligned.txt, unseen.txt, table.md and the histograms."""
     clips = open_clips(config)
     state = process_state("cpu")
     output = output_folder(config.output)
@@ -52,10 +52,10 @@ def run(config: SplitConfig) -> None:
 
 
 def _write(config: SplitConfig, splits: list[ClipSplit], output: Path) -> None:
-    subsets = {subset: [split for split in splits if split.subset == subset] for subset in SUBSETS}
+    subsets = {subset: [split for split in splits if split.subset == subset] for subset in (*SUBSETS, UNSEEN)}
     kinds = Counter(kind for split in splits for kind in split.kinds)
-    angles = {name: [s.angle_deg for s in subset if s.angle_deg is not None] for name, subset in subsets.items()}
-    overlaps = {name: [s.box_iou for s in subset if s.box_iou is not None] for name, subset in subsets.items()}
+    angles = {name: [split.angle_deg for split in subsets[name]] for name in SUBSETS}
+    overlaps = {name: [split.box_iou for split in subsets[name]] for name in SUBSETS}
     angle, box_iou = float(np.degrees(config.thresholds.angle)), config.thresholds.box_iou
     edges, ticks = np.linspace(0, 180, 19), range(0, 181, 30)
     histograms = [
@@ -65,8 +65,14 @@ def _write(config: SplitConfig, splits: list[ClipSplit], output: Path) -> None:
     draw_histograms(output / "histogram.png", histograms)
     results = {
         "counts": {name: len(subset) for name, subset in subsets.items()} | {kind: kinds[kind] for kind in KINDS},
+        "frames": {
+            "all": sum(split.frames for split in splits),
+            "unseen": sum(split.unseen_frames for split in splits),
+            "angle by points": sum(split.angles_by_points for split in splits),
+        },
         "clips": {split.name: asdict(split) for split in splits},
     }
     lines = ["| clips | number |", "|---|---|", *(f"| {name} | {n} |" for name, n in results["counts"].items())]
+    lines += ["", "| frames | number |", "|---|---|", *(f"| {name} | {n} |" for name, n in results["frames"].items())]
     lists = {f"{name}.txt": "".join(f"{split.name}\n" for split in subset) for name, subset in subsets.items()}
     write_results(config, None, results, {"table.md": "\n".join(lines) + "\n", **lists}, output)

@@ -7,7 +7,7 @@ from core.errors import UserError
 from evaluation.clips import ClipsConfig, open_clips
 from evaluation.measure import Number
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.misalignment import SUBSETS, ThresholdConfig, classify, misalignment
+from evaluation.misalignment import SUBSETS, UNSEEN, ThresholdConfig, split_clips
 from evaluation.report import best_table, comparison_table, measure_numbers, over_seeds, write_table
 from evaluation.statistics import Values
 from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
@@ -35,10 +35,9 @@ def run(config: TableConfig) -> None:
     variants, clips = table_variants(config), open_clips(config)
 
     def write(folders: dict[Trial, Path], metric_suite: MetricSuite, output: Path) -> None:
-        members: dict[str, list[str]] = {subset: [] for subset in SUBSETS}
-        for name in clips.names:
-            measured = misalignment(*clips.poses(name), config.thresholds.score)
-            members[classify(name, measured, config.thresholds).subset].append(name)
+        split = split_clips(clips, config.thresholds)
+        members = {subset: [name for name, of in split.items() if of.subset == subset] for subset in SUBSETS}
+        unseen = [name for name, of in split.items() if of.subset == UNSEEN]
 
         def numbers(variant: Variant, names: list[str]) -> list[dict[str, Number]]:
             return numbers_by_seed(
@@ -55,11 +54,13 @@ def run(config: TableConfig) -> None:
             for by_subset in runs.values()
         ]
         counts = ", ".join(f"{len(members[subset])} {subset}" for subset in SUBSETS)
+        counts += f", {len(unseen)} {UNSEEN} and left out" if unseen else ""
         caption = f"{counts} clips; mean and deviation over {len(config.seeds)} seeds."
         table = best_table("model", [(f"{subset}: ", measure) for subset, measure in columns], runs, cells, caption)
         results = {
-            "counts": {subset: len(names) for subset, names in members.items()} | {"seeds": len(config.seeds)},
-            "subsets": members,
+            "counts": {subset: len(names) for subset, names in members.items()}
+            | {UNSEEN: len(unseen), "seeds": len(config.seeds)},
+            "subsets": members | {UNSEEN: unseen},
             "results": {
                 label: {subset: measure_numbers(by_seed, config.seeds) for subset, by_seed in by_subset.items()}
                 for label, by_subset in runs.items()

@@ -1,4 +1,4 @@
-"""`evaluate.py split`, `sweep`, `ablation` and `table` with the smallest model, and the measures of persons."""
+"""`evaluate.py sweep`, `ablation` and `table` with the smallest model, tables, and the measures of persons."""
 
 import json
 from dataclasses import fields, replace
@@ -18,7 +18,6 @@ from data.poses.weights import fetch_models
 from data.preparation.manifest import Fingerprint, write_manifest, write_record
 from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_clip, with_pose_noise
 from evaluation.folders import pair_clips
-from evaluation.misalignment import ThresholdConfig, classify, misalignment
 from evaluation.plots import STYLES
 from evaluation.report import (
     Cell,
@@ -35,26 +34,11 @@ from evaluation.tasks.ablation import ALL, ablation_variants, differences_table
 from evaluation.tasks.metrics import frame_pairs
 from evaluation.trials import WITHOUT, Variant, frame_pairs_of
 from metrics.protocols import PROTOCOLS
-from tests.clips import save_rendered_pair
+from tests.clips import STANDING, posed, save_rendered_pair
 from tpc.silhouettes import body_height
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["sampling.steps=1", "sampling.size=[32,32]", "source=48", "frames=2", "seeds=[0,1]"]
-STANDING = np.array(
-    [[50, 10], [52, 8], [48, 8], [55, 9], [45, 9], [62, 25], [38, 25], [66, 40], [34, 40], [68, 54], [32, 54]]
-    + [[56, 55], [44, 55], [57, 75], [43, 75], [58, 94], [42, 94]],
-    np.float64,
-)
-
-
-def posed(transforms: list[tuple[float, float]]) -> Poses:
-    """A standing person (angle in degrees, scale) frame by frame, about the pelvis."""
-    pelvis = STANDING[11:13].mean(0)
-    frames = []
-    for angle, scale in transforms:
-        c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-        frames.append((STANDING - pelvis) @ (scale * np.array([[c, s], [-s, c]])) + pelvis)
-    return Poses(np.stack(frames)[:, None], np.ones((len(frames), 1, 17)), (100, 100), 8.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,44 +58,6 @@ def pose_models() -> None:
 
 def results_of(output: Path) -> dict:
     return json.loads((output / "results.json").read_text())
-
-
-class TestMisalignment:
-    def test_known_angles_and_boxes(self):
-        measured = misalignment(posed([(0, 1)]), posed([(0, 1), (40, 1), (-170, 1), (0, 0.5)]))
-        assert np.degrees(measured.angle) == pytest.approx([0, 40, -170, 0], abs=1e-4)
-        assert measured.box_iou[0] == pytest.approx(1) and measured.box_iou[3] == pytest.approx(0.25, abs=1e-4)
-        # Turning the reference back explains a turned box, but not a small one.
-        assert measured.unturned_iou == pytest.approx([1, 1, 1, 0.25], abs=1e-4)
-        assert measured.box_iou[1] < 0.7
-
-    @pytest.mark.parametrize(
-        ("transforms", "kinds"),
-        [
-            ([(0, 1)] * 8, ()),
-            ([(20, 0.95)] * 8, ()),
-            ([(0, 1)] * 5 + [(60, 1)] * 3, ("temporal rotation",)),
-            ([(180, 1)] * 8, ("consistent rotation",)),
-            ([(0, 1)] * 4 + [(0, 2)] * 4, ("temporal scale",)),
-            ([(0, 0.5)] * 8, ("consistent scale",)),
-            ([(90, 0.4)] * 8, ("consistent rotation", "consistent scale")),
-            ([(0, 1)] * 7 + [(90, 0.4)], ()),
-        ],
-    )
-    def test_the_four_kinds(self, transforms, kinds):
-        split = classify("a", misalignment(posed([(0, 1)]), posed(transforms)), ThresholdConfig())
-        assert split.kinds == kinds and split.misaligned == bool(kinds) and split.frames == 8
-
-    def test_thresholds_count(self):
-        measured = misalignment(posed([(0, 1)]), posed([(29, 1)] * 4))
-        assert not classify("a", measured, ThresholdConfig(box_iou=0.1)).misaligned
-        assert classify("a", measured, ThresholdConfig(box_iou=0.1, angle=0.5)).misaligned
-
-    def test_missing_keypoints_are_no_misalignment(self):
-        poses = posed([(0, 1)] * 4)
-        unseen = Poses(poses.keypoints, poses.scores * 0, poses.size, poses.fps)
-        split = classify("a", misalignment(posed([(0, 1)]), unseen), ThresholdConfig())
-        assert not split.misaligned and split.angle_deg is None and split.box_iou is None
 
 
 def test_pose_noise_is_in_parts_of_the_height_and_leaves_the_rest():
@@ -149,28 +95,6 @@ def test_pose_noise_changes_what_the_animator_gets_and_not_what_it_is_measured_b
     assert abs(found["exact"] - found["noisy"]) < 3
     with pytest.raises(UserError, match="pose_noise=-1"):
         evaluate.main(["ablation", *quick, f"output={tmp_path / 'none'}", "pose_noise=-1"])
-
-
-def test_split_of_a_folder_of_pose_files(tmp_path, capsys):
-    clips = {"still": [(0, 1)] * 6, "bends": [(0, 1)] * 3 + [(80, 1)] * 3, "small": [(0, 1)] + [(0, 0.4)] * 5}
-    for name, transforms in clips.items():
-        posed(transforms).save(tmp_path / "poses" / f"{name}.npz")
-    evaluate.main(["split", f"dataset={tmp_path / 'poses'}", f"output={tmp_path / 'o'}"])
-    assert (tmp_path / "o" / "original.txt").read_text() == "still\n"
-    assert (tmp_path / "o" / "misaligned.txt").read_text() == "bends\nsmall\n"
-    results = results_of(tmp_path / "o")
-    assert results["clips"]["bends"]["kinds"] == ["temporal rotation"]
-    assert results["counts"]["consistent scale"] == 1 and results["counts"]["misaligned"] == 2
-    assert "| misaligned | 2 |" in capsys.readouterr().out
-    assert np.asarray(Image.open(tmp_path / "o" / "histogram.png")).std() > 10
-    assert (tmp_path / "o" / "histogram.pdf").read_bytes().startswith(b"%PDF")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pose files"):
-        evaluate.main(["split", f"dataset={tmp_path / 'empty'}", f"output={tmp_path / 'p'}"])
-    with pytest.raises(UserError, match="dataset= is required"):
-        evaluate.main(["split", f"output={tmp_path / 'p'}"])
-    with pytest.raises(UserError, match="thresholds.angle=9"):
-        evaluate.main(["split", f"dataset={tmp_path / 'poses'}", f"output={tmp_path / 'p'}", "thresholds.angle=9"])
 
 
 def test_sweep(model, tmp_path):
