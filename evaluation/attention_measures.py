@@ -36,6 +36,7 @@ from inference.animate import Animation, SamplingConfig, animate, framing
 from models.attention.maps import RecordedAttention
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
+from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing
 
 ATTENTION_FILE, FIGURE_FILE = "attention.json", "looks.png"
@@ -132,7 +133,8 @@ def attention_sampler(
 
 def reference_person(reference: Reference, frame: Framing) -> np.ndarray:
     """(H, W) bool: the persons in the model's reference image."""
-    mask = reference.masks.any(axis=0).astype(np.uint8) * 255
+    masks = draw_silhouettes(reference.poses)[0] if reference.masks is None else reference.masks
+    mask = masks.any(axis=0).astype(np.uint8) * 255
     return apply_fit(mask, frame.reference_map, frame.size, border="zero") >= 128
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.optimize import linear_sum_assignment
 
 from core.config import check_choice
 from core.errors import UserError
@@ -16,21 +17,21 @@ from data.people.bodies import SPLITS
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
-from data.poses.poses import Poses
+from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
 from data.preparation.clips import read_union, video_of
 from data.preparation.manifest import has_manifest, read_manifest
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader
 from data.video.images import natural_order
 from evaluation.folders import MASKS_SUFFIX, file_stamps
-from tpc.silhouettes import body_height, draw_silhouette, visible
+from tpc.silhouettes import body_height, draw_silhouettes
 
 RENDERED = "rendered"
 RENDERED_FPS = 24.0
 # How the references of rendered clips are misaligned, in turn.
 MISALIGNED_BY = ("", "turned", "", "scaled", "", "turned and scaled")
+MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
 POSE_SUFFIXES = (".npz", ".json")
-SCORE_THRESHOLD = 0.3  # of keypoints that silhouettes are drawn around
 # Errors of masks in sizes of the person, the longer side of its box: greatest offset of the whole boundary, standard
 # deviation and length of its raggedness. An IoU of 0.91 with the exact mask; BlazePose's masks of rendered people, who
 # are easy to tell from their backgrounds, have 0.965, and as fine a grain.
@@ -177,7 +178,7 @@ def _poses_of(frames: Sequence[Rendered], size: tuple[int, int]) -> Poses:
 
 
 def with_pose_noise(clip: EvaluationClip, deviation: float, rng: np.random.Generator) -> EvaluationClip:
-    """The clip with errors in the keypoints of reference and frames, as a pose estimator makes them; masks stay exact.
+    """The clip with errors in the keypoints of reference and frames, as a pose estimator makes them; masks stay.
 
     `deviation` is the standard deviation along x and y, in parts of the person's standing height in that image.
     """
@@ -195,6 +196,57 @@ def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
     ]
     found = (poses.scores > 0)[..., None]  # what was not found stays where it is
     return replace(poses, keypoints=poses.keypoints + errors * np.asarray(heights)[..., None, None] * found)
+
+
+def with_estimates(clip: EvaluationClip, estimator: PoseEstimator, smoothing: float = 0.0) -> EvaluationClip:
+    """The clip with poses, and masks if the estimator gives any (else None), as `infer.py` estimates them.
+
+    Whoever is found takes the place of the clip's nearest person; who is not found has no keypoints and an empty mask.
+    """
+    persons = clip.driving.poses.persons
+    still = estimate_image(clip.reference.image, estimator, persons)
+    moving = estimate_poses(clip.driving.frames, clip.driving.fps, estimator, persons, smoothing)
+    poses, masks = _in_places(still, clip.reference.poses)
+    reference = replace(clip.reference, poses=poses, masks=None if masks is None else masks[0])
+    poses, masks = _in_places(moving, clip.driving.poses)
+    return replace(clip, reference=reference, driving=replace(clip.driving, poses=poses, masks=masks))
+
+
+def _in_places(found: PoseEstimate, true: Poses) -> tuple[Poses, np.ndarray | None]:
+    """Poses and masks (f, persons, h, w) with the persons of `true` in their order."""
+    distances = np.linalg.norm(true.keypoints[:, :, None] - found.poses.keypoints[:, None], axis=-1)
+    both = (true.scores > 0)[:, :, None] & (found.poses.scores > 0)[:, None]  # (f, persons, found, 17)
+    far = 1e6  # pixels, for those who are never seen together
+    cost = np.where(both.any((0, 3)), (distances * both).sum((0, 3)) / np.maximum(both.sum((0, 3)), 1), far)
+    keypoints, scores = np.zeros_like(true.keypoints), np.zeros_like(true.scores)
+    masks = np.zeros((true.frames, true.persons, *true.size[::-1]), bool)
+    for person, slot in zip(*linear_sum_assignment(cost), strict=True):
+        keypoints[:, person], scores[:, person] = found.poses.keypoints[:, slot], found.poses.scores[:, slot]
+        if found.masks is not None:
+            masks[:, person] = found.masks[:, slot]
+    without_masks = found.masks is None and found.poses.persons > 0
+    return replace(true, keypoints=keypoints, scores=scores), None if without_masks else masks
+
+
+def with_masks(clip: EvaluationClip, exact: EvaluationClip, kind: str, rng: np.random.Generator) -> EvaluationClip:
+    """The clip with masks of one of `MASKS` in reference and frames; `exact` is the clip that it was made from.
+
+    Estimated ones are an estimator's own where `with_estimates` has them, else each is an `estimated_mask`. Drawn ones
+    are None, so that the calibration draws silhouettes around the keypoints.
+    """
+
+    def chosen(given: Reference | Driving, true: Reference | Driving) -> np.ndarray | None:
+        if kind == "exact":
+            return true.masks
+        if kind == "drawn":
+            return None
+        if given.masks is not None and given.masks is not true.masks:
+            return given.masks
+        masks = [estimated_mask(mask, rng) for mask in true.masks.reshape(-1, *true.masks.shape[-2:])]
+        return np.stack(masks).reshape(true.masks.shape)
+
+    reference = replace(clip.reference, masks=chosen(clip.reference, exact.reference))
+    return replace(clip, reference=reference, driving=replace(clip.driving, masks=chosen(clip.driving, exact.driving)))
 
 
 def estimated_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -251,10 +303,9 @@ class FilmedClips:
             images = reader.get(indices)
         reference, driving = (fitting_poses(part, size, "dataset") for part in self.poses(name))
         if paths.masks is None:
-            masks = np.concatenate([_silhouettes(part) for part in (reference, driving)])
+            masks = np.concatenate([draw_silhouettes(part) for part in (reference, driving)])  # (1 + f, 1, h, w)
         else:
-            masks = np.stack([read_union(paths.masks, index, size) > 127 for index in indices])
-        masks = masks[:, None]  # (1 + f, 1, h, w)
+            masks = np.stack([read_union(paths.masks, index, size) > 127 for index in indices])[:, None]
         return EvaluationClip(name, Reference(images[0], reference, masks[0]), Driving(images[1:], driving, masks[1:]))
 
     def stamps(self, name: str) -> list:
@@ -292,11 +343,3 @@ def _videos_with_poses(root: Path) -> dict[str, ClipPaths]:
         name = file.relative_to(root).with_suffix("").as_posix()
         found[name] = ClipPaths(file, video_of(file), masks if masks.is_dir() else None)
     return found
-
-
-def _silhouettes(poses: Poses) -> np.ndarray:
-    """(f, h, w) bool: drawn around the keypoints of person 0."""
-    frames = zip(poses.keypoints[:, 0], poses.scores[:, 0], strict=True)
-    return np.stack(
-        [draw_silhouette(points, visible(scores, points, SCORE_THRESHOLD), poses.size) for points, scores in frames]
-    )

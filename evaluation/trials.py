@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from core.config import config_dict
+from core.config import check_choice, config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
 from core.processes import choose_device, process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
 from data.transforms import fit_matrix
-from evaluation.clips import ClipSet, EvaluationClip, with_pose_noise
+from evaluation.clips import MASKS, POSES, ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
 from evaluation.measure import (
     FramePair,
     Number,
@@ -60,12 +60,23 @@ class TrialsConfig:
     # standard deviation of errors added to the keypoints that the animator gets, in parts of the person's height;
     # results are measured against the exact ones, attention at those with errors
     pose_noise: float = 0.0
+    # What the animator gets of reference and frames; results are measured with the exact ones. Poses "exact", or
+    # "estimated" from the clip's images by `pose`. Masks "exact"; "estimated" with an estimator's errors, by the same
+    # estimator if poses are, and it gives masks; "drawn" around the keypoints, as for users without masks.
+    poses: str = "exact"
+    masks: str = "exact"
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
         if self.pose_noise < 0:
             raise UserError(f"pose_noise={self.pose_noise} must not be negative")
+        check_choice(self, "poses", POSES)
+        check_choice(self, "masks", MASKS)
+        if self.pose_noise and self.poses == "estimated":
+            raise UserError(
+                f"pose_noise={self.pose_noise} is for poses=exact; estimated poses have errors of their own"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ def run_task(
     by_name = {trial.name: trial for trial in trials}
     output = output_folder(config.output)
     claim_output(output, trials_identity(task, config, variants), state)
-    estimator = open_estimator(config.pose) if config.persons else None
+    estimator = open_estimator(config.pose) if config.persons or config.poses == "estimated" else None
 
     # Neighbouring trials share the pipeline and the clip.
     @lru_cache(maxsize=1)
@@ -158,17 +169,27 @@ def run_task(
 
     clip_of = lru_cache(maxsize=1)(clips.clip)
 
+    @lru_cache(maxsize=1)
+    def estimated(name: str) -> EvaluationClip:
+        return with_estimates(clip_of(name), estimator, config.pose.smoothing)
+
     def work(name: str, folder: Path) -> None:
         trial = by_name[name]
         sampling = replace(config.sampling, seed=trial.seed, compare=False)
-        clip = shown = clip_of(trial.clip)
-        if config.pose_noise:  # the same errors for every variant
-            rng = np.random.default_rng([trial.seed, *trial.clip.encode()])
-            shown = with_pose_noise(clip, config.pose_noise, rng)
+        clip = clip_of(trial.clip)
+        shown = clip if config.poses == "exact" else estimated(trial.clip)
+        draws = [trial.seed, *trial.clip.encode()]  # the same errors for every variant
+        if config.pose_noise:
+            shown = with_pose_noise(shown, config.pose_noise, np.random.default_rng(draws))
+        shown = with_masks(shown, clip, config.masks, np.random.default_rng([*draws, 1]))
         animation = sampler(pipeline(trial.variant.model), shown, sampling, trial, folder)
         if animation.calibration is not None:
-            write_json(folder / "calibration.json", animation.calibration.summary())
-        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator)
+            summary = animation.calibration.summary()
+            if config.poses == "estimated":  # persons, over all frames
+                parts = {"reference": shown.reference.poses, "frames": shown.driving.poses}
+                summary["not_found"] = {name: int((~poses.present()).sum()) for name, poses in parts.items()}
+            write_json(folder / "calibration.json", summary)
+        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator if config.persons else None)
         measure_clip(pairs, metric_suite, folder)
 
     inputs = {trial.name: clips.stamps(trial.clip) for trial in trials}

@@ -25,6 +25,7 @@ from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from models.sampling import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
+from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, mask_pyramid, warp_mask
 
 
@@ -154,6 +155,8 @@ def animate(
         mask = warp_mask(mask_pyramid(reference.masks.any(axis=0)), frame.reference_map, size)
     elif calibration is not None and calibration.persons:
         mask = calibration.reference_masks.any(axis=0)
+    elif pipeline.animator.needs_mask and reference.poses is not None:
+        mask = warp_mask(mask_pyramid(draw_silhouettes(reference.poses)[0].any(axis=0)), frame.reference_map, size)
 
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from data.poses.poses import Poses
 from tpc.procrustes import Array, apply_matrix, library
 
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(5)
@@ -254,6 +255,15 @@ def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, in
         pen.polygon(keypoints[torso])
     _draw_head(pen, keypoints, seen)
     return canvas.astype(bool)
+
+
+def draw_silhouettes(poses: Poses, threshold: float = 0.3) -> np.ndarray:
+    """(frames, persons, h, w) bool: everybody's `draw_silhouette` around keypoints with scores above the threshold."""
+    masks = np.zeros((poses.frames, poses.persons, *poses.size[::-1]), bool)
+    for index in np.ndindex(masks.shape[:2]):
+        keypoints = poses.keypoints[index]
+        masks[index] = draw_silhouette(keypoints, visible(poses.scores[index], keypoints, threshold), poses.size)
+    return masks
 
 
 def _draw_head(pen: "_Canvas", keypoints: np.ndarray, seen: np.ndarray) -> None:
