@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from core.files import complete_file, write_json
@@ -31,6 +31,7 @@ from evaluation.attention.maps import (
     token_coverage,
 )
 from evaluation.clips import EvaluationClip
+from evaluation.statistics import Interval, statistic_interval
 from evaluation.trials import WITH, WITHOUT, Sampler, Trial
 from inference.animate import Animation, SamplingConfig, animate, framing
 from models.attention.maps import RecordedAttention
@@ -247,28 +248,61 @@ class Group:
         return {clip: (accuracy[clip], psnr[clip]) for clip in sorted(accuracy.keys() & psnr.keys())}
 
 
-def correlations(groups: list[Group]) -> dict[str, Any]:
-    """Pearson's and Spearman's correlation over clips of pointing accuracy with the person's PSNR.
+def correlations(groups: list[Group]) -> "dict[str, Correlation]":
+    """Correlations over clips of pointing accuracy with the person's PSNR.
 
-    "all" takes every clip without and with TPC, "gain with TPC" the differences that TPC makes to a clip, the rest
-    one row of the table each. Null where there are too few clips, or all are alike.
+    "all", "aligned" and "misaligned" take clips both without and with TPC, "gain with TPC" the differences that TPC
+    makes to a clip, the rest one row of the table each.
     """
     points = {group.label: group.points() for group in groups}
-    found = {"all": _correlation([pair for pairs in points.values() for pair in pairs.values()])}
+    found: dict[str, list[np.ndarray]] = {"all": []}  # (conditions, 2) of every clip
     gains = []
     for subset in ATTENTION_SUBSETS:
-        before, after = (points.get(f"{subset}, {condition}", {}) for condition in (WITHOUT, WITH))
-        gains += [np.subtract(after[clip], before[clip]) for clip in before.keys() & after.keys()]
-    found["gain with TPC"] = _correlation(gains)
-    return found | {label: _correlation(list(pairs.values())) for label, pairs in points.items()}
+        conditions = [points[group.label] for group in groups if group.subset == subset]
+        if conditions:
+            whole = sorted(set.intersection(*(set(of_condition) for of_condition in conditions)))
+            found[subset] = [np.array([of_condition[clip] for of_condition in conditions]) for clip in whole]
+            found["all"] += found[subset]
+            if {f"{subset}, {condition}" for condition in (WITHOUT, WITH)} <= points.keys():
+                before, after = (points[f"{subset}, {condition}"] for condition in (WITHOUT, WITH))
+                gains += [np.subtract([after[clip]], [before[clip]]) for clip in whole]
+    found["gain with TPC"] = gains
+    found |= {label: [np.array([pair]) for pair in pairs.values()] for label, pairs in points.items()}
+    return {name: Correlation.of(rows) for name, rows in found.items()}
 
 
-def _correlation(pairs: list[Any]) -> dict[str, float | int | None]:
-    values = np.array(pairs, np.float64).reshape(-1, 2)
-    if len(values) < FEWEST_POINTS or (np.ptp(values, axis=0) == 0).any():
-        return {"pearson": None, "spearman": None, "points": len(values)}
-    return {
-        "pearson": float(pearsonr(*values.T).statistic),
-        "spearman": float(spearmanr(*values.T).statistic),
-        "points": len(values),
-    }
+@dataclass(frozen=True)
+class Correlation:
+    """Of points, several of which a clip may have; None where they are too few, or all are alike."""
+
+    pearson: Interval
+    spearman: Interval
+    points: int
+
+    @classmethod
+    def of(cls, clips: Sequence[np.ndarray]) -> "Correlation":
+        """Of each clip's points (m, 2), with as many for every clip; bootstrapped over clips."""
+        rows = np.array(clips, np.float64)
+        points = rows.reshape(-1, 2)
+        if len(points) < FEWEST_POINTS or (np.ptp(points, axis=0) == 0).any():
+            nothing = Interval(None, None, None, len(clips))
+            return cls(nothing, nothing, len(points))
+
+        def pearson(drawn: np.ndarray) -> np.ndarray:
+            return _pearson(drawn.reshape(*drawn.shape[:-2], -1, 2))
+
+        def spearman(drawn: np.ndarray) -> np.ndarray:
+            return _pearson(rankdata(drawn.reshape(*drawn.shape[:-2], -1, 2), axis=-2))
+
+        by_clip = rows.reshape(len(rows), -1)
+        return cls(statistic_interval(pearson, by_clip), statistic_interval(spearman, by_clip), len(points))
+
+    def plain(self) -> dict[str, Any]:
+        return {"pearson": self.pearson.plain(), "spearman": self.spearman.plain(), "points": self.points}
+
+
+def _pearson(points: np.ndarray) -> np.ndarray:
+    """(...) of points (..., n, 2); 0, no correlation, where a resample does not vary."""
+    apart = points - points.mean(axis=-2, keepdims=True)
+    spread = np.sqrt((apart**2).sum(axis=-2).prod(axis=-1))
+    return apart.prod(axis=-1).sum(axis=-1) / np.where(spread > 0, spread, np.inf)

@@ -320,20 +320,17 @@ def write_table(
     results: dict[str, Any],
     warnings: Iterable[tuple[str, str | None]],
     output: Path,
-    differences: Table | None = None,
+    compared: Table | None = None,
 ) -> None:
-    """Write and print the table of a task, with warnings of its numbers by name, and a table of differences below.
+    """Write and print the table of a task, and one with intervals below; with warnings of its numbers by name.
 
-    See `write_results`, whose results get the differences too.
+    See `write_results`.
     """
     tables, facts = [table], [table.caption]
-    if differences is not None:
-        tables.append(differences)
-        results = results | {"differences": differences.plain()}
+    if compared is not None:
+        tables.append(compared)
         pooled = ", ".join(MEASURES[name].label for name in metric_suite.extractors)
-        facts += [differences.caption] + (
-            [f"{pooled}: of all clips together, so without an interval"] if pooled else []
-        )
+        facts += [compared.caption] + ([f"{pooled}: of all clips together, so without an interval"] if pooled else [])
     text = heading(metric_suite, *facts) + "\n".join(map(markdown, tables)) + warning_lines(warnings)
     written = {"table.md": text, "table.tex": "\n".join(map(latex, tables))}
     write_results(config, metric_suite, results, written, output)

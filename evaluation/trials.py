@@ -30,7 +30,7 @@ from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_metric_sui
 from evaluation.report import claim_output, remove_parts, run_parts
 from inference.animate import Animation, SamplingConfig, animate
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
-from models.animators.registry import load_pipeline
+from models.animators.registry import TRAINING_FILE, load_pipeline
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
 
@@ -211,7 +211,8 @@ def trials_identity(task: str, config: Any, variants: Sequence[Variant]) -> dict
 def _weights_digest(folder: Path) -> str:
     """A digest of names, sizes and first megabytes of a pipeline's files, enough to notice a retrained model."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json")):
+    files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    for path in sorted(path for path in files if path.name != TRAINING_FILE):
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode() + file.read(2**20))
     return digest.hexdigest()[:16]

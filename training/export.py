@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.config import check_choice, load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
+from models.animators.registry import supervised_attention, write_training_facts
 from models.lora import merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
@@ -70,11 +71,17 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
 
 
 def save_pipeline(pipeline: AnimationPipeline, folder: Path, config: TrainConfig) -> None:
-    """Write a pipeline with its adapters merged, in `export_dtype`; networks in memory keep their dtype."""
+    """Write a pipeline with its adapters merged, in `export_dtype`, and how it was trained; networks in memory keep
+    their dtype.
+    """
     if config.trainable == "lora":
         for name in pipeline.animator_cls.adapted_networks:
             merge(getattr(pipeline, name))
     pipeline.save_pretrained(folder)
+    # Later stages keep what supervision made of the attention, so what a run begins with counts too.
+    begun = config.model.init or config.model.start
+    before = False if begun is None else supervised_attention(begun)
+    write_training_facts(folder, True if config.attention.weight > 0 else before)
     for file in folder.rglob("*.safetensors") if config.export_dtype == "float16" else ():
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()

@@ -66,6 +66,7 @@ def run(config: AblationConfig) -> None:
         warnings = ((name, number.warning) for run in numbers for name, number in run.items())
         values = Values(values_by_trial(folders), {ALL: clips.names}, {}, config.seeds)
         differences = differences_table(values, variants, metric_suite.names_by_clip())
+        results["differences"] = differences.plain()
         write_table(config, metric_suite, table, results, warnings, output, differences)
 
     run_task("ablation", config, config, ("foreground", "background"), list(variants.values()), clips, write)

@@ -39,7 +39,15 @@ from evaluation.statistics import Values
 from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
-from models.animators.registry import SMALL_ANIMATORS, load_pipeline, pipeline_names, read_index, saved_class
+from models.animators.registry import (
+    SMALL_ANIMATORS,
+    load_pipeline,
+    pipeline_names,
+    read_index,
+    saved_class,
+    supervised_attention,
+    supervision_words,
+)
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
@@ -104,7 +112,10 @@ def run(config: AnimatorsConfig) -> None:
         by_kind = {measure: kinds_table(values, variants, measure) for measure in COLUMNS}
         differences = differences_table(values, variants, subsets_of(list(values.by_kind)))
         each_kind = differences_table(values, variants, {kind: [kind] for kind in values.by_kind})
+        supervised = dict(zip(model_names(config), map(supervised_attention, config.models), strict=True))
+        shown_supervised = ", ".join(f"{name} {supervision_words(of)}" for name, of in supervised.items())
         results = {
+            "attention supervised": supervised,
             "counts": counts | {"seeds": len(config.seeds)},
             "results": table.plain(),
             "kinds": {measure: table.plain() for measure, table in by_kind.items()},
@@ -113,7 +124,8 @@ def run(config: AnimatorsConfig) -> None:
             "trials": values.plain(),
         }
         shown = map(markdown, [table, differences, *by_kind.values()])
-        text = heading(metric_suite, caption, differences.caption) + "\n".join(shown)
+        facts = caption, f"attention supervised in training: {shown_supervised}", differences.caption
+        text = heading(metric_suite, *facts) + "\n".join(shown)
         written = {"table.md": text, "table.tex": latex(table) + "\n" + latex(differences)}
         write_results(config, metric_suite, results, written, output)
         if config.strips:

@@ -30,7 +30,7 @@ from evaluation.measure import clip_means
 from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.misalignment import UNSEEN, ThresholdConfig, split_clips
 from evaluation.plots import Curve, Panel, draw_panels, draw_scatter
-from evaluation.report import Table, over_seeds, write_table
+from evaluation.report import DIFFERENCES_NOTE, Table, interval_cell, over_seeds, write_table
 from evaluation.trials import (
     PERSON_PSNR,
     PERSON_PSNR_LABEL,
@@ -41,7 +41,7 @@ from evaluation.trials import (
     without_and_with,
 )
 from inference.comparison import labelled_row
-from models.animators.registry import SHIPPED_MODEL
+from models.animators.registry import SHIPPED_MODEL, supervised_attention, supervision_words
 
 
 @dataclass
@@ -145,7 +145,8 @@ def _draw(config: AttentionTaskConfig, groups: list[Group], folders: dict[Trial,
     draw_panels(output / "denoising.png", denoising)
 
     all_clips = correlations(groups)["all"]
-    note = "" if all_clips["pearson"] is None else f"Pearson {all_clips['pearson']:.2f}, {all_clips['points']} points"
+    pearson = all_clips.pearson.value
+    note = "" if pearson is None else f"Pearson {pearson:.2f}, {all_clips.points} points"
     points = {group.label: tuple(zip(*group.points().values(), strict=True)) or ((), ()) for group in groups}
     draw_scatter(output / "correlation.png", points, "pointing accuracy", PERSON_PSNR_LABEL, note)
     rows = _figure_rows(groups, folders)
@@ -201,25 +202,33 @@ def _write(
     counts = {s: len({clip for g in groups if g.subset == s for clip, _ in g.outcomes}) for s in ATTENTION_SUBSETS}
     counts[UNSEEN] = clips - sum(counts.values())
     shown = ", ".join(f"{count} {subset}" for subset, count in counts.items() if count or subset != UNSEEN)
+    supervised = supervised_attention(config.model)
     caption = (
         f"{shown} clips of {config.frames} frames, radius {config.radius:g} body heights; mean and deviation over "
-        f"{len(config.seeds)} seeds."
+        f"{len(config.seeds)} seeds. Attention supervised in training: {supervision_words(supervised)}."
     )
     table = Table("reference", (*ATTENTION_MEASURES.values(), "person PSNR (dB) ↑"), tuple(rows), caption)
     found = correlations(groups)
     results = {
         "counts": counts | {"seeds": len(config.seeds), "frames": config.frames},
         "results": numbers,
-        "correlation of pointing accuracy with person PSNR": found,
+        "correlation of pointing accuracy with person PSNR": {name: of.plain() for name, of in found.items()},
+        "attention supervised": supervised,
         "layers": list(next(iter(groups[0].outcomes.values())).attention.layers),
         "keypoints": {group.label: _keypoints(group) for group in groups},
     }
     warning = None
-    if found["all"]["pearson"] is None:
-        warning = f"{found['all']['points']} points are too few or too much alike for a correlation"
+    if found["all"].pearson.value is None:
+        warning = f"{found['all'].points} points are too few or too much alike for a correlation"
+    correlated = [
+        (f"{name} ({of.pearson.n} clips, {of.points} points)", (interval_cell(of.pearson), interval_cell(of.spearman)))
+        for name, of in found.items()
+    ]
+    corner = "correlation of pointing accuracy, maximum, with person PSNR"
+    compared = Table(corner, ("Pearson", "Spearman"), tuple(correlated), DIFFERENCES_NOTE)
     with complete_file(output / "trials.csv") as path:
         path.write_text(_trials_csv(groups), encoding="utf-8")
-    write_table(config, metric_suite, table, results, [("correlation", warning)], output)
+    write_table(config, metric_suite, table, results, [("correlation", warning)], output, compared)
 
 
 def _keypoints(group: Group) -> dict[str, float | None]:

@@ -82,6 +82,7 @@ def run(config: TableConfig) -> None:
         known = [(f"{s}: ", [s], name) for s in SUBSETS if members[s] for name in metric_suite.names_by_clip()]
         values = Values(values_by_trial(folders), members, {}, config.seeds)
         differences = comparison_table("differences", known, compared, values)
+        results["differences"] = differences.plain()
         write_table(config, metric_suite, table, results, warnings, output, differences)
 
     run_task("table", config, config, ("",), list(variants.values()), clips, write)

@@ -11,6 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from core.errors import UserError
+from core.files import write_json
 from models.animators.base import Animator
 from models.checkpoints.loading import load_folder
 from models.lora import FOLDER as LORA_FOLDER
@@ -30,6 +31,7 @@ SHIPPED_MODEL = Path(__file__).parents[2] / "assets" / "tiny_model"
 SMALL_ANIMATORS = tuple(
     folder for name in ANIMATORS if (folder := SHIPPED_MODEL.parent / "small_animators" / name).is_dir()
 )
+TRAINING_FILE = "training.json"  # in a pipeline folder, facts of its training that its weights do not tell
 # Values in folders of earlier releases that have another name today: key of model_index.json -> old -> new.
 OLD_VALUES = {"null_tokens": {"empty_picture": "empty_image"}}
 
@@ -106,6 +108,21 @@ def read_index(folder: Path) -> dict[str, Any]:
         if key in index:
             index[key] = values.get(str(index[key]), index[key])
     return index
+
+
+def write_training_facts(folder: Path, attention_supervised: bool | None) -> None:
+    """Record in a pipeline folder how it was trained; None: unknown, as of the weights that training began with."""
+    write_json(folder / TRAINING_FILE, {"attention_supervised": attention_supervised})
+
+
+def supervised_attention(folder: str | Path) -> bool | None:
+    """True where training showed a pipeline's attention where to look; None when its folder does not say."""
+    path = Path(folder) / TRAINING_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("attention_supervised") if path.is_file() else None
+
+
+def supervision_words(supervised: bool | None) -> str:
+    return {True: "yes", False: "no", None: "not recorded"}[supervised]
 
 
 def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str, type]:

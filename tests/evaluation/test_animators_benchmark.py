@@ -1,6 +1,7 @@
 """The table of animators: its means over kinds of clips, and its command on the four of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +10,16 @@ import torch
 import evaluate
 from core.errors import UserError
 from evaluation.statistics import Values
-from evaluation.tasks.animators import COLUMNS, animators_table, differences_table, kinds_table, subsets_of
-from evaluation.trials import Variant
-from models.animators.registry import ANIMATORS, animator_class
+from evaluation.tasks.animators import (
+    COLUMNS,
+    AnimatorsConfig,
+    animators_table,
+    differences_table,
+    kinds_table,
+    subsets_of,
+)
+from evaluation.trials import Variant, trials_identity
+from models.animators.registry import ANIMATORS, animator_class, write_training_facts
 from models.vae import load_vae
 from tests.networks import TINY
 from tests.training_runs import make_vae
@@ -29,6 +37,7 @@ def models(tmp_path_factory) -> list[str]:
     for kind in ANIMATORS:
         torch.manual_seed(0)
         make_pipeline(vae, animator_class(kind).small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
+    write_training_facts(folder / "animate_anyone", attention_supervised=False)
     return [str(folder / kind) for kind in ANIMATORS]
 
 
@@ -76,6 +85,14 @@ def test_variants_of_one_model_are_compared():
     assert [cell.interval.n for cell in cells] == [1] * 3 + [3] * 3
 
 
+def test_a_recorded_fact_is_no_other_model(models, tmp_path):
+    folder = shutil.copytree(models[2], tmp_path / "model")
+    variants = [Variant("a", str(folder), None)]
+    before = trials_identity("animators", AnimatorsConfig(), variants)
+    write_training_facts(folder, attention_supervised=True)
+    assert trials_identity("animators", AnimatorsConfig(), variants) == before
+
+
 def test_the_command_compares_all_animators(models, tmp_path, capsys):
     arguments = [f"models=[{','.join(models)}]", f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1"]
     evaluate.main(["animators", *arguments, "seeds=[0]", "sampling.steps=1", "sampling.size=[32,32]"])
@@ -95,7 +112,10 @@ def test_the_command_compares_all_animators(models, tmp_path, capsys):
     assert len(columns) == 2 * len(COLUMNS) and all(np.isfinite(cell["mean"]) for cell in columns.values())
     for name in ("strips.png", "table.md", "table.tex", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
-    assert "| DisCo + TPC (replace) |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| DisCo + TPC (replace) |" in shown
+    assert "supervised in training: AnimateAnyone no, MagicAnimate not recorded, DisCo not recorded" in shown
+    assert results["attention supervised"] == {"AnimateAnyone": False} | dict.fromkeys(names[1:])
 
 
 @pytest.mark.parametrize(

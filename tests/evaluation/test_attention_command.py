@@ -7,11 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import pearsonr, spearmanr
 
 import evaluate
 from core.config import load_config
 from core.errors import UserError
-from evaluation.attention_measures import ATTENTION_MEASURES, Group, MeasuredAttention, Outcome, correlations
+from evaluation.attention_measures import (
+    ATTENTION_MEASURES,
+    Correlation,
+    Group,
+    MeasuredAttention,
+    Outcome,
+    correlations,
+)
 from evaluation.tasks.attention import AttentionTaskConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +66,11 @@ def test_files_and_numbers(finished):
         assert sum(part or 0 for part in parts) == pytest.approx(1, abs=1e-5)
         assert (numbers["calibrated images"]["mean"] is None) == (condition == "without TPC")
         assert 0 <= numbers["strongest"]["mean"] <= 1 and 0 < numbers["chance"]["mean"] < 1
+    correlation = results["correlation of pointing accuracy with person PSNR"]
+    assert set(correlation) == {"all", *subsets, "gain with TPC", *labels}
+    assert correlation["all"]["points"] == 6 and correlation["all"]["pearson"]["n"] == 3
     table = (output / "table.md").read_text()
+    assert "Attention supervised in training: not recorded" in table and "| all (3 clips, 6 points) |" in table
     assert "pointing accuracy, maximum ↑" in table and "±" in table and "misaligned, with TPC" in table
     assert r"\begin{tabular}" in (output / "table.tex").read_text()
     for name in ("pck", "denoising", "correlation", "looks"):
@@ -129,12 +141,43 @@ class TestMeasured:
             rows.append(Group("misaligned", condition, outcomes, "a"))
         rows[1].outcomes["d", 0] = measured(0.9, 19)
         found = correlations(rows)
-        assert found["misaligned, without TPC"] == {
-            "pearson": pytest.approx(1),
-            "spearman": pytest.approx(1),
-            "points": 4,
-        }
-        assert found["gain with TPC"]["points"] == 4 and found["gain with TPC"]["pearson"] == pytest.approx(1)
-        assert found["all"]["points"] == 8 and found["all"]["pearson"] < 1
+        within = found["misaligned, without TPC"]
+        assert within.pearson.value == pytest.approx(1) and within.spearman.value == pytest.approx(1)
+        assert (within.points, within.pearson.n, within.pearson.low) == (4, 4, None), "four clips are too few"
+        gain = found["gain with TPC"]
+        assert gain.points == 4 and gain.pearson.value == pytest.approx(1)
+        assert found["all"].points == 8 and found["all"].pearson.n == 4 and found["all"].pearson.value < 1
         few = correlations([Group("aligned", "with TPC", {("a", 0): measured(0.1, 10)}, "a")])
-        assert few["all"] == {"pearson": None, "spearman": None, "points": 1}
+        assert few["all"].plain() == {
+            "pearson": {"value": None, "low": None, "high": None, "n": 1},
+            "spearman": {"value": None, "low": None, "high": None, "n": 1},
+            "points": 1,
+        }
+
+    def test_pooled_correlations_may_be_those_between_the_groups(self):
+        """Misaligned clips point worse and come out worse; within each group neither follows the other."""
+        rng, groups = np.random.default_rng(5), []
+        for subset, accuracy, psnr in (("aligned", 0.8, 20), ("misaligned", 0.2, 10)):
+            for condition in ("without TPC", "with TPC"):
+                noise = rng.normal(0, 0.05, (12, 2))
+                outcomes = {
+                    (f"{subset}{k}", 0): measured(accuracy + a, psnr + 10 * b) for k, (a, b) in enumerate(noise)
+                }
+                groups.append(Group(subset, condition, outcomes, ""))
+        found = correlations(groups)
+        assert list(found)[:4] == ["all", "aligned", "misaligned", "gain with TPC"]
+        assert found["all"].pearson.low > 0.9 and found["all"].pearson.n == 24 and found["all"].points == 48
+        for subset in ("aligned", "misaligned"):
+            assert found[subset].pearson.n == 12 and found[subset].points == 24
+            assert not found[subset].pearson.excludes_zero and not found[subset].spearman.excludes_zero
+
+    def test_correlations_are_scipys(self):
+        values = np.random.default_rng(2).normal(0, 1, (10, 1, 2)).round(1)  # with ties
+        found = Correlation.of(values)
+        assert found.pearson.value == pytest.approx(pearsonr(*values[:, 0].T).statistic)
+        assert found.spearman.value == pytest.approx(spearmanr(*values[:, 0].T).statistic)
+        assert -1 <= found.pearson.low < found.pearson.value < found.pearson.high <= 1
+        # A clip's second point is no second clip.
+        twice = Correlation.of(np.repeat(values, 2, axis=1))
+        assert twice.pearson.n == 10 and twice.points == 20
+        assert (twice.pearson.low, twice.pearson.high) == pytest.approx((found.pearson.low, found.pearson.high))

@@ -13,6 +13,7 @@ from core.errors import UserError
 from data.clips.caches import CachedClips
 from data.clips.rendered import PeopleConfig
 from models.animators.animate_anyone.model import AnimateAnyone
+from models.animators.registry import SHIPPED_MODEL, SMALL_ANIMATORS, load_pipeline, supervised_attention
 from models.attention.layers import token_levels, unet_layers
 from models.unets import ReferenceNet
 from tests.networks import TINY
@@ -28,6 +29,7 @@ from training.config import (
     TrainConfig,
 )
 from training.data import ensure_latents, make_dataset
+from training.export import save_pipeline
 from training.objective import Objective, batch_latents, person_weights, sample_generators
 
 SIZE = [32, 32]
@@ -319,3 +321,30 @@ def test_options_that_cannot_work_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             make_dataset(DataConfig(people=people), 1)
+
+
+def test_pipeline_folders_say_whether_attention_was_supervised(tiny_pipeline, tmp_path):
+    """By the run itself or by one that it began with; nobody knows of weights from elsewhere."""
+    tiny_pipeline.save_pretrained(tmp_path / "elsewhere")
+    runs = [
+        ("plain", 0.0, {}, False),
+        ("supervised", 0.1, {}, True),
+        ("later", 0.0, {"init": "supervised"}, True),
+        ("larger", 0.0, {"start": "later"}, True),
+        ("later_plain", 0.0, {"init": "plain"}, False),
+        ("unknown", 0.0, {"init": "elsewhere"}, None),
+        ("tuned", 0.1, {"init": "elsewhere"}, True),
+    ]
+    for name, weight, begun, expected in runs:
+        config = TrainConfig(attention=AttentionLossConfig(weight=weight))
+        for key, folder in begun.items():
+            setattr(config.model, key, str(tmp_path / folder))
+        save_pipeline(tiny_pipeline, tmp_path / name, config)
+        assert supervised_attention(tmp_path / name) is expected, name
+    load_pipeline(tmp_path / "later")
+
+
+def test_shipped_models_say_whether_attention_was_supervised():
+    assert supervised_attention(SHIPPED_MODEL)
+    known = {folder.name: supervised_attention(folder) for folder in SMALL_ANIMATORS}
+    assert known == {"animate_anyone": True, "magic_animate": True, "disco": False, "dream_pose": False}
