@@ -14,6 +14,8 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.source import imports, module_name
+
 ROOT = Path(__file__).parent.parent
 # A package imports from the floors below its own and from itself; `metrics` and `data` stand side by side.
 FLOORS = (
@@ -44,28 +46,12 @@ def product_files() -> list[Path]:
     return source_files(*(name for floor in FLOORS[:-2] for name in floor))
 
 
-def module_name(path: Path) -> str:
-    """The name under which a file is imported."""
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-
-
-def imports(path: Path, modules: set[str]) -> set[str]:
-    """Modules out of `modules` that a file imports, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & modules or {node.module}
-    return found & modules - {module_name(path)}
-
-
 def import_graph() -> dict[str, set[str]]:
     """Every module of the product, and of tests and benchmarks, and those of ours that it imports."""
     files = source_files(*(name for floor in FLOORS for name in floor))
     modules = {module_name(path) for path in files}
-    return {module_name(path): imports(path, modules) for path in files}
+    trees = {module_name(path): ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in files}
+    return {name: imports(tree, modules) - {name} for name, tree in trees.items()}
 
 
 def floor_of(module: str) -> int:
