@@ -123,10 +123,12 @@ class SweptClips:
     def stamps(self, name: str) -> None:
         return None
 
-    def box_iou(self, name: str) -> float:
-        """Mean over the frames of the IoU of the persons' boxes in reference and frame."""
+    def box_iou(self, name: str) -> float | None:
+        """Mean over frames of the IoU of the persons' boxes in reference and frame; None where too little is seen."""
         clip = self.clip(name)
-        return float(np.nanmean(misalignment(clip.reference.poses, clip.driving.poses).box_iou))
+        known = misalignment(clip.reference.poses, clip.driving.poses).box_iou
+        known = known[~np.isnan(known)]
+        return float(known.mean()) if len(known) else None
 
 
 def run(config: SweepConfig) -> None:
@@ -168,7 +170,7 @@ def run(config: SweepConfig) -> None:
                     "clip": references[trial.clip].clip,
                     "angle_deg": references[trial.clip].angle_deg,
                     "scale": references[trial.clip].scale,
-                    "box_iou": round(box_iou[trial.clip], 4),
+                    "box_iou": None if (iou := box_iou[trial.clip]) is None else round(iou, 4),
                     "tpc": trial.variant.tpc is not None,
                     "seed": trial.seed,
                     "person_psnr_db": value,
@@ -184,14 +186,17 @@ def run(config: SweepConfig) -> None:
     run_task("sweep", config, protocol, ("foreground", "background"), variants, clips, write)
 
 
-def _groups(references: dict[str, SweptReference], box_iou: dict[str, float]) -> dict[str, dict[float, list[str]]]:
+def _groups(
+    references: dict[str, SweptReference], box_iou: dict[str, float | None]
+) -> dict[str, dict[float, list[str]]]:
     """What is swept ("angle", "scale", "box IoU": the middle of a bin) -> its value -> references."""
-    bins = {name: int(np.clip(np.digitize(iou, IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name, iou in box_iou.items()}
+    known = {name: iou for name, iou in box_iou.items() if iou is not None}
+    bins = {name: int(np.clip(np.digitize(iou, IOU_BINS) - 1, 0, len(IOU_BINS) - 2)) for name, iou in known.items()}
     turned, scaled = ([name for name, r in references.items() if r.swept == swept] for swept in ("angle", "scale"))
     coords = {
         "angle": {name: references[name].angle_deg for name in turned},
         "scale": {name: references[name].scale for name in scaled},
-        "box IoU": {name: float(IOU_BINS[bins[name] : bins[name] + 2].mean()) for name in scaled},
+        "box IoU": {name: float(IOU_BINS[bins[name] : bins[name] + 2].mean()) for name in scaled if name in bins},
     }
     groups: dict[str, dict[float, list[str]]] = {}
     for quantity, of_names in coords.items():

@@ -138,6 +138,30 @@ def test_sweep(model, tmp_path):
         evaluate.main([*command, "scales=[0]"])
 
 
+def test_a_sweep_to_where_nothing_can_be_compared(model, tmp_path):
+    """A reference that shows a piece of the trunk alone has no box, and no place among the IoUs."""
+    command = [
+        "sweep",
+        f"model={model}",
+        f"output={tmp_path}",
+        "clips=1",
+        "angles=0",
+        "scales=[40]",
+        *QUICK,
+        "seeds=[0]",
+    ]
+    evaluate.main(command)
+    results = results_of(tmp_path)
+    assert {trial["scale"]: trial["box_iou"] for trial in results["trials"]} == {
+        40: None,
+        1: pytest.approx(0.75, abs=0.05),
+    }
+    assert len(results["curves"]["box IoU"]["with TPC"]["x"]) == 1 and results["curves"]["scale"]["with TPC"]["x"] == [
+        1,
+        40,
+    ]
+
+
 def test_ablation(model, tmp_path, capsys):
     command = ["ablation", f"model={model}", f"output={tmp_path / 'o'}", "clips=1", "features=none", *QUICK]
     command += ["measures=[psnr,ssim]", "transforms=[procrustes,linear]", "propagations=[off,1]", "subsets=[torso]"]
