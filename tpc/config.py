@@ -37,6 +37,9 @@ class CalibrationConfig:
     score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
     reference_score_threshold: float | None = None  # 0-1: a reference keypoint counts above it
     weighted: bool | None = None  # weight keypoints by the product of their two scores
+    # Exhaustive, where a silhouette is drawn for want of a mask: the largest subset serves whose IoU is this close to
+    # the highest. Errors of the keypoints are errors of such a silhouette, and the highest IoU would fit them.
+    drawn_tolerance: float | None = None
     consensus_tolerance: float | None = None  # part of the driving person's size: how far off an agreeing point may be
     back_view: str | None = None  # one side seen from behind: swap left and right, keep them, or reject the frame
 
@@ -71,6 +74,7 @@ class CalibrationConfig:
             ("min_keypoints", 2, 17),
             ("score_threshold", 0, 1),
             ("reference_score_threshold", 0, 1),
+            ("drawn_tolerance", 0, 1),
             ("consensus_tolerance", 0, 10),
             ("min_scale", 0, full.max_scale),
             ("max_rotation", 0, 180),
@@ -98,6 +102,7 @@ def best() -> CalibrationConfig:
         score_threshold=0.3,
         reference_score_threshold=0.3,
         weighted=True,
+        drawn_tolerance=0.02,
         consensus_tolerance=0.08,
         back_view="swap",
         min_scale=0.02,
@@ -127,6 +132,7 @@ def paper() -> CalibrationConfig:
     return replace(
         best(),
         preset="paper",
+        drawn_tolerance=0.0,
         weighted=False,
         back_view="keep",
         min_scale=1e-3,

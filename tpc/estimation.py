@@ -157,7 +157,7 @@ def drawn_silhouette(
     mask = draw_silhouette((keypoints + 0.5) * shrink - 0.5, seen, small)
     outline = silhouette_from_mask(mask, max_samples, BITMAP_SIDE)
     origin = tuple((value + 0.5) / shrink - 0.5 for value in outline.origin)
-    return Silhouette(outline.mask, origin, outline.cell / shrink, outline.area / shrink**2)
+    return Silhouette(outline.mask, origin, outline.cell / shrink, outline.area / shrink**2, drawn=True)
 
 
 def estimate(
@@ -225,6 +225,7 @@ def _select(
         limits=limits,
         transform=config.transform,
         origins=_origins(reference, size),
+        tolerance=config.drawn_tolerance if reference.silhouette.drawn or silhouette.drawn else 0.0,
     )
 
 

@@ -123,6 +123,7 @@ class Silhouette:
     origin: tuple[float, float]  # (x, y) image pixels of the bitmap's first sample
     cell: float  # image pixels between samples
     area: float  # of the person, image pixels
+    drawn: bool = False  # around keypoints, instead of taken from a mask
 
     def points(self) -> np.ndarray:
         """(n, 2) image coordinates of the samples inside the outline."""
@@ -195,6 +196,7 @@ class ReferenceSilhouette:
     pieces: tuple[Samples, ...]  # coarser ones, from few to many, float32
     sample_area: float  # reference pixels that one sample stands for
     box: np.ndarray  # (4,) centre x and y, half the width and the height of the box of the samples
+    drawn: bool = False  # see `Silhouette`
 
     @classmethod
     def of(cls, silhouette: Silhouette) -> "ReferenceSilhouette":
@@ -204,7 +206,8 @@ class ReferenceSilhouette:
         pieces = tuple(_pieces(points, count) for count in NUM_PIECES if 2 * count <= len(points))
         least, most = points.min(0), points.max(0)
         box = np.concatenate([(least + most) / 2, (most - least) / 2])
-        return cls(Samples.shuffled(points, np.ones(len(points))), pieces, silhouette.area / len(points), box)
+        samples = Samples.shuffled(points, np.ones(len(points)))
+        return cls(samples, pieces, silhouette.area / len(points), box, silhouette.drawn)
 
     @property
     def empty(self) -> bool:

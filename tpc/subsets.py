@@ -72,6 +72,7 @@ def select_exhaustive(
     limits: SearchLimits,
     transform: str = "procrustes",
     origins: Sequence[tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0)),
+    tolerance: float = 0.0,
     outright: bool | None = None,
 ) -> Selection:
     """The subset whose transform gives the highest silhouette IoU, over all subsets of the points visible in both.
@@ -81,7 +82,7 @@ def select_exhaustive(
     shares s^2 A (samples that land on the driving person) of them. What leaves the frame does not count. This IoU of
     samples differs by some hundredths from that of the warped mask's pixels, mostly upwards, being the best of many.
 
-    Ties go to the larger subset, then to the smaller residual.
+    Ties, IoUs within `tolerance` of the highest, go to the larger subset, then to the smaller residual.
 
     Args:
         source, target: (17, 2) reference and driving pixels; weights: (17,), 0 = not visible in both.
@@ -115,7 +116,7 @@ def select_exhaustive(
         finest = _Level.of(reference.samples, silhouette, x0, y0)
         for pieces in reference.pieces:
             level = _Level.of(pieces, silhouette, x0, y0, blurred=True)
-            members, best = _contenders(members, best, found, level, finest, pair)
+            members, best = _contenders(members, best, found, level, finest, pair, tolerance)
         members = _with(members, everything)
     # First come the samples that the best transform so far takes beside the driving person. Others that are as good
     # miss mostly the same, so that the worse ones are known to lose after a few chunks.
@@ -124,10 +125,9 @@ def select_exhaustive(
     missed = silhouette.covers(apply_matrix(np.array([[a, b, tx], [c, d, ty], [0, 0, 1]]), samples - x0) + y0)
     order = np.argsort(missed, kind="stable")
     finest = _Level.of(Samples.of(samples[order], np.ones(len(samples))), silhouette, x0, y0)
-    scores = score_candidates(members, found, best, finest, pair, SAME_IOU)
+    scores = score_candidates(members, found, best, finest, pair, max(tolerance, SAME_IOU))
     if scores.max() <= 0:
         return Selection((), "no subset of the keypoints makes the silhouettes overlap")
-    # Only those remain whose IoU is the highest but for rounding.
     tied = np.flatnonzero(scores > 0)
     tied = tied[points[members[tied]] == points[members[tied]].max()]
     errors = found[members[tied], 6]
@@ -169,10 +169,16 @@ def solve(
 
 
 def _contenders(
-    members: np.ndarray, first: int, found: np.ndarray, level: "_Level", finest: "_Level", pair: "_Pair"
+    members: np.ndarray,
+    first: int,
+    found: np.ndarray,
+    level: "_Level",
+    finest: "_Level",
+    pair: "_Pair",
+    tolerance: float,
 ) -> tuple[np.ndarray, int]:
-    """The candidates that could still have the highest IoU after scoring by pieces, and the best one known so far."""
-    scores = score_candidates(members, found, first, level, pair, MARGIN)
+    """The candidates that could still be within `tolerance` of the highest IoU, and the best one known so far."""
+    scores = score_candidates(members, found, first, level, pair, MARGIN + tolerance)
     near = np.flatnonzero(scores >= max(scores.max() - NEARLY_BEST, 0.0))
     if not len(near):
         return members, first
@@ -190,7 +196,7 @@ def _contenders(
     deviation = np.sqrt(((error - design @ slope) ** 2).sum() / freedom)
     alive = np.flatnonzero(scores >= 0)
     expected = scores[alive] + slope[0] + (found[members[alive], :4] - mean) @ (slope[1:] / spread)
-    return _with(members[alive[expected >= exact.max() - DEVIATIONS * deviation]], first), first
+    return _with(members[alive[expected >= exact.max() - tolerance - DEVIATIONS * deviation]], first), first
 
 
 def _with(members: np.ndarray, one: int) -> np.ndarray:

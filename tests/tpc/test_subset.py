@@ -188,6 +188,52 @@ def test_ties_go_to_the_larger_subset():
     np.testing.assert_allclose(fitted(source, target, found.keypoints), truth.matrix, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_within_a_tolerance_the_largest_subset_of_least_residual_serves(seed):
+    source, target, reference, outline = scene(seed)
+    weights = np.isin(np.arange(17), np.random.default_rng(seed).choice(17, 9, replace=False)).astype(float)
+    ranked = []
+    for count in range(3, 10):
+        for chosen in combinations(np.flatnonzero(weights).tolist(), count):
+            matrix = fitted(source, target, chosen)
+            error = residual(matrix, source, target, np.isin(np.arange(17), chosen))
+            ranked.append((silhouette_iou(matrix, reference, outline, (128, 128)), count, -error, chosen))
+    best = max(ranked)
+    _, count, _, chosen = max((entry for entry in ranked if entry[0] >= best[0] - 0.03), key=lambda entry: entry[1:])
+    found = search(source, target, reference, outline, weights, tolerance=0.03)
+    assert found.keypoints == chosen and count > best[1]
+    assert search(source, target, reference, outline, weights).keypoints == best[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dropping_subsets_by_pieces_keeps_what_is_within_the_tolerance(seed):
+    scenery, size = scene(seed, 300, (512, 512)), (512, 512)
+    every, found = (search(*scenery, size=size, tolerance=0.02, outright=outright) for outright in (True, False))
+    assert found == every
+
+
+def test_only_drawn_silhouettes_have_a_tolerance():
+    """Of drawn silhouettes the highest IoU fits the errors of the keypoints that they are drawn around."""
+    size, errors = (512, 512), {}
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        points = place(body(rng), 300, 0.2, (256, 256))
+        noisy = points + rng.normal(0, 3, (2, 17, 2))
+        mask = silhouette(points, size)
+        for masks in (None, mask):
+            person = ReferencePerson.of(noisy[0], np.ones(17), size, masks, 0.3)
+            outline = drawn_silhouette(noisy[1], EVERY_POINT, size)
+            if masks is not None:
+                outline = silhouette_from_mask(masks, max_side=BITMAP_SIDE)
+            for preset in ("best", "paper"):
+                found = estimate(person, noisy[1], np.ones(17), outline, size, resolve(CalibrationConfig(preset)))
+                offsets = np.linalg.norm(apply_matrix(found.matrix, points) - points, axis=-1)
+                errors.setdefault((masks is None, preset), []).append((len(found.keypoints), offsets.mean()))
+    (size_best, error_best), (size_paper, error_paper) = (np.mean(errors[True, p], 0) for p in ("best", "paper"))
+    assert size_best > size_paper + 3 and error_best < 0.9 * error_paper
+    assert errors[False, "best"] == errors[False, "paper"]  # both take the highest IoU
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_measured_iou_is_that_of_warped_masks(seed):
     size = (512, 512)
