@@ -59,6 +59,7 @@ ATTENTION_MEASURES = {
 BY_DISTANCE = ("strongest", "centroid")
 ATTENTION_SUBSETS = ("aligned", "misaligned")
 FEWEST_POINTS = 3  # that a correlation is computed of
+GAIN = "gain with TPC"
 
 
 @dataclass(frozen=True)
@@ -251,12 +252,12 @@ class Group:
 def correlations(groups: list[Group]) -> "dict[str, Correlation]":
     """Correlations over clips of pointing accuracy with the person's PSNR.
 
-    "all", "aligned" and "misaligned" take clips both without and with TPC, "gain with TPC" the differences that TPC
-    makes to a clip, the rest one row of the table each.
+    "all", "aligned" and "misaligned" take clips both without and with TPC, "gain with TPC", of all clips and within
+    each subset, the differences that TPC makes to a clip, the rest one row of the table each.
     """
     points = {group.label: group.points() for group in groups}
     found: dict[str, list[np.ndarray]] = {"all": []}  # (conditions, 2) of every clip
-    gains = []
+    gains: dict[str, list[np.ndarray]] = {GAIN: []}
     for subset in ATTENTION_SUBSETS:
         conditions = [points[group.label] for group in groups if group.subset == subset]
         if conditions:
@@ -265,8 +266,9 @@ def correlations(groups: list[Group]) -> "dict[str, Correlation]":
             found["all"] += found[subset]
             if {f"{subset}, {condition}" for condition in (WITHOUT, WITH)} <= points.keys():
                 before, after = (points[f"{subset}, {condition}"] for condition in (WITHOUT, WITH))
-                gains += [np.subtract([after[clip]], [before[clip]]) for clip in whole]
-    found["gain with TPC"] = gains
+                gains[f"{GAIN}, {subset}"] = [np.subtract([after[clip]], [before[clip]]) for clip in whole]
+                gains[GAIN] += gains[f"{GAIN}, {subset}"]
+    found |= gains
     found |= {label: [np.array([pair]) for pair in pairs.values()] for label, pairs in points.items()}
     return {name: Correlation.of(rows) for name, rows in found.items()}
 

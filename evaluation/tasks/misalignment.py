@@ -169,9 +169,9 @@ def run(config: MisalignmentConfig) -> None:
             tables += [measure_table(values, variants, name, caption), differences_table(values, variants, name)]
         shown = {label: variant for label, variant in variants.items() if label not in config.variants}
         psnr = measure_table(values, shown, PERSON_PSNR, "")
-        bars = dict(zip(psnr.columns, zip(*(cells for _, cells in psnr.rows), strict=True), strict=True))
-        groups = [row.replace(", ", " ").replace(" ", "\n") for row, _ in psnr.rows]
-        draw_bars(output / "psnr.png", groups, bars, PERSON_PSNR_LABEL)
+        by_kind = psnr.rows[: len(values.by_kind)]  # a mean over kinds may follow
+        bars = dict(zip(psnr.columns, zip(*(cells for _, cells in by_kind), strict=True), strict=True))
+        draw_bars(output / "psnr.png", [kind.replace(" ", "\n") for kind, _ in by_kind], bars, PERSON_PSNR_LABEL)
         results = {
             "counts": {kind: len(names) for kind, names in values.by_kind.items()} | {"seeds": len(config.seeds)},
             "tables": {table.corner + " / " + table.caption: table.plain() for table in tables},

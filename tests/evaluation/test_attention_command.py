@@ -67,7 +67,8 @@ def test_files_and_numbers(finished):
         assert (numbers["calibrated images"]["mean"] is None) == (condition == "without TPC")
         assert 0 <= numbers["strongest"]["mean"] <= 1 and 0 < numbers["chance"]["mean"] < 1
     correlation = results["correlation of pointing accuracy with person PSNR"]
-    assert set(correlation) == {"all", *subsets, "gain with TPC", *labels}
+    gains = {f"gain with TPC, {subset}" for subset in subsets}
+    assert set(correlation) == {"all", *subsets, "gain with TPC", *gains, *labels}
     assert correlation["all"]["points"] == 6 and correlation["all"]["pearson"]["n"] == 3
     table = (output / "table.md").read_text()
     assert "Attention supervised in training: not recorded" in table and "| all (3 clips, 6 points) |" in table
@@ -146,6 +147,7 @@ class TestMeasured:
         assert (within.points, within.pearson.n, within.pearson.low) == (4, 4, None), "four clips are too few"
         gain = found["gain with TPC"]
         assert gain.points == 4 and gain.pearson.value == pytest.approx(1)
+        assert found["gain with TPC, misaligned"] == gain and "gain with TPC, aligned" not in found
         assert found["all"].points == 8 and found["all"].pearson.n == 4 and found["all"].pearson.value < 1
         few = correlations([Group("aligned", "with TPC", {("a", 0): measured(0.1, 10)}, "a")])
         assert few["all"].plain() == {
