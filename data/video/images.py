@@ -1,43 +1,65 @@
 """Images from files as RGB arrays: stills, folders of numbered frames, animated images."""
 
+import io
+import logging
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from core.errors import UserError
 from core.files import existing_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
+logger = logging.getLogger(__name__)
+
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path: str | Path, argument: str = "image") -> np.ndarray:
-    """Read a still image, or an animated one's first frame, as (h, w, 3) uint8 RGB, turned as the camera says (EXIF).
+    """Read a still image, or an animated one's first frame, as (h, w, 3) uint8 sRGB, turned as the camera says (EXIF).
 
     A `UserError` for a file that is missing, not an image, or damaged names the `argument`.
     """
     with _open_image(path, argument) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(next(_animation(image))), f"{argument}={path}")
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert a PIL image of any mode to (h, w, 3) uint8 RGB, transparent parts over white."""
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
-        values = np.asarray(image).astype(np.float64) / 257
-        grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
+def to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Convert a PIL image of any mode and ICC profile to (h, w, 3) uint8 sRGB, transparent parts over white."""
+    profile = image.info.get("icc_profile")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it as an 8-bit or 16-bit image")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.asarray(image.convert("RGB")).copy()
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
+        values = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    elif image.mode not in ("CMYK", "LAB"):
+        image = image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    if profile or image.mode == "LAB":
+        image = _to_srgb(image, profile, name)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return np.asarray(image).copy()
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """The image in sRGB; as it is, with a warning, where the profile is broken or of other channels than its own."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        if image.mode == "LAB":
+            raise ValueError(f"its ICC profile cannot be used: {error}") from None
+        logger.warning("%s: its ICC profile is left out, its colours taken for sRGB: %s", name, error)
+        return image
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -100,13 +122,13 @@ class AnimatedImage:
                 whole = getattr(image, "n_frames", 1)
                 raise UserError(f"{argument}={path} is cut short: decoding stopped at frame {whole}")
             self._still = not getattr(image, "is_animated", False)
-            for frame in ImageSequence.Iterator(image):
+            for frame in _animation(image):
                 frame.load()  # only then does a WebP state the frame's duration
                 # Browsers show frames that state no duration for 100 ms.
                 durations.append(float(frame.info.get("duration") or 100.0) / 1000)
                 if self._still:
                     break
-            self.size = to_rgb(ImageOps.exif_transpose(image) if self._still else image).shape[1::-1]
+            self.size = (ImageOps.exif_transpose(image) if self._still else image).size
         if self._still:
             durations = [1 / fps]
         self.times = np.concatenate([[0.0], np.cumsum(durations)[:-1]])
@@ -118,8 +140,8 @@ class AnimatedImage:
             yield read_image(self._path, self._argument)
             return
         with _open_image(self._path, self._argument) as image:
-            for frame in ImageSequence.Iterator(image):
-                yield to_rgb(frame)
+            for frame in _animation(image):
+                yield to_rgb(frame, f"{self._argument}={self._path}")
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
         wanted = set(indices.tolist())
@@ -129,6 +151,14 @@ class AnimatedImage:
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+def _animation(image: Image.Image) -> Iterator[Image.Image]:
+    """Frames in order; a PNG may store a picture before them for programs that show stills alone."""
+    frames = ImageSequence.Iterator(image)
+    if image.info.get("default_image"):
+        next(frames)
+    yield from frames
 
 
 def is_animated_image(path: str | Path) -> bool:
@@ -150,3 +180,55 @@ def _open_image(path: str | Path, argument: str) -> Iterator[Image.Image]:
         raise UserError(f"{argument}={path} is not an image") from None
     except _READ_ERRORS as error:
         raise UserError(f"{argument}={path} cannot be read as an image: {error}") from None
+
+
+# Numbers of ITU-T H.273 that videos state. Linear light of its primaries -> BT.709's, which are sRGB's: BT.2087, and
+# Display P3 (SMPTE EG 432-1).
+BT2020, PQ, HLG = 9, 16, 18
+_TO_BT709 = {
+    BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
+    12: ((1.2249, -0.2247, 0.0), (-0.0421, 1.0421, 0.0), (-0.0196, -0.0786, 1.0979)),
+}
+_WHITE = 203.0  # cd/m2 of SDR white in HDR (BT.2408)
+_KNEE = 0.8  # of SDR white: darker pixels keep their brightness
+
+
+def is_wide(primaries: int, transfer: int) -> bool:
+    """True for video whose colours `wide_to_srgb` converts: HDR, BT.2020 and Display P3."""
+    return primaries in _TO_BT709 or transfer in (PQ, HLG)
+
+
+def wide_to_srgb(image: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
+    """(h, w, 3) uint8 sRGB of a video frame (h, w, 3) uint16 RGB of other primaries or of HDR (SMPTE ST 2084, HLG).
+
+    HDR is tone-mapped by the curve of Khronos' PBR Neutral: colours below `_KNEE` of SDR white stay as they are,
+    brighter ones approach white along a hyperbola. What sRGB has no colour for is cut off.
+    """
+    light = _linear_light(transfer)[image]
+    if transfer == HLG:  # BT.2100's system gamma at 1000 cd/m2, in scene light
+        luminance = cv2.transform(light, np.float32([[0.2627, 0.6780, 0.0593]]))
+        light *= 1000 / _WHITE * np.maximum(luminance, 1e-9)[..., None] ** np.float32(0.2)
+    light = np.maximum(cv2.transform(light, np.float32(_TO_BT709.get(primaries, _TO_BT709[BT2020]))), 0)
+    if transfer in (PQ, HLG):
+        bright = light.max(axis=-1) > _KNEE
+        pixels = light[bright]  # (n, 3)
+        peak = pixels.max(axis=-1, keepdims=True)
+        mapped = 1 - (1 - _KNEE) ** 2 / (peak + 1 - 2 * _KNEE)
+        white = 1 - 1 / (0.15 * (peak - mapped) + 1)
+        light[bright] = pixels * (mapped / peak * (1 - white)) + mapped * white
+    values = np.linspace(0, 1, 2**16)
+    encoded = np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
+    return np.rint(255 * encoded).astype(np.uint8)[(np.minimum(light, 1) * (2**16 - 1) + 0.5).astype(np.uint16)]
+
+
+def _linear_light(transfer: int) -> np.ndarray:
+    """(65536,) float32: light of each 16-bit value; 1 is SDR white, of HLG the brightest in the scene."""
+    signal = np.linspace(0, 1, 2**16)
+    if transfer == PQ:
+        root = signal ** (32 / 2523)
+        nits = 10000 * (np.maximum(root - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * root)) ** (16384 / 2610)
+        return np.float32(nits / _WHITE)
+    if transfer == HLG:
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        return np.float32(np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12))
+    return np.float32(np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4))

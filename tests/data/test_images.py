@@ -1,10 +1,13 @@
+import logging
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from core.errors import UserError
-from data.video.files import write_video
-from data.video.images import list_images, read_image
+from data.video.files import VideoReader, write_video
+from data.video.images import BT2020, HLG, PQ, list_images, read_image, wide_to_srgb
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)
@@ -87,3 +90,174 @@ def test_every_bad_image_is_one_clear_line(tmp_path):
     write_video(tmp_path / "clip.mp4", [image_with_a_mark()] * 2, 25)
     with pytest.raises(UserError, match="is not an image"):
         read_image(tmp_path / "clip.mp4")
+
+
+# CIE XYZ of red, green and blue adapted to the D50 of profiles, columns: sRGB and Display P3.
+SRGB_XYZ = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+P3_XYZ = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+
+
+def srgb(light) -> np.ndarray:
+    """Linear light in [0, 1] as sRGB's 0 to 255, without rounding."""
+    light = np.clip(light, 0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def icc_profile(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
+    """An ICC profile of version 2 with these tags."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    text = b"made for a test\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78),
+        b"cprt": b"text\0\0\0\0" + text,
+        b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249),
+        **{
+            name: value if isinstance(value, bytes) else b"XYZ \0\0\0\0" + fixed(*value)
+            for name, value in tags.items()
+        },
+    }
+    table, data, start = b"", b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(value))
+        data += value + bytes(-len(value) % 4)
+    size, kind = start + len(data), b"prtr" if space == b"CMYK" else b"mntr"
+    header = (
+        struct.pack(">I4sI4s4s4s", size, b"", 0x02100000, kind, space, connection) + bytes(12) + b"acsp" + bytes(28)
+    )
+    return header + fixed(0.9642, 1, 0.8249) + bytes(48) + struct.pack(">I", len(tags)) + table + data
+
+
+def gamma(value: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256)) + bytes(2)
+
+
+def p3_profile() -> bytes:
+    columns = {name: P3_XYZ[:, i] for i, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    return icc_profile(b"RGB ", {**columns, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(2.2))})
+
+
+def ink_profile() -> bytes:
+    """CMYK whose lightness is 1 - K, and whose other inks do nothing."""
+    identity = bytes(range(256))
+    corners = b"".join(bytes([0 if k else 255, 128, 128]) for k in (0, 1) * 8)  # Lab; K varies fastest
+    matrix = struct.pack(">9i", *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + identity * 4 + corners + identity * 3
+    return icc_profile(b"CMYK", {b"A2B0": table}, connection=b"Lab ")
+
+
+COLOUR = np.array([170, 90, 60])
+AS_P3 = srgb(np.linalg.inv(SRGB_XYZ) @ P3_XYZ @ (COLOUR / 255) ** 2.2)  # what it is in Display P3
+GREY = 120
+LINEAR_GREY = icc_profile(b"GRAY", {b"kTRC": gamma(1.0)})
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, profile, expected",
+    [
+        ("RGB", ".png", p3_profile(), AS_P3),
+        ("RGB", ".jpg", p3_profile(), AS_P3),
+        ("RGB", ".tif", p3_profile(), AS_P3),
+        ("RGB", ".webp", p3_profile(), AS_P3),
+        ("P", ".png", p3_profile(), AS_P3),
+        ("RGBA", ".png", p3_profile(), (AS_P3 + 255) / 2),
+        ("RGB", ".png", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), COLOUR),
+        ("L", ".png", LINEAR_GREY, [srgb(GREY / 255)] * 3),
+        ("LA", ".png", LINEAR_GREY, [(srgb(GREY / 255) + 255) / 2] * 3),
+        ("I;16", ".png", LINEAR_GREY, [srgb(GREY / 255)] * 3),
+        ("CMYK", ".jpg", ink_profile(), [119] * 3),  # Lab lightness 50
+        ("LAB", ".tif", None, [119] * 3),
+    ],
+)
+def test_colours_are_converted_to_srgb(tmp_path, mode, suffix, profile, expected):
+    rgb = np.broadcast_to(COLOUR, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    grey = np.full((HEIGHT, WIDTH), GREY, np.uint8)
+    half = np.full((HEIGHT, WIDTH), 128, np.uint8)
+    lab = Image.frombytes("LAB", (WIDTH, HEIGHT), bytes([128, 0, 0]) * WIDTH * HEIGHT)
+    image = {
+        "RGB": Image.fromarray(rgb),
+        "P": Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE),
+        "RGBA": Image.fromarray(np.dstack([rgb, half])),
+        "L": Image.fromarray(grey),
+        "LA": Image.merge("LA", (Image.fromarray(grey), Image.fromarray(half))),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "CMYK": Image.merge("CMYK", [Image.fromarray(half * 0)] * 3 + [Image.fromarray(half)]),
+        "LAB": lab,
+    }[mode]
+    options = {"quality": 98} if suffix in (".jpg", ".webp") else {}
+    image.save(tmp_path / f"image{suffix}", **options, **({"icc_profile": profile} if profile else {}))
+    shown = read_image(tmp_path / f"image{suffix}")
+    assert shown.shape == (HEIGHT, WIDTH, 3)
+    np.testing.assert_allclose(shown.reshape(-1, 3).mean(axis=0), expected, atol=3)
+
+
+@pytest.mark.parametrize("profile", [LINEAR_GREY, b"no profile at all", p3_profile()[:200]])
+def test_profiles_that_cannot_be_used_are_left_out_with_a_warning(tmp_path, caplog, profile):
+    Image.fromarray(image_with_a_mark()).save(tmp_path / "image.png", icc_profile=profile)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(read_image(tmp_path / "image.png"), image_with_a_mark())
+    assert "ICC profile" in caplog.text
+
+
+def test_animations_are_converted_too(tmp_path):
+    frames = [Image.fromarray(np.broadcast_to(COLOUR // k, (HEIGHT, WIDTH, 3)).astype(np.uint8)) for k in (1, 2)]
+    for suffix in (".png", ".webp"):
+        path = tmp_path / f"clip{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], icc_profile=p3_profile(), lossless=True)
+        shown = list(VideoReader(path))
+        assert len(shown) == 2
+        np.testing.assert_allclose(shown[0][0, 0], AS_P3, atol=2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_picture_for_still_viewers_is_no_frame_of_an_animated_png(tmp_path, count):
+    path = tmp_path / "clip.png"
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), (40 * k, 0, 0)) for k in range(1, count + 1)]
+    still = Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 200))
+    still.save(path, save_all=True, append_images=frames, default_image=True, duration=[200] * count)
+    video = VideoReader(path)
+    assert [frame[0, 0].tolist() for frame in video] == [[40 * k, 0, 0] for k in range(1, count + 1)]
+    assert video.fps == pytest.approx(5) and video.get([-1])[0, 0, 0, 0] == 40 * count
+    np.testing.assert_array_equal(read_image(path)[0, 0], [40, 0, 0])
+
+
+RGB_TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # BT.2087
+
+
+def as_hdr(light: np.ndarray, transfer: int) -> np.ndarray:
+    """16-bit BT.2020 signal of BT.709 light (..., 3) in cd/m2, by SMPTE ST 2084 or by HLG at 1000 cd/m2 (BT.2100)."""
+    light = light @ RGB_TO_BT2020.T
+    if transfer == PQ:
+        power = (light / 10000) ** (2610 / 16384)
+        signal = ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+    else:
+        luminance = light @ (0.2627, 0.6780, 0.0593) / 1000
+        scene = light / 1000 * np.maximum(luminance, 1e-9)[..., None] ** (1 / 1.2 - 1)
+        logarithm = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+        signal = np.where(scene <= 1 / 12, np.sqrt(3 * scene), logarithm)
+    return np.rint(np.clip(signal, 0, 1) * 65535).astype(np.uint16)
+
+
+@pytest.mark.parametrize("transfer", [PQ, HLG])
+def test_hdr_keeps_colours_and_rolls_off_highlights(transfer):
+    colours = np.array([[[200, 30, 30], [30, 200, 30], [30, 30, 200], [218, 168, 138], [60, 60, 60], [0, 0, 0]]])
+    light = np.where(colours <= 10.3, colours / 255 / 12.92, ((colours / 255 + 0.055) / 1.055) ** 2.4) * 203
+    np.testing.assert_allclose(wide_to_srgb(as_hdr(light, transfer), BT2020, transfer), colours, atol=2)
+    greys = np.linspace(0, 990, 100)[None, :, None].repeat(3, axis=2)
+    shown = wide_to_srgb(as_hdr(greys, transfer), BT2020, transfer)[0].astype(int)
+    assert np.ptp(shown, axis=-1).max() <= 1
+    assert (np.diff(shown[:, 0]) >= 0).all() and shown[-1, 0] in (253, 254)
+    assert shown[20, 0] == pytest.approx(srgb(1 - 0.04 / (greys[0, 20, 0] / 203 - 0.6)), abs=1)  # 200 cd/m2
+    # A highlight keeps its hue, and tends to white.
+    orange = wide_to_srgb(as_hdr(np.array([[[900.0, 300, 100]]]), transfer), BT2020, transfer)[0, 0].astype(int)
+    assert orange[0] > orange[1] > orange[2] > 100
+
+
+def test_wide_colours_without_hdr_are_converted():
+    p3 = np.rint(srgb((COLOUR / 255) ** 2.2) / 255 * 65535).astype(np.uint16)[None, None]
+    np.testing.assert_allclose(wide_to_srgb(p3, 12, 1)[0, 0], AS_P3, atol=2)
+    white = np.full((1, 1, 3), 65535, np.uint16)
+    for primaries in (BT2020, 12):
+        assert (wide_to_srgb(white, primaries, 1) == 255).all()
