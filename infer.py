@@ -18,7 +18,7 @@ from pathlib import Path
 
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
-from core.files import complete_folder, existing_file, output_folder
+from core.files import complete_folder, existing_file, output_folder, read_text
 from core.processes import choose_device, process_state
 from data.inputs import SAMPLES, load_driving, load_reference
 from data.poses.poses import PoseConfig, open_estimator
@@ -81,7 +81,11 @@ def jobs_of(config: InferConfig) -> list[InferConfig]:
 def listed_jobs(config: InferConfig) -> list[InferConfig]:
     jobs = []
     path = existing_file(config.pairs, "pairs")
-    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = read_text(path).splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"pairs={path} is not text in UTF-8: {error}") from None
+    for row, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -143,6 +147,8 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
         with watch.stage("writing"), complete_folder(output / "calibration") as folder:
             animation.calibration.write(folder)
     write_animation(animation, output, config_dict(job), watch)
+    if animation.calibration is not None:
+        print(f"calibration: {animation.calibration.outcome()}")
     print(f"animation:  {output / 'animation.mp4'}")
     print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
     for note in animation.calibration.notes() if animation.calibration is not None else ():

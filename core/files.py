@@ -123,6 +123,12 @@ def existing_file(path: str | Path, argument: str) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """Text in UTF-8, or in what its byte order mark says, without the mark."""
+    content = path.read_bytes()
+    return content.decode(json.detect_encoding(content))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON; NaN and infinity are refused because they are not JSON."""
     with complete_file(path) as temporary:

@@ -9,7 +9,7 @@ import numpy as np
 from core.errors import UserError
 from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
-from data.video.files import Video, read_video
+from data.video.files import Video, VideoReader, read_video
 from data.video.images import list_images, read_image
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
@@ -87,12 +87,7 @@ def load_driving(
         raise UserError("driving= or driving_poses= is required")
     video = None if path is None else strided_video(path, "driving", max_frames, stride)
     if poses is not None:
-        given = given_poses(poses, video, max_frames, stride)
-        if video is not None and given.frames < len(video.frames):
-            every = f" at stride={stride}" if stride > 1 else ""
-            raise UserError(
-                f"driving_poses={poses} has {given.frames} frames, driving={path} has {len(video.frames)}{every}"
-            )
+        given = given_poses(poses, video, path, max_frames, stride)
         found = PoseEstimate(given, None).require_person("driving_poses")
     else:
         found = estimate_poses(video.frames, video.fps, estimator(), max_persons, smoothing)
@@ -118,12 +113,22 @@ def strided_video(path: str | Path, argument: str, max_frames: int | None, strid
     return video if stride == 1 else Video(video.frames[::stride], video.fps / stride)
 
 
-def given_poses(path: str | Path, video: Video | None, max_frames: int | None, stride: int) -> Poses:
-    """Every stride-th frame of a pose file, in pixels of the `strided_video` and no more than it has."""
+def given_poses(
+    path: str | Path, video: Video | None, video_path: str | Path | None, max_frames: int | None, stride: int
+) -> Poses:
+    """Every stride-th frame of a pose file, in pixels of the `strided_video`, which it must have a pose for."""
     size, fps = (video.size, video.fps * stride) if video else (None, None)
     poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
     used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
-    return used if video is None else fitting_poses(used[: len(video.frames)], video.size, "driving_poses")
+    if video is None:
+        return used
+    with VideoReader(video_path, argument="driving") as reader:
+        if used.frames < len(video.frames) or poses.frames > len(reader):
+            raise UserError(
+                f"driving_poses={path} has {poses.frames} frames, driving={video_path} has {len(reader)}; "
+                "give the poses of this video, one for each of its frames"
+            )
+    return fitting_poses(used, video.size, "driving_poses")
 
 
 def matching_images(poses: Poses, images: Video, path: str | Path) -> Poses:

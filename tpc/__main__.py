@@ -83,10 +83,8 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
         write_results(Path(folder), config, calibration, reference, driving)
         move_into(Path(folder), output)
-    summary = calibration.summary()
-    print(f"{summary['calibrated']} calibrated, {summary['interpolated']} interpolated, ", end="")
-    print(f"{summary['uncalibrated']} uncalibrated; see {output / 'report.png'}")
-    for note in summary["notes"]:
+    print(f"{calibration.outcome()}; see {output / 'report.png'}")
+    for note in calibration.notes():
         print(f"note: {note}")
 
 

@@ -266,6 +266,14 @@ class Calibration:
             "seconds": round(self.seconds, 3),
         }
 
+    def outcome(self) -> str:
+        """How many frames, of several persons each, are calibrated, interpolated and not, and why not, in one line."""
+        records = [record for row in self.records for record in row]
+        counts = [f"{sum(record.status == status for record in records)} {status}" for status in STATUSES]
+        reasons = Counter(r.reason for r in records if r.status != STATUSES[0] and r.reason).most_common()
+        why = "; ".join(f"{reason}: {number}" for reason, number in reasons)
+        return ", ".join(counts) + (f" ({why})" if why else "")
+
     def notes(self) -> list[str]:
         """Sentences to read before the numbers are trusted; often none."""
         notes, groups = [], self.config.groups

@@ -6,22 +6,27 @@
 | .npz with keypoints (frames, persons, k, 2 or 3) | arrays of DWPose / RTMPose: k = 17, 26 or 133 |
 | folder of .json, one a frame | OpenPose `--write_json`: BODY_25 or COCO-18 |
 | .json | one such frame, or a list of frames (also with canvas_width, canvas_height as ControlNet tools write) |
-| .json | DWPose: a frame, or a list, of {"bodies": {"candidate", "subset", "score"}}, coordinates in [0, 1] |
+| .json | DWPose: a frame, or a list, of {"bodies": {"candidate", "subset", "score"}}; a subset may hold the scores |
 | .json | MMPose predictions: a list of frames of {"instances": [{"keypoints", "keypoint_scores"}]} |
 | .json | COCO keypoint results, or COCO annotations with "images" |
+
+Tools write pixels, parts of the picture in [0, 1], or [-1, 1] from edge to edge, and no format says which; it is told
+from all keypoints of a clip. Text may begin with a byte order mark.
 """
 
 from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.errors import UserError
+from core.files import read_text
 from data.poses.person import PersonEstimate, assign_slots, by_prominence
 from data.poses.poses import Poses
 from data.video.images import natural_order
@@ -37,6 +42,9 @@ _COCO_ORDERS = {
     133: list(range(17)),  # COCO-WholeBody
 }
 
+_SMALLEST_PERSON = 6.0  # pixels; nobody draws or calibrates by less
+_WANTED = "coordinates must be pixels of this picture, or parts of it in [0, 1] or [-1, 1]"
+
 
 class _BadFile(Exception):
     """Fault of a file, in words for the one line of the `UserError`."""
@@ -48,7 +56,6 @@ class _Frames:
 
     frames: list[list[np.ndarray]] = field(default_factory=list)
     size: tuple[int, int] | None = None  # of the image, where the file states it
-    relative: bool = False  # x and y are parts of the width and height, not pixels
 
 
 def load_poses(
@@ -84,7 +91,8 @@ def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argum
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)
             if {"keypoints", "scores", "size", "fps"} <= names and archive["keypoints"].shape[2:] == (17, 2):
-                return Poses.load(path, argument)
+                poses = Poses.load(path, argument)
+                return replace(poses, keypoints=_in_pixels(poses.keypoints, poses.scores, poses.size))
             if "keypoints" not in names:
                 raise _BadFile(f"it has no array 'keypoints', only {', '.join(sorted(names)) or 'none'}")
             keypoints = np.asarray(archive["keypoints"], np.float32)
@@ -102,7 +110,7 @@ def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argum
     scores = keypoints[..., 2] if scores is None else np.asarray(scores, np.float32)
     order = _COCO_ORDERS[keypoints.shape[2]]
     scores = np.clip(np.nan_to_num(scores[:, :, order]), 0, 1)
-    points = np.where(scores[..., None] > 0, keypoints[:, :, order, :2], 0)
+    points = np.where(scores[..., None] > 0, _in_pixels(keypoints[:, :, order, :2], scores, size), 0)
     return Poses(points, scores, size, fps or _DEFAULT_FPS)
 
 
@@ -129,7 +137,7 @@ def _read_json(content: Any) -> _Frames:
     if "people" in keys:
         return _openpose(records)
     if "bodies" in keys:
-        return _Frames([_dwpose_persons(record["bodies"]) for record in records], relative=True)
+        return _Frames([_dwpose_persons(record["bodies"]) for record in records])
     if "instances" in keys:
         return _Frames([[_mmpose_person(instance) for instance in record["instances"]] for record in records])
     if {"keypoints", "image_id"} <= keys:
@@ -140,23 +148,26 @@ def _read_json(content: Any) -> _Frames:
 def _openpose(frames: list[dict]) -> _Frames:
     persons = [[_triplets(person["pose_keypoints_2d"]) for person in frame["people"]] for frame in frames]
     first = frames[0]
-    if "canvas_width" not in first:
-        return _Frames(persons)
-    # Tools that state the canvas write parts of it or pixels, depending on their version.
-    largest = max((float(person[:, :2].max()) for frame in persons for person in frame), default=0.0)
-    return _Frames(persons, (int(first["canvas_width"]), int(first["canvas_height"])), relative=0 < largest <= 1.5)
+    canvas = (int(first["canvas_width"]), int(first["canvas_height"])) if "canvas_width" in first else None
+    return _Frames(persons, canvas)
 
 
 def _dwpose_persons(bodies: dict) -> list[np.ndarray]:
-    candidate = np.asarray(bodies["candidate"], np.float64)[:, :2]
+    if not np.size(bodies["subset"]):
+        return []
+    candidate = np.asarray(bodies["candidate"], np.float64)
+    candidate = candidate.reshape(-1, candidate.shape[-1])[:, :2]
     subset = np.atleast_2d(np.asarray(bodies["subset"], np.float64))[:, :18]
-    scores = np.atleast_2d(np.asarray(bodies.get("score", (subset >= 0).astype(float)), np.float64))[:, :18]
-    persons = []
-    for indices, certainty in zip(subset, scores, strict=True):
-        found = indices >= 0
-        points = candidate[np.where(found, indices, 0).astype(int)]
-        persons.append(np.column_stack([points, np.where(found, certainty, 0)])[_COCO_FROM_COCO18])
-    return persons
+    found = subset >= 0
+    # Indices of candidates are whole numbers, each once; else the subset holds scores, and candidates come in order.
+    indices = np.where(found, subset, 0).astype(int)
+    if (subset != np.rint(subset)).any() or np.unique(subset[found]).size < found.sum():
+        indices = np.arange(subset.size).reshape(subset.shape)
+        scores = subset
+    else:
+        scores = np.atleast_2d(np.asarray(bodies.get("score", found.astype(float)), np.float64))[:, :18]
+    persons = np.dstack([candidate[indices], np.where(found, scores, 0)])
+    return list(persons[:, _COCO_FROM_COCO18])
 
 
 def _mmpose_person(instance: dict) -> np.ndarray:
@@ -200,25 +211,53 @@ def _triplets(values: Any) -> np.ndarray:
 
 def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
     slots = max((len(persons) for persons in read.frames), default=0)
+    together = np.reshape([person for persons in read.frames for person in persons], (-1, 17, 3))
+    scores = np.clip(together[..., 2], 0, 1).astype(np.float32)
+    points = np.where(scores[..., None] > 0, _in_pixels(together[..., :2], scores, size), 0).astype(np.float32)
+    estimates = iter(
+        PersonEstimate(*person, None, float(person[1].mean())) for person in zip(points, scores, strict=True)
+    )
     # Formats list persons in no order, so they are followed from frame to frame.
     last_seen: list[PersonEstimate | None] = [None] * slots
     tracks = []
     for persons in read.frames:
-        estimates = by_prominence([_person(person, size, read.relative) for person in persons], size)
-        tracks.append(assign_slots(last_seen, estimates))
+        tracks.append(assign_slots(last_seen, by_prominence(list(islice(estimates, len(persons))), size)))
         last_seen = [now or before for now, before in zip(tracks[-1], last_seen, strict=True)]
     return Poses.of_persons(tracks, size, fps)
 
 
-def _person(person: np.ndarray, size: tuple[int, int], relative: bool) -> PersonEstimate:
-    scores = np.clip(person[:, 2], 0, 1).astype(np.float32)
-    points = person[:, :2] * size if relative else person[:, :2]
-    points = np.where(scores[:, None] > 0, points, 0).astype(np.float32)
-    return PersonEstimate(points, scores, None, float(scores.mean()))
+def _in_pixels(points: np.ndarray, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Points (..., 17, 2) of a clip in pixels, told from those with a score (..., 17); `_BadFile` if it cannot be.
+
+    Half of all numbers below 1.5 are no pixels. In [0, 1] few joints are negative, those outside the picture; in
+    [-1, 1] all above or left of its middle are.
+    """
+    visible = scores > 0
+    seen = points[visible]  # (n, 2)
+    if not len(seen):
+        return points
+    picture = f"the picture of {size[0]}x{size[1]}"
+    if np.median(np.abs(seen)) <= 1.5:
+        negative = (seen < 0).any(axis=-1).mean()
+        if 0.1 < negative < 0.4:
+            raise _BadFile("its coordinates may be in [0, 1] or in [-1, 1] of the picture; write them in pixels")
+        points = np.where(visible[..., None], (points + 1) / 2 * size if negative > 0.25 else points * size, 0)
+    persons = zip(points.reshape(-1, 17, 2), visible.reshape(-1, 17), strict=True)
+    sides = [
+        np.ptp(np.quantile(person[found], (0.1, 0.9), axis=0), axis=0).max()
+        for person, found in persons
+        if found.sum() > 4
+    ]
+    if sides and np.median(sides) < _SMALLEST_PERSON:
+        raise _BadFile(f"its people are {np.median(sides):.1f} pixels large in {picture}; {_WANTED}")
+    inside = ((points >= -0.5) & (points <= np.asarray(size) - 0.5)).all(axis=-1)[visible].mean()
+    if inside < 0.25:
+        raise _BadFile(f"{1 - inside:.0%} of its keypoints lie outside {picture}; {_WANTED}")
+    return points
 
 
 def _parsed(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _BadFile(f"{path.name} is not JSON ({error})") from None

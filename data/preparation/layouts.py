@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import UserError
+from core.files import read_text
 from data.video.images import list_images, natural_order
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -92,7 +93,7 @@ def _moore(source: Path) -> Iterator[SourceClip]:
         raise UserError(f"source={source} holds no list of clips, *_meta.json")
     for file in files:
         try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
+            entries = json.loads(read_text(file))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} is not JSON: {error}") from None
         if not isinstance(entries, list):
@@ -127,7 +128,7 @@ def _stableanimator(source: Path) -> Iterator[SourceClip]:
         listed = source / f"video_{part}_path.txt"
         folders = _numbered_folders(source / part)
         if listed.is_file():
-            lines = listed.read_text(encoding="utf-8").splitlines()
+            lines = read_text(listed).splitlines()
             folders = [_resolve(line.strip(), listed) for line in lines if line.strip()]
         for folder in folders:
             yield SourceClip(f"{part}/{folder.name}", folder / "images", "stableanimator")

@@ -29,7 +29,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def save_poses(path: Path, frames: int, size: tuple[int, int]) -> None:
-    keypoints = np.ones((frames, 1, 17, 2), np.float32) * np.arange(frames, dtype=np.float32)[:, None, None, None]
+    """Joints along a diagonal that starts at the frame's number."""
+    keypoints = np.float32(np.arange(frames)[:, None, None, None] + np.arange(17)[:, None].repeat(2, axis=1))
     Poses(keypoints, np.ones((frames, 1, 17), np.float32), size, 12.0).save(path)
 
 
@@ -89,9 +90,17 @@ def test_errors_name_the_argument(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             load_driving(folder / "clip.mp4", poses, None, no_estimator)
-    save_poses(tmp_path / "few.npz", 3, SIZE)
-    with pytest.raises(UserError, match="driving_poses=.* has 3 frames, driving=.*clip.mp4 has 6"):
-        load_driving(folder / "clip.mp4", tmp_path / "few.npz", None, no_estimator)
+    for count, options in (
+        (3, {}),
+        (7, {}),
+        (12, {}),
+        (12, {"max_frames": 3}),
+        (5, {"stride": 5}),
+        (7, {"stride": 6}),
+    ):
+        save_poses(tmp_path / "other.npz", count, SIZE)
+        with pytest.raises(UserError, match=f"driving_poses=.* has {count} frames, driving=.*clip.mp4 has 6"):
+            load_driving(folder / "clip.mp4", tmp_path / "other.npz", None, no_estimator, **options)
     save_poses(tmp_path / "square.npz", 6, (32, 32))
     with pytest.raises(UserError, match="driving_poses are for 32x32"):
         load_driving(folder / "clip.mp4", tmp_path / "square.npz", None, no_estimator)

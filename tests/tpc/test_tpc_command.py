@@ -95,7 +95,10 @@ def test_two_persons_with_everything_given(files, tmp_path, capsys):
         "calibrated", "calibrated.mp4", "calibration.json", "calibration.npz", "config.yaml", "report.png",
     ]  # fmt: skip
     assert Calibration.load(output).report() == report
-    assert "11 calibrated, 1 interpolated, 0 uncalibrated" in capsys.readouterr().out
+    assert (
+        "11 calibrated, 1 interpolated, 0 uncalibrated (the person is not in the frame: 1); see"
+        in capsys.readouterr().out
+    )
 
 
 def test_poses_alone_are_enough_and_options_are_obeyed(files, tmp_path, capsys):

@@ -163,6 +163,116 @@ def test_own_npz_and_whole_body_npz(tmp_path):
     assert_person(poses, 0, 0, person)
 
 
+UNITS = {
+    "pixels": lambda points: points,
+    "parts": lambda points: points / SIZE,
+    "centred": lambda points: 2 * points / SIZE - 1,
+}
+
+
+def walk(frames: int = 6) -> list[np.ndarray]:
+    """A person who walks, one joint of whom leaves the picture on the left; the right wrist is never seen."""
+    people = [coco_person(220 + 20 * k, 180) for k in range(frames)]
+    for person in people:
+        person[9, 0] = -12
+    return people
+
+
+def openpose_content(points: list[np.ndarray], **canvas) -> list:
+    frames = [openpose_frame([person], COCO18_NAMES, **canvas) for person in points]
+    for frame, person in zip(frames, points, strict=True):
+        frame["people"][0]["pose_keypoints_2d"][3:6] = [*person[0, :2], 1]  # the neck is near the nose, in any unit
+    return frames
+
+
+def dwpose_content(points: list[np.ndarray], scores_in_subset: bool = False, dimensions: int = 2) -> list:
+    content = []
+    for person in points:
+        ordered = np.array([person[COCO_NAMES.index(n)] if n != "Neck" else person[0] for n in COCO18_NAMES])
+        subset = np.where(ordered[:, 2] > 0, np.arange(18), -1)
+        bodies = {"candidate": ordered[None, :, :2] if dimensions == 3 else ordered[:, :2], "subset": [subset]}
+        bodies |= {"subset": ordered[None, :, 2]} if scores_in_subset else {"score": ordered[None, :, 2]}
+        content.append({"bodies": {name: np.asarray(value).tolist() for name, value in bodies.items()}})
+    return content
+
+
+def save_arrays(path, points: list[np.ndarray], **further):
+    stacked = np.stack(points)[:, None]
+    np.savez(path, keypoints=stacked[..., :2], scores=stacked[..., 2], **further)
+
+
+def save_folder(path, content: list, encoding: str = "utf-8"):
+    path.mkdir()
+    for number, frame in enumerate(content):
+        (path / f"clip_{number:012d}_keypoints.json").write_text(json.dumps(frame), encoding=encoding)
+
+
+WRITERS = {
+    "openpose folder": lambda path, points: save_folder(path, openpose_content(points)),
+    "openpose list": lambda path, points: write(path, openpose_content(points, canvas_width=640, canvas_height=480)),
+    "dwpose": lambda path, points: write(path, dwpose_content(points)),
+    "dwpose, scores in subset": lambda path, points: write(path, dwpose_content(points, scores_in_subset=True)),
+    "dwpose, person by person": lambda path, points: write(path, dwpose_content(points, True, dimensions=3)),
+    "arrays": save_arrays,
+    "arrays of our own": lambda path, points: save_arrays(path, points, size=SIZE, fps=25.0),
+    "mmpose": lambda path, points: write(
+        path,
+        [{"instances": [{"keypoints": p[:, :2].tolist(), "keypoint_scores": p[:, 2].tolist()}]} for p in points],
+    ),
+    "coco": lambda path, points: write(
+        path, [{"image_id": k, "keypoints": p.reshape(-1).tolist()} for k, p in enumerate(points)]
+    ),
+}
+
+
+def save_walk(tmp_path, writer: str, change):
+    path = tmp_path / ("walk.npz" if "arrays" in writer else "folder" if "folder" in writer else "walk.json")
+    WRITERS[writer](path, [np.column_stack([change(person[:, :2]), person[:, 2]]) for person in walk()])
+    return path
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_units_are_told_from_the_whole_clip(tmp_path, writer, unit):
+    poses = load_poses(save_walk(tmp_path, writer, UNITS[unit]), size=SIZE)
+    assert (poses.frames, poses.persons, poses.size) == (6, 1, SIZE)
+    for frame, person in enumerate(walk()):
+        seen = person[:, 2] > 0
+        np.testing.assert_allclose(poses.keypoints[frame, 0, seen], person[seen, :2], atol=0.01)
+        np.testing.assert_allclose(poses.scores[frame, 0], person[:, 2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda points: points / 30, "people are 2.* pixels large in the picture of 640x480"),
+        (lambda points: points / SIZE * 10, "pixels large in the picture"),
+        (lambda points: points * 8, "% of its keypoints lie outside the picture of 640x480"),
+        (lambda points: (points - (240, 140)) / SIZE, r"may be in \[0, 1\] or in \[-1, 1\]"),
+    ],
+)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_coordinates_that_make_no_sense_are_refused(tmp_path, writer, change, named):
+    with pytest.raises(UserError, match=f"poses=.* cannot be read as poses: .*{named}"):
+        load_poses(save_walk(tmp_path, writer, change), size=SIZE)
+
+
+def test_dwpose_frames_without_anybody(tmp_path):
+    content = dwpose_content(walk(2))
+    content.insert(1, {"bodies": {"candidate": [], "subset": []}})
+    poses = load_poses(write(tmp_path / "walk.json", content), size=SIZE)
+    assert poses.frames == 3 and poses.present()[:, 0].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_byte_order_marks_are_read(tmp_path, encoding):
+    content = openpose_content(walk())
+    save_folder(tmp_path / "folder", content, encoding)
+    (tmp_path / "list.json").write_text(json.dumps(content), encoding=encoding)
+    for path in (tmp_path / "folder", tmp_path / "list.json"):
+        assert_person(load_poses(path, size=SIZE), 5, 0, walk()[5])
+
+
 def test_every_bad_file_is_one_clear_line(tmp_path):
     def message(path, **options):
         with pytest.raises(UserError) as error:
