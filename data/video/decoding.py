@@ -1,219 +1,266 @@
-"""Stored frames of one video file with their true times; `VideoReader` is for everyday use."""
+"""Stored frames of one video file with their true times; `VideoReader` is for everyday use.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Frame i is the i-th image that the decoder hands out, which is the order of display whatever a file's time stamps say.
+The stamps give times; where they agree with what is decoded, they also serve to seek.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 
 from core.errors import UserError
 
 # FFmpeg's own decoders of these codecs drop the alpha plane; libvpx's keep it.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# File formats with an index of key frames; in others a seek may land anywhere, so they are decoded from the start.
-_INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-# Where decord 0.6 gives the same pixels as PyAV does, in an indexed format: it has no AV1, ignores pixel aspect ratios
-# and, of AVI files with B-frames, returns other frames than were asked for.
-_DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")
+# Codecs whose packets hold one image each; a packet of others may hold none, such as VP8's hidden references.
+_ONE_IMAGE_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg", "prores")
+_BESIDE_THE_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+
+
+class _Packet(NamedTuple):
+    pts: int | None
+    duration: int  # 0: unknown
+    is_key: bool
+    is_hidden: bool  # by an edit list
+    is_corrupt: bool
+    unclaimed: int  # bytes of the file before it that belong to no packet
 
 
 class VideoFile:
     """Stored frames of a video file as RGB images, in one form with `FolderOfFrames`.
 
-    The file's rotation and pixel aspect ratio are applied; an alpha plane is laid over white. `times` counts frames
-    that a truncated file announces but lacks; reading them is the error.
+    The display matrix and the pixel aspect ratio are applied; an alpha plane is laid over white. `times` counts
+    frames that a damaged file announces but lacks; reading them is the error.
     """
 
     def __init__(self, path: str | Path, argument: str):
-        self._path, self._name = Path(path), f"{argument}={path}"
-        with self._opened() as (container, stream):
-            self._read_first_frame(container, stream)
-        with self._opened() as (container, stream):
-            self._read_times(container, stream)
-        self._decord = None
-
-    def _read_first_frame(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        codec = stream.codec_context.name
-        # To use in place of FFmpeg's own.
-        self._decoder = _ALPHA_DECODERS.get(codec) if stream.metadata.get("alpha_mode") == "1" else None
-        try:
-            frame = next(self._decoded(container, stream), None)
-        except FFmpegError as error:
-            raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
-        if frame is None:
-            raise UserError(f"{self._name} is a video without frames")
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        self._unturned_size = (max(1, round(frame.width * aspect)), frame.height)
-        self._quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, from the decoded image
-        self.size = self._unturned_size[::-1] if self._quarter_turns % 2 else self._unturned_size  # (width, height)
-        self._indexed_format = container.format.name in _INDEXED_FORMATS
-        self._decord_may_read = (
-            self._indexed_format
-            and codec in _DECORD_CODECS
-            and frame.format.name == "yuv420p"
-            and self._decoder is None
-            and self.size == (frame.width, frame.height)
-            and self._quarter_turns == 0
-        )
-
-    def _read_times(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        """Read the times of the frames from the packets alone, without decoding."""
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        tick = float(stream.time_base)
-        nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-        stamps = [packet.pts for packet in packets]
-        if None in stamps or len(set(stamps)) < len(stamps):
-            ticks, missing = None, 0  # the file gives no presentation time stamps
-            duration, times = len(packets) * nominal, np.arange(len(packets)) * nominal
-        else:
-            last = max(packets, key=lambda packet: packet.pts)
-            ticks = np.sort(np.array(stamps, dtype=np.int64))
-            times = (ticks - ticks[0]) * tick
-            last_duration = last.duration * tick if last.duration else nominal
-            duration = float(times[-1]) + last_duration
-            missing = _missing_frames(container, stream, len(packets), duration, nominal)
-            times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])
-        self._ticks = ticks  # (count,) presentation time stamps in order, or None
-        self._count = len(packets)  # frames in the file; fewer than `times` when it is cut short
-        self.times = times  # (frames,) seconds at which each frame begins, the first at 0
+        # Absolute: of "take:2.mp4", FFmpeg takes "take" for a protocol.
+        self._path, self._name = Path(path).absolute(), f"{argument}={path}"
+        with self._open() as container:
+            stream, packets = self._choose_stream(container)
+            self._index, tick = stream.index, float(stream.time_base)
+            nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+            until = _last_before_a_hole(packets, nominal / tick)
+            stated, announced = _stated_end(container, stream), stream.frames
+        shown = [packet for packet in packets if not packet.is_hidden and (packet.pts or 0) <= until]
+        stamps, complete = [packet.pts for packet in shown], until == np.inf
+        self._keys = self._read_first_frame(shown)  # (keys,) indices of frames that decoding may begin at
+        if not len(self._keys):
+            stamps, decoded = self._decoded_stamps()
+            stamps, complete = [stamp for stamp in stamps if (stamp or 0) <= until], complete and decoded
+        told, grid = None not in stamps and len(set(stamps)) == len(stamps), np.arange(len(stamps)) * nominal / tick
+        ticks = np.sort(np.array(stamps if told else grid.round(), dtype=np.int64))
+        # Players and demuxers make up time stamps where a file has none, some of them a frame or two late.
+        if not len(self._keys) and np.abs(ticks - ticks[0] - grid).max() < 2 * nominal / tick:
+            ticks = ticks[0] + grid.round().astype(np.int64)
+        self._ticks = ticks  # (frames,) of those that can be read
+        self.start = max(0.0, float(self._ticks[0] * tick))  # seconds in the file at which the first frame begins
+        times = (self._ticks - self._ticks[0]) * tick
+        last = max(shown, key=lambda packet: packet.pts or 0).duration if told else 0
+        duration = float(times[-1]) + (last * tick or nominal)
+        interval, end = max(nominal, duration / len(times)), stated or 0.0
+        if not complete:
+            end = max(end, max(packet.pts or 0 for packet in packets) * tick + nominal)
+        missing = round((end - self.start - duration) / interval)
+        if not complete:
+            missing = max(1, missing)
+        elif missing < 2:
+            missing = 0
+        elif announced:  # of which an edit list may hide some
+            missing = max(0, announced - len(packets))
+        self.times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])  # seconds, the first 0
         self.duration = duration + missing * nominal  # seconds
         self.nominal_fps = 1 / nominal  # by the header
-        self._decord_may_read = self._decord_may_read and ticks is not None
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_decord": None}  # an open decoder cannot travel to another process
+    def _choose_stream(self, container: InputContainer) -> tuple[av.VideoStream, list[_Packet]]:
+        """The stream that players show and its packets in the order of decoding; nothing is decoded."""
+        packets: dict[int, list[_Packet]] = {stream.index: [] for stream in container.streams.video}
+        unclaimed, end, stored_in_order = 0, 0, container.format.name in ("matroska,webm", "flv")
+        with suppress(FFmpegError):  # what cannot be reached is missing
+            for packet in container.demux():
+                if not packet.size:
+                    continue
+                if stored_in_order:
+                    unclaimed += max(0, (packet.pos or 0) - end)
+                    end = (packet.pos or 0) + packet.size
+                if packet.stream_index in packets:
+                    flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
+                    packets[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, *flags, unclaimed))
 
-    def close(self) -> None:
-        self._decord = None
+        def merits(stream: av.VideoStream) -> tuple[bool, bool, bool, int]:
+            moves, beside = len(packets[stream.index]) > 1, bool(stream.disposition & _BESIDE_THE_VIDEO)
+            return not beside, moves, bool(stream.disposition & Disposition.default), stream.width * stream.height
+
+        known = [stream for stream in container.streams.video if stream.codec_context is not None]
+        if not known:
+            raise UserError(f"{self._name} has no video stream that can be decoded")
+        chosen = max(known, key=merits)
+        return chosen, packets[chosen.index]
+
+    def _read_first_frame(self, packets: list[_Packet]) -> np.ndarray:
+        """Read size and orientation; return the indices of frames that decoding may begin at.
+
+        They are none where packets do not tell which images will come. Time stamps are believed when they are ordered
+        as the decoder orders images, with B-frames or without.
+        """
+        try:
+            with self._open() as container:
+                stream, frame = container.streams[self._index], next(self._decoded(container), None)
+                codec, most_delay = stream.codec_context.name, stream.codec_context.reorder_depth
+                aspect = Fraction(stream.sample_aspect_ratio or 1)
+        except FFmpegError as error:
+            raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
+        if frame is None or not packets:
+            raise UserError(f"{self._name} is a video without frames")
+        self._stored_size = (max(1, round(frame.width * aspect)), frame.height)
+        matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+        self._transposed = abs(b) + abs(c) > abs(a) + abs(d)
+        x, y = (c, b) if self._transposed else (a, d)
+        self._flips = (slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1))  # rows, columns
+        self.size = self._stored_size[::-1] if self._transposed else self._stored_size  # (width, height)
+
+        stamps = [packet.pts for packet in packets]
+        if codec not in _ONE_IMAGE_A_PACKET or None in stamps or len(set(stamps)) < len(stamps):
+            return np.zeros(0, np.int64)
+        order = np.argsort(np.argsort(stamps))  # index of the frame of each packet, in the order of decoding
+        delay = int((np.arange(len(order)) - order).max())
+        if (delay > 0) != (most_delay > 0) or delay > most_delay or frame.pts != min(stamps):
+            return np.zeros(0, np.int64)
+        after_all_before = order == np.maximum.accumulate(order)
+        return np.union1d([0], order[after_all_before & [packet.is_key for packet in packets]])
+
+    def _decoded_stamps(self) -> tuple[list[int | None], bool]:
+        """Time stamps of all frames, or of those before the first damage, and whether these are all."""
+        stamps = []
+        with suppress(FFmpegError), self._open() as container:
+            for frame in self._decoded(container):
+                if frame.is_corrupt:
+                    return stamps, False
+                stamps.append(frame.pts)
+            return stamps, True
+        return stamps, False
 
     def frames(self) -> Iterator[np.ndarray]:
-        expected, image = 0, None
-        for index, frame in self._decode_from(0):
-            previous, image = image, self._image(frame)
-            for _ in range(expected, index):  # a packet without an image leaves the one before it on display
-                yield image if previous is None else previous
-            yield image
-            expected = index + 1
-        if expected < len(self.times):
-            raise self._stopped(expected)
+        return (self._image(frame) for _, frame in self._from(0))
 
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
-        if (indices >= self._count).any():
-            raise self._stopped(self._count)
-        frames = self._pick_with_decord(indices) if self._decord_may_read else None
-        return self._pick_by_seeking(indices) if frames is None else frames
-
-    def _pick_with_decord(self, indices: np.ndarray) -> list[np.ndarray] | None:
-        """Frames decoded by decord, which is faster at random access than seeking; None when it cannot."""
-        try:
-            import decord
-
-            decord.logging.set_level(decord.logging.QUIET)
-        except ImportError:
-            self._decord_may_read = False
-            return None
-        try:
-            if self._decord is None:
-                self._decord = decord.VideoReader(str(self._path), num_threads=1)
-            if len(self._decord) == self._count:
-                return list(self._decord.get_batch(indices.tolist()).asnumpy())
-        except (RuntimeError, decord.DECORDError):
-            pass  # damaged: seeking finds out where
-        self._decord_may_read = False
-        return None
-
-    def _pick_by_seeking(self, indices: np.ndarray) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
         waiting = sorted(set(indices.tolist()))
         while waiting:
-            for index, frame in self._decode_from(waiting[0]):
-                while waiting and waiting[0] <= index:
+            for index, frame in self._from(waiting[0]):
+                if index == waiting[0]:
                     found[waiting.pop(0)] = self._image(frame)
-                # Seeking costs about as much as decoding 12 frames, so nearer frames are reached by decoding on.
-                if not waiting or waiting[0] > index + 12:
-                    break
-            else:
-                if waiting:
-                    raise self._stopped(waiting[0])
+                    # Seeking costs about as much as decoding 12 frames, so nearer frames are reached by decoding on.
+                    if not waiting or self._key_before(waiting[0]) > index + 12:
+                        break
         return [found[index] for index in indices.tolist()]
 
-    def _decode_from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Pairs of index and decoded frame, from `first` on."""
-        seeking = first > 0 and self._ticks is not None and self._indexed_format
+    def _from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Pairs of index and decoded frame from `first` on; `UserError` where damage begins."""
+        key, index = self._key_before(first), -1
+        for index, frame in self._after_seeking(key) if key else ():
+            if index >= first:
+                first = index + 1
+                yield index, frame
+        if first == len(self.times):
+            return
         index = -1
-        try:
-            for index, frame in self._indexed(seek_to=first if seeking else None):
-                if frame.is_corrupt:
-                    raise self._stopped(index)
-                if index >= first:
-                    yield index, frame
+        try:  # only decoding from the start tells damage from a seek that led astray
+            with self._open() as container:
+                for index, frame in enumerate(islice(self._decoded(container), len(self._ticks))):
+                    if frame.is_corrupt:
+                        raise self._stopped(index)
+                    if index >= first:
+                        yield index, frame
         except FFmpegError as error:
-            raise self._stopped(max(index + 1, first), error.strerror) from None
+            raise self._stopped(index + 1, error.strerror) from None
+        if index + 1 < len(self.times):
+            raise self._stopped(index + 1)
 
-    def _indexed(self, seek_to: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-        ticks = self._ticks
-        with self._opened() as (container, stream):
-            if seek_to is not None:
-                container.seek(int(ticks[seek_to]), stream=stream, backward=True)
-            for position, frame in enumerate(self._decoded(container, stream)):
-                index = position if ticks is None else int(np.searchsorted(ticks, frame.pts, side="right")) - 1
-                if index >= 0:  # frames that an edit list hides come before the first
-                    yield index, frame
+    def _after_seeking(self, key: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Pairs of index and frame from a key frame on, as long as the time stamps are those that must come."""
+        with suppress(FFmpegError), self._open() as container:
+            container.seek(int(self._ticks[key]), stream=container.streams[self._index])
+            packets = container.demux(container.streams[self._index])
+            landed = next(packets)
+            index = key + 1 if landed.pts is None else int(np.searchsorted(self._ticks, landed.pts))
+            if index > key or index not in self._keys or self._ticks[index] != landed.pts:
+                return
+            for frame in self._decoded(container, chain([landed], packets)):
+                if frame.pts is not None and frame.pts < landed.pts:
+                    continue  # shown before the key frame, and in need of what comes before
+                if frame.is_corrupt or index == len(self._ticks) or frame.pts != self._ticks[index]:
+                    return
+                yield index, frame
+                index += 1
+
+    def _key_before(self, index: int) -> int:
+        return int(self._keys[np.searchsorted(self._keys, index, side="right") - 1]) if len(self._keys) else 0
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
-        width, height = self._unturned_size  # FFmpeg scales, numpy turns
+        width, height = self._stored_size  # FFmpeg scales, numpy turns
         if any(component.is_alpha for component in frame.format.components):
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
             image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         else:
             image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(image, self._quarter_turns))
+        return np.ascontiguousarray((image.transpose(1, 0, 2) if self._transposed else image)[self._flips])
 
     def _stopped(self, index: int, reason: str = "the file is damaged or cut short") -> UserError:
         return UserError(f"{self._name}: decoding stopped at frame {index} of {len(self.times)} ({reason})")
 
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    def _open(self) -> InputContainer:
         try:
-            container = av.open(str(self._path))
+            return av.open(str(self._path))
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"{self._name} is not a video that can be read: {error.strerror}") from None
-        with container:
-            if not container.streams.video:
-                raise UserError(f"{self._name} has no video stream")
-            yield container, container.streams.video[0]
 
-    def _decoded(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-        if self._decoder is None:
-            stream.codec_context.thread_count = 1  # starting more costs more than they gain in clips of a few seconds
-            yield from container.decode(stream)
-            return
-        context = av.CodecContext.create(self._decoder, "r")
-        for packet in container.demux(stream):
-            yield from context.decode(packet if packet.size else None)
+    def _decoded(
+        self, container: InputContainer, packets: Iterable[av.Packet] | None = None
+    ) -> Iterator[av.VideoFrame]:
+        stream = container.streams[self._index]
+        alpha = _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+        context = av.CodecContext.create(alpha, "r") if alpha else stream.codec_context
+        context.thread_count = 1  # starting more costs more than they gain in clips of a few seconds
+        for packet in packets or container.demux(stream):
+            if packet.size:
+                yield from context.decode(packet)
+        yield from context.decode(None)
 
 
-def _missing_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, count: int, duration: float, nominal: float
-) -> int:
-    """Frames that a file that is cut short lacks, by the duration that its header states.
+def _last_before_a_hole(packets: list[_Packet], interval: float) -> float:
+    """Time stamp of the last frame before a gap where the file also has bytes of no packet; infinite without any."""
+    stamps, unclaimed = np.array([(packet.pts or 0, packet.unclaimed) for packet in packets]).reshape(-1, 2).T
+    corrupt, unclaimed, order = (
+        np.array([packet.is_corrupt for packet in packets]),
+        np.diff(unclaimed),
+        np.sort(stamps),
+    )
+    lost = np.flatnonzero((unclaimed > 8 * np.median([25, *unclaimed])) | corrupt[:-1] | corrupt[1:])
+    gaps = [pair for pair in zip(order[:-1], order[1:], strict=True) if pair[1] - pair[0] > 1.5 * interval]
+    around = [(min(stamps[at : at + 2]) - 9 * interval, max(stamps[at : at + 2]) + 9 * interval) for at in lost]
+    return min((last for last, then in gaps if any(a <= last and then <= b for a, b in around)), default=np.inf)
 
-    An edit list may hide stored frames, so a smaller count of frames alone does not mean that any is missing.
-    """
+
+def _stated_end(container: InputContainer, stream: av.VideoStream) -> float | None:
+    """Seconds in the file at which the video ends by its header, or by tags that hold that or, less, the length."""
     if stream.duration:
-        stated = float(stream.duration * stream.time_base)
-    elif "DURATION" in stream.metadata:
+        # Of MP4 files it is the length, of ASF and others the end.
+        begins = (stream.start_time or 0) if "mp4" in container.format.name else 0
+        return float((begins + stream.duration) * stream.time_base)
+    ends = [container.duration / 1e6] if container.duration and len(container.streams) == 1 else []
+    if "matroska" in container.format.name and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    elif container.duration and len(container.streams) == 1:
-        stated = container.duration / 1e6
-    else:
-        return 0
-    lacking = round((stated - duration) / nominal)
-    if lacking < 2:
-        return 0
-    return max(0, stream.frames - count) if stream.frames else lacking
+        ends.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
+    return min(ends, default=None)

@@ -22,7 +22,7 @@ from av.error import FFmpegError
 from core.errors import UserError
 from core.files import complete_file
 from data.video.decoding import VideoFile
-from data.video.images import AnimatedImage, FolderOfFrames, is_animated_image
+from data.video.images import AnimatedImage, FolderOfFrames, is_animated_image, refuse_heic
 
 _STILL_FPS = 25.0  # of folders and still images, which have no times of their own
 
@@ -43,9 +43,10 @@ class VideoReader:
     """Frames of a video at a constant rate, decoded when they are asked for.
 
     Frame k is the image on display at time k / fps, so a video of variable rate keeps its duration: frames are
-    repeated or left out. The file's rotation and pixel aspect ratio are applied, transparency is laid over white. An
-    `fps` of None takes the average rate of the video (25 for folders and stills). `UserError`, also while reading, for
-    files that are missing, damaged or cut short, with the index of the frame.
+    repeated or left out. The first frame begins at `start` seconds in the file. Rotation, mirroring and pixel aspect
+    ratio of the file are applied, transparency is laid over white. An `fps` of None takes the average rate of the
+    video (25 for folders and stills). `UserError`, also while reading, for files that are missing, damaged or cut
+    short, with the index of the frame.
     """
 
     def __init__(self, path: str | Path, fps: float | None = None, argument: str = "video"):
@@ -53,7 +54,7 @@ class VideoReader:
             raise UserError(f"fps={fps} must be a positive number")
         self.path = Path(path)
         self._source = _open_source(self.path, fps, argument)
-        self.size = self._source.size  # (width, height)
+        self.size, self.start = self._source.size, self._source.start  # (width, height); seconds
         times = self._source.times
         interval = self._source.duration / len(times)
         grid = np.arange(len(times)) * interval
@@ -78,7 +79,7 @@ class VideoReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._source.close()  # reading again opens the file anew
+        """Nothing is kept open: every reading opens the file anew."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         wanted = 0
@@ -118,6 +119,7 @@ def _open_source(path: Path, fps: float | None, argument: str) -> VideoFile | An
         raise UserError(f"{argument}={path} is an empty file")
     if is_animated_image(path):
         return AnimatedImage(path, fps or _STILL_FPS, argument)
+    refuse_heic(path, argument)  # FFmpeg would show one tile of it
     return VideoFile(path, argument)
 
 
@@ -140,7 +142,8 @@ def write_video(
     first = next(frames, None)
     if first is None:
         raise ValueError("frames must hold at least one frame, got none")
-    with complete_file(path) as temporary, av.open(str(temporary), "w") as container:
+    # Absolute: of "take:2.mp4", FFmpeg takes "take" for a protocol.
+    with complete_file(path.absolute()) as temporary, av.open(str(temporary), "w") as container:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, allow_nan=False)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -159,7 +162,7 @@ def write_video(
 def video_metadata(path: str | Path) -> dict[str, Any]:
     """Metadata that `write_video` put into a file; of other videos, the container's own tags."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(Path(path).absolute())) as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
     except (FFmpegError, OSError, ValueError) as error:
         raise UserError(f"video={path} is not a video that can be read: {error}") from None

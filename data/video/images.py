@@ -80,6 +80,8 @@ def natural_order(file: Path) -> list[int | str]:
 class FolderOfFrames:
     """Images of a folder, all of one size, as the frames of a clip in natural order."""
 
+    start = 0.0
+
     def __init__(self, folder: str | Path, fps: float, argument: str):
         self._argument = argument
         self._files = list_images(folder)
@@ -97,9 +99,6 @@ class FolderOfFrames:
     def pick(self, indices: np.ndarray) -> list[np.ndarray]:
         return [self._read(self._files[index]) for index in indices]
 
-    def close(self) -> None:
-        """Nothing is kept open."""
-
     def _read(self, file: Path) -> np.ndarray:
         frame = read_image(file, self._argument)
         if frame.shape[1::-1] != self.size:
@@ -112,6 +111,8 @@ class FolderOfFrames:
 
 class AnimatedImage:
     """Frames of an animated GIF, WebP or PNG at their own times; a still image has one. As `FolderOfFrames`."""
+
+    start = 0.0
 
     def __init__(self, path: str | Path, fps: float, argument: str):
         self._path, self._argument = Path(path), argument
@@ -149,9 +150,6 @@ class AnimatedImage:
         found = {index: frame for index, frame in enumerate(self.frames()) if index in wanted}
         return [found[index] for index in indices.tolist()]
 
-    def close(self) -> None:
-        """Nothing is kept open."""
-
 
 def _animation(image: Image.Image) -> Iterator[Image.Image]:
     """Frames in order; a PNG may store a picture before them for programs that show stills alone."""
@@ -164,10 +162,20 @@ def _animation(image: Image.Image) -> Iterator[Image.Image]:
 def is_animated_image(path: str | Path) -> bool:
     """True for an image file that `AnimatedImage` reads."""
     try:
-        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")):
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")):
             return True
     except (UnidentifiedImageError, *_READ_ERRORS):
         return False
+
+
+def refuse_heic(path: str | Path, argument: str) -> None:
+    """`UserError` for a HEIC photograph, which Pillow does not read, with the command that converts it."""
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        command = f"heif-convert {path.name} {path.stem}.png"
+        raise UserError(f"{argument}={path} is a HEIC image, which cannot be read; convert it, as with `{command}`")
 
 
 @contextmanager
@@ -177,6 +185,7 @@ def _open_image(path: str | Path, argument: str) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError:
+        refuse_heic(path, argument)
         raise UserError(f"{argument}={path} is not an image") from None
     except _READ_ERRORS as error:
         raise UserError(f"{argument}={path} cannot be read as an image: {error}") from None
