@@ -10,16 +10,18 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.errors import UserError
 from models.animators.base import Animator
+from models.checkpoints.loading import check_finite, first_few
 
 FOLDER = "lora"  # of adapters inside a pipeline folder
 FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # PEFT's name of a network's only adapter
+FACTORS = (".lora_A.weight", ".lora_B.weight")  # of a layer's change, B A
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -85,23 +87,33 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.
         if (folder / name / FILE).is_file():
             network = getattr(pipeline, name)
             check_fit(network, folder / name / FILE)
-            network.load_lora_adapter(folder / name, prefix=None, weight_name=FILE, local_files_only=True)
+            try:
+                network.load_lora_adapter(folder / name, prefix=None, weight_name=FILE, local_files_only=True)
+            except (ValueError, RuntimeError, KeyError, TypeError) as error:  # PEFT's, of the settings in the file
+                raise UserError(f"{folder / name / FILE} has settings that do not fit it: {error}") from None
             merge(network, scale)
 
 
 def check_fit(network: ModelMixin, file: Path) -> None:
-    """UserError for adapters of layers that the network does not have, or has in another size."""
+    """UserError for what are no pairs of finite factors, one for each adapted layer of the network and of its size."""
     try:
-        with safe_open(file, "pt") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+        tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
+    foreign = [key for key in tensors if not key.endswith(FACTORS)]
+    if foreign or not tensors:
+        raise UserError(
+            f"{file} holds {first_few(foreign) if foreign else 'nothing'}; adapters here are pairs of "
+            f"LAYER{FACTORS[0]} and LAYER{FACTORS[1]}, as train.py lora.export=separate writes them, and no others"
+        )
     layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    for key, shape in shapes.items():
-        layer, _, factor = key.removesuffix(".weight").rpartition(".")
+    for layer in dict.fromkeys(key.removesuffix(FACTORS[0]).removesuffix(FACTORS[1]) for key in tensors):
         known = layers.get(layer)
-        if known is None or factor not in ("lora_A", "lora_B"):
-            raise UserError(f"{file} adapts {layer or key}, which the model's {type(network).__name__} does not have")
-        expected = known.in_features if factor == "lora_A" else known.out_features
-        if shape[1 if factor == "lora_A" else 0] != expected:
-            raise UserError(f"{file} adapts {layer} in another size, {shape}; it belongs to another model")
+        if known is None:
+            raise UserError(f"{file} adapts {layer}, which the model's {type(network).__name__} does not have")
+        a, b = (tuple(tensors[layer + factor].shape) if layer + factor in tensors else None for factor in FACTORS)
+        if a is None or b is None:
+            raise UserError(f"{file} holds half a pair: {layer} has no {FACTORS[a is not None][1:]}; it is incomplete")
+        if (a, b) != ((a[0] if a else 0, known.in_features), (known.out_features, a[0] if a else 0)):
+            raise UserError(f"{file} adapts {layer} in another size, {a} and {b}; it belongs to another model")
+    check_finite(tensors, str(file))

@@ -4,7 +4,7 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from models.sampling import (
     window_weights,
     with_solver,
 )
-from models.vae import VAE, decoded_chunks, vae_decode, vae_scale_factor
+from models.vae import VAE, decoded_chunks, vae_scale_factor
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not attend to each other are denoised this many at a time.
@@ -193,7 +193,8 @@ class AnimationPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: inputs that disagree in size or count.
-            UserError: a mask that the model needs is missing; a solver or interval that does not fit.
+            UserError: a mask that the model needs is missing; a solver or interval that does not fit; a result that
+                is not finite.
         """
         animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
         poses = image_tensor(poses, "poses")
@@ -219,6 +220,7 @@ class AnimationPipeline(DiffusionPipeline):
         latents = animator.initial_latents(
             noise, scheduler, lambda: references.start_latents().to(noise).expand_as(noise)
         )
+        broken = torch.full((), -1, device=device)  # the first step whose result is not finite; read at the end
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
                 sample = scheduler.scale_model_input(latents, timestep).to(dtype)  # (1, c, f, h, w)
@@ -240,8 +242,12 @@ class AnimationPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, int(timestep), tensors).pop("latents", latents)
+                broken = torch.where((broken < 0) & ~latents.isfinite().all(), step, broken)
                 progress.update()
 
+        if (step := int(broken)) >= 0:
+            steps = f"step {step + 1} of {num_inference_steps}"
+            raise UserError(f"the latents are not finite from {steps} on; {self.finite_advice(dtype)}")
         result = self.decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(result) if return_dict else (result,)
@@ -326,12 +332,29 @@ class AnimationPipeline(DiffusionPipeline):
         if output_type == "latent":
             return latents
         images = latents[0].transpose(0, 1).to(self.vae.dtype)  # (f, c, h, w)
+        chunks = self.finite_chunks(images, chunk_size)
         if output_type != "uint8":
-            return self.video_processor.postprocess(vae_decode(self.vae, images, chunk_size), output_type)
+            return self.video_processor.postprocess(torch.cat(list(chunks)), output_type)
         factor = self.vae_scale_factor
         frames = np.empty((len(images), images.shape[2] * factor, images.shape[3] * factor, 3), np.uint8)
         done = 0
-        for chunk in decoded_chunks(self.vae, images, chunk_size):
+        for chunk in chunks:
             frames[done : done + len(chunk)] = (self.video_processor.postprocess(chunk, "np") * 255).round()
             done += len(chunk)
         return frames
+
+    def finite_chunks(self, latents: Tensor, chunk_size: int) -> Iterator[Tensor]:
+        """The VAE's images of latents (n, c, h, w); UserError where they are not finite."""
+        for chunk in decoded_chunks(self.vae, latents, chunk_size):
+            if not chunk.isfinite().all():
+                raise UserError(f"the VAE's images are not finite; {self.finite_advice(self.vae.dtype)}")
+            yield chunk
+
+    @staticmethod
+    def finite_advice(dtype: torch.dtype) -> str:
+        """What to do about numbers that are not finite in a dtype."""
+        if dtype == torch.float16:
+            return "float16 ends at 65504, try dtype=bfloat16 or dtype=float32"
+        if dtype == torch.bfloat16:
+            return "try dtype=float32"
+        return f"they are computed in {dtype}, so weights or settings of guidance are at fault, and no dtype helps"

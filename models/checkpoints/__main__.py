@@ -14,8 +14,9 @@ from omegaconf import MISSING
 from core.config import load_config
 from core.errors import UserError, run_command
 from models.checkpoints.convert import ConvertConfig, convert, families, published_family
-from models.checkpoints.files import read_tensors
+from models.checkpoints.files import other_kind, read_tensors
 from models.checkpoints.inspect import inspect, inspect_folder
+from models.checkpoints.loading import first_few
 from models.checkpoints.verify import read_fixture, verify
 
 USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"
@@ -27,7 +28,7 @@ class VerifyConfig:
 
 
 def inspect_command(arguments: list[str]) -> None:
-    """Print what each file is; end with code 1 when something is missing, unexpected or unknown."""
+    """Print what each file is; end with code 1 for what is incomplete, not finite, unknown or no network's weights."""
     if not arguments:
         raise UserError(f"inspect needs files: {USAGE}")
     complete = True
@@ -35,12 +36,19 @@ def inspect_command(arguments: list[str]) -> None:
         if (cls := inspect_folder(Path(path))) is not None:
             print(f"{path}: {cls}\n  complete")
             continue
-        found = inspect(read_tensors(path, "file"), path)
+        tensors = read_tensors(path, "file")
+        if kind := other_kind(tensors):
+            print(f"{path}: {kind}")
+            complete = False
+            continue
+        found = inspect(tensors, path)
         counts = f"{found.tensors} tensors, {found.elements:,} elements, {' '.join(found.dtypes)}"
         print(f"{path}: {found.kind}; {counts}" + (f"; {found.detail}" if found.detail else ""))
         lines = found.mismatch.lines() if found.mismatch else ["complete" if found.known else "not compared"]
+        if found.not_finite:
+            lines.append(f"NaN or infinity in {len(found.not_finite)}: {first_few(found.not_finite)}")
         print("\n".join(f"  {line}" for line in lines))
-        complete = complete and not found.mismatch and found.kind != "unknown"
+        complete = complete and not found.mismatch and not found.not_finite and found.kind != "unknown"
     if not complete:
         sys.exit(1)
 

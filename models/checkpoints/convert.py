@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.files import complete_folder
 from models.animators.registry import ANIMATORS, animator_class, read_index, saved_class
-from models.checkpoints.files import read_tensors
+from models.checkpoints.files import other_kind, read_tensors
 from models.checkpoints.loading import Mismatch, Shapes, load_folder
 from models.pipeline import AnimationPipeline
 
@@ -145,10 +145,16 @@ class Sources:
         tensors = read_tensors(path, name)
         if any(key.startswith(SINGLE_FILE) for key in tensors):
             raise UserError(f"{name}={path} is single-file Stable Diffusion; convert it to a diffusers folder first")
+        if kind := other_kind(tensors):
+            raise UserError(f"{name}={path} is {kind}")
         return tensors, f"{name}={path}"
 
     def load(self, name: str, load: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
-        return load(*self.tensors(name), dtype=self.dtype, **arguments)
+        tensors, what = self.tensors(name)
+        try:
+            return load(tensors, what, dtype=self.dtype, **arguments)
+        except ValueError as error:
+            raise UserError(f"{what} is of no network: {error}") from None
 
     def load_folder(
         self, name: str, cls: type[nn.Module], dtype: torch.dtype | None = None, others: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ second copy of a file of several gigabytes.
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,10 @@ FOLDER_WEIGHTS = (
     "diffusion_pytorch_model.fp16.safetensors",
     "model.fp16.safetensors",
 )
+# Layers whose weights are matrices, or more.
+MATRICES = re.compile(
+    r"(^|\.)(conv\d?|conv_in|conv_out|conv_shortcut|blocks\.\d+|to_[qkv]|to_out\.0|proj_in|proj_out|linear_\d)\.weight$"
+)
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -53,6 +58,28 @@ def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
     tensors = without_prefixes(read_file(file, what), what, PREFIXES)
     prefix = common_prefix(list(tensors))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
+    """What a file is in place of a network's weights, in words; None where nothing speaks against these."""
+    names = ".".join(tensors)
+    if empty := sum(tensor.numel() == 0 for tensor in tensors.values()):
+        return (
+            f"a shell of DeepSpeed's ZeRO-3, {empty} of its {len(tensors)} tensors being empty; join the weights from "
+            "the shards beside it with the zero_to_fp32.py of their folder, or `python -m training.export`"
+        )
+    if re.search(r"\blora_|[._]lora\b|\.alpha\b|\bhada_|\blokr_", names):
+        return "an adapter (LoRA), which changes a network and is none; `infer.py lora=` takes those of train.py"
+    if re.search(r"\bexp_avg|\bmomentum_buffer\b", names):
+        return "the state of an optimiser; the weights are in another file"
+    if "flat_param" in names:
+        return "parameters that FSDP has flattened; `python -m training.export` writes them as they were"
+    if all(tensor.ndim == 0 for tensor in tensors.values()):
+        return f"{len(tensors)} single numbers and no weights"
+    flat = [name for name, tensor in tensors.items() if tensor.ndim < 2 and MATRICES.search(name)]
+    if flat:
+        return f"{len(flat)} weights without their shapes, first {flat[0]} {list(tensors[flat[0]].shape)}"
+    return None
 
 
 def weights_file(path: Path, what: str) -> Path:
@@ -113,7 +140,11 @@ def _unwrapped(loaded: Any, what: str) -> dict[str, Tensor]:
         loaded = inner[0]
     if not isinstance(loaded, Mapping):
         raise UserError(f"{what} holds a {type(loaded).__name__}, not named tensors")
+    if {"param_groups", "optimizer_state_dict"} & loaded.keys():
+        raise UserError(f"{what} is the state of an optimiser; the weights are in another file")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not all(isinstance(name, str) for name in tensors):
+        raise UserError(f"{what} holds tensors without names")
     if not tensors:
         raise UserError(f"{what} holds no tensors; its entries are {', '.join(map(str, list(loaded)[:5])) or 'none'}")
     return tensors

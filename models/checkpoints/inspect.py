@@ -19,6 +19,7 @@ from models.checkpoints.loading import (
     compare,
     current_names,
     load_folder,
+    not_finite,
     old_names,
     on_meta,
     shapes_of,
@@ -53,6 +54,7 @@ class Inspection(Recognised):
     tensors: int = 0
     elements: int = 0
     dtypes: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()  # names of tensors with NaN or infinity
 
     @property
     def known(self) -> bool:
@@ -78,6 +80,7 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
         tensors=len(tensors),
         elements=sum(tensor.numel() for tensor in tensors.values()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        not_finite=not_finite(tensors),
     )
 
 

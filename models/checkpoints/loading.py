@@ -39,7 +39,7 @@ class Mismatch:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def lines(self) -> list[str]:
-        return [f"{sort} {len(names)}: {_first(names)}" for sort, names in vars(self).items() if names]
+        return [f"{sort} {len(names)}: {first_few(names)}" for sort, names in vars(self).items() if names]
 
 
 def compare(wanted: Shapes, found: Shapes) -> Mismatch:
@@ -88,7 +88,7 @@ def load_strictly(
         raise UserError(f"{what} does not fit {type(module).__name__}: {'; '.join(mismatch.lines())}")
     strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange:
-        raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {_first(strange)}")
+        raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {first_few(strange)}")
 
     complete = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, value in state.items():
@@ -96,6 +96,7 @@ def load_strictly(
             complete[name] = position_table(*value.shape[1:]).to(dtype)
         elif name in zeros:
             complete[name] = torch.zeros(value.shape, dtype=dtype)
+    check_finite(complete, what)
     module.load_state_dict(complete, strict=True, assign=True)
     return module.eval()
 
@@ -131,14 +132,34 @@ def load_folder(
     )
     if mismatch:
         raise UserError(f"{what} does not fit {cls.__name__}: {'; '.join(mismatch.lines())}")
+    check_finite(module.state_dict(), what)
     return module.eval()
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the tensors that hold NaN or infinity."""
+    # Numbers that are all finite seldom sum to something else, and a sum is made faster than a comparison of each.
+    known = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
+    return tuple(
+        name
+        for name, tensor in known.items()
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.to(torch.float64).isfinite().all()
+    )
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a `UserError` that names the tensors with NaN or infinity."""
+    if names := not_finite(tensors):
+        dtype = str(tensors[names[0]].dtype).removeprefix("torch.")
+        hint = "; numbers above 65504 become infinity in it, but not with dtype=bfloat16" if dtype == "float16" else ""
+        raise UserError(f"{what} holds NaN or infinity in {len(names)} tensors of {dtype}: {first_few(names)}{hint}")
 
 
 def _misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> str:
     return f"{name} {list(found)} instead of {list(wanted)}"
 
 
-def _first(names: Iterable[str], shown: int = 5) -> str:
+def first_few(names: Iterable[str], shown: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.registry import load_pipeline
-from models.lora import FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
+from models.lora import FACTORS, FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
 from models.unets import one_token_parameters
 from tests.training_runs import ARGUMENTS, make_vae, train, weights
 
@@ -119,6 +121,47 @@ def test_adapters_that_do_not_fit_are_refused(tiny_pipeline, tmp_path):
     (tmp_path / "lora" / "reference_net" / FILE).write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot be read"):
         load_lora(plain_copy(tiny_pipeline), tmp_path / "lora")
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+A, B = (LAYER + factor for factor in FACTORS)
+
+
+def without(*keys):
+    return lambda t: {key: tensor for key, tensor in t.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (without(B), f"half a pair: {LAYER} has no lora_B.weight"),
+        (without(A), f"half a pair: {LAYER} has no lora_A.weight"),
+        (lambda t: {**t, f"{LAYER}.alpha": torch.tensor(4.0)}, f"holds {LAYER}.alpha; adapters here are pairs"),
+        (
+            lambda t: {key.replace("lora_A", "lora_down"): x for key, x in t.items()},
+            "lora_down.* adapters here are pairs",
+        ),
+        (lambda t: {f"{LAYER}.exp_avg": torch.ones(2)}, "exp_avg; adapters here are pairs"),
+        (lambda t: {"conv_in.weight": torch.ones(2, 2)}, "holds conv_in.weight; adapters here are pairs"),
+        (lambda t: {}, "holds nothing; adapters here are pairs"),
+        (lambda t: {**t, A: t[A][:2].clone()}, f"adapts {LAYER} in another size"),
+        (lambda t: {**t, A: t[A].flatten()}, f"adapts {LAYER} in another size"),
+        (lambda t: {**t, A: torch.tensor(1.0)}, f"adapts {LAYER} in another size"),
+        (lambda t: {**t, A: t[A].new_zeros(0), B: t[B].new_zeros(0)}, f"adapts {LAYER} in another size"),
+        (lambda t: {**t, A: t[A] * float("nan")}, f"NaN or infinity in 1 tensors of float32: {A}"),
+        (lambda t: {**t, B: t[B] / 0}, f"NaN or infinity in 1 tensors of float32: {B}"),
+        (lambda t: {key: torch.cat([x, x], "lora_B" in key) for key, x in t.items()}, "settings that do not fit it"),
+    ],
+)
+def test_odd_adapter_files_are_one_line(tiny_pipeline, tmp_path, change, named):
+    save_lora(adapted_copy(tiny_pipeline), tmp_path)
+    file = tmp_path / "denoising_unet" / FILE
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({key: tensor.contiguous() for key, tensor in change(load_file(file)).items()}, file, metadata)
+    with pytest.raises(UserError, match=named) as refused:
+        load_lora(plain_copy(tiny_pipeline), tmp_path)
+    assert str(file) in str(refused.value)
 
 
 def test_train_py_makes_adapters_that_load(tmp_path):

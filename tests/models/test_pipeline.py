@@ -176,6 +176,35 @@ def test_callback_sees_every_step_and_may_replace_latents(tiny_pipeline, referen
     assert latents.abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    "dtype, advice",
+    [(torch.float16, "dtype=bfloat16 or"), (torch.bfloat16, "dtype=float32"), (torch.float32, "weights")],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_results_that_are_not_finite_are_refused_with_their_step(
+    tiny_pipeline, reference, poses, dtype, advice, value
+):
+    pipeline = deepcopy(tiny_pipeline).to(dtype)
+
+    def callback(pipeline, step, timestep, tensors):
+        latents = tensors["latents"].clone()
+        if step == 1:
+            latents[0, 0, 2, 1, 1] = value
+        return {"latents": latents}
+
+    arguments = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": callback}
+    with pytest.raises(UserError, match=f"not finite from step 2 of 3 on; .*{advice}"):
+        run(pipeline, reference, poses, **arguments)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "uint8", "pt"])
+def test_images_that_are_not_finite_are_refused(tiny_pipeline, reference, poses, output_type):
+    pipeline = deepcopy(tiny_pipeline)
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_in.bias, float("nan"))
+    with pytest.raises(UserError, match="the VAE's images are not finite"):
+        run(pipeline, reference, poses, output_type=output_type)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_latents_in_single(tiny_pipeline, reference, poses, dtype):
     """Networks compute in the pipeline's number format, the scheduler in single precision, from the same noise."""
@@ -322,6 +351,14 @@ def test_missing_component_is_named(tiny_pipeline, tmp_path, component):
         file.unlink()
     with pytest.raises(UserError, match=component):
         load_pipeline(tmp_path / "p")
+
+
+def test_weights_that_are_not_finite_are_named_while_loading(tiny_pipeline, tmp_path):
+    pipeline = deepcopy(tiny_pipeline)
+    torch.nn.init.constant_(pipeline.denoising_unet.conv_out.bias, float("nan"))
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="component denoising_unet holds NaN or infinity in 1 tensors.*conv_out.bias"):
+        load_pipeline(tmp_path)
 
 
 def test_folders_that_are_no_pipelines(tmp_path):

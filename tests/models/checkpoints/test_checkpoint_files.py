@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from core.errors import UserError
+from models.checkpoints.__main__ import main
+from models.checkpoints.convert import Sources, convert_config
 from models.checkpoints.files import read_tensors
 from models.checkpoints.networks import (
     UNetSizes,
@@ -140,3 +143,90 @@ def test_files_without_tensors_or_at_all(tmp_path):
     }.items():
         with pytest.raises(UserError, match=named):
             read_tensors(tmp_path / name, "file")
+
+
+def changed(change, every: int = 1):
+    """The tensors, every so many of them as `change` makes them."""
+    return lambda t: {name: change(x) if number % every == 0 else x for number, (name, x) in enumerate(t.items())}
+
+
+def pairs_named(*names: str):
+    return lambda t: {f"down_blocks.0.attentions.0.to_q{name}": torch.ones(2, 2) for name in names}
+
+
+# What other files of a run, and of other trainers, are -> what is said of them.
+KINDS = {
+    "ZeRO-3": (
+        lambda t: {"module": changed(lambda x: x.new_zeros(0))(t), "ds_version": "0.19"},
+        "shell of .*ZeRO-3, 12 ",
+    ),
+    "ZeRO-3, in part": (changed(lambda x: x.new_zeros(0), every=2), "shell of .*ZeRO-3, 6 of its 12"),
+    "scalars": (changed(torch.mean), "12 single numbers"),
+    "some scalars": (changed(torch.mean, every=2), "6 weights without their shapes, first conv_in.weight"),
+    "flattened": (changed(torch.flatten), "6 weights without their shapes, first conv_in.weight"),
+    "flattened by FSDP": (lambda t: {"_fsdp_wrapped_module._flat_param": torch.ones(9)}, "FSDP has flattened"),
+    "adapter": (pairs_named(".lora_A.weight", ".lora_B.weight"), "an adapter"),
+    "adapter of older diffusers": (pairs_named(".processor.to_q_lora.up.weight"), "an adapter"),
+    "adapter of Kohya's": (pairs_named(".lora_down.weight", ".lora_up.weight", ".alpha"), "an adapter"),
+    "alphas": (pairs_named(".alpha"), "an adapter"),
+    "half an adapter": (pairs_named(".lora_A.weight"), "an adapter"),
+    "moments by name": (lambda t: {f"state.{name}.exp_avg_sq": x for name, x in t.items()}, "state of an optimiser"),
+    "optimiser": (lambda t: {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, "state of an optimiser"),
+    "optimiser of DeepSpeed": (lambda t: {"optimizer_state_dict": {}, "ds_version": "0.19"}, "state of an optimiser"),
+    "numbered": (lambda t: dict(enumerate(t.values())), "tensors without names"),
+    "averages": (lambda t: {"decay": 0.99, "shadow_params": list(t.values())}, "no tensors; its entries are decay"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_hold_no_weights_say_what_they_are_in_one_line(tmp_path, tensors, capsys, kind):
+    content, named = KINDS[kind]
+    path = tmp_path / "pose_guider.pth"
+    torch.save(content(tensors), path)
+    with pytest.raises(UserError, match=f"pose_guider=.* {named}") as refused:
+        Sources(convert_config("animate_anyone", str(tmp_path / "p"), pose_guider=str(path))).tensors("pose_guider")
+    assert "\n" not in str(refused.value)
+    try:
+        main(["inspect", str(path)])
+    except SystemExit as ended:
+        line, code = capsys.readouterr().out, ended.code
+    except UserError as error:
+        line, code = f"{error}\n", 1
+    assert re.search(named, line) and line.count("\n") == 1 and code == 1
+
+
+@pytest.mark.parametrize("shape", [lambda x: x[None], lambda x: x.reshape(1, -1), lambda x: x[: len(x) // 2]])
+def test_weights_of_no_network_are_one_line(tmp_path, shape, capsys):
+    path = tmp_path / "reference_unet.pth"
+    torch.save(changed(shape)(published_tensors("reference_unet")), path)
+    sources = Sources(convert_config("animate_anyone", str(tmp_path / "p"), reference_unet=str(path)))
+    with pytest.raises(UserError, match="reference_unet=.*(of no network|does not fit)"):
+        sources.load("reference_unet", load_reference_net)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(path)])
+    assert capsys.readouterr().out.startswith(f"{path}: unknown")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys, value, dtype):
+    path = tmp_path / "reference_unet.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in published_tensors("reference_unet").items()}
+    names = ("conv_in.bias", "down_blocks.0.resnets.0.conv1.weight")
+    for name in names:
+        tensors[name].view(-1)[3] = value
+    tensors["conv_in.weight"].fill_(torch.finfo(dtype).max)  # finite, though the sum is not
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=f"file holds NaN or infinity in 2 tensors of float32: {', '.join(names)}$"):
+        load_reference_net(read_tensors(path, "file"), "file")
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(path)])
+    assert ended.value.code == 1 and f"NaN or infinity in 2: {', '.join(names)}" in capsys.readouterr().out
+
+
+def test_weights_beyond_a_dtype_are_named_with_another():
+    tensors = published_tensors("reference_unet")
+    tensors["conv_in.bias"][0] = 1e5
+    load_reference_net(tensors, "file", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="1 tensors of float16: conv_in.bias; .* dtype=bfloat16"):
+        load_reference_net(tensors, "file", dtype=torch.float16)
