@@ -18,6 +18,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 
 from core.errors import UserError
+from data.video.images import is_wide, wide_to_srgb
 
 # FFmpeg's own decoders of these codecs drop the alpha plane; libvpx's keep it.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -213,6 +214,9 @@ class VideoFile:
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
             image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        elif is_wide(frame.color_primaries, frame.color_trc):
+            exact = frame.reformat(width=width, height=height, format="rgb48le").to_ndarray()
+            image = wide_to_srgb(exact, frame.color_primaries, frame.color_trc)
         else:
             image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
         return np.ascontiguousarray((image.transpose(1, 0, 2) if self._transposed else image)[self._flips])

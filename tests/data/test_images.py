@@ -1,6 +1,7 @@
 import logging
 import struct
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -261,3 +262,52 @@ def test_wide_colours_without_hdr_are_converted():
     white = np.full((1, 1, 3), 65535, np.uint16)
     for primaries in (BT2020, 12):
         assert (wide_to_srgb(white, primaries, 1) == 255).all()
+
+
+def write_signal(path, codec: str, pixels: str, rgb: np.ndarray, primaries: int, transfer: int, matrix: int) -> None:
+    """A video of three frames of one colour, (3,) signal in [0, 1], in 10 bits of a matrix' limited range."""
+    red, blue = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}[matrix]
+    luma = rgb @ (red, 1 - red - blue, blue)
+    values = [64 + 876 * luma, 512 + 448 * (rgb[2] - luma) / (1 - blue), 512 + 448 * (rgb[0] - luma) / (1 - red)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace, context.color_range = (
+            primaries,
+            transfer,
+            matrix,
+            1,
+        )
+        for _ in range(3):
+            frame = av.VideoFrame(WIDTH, HEIGHT, pixels)
+            for plane, value in zip(frame.planes, values, strict=True):
+                plane.update(np.full(plane.buffer_size // 2, round(value), "<u2").tobytes())
+            frame.color_primaries, frame.color_trc, frame.colorspace = primaries, transfer, matrix
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    "suffix, codec, pixels",
+    [
+        (".mov", "libx265", "yuv420p10le"),
+        (".mp4", "libx264", "yuv420p10le"),
+        (".mkv", "ffv1", "yuv444p10le"),
+        (".mov", "prores_ks", "yuv422p10le"),
+        (".mkv", "libsvtav1", "yuv420p10le"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["PQ", "HLG", "BT.2020", "Display P3"])
+def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, suffix, codec, pixels, kind):
+    light = np.where(COLOUR <= 10.3, COLOUR / 255 / 12.92, ((COLOUR / 255 + 0.055) / 1.055) ** 2.4)
+    signal, primaries, transfer, matrix = {
+        "PQ": (as_hdr(light * 203, PQ) / 65535, BT2020, PQ, 9),
+        "HLG": (as_hdr(light * 203, HLG) / 65535, BT2020, HLG, 9),
+        "BT.2020": (srgb(RGB_TO_BT2020 @ light) / 255, BT2020, 14, 9),
+        "Display P3": (srgb(np.linalg.inv(P3_XYZ) @ SRGB_XYZ @ light) / 255, 12, 1, 1),
+    }[kind]
+    write_signal(tmp_path / f"clip{suffix}", codec, pixels, signal, primaries, transfer, matrix)
+    video = VideoReader(tmp_path / f"clip{suffix}")
+    for frame in (*video, video.get([1])[0]):
+        np.testing.assert_allclose(frame[HEIGHT // 2, WIDTH // 2], COLOUR, atol=4)
