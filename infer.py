@@ -95,7 +95,10 @@ def listed_jobs(config: InferConfig) -> list[InferConfig]:
         unknown = set(pair) - set(PAIR_KEYS) if isinstance(pair, dict) else {"the line"}
         if unknown:
             raise UserError(f"pairs={path}, line {row}: {sorted(unknown)[0]} is none of {', '.join(PAIR_KEYS)}")
-        pair.setdefault("output", str(Path(config.output) / f"{row:04d}"))
+        for key, value in pair.items():
+            if not isinstance(value, str | None):
+                raise UserError(f"pairs={path}, line {row}: {key}={value!r} is not text; give a path in quotes")
+        pair["output"] = pair.get("output") or str(Path(config.output) / f"{row:04d}")
         jobs.append(replace(config, pairs=None, **pair))
     if not jobs:
         raise UserError(f"pairs={path} holds no line")

@@ -19,7 +19,7 @@ from core.errors import UserError, run_command
 from core.files import output_folder
 from data.poses.poses import open_estimator
 from data.preparation.checks import check_dataset
-from data.preparation.layouts import find_clips
+from data.preparation.layouts import find_clips, left_out_line, other_files
 from data.preparation.manifest import has_manifest, write_manifest
 from data.preparation.prepare import hold_out, prepare_clips
 from data.preparation.report import report_table, write_report
@@ -30,13 +30,17 @@ def prepare(arguments: list[str]) -> None:
     """Estimate poses and masks of a data set's clips, and write their manifest."""
     config = load_config(PrepareConfig, arguments)
     shard = process_shard(config.shard, config.num_shards)
-    clips = hold_out(find_clips(Path(config.source).absolute(), config.layout), config.heldout)
+    source = Path(config.source).absolute()
+    clips = hold_out(find_clips(source, config.layout), config.heldout)
+    others = other_files(source, clips)
     output = output_folder(config.output).absolute()
     done = prepare_clips(shard.part(clips), output, config, partial(open_estimator, config.pose), shard.row)
     manifest = write_manifest(output, [clip.name for clip in clips], clips[0].layout, str(config.source))
     print(f"layout {clips[0].layout}: {done.prepared} clips prepared, {done.done_before} were done before{shard}")
     for name, reason in done.left_out.items():
         print(f"left out: {name}: {reason}")
+    if others:
+        print(left_out_line(f"source={config.source}", others))
     rest = f", {manifest.missing} to be prepared by others" if manifest.missing else ""
     print(f"{output}: {len(manifest.clips)} clips for training, {len(manifest.left_out)} left out{rest}")
     if not manifest.clips and not manifest.missing:
@@ -48,6 +52,10 @@ def check(arguments: list[str]) -> None:
     config = load_config(CheckConfig, arguments)
     report = check_dataset(config)
     print(report_table(report))
+    if not has_manifest(config.dataset):
+        others = other_files(Path(config.dataset), find_clips(config.dataset, config.layout, "dataset"))
+        if others:
+            print(left_out_line(f"dataset={config.dataset}", others))
     # What is not ours is not written to unless that is asked for.
     folder = config.output or (config.dataset if has_manifest(config.dataset) else None)
     if folder is not None:

@@ -18,7 +18,8 @@ from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
-from data.preparation.clips import read_union, video_of
+from data.preparation.clips import read_union
+from data.preparation.layouts import video_named
 from data.preparation.manifest import has_manifest, read_manifest
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader
@@ -341,5 +342,5 @@ def _videos_with_poses(root: Path) -> dict[str, ClipPaths]:
     for file in files:
         masks = file.with_name(file.stem + MASKS_SUFFIX)
         name = file.relative_to(root).with_suffix("").as_posix()
-        found[name] = ClipPaths(file, video_of(file), masks if masks.is_dir() else None)
+        found[name] = ClipPaths(file, video_named(file.with_suffix("")), masks if masks.is_dir() else None)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
-from data.preparation.layouts import VIDEO_SUFFIXES
+from data.preparation.layouts import MADE_SUFFIXES, is_video
 from data.video.files import VideoReader
 from data.video.images import list_images, natural_order, read_image
 
@@ -160,9 +160,20 @@ def find_clips(path: str | Path, argument: str) -> dict[str, ClipFiles]:
     return clips or _numbered_images(path, argument)
 
 
+def other_entries(path: str | Path, argument: str) -> list[Path]:
+    """Files and folders of a folder of clips that are none of them, apart from what is made of clips."""
+    path, clips = Path(path), find_clips(path, argument)
+    if path.is_file() or (path / RESULT_NAME).is_file():
+        return []
+    used = {file for clip in clips.values() for file in (clip.path, *clip.images)}
+    used |= {clip.video.parent for clip in clips.values() if clip.video is not None}
+    entries = (entry for entry in sorted(path.iterdir(), key=natural_order) if not entry.name.startswith("."))
+    return [entry for entry in entries if entry not in used and entry.suffix.lower() not in MADE_SUFFIXES]
+
+
 def _clip_at(entry: Path, argument: str) -> ClipFiles | None:
     if entry.is_file():
-        return ClipFiles(entry.stem, argument, video=entry) if entry.suffix.lower() in VIDEO_SUFFIXES else None
+        return ClipFiles(entry.stem, argument, video=entry) if is_video(entry) else None
     if (entry / RESULT_NAME).is_file():
         return ClipFiles(entry.name, argument, video=entry / RESULT_NAME)
     images = tuple(list_images(entry))

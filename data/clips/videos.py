@@ -21,7 +21,7 @@ from data.clips.caches import FeatureCache
 from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, latent_item, pixel_tensor
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, read_union, summarize, usable_clips
-from data.preparation.layouts import VIDEO_SUFFIXES
+from data.preparation.layouts import video_named
 from data.preparation.manifest import Clip, Fingerprint
 from data.transforms import CROPS, apply_fit, resize_matrix
 from data.video.files import VideoReader
@@ -199,7 +199,7 @@ def pose_images_of(folder: Path, clip: Clip) -> Path | None:
     path = folder / clip.name
     if path.is_dir() and list_images(path):
         return path
-    return next((file for ext in VIDEO_SUFFIXES if (file := folder / f"{clip.name}{ext}").is_file()), None)
+    return video_named(path)
 
 
 def read_pose_images(

@@ -13,7 +13,7 @@ from PIL import Image
 from core.errors import UserError
 from core.files import complete_folder
 from data.poses.poses import Poses
-from data.preparation.layouts import VIDEO_SUFFIXES
+from data.preparation.layouts import videos_below
 from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.transforms import crop_matrix
 from data.video.files import VideoReader
@@ -63,15 +63,24 @@ def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
         return clips, left_out
     if not root.is_dir():
         raise UserError(f"root={root} is not a folder; give one that holds videos and their pose files")
-    found = [(path, video) for path in sorted(root.rglob("*.npz")) if (video := video_of(path)) is not None]
+    videos = {video: video.with_suffix(".npz") for video in videos_below(root)}
+    found = sorted((poses, video) for video, poses in videos.items() if poses.is_file())
     if not found:
         raise UserError(
             f"root={root} holds no video with a pose file: name.mp4 needs name.npz beside it; "
             f"`python prepare.py source={root} output=...` makes them"
         )
-    clips, left_out = [], {}
+    clips = []
+    left_out = {
+        video.relative_to(root).as_posix(): f"without poses: {poses.name} is missing"
+        for video, poses in videos.items()
+        if not poses.is_file()
+    }
     for path, video in found:
         name = path.relative_to(root).with_suffix("").as_posix()
+        if clips and clips[-1].poses == path:
+            left_out[video.relative_to(root).as_posix()] = f"of the name of another clip: {clips[-1].video.name}"
+            continue
         masks = path.with_name(f"{path.stem}_masks")
         masks = masks if masks.is_dir() else None
         try:
@@ -81,10 +90,6 @@ def list_clips(root: Path) -> tuple[list[Clip], dict[str, str]]:
             continue
         clips.append(Clip(name, video, path, masks, poses.frames, poses.fps, poses.size, poses.box(), None, None))
     return clips, left_out
-
-
-def video_of(pose_file: Path) -> Path | None:
-    return next((path for ext in VIDEO_SUFFIXES if (path := pose_file.with_suffix(ext)).is_file()), None)
 
 
 def read_frames(clip: Clip, frames: list[int]) -> np.ndarray:

@@ -25,7 +25,14 @@ from core.errors import UserError
 from core.files import read_text
 from data.video.images import list_images, natural_order
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+# Of files that are videos for certain; `is_video` also knows pictures that move.
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .mkv .webm .avi .divx .flv .wmv .asf .ts .mts .m2ts .m2t .mpg .mpeg .mpe .m1v "
+    ".m2v .vob .ogv .ogg .ogm .mxf .nut .ivf .y4m .h264 .264 .avc .h265 .265 .hevc .mjpeg .mjpg .dv .rm .rmvb .amv "
+    ".gif .apng".split()
+)
+MADE_SUFFIXES = (".npz", ".json", ".md", ".safetensors")  # of poses, records, reports and caches
+_LISTED_BY_FOLDER = ("ted", "ubc", "splits", "videos")  # layouts whose clips are all the videos that lie in a folder
 # Folders of what was made from videos, not of videos.
 _DERIVED = ("_dwpose", "_dwpose_without_face", "_dwpose_keypoints", "_densepose", "_openpose", "_masks", "_mask")
 _HELD_OUT = ("test", "val", "valid", "validation", "heldout")
@@ -64,6 +71,41 @@ def find_clips(source: str | Path, layout: str = "auto", argument: str = "source
     )
 
 
+def is_video(path: Path) -> bool:
+    """True for a file whose name, or for WebP and PNG whose first bytes, say that it is a video."""
+    suffix = path.suffix.lower()
+    if suffix not in (".webp", ".png"):
+        return suffix in VIDEO_SUFFIXES
+    with path.open("rb") as file:
+        head = file.read(256)
+    return head[12:16] == b"VP8X" and bool(head[20] & 2) or b"acTL" in head
+
+
+def video_named(name: str | Path) -> Path | None:
+    """The video whose path without suffix is `name`; None: there is none."""
+    suffixes = (form for suffix in VIDEO_SUFFIXES for form in (suffix, suffix.upper()))
+    return next((path for suffix in suffixes if (path := Path(f"{name}{suffix}")).is_file()), None)
+
+
+def other_files(source: Path, clips: list[SourceClip]) -> list[Path]:
+    """Files of a folder of videos that are none of its clips, apart from what is made of clips."""
+    if source.is_file() or clips[0].layout not in _LISTED_BY_FOLDER:
+        return []
+    videos = {clip.video for clip in clips}
+    files = (folder / name for folder, inside in _folders(source) for name in sorted(inside))
+    return [
+        file
+        for file in files
+        if file not in videos and not file.name.startswith(".") and file.suffix.lower() not in MADE_SUFFIXES
+    ]
+
+
+def left_out_line(given: str, files: list[Path]) -> str:
+    """One line that counts and names files that are no clips; `given` is the argument they were found by."""
+    names = ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
+    return f"{given}: {len(files)} that cannot be read as clips are left out: {names}"
+
+
 def detect_layout(source: Path, argument: str = "source") -> str:
     """Layout of a folder or file; `UserError` for none that is known."""
     if source.is_file():
@@ -78,7 +120,7 @@ def detect_layout(source: Path, argument: str = "source") -> str:
         return "moore"
     if _numbered_folders(source):
         return "tiktok"
-    first = next(_videos(source), None)
+    first = next(videos_below(source), None)
     if first is not None:
         splits = {path.name.lower() for path in source.iterdir() if path.is_dir()}
         return "splits" if splits & {"train", *_HELD_OUT} else "videos"
@@ -143,7 +185,7 @@ def _frames(source: Path) -> Iterator[SourceClip]:
 
 
 def _plain(source: Path) -> Iterator[SourceClip]:
-    for video in _videos(source):
+    for video in videos_below(source):
         name = video.relative_to(source).with_suffix("").as_posix()
         poses = next((file for ext in (".npz", ".json") if (file := video.with_suffix(ext)).is_file()), None)
         masks = video.with_name(f"{video.stem}_masks")
@@ -198,10 +240,10 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), files
 
 
-def _videos(root: Path) -> Iterator[Path]:
+def videos_below(root: Path) -> Iterator[Path]:
     for folder, files in _folders(root):
         for name in sorted(files):
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
+            if not name.startswith(".") and is_video(folder / name):
                 yield folder / name
 
 

@@ -15,7 +15,10 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from core.errors import UserError
 from core.files import existing_file
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
+    ".qoi".split()
+)
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from core.errors import UserError
 from core.files import output_folder
 from core.processes import choose_device, process_state
 from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
-from evaluation.folders import ClipFiles, ClipPair, MaskFiles, pair_clips
+from data.preparation.layouts import left_out_line
+from evaluation.folders import ClipFiles, ClipPair, MaskFiles, other_entries, pair_clips
 from evaluation.measure import FramePair, Number, frame_means, measure_clip, person_values, summarise, with_persons
 from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_metric_suite
 from evaluation.report import (
@@ -55,7 +56,12 @@ class MetricsConfig(ProtocolConfig):
 def run(config: MetricsConfig) -> None:
     """Measure all clips and write results.json and table.md."""
     pairs = {pair.name: pair for pair in pair_clips(config.generated, config.truth, config.masks)}
+    sides = {"generated": config.generated, "truth": config.truth}
+    others = {f"{key}={path}": entries for key, path in sides.items() if (entries := other_entries(path, key))}
     state = process_state(config.device)
+    if state.is_main_process:
+        for given, entries in others.items():
+            print(left_out_line(given, entries))
     device, _ = choose_device(config.device, "float32", state.local_process_index)
     regions = REGIONS if config.masks is not None else REGIONS[:1]
     metric_suite = open_metric_suite(config, regions, config.persons, device)
@@ -80,6 +86,8 @@ def run(config: MetricsConfig) -> None:
         counts = {"clips": len(pairs), "frames": sum(pair.frames for pair in pairs.values())}
         by_clip = [frame_means([folder]) for folder in folders]
         intervals = {name: over_clips([clip[name] for clip in by_clip]) for name in metric_suite.names_by_clip()}
+        if others:  # what is no clip
+            counts["left_out"] = sum(len(entries) for entries in others.values())
         results = {
             "counts": counts,
             "results": {name: asdict(number) for name, number in numbers.items()},
@@ -154,5 +162,6 @@ def _table(
         cell = interval_cell(intervals[name]) if name in intervals else over_seeds([number.value])
         lines.append(f"| {measure_label(name)} | {format_number(cell, plus_minus='')} | {number.samples} |")
     warnings = warning_lines((name, number.warning) for name, number in numbers.items())
-    counted = f"{counts['clips']} clips, {counts['frames']} frames"
+    left_out = f", {counts['left_out']} files left out" if "left_out" in counts else ""
+    counted = f"{counts['clips']} clips, {counts['frames']} frames{left_out}"
     return heading(metric_suite, counted, INTERVALS_NOTE) + "\n".join(lines) + "\n" + warnings

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from core.errors import UserError
 from data.video.files import VideoReader, write_video
-from data.video.images import BT2020, HLG, PQ, list_images, read_image, wide_to_srgb
+from data.video.images import BT2020, HLG, IMAGE_SUFFIXES, PQ, list_images, read_image, wide_to_srgb
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)
@@ -70,6 +70,25 @@ def test_images_of_all_kinds_become_rgb(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "image.jpg")[35, 8], RED, atol=12)
     image.convert("1").save(path)
     assert set(np.unique(read_image(path))) == {0, 255}
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+def test_heic_is_refused_with_the_command_that_converts_it(tmp_path, brand):
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+    for read in (read_image, VideoReader):
+        with pytest.raises(
+            UserError, match=r"reference=.*HEIC.*convert it, as with `heif-convert IMG_1.HEIC IMG_1.png`"
+        ):
+            read(path, argument="reference")
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_suffix_of_an_image_is_read(tmp_path, suffix):
+    image = Image.fromarray(image_with_a_mark())
+    image.convert("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB").save(tmp_path / f"frame{suffix}")
+    (file,) = list_images(tmp_path)
+    assert read_image(file).shape == (HEIGHT, WIDTH, 3) == VideoReader(tmp_path).get([0]).shape[1:]
 
 
 def test_every_bad_image_is_one_clear_line(tmp_path):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from core.errors import UserError
 from data.preparation.checks import frame_order_findings
-from data.preparation.layouts import SourceClip, detect_layout, find_clips
+from data.preparation.layouts import VIDEO_SUFFIXES, SourceClip, detect_layout, find_clips, other_files, video_named
 from tests.filmed import figure_film, save_frames, save_video
 
 FILM = figure_film(frames=2, size=(16, 24), box=(4, 4, 6, 12))
@@ -46,6 +47,28 @@ def test_musepose_lists_lie_in_meta_and_rendered_poses_are_no_clips(tmp_path):
     (tmp_path / "meta" / "fashion_meta.json").write_text(json.dumps([entry]))
     (clip,) = find_clips(tmp_path)
     assert (clip.layout, clip.name) == ("musepose", "test/a") and clip.video.is_file()
+
+
+def test_every_suffix_of_a_video_is_a_clip_and_the_rest_is_named(tmp_path):
+    films(tmp_path, "take:2", "two words", "дубль")
+    for suffix in VIDEO_SUFFIXES:
+        (tmp_path / f"clip_{suffix[1:]}{suffix.upper()}").write_bytes((tmp_path / "two words.mp4").read_bytes())
+    stills = [Image.fromarray(frame) for frame in FILM.frames]
+    for suffix in ("webp", "png"):
+        stills[0].save(tmp_path / f"moves_{suffix}.{suffix}", save_all=True, append_images=stills[1:])
+        stills[0].save(tmp_path / f"still.{suffix}")
+    for name in ("notes.txt", "photo.heic", ".hidden", "dance.npz"):
+        (tmp_path / name).touch()
+    clips = find_clips(tmp_path)
+    names = {"take:2", "two words", "дубль", "moves_webp", "moves_png", *(f"clip_{end[1:]}" for end in VIDEO_SUFFIXES)}
+    assert {clip.name for clip in clips} == names
+    assert [file.name for file in other_files(tmp_path, clips)] == [
+        "notes.txt",
+        "photo.heic",
+        "still.png",
+        "still.webp",
+    ]
+    assert video_named(tmp_path / "clip_ts") == tmp_path / "clip_ts.TS" and video_named(tmp_path / "notes") is None
 
 
 @pytest.mark.parametrize("folder", ["", "TikTok_dataset"])

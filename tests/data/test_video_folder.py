@@ -206,6 +206,19 @@ def test_clips_shorter_than_the_span_are_left_out_and_counted(three):
         VideoFolder(three, size=FRAME, num_frames=20)
 
 
+def test_videos_of_every_suffix_are_trained_on_and_those_without_poses_are_counted(three):
+    (three / "a.mp4").rename(three / "a.M4V")
+    (three / "c.mp4").rename(three / "take:2.ts")
+    (three / "c.npz").rename(three / "take:2.npz")
+    for name in ("d.mov", "b.mkv"):
+        (three / name).write_bytes((three / "b.mp4").read_bytes())
+    dataset = VideoFolder(three, size=FRAME, length=6)
+    assert names(dataset) == ["a", "b", "take:2"] and all(check_item(item, FRAME, 1) is None for item in dataset)
+    assert dataset.left_out_summary() == (
+        "2 of 5 clips are left out: 1 without poses (d.mov); 1 of the name of another clip (b.mp4)"
+    )
+
+
 def test_every_walk_sees_every_clip_once_in_another_order(three):
     dataset = VideoFolder(three, size=FRAME, length=30)
     walks = [[next(dataset._candidates(3 * walk + place)) for place in range(3)] for walk in range(10)]

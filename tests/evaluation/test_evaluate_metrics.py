@@ -85,6 +85,23 @@ def test_intervals_are_of_the_mean_over_frames():
     assert over_clips([Number(4.0, 2)] * 6) == Interval(4.0, 4.0, 4.0, 6)
 
 
+def test_every_video_is_compared_and_other_files_are_counted(tmp_path, capsys):
+    for side, shift in (("truth", 0), ("generated", 9)):
+        (tmp_path / side).mkdir()
+        for suffix in ("mp4", "m4v", "TS"):
+            write_video(tmp_path / side / "clip.mp4", images(1, 3, (32, 32)).clip(0, 230) + np.uint8(shift), 10)
+            (tmp_path / side / "clip.mp4").rename(tmp_path / side / f"take:{suffix}.{suffix}")
+        (tmp_path / side / "poses.npz").touch()
+    (tmp_path / "truth" / "notes.txt").touch()
+    (tmp_path / "truth" / "empty").mkdir()
+    evaluate.main(given(tmp_path, tmp_path / "o", "features=none"))
+    results, shown = results_of(tmp_path / "o"), capsys.readouterr().out
+    assert results["counts"] == {"clips": 3, "frames": 9, "left_out": 2}
+    assert results["results"]["mae"]["value"] == pytest.approx(9, abs=1)
+    assert f"truth={tmp_path / 'truth'}: 2 that cannot be read as clips are left out: empty, notes.txt" in shown
+    assert "3 clips, 9 frames, 2 files left out" in shown and "generated=" not in shown
+
+
 def test_numbers_are_those_of_the_measures(clips, tmp_path):
     evaluate.main(given(clips, tmp_path / "o", "features=none", "protocol=native"))
     values = []

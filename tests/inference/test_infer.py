@@ -260,7 +260,10 @@ class TestBadInput:
 
     def test_lists_with_mistakes(self, model, tmp_path):
         pairs = tmp_path / "pairs.jsonl"
-        for text, match in (("", "no line"), ("{", "line 1"), ('{"refrence": "a"}', "refrence")):
+        mistakes = [("", "no line"), ("{", "line 1"), ('{"refrence": "a"}', "refrence"), ("[1]", "line 1: the line")]
+        for value in ("7", "[]", "{}", "true"):
+            mistakes.append((f'{{"reference": {value}}}', r"line 1: reference=.* is not text; give a path in quotes"))
+        for text, match in mistakes:
             pairs.write_text(text)
             self.fails([f"pairs={pairs}", model], match, tmp_path / "o")
 
