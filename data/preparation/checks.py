@@ -100,6 +100,10 @@ def _check_video(facts: ClipFacts, video: Path, config: CheckConfig) -> None:
                 message = "frames have different durations; it is read at its mean rate, repeating and dropping frames"
                 advice = "re-encode it at a constant rate if motion looks jerky"
                 facts.add("warning", "variable rate", message, advice)
+            if reader.note:
+                facts.add(
+                    "note", "colours", reader.note, "nothing; export it in BT.709 to choose the colours yourself"
+                )
             if config.decode:
                 for _ in reader:
                     pass

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 
 from core.errors import UserError
-from data.video.images import is_wide, wide_to_srgb
+from data.video.images import wide_colours, wide_to_srgb
 
 # FFmpeg's own decoders of these codecs drop the alpha plane; libvpx's keep it.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -122,6 +122,7 @@ class VideoFile:
             raise UserError(f"{self._name}: decoding stopped at frame 0 ({error.strerror})") from None
         if frame is None or not packets:
             raise UserError(f"{self._name} is a video without frames")
+        self.note = wide_colours(frame.color_primaries, frame.color_trc)  # for the user, about colours; None: nothing
         self._stored_size = (max(1, round(frame.width * aspect)), frame.height)
         matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
@@ -214,7 +215,7 @@ class VideoFile:
             rgba = frame.reformat(width=width, height=height, format="rgba").to_ndarray().astype(np.uint16)
             colour, alpha = rgba[..., :3], rgba[..., 3:]
             image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-        elif is_wide(frame.color_primaries, frame.color_trc):
+        elif self.note:
             exact = frame.reformat(width=width, height=height, format="rgb48le").to_ndarray()
             image = wide_to_srgb(exact, frame.color_primaries, frame.color_trc)
         else:

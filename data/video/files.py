@@ -55,6 +55,7 @@ class VideoReader:
         self.path = Path(path)
         self._source = _open_source(self.path, fps, argument)
         self.size, self.start = self._source.size, self._source.start  # (width, height); seconds
+        self.note = self._source.note  # for the user, about how it is read; None: nothing
         times = self._source.times
         interval = self._source.duration / len(times)
         grid = np.arange(len(times)) * interval

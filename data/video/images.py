@@ -83,7 +83,7 @@ def natural_order(file: Path) -> list[int | str]:
 class FolderOfFrames:
     """Images of a folder, all of one size, as the frames of a clip in natural order."""
 
-    start = 0.0
+    start, note = 0.0, None
 
     def __init__(self, folder: str | Path, fps: float, argument: str):
         self._argument = argument
@@ -115,7 +115,7 @@ class FolderOfFrames:
 class AnimatedImage:
     """Frames of an animated GIF, WebP or PNG at their own times; a still image has one. As `FolderOfFrames`."""
 
-    start = 0.0
+    start, note = 0.0, None
 
     def __init__(self, path: str | Path, fps: float, argument: str):
         self._path, self._argument = Path(path), argument
@@ -205,9 +205,11 @@ _WHITE = 203.0  # cd/m2 of SDR white in HDR (BT.2408)
 _KNEE = 0.8  # of SDR white: darker pixels keep their brightness
 
 
-def is_wide(primaries: int, transfer: int) -> bool:
-    """True for video whose colours `wide_to_srgb` converts: HDR, BT.2020 and Display P3."""
-    return primaries in _TO_BT709 or transfer in (PQ, HLG)
+def wide_colours(primaries: int, transfer: int) -> str | None:
+    """What is done about a video's colours, in words, where `wide_to_srgb` converts them; None: nothing."""
+    if transfer in (PQ, HLG):
+        return f"HDR ({'PQ' if transfer == PQ else 'HLG'}) is tone-mapped to sRGB"
+    return "its wide colours are converted to sRGB" if primaries in _TO_BT709 else None
 
 
 def wide_to_srgb(image: np.ndarray, primaries: int, transfer: int) -> np.ndarray:

@@ -138,13 +138,15 @@ def load_folder(
 
 def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the tensors that hold NaN or infinity."""
-    # Numbers that are all finite seldom sum to something else, and a sum is made faster than a comparison of each.
-    known = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
-    return tuple(
-        name
-        for name, tensor in known.items()
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.to(torch.float64).isfinite().all()
-    )
+    names = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            # Extremes carry NaN along and are found in a tenth of the time of a look at each number; 8-bit formats
+            # do not know them.
+            extremes = torch.stack(torch.aminmax(tensor if tensor.element_size() > 1 else tensor.half()))
+            if not extremes.isfinite().all():
+                names.append(name)
+    return tuple(names)
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

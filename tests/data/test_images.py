@@ -328,5 +328,6 @@ def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, suffix, codec, pixels
     }[kind]
     write_signal(tmp_path / f"clip{suffix}", codec, pixels, signal, primaries, transfer, matrix)
     video = VideoReader(tmp_path / f"clip{suffix}")
+    assert (f"HDR ({kind}) is tone-mapped" if transfer in (PQ, HLG) else "wide colours are converted") in video.note
     for frame in (*video, video.get([1])[0]):
         np.testing.assert_allclose(frame[HEIGHT // 2, WIDTH // 2], COLOUR, atol=4)
