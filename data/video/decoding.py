@@ -4,6 +4,7 @@ Frame i is the i-th image that the decoder hands out, which is the order of disp
 The stamps give times; where they agree with what is decoded, they also serve to seek.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -50,34 +51,37 @@ class VideoFile:
             stream, packets = self._choose_stream(container)
             self._index, tick = stream.index, float(stream.time_base)
             nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-            until = _last_before_a_hole(packets, nominal / tick)
             stated, announced = _stated_end(container, stream), stream.frames
+        until = _last_before_a_hole(packets, nominal / tick)
         shown = [packet for packet in packets if not packet.is_hidden and (packet.pts or 0) <= until]
         stamps, complete = [packet.pts for packet in shown], until == np.inf
-        self._keys = self._read_first_frame(shown)  # (keys,) indices of frames that decoding may begin at
-        if not len(self._keys):
-            stamps, decoded = self._decoded_stamps()
-            stamps, complete = [stamp for stamp in stamps if (stamp or 0) <= until], complete and decoded
-        told, grid = None not in stamps and len(set(stamps)) == len(stamps), np.arange(len(stamps)) * nominal / tick
-        ticks = np.sort(np.array(stamps if told else grid.round(), dtype=np.int64))
-        # Players and demuxers make up time stamps where a file has none, some of them a frame or two late.
-        if not len(self._keys) and np.abs(ticks - ticks[0] - grid).max() < 2 * nominal / tick:
+        self._keys, self.times, self._count = self._read_first_frame(shown), (), None
+        made_up = self._keys is None
+        if made_up:  # only decoding tells which images the packets hold
+            stamps, self._keys = [], np.zeros(1, np.int64)
+            try:
+                for _, frame in self._from(0):
+                    stamps.append(frame.pts)
+            except UserError:
+                complete = False
+            stamps = [stamp for stamp in stamps if (stamp or 0) <= until]
+        if not stamps:
+            raise self._stopped(0)
+        self._count = len(stamps)  # frames that can be read
+        grid, timed = np.arange(len(stamps)) * nominal / tick, None not in stamps
+        ticks = np.sort(np.array(stamps if timed else grid.round(), dtype=np.int64))
+        # Where a file has no time stamps they are made up, some of them a frame or two late or twice the same.
+        if (np.diff(ticks) <= 0).any() or (made_up and np.abs(ticks - ticks[0] - grid).max() < 2 * nominal / tick):
             ticks = ticks[0] + grid.round().astype(np.int64)
-        self._ticks = ticks  # (frames,) of those that can be read
-        self.start = max(0.0, float(self._ticks[0] * tick))  # seconds in the file at which the first frame begins
-        times = (self._ticks - self._ticks[0]) * tick
-        last = max(shown, key=lambda packet: packet.pts or 0).duration if told else 0
+        self._ticks, times = ticks, (ticks - ticks[0]) * tick
+        self.start = max(0.0, float(ticks[0] * tick))  # seconds in the file at which the first frame begins
+        last = max(shown, key=lambda packet: packet.pts or 0).duration if timed else 0
         duration = float(times[-1]) + (last * tick or nominal)
-        interval, end = max(nominal, duration / len(times)), stated or 0.0
-        if not complete:
-            end = max(end, max(packet.pts or 0 for packet in packets) * tick + nominal)
-        missing = round((end - self.start - duration) / interval)
-        if not complete:
-            missing = max(1, missing)
-        elif missing < 2:
-            missing = 0
-        elif announced:  # of which an edit list may hide some
-            missing = max(0, announced - len(packets))
+        end = max(stated or 0.0, 0.0 if complete else max(packet.pts or 0 for packet in packets) * tick + nominal)
+        missing = round((end - self.start - duration) / max(nominal, duration / len(times)))
+        if complete and announced:  # of which an edit list may hide some
+            missing = 0 if missing < 2 else max(0, announced - len(packets))
+        missing = max(1, missing) if not complete else missing if missing > 1 else 0
         self.times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])  # seconds, the first 0
         self.duration = duration + missing * nominal  # seconds
         self.nominal_fps = 1 / nominal  # by the header
@@ -88,12 +92,10 @@ class VideoFile:
         unclaimed, end, stored_in_order = 0, 0, container.format.name in ("matroska,webm", "flv")
         with suppress(FFmpegError):  # what cannot be reached is missing
             for packet in container.demux():
-                if not packet.size:
-                    continue
-                if stored_in_order:
+                if packet.size and stored_in_order:
                     unclaimed += max(0, (packet.pos or 0) - end)
                     end = (packet.pos or 0) + packet.size
-                if packet.stream_index in packets:
+                if packet.size and packet.stream_index in packets:
                     flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
                     packets[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, *flags, unclaimed))
 
@@ -107,11 +109,11 @@ class VideoFile:
         chosen = max(known, key=merits)
         return chosen, packets[chosen.index]
 
-    def _read_first_frame(self, packets: list[_Packet]) -> np.ndarray:
-        """Read size and orientation; return the indices of frames that decoding may begin at.
+    def _read_first_frame(self, packets: list[_Packet]) -> np.ndarray | None:
+        """Read size and orientation; return the indices of frames that decoding may begin at, the first of them 0.
 
-        They are none where packets do not tell which images will come. Time stamps are believed when they are ordered
-        as the decoder orders images, with B-frames or without.
+        None where packets do not tell which images will come. Time stamps are believed when they are ordered as the
+        decoder orders images, with B-frames or without.
         """
         try:
             with self._open() as container:
@@ -133,24 +135,13 @@ class VideoFile:
 
         stamps = [packet.pts for packet in packets]
         if codec not in _ONE_IMAGE_A_PACKET or None in stamps or len(set(stamps)) < len(stamps):
-            return np.zeros(0, np.int64)
+            return None
         order = np.argsort(np.argsort(stamps))  # index of the frame of each packet, in the order of decoding
         delay = int((np.arange(len(order)) - order).max())
         if (delay > 0) != (most_delay > 0) or delay > most_delay or frame.pts != min(stamps):
-            return np.zeros(0, np.int64)
+            return None
         after_all_before = order == np.maximum.accumulate(order)
         return np.union1d([0], order[after_all_before & [packet.is_key for packet in packets]])
-
-    def _decoded_stamps(self) -> tuple[list[int | None], bool]:
-        """Time stamps of all frames, or of those before the first damage, and whether these are all."""
-        stamps = []
-        with suppress(FFmpegError), self._open() as container:
-            for frame in self._decoded(container):
-                if frame.is_corrupt:
-                    return stamps, False
-                stamps.append(frame.pts)
-            return stamps, True
-        return stamps, False
 
     def frames(self) -> Iterator[np.ndarray]:
         return (self._image(frame) for _, frame in self._from(0))
@@ -169,17 +160,17 @@ class VideoFile:
 
     def _from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Pairs of index and decoded frame from `first` on; `UserError` where damage begins."""
-        key, index = self._key_before(first), -1
+        key = self._key_before(first)
         for index, frame in self._after_seeking(key) if key else ():
             if index >= first:
                 first = index + 1
                 yield index, frame
-        if first == len(self.times):
+        if first == self._count == len(self.times):
             return
         index = -1
         try:  # only decoding from the start tells damage from a seek that led astray
             with self._open() as container:
-                for index, frame in enumerate(islice(self._decoded(container), len(self._ticks))):
+                for index, frame in enumerate(islice(self._decoded(container), self._count)):
                     if frame.is_corrupt:
                         raise self._stopped(index)
                     if index >= first:
@@ -207,7 +198,7 @@ class VideoFile:
                 index += 1
 
     def _key_before(self, index: int) -> int:
-        return int(self._keys[np.searchsorted(self._keys, index, side="right") - 1]) if len(self._keys) else 0
+        return int(self._keys[np.searchsorted(self._keys, index, side="right") - 1])
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = self._stored_size  # FFmpeg scales, numpy turns
@@ -231,9 +222,7 @@ class VideoFile:
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"{self._name} is not a video that can be read: {error.strerror}") from None
 
-    def _decoded(
-        self, container: InputContainer, packets: Iterable[av.Packet] | None = None
-    ) -> Iterator[av.VideoFrame]:
+    def _decoded(self, container: InputContainer, packets: Iterable[av.Packet] = ()) -> Iterator[av.VideoFrame]:
         stream = container.streams[self._index]
         alpha = _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
         context = av.CodecContext.create(alpha, "r") if alpha else stream.codec_context
@@ -246,16 +235,14 @@ class VideoFile:
 
 def _last_before_a_hole(packets: list[_Packet], interval: float) -> float:
     """Time stamp of the last frame before a gap where the file also has bytes of no packet; infinite without any."""
-    stamps, unclaimed = np.array([(packet.pts or 0, packet.unclaimed) for packet in packets]).reshape(-1, 2).T
-    corrupt, unclaimed, order = (
-        np.array([packet.is_corrupt for packet in packets]),
-        np.diff(unclaimed),
-        np.sort(stamps),
-    )
-    lost = np.flatnonzero((unclaimed > 8 * np.median([25, *unclaimed])) | corrupt[:-1] | corrupt[1:])
-    gaps = [pair for pair in zip(order[:-1], order[1:], strict=True) if pair[1] - pair[0] > 1.5 * interval]
-    around = [(min(stamps[at : at + 2]) - 9 * interval, max(stamps[at : at + 2]) + 9 * interval) for at in lost]
-    return min((last for last, then in gaps if any(a <= last and then <= b for a, b in around)), default=np.inf)
+    stamps, bytes_before = np.array([packet.pts or 0 for packet in packets]), [packet.unclaimed for packet in packets]
+    order, bytes_before = np.argsort(stamps), np.diff(bytes_before, prepend=bytes_before[:1])
+    lost = (bytes_before > 8 * np.median([25, *bytes_before])) | [packet.is_corrupt for packet in packets]
+    for gap in np.flatnonzero(np.diff(stamps[order]) > 1.5 * interval):
+        then = order[gap + 1]  # stored a few packets after the hole where B-frames are
+        if lost[max(0, then - 8) : then + 8].any():
+            return stamps[order[gap]]
+    return np.inf
 
 
 def _stated_end(container: InputContainer, stream: av.VideoStream) -> float | None:
@@ -265,7 +252,7 @@ def _stated_end(container: InputContainer, stream: av.VideoStream) -> float | No
         begins = (stream.start_time or 0) if "mp4" in container.format.name else 0
         return float((begins + stream.duration) * stream.time_base)
     ends = [container.duration / 1e6] if container.duration and len(container.streams) == 1 else []
-    if "matroska" in container.format.name and "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        ends.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
+    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    if tag and "matroska" in container.format.name:
+        ends.append(int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]))
     return min(ends, default=None)
