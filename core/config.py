@@ -57,7 +57,7 @@ def load_config(
     if {"-h", "--help"} & set(arguments):
         print(describe(schema))
         raise SystemExit(0)
-    files, overrides, print_only = list(files), [], False
+    files, overrides, print_only, known = list(files), [], False, _known_keys(schema)
     remaining = iter(arguments)
     for argument in remaining:
         option, _, text = argument.partition("=")
@@ -71,12 +71,11 @@ def load_config(
         elif argument.startswith("--") and argument[2:].replace("-", "_") in flags:
             overrides.append((argument[2:].replace("-", "_"), True))
         elif "=" in argument and not argument.startswith("-"):
-            overrides.append((option, _parse_value(text)))
+            overrides.append((option, _parse_value(text, known.get(option))))
         else:
             raise UserError(f"argument {argument!r} is not of the form key=value")
 
     config = OmegaConf.structured(schema)
-    known = _known_keys(schema)
     for file in files:
         for key, value in _leaves(_read_yaml(file)):
             _set(config, key, value, known, source=f"{file}: ")
@@ -158,7 +157,10 @@ _ArgumentLoader.add_implicit_resolver(
 )
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, kind: Any = None) -> Any:
+    # As it stands, for to YAML "take: 2.mp4" is a mapping, "take #2.mp4" has a comment, and "007" is a number.
+    if kind in (str, str | None) and not text.startswith(("'", '"')):
+        return None if text in ("", "null", "~") else text
     try:
         return yaml.load(text, _ArgumentLoader) if text else None
     except yaml.YAMLError:
@@ -187,17 +189,17 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{key}.{name}" if key else str(name))
 
 
-def _known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Dotted keys of groups and values, in the order of the dataclass."""
-    known = []
+def _known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of groups and values, in the order of the dataclass, and their types."""
+    known = {}
     for field in fields(schema):
-        known.append(prefix + field.name)
+        known[prefix + field.name] = field.type
         if is_dataclass(field.type):
-            known += _known_keys(field.type, f"{prefix}{field.name}.")
+            known |= _known_keys(field.type, f"{prefix}{field.name}.")
     return known
 
 
-def _set(config: DictConfig, key: str, value: Any, known: list[str], source: str) -> None:
+def _set(config: DictConfig, key: str, value: Any, known: dict[str, Any], source: str) -> None:
     """Set one value, under the present name of its key."""
     for old, new in RENAMED_KEYS.items():
         renamed = key.removesuffix(old) + new
@@ -213,7 +215,7 @@ def _set(config: DictConfig, key: str, value: Any, known: list[str], source: str
         raise UserError(f"{source}{key}: {str(error).splitlines()[0]}") from None
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def _nearest(key: str, known: dict[str, Any]) -> str:
     """The known key that a user may have meant: one of any group, if the group is left out."""
     if "." not in key:
         ends = {name.split(".")[-1]: name for name in reversed(known)}  # of several the first

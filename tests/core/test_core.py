@@ -59,6 +59,14 @@ def test_unknown_key_names_the_nearest(argument, nearest):
         load_config(Outer, ["output=x", argument])
 
 
+@pytest.mark.parametrize(
+    "name", ["take: 2.mp4", "take:2", "a #2.mp4", "#1", "007", "2024-01-01", "[a]", "{b}", "дубль 1", "1e3"]
+)
+def test_names_of_files_are_taken_as_they_stand(name):
+    assert load_config(Outer, [f"output={name}"]).output == name
+    assert load_config(Outer, [f"output='{name}'"]).output == name
+
+
 @dataclass
 class Calibrated:
     images: int = 1
