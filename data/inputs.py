@@ -1,5 +1,6 @@
 """Inputs of an animation: a reference image and a driving video, with poses and masks given or estimated."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
 from data.video.files import Video, VideoReader, read_video
 from data.video.images import list_images, read_image
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
 
@@ -80,6 +83,8 @@ def load_driving(
     poses_wanted: bool = True,  # False: `images` alone are read
 ) -> Driving:
     """Driving clip, with poses and masks given or estimated."""
+    if path is not None and (note := VideoReader(path, argument="driving").note):
+        logger.warning("driving=%s: %s", path, note)
     pose_images = None if images is None else strided_video(images, "pose_images", max_frames, stride)
     if pose_images is not None and not poses_wanted:
         return Driving(None, None, None, pose_images.frames, pose_images.fps)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from core.errors import UserError
+from data.inputs import load_driving
 from data.video.files import VideoReader, write_video
 from data.video.images import BT2020, HLG, IMAGE_SUFFIXES, PQ, list_images, read_image, wide_to_srgb
 
@@ -318,7 +319,7 @@ def write_signal(path, codec: str, pixels: str, rgb: np.ndarray, primaries: int,
     ],
 )
 @pytest.mark.parametrize("kind", ["PQ", "HLG", "BT.2020", "Display P3"])
-def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, suffix, codec, pixels, kind):
+def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, caplog, suffix, codec, pixels, kind):
     light = np.where(COLOUR <= 10.3, COLOUR / 255 / 12.92, ((COLOUR / 255 + 0.055) / 1.055) ** 2.4)
     signal, primaries, transfer, matrix = {
         "PQ": (as_hdr(light * 203, PQ) / 65535, BT2020, PQ, 9),
@@ -326,8 +327,11 @@ def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, suffix, codec, pixels
         "BT.2020": (srgb(RGB_TO_BT2020 @ light) / 255, BT2020, 14, 9),
         "Display P3": (srgb(np.linalg.inv(P3_XYZ) @ SRGB_XYZ @ light) / 255, 12, 1, 1),
     }[kind]
-    write_signal(tmp_path / f"clip{suffix}", codec, pixels, signal, primaries, transfer, matrix)
-    video = VideoReader(tmp_path / f"clip{suffix}")
+    path = tmp_path / f"clip{suffix}"
+    write_signal(path, codec, pixels, signal, primaries, transfer, matrix)
+    video = VideoReader(path)
     assert (f"HDR ({kind}) is tone-mapped" if transfer in (PQ, HLG) else "wide colours are converted") in video.note
+    load_driving(path, None, None, None, images=path, poses_wanted=False)
+    assert video.note in caplog.text
     for frame in (*video, video.get([1])[0]):
         np.testing.assert_allclose(frame[HEIGHT // 2, WIDTH // 2], COLOUR, atol=4)

@@ -88,7 +88,9 @@ def test_same_seed_same_images_and_without_tpc_no_calibration(result, model, inp
 def test_driving_poses_alone_are_enough(model, inputs, tmp_path, capsys):
     arguments = [a for a in given(inputs) if not a.startswith(("driving=", "driving_masks="))]
     infer.main([*arguments, model, f"output={tmp_path / 'o'}", "tpc.preset=paper", "tpc.groups=30", *QUICK])
-    assert "note: tpc.groups=30 gives each of the 3 frames a group of its own" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "note: tpc.groups=30 gives each of the 3 frames a group of its own" in printed
+    assert "calibration: 3 calibrated, 0 interpolated, 0 uncalibrated" in printed
     written = json.loads((tmp_path / "o" / "result.json").read_text())
     assert written["frames"] == 3 and written["calibration"]["calibrated"] == 3
     assert written["configuration"]["driving"] is None
@@ -161,7 +163,7 @@ def test_odd_shapes_and_default_size(model, inputs, tmp_path):
 def test_pairs_run_once(model, inputs, tmp_path):
     common = dict(argument.split("=", 1) for argument in given(inputs))
     lines = [json.dumps({**common, "output": str(tmp_path / name)}) for name in ("a", "b")]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8-sig")
     command = [f"pairs={tmp_path / 'pairs.jsonl'}", model, "compare=false", *QUICK]
     infer.main(command)
     times = [(tmp_path / name / "result.json").stat().st_mtime_ns for name in ("a", "b")]
