@@ -90,30 +90,31 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.
             try:
                 network.load_lora_adapter(folder / name, prefix=None, weight_name=FILE, local_files_only=True)
             except (ValueError, RuntimeError, KeyError, TypeError) as error:  # PEFT's, of the settings in the file
-                raise UserError(f"{folder / name / FILE} has settings that do not fit it: {error}") from None
+                raise UserError(f"lora={folder / name / FILE} has settings that do not fit it: {error}") from None
             merge(network, scale)
 
 
 def check_fit(network: ModelMixin, file: Path) -> None:
     """UserError for what are no pairs of finite factors, one for each adapted layer of the network and of its size."""
+    what = f"lora={file}"
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(f"{what} cannot be read: {error}") from None
     foreign = [key for key in tensors if not key.endswith(FACTORS)]
     if foreign or not tensors:
         raise UserError(
-            f"{file} holds {first_few(foreign) if foreign else 'nothing'}; adapters here are pairs of "
+            f"{what} holds {first_few(foreign) if foreign else 'nothing'}; adapters here are pairs of "
             f"LAYER{FACTORS[0]} and LAYER{FACTORS[1]}, as train.py lora.export=separate writes them, and no others"
         )
     layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     for layer in dict.fromkeys(key.removesuffix(FACTORS[0]).removesuffix(FACTORS[1]) for key in tensors):
         known = layers.get(layer)
         if known is None:
-            raise UserError(f"{file} adapts {layer}, which the model's {type(network).__name__} does not have")
+            raise UserError(f"{what} adapts {layer}, which the model's {type(network).__name__} does not have")
         a, b = (tuple(tensors[layer + factor].shape) if layer + factor in tensors else None for factor in FACTORS)
         if a is None or b is None:
-            raise UserError(f"{file} holds half a pair: {layer} has no {FACTORS[a is not None][1:]}; it is incomplete")
+            raise UserError(f"{what} holds half a pair: {layer} has no {FACTORS[a is not None][1:]}; it is incomplete")
         if (a, b) != ((a[0] if a else 0, known.in_features), (known.out_features, a[0] if a else 0)):
-            raise UserError(f"{file} adapts {layer} in another size, {a} and {b}; it belongs to another model")
-    check_finite(tensors, str(file))
+            raise UserError(f"{what} adapts {layer} in another size, {a} and {b}; it belongs to another model")
+    check_finite(tensors, what)
