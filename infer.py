@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from core.config import config_dict, load_config, save_config
+from core.config import check_choice, config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import complete_folder, existing_file, output_folder, read_text
 from core.processes import choose_device, process_state
@@ -53,10 +53,16 @@ class InferConfig(SamplingConfig):
     pose_images: str | None = None
     reference_mask: str | None = None
     driving_masks: str | None = None
+    upscale: str | None = None  # "source" brings animation.mp4 to the driving video's size
+    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
     device: str = "auto"  # or "cpu", "cuda", ...
     dtype: str = "auto"  # bfloat16 on CUDA, float32 elsewhere; or "float32", ...
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self, "upscale", (None, "source"))
 
 
 PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")
@@ -143,13 +149,15 @@ def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
             job.pose.smoothing,
             images=job.pose_images,
             poses_wanted=job.tpc.enabled,
+            cuts=job.cuts,
         )
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
     save_config(job, output / "config.yaml")
     if animation.calibration is not None:
         with watch.stage("writing"), complete_folder(output / "calibration") as folder:
             animation.calibration.write(folder)
-    write_animation(animation, output, config_dict(job), watch)
+    upscale_to = driving.size if job.upscale == "source" else None
+    write_animation(animation, output, config_dict(job), watch, driving.sound, upscale_to)
     if animation.calibration is not None:
         print(f"calibration: {animation.calibration.outcome()}")
     print(f"animation:  {output / 'animation.mp4'}")

@@ -1,21 +1,25 @@
 """Inputs of an animation: a reference image and a driving video, with poses and masks given or estimated."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from core.errors import UserError
 from data.poses.files import load_poses
-from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
-from data.video.files import Video, VideoReader, read_video
+from data.poses.person import PackedMasks
+from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses, jumps
+from data.video.files import VideoReader
 from data.video.images import list_images, read_image
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
+LEAST_CHANGE = 0.05  # of the picture, that may be a cut: see `_difference`
+CHANGE_NOISE = 16.0  # squared grey levels: flat images do not differ
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class Driving:
-    frames: np.ndarray | None  # (f, h, w, 3) uint8 RGB; None when only poses were given
+    # (f, h, w, 3) uint8 RGB, of a file read when they are asked for; None when only poses were given
+    frames: Sequence[np.ndarray] | None
     poses: Poses | None  # None when there are pose images and no poses were given or wanted
-    masks: np.ndarray | None  # (f, persons, h, w) bool
-    images: np.ndarray | None = None  # pose images (f, h', w', 3) uint8 RGB, such as DensePose; None: to be drawn
-    image_fps: float = 0.0  # frames per second of the pose images
+    masks: Sequence[np.ndarray] | None  # (f, persons, h, w) bool
+    images: VideoReader | None = None  # pose images, such as DensePose; None: to be drawn
+    cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
+    drawn: Poses | None = None  # that figures are drawn of, an estimator's misses bridged; None: `poses`
+    sound: VideoReader | None = None  # the video whose sound results carry
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.images.shape[2:0:-1] if self.poses is None else self.poses.size
+        return self.images.size if self.poses is None else self.poses.size
 
     @property
     def fps(self) -> float:
-        return self.image_fps if self.poses is None else self.poses.fps
+        return self.images.fps if self.poses is None else self.poses.fps
 
 
 def load_reference(
@@ -78,67 +85,99 @@ def load_driving(
     max_persons: int = 1,
     max_frames: int | None = None,  # counted after every stride-th frame was taken
     stride: int = 1,
-    smoothing: float = 0.0,
+    smoothing: float | None = None,  # of estimated poses, see `Poses.smoothed`
     images: str | Path | None = None,  # pose images, one for each frame of the video and of its shape
     poses_wanted: bool = True,  # False: `images` alone are read
+    cuts: Sequence[int] | None = None,  # see `Driving`; None: found
 ) -> Driving:
-    """Driving clip, with poses and masks given or estimated."""
-    if path is not None and (note := VideoReader(path, argument="driving").note):
-        logger.warning("driving=%s: %s", path, note)
-    pose_images = None if images is None else strided_video(images, "pose_images", max_frames, stride)
+    """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
+    used = {"stride": stride, "max_frames": max_frames}
+    video = None if path is None else VideoReader(path, argument="driving", **used)
+    if video is not None and video.note:
+        logger.warning("driving=%s: %s", path, video.note)
+    pose_images = None if images is None else VideoReader(images, argument="pose_images", **used)
     if pose_images is not None and not poses_wanted:
-        return Driving(None, None, None, pose_images.frames, pose_images.fps)
+        found = clip_cuts([thumbnail(image) for image in pose_images], None) if cuts is None else cuts
+        return Driving(None, None, None, pose_images, cuts=checked_cuts(found, len(pose_images)), sound=video)
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
-    video = None if path is None else strided_video(path, "driving", max_frames, stride)
+    thumbnails: list[np.ndarray] = []
     if poses is not None:
-        given = given_poses(poses, video, path, max_frames, stride)
-        found = PoseEstimate(given, None).require_person("driving_poses")
+        estimate = PoseEstimate(given_poses(poses, video, max_frames, stride), None).require_person("driving_poses")
+        for _ in watched(video or (), thumbnails):
+            pass
     else:
-        found = estimate_poses(video.frames, video.fps, estimator(), max_persons, smoothing)
-        found.require_person(f"driving={path}")
-    used = found.poses
-    if not (used.scores > 0).any():
+        estimate = estimate_poses(watched(video, thumbnails), video.fps, estimator(), max_persons)
+        estimate.require_person(f"driving={path}")
+    clip = estimate.poses
+    if not (clip.scores > 0).any():
         raise UserError(f"driving_poses={poses}: no keypoint of any frame has a score above 0")
     if pose_images is not None:
-        used = matching_images(used, pose_images, images)
-    person_masks = None if found.masks is None else found.masks[: used.frames]
+        clip = matching_images(clip, pose_images, images)
+        pose_images, video = pose_images.first(clip.frames), video and video.first(clip.frames)
+    person_masks = None if estimate.masks is None else estimate.masks.select(slice(clip.frames))
     if masks is not None:
-        person_masks = read_driving_masks(Path(masks), used.frames, used.persons, used.size, stride)
-    driving = Driving(None if video is None else video.frames[: used.frames], used, person_masks)
-    if pose_images is None:
-        return driving
-    return replace(driving, images=pose_images.frames[: used.frames], image_fps=pose_images.fps)
+        person_masks = read_driving_masks(Path(masks), clip.frames, clip.persons, clip.size, stride)
+    cuts = checked_cuts(clip_cuts(thumbnails[: clip.frames], clip) if cuts is None else cuts, clip.frames)
+    if poses is not None:
+        return Driving(video, clip, person_masks, pose_images, cuts, sound=video)
+    clip = clip.smoothed(smoothing, cuts)
+    return Driving(video, clip, person_masks, pose_images, cuts, clip.bridged(cuts), video)
 
 
-def strided_video(path: str | Path, argument: str, max_frames: int | None, stride: int) -> Video:
-    """Every stride-th frame of a video or folder of images, at most `max_frames` of them."""
-    needed = None if max_frames is None else (max_frames - 1) * stride + 1  # frames before striding
-    video = read_video(path, max_frames=needed, argument=argument)
-    return video if stride == 1 else Video(video.frames[::stride], video.fps / stride)
-
-
-def given_poses(
-    path: str | Path, video: Video | None, video_path: str | Path | None, max_frames: int | None, stride: int
-) -> Poses:
-    """Every stride-th frame of a pose file, in pixels of the `strided_video`, which it must have a pose for."""
+def given_poses(path: str | Path, video: VideoReader | None, max_frames: int | None, stride: int) -> Poses:
+    """Every stride-th frame of a pose file, in pixels of the video of these frames, which it must have a pose for."""
     size, fps = (video.size, video.fps * stride) if video else (None, None)
     poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
     used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
     if video is None:
         return used
-    with VideoReader(video_path, argument="driving") as reader:
-        if used.frames < len(video.frames) or poses.frames > len(reader):
-            raise UserError(
-                f"driving_poses={path} has {poses.frames} frames, driving={video_path} has {len(reader)}; "
-                "give the poses of this video, one for each of its frames"
-            )
+    if used.frames < len(video) or poses.frames > video.stored_frames:
+        raise UserError(
+            f"driving_poses={path} has {poses.frames} frames, driving={video.path} has {video.stored_frames}; "
+            "give the poses of this video, one for each of its frames"
+        )
     return fitting_poses(used, video.size, "driving_poses")
 
 
-def matching_images(poses: Poses, images: Video, path: str | Path) -> Poses:
+def watched(frames: Iterable[np.ndarray], thumbnails: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, of which thumbnails are kept."""
+    for frame in frames:
+        thumbnails.append(thumbnail(frame))
+        yield frame
+
+
+def thumbnail(frame: np.ndarray) -> np.ndarray:
+    """(n, 3) float32: colours of an image by place, each channel less its mean, so that exposure does not matter."""
+    small = cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA).reshape(-1, 3).astype(np.float32)
+    return small - small.mean(0)
+
+
+def clip_cuts(thumbnails: Sequence[np.ndarray], poses: Poses | None) -> list[int]:
+    """First frames of a clip's shots after the first: jumps of the picture, and of everybody's poses."""
+    near, far = ([_difference(*pair) for pair in zip(thumbnails[k:], thumbnails, strict=False)] for k in (1, 2))
+    of_images = jumps(np.array([0.0, *near]), np.array([0.0, 0.0, *far]), LEAST_CHANGE).tolist() if near else []
+    of_poses = [] if poses is None else poses.cuts()
+    # Estimators may find people a little after the cut.
+    return sorted(of_images + [t for t in of_poses if all(abs(t - cut) > 3 for cut in of_images)])
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """0 for equal thumbnails, also in other light, and about 1 for unrelated ones."""
+    b = b * np.clip(np.std(a) / max(np.std(b), 1), 0.25, 4)
+    variance = (np.mean(a**2) + np.mean(b**2)) / 2
+    return float((variance - np.mean(a * b)) / (variance + CHANGE_NOISE))
+
+
+def checked_cuts(cuts: Sequence[int], frames: int) -> tuple[int, ...]:
+    if list(cuts) != sorted(set(cuts)) or not all(0 < cut < frames for cut in cuts):
+        raise UserError(f"cuts={list(cuts)} must be frames in order, above 0 and below the clip's {frames}")
+    return tuple(cuts)
+
+
+def matching_images(poses: Poses, images: VideoReader, path: str | Path) -> Poses:
     """Poses cut to the number of pose images; the last few may lack one, as tools often lose a frame."""
-    frames = len(images.frames)
+    frames = len(images)
     if abs(poses.frames - frames) > max(2, poses.frames // 50):
         raise UserError(f"pose_images={path} has {frames} frames, the driving clip has {poses.frames}")
     require_shape(images.size, poses.size, f"pose_images={path}")
@@ -169,11 +208,11 @@ def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int])
     return np.stack([read_mask(file, size, "reference_mask") for file in files])
 
 
-def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int, int], stride: int = 1) -> np.ndarray:
-    """(frames, persons, h, w) bool from a folder with 000000.png or 000000_p0.png, numbered as the video's frames."""
+def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int, int], stride: int = 1) -> PackedMasks:
+    """(frames, persons, h, w) from a folder with 000000.png or 000000_p0.png, numbered as the video's frames."""
     if not folder.is_dir() or not list_images(folder):
         raise UserError(f"driving_masks={folder} {'holds no images' if folder.is_dir() else 'is not a folder'}")
-    masks = np.zeros((frames, persons, size[1], size[0]), bool)
+    masks = PackedMasks.zeros((frames, persons), size)
     for frame in range(frames):
         for person in range(persons):
             name = f"{frame * stride:06d}_p{person}.png"

@@ -70,7 +70,13 @@ def crop_matrix(source: tuple[int, int], target: tuple[int, int], box: Box | Non
     return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]], dtype=np.float64)
 
 
-def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: str = "replicate") -> np.ndarray:
+def apply_fit(
+    image: np.ndarray,
+    matrix: np.ndarray,
+    size: tuple[int, int],
+    border: str = "replicate",
+    enlarging: int = cv2.INTER_LINEAR,  # OpenCV's filter
+) -> np.ndarray:
     """Resample an image or mask (h, w[, 3]) uint8 by a `fit_matrix` or `crop_matrix` into a frame of (width, height).
 
     Where the image does not reach, `border` decides: "replicate" the outermost pixels, or "zero".
@@ -83,7 +89,9 @@ def apply_fit(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], bord
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
         matrix = matrix @ np.linalg.inv(resize_matrix((width, height), small))
     mode = cv2.BORDER_REPLICATE if border == "replicate" else cv2.BORDER_CONSTANT
-    return cv2.warpAffine(image, matrix[:2], size, flags=cv2.INTER_LINEAR, borderMode=mode)
+    return cv2.warpAffine(
+        image, matrix[:2], size, flags=cv2.INTER_LINEAR if scale <= 1 else enlarging, borderMode=mode
+    )
 
 
 def map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

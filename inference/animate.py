@@ -8,25 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.config import VERSION
+from core.config import VERSION, check_choice
 from core.errors import UserError
 from core.files import complete_file, write_json
 from data.inputs import Driving, Reference
 from data.poses.drawing import draw_pose
-from data.transforms import apply_fit, fit_matrix
-from data.video.files import write_video
+from data.transforms import FIT_MODES, apply_fit, fit_matrix
+from data.video.files import VideoReader, write_video
 from inference.comparison import comparison_frames, comparison_strip
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from models.sampling import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
+from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
-from tpc.warping import Framing, mask_pyramid, warp_mask
+from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 
 
 @dataclass
@@ -44,6 +46,7 @@ class SamplingConfig:
     window_overlap: int = 4  # frames
     shift_windows: bool = False  # at every step, so that no frame is always at a window's end
     compare: bool = True  # also sample without TPC
+    reference_fit: str = "contain"  # all of the reference, its scene painted on around it; cover: cut to the frame
     # Noise levels [low, high] with guidance, from 0 (none) to 1 (nothing else); elsewhere its conditional half alone.
     guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
     solver: str | None = None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
@@ -57,6 +60,7 @@ class SamplingConfig:
             raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
         if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
             raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
+        check_choice(self, "reference_fit", FIT_MODES)
         check_sampling(self.guidance_interval, self.solver)
 
 
@@ -85,6 +89,7 @@ class Animation:
     calibrated: np.ndarray | None  # (f, H, W, 3), the result with TPC; None when it is off
     calibration: Calibration | None  # what TPC did, or None
     fps: float  # frames per second
+    cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
 
     @property
     def result(self) -> np.ndarray:
@@ -95,7 +100,7 @@ class Animation:
         """The columns of the comparison, in order."""
         columns: dict[str, Sequence[np.ndarray]] = {"reference": [self.reference], "pose": self.poses}
         if (calibration := self.calibration) is not None:
-            columns["calibrated reference"] = [calibration.frame_image(f) for f in range(calibration.frames)]
+            columns["calibrated reference"] = LazyImages(calibration.frames, calibration.size, calibration.frame_image)
         if self.plain is not None:
             columns["without TPC"] = self.plain
         if self.calibrated is not None:
@@ -110,8 +115,7 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
         raise UserError(
             f"size=[{size[0]},{size[1]}] must be multiples of {pipeline.size_multiple}, the model's factor"
         )
-    # All of the reference is shown, whatever its shape: a cut person could not be calibrated to.
-    reference_map = fit_matrix(reference.image.shape[1::-1], size, "contain")
+    reference_map = fit_matrix(reference.image.shape[1::-1], size, sampling.reference_fit)
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 
 
@@ -131,7 +135,8 @@ def animate(
     watch = watch or Stopwatch()
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
-    image = apply_fit(reference.image, frame.reference_map, size)
+    beyond = ~quad_mask(frame.reference_map, reference.image.shape[1::-1], size)
+    image = continued(apply_fit(reference.image, frame.reference_map, size), beyond)
     poses = pose_images(driving, frame.frame_map, size)
 
     calibration = None
@@ -147,6 +152,7 @@ def animate(
                 driving_masks=driving.masks,
                 frame_map=frame.frame_map,
                 reference_map=frame.reference_map,
+                cuts=driving.cuts,
                 progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
             )
 
@@ -181,6 +187,7 @@ def animate(
                 reference_mask=mask,
                 guidance_interval=sampling.guidance_interval,
                 solver=sampling.solver,
+                cuts=driving.cuts,
             ).frames
 
     plain = calibrated = None
@@ -188,16 +195,29 @@ def animate(
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(image, poses, plain, calibrated, calibration, driving.fps)
+    return Animation(image, poses, plain, calibrated, calibration, driving.fps, driving.cuts)
 
 
 def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Pose images in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
     if driving.images is not None:
-        matrix = fit_matrix(driving.images.shape[2:0:-1], size, "cover")
+        matrix = fit_matrix(driving.images.size, size, "cover")
         return np.stack([apply_fit(image, matrix, size) for image in driving.images])
-    poses = driving.poses.mapped(frame_map, size)
+    poses = (driving.drawn or driving.poses).mapped(frame_map, size)
     return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
+
+
+def upscaled(frames: np.ndarray, source: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Frames (h, w, 3) uint8 at a video's (width, height), by Lanczos' filter, a little of the longer side cut off.
+
+    Frames of another shape, which showed the model a part of the video, come at the video's resolution.
+    """
+    size = frames.shape[2:0:-1]
+    scale = min(source[0] / size[0], source[1] / size[1])
+    shown = [round(scale * side) for side in size]
+    target = tuple(source) if min(shown[0] / source[0], shown[1] / source[1]) > 0.9 else tuple(shown)
+    matrix = fit_matrix(size, target, "cover")
+    return (apply_fit(frame, matrix, target, enlarging=cv2.INTER_LANCZOS4) for frame in frames)
 
 
 def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
@@ -205,13 +225,24 @@ def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
     return {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
 
 
-def write_animation(animation: Animation, output: Path, configuration: dict[str, Any], watch: Stopwatch) -> None:
-    """Write animation.mp4, comparison.mp4, comparison.png and result.json; the last one when all is there."""
-    settings = generated_by(configuration)
+def write_animation(
+    animation: Animation,
+    output: Path,
+    configuration: dict[str, Any],
+    watch: Stopwatch,
+    sound: VideoReader | None = None,
+    upscale_to: tuple[int, int] | None = None,
+) -> None:
+    """Write animation.mp4, comparison.mp4, comparison.png and result.json; the last one when all is there.
+
+    `sound`: the video whose sound both videos carry. `upscale_to`: (width, height) for `upscaled`.
+    """
+    settings, fps = generated_by(configuration), animation.fps
     columns = animation.columns()
+    result = animation.result if upscale_to is None else upscaled(animation.result, upscale_to)
     with watch.stage("writing"):
-        write_video(output / "animation.mp4", animation.result, animation.fps, settings)
-        write_video(output / "comparison.mp4", comparison_frames(columns), animation.fps, settings)
+        write_video(output / "animation.mp4", result, fps, settings, sound=sound)
+        write_video(output / "comparison.mp4", comparison_frames(columns), fps, settings, sound=sound)
         with complete_file(output / "comparison.png") as path:
             Image.fromarray(comparison_strip(columns)).save(path)
     calibration = animation.calibration
@@ -223,6 +254,7 @@ def write_animation(animation: Animation, output: Path, configuration: dict[str,
         "frames": len(animation.poses),
         "size": list(animation.poses.shape[2:0:-1]),
         "fps": animation.fps,
+        "cuts": list(animation.cuts),
         "seconds": watch.seconds,
         "calibration": calibration.summary() if calibration is not None else None,
     }

@@ -166,6 +166,7 @@ class AnimationPipeline(DiffusionPipeline):
         reference_mask: Any = None,
         guidance_interval: Sequence[float] = EVERY_LEVEL,
         solver: str | None = None,
+        cuts: Sequence[int] = (),
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -190,6 +191,7 @@ class AnimationPipeline(DiffusionPipeline):
             reference_mask: (H, W) in [0, 1] or uint8, or PIL: the persons; default: the calibration's.
             guidance_interval: noise levels (low, high] of 0 to 1 that are guided, see `models.sampling.noise_level`.
             solver: of `models.sampling.SOLVERS`, in place of the pipeline's scheduler.
+            cuts: first frames of the clip's shots after the first; no window of frames spans one.
 
         Raises:
             ValueError: inputs that disagree in size or count.
@@ -226,7 +228,7 @@ class AnimationPipeline(DiffusionPipeline):
                 sample = scheduler.scale_model_input(latents, timestep).to(dtype)  # (1, c, f, h, w)
                 step_scales = guidance_at(scales, guidance_interval, scheduler, timestep)
                 shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
-                windows = context_windows(num_frames, window_size, window_overlap, shift)
+                windows = context_windows(num_frames, window_size, window_overlap, shift, cuts)
                 prediction = torch.zeros_like(latents)
                 for i, (window, weight) in enumerate(zip(windows, window_weights(windows, num_frames), strict=True)):
                     context = references.context(step, int(timestep), window)

@@ -5,6 +5,7 @@ Windows overlap and their predictions are blended. They are open-ended: none wra
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
@@ -73,12 +74,19 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def context_windows(num_frames: int, size: int, overlap: int, shift: float = 0.0) -> list[range]:
+def context_windows(
+    num_frames: int, size: int, overlap: int, shift: float = 0.0, cuts: Sequence[int] = ()
+) -> list[range]:
     """Ranges of `size` frames that cover a clip, neighbours sharing at least `overlap` frames.
 
     Starts are spread evenly and the last window ends with the clip. `shift` in [0, 1) moves all but the first and the
-    last window by this fraction of their distance, and adds one. ValueError for numbers that cannot be.
+    last window by this fraction of their distance, and adds one. `cuts` are the first frames of shots, each of which
+    has windows of its own. ValueError for numbers that cannot be.
     """
+    if cuts:
+        parts = pairwise([0, *cuts, num_frames])
+        each = [(start, context_windows(stop - start, size, overlap, shift)) for start, stop in parts]
+        return [range(start + w.start, start + w.stop) for start, windows in each for w in windows]
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
     if not 0 <= overlap < size:
@@ -107,9 +115,9 @@ def window_weights(windows: list[range], num_frames: int) -> list[Tensor]:
         size = len(window)
         from_start = torch.arange(1, size + 1, dtype=torch.float32)
         from_end = from_start.flip(0)
-        if window.start == 0:
+        if not any(other.start < window.start < other.stop for other in windows):
             from_start = torch.full((size,), float(size))
-        if window.stop == num_frames:
+        if not any(other.start < window.stop < other.stop for other in windows):
             from_end = torch.full((size,), float(size))
         weights.append(torch.minimum(from_start, from_end))
     total = torch.zeros(num_frames)

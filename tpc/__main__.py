@@ -47,6 +47,7 @@ class CommandConfig:
     max_side: int = 0  # pixels of the longer side of the calibrated images; 0 = those of the driving video
     max_frames: int | None = None  # frames to use
     stride: int = 1  # use every stride-th frame
+    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> None:
         config.tpc,
         reference_masks=reference.masks,
         driving_masks=driving.masks,
+        cuts=driving.cuts,
         progress=lambda frames: tqdm(frames, desc="calibrating"),
     )
     # Nothing appears in the folder before everything is written.
@@ -102,6 +104,7 @@ def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
         config.max_frames,
         config.stride,
         config.pose.smoothing,
+        cuts=config.cuts,
     )
     return reference, driving
 
@@ -123,7 +126,7 @@ def write_results(
     # The persons side by side; grey where one is uncalibrated.
     grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
     images = (np.hstack([calibration.images[m] if m >= 0 else grey for m in row]) for row in calibration.member)
-    write_video(folder / "calibrated.mp4", images, calibration.fps, metadata)
+    write_video(folder / "calibrated.mp4", images, calibration.fps, metadata, sound=driving.sound)
     write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
 
 

@@ -38,6 +38,7 @@ def calibrate(
     frame_map: np.ndarray | SimilarityTransform | None = None,
     reference_map: np.ndarray | SimilarityTransform | None = None,
     progress: Progress | None = None,
+    cuts: Sequence[int] | None = None,
 ) -> Calibration:
     """Carry the persons of a reference image to where they are in every frame of a driving clip.
 
@@ -53,6 +54,8 @@ def calibrate(
             is read at a time; None, or an empty mask = drawn.
         frame_map, reference_map: (3, 3) similarities from the original images to the model's; None = fitted, centred.
         progress: wraps the loop over frames, such as `tqdm`.
+        cuts: first frames of the clip's shots after the first, over which nothing is bridged, smoothed or propagated;
+            None = found in the poses, see `Poses.cuts`.
 
     Raises:
         UserError: a value in `config` that is not allowed.
@@ -67,10 +70,12 @@ def calibrate(
         _map("reference_map", reference_map, reference_poses.size, size),
     )
     persons, masks = _reference_persons(reference_poses, reference_masks, config)
-    slots = match_persons(persons, driving_poses, config)
+    cuts = tuple(driving_poses.cuts() if cuts is None else cuts)
+    slots = match_persons(persons, driving_poses, config, cuts)
     order = progress(range(len(slots))) if progress else range(len(slots))
     estimates, targets, others = estimate_clip(persons, driving_poses, slots, driving_masks, framing, config, order)
-    tracks = [follow([row[p].matrix for row in estimates], person.centre, config) for p, person in enumerate(persons)]
+    found = [[row[p].matrix for row in estimates] for p in range(len(persons))]
+    tracks = [follow(part, person.centre, config, cuts) for part, person in zip(found, persons, strict=True)]
     warped = warp_clip(reference, masks, tracks, targets, framing, config)
 
     def record(frame: int, p: int) -> PersonFrame:
@@ -94,6 +99,7 @@ def calibrate(
         other_masks=others,
         reference_masks=np.array(model_masks, bool).reshape(-1, *framing.size[::-1]),
         seconds=time.perf_counter() - start,
+        cuts=cuts,
     )
 
 

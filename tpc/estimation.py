@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from data.poses.person import COCO_MIRROR
+from data.poses.person import COCO_MIRROR, PackedMasks
 from data.poses.poses import Poses
 from tpc.config import CalibrationConfig
 from tpc.procrustes import (
@@ -17,7 +17,6 @@ from tpc.procrustes import (
     apply_matrix,
     residual,
 )
-from tpc.result import PackedMasks
 from tpc.silhouettes import (
     BITMAP_SIDE,
     FIXED_RULES,

@@ -4,12 +4,13 @@ Slots of pose estimators may change from frame to frame. Tracks are built by opt
 frames, then assigned to the reference's persons by where they stand and how large they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data.poses.poses import Poses
+from data.poses.poses import Poses, shots
 from tpc.config import CalibrationConfig
 from tpc.estimation import ReferencePerson
 from tpc.silhouettes import visible
@@ -24,8 +25,13 @@ FORBIDDEN = 1e6
 LAYOUT_FRAMES = 10  # over which the places of persons are averaged
 
 
-def match_persons(persons: list[ReferencePerson], poses: Poses, config: CalibrationConfig) -> np.ndarray:
-    """(frames, persons) int: the slot of the driving poses that each person of the reference takes, -1 = absent."""
+def match_persons(
+    persons: list[ReferencePerson], poses: Poses, config: CalibrationConfig, cuts: Sequence[int] = ()
+) -> np.ndarray:
+    """(frames, persons) int: the slot of the driving poses that each person of the reference takes, -1 = absent.
+
+    Every shot is assigned by itself; `cuts` are the first frames of shots.
+    """
     frames, available = poses.keypoints.shape[:2]
     seen = visible(poses.scores, poses.keypoints, config.score_threshold)
     if not persons:
@@ -34,14 +40,9 @@ def match_persons(persons: list[ReferencePerson], poses: Poses, config: Calibrat
         slots = np.arange(len(persons))
         present = np.pad(seen.any(-1), ((0, 0), (0, len(persons))))[:, : len(persons)]
         return np.where(present & (slots < available), slots, -1)
-    return assign_persons(
-        np.stack([p.keypoints for p in persons]),
-        np.stack([p.seen for p in persons]),
-        persons[0].size,
-        poses.keypoints,
-        seen,
-        poses.size,
-    )
+    reference = np.stack([p.keypoints for p in persons]), np.stack([p.seen for p in persons]), persons[0].size
+    parts = shots(frames, cuts)
+    return np.concatenate([assign_persons(*reference, poses.keypoints[s], seen[s], poses.size) for s in parts])
 
 
 @dataclass

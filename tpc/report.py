@@ -58,7 +58,7 @@ def write_report(
     for row, (label, lines) in enumerate(PLOTS.items(), start=3):
         axes = figure.add_subplot(grid[row, :])
         _plot(axes, calibration, shown, label, lines)
-    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated)")
+    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated, blue line: cut)")
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -76,9 +76,10 @@ def _frames_to_show(calibration: Calibration) -> list[int]:
 def _headline(calibration: Calibration) -> str:
     summary, config = calibration.summary(), calibration.config
     counts = ", ".join(f"{summary[status]} {status}" for status in STATUS_COLOURS)
+    cut = f", cuts before {', '.join(map(str, calibration.cuts))}" if calibration.cuts else ""
     iou = "" if summary["mean_mask_iou"] is None else f", mean IoU {summary['mean_mask_iou']:.2f}"
     return (
-        f"{calibration.frames} frames, {calibration.persons} person(s): {counts}{iou}\n"
+        f"{calibration.frames} frames, {calibration.persons} person(s): {counts}{iou}{cut}\n"
         f"preset {config.preset}: {config.transform}, keypoints {config.keypoints}, {config.visibility} visibility, "
         f"{config.propagation} propagation; {summary['seconds']:.1f} s"
     )
@@ -196,6 +197,8 @@ def _plot(axes, calibration: Calibration, shown: Sequence[int], label: str, line
             axes.axvspan(frame - 0.5, frame + 0.5, color=_unit(STATUS_COLOURS[name]), alpha=0.25, lw=0)
     for frame in shown:
         axes.axvline(frame, color="black", lw=0.6, alpha=0.4)
+    for cut in calibration.cuts:
+        axes.axvline(cut - 0.5, color="blue", ls="--", lw=1.2)
     if calibration.persons:
         axes.legend(fontsize=8, ncols=2 * calibration.persons, loc="best")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import complete_folder
+from data.poses.person import PackedMasks
 from tpc.config import CalibrationConfig, resolve
 from tpc.trajectory import Schedule
 
@@ -56,84 +56,6 @@ class LazyImages:
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
-
-
-class PackedMasks:
-    """Masks (..., h, w) bool, each compressed; indexing its leading dimensions gives ordinary bool arrays.
-
-    The outline of a person takes about a hundredth of its pixels in bytes, so that a long clip's masks fit in memory.
-    """
-
-    dtype = np.dtype(bool)
-
-    def __init__(self, parts: np.ndarray, size: tuple[int, int]):
-        self._parts = parts  # (...,) of bytes
-        self.size = size
-        self.shape = (*parts.shape, size[1], size[0])
-
-    @classmethod
-    def zeros(cls, leading: tuple[int, ...], size: tuple[int, int]) -> PackedMasks:
-        parts = np.empty(leading, object)
-        parts[...] = _compressed(np.zeros((size[1], size[0]), bool))
-        return cls(parts, size)
-
-    @classmethod
-    def from_arrays(cls, content: np.ndarray, lengths: np.ndarray, size: tuple[int, int]) -> PackedMasks:
-        """Masks from the two arrays of `to_arrays`."""
-        ends = lengths.reshape(-1).cumsum()
-        parts = np.empty(lengths.size, object)
-        for i, (end, length) in enumerate(zip(ends, lengths.reshape(-1), strict=True)):
-            parts[i] = content[end - length : end].tobytes()
-        return cls(parts.reshape(lengths.shape), size)
-
-    def to_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All compressed bytes (n,) uint8 one mask after the other, and how many each mask has (...,)."""
-        lengths = np.array([len(part) for part in self._parts.reshape(-1)], np.int64).reshape(self._parts.shape)
-        return np.frombuffer(b"".join(self._parts.reshape(-1)), np.uint8), lengths
-
-    def first(self, count: int) -> PackedMasks:
-        return PackedMasks(self._parts[:count], self.size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory; equal masks that share theirs count once."""
-        return sum(len(part) for part in {id(part): part for part in self._parts.reshape(-1)}.values())
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: object) -> np.ndarray:
-        chosen = self._parts[index]
-        width, height = self.size
-        if isinstance(chosen, bytes):
-            return self._expanded(chosen)
-        masks = np.empty((*chosen.shape, height, width), bool)
-        for i in np.ndindex(chosen.shape):
-            masks[i] = self._expanded(chosen[i])
-        return masks
-
-    def __setitem__(self, index: object, masks: np.ndarray) -> None:
-        chosen = self._parts[index]
-        if isinstance(chosen, bytes):
-            self._parts[index] = _compressed(masks)
-            return
-        masks = np.broadcast_to(masks, (*chosen.shape, *masks.shape[-2:]))
-        parts = np.empty(chosen.shape, object)
-        for i in np.ndindex(parts.shape):
-            parts[i] = _compressed(masks[i])
-        self._parts[index] = parts
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[...].astype(dtype or self.dtype, copy=False)
-
-    def _expanded(self, part: bytes) -> np.ndarray:
-        width, height = self.size
-        bits = np.frombuffer(zlib.decompress(part), np.uint8)
-        return np.unpackbits(bits, count=width * height).reshape(height, width).view(bool)
-
-
-def _compressed(mask: np.ndarray) -> bytes:
-    return zlib.compress(np.packbits(mask).tobytes(), 1)
 
 
 @dataclass(frozen=True)
@@ -186,6 +108,7 @@ class Calibration:
     other_masks: PackedMasks  # (frames, h, w), persons of the clip whom nobody in the reference corresponds to
     reference_masks: np.ndarray  # (persons, h, w), the persons in the model's reference image
     seconds: float = 0.0  # that making it took
+    cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
 
     @property
     def frames(self) -> int:
@@ -207,7 +130,7 @@ class Calibration:
 
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the image of `images` each frame attends to at a denoising step, -1 = none."""
-        schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed)
+        schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed, self.cuts)
         source = schedule.source_frame(step)
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
 
@@ -245,6 +168,7 @@ class Calibration:
             "reference": {"size": list(self.reference_size), "persons": self.persons},
             "driving": {"size": list(self.driving_size), "frames": self.frames, "fps": self.fps},
             "size": list(self.size),
+            "cuts": list(self.cuts),
             "config": asdict(self.config),
             "frames": [
                 {"frame": frame, "persons": [record.plain() for record in records]}
@@ -272,7 +196,8 @@ class Calibration:
         counts = [f"{sum(record.status == status for record in records)} {status}" for status in STATUSES]
         reasons = Counter(r.reason for r in records if r.status != STATUSES[0] and r.reason).most_common()
         why = "; ".join(f"{reason}: {number}" for reason, number in reasons)
-        return ", ".join(counts) + (f" ({why})" if why else "")
+        cuts = f"; cuts before frames {', '.join(map(str, self.cuts))}" if self.cuts else ""
+        return ", ".join(counts) + (f" ({why})" if why else "") + cuts
 
     def notes(self) -> list[str]:
         """Sentences to read before the numbers are trusted; often none."""
@@ -352,6 +277,7 @@ class Calibration:
                 records=records,
                 reference_masks=arrays["reference_masks"],
                 seconds=report["summary"]["seconds"],
+                cuts=tuple(report.get("cuts", ())),
             )
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder} does not hold a calibration: {error}") from None

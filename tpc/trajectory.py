@@ -9,10 +9,12 @@ is drawn uniformly at random, and the frames of the group attend to its calibrat
 step, and over the steps every member is heard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data.poses.poses import interpolate, shots
 from tpc.config import CalibrationConfig
 
 
@@ -29,11 +31,18 @@ class Track:
         return self.calibrated | self.interpolated
 
 
-def follow(matrices: list[np.ndarray | None], centre: np.ndarray, config: CalibrationConfig) -> Track:
-    """Bridge short gaps and filter noise in one person's transforms (3, 3), None where there is none.
+def follow(
+    matrices: list[np.ndarray | None], centre: np.ndarray, config: CalibrationConfig, cuts: Sequence[int] = ()
+) -> Track:
+    """Bridge short gaps and filter noise in one person's transforms (3, 3), None where there is none, shot by shot.
 
-    `centre` (2,) is the middle of the reference person; `config` is resolved.
+    `centre` (2,) is the middle of the reference person; `config` is resolved; `cuts` are the first frames of shots.
     """
+    parts = [_follow_shot(matrices[shot], centre, config) for shot in shots(len(matrices), cuts)]
+    return Track(*(np.concatenate(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def _follow_shot(matrices: list[np.ndarray | None], centre: np.ndarray, config: CalibrationConfig) -> Track:
     similar = config.transform != "affine"
     calibrated = np.array([matrix is not None for matrix in matrices], bool)
     result = np.array([np.eye(3) if matrix is None else matrix for matrix in matrices]).reshape(-1, 3, 3)
@@ -77,18 +86,6 @@ def unwrap(parameters: np.ndarray, known: np.ndarray) -> np.ndarray:
     if parameters.shape[1] == 4:
         result[known, 1] = np.unwrap(parameters[known, 1])
     return result
-
-
-def interpolate(parameters: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters with gaps of at most `max_gap` frames filled linearly, and (frames,) bool, those that were filled."""
-    result, filled = parameters.copy(), np.zeros(len(known), bool)
-    frames = np.flatnonzero(known)
-    for before, after in zip(frames[:-1], frames[1:], strict=True):
-        if 1 < after - before <= max_gap + 1:
-            share = np.arange(1, after - before)[:, None] / (after - before)
-            result[before + 1 : after] = (1 - share) * parameters[before] + share * parameters[after]
-            filled[before + 1 : after] = True
-    return result, filled
 
 
 def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarray:
@@ -137,6 +134,7 @@ class Schedule:
     groups: int  # number of groups M, 0 = groups of four frames
     mode: str  # "iterative", "hold" (the first available member for all steps) or "off" (each frame its own)
     seed: int
+    cuts: tuple[int, ...] = ()  # first frames of shots, which begin a group
 
     def source_frame(self, step: int) -> np.ndarray:
         """(frames, persons) int: the frame whose calibrated image each frame uses at `step`; -1 = none.
@@ -148,7 +146,7 @@ class Schedule:
             return np.where(self.available, np.arange(frames)[:, None], -1)
         source = np.full((frames, persons), -1)
         group = group_of_frames(frames, self.groups)
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        starts = np.union1d(np.flatnonzero(np.diff(group, prepend=-1)), self.cuts).astype(int)
         for g, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
             for person in range(persons):
                 members = start + np.flatnonzero(self.available[start:stop, person])

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
+from data.poses.person import PackedMasks
 from tpc.config import CalibrationConfig
 from tpc.procrustes import apply_matrix
-from tpc.result import LazyImages, PackedMasks
+from tpc.result import LazyImages
 from tpc.trajectory import Track
 
 # Calibrated images whose corners differ by less, in pixels of the model's frame, are one image.
@@ -89,7 +91,7 @@ def warp_clip(
         return np.where(quad[..., None], image.warp(matrix, framing.size), np.uint8(0))
 
     images = LazyImages(len(sources), framing.size, paint)
-    return WarpedClip(images, warped.first(len(sources)), member, iou)
+    return WarpedClip(images, warped.select(slice(len(sources))), member, iou)
 
 
 def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill: str) -> np.ndarray:
@@ -101,15 +103,30 @@ def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill
         pixels = image.levels[0][~everybody]
         background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
     if fill == "scene":
-        # A little wider than the mask, whose edge pixels still show the person, and wherever the image does not
-        # reach: its outermost pixels, often a frame or a line, would be drawn out into bars.
         to_model, size = framing.reference_map, framing.size
-        unknown = (mask_pyramid(everybody).warp(to_model, size) > 0) | ~quad_mask(to_model, image.size, size)
-        reach = max(2, max(size) // 128)
-        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        grown = cv2.dilate(unknown.astype(np.uint8), kernel).astype(bool)
-        background = remove_persons(image.warp(to_model, size), grown)
+        scene = continued(image.warp(to_model, size), ~quad_mask(to_model, image.size, size))
+        background = remove_persons(scene, _widened(mask_pyramid(everybody).warp(to_model, size) > 0))
     return background
+
+
+def continued(image: np.ndarray, beyond: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) uint8 that goes on where a mask (h, w) bool is set as its edge does, softer further away."""
+    if not beyond.any() or beyond.all():
+        return image
+    # From a little inside: the outermost pixels, often a frame or a line, would be drawn out into bars.
+    distance, nearest = distance_transform_edt(_widened(beyond), return_indices=True)
+    result = image[tuple(nearest)].astype(np.float32)
+    for sigma in (max(image.shape) / 128 * np.array([1, 4, 12])).tolist():
+        share = np.clip(distance / (3 * sigma), 0, 1).astype(np.float32)[..., None]
+        result += share * (cv2.GaussianBlur(result, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) - result)
+    return np.round(result).astype(np.uint8)
+
+
+def _widened(mask: np.ndarray) -> np.ndarray:
+    """A mask (h, w) bool and what lies just beside it: edge pixels still show what is masked."""
+    reach = max(2, max(mask.shape) // 128)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+    return cv2.dilate(mask.astype(np.uint8), kernel).astype(bool)
 
 
 class ImagePyramid:

@@ -220,7 +220,7 @@ class AnimateTab:
             animation = animate(self.machine.pipeline, reference, driving, sampling, tpc, watch, show_progress=False)
             folder = Path(tempfile.mkdtemp(dir=self.machine.folder))
             configuration = config_dict(sampling) | {"tpc": config_dict(tpc)}
-            write_animation(animation, folder, configuration, watch)
+            write_animation(animation, folder, configuration, watch, driving.sound)
             plain = folder / "without_tpc.mp4"
             write_video(plain, animation.plain, animation.fps, generated_by(configuration))
         done = animation.calibration.summary()

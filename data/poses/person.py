@@ -3,6 +3,10 @@
 Keypoints are (x, y) pixels, y down, centres at integers: an image spans [-0.5, size - 0.5]. Score 0: not visible.
 """
 
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -181,3 +185,87 @@ def _relative_distance(a: PersonEstimate, b: PersonEstimate) -> float:
     centres = [np.array([box.left + box.right, box.top + box.bottom]) / 2 for box in boxes]
     side = max(max(box.width, box.height) for box in boxes)
     return float(np.linalg.norm(centres[0] - centres[1])) / max(side, 1.0)
+
+
+class PackedMasks:
+    """Masks (..., h, w) bool, each compressed; indexing its leading dimensions gives ordinary bool arrays.
+
+    The outline of a person takes about a hundredth of its pixels in bytes, so that a long clip's masks fit in memory.
+    """
+
+    dtype = np.dtype(bool)
+
+    def __init__(self, parts: np.ndarray, size: tuple[int, int]):
+        self._parts = parts  # (...,) of bytes
+        self.size = size
+        self.shape = (*parts.shape, size[1], size[0])
+
+    @classmethod
+    def zeros(cls, leading: tuple[int, ...], size: tuple[int, int]) -> PackedMasks:
+        parts = np.empty(leading, object)
+        parts[...] = _compressed(np.zeros((size[1], size[0]), bool))
+        return cls(parts, size)
+
+    @classmethod
+    def from_arrays(cls, content: np.ndarray, lengths: np.ndarray, size: tuple[int, int]) -> PackedMasks:
+        """Masks from the two arrays of `to_arrays`."""
+        ends = lengths.reshape(-1).cumsum()
+        parts = np.empty(lengths.size, object)
+        for i, (end, length) in enumerate(zip(ends, lengths.reshape(-1), strict=True)):
+            parts[i] = content[end - length : end].tobytes()
+        return cls(parts.reshape(lengths.shape), size)
+
+    def to_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All compressed bytes (n,) uint8 one mask after the other, and how many each mask has (...,)."""
+        lengths = np.array([len(part) for part in self._parts.reshape(-1)], np.int64).reshape(self._parts.shape)
+        return np.frombuffer(b"".join(self._parts.reshape(-1)), np.uint8), lengths
+
+    @classmethod
+    def stack(cls, rows: Sequence[PackedMasks]) -> PackedMasks:
+        """Masks of one size and shape under a new leading dimension."""
+        return cls(np.stack([row._parts for row in rows]), rows[0].size)
+
+    def select(self, index: object) -> PackedMasks:
+        """A part of the leading dimensions, still compressed."""
+        return PackedMasks(self._parts[index], self.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory; equal masks that share theirs count once."""
+        return sum(len(part) for part in {id(part): part for part in self._parts.reshape(-1)}.values())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: object) -> np.ndarray:
+        chosen = self._parts[index]
+        width, height = self.size
+        if isinstance(chosen, bytes):
+            return self._expanded(chosen)
+        masks = np.empty((*chosen.shape, height, width), bool)
+        for i in np.ndindex(chosen.shape):
+            masks[i] = self._expanded(chosen[i])
+        return masks
+
+    def __setitem__(self, index: object, masks: np.ndarray) -> None:
+        chosen = self._parts[index]
+        if isinstance(chosen, bytes):
+            self._parts[index] = _compressed(masks)
+            return
+        masks = np.broadcast_to(masks, (*chosen.shape, *masks.shape[-2:]))
+        parts = np.empty(chosen.shape, object)
+        for i in np.ndindex(parts.shape):
+            parts[i] = _compressed(masks[i])
+        self._parts[index] = parts
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+    def _expanded(self, part: bytes) -> np.ndarray:
+        width, height = self.size
+        bits = np.frombuffer(zlib.decompress(part), np.uint8)
+        return np.unpackbits(bits, count=width * height).reshape(height, width).view(bool)
+
+
+def _compressed(mask: np.ndarray) -> bytes:
+    return zlib.compress(np.packbits(mask).tobytes(), 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +16,15 @@ from scipy.ndimage import gaussian_filter1d
 from core.config import check_config, check_positive
 from core.errors import UserError
 from core.files import complete_file, existing_file
-from data.poses.person import Box, PersonEstimate, joint_box, person_box, scores_inside
+from data.poses.person import Box, PackedMasks, PersonEstimate, joint_box, person_box, scores_inside
 from data.transforms import map_points, resize_matrix
 
 _ARRAYS = ("keypoints", "scores", "size", "fps")  # of a pose file
+SEEN = 0.3  # score above which a keypoint shows where somebody is
+MAX_GAP = 8  # frames: longest miss of an estimator that is bridged, as of transforms (`tpc.max_gap`)
+LEAST_JUMP = 0.15  # part of a person's size: a runner moves by 0.1 a frame
+AROUND = 12  # frames on either side that a jump is compared with
+STEADYING = 0.04  # seconds, see docs/calibration.md
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,52 @@ class Poses:
         """Poses with score 0 for every keypoint outside the image."""
         return Poses(self.keypoints, scores_inside(self.keypoints, self.scores, self.size), self.size, self.fps)
 
-    def smoothed(self, frames: float) -> Poses:
-        """Poses with keypoints averaged over time by a Gaussian of `frames` standard deviation; scores stay."""
-        return Poses(temporal_means(self, frames), self.scores, self.size, self.fps)
+    def smoothed(self, frames: float | None, cuts: Sequence[int] = ()) -> Poses:
+        """Poses with keypoints averaged over time, shot by shot, by a Gaussian of `frames` deviation; scores stay.
+
+        None takes `STEADYING`, which quiets an estimator's jitter and hardly flattens fast motion.
+        """
+        frames = STEADYING * self.fps if frames is None else frames
+        if frames == 0:
+            return self
+        parts = (Poses(self.keypoints[s], self.scores[s], self.size, self.fps) for s in shots(self.frames, cuts))
+        means = np.concatenate([temporal_means(part, frames) for part in parts])
+        return Poses(means, self.scores, self.size, self.fps)
+
+    def bridged(self, cuts: Sequence[int] = (), max_gap: int = MAX_GAP) -> Poses:
+        """Poses in which persons who are missing for at most `max_gap` frames of a shot move on in a line."""
+        keypoints, scores = self.keypoints.copy(), self.scores.copy()
+        for shot in shots(self.frames, cuts):
+            for person, known in enumerate(self.present()[shot].T):
+                keypoints[shot, person], _ = interpolate(keypoints[shot, person], known, max_gap)
+                scores[shot, person], _ = interpolate(scores[shot, person], known, max_gap)
+        return Poses(keypoints, scores, self.size, self.fps)
+
+    def cuts(self) -> list[int]:
+        """First frames of the shots after the first one: everybody jumps further than motion explains."""
+        frames = np.flatnonzero((self.scores > SEEN).any((1, 2)))
+        elapsed = np.diff(frames, prepend=frames[:1])
+        near, far = self._steps(frames, 1), self._steps(frames, 2)
+        return frames[jumps(near, far, LEAST_JUMP, elapsed)].tolist()
+
+    def _steps(self, frames: np.ndarray, back: int) -> np.ndarray:
+        """(n,) by which whoever moved least moved since `back` of these frames before, in parts of their size."""
+        before, after = frames[:-back], frames[back:]
+        seen = self.scores > SEEN
+        common = seen[before][:, :, None] & seen[after][:, None]  # (n, persons, persons, 17)
+        moved = np.linalg.norm(self.keypoints[before][:, :, None] - self.keypoints[after][:, None], axis=-1)
+        size = self._extents(SEEN)
+        size = np.maximum(np.maximum(size[before][:, :, None], size[after][:, None]), 1)
+        count = common.sum(-1)
+        steps = np.where(count > 0, (moved * common).sum(-1) / np.maximum(count, 1) / size, np.inf)
+        least = steps.min((1, 2), initial=np.inf)
+        return np.concatenate([np.zeros(min(back, len(frames))), np.where(np.isfinite(least), least, 0)])
+
+    def _extents(self, threshold: float) -> np.ndarray:
+        """(frames, persons) pixels: diagonals of the boxes of the keypoints above a score."""
+        seen = (self.scores > threshold)[..., None]
+        low, high = np.where(seen, self.keypoints, np.inf).min(2), np.where(seen, self.keypoints, -np.inf).max(2)
+        return np.linalg.norm(np.where(np.isfinite(low), high - low, 0), axis=-1)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with the arrays `keypoints`, `scores`, `size` and `fps`."""
@@ -137,12 +185,12 @@ class PoseConfig:
     weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
     heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy
     max_persons: int = 1
-    smoothing: float = 0.0  # standard deviation in frames of `Poses.smoothed`; 0 is off
+    smoothing: float | None = None  # of estimated poses: see `Poses.smoothed`; frames, 0 is off
     threads: int = 2  # CPU threads of the networks
 
     def check(self) -> None:
         check_positive(self, "max_persons")
-        if not self.smoothing >= 0:
+        if self.smoothing is not None and not self.smoothing >= 0:
             raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
         if self.backend not in ("blazepose", "dwpose"):
             raise UserError(f"backend={self.backend} must be blazepose or dwpose")
@@ -152,10 +200,10 @@ class PoseConfig:
 
 @dataclass(frozen=True)
 class PoseEstimate:
-    """Estimated poses and, where the estimator gives them, person masks (frames, persons, h, w) bool."""
+    """Estimated poses and, where the estimator gives them, person masks (frames, persons, h, w)."""
 
     poses: Poses  # of no persons when nobody was found in any frame
-    masks: np.ndarray | None
+    masks: PackedMasks | None
 
     def require_person(self, argument: str) -> PoseEstimate:
         """This estimate; UserError that names the argument when it holds nobody."""
@@ -190,7 +238,7 @@ def open_estimator(config: PoseConfig) -> PoseEstimator:
 def estimate_image(image: np.ndarray, estimator: PoseEstimator, max_persons: int = 1) -> PoseEstimate:
     """Poses and masks of the persons in a still (h, w, 3) uint8 RGB, the most prominent first; a clip of one frame."""
     persons = estimator.image(image, max_persons)
-    return _collect([list(persons)], image.shape[1::-1], fps=1.0)
+    return _collect([persons], image.shape[1::-1], fps=1.0)
 
 
 def estimate_poses(
@@ -198,20 +246,54 @@ def estimate_poses(
     fps: float,
     estimator: PoseEstimator,
     max_persons: int = 1,
-    smoothing: float = 0.0,
 ) -> PoseEstimate:
     """Poses and masks of the persons in frames (h, w, 3) uint8 RGB; person k is the same person in all frames.
 
-    Persons come as they appear, the most prominent first, without empty slots. Masks are not smoothed.
+    Persons come as they appear, the most prominent first, without empty slots. One frame is held at a time.
     """
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError("frames must hold at least one frame, got none")
-    slots = list(estimator.video(chain([first], frames), max_persons))
-    used = [k for k in range(max_persons) if any(persons[k] is not None for persons in slots)]
-    estimate = _collect([[persons[k] for k in used] for persons in slots], first.shape[1::-1], fps)
-    return PoseEstimate(estimate.poses.smoothed(smoothing), estimate.masks) if smoothing else estimate
+    return _collect(estimator.video(chain([first], frames), max_persons), first.shape[1::-1], fps)
+
+
+def shots(frames: int, cuts: Sequence[int]) -> list[slice]:
+    """The stretches of a clip between its cuts, which are the first frames of new shots."""
+    edges = [0, *cuts, frames]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def jumps(near: np.ndarray, far: np.ndarray, least: float, elapsed: np.ndarray | int = 1) -> np.ndarray:
+    """Frames at which a clip jumps, from differences (n,) to the frame before and to the one before that.
+
+    A jump is at least `least`, stays (a flash does not), and is four times what the differences around it let expect.
+    `elapsed` (n,): frames since the frame before, where some are missing.
+    """
+    if len(near) < 6:
+        return np.zeros(0, int)  # nothing to compare with
+    speed, frames = near / np.maximum(elapsed, 1), np.arange(len(near))
+    beside = np.lib.stride_tricks.sliding_window_view(np.pad(speed, 2), 5)[:, [0, 1, 3, 4]].max(1)
+    span = min(2 * AROUND + 1, len(near))
+    first = np.clip(frames - AROUND, 0, len(near) - span)
+    around = np.where(first[:, None] + np.arange(span) == frames[:, None], 0, speed[first[:, None] + np.arange(span)])
+    # Beside it, or often enough in its neighbourhood: clips of few different frames stand still in between.
+    usual = np.maximum(beside, np.sort(around, 1)[:, -3])
+    strength = np.minimum(np.minimum(near, far), np.append(far[1:], np.inf))
+    found = (strength > least * (1 + 0.5 * (np.maximum(elapsed, 1) - 1))) & (strength > 4 * usual * elapsed)
+    return 3 + np.flatnonzero(found[3:-2])  # a shot has three frames at least
+
+
+def interpolate(values: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values (frames, ...) with gaps of at most `max_gap` frames filled linearly, and (frames,) bool, those filled."""
+    result, filled = values.copy(), np.zeros(len(known), bool)
+    frames = np.flatnonzero(known)
+    for before, after in zip(frames[:-1], frames[1:], strict=True):
+        if 1 < after - before <= max_gap + 1:
+            share = np.arange(1, after - before).reshape(-1, *[1] * (values.ndim - 1)) / (after - before)
+            result[before + 1 : after] = (1 - share) * values[before] + share * values[after]
+            filled[before + 1 : after] = True
+    return result, filled
 
 
 def temporal_means(poses: Poses, frames: float) -> np.ndarray:
@@ -228,15 +310,18 @@ def temporal_means(poses: Poses, frames: float) -> np.ndarray:
     return np.divide(sums, weights, out=poses.keypoints.astype(np.float64), where=scores > 0)
 
 
-def _collect(slots: list[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
-    stacked = None
-    for frame, persons in enumerate(slots):
+def _collect(frames: Iterable[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
+    """Persons of each frame and slot as arrays, without slots that are empty throughout."""
+    tracks, rows, masked = [], [], False
+    for persons in frames:
+        rows.append(PackedMasks.zeros((len(persons),), size))
         for slot, person in enumerate(persons):
             if person is not None and person.mask is not None:
-                if stacked is None:
-                    stacked = np.zeros((len(slots), len(persons), size[1], size[0]), bool)
-                stacked[frame, slot] = person.mask
-    return PoseEstimate(Poses.of_persons(slots, size, fps), stacked)
+                rows[-1][slot], masked = person.mask, True
+        tracks.append([person and replace(person, mask=None) for person in persons])
+    used = [k for k in range(len(tracks[0])) if any(persons[k] for persons in tracks)]
+    poses = Poses.of_persons([[persons[k] for k in used] for persons in tracks], size, fps)
+    return PoseEstimate(poses, PackedMasks.stack(rows).select((slice(None), used)) if masked else None)
 
 
 def _real_array(name: str, value: np.ndarray) -> np.ndarray:

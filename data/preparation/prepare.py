@@ -168,7 +168,7 @@ def _estimate(reader: VideoReader, masks: Path | None, config: PoseConfig, estim
     poses = Poses.of_persons(tracks, reader.size, reader.fps)
     used = poses.present().any(axis=0)
     poses = Poses(poses.keypoints[:, used], poses.scores[:, used], reader.size, reader.fps)
-    poses = poses.smoothed(config.smoothing) if config.smoothing else poses
+    poses = poses.smoothed(config.smoothing)
     return _Made(poses, joint_box([box for box in boxes if box is not None], reader.size), masks)
 
 

@@ -33,7 +33,7 @@ class PrepareConfig:
     origin: str | None = None  # words that every record carries: whose data these are, and their licence
     shard: int = 0  # this run takes every num_shards-th clip from index `shard` on, to spread work over machines;
     num_shards: int = 1  # processes of `accelerate launch` share it further
-    pose: PoseConfig = field(default_factory=PoseConfig)
+    pose: PoseConfig = field(default_factory=lambda: PoseConfig(smoothing=0.0))  # training takes poses as estimated
 
     def check(self) -> None:
         check_choice(self, "poses", ("auto", "estimate"))

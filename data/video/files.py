@@ -9,6 +9,8 @@ A video is a video file, an animated GIF, WebP or PNG, a still image (one frame)
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -17,6 +19,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.error import FFmpegError
 
 from core.errors import UserError
@@ -24,6 +27,7 @@ from core.files import complete_file
 from data.video.decoding import VideoFile
 from data.video.images import AnimatedImage, FolderOfFrames, is_animated_image, refuse_heic
 
+_COPIED_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")
 _STILL_FPS = 25.0  # of folders and still images, which have no times of their own
 
 
@@ -45,11 +49,19 @@ class VideoReader:
     Frame k is the image on display at time k / fps, so a video of variable rate keeps its duration: frames are
     repeated or left out. The first frame begins at `start` seconds in the file. Rotation, mirroring and pixel aspect
     ratio of the file are applied, transparency is laid over white. An `fps` of None takes the average rate of the
-    video (25 for folders and stills). `UserError`, also while reading, for files that are missing, damaged or cut
-    short, with the index of the frame.
+    video (25 for folders and stills). Of these frames every `stride`-th is used, at most `max_frames`; `fps` becomes
+    theirs. `UserError`, also while reading, for files that are missing, damaged or cut short, with the index of the
+    frame.
     """
 
-    def __init__(self, path: str | Path, fps: float | None = None, argument: str = "video"):
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float | None = None,
+        argument: str = "video",
+        stride: int = 1,
+        max_frames: int | None = None,
+    ):
         if fps is not None and not (np.isfinite(fps) and fps > 0):
             raise UserError(f"fps={fps} must be a positive number")
         self.path = Path(path)
@@ -72,6 +84,8 @@ class VideoReader:
             count = max(1, round(self._source.duration * self.fps))
             shown_at = np.arange(count) / self.fps + 0.1 * min(interval, 1 / self.fps)
             self._stored = np.searchsorted(grid if constant else times, shown_at, side="right") - 1
+        self.stored_frames = len(self._stored)  # before `stride` and `max_frames`
+        self._stored, self.fps = self._stored[::stride][:max_frames], self.fps / stride
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -90,6 +104,15 @@ class VideoReader:
                 wanted += 1
             if wanted == len(self):
                 return
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.get([index])[0]
+
+    def first(self, count: int) -> "VideoReader":
+        """A reader of the first `count` frames."""
+        shorter = copy(self)
+        shorter._stored = self._stored[:count]
+        return shorter
 
     def get(self, indices: Sequence[int]) -> np.ndarray:
         """Frames by index, in this order, (len(indices), h, w, 3); negative indices count from the end."""
@@ -130,11 +153,13 @@ def write_video(
     fps: float,
     metadata: dict[str, Any] | None = None,
     crf: int = 18,
+    sound: VideoReader | None = None,
 ) -> None:
     """Write frames (h, w, 3) uint8 RGB of one size as H.264 (yuv420p, BT.709), which every player shows.
 
     Metadata are JSON values in the file's comment, which `video_metadata` gives back. `crf` is x264's quality: 0 is
-    the best, 18 hardly differs from the input, 51 is the worst.
+    the best, 18 hardly differs from the input, 51 is the worst. `sound`: the video whose sound it carries, if it has
+    any, from its first frame on and no longer than the frames.
     """
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".mov", ".mkv"):
@@ -155,9 +180,43 @@ def write_video(
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709, which players assume for large videos
         codec.color_range = 1  # 16 to 235
-        for frame in chain([first], frames):
-            container.mux(stream.encode(_video_frame(frame, first.shape)))
-        container.mux(stream.encode())
+        with closing(_muxed_sound(container, sound)) as following:
+            begins = next(following, np.inf)
+            for count, frame in enumerate(chain([first], frames), start=1):
+                container.mux(stream.encode(_video_frame(frame, first.shape)))
+                while begins < count / fps:
+                    begins = next(following, np.inf)
+            container.mux(stream.encode())
+
+
+def _muxed_sound(container: OutputContainer, video: VideoReader | None) -> Iterator[float]:
+    """Mux the sound of a video, part by part; before each one, yield the seconds at which it begins.
+
+    Codecs that players take in such files are copied, others become AAC. Where the sound is damaged, it ends.
+    """
+    if video is None or video.path.is_dir():
+        return
+    with suppress(FFmpegError), av.open(str(video.path.absolute())) as source:
+        stream = source.streams.best("audio")
+        if stream is None or stream.codec_context is None:
+            return
+        copied = stream.codec_context.codec.canonical_name in _COPIED_SOUND
+        target = container.add_stream_from_template(stream) if copied else container.add_stream("aac", stream.rate)
+        try:
+            for part in source.demux(stream) if copied else source.decode(stream):
+                if part.pts is None:
+                    continue
+                length = part.duration * part.time_base if copied else Fraction(part.samples, part.sample_rate)
+                begins = float(part.pts * part.time_base) - video.start
+                if begins + length < 0:
+                    continue
+                yield begins
+                part.pts -= round(video.start / part.time_base)
+                if copied:
+                    part.dts, part.stream = part.pts, target
+                container.mux(part if copied else target.encode(part))
+        finally:
+            container.mux([] if copied else target.encode(None))
 
 
 def video_metadata(path: str | Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Driving clips from files: which frames, which poses, which pose images, and errors that name their argument."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from data.inputs import load_driving
+from data.inputs import load_driving, read_driving_masks
+from data.poses.person import PersonEstimate
 from data.poses.poses import PoseEstimator, Poses
 from data.video.files import write_video
 
@@ -26,6 +28,21 @@ def folder(tmp_path_factory) -> Path:
     save_poses(folder / "clip.npz", FRAMES, SIZE)
     save_images(folder / "images", FRAMES, SIZE)
     return folder
+
+
+class Follower:
+    """A pose estimator that finds one person, in every frame or those chosen, one pixel further each time."""
+
+    def __init__(self, missed: tuple[int, ...] = (), jitter: float = 0.0):
+        self.missed, self.noise = missed, np.random.default_rng(0).normal(0, max(jitter, 1e-9), (400, 17, 2))
+
+    def video(self, frames, max_persons=1):
+        for index, frame in enumerate(frames):
+            mask = np.zeros(frame.shape[:2], bool)
+            mask[5:20, index % 30 : index % 30 + 10] = True
+            keypoints = np.linspace([5, 5], [15, 25], 17) + [index, 0] + self.noise[index]
+            person = PersonEstimate(keypoints.astype(np.float32), np.full(17, 0.9, np.float32), mask, 0.9)
+            yield [None if index in self.missed else person]
 
 
 def save_poses(path: Path, frames: int, size: tuple[int, int]) -> None:
@@ -52,8 +69,8 @@ def test_frames_poses_and_images_stay_together(folder, max_frames, stride, numbe
         images=folder / "images",
     )
     assert driving.poses.keypoints[:, 0, 0, 0].tolist() == list(numbers)
-    assert driving.images[:, 0, 0, 0].tolist() == list(numbers)
-    assert np.allclose(driving.frames[:, 0, 0, 0], 40 * np.array(numbers), atol=3)
+    assert [int(image[0, 0, 0]) for image in driving.images] == list(numbers)
+    assert np.allclose([frame[0, 0, 0] for frame in driving.frames], 40 * np.array(numbers), atol=3)
     assert driving.fps == 12.0 / stride and driving.size == SIZE
 
 
@@ -61,7 +78,11 @@ def test_images_alone_are_enough_where_no_poses_are_wanted(folder, tmp_path):
     write_video(tmp_path / "dense.mp4", [np.zeros((32, 48, 3), np.uint8)] * 5, 10.0)
     driving = load_driving(None, None, None, no_estimator, images=tmp_path / "dense.mp4", poses_wanted=False, stride=2)
     assert driving.poses is None and driving.frames is None
-    assert driving.images.shape == (3, 32, 48, 3) and driving.size == SIZE and driving.fps == pytest.approx(5.0)
+    assert (
+        np.stack(list(driving.images)).shape == (3, 32, 48, 3)
+        and driving.size == SIZE
+        and driving.fps == pytest.approx(5.0)
+    )
     with pytest.raises(UserError, match="driving= or driving_poses= is required"):
         load_driving(None, None, None, no_estimator, images=tmp_path / "dense.mp4")
 
@@ -106,3 +127,49 @@ def test_errors_name_the_argument(folder, tmp_path):
         load_driving(folder / "clip.mp4", tmp_path / "square.npz", None, no_estimator)
     with pytest.raises(UserError, match="pose_images=.*none does not exist"):
         load_driving(folder / "clip.mp4", folder / "clip.npz", None, no_estimator, images=tmp_path / "none")
+
+
+def test_a_long_video_is_read_frame_by_frame(tmp_path):
+    """Neither its frames nor its masks are held, and those that are asked for are read again."""
+    size, frames = (320, 240), 150
+    pictures = (np.full((size[1], size[0], 3), 100 + n, np.uint8) for n in range(frames))
+    write_video(tmp_path / "long.mp4", pictures, 25.0, crf=30)
+    tracemalloc.start()
+    driving = load_driving(tmp_path / "long.mp4", None, None, Follower)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * size[0] * size[1] * 3, f"{peak / 2**20:.0f} MiB for {frames} frames"
+    assert len(driving.frames) == driving.poses.frames == len(driving.masks) == frames
+    assert driving.frames[120].shape == (240, 320, 3) and abs(int(driving.frames[120].mean()) - 220) < 3
+    assert driving.masks[7].sum() == 150 and driving.masks[7][0, 10, 10]
+    given = read_driving_masks(save_masks(tmp_path / "masks", 3), 3, 1, (48, 32))
+    assert [int(given[frame].sum()) for frame in range(3)] == [32, 64, 96]
+
+
+def save_masks(folder: Path, frames: int) -> Path:
+    folder.mkdir()
+    for frame in range(frames):
+        mask = np.zeros((32, 48), np.uint8)
+        mask[:, : frame + 1] = 255
+        Image.fromarray(mask).save(folder / f"{frame:06d}.png")
+    return folder
+
+
+def test_estimated_poses_are_steadied_and_short_misses_bridged_given_ones_are_neither(tmp_path):
+    write_video(tmp_path / "clip.mp4", [np.full((32, 48, 3), 90, np.uint8)] * 40, 25.0)
+    missed, jitter = (10, 11, 12, 25), 1.0
+    raw = Follower(missed, jitter)
+    driving = load_driving(tmp_path / "clip.mp4", None, None, lambda: raw)
+    true = np.linspace([5, 5], [15, 25], 17) + np.arange(40)[:, None, None] * [1, 0]
+    off = np.linalg.norm(driving.drawn.keypoints[:, 0] - true, axis=-1)
+    assert off.mean() < 0.75 * np.linalg.norm(raw.noise[:40], axis=-1).mean()
+    assert off[list(missed)].max() < 3 and (driving.drawn.scores[list(missed)] > 0.8).all()
+    assert not driving.poses.present()[list(missed)].any(), "calibration is told of the misses"
+    cut = load_driving(tmp_path / "clip.mp4", None, None, lambda: Follower(missed), cuts=[11])
+    assert not cut.drawn.present()[10:13].any() and cut.drawn.present()[25].all() and cut.cuts == (11,)
+    rough = load_driving(tmp_path / "clip.mp4", None, None, lambda: raw, smoothing=0.0)
+    np.testing.assert_allclose(rough.poses.keypoints[:10, 0], true[:10] + raw.noise[:10], atol=1e-4)
+    rough.poses.save(tmp_path / "clip.npz")
+    given = load_driving(tmp_path / "clip.mp4", tmp_path / "clip.npz", None, no_estimator)
+    np.testing.assert_array_equal(given.poses.keypoints, rough.poses.keypoints)
+    assert given.drawn is None

@@ -11,6 +11,7 @@ from PIL import Image
 from core.errors import UserError
 from data.transforms import frame_size
 from data.video.files import Video, VideoReader, read_video, video_metadata, write_video
+from tests.sound import loud, write_clip_with_a_beep
 
 WIDTH, HEIGHT = 64, 48
 RED = (200, 40, 30)
@@ -347,3 +348,49 @@ def test_fitted_sizes_are_multiples_of_the_wanted_aspect(width, height, target, 
 
 def test_frame_sizes_keep_the_area():
     assert frame_size((1920, 1080), 512 * 288, 64) == (512, 256)
+
+
+# Suffix of the video, its codecs, seconds at which it begins, and the codec of the result's sound.
+SOUNDS = {
+    "mp4": (".mp4", "libx264", "aac", 0, "aac"),
+    "five seconds late": (".mkv", "libx264", "aac", 5, "aac"),
+    "transport stream": (".ts", "libx264", "aac", 0, "aac"),
+    "mp3": (".mp4", "libx264", "libmp3lame", 0, "mp3"),
+    "flv": (".flv", "libx264", "aac", 0, "aac"),
+    "uncompressed": (".avi", "mpeg4", "pcm_s16le", 0, "aac"),
+    "opus": (".mkv", "libx264", "libopus", 0, "aac"),
+}
+
+
+@pytest.mark.parametrize("case", SOUNDS)
+def test_results_carry_the_sound_in_time_and_no_longer_than_the_frames(case, tmp_path):
+    suffix, video_codec, sound_codec, begins, expected = SOUNDS[case]
+    clip = tmp_path / f"clip{suffix}"
+    frames = [np.full((48, 64, 3), 4 * number, np.uint8) for number in range(50)]
+    write_clip_with_a_beep(clip, frames, 25, video_codec, sound_codec, begins)
+    video = VideoReader(clip, stride=2, max_frames=15)
+    assert len(video) == 15 and video.fps == 12.5 and video.stored_frames == 50
+    write_video(tmp_path / "result.mp4", video, video.fps, sound=video)
+    assert len(VideoReader(tmp_path / "result.mp4")) == 15
+    codec, first, last, end = loud(tmp_path / "result.mp4")
+    assert codec == expected and abs(first - 1) < 0.03 and abs(last - 1.1) < 0.03
+    assert abs(end - 15 / 12.5) < 0.06
+
+
+def test_no_sound_is_no_error(tmp_path):
+    write_video(tmp_path / "silent.mp4", [numbered_frame(0)] * 3, 25)
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(numbered_frame(0)).save(tmp_path / "folder" / "0.png")
+    for source in ("silent.mp4", "folder"):
+        write_video(tmp_path / "result.mp4", [numbered_frame(0)] * 3, 25, sound=VideoReader(tmp_path / source))
+        with av.open(str(tmp_path / "result.mp4")) as container:
+            assert not container.streams.audio
+
+
+def test_every_third_frame_by_iteration_and_by_index(tmp_path):
+    write_video(tmp_path / "clip.mp4", [np.full((32, 48, 3), 20 * n, np.uint8) for n in range(12)], 30)
+    video = VideoReader(tmp_path / "clip.mp4", stride=3, max_frames=3)
+    assert (len(video), video.fps) == (3, 10.0)
+    assert [round(frame.mean(), -1) for frame in video] == [0, 60, 120]
+    assert [round(video[k].mean(), -1) for k in (2, 0)] == [120, 0] and round(video.first(2)[-1].mean(), -1) == 60
+    assert len(list(video.first(2))) == 2

@@ -16,6 +16,7 @@ from data.poses.poses import Poses
 from data.video.files import read_video, video_metadata, write_video
 from tests.clips import given
 from tests.published import small_magic_pipeline
+from tests.sound import loud, write_clip_with_a_beep
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["steps=2", "num_frames=3", "size=[32,32]"]
@@ -160,6 +161,30 @@ def test_odd_shapes_and_default_size(model, inputs, tmp_path):
     assert width > height and 0.7 < width * height / 32**2 < 1.4
 
 
+def test_results_at_the_size_of_the_driving_video_with_its_sound(model, inputs, tmp_path):
+    """Two seconds of a wide video; the reference fills the frame, which changes the result."""
+    frames = np.tile(read_video(inputs / "driving.mp4").frames, (3, 1, 1, 1))[:16]
+    wide = np.pad(frames, ((0, 0), (0, 0), (37, 37), (0, 0)), mode="edge")
+    write_clip_with_a_beep(tmp_path / "wide.mov", wide, 8, "libx264", "aac")
+    points = np.tile(Poses.load(inputs / "driving.npz").keypoints, (3, 1, 1, 1))[:16] + np.float32([37, 0])
+    Poses(points, np.ones(points.shape[:3]), (170, 96), 8.0).save(tmp_path / "wide.npz")
+    given = [f"driving={tmp_path / 'wide.mov'}", f"driving_poses={tmp_path / 'wide.npz'}"]
+    given += [f"reference={inputs / 'reference.png'}", f"reference_poses={inputs / 'reference.npz'}", model]
+    given += ["steps=1", "tpc.keypoints=trunk", "stride=2", "compare=false"]
+    for fit in ("contain", "cover"):
+        infer.main([*given, f"output={tmp_path / fit}", f"reference_fit={fit}", "upscale=source", "cuts=[3]"])
+    contained, covered = (read_video(tmp_path / fit / "animation.mp4") for fit in ("contain", "cover"))
+    assert contained.frames.shape == (8, 96, 170, 3) and contained.fps == 4
+    assert not np.array_equal(contained.frames, covered.frames)
+    for name in ("animation.mp4", "comparison.mp4"):
+        codec, first, last, _ = loud(tmp_path / "cover" / name)
+        assert codec == "aac" and abs(first - 1) < 0.03 and abs(last - 1.1) < 0.03
+    assert json.loads((tmp_path / "cover" / "result.json").read_text())["cuts"] == [3]
+    # Of another shape, the result has the video's resolution.
+    infer.main([*given, f"output={tmp_path / 'square'}", "size=[32,32]", "upscale=source"])
+    assert read_video(tmp_path / "square" / "animation.mp4").frames.shape == (8, 96, 96, 3)
+
+
 def test_pairs_run_once(model, inputs, tmp_path):
     common = dict(argument.split("=", 1) for argument in given(inputs))
     lines = [json.dumps({**common, "output": str(tmp_path / name)}) for name in ("a", "b")]
@@ -202,6 +227,9 @@ class TestBadInput:
             ({"driving": "nowhere.mp4"}, "driving=nowhere.mp4"),
             ({"model": "nowhere"}, "model=nowhere does not exist"),
             ({"steps": "0"}, "steps=0"),
+            ({"upscale": "4k"}, "upscale=4k is not one of null, source"),
+            ({"reference_fit": "crop"}, "reference_fit=crop is not one of cover, contain"),
+            ({"cuts": "[3]"}, r"cuts=\[3\] must be frames in order"),
             ({"num_frames": "0"}, "num_frames=0"),
             ({"size": "[30,32]"}, "size="),
             ({"size": "[32]"}, "size="),

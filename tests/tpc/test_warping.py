@@ -4,8 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
-from tpc.result import LazyImages, PackedMasks
-from tpc.warping import ImagePyramid, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
+from data.poses.person import PackedMasks
+from data.transforms import apply_fit, fit_matrix
+from tpc.result import LazyImages
+from tpc.warping import ImagePyramid, continued, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
 
 def similarity(scale: float, angle: float, x: float, y: float) -> np.ndarray:
@@ -151,7 +153,7 @@ def test_stacks_are_indexed_like_arrays():
         np.testing.assert_array_equal(packed[index], masks[index])
     np.testing.assert_array_equal(np.asarray(packed), masks)
     again = PackedMasks.from_arrays(*packed.to_arrays(), (7, 5))
-    assert again.shape == masks.shape and again.first(2).shape == (2, 2, 5, 7)
+    assert again.shape == masks.shape and again.select(slice(2)).shape == (2, 2, 5, 7)
     np.testing.assert_array_equal(np.asarray(again), masks)
     images = rng.integers(0, 256, (4, 5, 7, 3), np.uint8)
     made = []
@@ -164,3 +166,22 @@ def test_stacks_are_indexed_like_arrays():
     np.testing.assert_array_equal(np.asarray(lazy), images)
     with pytest.raises(IndexError):
         lazy[4]
+
+
+@pytest.mark.parametrize("size", [(96, 40), (40, 96)])
+def test_a_fitted_image_goes_on_as_its_scene_and_not_in_bars(size):
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(60, 200, (6, 6, 3), np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+    image[[0, -1]] = image[:, [0, -1]] = 255  # a white frame, as scans have it
+    matrix = fit_matrix((64, 64), size, "contain")
+    inside, fitted = quad_mask(matrix, (64, 64), size), apply_fit(image, matrix, size)
+    result = continued(fitted, ~inside)
+    inner = cv2.erode(inside.astype(np.uint8), np.ones((9, 9))).astype(bool)
+    np.testing.assert_array_equal(result[inner], fitted[inner])
+    assert result[~inside].max() < 230, "the frame is not drawn out"
+    assert result[~inside].min() > 30, "nor is it black"
+    # The furthest pixels are smoother along the edge than the edge is, which replicating them would not make them.
+    wide, known = (x.transpose(1, 0, 2) if size[0] < size[1] else x for x in (result.astype(int), fitted.astype(int)))
+    ends, edges = wide[4:-4, [0, -1]], known[4:-4, [34, -34]]
+    assert np.abs(np.diff(ends, axis=0)).max() < 0.7 * np.abs(np.diff(edges, axis=0)).max()
+    np.testing.assert_array_equal(continued(image, np.zeros((64, 64), bool)), image)

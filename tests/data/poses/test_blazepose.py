@@ -143,7 +143,7 @@ def test_a_video_is_followed_through_cuts_turns_and_absence(blazepose, photo):
     for k in range(6):
         assert np.linalg.norm(poses.keypoints[k, 0, 0] - (nose + (2 * k, 0))) < 12
     assert estimate.masks.shape == (13, 1, 256, 256)
-    np.testing.assert_array_equal(estimate.masks.any(axis=(2, 3))[:, 0], present)
+    np.testing.assert_array_equal(estimate.masks[:].any(axis=(2, 3))[:, 0], present)
 
 
 def test_a_person_who_starts_upside_down_is_tracked(blazepose, photo):

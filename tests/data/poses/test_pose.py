@@ -287,7 +287,7 @@ def test_estimates_are_collected_frame_by_frame():
     assert estimate.require_person("driving=a.mp4") is estimate
     still = estimate_image(frames[1], MovingDots(), max_persons=3)
     assert still.poses.keypoints.shape == (1, 2, 17, 2) and still.masks.shape == (1, 2, 40, 60)
-    smoothed = estimate_poses(frames, 12.5, MovingDots(), smoothing=1.0).poses
+    smoothed = estimate_poses(frames, 12.5, MovingDots()).poses.smoothed(1.0)
     assert 0 < np.abs(smoothed.keypoints - poses.keypoints[:, :1]).max() < 1.5
 
 
