@@ -123,13 +123,13 @@ class Poses:
         means = np.concatenate([temporal_means(part, frames) for part in parts])
         return Poses(means, self.scores, self.size, self.fps)
 
-    def bridged(self, cuts: Sequence[int] = (), max_gap: int = MAX_GAP) -> Poses:
-        """Poses in which persons who are missing for at most `max_gap` frames of a shot move on in a line."""
+    def bridged(self, cuts: Sequence[int] = ()) -> Poses:
+        """Poses in which persons who are missing for at most `MAX_GAP` frames of a shot move on in a line."""
         keypoints, scores = self.keypoints.copy(), self.scores.copy()
         for shot in shots(self.frames, cuts):
             for person, known in enumerate(self.present()[shot].T):
-                keypoints[shot, person], _ = interpolate(keypoints[shot, person], known, max_gap)
-                scores[shot, person], _ = interpolate(scores[shot, person], known, max_gap)
+                keypoints[shot, person], _ = interpolate(keypoints[shot, person], known, MAX_GAP)
+                scores[shot, person], _ = interpolate(scores[shot, person], known, MAX_GAP)
         return Poses(keypoints, scores, self.size, self.fps)
 
     def cuts(self) -> list[int]:
@@ -145,18 +145,14 @@ class Poses:
         seen = self.scores > SEEN
         common = seen[before][:, :, None] & seen[after][:, None]  # (n, persons, persons, 17)
         moved = np.linalg.norm(self.keypoints[before][:, :, None] - self.keypoints[after][:, None], axis=-1)
-        size = self._extents(SEEN)
+        low = np.where(seen[..., None], self.keypoints, np.inf).min(2)
+        high = np.where(seen[..., None], self.keypoints, -np.inf).max(2)
+        size = np.linalg.norm(np.where(np.isfinite(low), high - low, 0), axis=-1)  # diagonals of boxes
         size = np.maximum(np.maximum(size[before][:, :, None], size[after][:, None]), 1)
         count = common.sum(-1)
         steps = np.where(count > 0, (moved * common).sum(-1) / np.maximum(count, 1) / size, np.inf)
         least = steps.min((1, 2), initial=np.inf)
         return np.concatenate([np.zeros(min(back, len(frames))), np.where(np.isfinite(least), least, 0)])
-
-    def _extents(self, threshold: float) -> np.ndarray:
-        """(frames, persons) pixels: diagonals of the boxes of the keypoints above a score."""
-        seen = (self.scores > threshold)[..., None]
-        low, high = np.where(seen, self.keypoints, np.inf).min(2), np.where(seen, self.keypoints, -np.inf).max(2)
-        return np.linalg.norm(np.where(np.isfinite(low), high - low, 0), axis=-1)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with the arrays `keypoints`, `scores`, `size` and `fps`."""
