@@ -199,14 +199,15 @@ def _noisy(poses: Poses, deviation: float, rng: np.random.Generator) -> Poses:
     return replace(poses, keypoints=poses.keypoints + errors * np.asarray(heights)[..., None, None] * found)
 
 
-def with_estimates(clip: EvaluationClip, estimator: PoseEstimator, smoothing: float = 0.0) -> EvaluationClip:
+def with_estimates(clip: EvaluationClip, estimator: PoseEstimator, smoothing: float | None = 0.0) -> EvaluationClip:
     """The clip with poses, and masks if the estimator gives any (else None), as `infer.py` estimates them.
 
     Whoever is found takes the place of the clip's nearest person; who is not found has no keypoints and an empty mask.
     """
     persons = clip.driving.poses.persons
     still = estimate_image(clip.reference.image, estimator, persons)
-    moving = estimate_poses(clip.driving.frames, clip.driving.fps, estimator, persons, smoothing)
+    moving = estimate_poses(clip.driving.frames, clip.driving.fps, estimator, persons)
+    moving = replace(moving, poses=moving.poses.smoothed(smoothing))
     poses, masks = _in_places(still, clip.reference.poses)
     reference = replace(clip.reference, poses=poses, masks=None if masks is None else masks[0])
     poses, masks = _in_places(moving, clip.driving.poses)
