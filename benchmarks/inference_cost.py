@@ -6,7 +6,8 @@
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -60,6 +61,18 @@ SETTINGS = (
     Setting("AnimateAnyone 512x784, 96 frames", 96, (98, 64), 24, 4, 30, "full", False, 1),
     Setting("MagicAnimate 512x512, 96 frames", 96, (64, 64), 16, 4, 25, "midup", True, 77),
 )
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations, in 10^12, of one window of frames at one step, of one image, of one pose image."""
+
+    guided: float
+    guided_tpc: float
+    published: float
+    encode_image: float  # by the reference net
+    encode_latents: float  # by the VAE
+    control: float
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,9 @@ def drawn_images(setting: Setting, groups: int, propagation: str) -> tuple[int, 
     return len(np.unique(np.concatenate(steps))), max(map(len, steps))
 
 
-def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
+@cache
+def operations(setting: Setting) -> Operations:
+    """Those of a window and of an image; the clip's length and the steps of the setting do not matter."""
     height, width = setting.latent_size
     with torch.device("meta"):
         motion = MotionSizes(24, False) if setting.follows_timestep else MotionSizes()
@@ -158,21 +173,27 @@ def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
             tokens = reference_net(latent, 0, context)
         plain, calibrated = (context_of(setting, tokens, ours, with_tpc) for with_tpc in (False, True))
         unconditional = count(lambda: ours(clip, 0, context))
-        guided = unconditional + count(lambda: ours(clip, 0, context, reference=plain))
-        guided_tpc = unconditional + count(lambda: ours(clip, 0, context, reference=calibrated))
-        theirs = count(lambda: published(torch.cat([clip, clip]), 0, torch.cat([context, context])))
-        encode_image = count(lambda: reference_net(latent, 0, context))
-        encode_latents = count(lambda: vae.encode(image))
-        control = count(lambda: control_residuals(control_net, latent[:, :, None], 0, context, image))
+        return Operations(
+            guided=unconditional + count(lambda: ours(clip, 0, context, reference=plain)),
+            guided_tpc=unconditional + count(lambda: ours(clip, 0, context, reference=calibrated)),
+            published=count(lambda: published(torch.cat([clip, clip]), 0, torch.cat([context, context]))),
+            encode_image=count(lambda: reference_net(latent, 0, context)),
+            encode_latents=count(lambda: vae.encode(image)),
+            control=count(lambda: control_residuals(control_net, latent[:, :, None], 0, context, image)),
+        )
+
+
+def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
+    one = operations(replace(setting, name="", frames=0, steps=0))
     windows = len(context_windows(setting.frames, setting.window, setting.overlap))
     images, at_once = drawn_images(setting, groups, propagation)
-    every_step = encode_image if setting.follows_timestep else 0.0
-    poses = setting.frames * control if setting.follows_timestep else 0.0
-    with_tpc = windows * guided_tpc + poses + every_step * (1 + at_once)
-    vae, once = images * encode_latents, images * (encode_image - every_step)
+    every_step = one.encode_image if setting.follows_timestep else 0.0
+    poses = setting.frames * one.control if setting.follows_timestep else 0.0
+    with_tpc = windows * one.guided_tpc + poses + every_step * (1 + at_once)
+    vae, once = images * one.encode_latents, images * (one.encode_image - every_step)
     return Cost(
-        published=windows * theirs + poses + 2 * every_step,
-        ours=windows * guided + poses + every_step,
+        published=windows * one.published + poses + 2 * every_step,
+        ours=windows * one.guided + poses + every_step,
         with_tpc=with_tpc,
         calibrated_images=images,
         vae=vae,

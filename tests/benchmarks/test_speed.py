@@ -2,14 +2,13 @@
 
 import json
 import mmap
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.inference import StepClock
 from benchmarks.speed.measuring import Measured, counting, in_turns, peak_memory
 from benchmarks.speed.parts import PARTS, SpeedConfig, works
@@ -20,7 +19,6 @@ from benchmarks.speed.training import StepSize, measure_training
 from core.errors import UserError
 from tpc import CalibrationConfig
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -126,25 +124,19 @@ def test_unknown_sizes_are_refused():
         chosen_sizes("huge")
 
 
-def run_speed(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_command_measures_each_part_once(tmp_path):
-    settings = ["parts=[machine,inference]", "dtypes=[float32]", "frames=2", "steps=3", "side=64", "persons=[1]"]
+def test_command_measures_each_part_once(tmp_path, capsys):
+    settings = ["parts=[inference]", "dtypes=[float32]", "frames=2", "steps=2", "side=64", "persons=[1]"]
     settings += ["repeats=1", "threads=1", f"output={tmp_path}"]
-    first = run_speed(*settings)
-    assert first.returncode == 0, first.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    main(settings)
+    printed, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     runs = results["parts"]["inference float32"]
     assert results["machine"]["threads"] == 1 and set(runs) == {"without TPC", "TPC, 1 person"}
     assert runs["TPC, 1 person"]["gflop"] > runs["without TPC"]["gflop"] > 0
-    assert "measuring inference float32" in first.stdout and (tmp_path / "table.md").read_text() in first.stdout
-    again = run_speed(*settings)
-    assert again.returncode == 0 and "measuring" not in again.stdout
-    other = run_speed(*settings, "guidance_scale=1")
-    assert other.returncode == 2 and other.stderr.startswith("error: ")
+    assert "measuring inference float32" in printed and (tmp_path / "table.md").read_text() in printed
+    main(settings)
+    assert "measuring" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="was measured with other settings"):
+        main([*settings, "guidance_scale=1"])
 
 
 def test_bad_settings_end_in_one_line(tmp_path):
@@ -154,10 +146,4 @@ def test_bad_settings_end_in_one_line(tmp_path):
         ("steps=1", "steps=1 is too small"),
     ):
         with pytest.raises(UserError, match=message):
-            run_main(argument, f"output={tmp_path}")
-
-
-def run_main(*arguments: str) -> None:
-    from benchmarks.speed.__main__ import main
-
-    main(list(arguments))
+            main([argument, f"output={tmp_path}"])

@@ -124,17 +124,17 @@ def test_the_historical_protocol_prints_its_errors_under_their_own_names(clips, 
 
 def test_windows_are_counted_exactly_and_few_of_them_are_a_warning(tmp_path):
     packaged()
-    for number, count in enumerate((15, 16, 17, 40)):
+    for number, count in enumerate((15, 16, 18)):
         frames = images(number, count)
         save_frames(tmp_path / "truth" / f"clip{number}", frames)
         save_frames(tmp_path / "generated" / f"clip{number}", 255 - frames)
     arguments = ["features=stand-in", "measures=[vgg_frechet,vgg_frechet_video]", "batch_size=7"]
     evaluate.main(given(tmp_path, tmp_path / "o", *arguments))
     results = results_of(tmp_path / "o")["results"]
-    assert results["vgg_frechet"]["samples"] == 15 + 16 + 17 + 40
-    assert results["vgg_frechet_video"]["samples"] == 0 + 1 + 2 + 25
+    assert results["vgg_frechet"]["samples"] == 15 + 16 + 18
+    assert results["vgg_frechet_video"]["samples"] == 0 + 1 + 3
     assert results["vgg_frechet_video"]["value"] > 0
-    assert "28 generated and 28 true feature vectors for 1024 dimensions" in results["vgg_frechet_video"]["warning"]
+    assert "4 generated and 4 true feature vectors for 1024 dimensions" in results["vgg_frechet_video"]["warning"]
     assert "warning, vgg_frechet_video" in (tmp_path / "o" / "table.md").read_text()
     same = ["metrics", f"generated={tmp_path / 'truth'}", f"truth={tmp_path / 'truth'}", f"output={tmp_path / 's'}"]
     evaluate.main([*same, *arguments])
@@ -156,10 +156,10 @@ def test_one_process_and_two_give_the_same_numbers(clips, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("one", []), ("two", launch)):
-        command = [sys.executable, *start, "evaluate.py", *given(clips, tmp_path / name, *more)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+    evaluate.main(given(clips, tmp_path / "one", *more))
+    command = [sys.executable, *launch, "evaluate.py", *given(clips, tmp_path / "two", *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert one["results"] == two["results"] and one["clips"] == two["clips"]
 

@@ -248,19 +248,24 @@ def test_the_mean_row_is_of_misaligned_kinds_of_one_person_each_alike():
 
 
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
-    arguments = [f"output={tmp_path}", "kinds=[aligned,rotation]", "clips=1", "presets=[best]", "sampling.steps=1"]
-    evaluate.main(["misalignment", *arguments, "seeds=[0]"])
+    arguments = [f"output={tmp_path}", "split=development", "kinds=[rotation]", "clips=1", "presets=[best]"]
+    arguments += ['variants=["propagation=hold groups=2"]', "flicker=true", "pose_noise=0.02", "dtype=bfloat16"]
+    evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len(results["trials"]) == 5  # 2 clips, without and with TPC, and the fitting one of the turned clip
+    assert len(results["trials"]) == 4  # without TPC, with it in two ways, and the fitting reference
+    found = {trial["condition"]: trial for trial in results["trials"]}
+    assert {"without", "variant-propagation=hold,groups=2"} < set(found)
+    assert all(0 < trial["foreground_flicker"] < 255 for trial in found.values())
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "won back" in text and "with fewer than 6 clips there is none" in text
+    assert "| propagation=hold groups=2 |" in text
     difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["rotation"]
     assert difference["TPC best minus without TPC"]["n"] == 1
     assert difference["TPC best minus without TPC"]["low"] is None
     for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
     capsys.readouterr()
-    evaluate.main(["misalignment", *arguments, "seeds=[0,1]", "strips=0"])
+    evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0,1]", "strips=0"])
     assert "over 2 seeds" in capsys.readouterr().out
 
 
@@ -272,26 +277,6 @@ def test_variants_are_the_preset_but_for_what_they_say():
     assert first.name == "variant-smoothing=0,min_iou=0.3"
     assert first.tpc == CalibrationConfig(smoothing=0, min_iou=0.3, max_gap=3)
     assert second.tpc == CalibrationConfig(preset="paper", groups=2, max_gap=3)
-
-
-def test_a_variant_is_a_column(tmp_path):
-    arguments = [f"output={tmp_path}", "kinds=[aligned]", "clips=1", "presets=[]", "sampling.steps=1", "seeds=[0]"]
-    evaluate.main(
-        [
-            "misalignment",
-            *arguments,
-            "split=development",
-            'variants=["propagation=hold groups=2"]',
-            "flicker=true",
-            "pose_noise=0.02",
-            "strips=0",
-        ]
-    )
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    found = {trial["condition"]: trial for trial in results["trials"]}
-    assert set(found) == {"without", "variant-propagation=hold,groups=2"}
-    assert all(0 < trial["foreground_flicker"] < 255 for trial in found.values())
-    assert "| propagation=hold groups=2 |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,19 @@ from training.export import checkpoint_weights
 
 STEPS = 3
 CONFIGURATIONS = ROOT / "configs" / "accelerate"
-ZERO = {
-    f"zero{stage}": {
+
+
+def deepspeed_environment(name: str) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for a configuration file."""
+    settings = yaml.safe_load((CONFIGURATIONS / f"{name}.yaml").read_text())["deepspeed_config"]
+    return {
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(settings["zero_stage"]),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(settings.get("zero3_init_flag", False)).lower(),
     }
-    for stage in (2, 3)
-}
+
+
+ZERO = {name: deepspeed_environment(name) for name in ("zero2", "zero3")}
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++")), reason="DeepSpeed on CPUs compiles an extension; no C++ compiler"
 )
@@ -85,14 +90,12 @@ def check_same_training(output: Path, expected: Path) -> None:
     ("configuration", "stage", "strategy"),
     [
         ("ddp", "image", "replicated"),
-        pytest.param("zero2", "motion", "zero2", marks=needs_compiler),
         pytest.param("zero2_offload", "image", "zero2", marks=needs_compiler),
-        pytest.param("zero3", "motion", "zero3", marks=needs_compiler),
-        pytest.param("zero3_offload", "image", "zero3", marks=needs_compiler),
+        pytest.param("zero3_offload", "motion", "zero3", marks=needs_compiler),
     ],
 )
-def test_each_configuration_trains_with_two_processes(folder, stages, alone, configuration, stage, strategy):
-    """Launched as in the documentation."""
+def test_configurations_train_with_two_processes(folder, stages, alone, configuration, stage, strategy):
+    """Launched as in the documentation; those without offload are below, with forks for processes."""
     output = folder / configuration
     file = CONFIGURATIONS / f"{configuration}.yaml"
     launch(["accelerate", "launch", "--config_file", str(file), "train.py", *stages[stage], f"output={output}"])
