@@ -1,25 +1,23 @@
 """Inputs of an animation: a reference image and a driving video, with poses and masks given or estimated."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from core.errors import UserError
+from data.cuts import PictureChanges, checked_cuts, pose_jumps
 from data.poses.files import load_poses
 from data.poses.person import PackedMasks
-from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses, jumps
+from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
 from data.video.files import VideoReader
 from data.video.images import list_images, read_image
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
-LEAST_CHANGE = 0.05  # of the picture, that may be a cut: see `_difference`
-CHANGE_NOISE = 16.0  # squared grey levels: flat images do not differ
 
 
 @dataclass(frozen=True)
@@ -92,22 +90,23 @@ def load_driving(
 ) -> Driving:
     """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
     used = {"stride": stride, "max_frames": max_frames}
+    changes = PictureChanges()
     video = None if path is None else VideoReader(path, argument="driving", **used)
     if video is not None and video.note:
         logger.warning("driving=%s: %s", path, video.note)
     pose_images = None if images is None else VideoReader(images, argument="pose_images", **used)
     if pose_images is not None and not poses_wanted:
-        found = clip_cuts([thumbnail(image) for image in pose_images], None) if cuts is None else cuts
-        return Driving(None, None, None, pose_images, cuts=checked_cuts(found, len(pose_images)), sound=video)
+        if cuts is None:
+            cuts = changes.over(pose_images).cuts()
+        return Driving(None, None, None, pose_images, cuts=checked_cuts(cuts, len(pose_images)), sound=video)
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
-    thumbnails: list[np.ndarray] = []
     if poses is not None:
         estimate = PoseEstimate(given_poses(poses, video, max_frames, stride), None).require_person("driving_poses")
-        for _ in watched(video or (), thumbnails):
-            pass
+        if cuts is None:
+            changes.over(video or ())
     else:
-        estimate = estimate_poses(watched(video, thumbnails), video.fps, estimator(), max_persons)
+        estimate = estimate_poses(changes.watch(video), video.fps, estimator(), max_persons)
         estimate.require_person(f"driving={path}")
     clip = estimate.poses
     if not (clip.scores > 0).any():
@@ -118,7 +117,11 @@ def load_driving(
     person_masks = None if estimate.masks is None else estimate.masks.select(slice(clip.frames))
     if masks is not None:
         person_masks = read_driving_masks(Path(masks), clip.frames, clip.persons, clip.size, stride)
-    cuts = checked_cuts(clip_cuts(thumbnails[: clip.frames], clip) if cuts is None else cuts, clip.frames)
+    if cuts is None:
+        jumps = pose_jumps(clip.keypoints, clip.scores)
+        cuts = jumps if video is None else changes.cuts(jumps)
+        cuts = [cut for cut in cuts if cut < clip.frames]
+    cuts = checked_cuts(cuts, clip.frames)
     if poses is not None:
         return Driving(video, clip, person_masks, pose_images, cuts, sound=video)
     clip = clip.smoothed(smoothing, cuts)
@@ -138,41 +141,6 @@ def given_poses(path: str | Path, video: VideoReader | None, max_frames: int | N
             "give the poses of this video, one for each of its frames"
         )
     return fitting_poses(used, video.size, "driving_poses")
-
-
-def watched(frames: Iterable[np.ndarray], thumbnails: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The frames, of which thumbnails are kept."""
-    for frame in frames:
-        thumbnails.append(thumbnail(frame))
-        yield frame
-
-
-def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """(n, 3) float32: colours of an image by place, each channel less its mean, so that exposure does not matter."""
-    small = cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA).reshape(-1, 3).astype(np.float32)
-    return small - small.mean(0)
-
-
-def clip_cuts(thumbnails: Sequence[np.ndarray], poses: Poses | None) -> list[int]:
-    """First frames of a clip's shots after the first: jumps of the picture, and of everybody's poses."""
-    near, far = ([_difference(*pair) for pair in zip(thumbnails[k:], thumbnails, strict=False)] for k in (1, 2))
-    of_images = jumps(np.array([0.0, *near]), np.array([0.0, 0.0, *far]), LEAST_CHANGE).tolist() if near else []
-    of_poses = [] if poses is None else poses.cuts()
-    # Estimators may find people a little after the cut.
-    return sorted(of_images + [t for t in of_poses if all(abs(t - cut) > 3 for cut in of_images)])
-
-
-def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    """0 for equal thumbnails, also in other light, and about 1 for unrelated ones."""
-    b = b * np.clip(np.std(a) / max(np.std(b), 1), 0.25, 4)
-    variance = (np.mean(a**2) + np.mean(b**2)) / 2
-    return float((variance - np.mean(a * b)) / (variance + CHANGE_NOISE))
-
-
-def checked_cuts(cuts: Sequence[int], frames: int) -> tuple[int, ...]:
-    if list(cuts) != sorted(set(cuts)) or not all(0 < cut < frames for cut in cuts):
-        raise UserError(f"cuts={list(cuts)} must be frames in order, above 0 and below the clip's {frames}")
-    return tuple(cuts)
 
 
 def matching_images(poses: Poses, images: VideoReader, path: str | Path) -> Poses:

@@ -7,14 +7,14 @@ from pathlib import Path
 import av
 import numpy as np
 
-RATE = 44100  # samples a second of all sound but Opus
+RATES = {"libopus": 48000, "pcm_u8": 22000}  # samples a second; 44100 of others
 
 
 def write_clip_with_a_beep(
     path: Path, frames: Sequence[np.ndarray], fps: int, video_codec: str, sound_codec: str, begins: int = 0
 ) -> None:
     """Frames from the second `begins` on, with a beep from 1.0 to 1.1 seconds."""
-    rate = 48000 if sound_codec == "libopus" else RATE
+    rate = RATES.get(sound_codec, 44100)
     with av.open(str(path), "w") as container:
         video, sound = container.add_stream(video_codec, rate=fps), container.add_stream(sound_codec, rate)
         video.width, video.height, video.pix_fmt = *frames[0].shape[1::-1], "yuv420p"
@@ -37,7 +37,9 @@ def loud(path: Path) -> tuple[str, float, float, float]:
     with av.open(str(path)) as container:
         stream = container.streams.best("audio")
         codec, parts = stream.codec_context.codec.canonical_name, list(container.decode(stream))
-    seconds = np.concatenate([float(part.pts * part.time_base) + np.arange(part.samples) / RATE for part in parts])
+    seconds = np.concatenate(
+        [float(part.pts * part.time_base) + np.arange(part.samples) / part.rate for part in parts]
+    )
     level = np.concatenate([np.abs(part.to_ndarray().astype(float)).max(0) for part in parts])
     heard = seconds[level > 0.3 * level.max()]
     return codec, heard[0], heard[-1], seconds[-1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from data.cuts import pose_jumps
 from data.poses.person import COCO_MIRROR, box_iou
 from data.poses.poses import Poses
 from data.transforms import fit_matrix
@@ -55,7 +56,7 @@ def calibrate(
         frame_map, reference_map: (3, 3) similarities from the original images to the model's; None = fitted, centred.
         progress: wraps the loop over frames, such as `tqdm`.
         cuts: first frames of the clip's shots after the first, over which nothing is bridged, smoothed or propagated;
-            None = found in the poses, see `Poses.cuts`.
+            None = where the poses jump.
 
     Raises:
         UserError: a value in `config` that is not allowed.
@@ -70,7 +71,7 @@ def calibrate(
         _map("reference_map", reference_map, reference_poses.size, size),
     )
     persons, masks = _reference_persons(reference_poses, reference_masks, config)
-    cuts = tuple(driving_poses.cuts() if cuts is None else cuts)
+    cuts = tuple(pose_jumps(driving_poses.keypoints, driving_poses.scores) if cuts is None else cuts)
     slots = match_persons(persons, driving_poses, config, cuts)
     order = progress(range(len(slots))) if progress else range(len(slots))
     estimates, targets, others = estimate_clip(persons, driving_poses, slots, driving_masks, framing, config, order)

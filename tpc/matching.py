@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data.poses.poses import Poses, shots
+from data.cuts import shots
+from data.poses.poses import Poses
 from tpc.config import CalibrationConfig
 from tpc.estimation import ReferencePerson
 from tpc.silhouettes import visible

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.poses.poses import interpolate, shots
+from data.cuts import shots
+from data.poses.poses import interpolate
 from tpc.config import CalibrationConfig
 
 

@@ -6,7 +6,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +16,12 @@ from scipy.ndimage import gaussian_filter1d
 from core.config import check_config, check_positive
 from core.errors import UserError
 from core.files import complete_file, existing_file
+from data.cuts import shots
 from data.poses.person import Box, PackedMasks, PersonEstimate, joint_box, person_box, scores_inside
 from data.transforms import map_points, resize_matrix
 
 _ARRAYS = ("keypoints", "scores", "size", "fps")  # of a pose file
-SEEN = 0.3  # score above which a keypoint shows where somebody is
 MAX_GAP = 8  # frames: longest miss of an estimator that is bridged, as of transforms (`tpc.max_gap`)
-LEAST_JUMP = 0.15  # part of a person's size: a runner moves by 0.1 a frame
-AROUND = 12  # frames on either side that a jump is compared with
 STEADYING = 0.04  # seconds, see docs/calibration.md
 
 
@@ -132,28 +130,6 @@ class Poses:
                 scores[shot, person], _ = interpolate(scores[shot, person], known, MAX_GAP)
         return Poses(keypoints, scores, self.size, self.fps)
 
-    def cuts(self) -> list[int]:
-        """First frames of the shots after the first one: everybody jumps further than motion explains."""
-        frames = np.flatnonzero((self.scores > SEEN).any((1, 2)))
-        elapsed = np.diff(frames, prepend=frames[:1])
-        near, far = self._steps(frames, 1), self._steps(frames, 2)
-        return frames[jumps(near, far, LEAST_JUMP, elapsed)].tolist()
-
-    def _steps(self, frames: np.ndarray, back: int) -> np.ndarray:
-        """(n,) by which whoever moved least moved since `back` of these frames before, in parts of their size."""
-        before, after = frames[:-back], frames[back:]
-        seen = self.scores > SEEN
-        common = seen[before][:, :, None] & seen[after][:, None]  # (n, persons, persons, 17)
-        moved = np.linalg.norm(self.keypoints[before][:, :, None] - self.keypoints[after][:, None], axis=-1)
-        low = np.where(seen[..., None], self.keypoints, np.inf).min(2)
-        high = np.where(seen[..., None], self.keypoints, -np.inf).max(2)
-        size = np.linalg.norm(np.where(np.isfinite(low), high - low, 0), axis=-1)  # diagonals of boxes
-        size = np.maximum(np.maximum(size[before][:, :, None], size[after][:, None]), 1)
-        count = common.sum(-1)
-        steps = np.where(count > 0, (moved * common).sum(-1) / np.maximum(count, 1) / size, np.inf)
-        least = steps.min((1, 2), initial=np.inf)
-        return np.concatenate([np.zeros(min(back, len(frames))), np.where(np.isfinite(least), least, 0)])
-
     def save(self, path: str | Path) -> None:
         """Write an .npz with the arrays `keypoints`, `scores`, `size` and `fps`."""
         with complete_file(path) as temporary, temporary.open("wb") as file:
@@ -252,32 +228,6 @@ def estimate_poses(
     if first is None:
         raise ValueError("frames must hold at least one frame, got none")
     return _collect(estimator.video(chain([first], frames), max_persons), first.shape[1::-1], fps)
-
-
-def shots(frames: int, cuts: Sequence[int]) -> list[slice]:
-    """The stretches of a clip between its cuts, which are the first frames of new shots."""
-    edges = [0, *cuts, frames]
-    return [slice(*pair) for pair in pairwise(edges)]
-
-
-def jumps(near: np.ndarray, far: np.ndarray, least: float, elapsed: np.ndarray | int = 1) -> np.ndarray:
-    """Frames at which a clip jumps, from differences (n,) to the frame before and to the one before that.
-
-    A jump is at least `least`, stays (a flash does not), and is four times what the differences around it let expect.
-    `elapsed` (n,): frames since the frame before, where some are missing.
-    """
-    if len(near) < 6:
-        return np.zeros(0, int)  # nothing to compare with
-    speed, frames = near / np.maximum(elapsed, 1), np.arange(len(near))
-    beside = np.lib.stride_tricks.sliding_window_view(np.pad(speed, 2), 5)[:, [0, 1, 3, 4]].max(1)
-    span = min(2 * AROUND + 1, len(near))
-    first = np.clip(frames - AROUND, 0, len(near) - span)
-    around = np.where(first[:, None] + np.arange(span) == frames[:, None], 0, speed[first[:, None] + np.arange(span)])
-    # Beside it, or often enough in its neighbourhood: clips of few different frames stand still in between.
-    usual = np.maximum(beside, np.sort(around, 1)[:, -3])
-    strength = np.minimum(np.minimum(near, far), np.append(far[1:], np.inf))
-    found = (strength > least * (1 + 0.5 * (np.maximum(elapsed, 1) - 1))) & (strength > 4 * usual * elapsed)
-    return 3 + np.flatnonzero(found[3:-2])  # a shot has three frames at least
 
 
 def interpolate(values: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np.ndarray, np.ndarray]:

@@ -196,17 +196,21 @@ def _muxed_sound(container: OutputContainer, video: VideoReader | None) -> Itera
     """
     if video is None or video.path.is_dir():
         return
-    with suppress(FFmpegError), av.open(str(video.path.absolute())) as source:
+    with suppress(FFmpegError, ValueError), av.open(str(video.path.absolute())) as source:
         stream = source.streams.best("audio")
         if stream is None or stream.codec_context is None:
             return
         copied = stream.codec_context.codec.canonical_name in _COPIED_SOUND
-        target = container.add_stream_from_template(stream) if copied else container.add_stream("aac", stream.rate)
+        if copied:
+            target, parts = container.add_stream_from_template(stream), source.demux(stream)
+        else:  # in short parts, where the file has long ones, for they end with the frames
+            target, resampler = container.add_stream("aac", 48000), av.AudioResampler("fltp", "stereo", 48000, 1024)
+            parts = chain.from_iterable(map(resampler.resample, chain(source.decode(stream), [None])))
         try:
-            for part in source.demux(stream) if copied else source.decode(stream):
+            for part in parts:
                 if part.pts is None:
                     continue
-                length = part.duration * part.time_base if copied else Fraction(part.samples, part.sample_rate)
+                length = (part.duration or 0) * part.time_base if copied else part.samples / part.sample_rate
                 begins = float(part.pts * part.time_base) - video.start
                 if begins + length < 0:
                     continue

@@ -357,7 +357,7 @@ SOUNDS = {
     "transport stream": (".ts", "libx264", "aac", 0, "aac"),
     "mp3": (".mp4", "libx264", "libmp3lame", 0, "mp3"),
     "flv": (".flv", "libx264", "aac", 0, "aac"),
-    "uncompressed": (".avi", "mpeg4", "pcm_s16le", 0, "aac"),
+    "uncompressed, at a rate that AAC has not": (".avi", "mpeg4", "pcm_u8", 0, "aac"),
     "opus": (".mkv", "libx264", "libopus", 0, "aac"),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.inputs import checked_cuts, clip_cuts, thumbnail
+from data.cuts import PictureChanges, checked_cuts, pose_jumps
 from data.poses.poses import Poses
 from data.video.files import VideoReader
 from models.sampling import context_windows, window_weights
@@ -34,6 +34,11 @@ def pan(seed: int, count: int, speed: int = 2) -> list[np.ndarray]:
     return [texture(seed)[:, speed * k : speed * k + 128] for k in range(count)]
 
 
+def tinted(frame: np.ndarray, channel: int) -> np.ndarray:
+    """The frame with one channel alone."""
+    return frame * (np.arange(3) == channel % 3).astype(np.uint8)
+
+
 def walk(count: int, x: float = 80, height: float = 100, turn: float = 0.0, speed: float = 1.0) -> np.ndarray:
     """(count, 1, 17, 2): a person who walks to the right, with an estimator's jitter."""
     noise = np.random.default_rng(count).normal(0, 0.5, (count, 1, 17, 2))
@@ -59,6 +64,9 @@ PICTURES = {
     "a title": (pan(1, 12) + [np.full((96, 128, 3), 20, np.uint8)] * 8 + pan(2, 12), [12, 20]),
     "light goes out": ([frame // 2 for frame in pan(1, 10)] + pan(1, 20)[10:], []),
     "every frame shown six times": ([f for f in pan(1, 6, speed=12) for _ in range(6)], []),
+    "frames are missing": (pan(1, 30)[:10] + pan(1, 30)[16:], []),
+    "a shaking camera": ([texture(1)[:, k : k + 128] for k in np.random.default_rng(0).integers(0, 70, 30)], []),
+    "ten short shots": ([tinted(frame, k) for k in range(10) for frame in pan(k, 4, 4)], list(range(4, 37, 4))),
     "slides": ([texture(k) for k in range(20)], []),
     "one frame": (pan(1, 1), []),
 }
@@ -77,29 +85,38 @@ POSES = {
 @pytest.mark.parametrize("case", PICTURES)
 def test_cuts_of_pictures(case):
     frames, expected = PICTURES[case]
-    assert clip_cuts([thumbnail(frame) for frame in frames], None) == expected
+    assert PictureChanges().over(frames).cuts() == expected
 
 
 @pytest.mark.parametrize("case", POSES)
 def test_cuts_of_poses(case):
     keypoints, expected = POSES[case]
-    assert poses(keypoints, SIZE).cuts() == expected
+    assert pose_jumps(keypoints, np.ones(keypoints.shape[:3])) == expected
 
 
-def test_whoever_is_found_late_makes_no_second_cut():
+def cuts_with_poses(frames: list[np.ndarray], jump: int) -> list[int]:
+    return PictureChanges().over(frames).cuts([jump])
+
+
+def test_pictures_say_where_poses_were_cut():
+    """Whoever is found late makes no second cut, and a person who stands elsewhere, in the same room, makes one."""
     scores = np.ones((40, 1, 17))
     scores[18:22] = 0
-    driving = poses(JOINED, SIZE, scores)
-    assert driving.cuts() == [22]
-    assert clip_cuts([thumbnail(frame) for frame in pan(1, 20) + pan(2, 20)], driving) == [20]
+    assert pose_jumps(JOINED, scores) == [22]
+    assert cuts_with_poses(pan(1, 20) + pan(2, 20), 22) == [20]
+    room = np.stack([pan(1, 1)[0]] * 40)
+    room[:20, 60:80, 20:30] = room[20:, 60:80, 90:100] = 128
+    grain = np.random.default_rng(0).integers(0, 8, room.shape, np.uint8)
+    assert cuts_with_poses(room // 2 + grain, 20) == [20] and cuts_with_poses(room // 2 + grain, 30) == []
 
 
 @pytest.mark.skipif(not (REAL / "walk.mp4").is_file(), reason="no real clips here")
 def test_two_real_clips_joined():
-    walk, talk = ([thumbnail(f) for f in VideoReader(REAL / name)] for name in ("walk.mp4", "talking_head.mp4"))
-    assert clip_cuts(walk, None) == [] and clip_cuts(talk[:250], None) == []
-    assert clip_cuts(talk[:40] + walk + talk[60:100], None) == [40, 133]
-    assert clip_cuts((walk + talk[:90])[::6], None) == [16]
+    walk, talk = (list(VideoReader(REAL / name)) for name in ("walk.mp4", "talking_head.mp4"))
+    assert PictureChanges().over(walk).cuts() == []
+    assert PictureChanges().over(talk).cuts() == [269], "an end card"
+    assert PictureChanges().over(walk + talk[:60]).cuts() == [93]
+    assert PictureChanges().over((walk + talk[:90])[::6]).cuts() == [16]
 
 
 def errors(found: Calibration, driving: Poses) -> np.ndarray:
