@@ -211,7 +211,9 @@ def with_estimates(clip: EvaluationClip, estimator: PoseEstimator, smoothing: fl
     poses, masks = _in_places(still, clip.reference.poses)
     reference = replace(clip.reference, poses=poses, masks=None if masks is None else masks[0])
     poses, masks = _in_places(moving, clip.driving.poses)
-    return replace(clip, reference=reference, driving=replace(clip.driving, poses=poses, masks=masks))
+    return replace(
+        clip, reference=reference, driving=replace(clip.driving, poses=poses, masks=masks, drawn=poses.bridged())
+    )
 
 
 def _in_places(found: PoseEstimate, true: Poses) -> tuple[Poses, np.ndarray | None]:
