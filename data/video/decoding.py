@@ -7,9 +7,7 @@ These give times; where they agree with what is decoded, they also serve to seek
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from fractions import Fraction
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +32,6 @@ class _Packet(NamedTuple):
     pts: int | None
     duration: int  # 0: unknown
     is_key: bool
-    is_hidden: bool  # by an edit list
 
 
 class VideoFile:
@@ -51,21 +48,17 @@ class VideoFile:
             stream, packets, complete = self._choose_stream(container)
             self._index, tick, codec = stream.index, float(stream.time_base), stream.codec_context
             nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-            aspect = Fraction(stream.sample_aspect_ratio or 1)
-            end, announced = _stated_end(container, stream), stream.frames
-        self.times, self._count, self._keys = (), None, np.zeros(1, np.int64)
+            end, announced, aspect = _stated_end(container, stream), stream.frames, stream.sample_aspect_ratio
+        self.times, self._count, self._keys = (), None, [0]
         frames = (frame for _, frame in self._from(0))
         first = next(frames, None)
         if first is None or not packets:
             raise UserError(f"{self._name} is a video without frames")
-        self._read_size(first, aspect)
+        self._read_size(first, float(aspect or 1))
         self.note = wide_colours(first.color_primaries, first.color_trc)  # for the user, about colours; None: nothing
-        shown = [packet for packet in packets if not packet.is_hidden]
-        keys = _key_frames(shown, codec.reorder_depth, first.pts) if codec.name in _ONE_IMAGE_A_PACKET else None
-        if keys is not None:
-            self._keys, stamps = keys, sorted(packet.pts for packet in shown)
-        else:  # only decoding tells which images the packets hold
-            stamps = [first.pts]
+        keys = _key_frames(packets, codec.reorder_depth, first.pts) if codec.name in _ONE_IMAGE_A_PACKET else None
+        stamps = sorted(packet.pts for packet in packets) if keys is not None else [first.pts]
+        if keys is None:  # only decoding tells which images the packets hold
             try:
                 for frame in frames:
                     stamps.append(frame.pts)
@@ -74,7 +67,7 @@ class VideoFile:
         if None in stamps or (np.diff(stamps) <= 0).any():  # FFmpeg's guesses in a file without time stamps
             stamps = (stamps[0] or 0) + np.rint(np.arange(len(stamps)) * nominal / tick)
         ticks, missing = np.array(stamps, np.int64), 0
-        last = ({packet.pts: packet.duration for packet in shown}.get(int(ticks[-1]), 0) * tick) or nominal
+        last = ({packet.pts: packet.duration for packet in packets}.get(int(ticks[-1]), 0) * tick) or nominal
         average = (ticks[-1] - ticks[0]) * tick / len(ticks)
         whole = (end - ticks[-1] * tick - last) / max(nominal, average) < 1.5 or 0 < announced <= len(packets)
         if not (complete and whole):
@@ -83,35 +76,32 @@ class VideoFile:
             ticks = ticks[: min([len(ticks), *gaps[gaps > len(ticks) - 8]])]
             missing = max(1, round((end - ticks[-1] * tick) / nominal) - 1, announced - len(ticks))
         self._ticks, self._count = ticks, len(ticks)  # of the frames that can be read
-        self._keys = self._keys[self._keys < self._count]
         self.start = max(0.0, float(ticks[0] * tick))  # seconds in the file at which the first frame begins
         times = (ticks - ticks[0]) * tick
         self.times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])  # seconds, the first 0
+        # Index of the frame that decoding begins at to reach each one.
+        self._keys = [0] * len(self.times) if keys is None else np.pad(keys[: len(ticks)], (0, missing)).tolist()
         self.duration = float(self.times[-1]) + last  # seconds
         self.nominal_fps = 1 / nominal  # by the header
 
     def _choose_stream(self, container: InputContainer) -> tuple[av.VideoStream, list[_Packet], bool]:
-        """The stream that players show, its packets in the order of decoding up to any damage, True if there is none.
-
-        Nothing is decoded.
-        """
+        """The stream that players show, its packets as far as they are whole, and if all are; nothing is decoded."""
         packets = {stream.index: [] for stream in container.streams.video if stream.codec_context is not None}
         if not packets:
             raise UserError(f"{self._name} has no video stream that can be decoded")
         # Transport streams state no length; whole ones consist of packets of 188 bytes, on Blu-ray of 192.
         complete = container.format.name != "mpegts" or not (container.size % 188 and container.size % 192)
         # Where packets follow one another in the file, only a few bytes of headers lie between them.
-        in_order, end = container.format.name in ("matroska,webm", "flv"), np.inf
+        in_order, end = container.format.name in ("matroska,webm", "flv"), 0
         with suppress(FFmpegError):  # what cannot be reached is missing
-            for packet in filter(attrgetter("size"), container.demux()):
+            for packet in (packet for packet in container.demux() if packet.size):
                 begin = packet.pos or 0
-                if packet.is_corrupt or begin - end > 128:
+                if packet.is_corrupt or 0 < end < begin - 128:
                     complete = False
                     break
-                end = (begin if end == np.inf else max(begin, end)) + packet.size if in_order else np.inf
-                if packet.stream_index in packets:
-                    flags = packet.is_keyframe, packet.is_discard
-                    packets[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, *flags))
+                end = in_order and max(begin, end) + packet.size
+                if packet.stream_index in packets and not packet.is_discard:  # as edit lists hide them
+                    packets[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe))
 
         def merits(index: int) -> tuple[bool, bool, bool, int]:
             stream = container.streams[index]
@@ -121,7 +111,7 @@ class VideoFile:
         chosen = max(packets, key=merits)
         return container.streams[chosen], packets[chosen], complete
 
-    def _read_size(self, frame: av.VideoFrame, aspect: Fraction) -> None:
+    def _read_size(self, frame: av.VideoFrame, aspect: float) -> None:
         self._stored_size = (max(1, round(frame.width * aspect)), frame.height)
         matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
@@ -141,14 +131,14 @@ class VideoFile:
                 if index == waiting[0]:
                     found[waiting.pop(0)] = self._image(frame)
                     # Seeking costs about as much as decoding 12 frames, so nearer frames are reached by decoding on.
-                    if not waiting or self._key_before(waiting[0]) > index + 12:
+                    if not waiting or self._keys[waiting[0]] > index + 12:
                         break
         return [found[index] for index in indices.tolist()]
 
     def _from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Pairs of index and decoded frame from `first` on; `UserError` where damage begins."""
         # Only decoding from the start tells damage from a seek that led astray.
-        for key in sorted({0, self._key_before(first)}, reverse=True):
+        for key in sorted({0, self._keys[first]}, reverse=True):
             try:
                 for index, frame in self._after(key):
                     if index >= first:
@@ -171,9 +161,6 @@ class VideoFile:
             raise self._stopped(index + 1, error.strerror) from None
         if index + 1 < len(self.times):
             raise self._stopped(index + 1)
-
-    def _key_before(self, index: int) -> int:
-        return int(self._keys[np.searchsorted(self._keys, index, side="right") - 1])
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = self._stored_size  # FFmpeg scales, numpy turns
@@ -212,7 +199,7 @@ class VideoFile:
 
 
 def _key_frames(packets: list[_Packet], most_delay: int, first: int | None) -> np.ndarray | None:
-    """Indices of frames that decoding may begin at, the first of them 0.
+    """(frames,) index of the frame that decoding may begin at to reach each one.
 
     None unless the time stamps are ordered as the decoder orders images, with B-frames or without.
     """
@@ -223,8 +210,10 @@ def _key_frames(packets: list[_Packet], most_delay: int, first: int | None) -> n
     delay = int((np.arange(len(order)) - order).max())
     if (delay > 0) != (most_delay > 0) or delay > most_delay:
         return None
-    after_all_before = order == np.maximum.accumulate(order)
-    return np.union1d([0], order[after_all_before & [packet.is_key for packet in packets]])
+    is_start = [packet.is_key for packet in packets] & (
+        order == np.maximum.accumulate(order)
+    )  # shown after all before
+    return np.maximum.accumulate(np.where(is_start, order, 0)[np.argsort(stamps)])
 
 
 def _stated_end(container: InputContainer, stream: av.VideoStream) -> float:
