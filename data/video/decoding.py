@@ -1,7 +1,6 @@
 """Stored frames of one video file with their true times; `VideoReader` is for everyday use.
 
 Frame i is the i-th image that the decoder hands out, which is the order of display whatever a file's time stamps say.
-These give times; where they agree with what is decoded, they also serve to seek.
 """
 
 import re
@@ -60,29 +59,26 @@ class VideoFile:
         stamps = sorted(packet.pts for packet in packets) if keys is not None else [first.pts]
         if keys is None:  # only decoding tells which images the packets hold
             try:
-                for frame in frames:
-                    stamps.append(frame.pts)
+                stamps.extend(frame.pts for frame in frames)  # as far as they come
             except UserError:
                 complete = False
         if None in stamps or (np.diff(stamps) <= 0).any():  # FFmpeg's guesses in a file without time stamps
             stamps = (stamps[0] or 0) + np.rint(np.arange(len(stamps)) * nominal / tick)
         ticks, missing = np.array(stamps, np.int64), 0
         last = ({packet.pts: packet.duration for packet in packets}.get(int(ticks[-1]), 0) * tick) or nominal
-        average = (ticks[-1] - ticks[0]) * tick / len(ticks)
-        whole = (end - ticks[-1] * tick - last) / max(nominal, average) < 1.5 or 0 < announced <= len(packets)
-        if not (complete and whole):
+        late = (end - ticks[-1] * tick - last) / max(nominal, np.ptp(ticks) * tick / len(ticks))  # in frames
+        if not complete or (late > 1.5 and not 0 < announced <= len(packets)):  # headers round durations
             # Of the last images, those shown earlier may be lost, where there are B-frames.
             gaps = np.flatnonzero(np.diff(ticks) * tick > 1.5 * nominal) + 1
             ticks = ticks[: min([len(ticks), *gaps[gaps > len(ticks) - 8]])]
             missing = max(1, round((end - ticks[-1] * tick) / nominal) - 1, announced - len(ticks))
         self._ticks, self._count = ticks, len(ticks)  # of the frames that can be read
         self.start = max(0.0, float(ticks[0] * tick))  # seconds in the file at which the first frame begins
-        times = (ticks - ticks[0]) * tick
-        self.times = np.concatenate([times, times[-1] + nominal * np.arange(1, missing + 1)])  # seconds, the first 0
+        lacking = ticks[-1] * tick + nominal * np.arange(1, missing + 1)
+        self.times = np.concatenate([ticks * tick, lacking]) - ticks[0] * tick  # seconds, the first 0
         # Index of the frame that decoding begins at to reach each one.
         self._keys = [0] * len(self.times) if keys is None else np.pad(keys[: len(ticks)], (0, missing)).tolist()
-        self.duration = float(self.times[-1]) + last  # seconds
-        self.nominal_fps = 1 / nominal  # by the header
+        self.duration, self.nominal_fps = float(self.times[-1]) + last, 1 / nominal  # seconds; by the header
 
     def _choose_stream(self, container: InputContainer) -> tuple[av.VideoStream, list[_Packet], bool]:
         """The stream that players show, its packets as far as they are whole, and if all are; nothing is decoded."""
@@ -91,22 +87,24 @@ class VideoFile:
             raise UserError(f"{self._name} has no video stream that can be decoded")
         # Transport streams state no length; whole ones consist of packets of 188 bytes, on Blu-ray of 192.
         complete = container.format.name != "mpegts" or not (container.size % 188 and container.size % 192)
-        # Where packets follow one another in the file, only a few bytes of headers lie between them.
-        in_order, end = container.format.name in ("matroska,webm", "flv"), 0
+        # Packets that follow one another in a file have a few bytes between them. Transport streams say that some are
+        # lost also where two files were joined, which leaves no gap in time.
+        in_order, end, dts, corrupt = container.format.name in ("matroska,webm", "flv"), 0, {}, False
         with suppress(FFmpegError):  # what cannot be reached is missing
             for packet in (packet for packet in container.demux() if packet.size):
-                begin = packet.pos or 0
-                if packet.is_corrupt or 0 < end < begin - 128:
+                begin, index, corrupt = packet.pos or 0, packet.stream_index, corrupt or packet.is_corrupt
+                gap = (packet.dts or 0) - dts.get(index, np.inf) > 1.5 * (packet.duration or np.inf)
+                if 0 < end < begin - 128 or (corrupt and gap):
                     complete = False
                     break
-                end = in_order and max(begin, end) + packet.size
-                if packet.stream_index in packets and not packet.is_discard:  # as edit lists hide them
-                    packets[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe))
+                end, dts[index] = in_order and max(begin, end) + packet.size, packet.dts or 0
+                if index in packets and not packet.is_discard:  # as edit lists hide them
+                    packets[index].append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe))
 
         def merits(index: int) -> tuple[bool, bool, bool, int]:
-            stream = container.streams[index]
-            beside, default = stream.disposition & _BESIDE_THE_VIDEO, stream.disposition & Disposition.default
-            return not beside, len(packets[index]) > 1, bool(default), stream.width * stream.height
+            stream, flags = container.streams[index], container.streams[index].disposition
+            is_default, area = bool(flags & Disposition.default), stream.width * stream.height
+            return not flags & _BESIDE_THE_VIDEO, len(packets[index]) > 1, is_default, area
 
         chosen = max(packets, key=merits)
         return container.streams[chosen], packets[chosen], complete
@@ -116,8 +114,8 @@ class VideoFile:
         matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
         self._transposed = abs(b) + abs(c) > abs(a) + abs(d)
-        x, y = (c, b) if self._transposed else (a, d)
-        self._flips = (slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1))  # rows, columns
+        signs = (b, c) if self._transposed else (d, a)  # of rows, of columns
+        self._flips = tuple(slice(None, None, -1 if sign < 0 else 1) for sign in signs)
         self.size = self._stored_size[::-1] if self._transposed else self._stored_size  # (width, height)
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -137,8 +135,7 @@ class VideoFile:
 
     def _from(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Pairs of index and decoded frame from `first` on; `UserError` where damage begins."""
-        # Only decoding from the start tells damage from a seek that led astray.
-        for key in sorted({0, self._keys[first]}, reverse=True):
+        for key in sorted({0, self._keys[first]}, reverse=True):  # from the start if seeking led astray
             try:
                 for index, frame in self._after(key):
                     if index >= first:
@@ -163,10 +160,9 @@ class VideoFile:
             raise self._stopped(index + 1)
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
-        width, height = self._stored_size  # FFmpeg scales, numpy turns
         alpha = any(component.is_alpha for component in frame.format.components)
         form = "rgba" if alpha else "rgb48le" if self.note else "rgb24"
-        image = frame.reformat(width=width, height=height, format=form).to_ndarray()
+        image = frame.reformat(*self._stored_size, form).to_ndarray()  # FFmpeg scales, numpy turns
         if alpha:
             image = to_rgb(Image.fromarray(image), self._name)
         elif self.note:
@@ -191,7 +187,7 @@ class VideoFile:
         if key:
             container.seek(int(self._ticks[key]), stream=stream)
         for number, packet in enumerate(container.demux(stream)):
-            if key and number == 0 and packet.pts != self._ticks[key]:
+            if key and not number and packet.pts != self._ticks[key]:
                 return
             for frame in context.decode(packet if packet.size else None):
                 if not key or frame.pts >= self._ticks[key]:  # those before it need what comes before
@@ -199,10 +195,7 @@ class VideoFile:
 
 
 def _key_frames(packets: list[_Packet], most_delay: int, first: int | None) -> np.ndarray | None:
-    """(frames,) index of the frame that decoding may begin at to reach each one.
-
-    None unless the time stamps are ordered as the decoder orders images, with B-frames or without.
-    """
+    """(frames,) where decoding begins to reach each frame; None unless time stamps are ordered as a decoder orders."""
     stamps = [packet.pts for packet in packets]
     if None in stamps or len(set(stamps)) < len(stamps) or first != min(stamps):
         return None
@@ -210,19 +203,16 @@ def _key_frames(packets: list[_Packet], most_delay: int, first: int | None) -> n
     delay = int((np.arange(len(order)) - order).max())
     if (delay > 0) != (most_delay > 0) or delay > most_delay:
         return None
-    is_start = [packet.is_key for packet in packets] & (
-        order == np.maximum.accumulate(order)
-    )  # shown after all before
-    return np.maximum.accumulate(np.where(is_start, order, 0)[np.argsort(stamps)])
+    after_all_before = order == np.maximum.accumulate(order)
+    starts = np.where(after_all_before & [packet.is_key for packet in packets], order, 0)
+    return np.maximum.accumulate(starts[np.argsort(stamps)])
 
 
 def _stated_end(container: InputContainer, stream: av.VideoStream) -> float:
     """Seconds in the file at which the video ends by its header; 0: not stated."""
-    if stream.duration:
-        # Of MP4 files it is the length, of ASF and others the end.
+    if stream.duration:  # of MP4 files it is the length, of ASF and others the end
         begins = (stream.start_time or 0) if "mp4" in container.format.name else 0
         return float((begins + stream.duration) * stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-    if tag:
+    if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
         return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
     return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0

@@ -125,11 +125,9 @@ def read_video(
     path: str | Path, max_frames: int | None = None, fps: float | None = None, argument: str = "video"
 ) -> Video:
     """Read a video, or its first `max_frames` frames, into memory. See `VideoReader`."""
-    with VideoReader(path, fps=fps, argument=argument) as reader:
-        count = len(reader) if max_frames is None else min(max_frames, len(reader))
-        width, height = reader.size
-        frames = np.empty((count, height, width, 3), np.uint8)
-        for index, frame in zip(range(count), reader, strict=False):
+    with VideoReader(path, fps=fps, argument=argument, max_frames=max_frames) as reader:
+        frames = np.empty((len(reader), *reader.size[::-1], 3), np.uint8)
+        for index, frame in enumerate(reader):
             frames[index] = frame
         return Video(frames, reader.fps)
 
