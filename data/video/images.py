@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -203,6 +204,10 @@ _TO_BT709 = {
 }
 _WHITE = 203.0  # cd/m2 of SDR white in HDR (BT.2408)
 _KNEE = 0.8  # of SDR white: darker pixels keep their brightness
+_LIGHT = np.linspace(0, 1, 2**16)
+_SRGB = np.rint(255 * np.where(_LIGHT <= 0.0031308, 12.92 * _LIGHT, 1.055 * _LIGHT ** (1 / 2.4) - 0.055)).astype(
+    np.uint8
+)
 
 
 def wide_colours(primaries: int, transfer: int) -> str | None:
@@ -220,21 +225,20 @@ def wide_to_srgb(image: np.ndarray, primaries: int, transfer: int) -> np.ndarray
     """
     light = _linear_light(transfer)[image]
     if transfer == HLG:  # BT.2100's system gamma at 1000 cd/m2, in scene light
-        luminance = cv2.transform(light, np.float32([[0.2627, 0.6780, 0.0593]]))
-        light *= 1000 / _WHITE * np.maximum(luminance, 1e-9)[..., None] ** np.float32(0.2)
+        luminance = np.maximum(cv2.transform(light, np.float32([[0.2627, 0.6780, 0.0593]])), 1e-9)
+        light *= np.float32(1000 / _WHITE) * cv2.pow(luminance, 0.2)[..., None]
     light = np.maximum(cv2.transform(light, np.float32(_TO_BT709.get(primaries, _TO_BT709[BT2020]))), 0)
     if transfer in (PQ, HLG):
-        bright = light.max(axis=-1) > _KNEE
-        pixels = light[bright]  # (n, 3)
-        peak = pixels.max(axis=-1, keepdims=True)
+        peak = cv2.max(cv2.max(light[..., 0], light[..., 1]), light[..., 2])
+        bright = peak > _KNEE
+        pixels, peak = light[bright], peak[bright, None]  # (n, 3), (n, 1)
         mapped = 1 - (1 - _KNEE) ** 2 / (peak + 1 - 2 * _KNEE)
         white = 1 - 1 / (0.15 * (peak - mapped) + 1)
         light[bright] = pixels * (mapped / peak * (1 - white)) + mapped * white
-    values = np.linspace(0, 1, 2**16)
-    encoded = np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
-    return np.rint(255 * encoded).astype(np.uint8)[(np.minimum(light, 1) * (2**16 - 1) + 0.5).astype(np.uint16)]
+    return _SRGB[(np.minimum(light, 1) * np.float32(2**16 - 1) + np.float32(0.5)).astype(np.uint16)]
 
 
+@cache
 def _linear_light(transfer: int) -> np.ndarray:
     """(65536,) float32: light of each 16-bit value; 1 is SDR white, of HLG the brightest in the scene."""
     signal = np.linspace(0, 1, 2**16)

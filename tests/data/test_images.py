@@ -309,16 +309,15 @@ def write_signal(path, codec: str, pixels: str, rgb: np.ndarray, primaries: int,
 
 
 @pytest.mark.parametrize(
-    "suffix, codec, pixels",
+    "suffix, codec, pixels, kind",
     [
-        (".mov", "libx265", "yuv420p10le"),
-        (".mp4", "libx264", "yuv420p10le"),
-        (".mkv", "ffv1", "yuv444p10le"),
-        (".mov", "prores_ks", "yuv422p10le"),
-        (".mkv", "libsvtav1", "yuv420p10le"),
+        (".mov", "libx265", "yuv420p10le", "HLG"),
+        (".mp4", "libx264", "yuv420p10le", "PQ"),
+        (".mkv", "ffv1", "yuv444p10le", "PQ"),
+        (".mov", "prores_ks", "yuv422p10le", "BT.2020"),
+        (".mkv", "libsvtav1", "yuv420p10le", "Display P3"),
     ],
 )
-@pytest.mark.parametrize("kind", ["PQ", "HLG", "BT.2020", "Display P3"])
 def test_videos_of_wide_colours_are_read_as_srgb(tmp_path, caplog, suffix, codec, pixels, kind):
     light = np.where(COLOUR <= 10.3, COLOUR / 255 / 12.92, ((COLOUR / 255 + 0.055) / 1.055) ** 2.4)
     signal, primaries, transfer, matrix = {
