@@ -120,22 +120,25 @@ class AnimatedImage:
 
     def __init__(self, path: str | Path, fps: float, argument: str):
         self._path, self._argument = Path(path), argument
-        durations = []
+        durations, sizes = [], set()
         with _open_image(path, argument) as image:
             # PIL takes the end of a truncated GIF for the end of the animation; a whole one ends with a semicolon.
             if image.format == "GIF" and not self._path.read_bytes().rstrip(b"\0").endswith(b";"):
                 whole = getattr(image, "n_frames", 1)
                 raise UserError(f"{argument}={path} is cut short: decoding stopped at frame {whole}")
-            self._still = not getattr(image, "is_animated", False)
+            # An MPO file holds other views of a photograph, or a preview.
+            self._still = not getattr(image, "is_animated", False) or image.format == "MPO"
             for frame in _animation(image):
                 frame.load()  # only then does a WebP state the frame's duration
+                sizes.add(frame.size)
                 # Browsers show frames that state no duration for 100 ms.
                 durations.append(float(frame.info.get("duration") or 100.0) / 1000)
                 if self._still:
                     break
-            self.size = (ImageOps.exif_transpose(image) if self._still else image).size
-        if self._still:
-            durations = [1 / fps]
+            self.size = image.size
+        if self._still or len(sizes) > 1:  # a TIFF file may hold smaller copies of a photograph
+            self._still, durations = True, [1 / fps]
+            self.size = read_image(path, argument).shape[1::-1]
         self.times = np.concatenate([[0.0], np.cumsum(durations)[:-1]])
         self.duration = float(np.sum(durations))
         self.nominal_fps = len(durations) / self.duration

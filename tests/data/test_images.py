@@ -232,6 +232,15 @@ def test_animations_are_converted_too(tmp_path):
         np.testing.assert_allclose(shown[0][0, 0], AS_P3, atol=2)
 
 
+@pytest.mark.parametrize("suffix, sizes, frames", [("mpo", [1, 1], 1), ("tif", [1, 2], 1), ("tif", [1, 1], 2)])
+def test_further_views_and_copies_of_a_photograph_are_no_frames(tmp_path, suffix, sizes, frames):
+    photo, *others = (Image.fromarray(image_with_a_mark()[::size, ::size]) for size in sizes)
+    photo.save(tmp_path / f"photo.{suffix}", save_all=True, append_images=others)
+    shown = list(VideoReader(tmp_path / f"photo.{suffix}"))
+    assert len(shown) == frames
+    assert np.abs(shown[0].astype(int) - image_with_a_mark()).mean() < 4
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_picture_for_still_viewers_is_no_frame_of_an_animated_png(tmp_path, count):
     path = tmp_path / "clip.png"
