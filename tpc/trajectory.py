@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.cuts import shots
-from data.poses.poses import interpolate
+from data.poses.poses import interpolate, local_lines
 from tpc.config import CalibrationConfig
 
 
@@ -90,26 +90,11 @@ def unwrap(parameters: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarray:
-    """Local linear regression over time with Gaussian weights of `sigma` frames, within each run of known frames.
-
-    A local line, unlike a plain average, follows steady motion without lag and does not flatten the ends of a run.
-    """
-    if sigma <= 0:
-        return parameters
+    """Parameters (frames, n) that follow `local_lines` within each run of known frames (frames,) bool."""
     result = parameters.copy()
     edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(int)))
-    reach = int(np.ceil(3 * sigma))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        for frame in range(start, stop):
-            near = np.arange(max(start, frame - reach), min(stop, frame + reach + 1))
-            offset = (near - frame).astype(np.float64)
-            weight = np.exp(-0.5 * (offset / sigma) ** 2)
-            weight /= weight.sum()
-            mean = weight @ offset
-            spread = weight @ (offset - mean) ** 2
-            # Value at offset 0 of the weighted line through the neighbours, as weights on them.
-            share = weight * (1 - (mean * (offset - mean) / spread if spread > 0 else 0))
-            result[frame] = share @ parameters[near]
+        result[start:stop] = local_lines(parameters[start:stop], np.ones(1), sigma)
     return result
 
 

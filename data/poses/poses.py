@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import correlate1d
 
 from core.config import check_config, check_positive
 from core.errors import UserError
@@ -110,16 +110,15 @@ class Poses:
         return Poses(self.keypoints, scores_inside(self.keypoints, self.scores, self.size), self.size, self.fps)
 
     def smoothed(self, frames: float | None, cuts: Sequence[int] = ()) -> Poses:
-        """Poses with keypoints averaged over time, shot by shot, by a Gaussian of `frames` deviation; scores stay.
+        """Poses whose keypoints follow `local_lines` of `frames` deviation, shot by shot; scores stay, and weigh.
 
         None takes `STEADYING`, which quiets an estimator's jitter and hardly flattens fast motion.
         """
-        frames = STEADYING * self.fps if frames is None else frames
-        if frames == 0:
+        sigma = STEADYING * self.fps if frames is None else frames
+        if sigma == 0:
             return self
-        parts = (Poses(self.keypoints[s], self.scores[s], self.size, self.fps) for s in shots(self.frames, cuts))
-        means = np.concatenate([temporal_means(part, frames) for part in parts])
-        return Poses(means, self.scores, self.size, self.fps)
+        parts = [local_lines(self.keypoints[s], self.scores[s, ..., None], sigma) for s in shots(self.frames, cuts)]
+        return replace(self, keypoints=np.concatenate(parts))
 
     def bridged(self, cuts: Sequence[int] = ()) -> Poses:
         """Poses in which persons who are missing for at most `MAX_GAP` frames of a shot move on in a line."""
@@ -242,18 +241,23 @@ def interpolate(values: np.ndarray, known: np.ndarray, max_gap: int) -> tuple[np
     return result, filled
 
 
-def temporal_means(poses: Poses, frames: float) -> np.ndarray:
-    """Keypoints (frames, persons, 17, 2) float64 of `Poses.smoothed`."""
-    # Frames count by the keypoint's score, so nothing is pulled towards a missing one. Both directions of time are
-    # averaged: fast motion is flattened but does not lag.
-    sigma = max(frames, 1e-6)
-    radius = min(math.ceil(9 * sigma), poses.frames)  # further frames weigh less than a double's rounding
-    scores = poses.scores[..., None].astype(np.float64)
-    weights, sums = (
-        gaussian_filter1d(values, sigma, axis=0, mode="constant", radius=radius)
-        for values in (scores, scores * poses.keypoints)
-    )
-    return np.divide(sums, weights, out=poses.keypoints.astype(np.float64), where=scores > 0)
+def local_lines(values: np.ndarray, weights: np.ndarray, sigma: float) -> np.ndarray:
+    """Values (frames, ...) float64 of lines fitted around each frame, by weights (frames, ...) and a Gaussian in time.
+
+    Of `sigma` frames. Unlike a plain average, which both ends of a clip pull inwards, a line follows steady motion.
+    """
+    offsets = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    near = np.exp(-0.5 * (offsets / max(sigma, 1e-6)) ** 2)
+
+    def moment(part: np.ndarray, power: int) -> np.ndarray:
+        return correlate1d(part, near * offsets**power, axis=0, mode="constant")
+
+    weights = np.broadcast_to(weights, values.shape).astype(np.float64)
+    w0, w1, w2 = (moment(weights, power) for power in range(3))
+    v0, v1 = (moment(weights * values, power) for power in range(2))
+    mean = np.divide(v0, w0, out=values.astype(np.float64), where=weights > 0)
+    spread = w0 * w2 - w1**2
+    return np.divide(w2 * v0 - w1 * v1, spread, out=mean, where=(weights > 0) & (spread > 1e-9 * w0**2))
 
 
 def _collect(frames: Iterable[list[PersonEstimate | None]], size: tuple[int, int], fps: float) -> PoseEstimate:
