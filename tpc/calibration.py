@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from data.cuts import pose_jumps
 from data.poses.person import COCO_MIRROR, box_iou
 from data.poses.poses import Poses
 from data.transforms import fit_matrix
+from tpc.bends.bending import Bends, bend
+from tpc.bends.layers import build_layers
+from tpc.bends.parts import NAMES
 from tpc.config import CalibrationConfig, resolve
 from tpc.estimation import Estimate, ReferencePerson, estimate_clip
 from tpc.matching import match_persons
@@ -77,11 +81,20 @@ def calibrate(
     estimates, targets, others = estimate_clip(persons, driving_poses, slots, driving_masks, framing, config, order)
     found = [[row[p].matrix for row in estimates] for p in range(len(persons))]
     tracks = [follow(part, person.centre, config, cuts) for part, person in zip(found, persons, strict=True)]
-    warped = warp_clip(reference, masks, tracks, targets, framing, config)
+    bends, layers = None, []
+    if config.transform == "articulated":
+        poses = [[row[p].pose for row in estimates] for p in range(len(persons))]
+        bends = [bend(q.keypoints, q.seen, poses[p], tracks[p], config, cuts) for p, q in enumerate(persons)]
+        layers = [
+            build_layers(q.keypoints, q.seen, q.scores, mask, config.bend_radius) if bends[p].bent.any() else []
+            for p, (q, mask) in enumerate(zip(persons, masks, strict=True))
+        ]
+    warped = warp_clip(reference, masks, tracks, targets, framing, config, bends, layers, cuts)
 
     def record(frame: int, p: int) -> PersonFrame:
         estimate, slot, iou = estimates[frame][p], int(slots[frame, p]), warped.iou[frame, p]
-        return _record(p, persons[p], tracks[p], frame, estimate, slot, driving_poses, iou, framing, config)
+        found = _record(p, persons[p], tracks[p], frame, estimate, slot, driving_poses, iou, framing, config)
+        return found if warped.bends is None else _with_parts(found, warped.bends[p], tracks[p], frame)
 
     model_masks = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
     return Calibration(
@@ -164,6 +177,16 @@ def _record(
         mask_iou=None if np.isnan(iou) else round(float(iou), 4),
         **facts,
     )
+
+
+def _with_parts(record: PersonFrame, bends: Bends, track: Track, frame: int) -> PersonFrame:
+    """The record with the maps of the parts, where the person bends, or the reason why it does not."""
+    if not bends.bent[frame]:
+        reasons = [reason for reason in (record.reason, bends.reasons[frame]) if reason]
+        return replace(record, reason="; ".join(reasons) or None)
+    matrices = track.matrices[frame] @ bends.matrices[frame]
+    following = tuple(name for name, follows in zip(NAMES, bends.follows[frame], strict=True) if follows)
+    return replace(record, parts=dict(zip(NAMES, matrices.tolist(), strict=True)), following=following)
 
 
 def _misalignment(

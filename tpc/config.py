@@ -10,7 +10,7 @@ PROPAGATIONS = ("iterative", "hold", "off")
 VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
 CHOICES = {
-    "transform": ("procrustes", "affine", "linear"),
+    "transform": ("procrustes", "affine", "linear", "articulated"),
     "keypoints": ("exhaustive", "consensus", "all", "trunk", "torso", "face"),
     "back_view": ("swap", "keep", "reject"),
     "match": ("track", "given"),
@@ -31,7 +31,10 @@ class CalibrationConfig:
     preset: str = "best"  # best: our default; paper: the published method; release: what the authors' code does
 
     # Step 1: the transform of every frame.
-    transform: str | None = None  # procrustes (similarity), affine, linear (scale and turn about the image's centre)
+    # procrustes (similarity), affine, linear (scale and turn about the image's centre), articulated (the person's
+    # similarity, bent by body part)
+    transform: str | None = None
+    bend_radius: float | None = None  # part of the body height over which joints bend; inf = the similarity alone
     keypoints: str | None = None  # exhaustive (silhouette IoU over all subsets), consensus, all, trunk, torso, face
     min_keypoints: int | None = None  # points: smallest subset that may serve
     score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
@@ -71,6 +74,7 @@ class CalibrationConfig:
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(full, name), allowed)
         for name, low, high in (
+            ("bend_radius", 0, float("inf")),
             ("min_keypoints", 2, 17),
             ("score_threshold", 0, 1),
             ("reference_score_threshold", 0, 1),
@@ -97,6 +101,7 @@ def best() -> CalibrationConfig:
     return CalibrationConfig(
         preset="best",
         transform="procrustes",
+        bend_radius=0.05,
         keypoints="exhaustive",
         min_keypoints=3,
         score_threshold=0.3,

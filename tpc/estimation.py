@@ -1,13 +1,16 @@
 """The transform that carries a person of the reference onto a driving person: one frame at a time, each judged."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
 from data.poses.person import COCO_MIRROR, PackedMasks
 from data.poses.poses import Poses
+from tpc.bends.bending import Pose
+from tpc.bends.outlines import Outline, align_outline
 from tpc.config import CalibrationConfig
 from tpc.procrustes import (
     AffineTransform,
@@ -48,6 +51,7 @@ class ReferencePerson:
     seen: np.ndarray  # (17,) bool
     silhouette: ReferenceSilhouette  # from the person's mask, or drawn around the keypoints
     size: tuple[int, int]  # (width, height) of the reference
+    mask: np.ndarray | None = None  # (h, w) bool, as given
 
     @classmethod
     def of(
@@ -64,17 +68,22 @@ class ReferencePerson:
         else:
             outline = silhouette_from_mask(mask, NUM_SAMPLES)
         points, scores = keypoints.astype(np.float64), scores.astype(np.float64)
-        return cls(points, scores, seen, ReferenceSilhouette.of(outline), size)
+        return cls(points, scores, seen, ReferenceSilhouette.of(outline), size, mask)
 
     @property
     def centre(self) -> np.ndarray:
         """(2,) middle of the visible keypoints."""
         return self.keypoints[self.seen].mean(0) if self.seen.any() else np.zeros(2)
 
+    @cached_property
+    def outline(self) -> Outline | None:
+        """The outline of the mask; None when none was given."""
+        return None if self.mask is None else Outline.of(self.keypoints, self.seen, self.mask)
+
     def mirrored(self) -> "ReferencePerson":
         """The same person with left and right keypoints exchanged."""
         exchanged = (values[COCO_MIRROR] for values in (self.keypoints, self.scores, self.seen))
-        return ReferencePerson(*exchanged, self.silhouette, self.size)
+        return ReferencePerson(*exchanged, self.silhouette, self.size, self.mask)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Estimate:
     iou: float = 0.0
     mirrored: bool = False  # left and right keypoints of the reference were exchanged
     common: tuple[int, ...] = ()  # indices of the points visible in both
+    pose: Pose | None = None  # for the bends of an articulated calibration
 
 
 def estimate_clip(
@@ -127,11 +137,46 @@ def estimate_clip(
                 silhouette = drawn_silhouette(keypoints, seen[f, slot], poses.size)
             else:
                 silhouette = silhouette_from_mask(given[slot], max_side=BITMAP_SIDE)
-            frames[f].append(estimate(person, keypoints, poses.scores[f, slot], silhouette, poses.size, config))
+            found = estimate(person, keypoints, poses.scores[f, slot], silhouette, poses.size, config)
+            if config.transform == "articulated" and found.matrix is not None:
+                pose = _pose(
+                    person, found, keypoints, poses.scores[f, slot], seen[f, slot], silhouette, poses.size, config
+                )
+                found = replace(found, pose=pose)
+            frames[f].append(found)
         strangers = [outline for s, outline in enumerate(outlines) if s not in slots[f]]
         if strangers:
             others[f] = np.logical_or.reduce(strangers)
     return frames, targets, others
+
+
+def _pose(
+    person: ReferencePerson,
+    found: Estimate,
+    keypoints: np.ndarray,
+    scores: np.ndarray,
+    seen: np.ndarray,
+    silhouette: Silhouette,
+    size: tuple[int, int],
+    config: CalibrationConfig,
+) -> Pose:
+    """The driving person's keypoints, moved to where its silhouette, if it is not drawn around them, has them."""
+    if found.mirrored:
+        keypoints, scores, seen = (values[COCO_MIRROR] for values in (keypoints, scores, seen))
+    target = np.where(seen[:, None], keypoints, 0).astype(np.float64)
+    outlined = person.outline is not None and not silhouette.drawn
+    if outlined:
+        target = align_outline(
+            person.outline,
+            person.keypoints,
+            target,
+            seen & person.seen,
+            found.matrix,
+            silhouette,
+            size,
+            config.bend_radius,
+        )
+    return Pose(target, seen, scores.astype(np.float64), found.mirrored, found.matrix, outlined)
 
 
 def _model_mask(keypoints: np.ndarray, seen: np.ndarray, mask: np.ndarray | None, framing: Framing) -> np.ndarray:
@@ -222,7 +267,7 @@ def _select(
         silhouette,
         size,
         limits=limits,
-        transform=config.transform,
+        transform="procrustes" if config.transform == "articulated" else config.transform,
         origins=_origins(reference, size),
         tolerance=config.drawn_tolerance if reference.silhouette.drawn or silhouette.drawn else 0.0,
     )

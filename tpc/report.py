@@ -13,11 +13,14 @@ from core.files import complete_file
 from data.poses.drawing import draw_pose
 from data.poses.person import COCO_MIRROR
 from data.poses.poses import Poses
+from tpc.bends.parts import NECK, PARTS
+from tpc.procrustes import apply_matrix
 from tpc.result import Calibration, PersonFrame
 from tpc.silhouettes import visible
 
 NUM_COLUMNS = 5  # driving frames that are shown
 GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)
+BLUE = (60, 120, 230)
 STATUS_COLOURS = {"calibrated": GREEN, "interpolated": AMBER, "uncalibrated": RED}
 # Label of the axis -> two fields of `PersonFrame`, with their labels.
 PLOTS = {
@@ -54,7 +57,11 @@ def write_report(
         calibrated = calibration.frame_image(frame)
         _show(figure.add_subplot(grid[0, column]), driving, f"frame {frame}")
         _show(figure.add_subplot(grid[1, column]), calibrated, "calibrated", calibration.records[frame])
-        _show(figure.add_subplot(grid[2, column]), _overlay(calibration, frame, driving_frames), "laid over the frame")
+        _show(
+            figure.add_subplot(grid[2, column]),
+            _overlay(calibration, frame, driving_frames, reference_poses),
+            "laid over the frame",
+        )
     for row, (label, lines) in enumerate(PLOTS.items(), start=3):
         axes = figure.add_subplot(grid[row, :])
         _plot(axes, calibration, shown, label, lines)
@@ -88,6 +95,8 @@ def _headline(calibration: Calibration) -> str:
 def _legend(axes, calibration: Calibration) -> None:
     axes.axis("off")
     lines = [(GREY, "keypoint seen"), (AMBER, "seen in both images"), (GREEN, "used in the transform")]
+    if calibration.config.transform == "articulated":
+        lines += [(BLUE, "part by its own keypoints"), (RED, "part that follows its parent")]
     for row, (colour, text) in enumerate(lines):
         axes.plot(0.05, 0.97 - 0.06 * row, "o", color=_unit(colour), markersize=9)
         axes.text(0.14, 0.97 - 0.06 * row, text, va="center", fontsize=10)
@@ -95,7 +104,7 @@ def _legend(axes, calibration: Calibration) -> None:
     text = [f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5]]
     text += [f"Note: {note}." for note in summary["notes"]]
     wrapped = "\n\n".join(fill(line, 34, break_long_words=False, break_on_hyphens=False) for line in text)
-    axes.text(0.0, 0.74, wrapped, va="top", fontsize=9)
+    axes.text(0.0, 0.92 - 0.06 * len(lines), wrapped, va="top", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
@@ -154,8 +163,13 @@ def _draw_points(image: np.ndarray, keypoints: np.ndarray, seen: np.ndarray, use
         cv2.circle(image, centre, radius, colour, -1, cv2.LINE_AA)
 
 
-def _overlay(calibration: Calibration, frame: int, frames: Sequence[np.ndarray] | None) -> np.ndarray:
-    """The driving person's outline (white) and the calibrated person's (colour by status) over the driving frame."""
+def _overlay(
+    calibration: Calibration, frame: int, frames: Sequence[np.ndarray] | None, reference_poses: Poses
+) -> np.ndarray:
+    """The driving person's outline (white) and the calibrated person's (colour by status) over the driving frame.
+
+    The bones of parts that have maps of their own lie where these take them.
+    """
     size = calibration.size
     if frames is None:
         image = np.zeros((size[1], size[0], 3), np.uint8)
@@ -169,7 +183,23 @@ def _overlay(calibration: Calibration, frame: int, frames: Sequence[np.ndarray] 
             image[mask] = (0.45 * image[mask] + 0.55 * calibration.images[member][mask]).astype(np.uint8)
             _outline(image, mask, STATUS_COLOURS[record.status], width)
         _outline(image, calibration.target_masks[frame, person], (255, 255, 255), width)
+        if record.parts:
+            _draw_parts(image, record, calibration, reference_poses.keypoints[0, person], width)
     return image
+
+
+def _draw_parts(
+    image: np.ndarray, record: PersonFrame, calibration: Calibration, keypoints: np.ndarray, width: int
+) -> None:
+    """Lines between the keypoints (17, 2) of each part, and dots where hands and feet begin, after the part's map."""
+    for (name, (_, points)), matrix in zip(PARTS.items(), record.parts.values(), strict=True):
+        own = np.nan_to_num(keypoints[[i for i in points if i != NECK]].astype(np.float64))
+        ends = np.clip(apply_matrix(calibration.frame_map @ np.array(matrix), own), -(2**15), 2**15)
+        colour = RED if name in record.following else BLUE
+        corners = np.round(ends[[0, 1, 3, 2]] if name == "torso" else ends).astype(np.int32)
+        cv2.polylines(image, [corners], name == "torso", colour, width, cv2.LINE_AA)
+        if len(corners) == 1:
+            cv2.circle(image, tuple(corners[0].tolist()), 2 * width, colour, -1, cv2.LINE_AA)
 
 
 def _outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int) -> None:

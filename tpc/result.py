@@ -81,9 +81,21 @@ class PersonFrame:
     common: tuple[int, ...] = ()  # indices of the keypoints that are visible in both images
     mirrored: bool = False  # left and right of the reference were exchanged, one of the two being seen from behind
 
+    # Articulated: the map of each part, like `matrix`, and the parts that follow their parent, having no keypoints of
+    # their own that are seen in both images; None where the person moves as a whole.
+    parts: dict[str, list[list[float]]] | None = None
+    following: tuple[str, ...] = ()
+
     def plain(self) -> dict[str, Any]:
-        """Only dicts, lists and scalars, as in JSON."""
-        return {**asdict(self), "keypoints": list(self.keypoints), "common": list(self.common)}
+        """Only dicts, lists and scalars, as in JSON; parts only where there are some."""
+        plain = {**asdict(self), **{name: list(getattr(self, name)) for name in ("keypoints", "common", "following")}}
+        return plain if self.parts else {name: plain[name] for name in plain if name not in ("parts", "following")}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> PersonFrame:
+        """The inverse of `plain`."""
+        lists = {name: tuple(plain.get(name, ())) for name in ("keypoints", "common", "following")}
+        return cls(**plain | lists)
 
 
 @dataclass(frozen=True)
@@ -216,6 +228,13 @@ class Calibration:
                     f"person {person} is {ratio:.2f} times as large as shoulders and hips alone say: where the poses "
                     "differ, the best silhouette IoU may come from filling the silhouette"
                 )
+            following = Counter(part for row in self.records for part in row[person].following)
+            if following:
+                counts = ", ".join(f"{part} in {count}" for part, count in following.most_common())
+                notes.append(
+                    f"parts of person {person} that follow their parent, unseen in an image or of a leg folded in the "
+                    f"reference, and in how many frames: {counts}"
+                )
         return notes
 
     def save(self, folder: str | Path) -> None:
@@ -255,11 +274,7 @@ class Calibration:
             with np.load(folder / ARRAYS_FILE, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             records = tuple(
-                tuple(
-                    PersonFrame(**{**r, "keypoints": tuple(r["keypoints"]), "common": tuple(r["common"])})
-                    for r in frame["persons"]
-                )
-                for frame in report["frames"]
+                tuple(PersonFrame.from_plain(record) for record in frame["persons"]) for frame in report["frames"]
             )
             size, member = tuple(report["size"]), arrays["member"]
             packed = {name: PackedMasks.from_arrays(arrays[name], arrays[f"{name}_lengths"], size) for name in PACKED}

@@ -58,6 +58,7 @@ ENDS = {
 NUM_SAMPLES = 1000
 BITMAP_SIDE = 256  # cells on the longer side of the driving person's box
 CHUNK = 64  # samples between two checks whether a candidate can still win
+OUTLINE_POINTS = 220  # about as many describe an outline
 # Before that, by so many larger pieces of the reference's silhouette.
 NUM_PIECES = (64, 256)
 
@@ -235,6 +236,23 @@ def silhouette_iou(
     size_of_sample = reference.sample_area * abs(np.linalg.det(matrix[:2, :2]))
     both = min(size_of_sample * np.count_nonzero(on_frame & silhouette.covers(moved)), silhouette.area)
     return float(both / (silhouette.area + size_of_sample * np.count_nonzero(on_frame) - both))
+
+
+def outline_points(silhouette: Silhouette, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """About `OUTLINE_POINTS` points (n, 2) on a silhouette's outline and their normals, without the image's edges."""
+    mask = np.pad(silhouette.mask, 4).astype(np.uint8)
+    found = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+    step = max(1, -(-sum(len(contour) for contour in found) // OUTLINE_POINTS))
+    cells = np.concatenate([contour[::step, 0] for contour in found]) if found else np.zeros((0, 2), int)
+    soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 2)
+    slope = [cv2.Sobel(soft, cv2.CV_32F, dx, 1 - dx)[cells[:, 1], cells[:, 0]] for dx in (1, 0)]
+    normals = -np.stack(slope, 1).astype(np.float64)
+    length = np.linalg.norm(normals, axis=1)
+    normals = normals / np.maximum(length, 1e-9)[:, None]
+    places = (cells - 4) * silhouette.cell + silhouette.origin + silhouette.cell / 2 * normals
+    edge = 1.5 * silhouette.cell
+    inside = (places > edge).all(1) & (places < np.array(size) - 1 - edge).all(1) & (length > 1e-3)
+    return places[inside], normals[inside]
 
 
 def draw_silhouette(keypoints: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:

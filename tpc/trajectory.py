@@ -98,6 +98,67 @@ def smooth(parameters: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarra
     return result
 
 
+def to_turns(matrices: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """(frames, 6) of maps (frames, 3, 3): turn, three of the stretch before it, and where the middle (2,) goes."""
+    linear = matrices[:, :2, :2]
+    angle = np.arctan2(linear[:, 1, 0] - linear[:, 0, 1], linear[:, 0, 0] + linear[:, 1, 1])
+    stretch = rotations(np.exp(-1j * angle)) @ linear
+    place = linear @ middle + matrices[:, :2, 2]
+    return np.stack([angle, stretch[:, 0, 0], stretch[:, 0, 1], stretch[:, 1, 1], place[:, 0], place[:, 1]], 1)
+
+
+def from_turns(parameters: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """The inverse of `to_turns`."""
+    angle, a, b, d = parameters[:, :4].T
+    stretch = np.stack([np.stack([a, b], -1), np.stack([b, d], -1)], -2)
+    return put(rotations(np.exp(1j * angle)) @ stretch, middle, parameters[:, 4:])
+
+
+def filter_jitter(values: np.ndarray, ends: np.ndarray, known: np.ndarray, sigma: float) -> np.ndarray:
+    """Local linear regression of values (frames, k) over time, as `smooth`, among the known frames that are alike.
+
+    Frames whose `ends` (frames, n) lie apart by more than about 1 do not count: a bilateral filter, which takes away
+    jitter and leaves quick motion alone.
+    """
+    reach, frames = min(int(np.ceil(3 * sigma)), len(values) - 1), np.arange(len(values))
+    # Weighted sums of 1, the offset and its square, and of the values and their products with the offset.
+    ones, first, second = np.zeros((3, len(values), 1))
+    total, product = np.zeros((2, *values.shape))
+    for offset in range(-reach, reach + 1):
+        other = np.clip(frames + offset, 0, len(values) - 1)
+        apart = ((ends[other] - ends) ** 2).sum(1)
+        weight = np.exp(-0.5 * ((offset / max(sigma, 1e-9)) ** 2 + apart)) * (
+            known[other] & (other == frames + offset)
+        )
+        weight = weight[:, None]
+        ones, first, second = ones + weight, first + weight * offset, second + weight * offset**2
+        total, product = total + weight * values[other], product + weight * offset * values[other]
+    spread = ones * second - first**2
+    flat = spread <= 1e-6 * np.maximum(ones, 1e-300) ** 2
+    line = (second * total - first * product) / np.where(flat, 1, spread)
+    return np.where(known[:, None], np.where(flat, total / np.maximum(ones, 1e-300), line), values)
+
+
+def rotations(turn: np.ndarray) -> np.ndarray:
+    """(..., 2, 2) of complex numbers (...)."""
+    result = np.empty((*turn.shape, 2, 2))
+    result[..., 0, 0], result[..., 0, 1], result[..., 1, 0], result[..., 1, 1] = (
+        turn.real,
+        -turn.imag,
+        turn.imag,
+        turn.real,
+    )
+    return result
+
+
+def put(linear: np.ndarray, start: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) of (..., 2, 2) that take `start` (..., 2) to `place` (..., 2)."""
+    matrices = np.zeros((*linear.shape[:-2], 3, 3))
+    matrices[..., :2, :2], matrices[..., 2, 2] = linear, 1
+    matrices[..., :2, 2] = place - (linear @ start[..., None])[..., 0]
+    return matrices
+
+
 FRAMES_PER_GROUP = 4  # what the paper's 30 groups come to on its clips of about 120 frames
 
 

@@ -7,6 +7,7 @@ Convention:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -14,16 +15,22 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from data.poses.person import PackedMasks
+from tpc.bends.bending import Bends
+from tpc.bends.layers import Coverage, Layer, lay
+from tpc.bends.outlines import GAP_SIDE, Nudge
 from tpc.config import CalibrationConfig
 from tpc.procrustes import apply_matrix
 from tpc.result import LazyImages
-from tpc.trajectory import Track
+from tpc.trajectory import Track, filter_jitter
 
 # Calibrated images whose corners differ by less, in pixels of the model's frame, are one image.
 SAME_PIXELS = 1 / 64
 MAX_SIDE = 32766  # OpenCV's warps address pixels by 16-bit integers
 MAX_COORDINATE = 1e8  # pixels: a map that sends a corner further off shows nothing that a frame could hold
 MIN_AREA = 1e-12  # of a source pixel in the frame
+STEADY, FAR_APART = 12.0, 1e3  # frames; in the unit of `filter_jitter`
+MAX_COST = 0.01  # of IoU, that of edges which the two kinds of warp draw differently
+STRAIGHTENED = "moves as a whole: bending it would cost {:.2f} of the silhouettes' IoU"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,18 @@ class WarpedClip:
     member: np.ndarray
     # (frames, persons) of the calibrated and the driving person's masks, nan where there is nothing to compare
     iou: np.ndarray
+    bends: list[Bends] | None  # of the persons, without those that would cost too much silhouette
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What one calibrated image is made of."""
+
+    person: int
+    matrix: np.ndarray  # (3, 3) reference pixels to the model's frame
+    maps: np.ndarray | None = None  # (parts, 3, 3) likewise, where the person bends
+    order: tuple[int, ...] = ()  # parts in which it is painted
+    frame: int | None = None  # whose mask the bent person's outline is laid on
 
 
 def warp_clip(
@@ -53,45 +72,102 @@ def warp_clip(
     targets: PackedMasks,
     framing: Framing,
     config: CalibrationConfig,
+    bends: list[Bends] | None = None,
+    layers: Sequence[list[Layer]] = (),
+    cuts: Sequence[int] = (),
 ) -> WarpedClip:
     """Find the distinct calibrated images; warp their masks now, and the images when they are asked for.
 
     Fills the target masks of interpolated frames in which the person was not seen with the calibrated person's.
+    `bends` and `layers` of the persons are for articulated calibration.
     """
     frames = len(tracks[0].matrices) if tracks else len(targets)
     member, iou = np.full((frames, len(tracks)), -1), np.full((frames, len(tracks)), np.nan)
     known: dict[tuple, int] = {}
-    sources: list[tuple[int, np.ndarray]] = []
+    sources: list[_Source] = []
     warped = PackedMasks.zeros((int(sum(track.available.sum() for track in tracks)),), framing.size)
-    coverage = [mask_pyramid(mask) for mask in masks]
+    coverage, coarse = ([mask_pyramid(mask) for mask in masks] for _ in range(2))
     height, width = reference.shape[:2]
     corners = np.array([[0, 0], [width, 0], [0, height]], np.float64)
+
+    def nudge(source: _Source) -> Nudge | None:
+        if source.frame is None:
+            return None
+        p, size, cell = source.person, *_small(framing.size)
+        shrink = np.array([[1 / cell, 0, 0.5 / cell - 0.5], [0, 1 / cell, 0.5 / cell - 0.5], [0, 0, 1]])
+        matrix = shrink @ source.matrix
+        mask = bent_mask(layers[p], coarse[p], shrink @ source.maps, matrix, size)
+        target = warp_mask(mask_pyramid(targets[source.frame, p]), shrink, size)
+        return Nudge.between(mask, target, bends[p].height * np.sqrt(abs(np.linalg.det(matrix[:2, :2]))), cell)
+
     for p, track in enumerate(tracks):
+        matrices = framing.frame_map @ track.matrices
+        bent, bent_sources = PackedMasks.zeros((frames,), framing.size), {}
+        if bends is not None:
+            gains, shot = np.zeros((frames, 1)), np.isin(np.arange(frames), cuts).cumsum()
+            for f in np.flatnonzero(bends[p].bent):
+                order = tuple(np.argsort(bends[p].depth[f], kind="stable").tolist())
+                frame = int(f) if bends[p].outlined[f] and targets[f, p].any() else None
+                source = _Source(p, matrices[f], matrices[f] @ bends[p].matrices[f], order, frame)
+                bent_sources[f] = source
+                bent[f] = bent_mask(layers[p], coverage[p], source.maps, matrices[f], framing.size, nudge(source))
+                whole = warp_mask(coverage[p], matrices[f], framing.size)
+                gains[f] = np.nan_to_num(mask_iou(bent[f], targets[f, p]) - mask_iou(whole, targets[f, p]))
+            # Decided over more than a moment: nobody goes limp for some frames.
+            gains = filter_jitter(gains, FAR_APART * shot[:, None], bends[p].bent, STEADY)[:, 0]
+            bends[p] = bends[p].straightened(
+                {int(f): STRAIGHTENED.format(-gains[f]) for f in np.flatnonzero(gains < -MAX_COST)}
+            )
         for f in np.flatnonzero(track.available):
-            matrix = framing.frame_map @ track.matrices[f]
-            key = (p, *np.round(apply_matrix(matrix, corners).reshape(-1) / SAME_PIXELS).tolist())
-            if key not in known:
-                known[key] = len(sources)
-                warped[len(sources)] = warp_mask(coverage[p], matrix, framing.size)
-                sources.append((p, matrix))
-            member[f, p] = known[key]
-            mask, target = warped[member[f, p]], targets[f, p]
+            source = _Source(p, matrices[f])
+            if bends is not None and bends[p].bent[f]:
+                source = bent_sources[f]
+            moved = apply_matrix(source.matrix if source.maps is None else source.maps, corners)
+            outline = b"" if source.frame is None else targets.select((slice(f, f + 1), p)).to_arrays()[0].tobytes()
+            key = (p, source.order, outline, *np.round(moved.reshape(-1) / SAME_PIXELS).tolist())
+            member[f, p] = known.setdefault(key, len(sources))
+            if member[f, p] < len(sources):
+                mask = warped[member[f, p]]
+            else:
+                mask = warp_mask(coverage[p], matrices[f], framing.size) if source.maps is None else bent[f]
+                warped[len(sources)] = mask
+                sources.append(source)
+            target = targets[f, p]
             if target.any():
-                iou[f, p] = np.count_nonzero(mask & target) / np.count_nonzero(mask | target)
+                iou[f, p] = mask_iou(mask, target)
             elif track.interpolated[f]:
                 targets[f, p] = mask
     image = ImagePyramid(np.ascontiguousarray(reference))
     background = _background(image, masks, framing, config.fill)
 
     def paint(index: int) -> np.ndarray:
-        person, matrix = sources[index]
-        if config.fill != "reference":
-            return place_person(image, coverage[person], matrix, background)
-        quad = quad_mask(matrix, image.size, framing.size)
-        return np.where(quad[..., None], image.warp(matrix, framing.size), np.uint8(0))
+        source = sources[index]
+        p, matrix = source.person, source.matrix
+        quad, under = None, background
+        if config.fill == "reference":
+            quad = quad_mask(matrix, image.size, framing.size)
+            under = np.where(quad[..., None], image.warp(matrix, framing.size), np.uint8(0))
+            if source.maps is not None:
+                # The image moves along as a whole, but for the person, who would be seen twice.
+                under = remove_persons(under, _widened(coverage[p].warp(matrix, framing.size) > 0))
+        if source.maps is not None:
+            layered = sorted(layers[p], key=lambda layer: source.order.index(layer.part))
+            return paint_layers(layered, image, coverage[p], source.maps, matrix, under, nudge(source))
+        return under if config.fill == "reference" else place_person(image, coverage[p], matrix, under)
 
     images = LazyImages(len(sources), framing.size, paint)
-    return WarpedClip(images, warped.select(slice(len(sources))), member, iou)
+    return WarpedClip(images, warped.select(slice(len(sources))), member, iou, bends)
+
+
+def _small(size: tuple[int, int]) -> tuple[tuple[int, int], float]:
+    """A size (width, height) of about `GAP_SIDE` pixels, and how many pixels each of its pixels is wide."""
+    cell = max(1.0, max(size) / GAP_SIDE)
+    return (math.ceil(size[0] / cell), math.ceil(size[1] / cell)), cell
+
+
+def mask_iou(mask: np.ndarray, target: np.ndarray) -> float:
+    """IoU of two masks (h, w) bool; nan for an empty target."""
+    return np.count_nonzero(mask & target) / np.count_nonzero(mask | target) if target.any() else np.nan
 
 
 def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill: str) -> np.ndarray:
@@ -159,20 +235,34 @@ class ImagePyramid:
         corners = matrix[:2] @ np.array([[0, self.size[0], 0], [0, 0, self.size[1]], [1, 1, 1.0]])
         if not np.abs(corners).max() <= MAX_COORDINATE or abs(np.linalg.det(matrix[:2, :2])) < MIN_AREA:
             return np.zeros((size[1], size[0], *self.levels[0].shape[2:]), np.uint8)
-        smallest = np.linalg.svd(matrix[:2, :2], compute_uv=False)[-1]  # what one source pixel shrinks to
+        source, unit, half = self.prepared(np.linalg.svd(matrix[:2, :2], compute_uv=False)[-1])
+        step = matrix @ np.array([[unit, 0, half], [0, unit, half], [0, 0, 1]])
+        flags, border = self._sampling
+        return cv2.warpAffine(source, step[:2], size, flags=flags, borderMode=border)
+
+    def remap(self, places: np.ndarray, scale: float) -> np.ndarray:
+        """Look up pixels (x, y) of the image, (h, w, 2) float32, as `scale` pixels wide as they are here."""
+        source, unit, half = self.prepared(scale)
+        flags, border = self._sampling
+        # Shrinking, the prepared image has more pixels than the frame, and lines between them are good enough.
+        flags = cv2.INTER_LINEAR if scale <= 1 else flags
+        return cv2.remap(source, (places - half) / np.float32(unit), None, flags, borderMode=border)
+
+    @property
+    def _sampling(self) -> tuple[int, int]:
+        if self.beyond == "edge":
+            return cv2.INTER_CUBIC, cv2.BORDER_REPLICATE
+        return cv2.INTER_LINEAR, cv2.BORDER_CONSTANT
+
+    def prepared(self, smallest: float) -> tuple[np.ndarray, float, float]:
+        """The image as it is sampled where one of its pixels shrinks to `smallest`; pixel i of it is unit i + half."""
         level = max(0, math.floor(math.log2(1 / smallest)), math.ceil(math.log2(max(self.size) / MAX_SIDE)))
         source = self._reduced(level)
         level = min(level, len(self.levels) - 1)
         shrink = max(1.0, 1 / (smallest * 2**level))  # in (1, 2]: what the halvings leave
         source = self._blur(level, source, 0.5 * math.sqrt(shrink**2 - 1))
         # Pixel i of a level is the mean of pixels 2^level i ... 2^level (i + 1) - 1.
-        unit, half = 2.0**level, (2.0**level - 1) / 2
-        step = matrix @ np.array([[unit, 0, half], [0, unit, half], [0, 0, 1]])
-        if self.beyond == "edge":
-            flags, border = cv2.INTER_CUBIC, cv2.BORDER_REPLICATE
-        else:
-            flags, border = cv2.INTER_LINEAR, cv2.BORDER_CONSTANT
-        return cv2.warpAffine(source, step[:2], size, flags=flags, borderMode=border)
+        return source, 2.0**level, (2.0**level - 1) / 2
 
     def _reduced(self, level: int) -> np.ndarray:
         while len(self.levels) <= level:
@@ -233,6 +323,50 @@ def place_person(image: ImagePyramid, mask: ImagePyramid, matrix: np.ndarray, ba
     blended = share * person + (1 - share) * result[top:bottom, left:right]
     result[top:bottom, left:right] = np.round(blended).astype(np.uint8)
     return result
+
+
+def paint_layers(
+    layers: list[Layer],
+    image: ImagePyramid,
+    mask: ImagePyramid,
+    maps: np.ndarray,
+    matrix: np.ndarray,
+    background: np.ndarray,
+    nudge: Nudge | None = None,
+) -> np.ndarray:
+    """A bent person's layers, the farthest first, over a background (h, w, 3) uint8; see `layers.lay`.
+
+    The matrix (3, 3), the person's similarity, says how large the image's pixels become.
+    """
+    result, (coverage, size) = background.copy(), (_coverage(mask, matrix), background.shape[1::-1])
+    for layer in layers:
+        patch = lay(layer, maps, coverage, size, nudge)
+        if patch is not None:
+            colours, under = image.remap(patch.places, coverage.scale), result[patch.box]
+            under[:] = cv2.blendLinear(colours, under, patch.share, 1 - patch.share)
+    return result
+
+
+def bent_mask(
+    layers: list[Layer],
+    mask: ImagePyramid,
+    maps: np.ndarray,
+    matrix: np.ndarray,
+    size: tuple[int, int],
+    nudge: Nudge | None = None,
+) -> np.ndarray:
+    """(h, w) bool: the pixels of which the layers of a bent person cover at least half."""
+    covered, coverage = np.zeros((size[1], size[0]), bool), _coverage(mask, matrix)
+    for layer in layers:
+        patch = lay(layer, maps, coverage, size, nudge)
+        if patch is not None:
+            covered[patch.box] |= patch.share >= 128 / 255
+    return covered
+
+
+def _coverage(mask: ImagePyramid, matrix: np.ndarray) -> Coverage:
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+    return Coverage(*mask.prepared(scale), scale)
 
 
 def remove_persons(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

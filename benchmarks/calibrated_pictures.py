@@ -1,0 +1,158 @@
+"""Calibrated images themselves against the truth, by transform: how well a person is carried over, without any model.
+
+    python -m benchmarks.calibrated_pictures [split=test] [clips=0] [noise=0.02] [output=outputs/calibrated_pictures]
+
+Clips of one person of the misalignment benchmark, exact masks, exact poses or poses with errors. Measured are the
+pixels of the person in the true frame, and the IoU of the silhouettes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from core.config import config_dict, load_config
+from core.errors import run_command
+from core.files import output_folder, write_json
+from data.poses.person import box_iou
+from data.transforms import fit_matrix
+from evaluation.clips import EvaluationClip, with_pose_noise
+from evaluation.misaligned_clips import MisalignedClips
+from metrics.image import psnr, ssim
+from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
+from tpc.silhouettes import body_height, head_axis, keypoint_box, relative_angle
+
+KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation")
+TRANSFORMS = ("linear", "affine", "procrustes", "articulated")
+MEASURES = ("psnr", "ssim", "iou")
+# Of a frame -> edges of its bins: box IoU before calibration, relative angle in degrees, and how far the keypoints are
+# on average from where one similarity of them all puts the reference's, in parts of the body height.
+FACTS = {"box IoU": (0, 0.3, 0.5, 0.7, 1.01), "angle": (0, 30, 90, 180.1), "pose difference": (0, 0.02, 0.05, 0.1, 9)}
+
+
+@dataclass
+class BenchmarkConfig:
+    split: str = "test"
+    clips: int = 0  # of each kind, 0 = all
+    size: int = 128  # pixels, the shipped model's frame
+    noise: float = 0.02  # parts of the body height, errors of the keypoints of reference and frames; 0 = exact only
+    seed: int = 0
+    output: str = "outputs/calibrated_pictures"
+
+
+def run(clip: EvaluationClip, size: tuple[int, int], transform: str) -> Calibration:
+    reference, driving = clip.reference, clip.driving
+    return calibrate(
+        reference.image,
+        reference.poses,
+        driving.poses,
+        size,
+        CalibrationConfig(transform=transform),
+        reference_masks=reference.masks,
+        driving_masks=driving.masks,
+        frame_map=fit_matrix(driving.poses.size, size),
+        reference_map=fit_matrix(reference.poses.size, size, "contain"),
+    )
+
+
+def measure(clip: EvaluationClip, found: Calibration) -> np.ndarray:
+    """(frames, 3) of `MEASURES`; nan where the person is not calibrated."""
+    truth, masks = clip.truth(found.size)
+    rows = np.full((len(truth), len(MEASURES)), np.nan)
+    for f, member in enumerate(found.member[:, 0]):
+        if member >= 0 and masks[f].any():
+            image, mask = found.images[member], found.masks[member]
+            iou = np.count_nonzero(mask & masks[f]) / np.count_nonzero(mask | masks[f])
+            rows[f] = psnr(image, truth[f], masks[f]), ssim(image, truth[f], masks[f]), iou
+    return rows
+
+
+def facts(clip: EvaluationClip) -> np.ndarray:
+    """(frames, 3) of `FACTS`, from exact poses."""
+    source, rows = clip.reference.poses.keypoints[0, 0].astype(np.float64), []
+    seen = clip.reference.poses.scores[0, 0] > 0
+    for target, scores in zip(clip.driving.poses.keypoints[:, 0], clip.driving.poses.scores[:, 0], strict=True):
+        both = seen & (scores > 0)
+        angle = abs(np.degrees(relative_angle(head_axis(source, both), head_axis(target, both))))
+        similarity = SimilarityTransform.from_estimate(source, target, both)
+        offset = np.nan
+        if similarity:
+            offset = np.linalg.norm(similarity(source) - target, axis=1)[both].mean() / body_height(target, both)
+        rows.append((box_iou(keypoint_box(source, both), keypoint_box(target, both)), angle, offset))
+    return np.array(rows)
+
+
+def measured_clips(config: BenchmarkConfig) -> Iterator[tuple[str, np.ndarray, dict[str, dict[str, np.ndarray]]]]:
+    """Kind, facts, and measures by condition and transform of every clip."""
+    clips, size = MisalignedClips(KINDS, config.clips, config.split), (config.size, config.size)
+    for kind, names in clips.by_kind.items():
+        for index, name in enumerate(tqdm(names, desc=kind)):
+            clip = clips.clip(name)
+            conditions = {"exact": clip}
+            if config.noise > 0:
+                rng = np.random.default_rng([config.seed, KINDS.index(kind), index])
+                conditions["noisy"] = with_pose_noise(clip, config.noise, rng)
+            yield (
+                kind,
+                facts(clip),
+                {
+                    condition: {transform: measure(given, run(given, size, transform)) for transform in TRANSFORMS}
+                    for condition, given in conditions.items()
+                },
+            )
+
+
+def cell(values: np.ndarray) -> str:
+    """PSNR / SSIM / IoU of (n, 3), without those that are not known."""
+    means = np.nanmean(values, axis=0) if np.isfinite(values).any() else np.full(3, np.nan)
+    return f"{means[0]:.1f} / {means[1]:.2f} / {means[2]:.2f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(BenchmarkConfig, arguments)
+    cv2.setNumThreads(1)
+    output = output_folder(config.output)
+    found = list(measured_clips(config))
+    lines = []
+    for condition in found[0][2]:
+        of_clips = {t: np.array([np.nanmean(m[condition][t], axis=0) for _, _, m in found]) for t in TRANSFORMS}
+        kinds = np.array([kind for kind, _, _ in found])
+        rows = [[kind, *(cell(of_clips[t][kinds == kind]) for t in TRANSFORMS)] for kind in KINDS]
+        means = {t: np.array([np.nanmean(of_clips[t][kinds == kind], axis=0) for kind in KINDS]) for t in TRANSFORMS}
+        rows.append(["mean of the kinds", *(cell(means[t]) for t in TRANSFORMS)])
+        lines.append(table([f"{condition} poses: dB / SSIM / IoU", *TRANSFORMS], rows))
+        gain = of_clips["articulated"][:, 0] - of_clips["procrustes"][:, 0]
+        lines.append(f"articulated against procrustes, {condition}: worst clip {np.nanmin(gain):+.2f} dB, ")
+        lines[-1] += f"better in {np.count_nonzero(gain > 0)} of {len(gain)} clips\n"
+    values = np.concatenate([fact for _, fact, _ in found])
+    of_frames = {t: np.concatenate([m["exact"][t] for _, _, m in found]) for t in TRANSFORMS}
+    for column, (name, edges) in enumerate(FACTS.items()):
+        bins = [(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        chosen = {
+            f"{low:g} to {high:g}": (values[:, column] >= low) & (values[:, column] < high) for low, high in bins
+        }
+        rows = [
+            [label, str(mask.sum()), *(cell(of_frames[t][mask]) for t in TRANSFORMS)] for label, mask in chosen.items()
+        ]
+        lines.append(table([name, "frames", *TRANSFORMS], rows))
+    text = "\n".join(lines)
+    print(text)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    results = [
+        {
+            "kind": kind,
+            "measures": {c: {t: np.nanmean(v, 0).tolist() for t, v in m.items()} for c, m in measures.items()},
+        }
+        for kind, _, measures in found
+    ]
+    write_json(output / "results.json", {"config": config_dict(config), "clips": results})
+
+
+if __name__ == "__main__":
+    run_command(main)

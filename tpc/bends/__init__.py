@@ -1,0 +1,1 @@
+"""Persons whose body parts each move by a map of their own."""

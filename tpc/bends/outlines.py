@@ -1,0 +1,188 @@
+"""Outlines of the reference's and the driving person's masks: what they say beside the keypoints."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from tpc.bends.parts import ENDS, HEAD_PART, OWN, PARENTS, TORSO_PART, fit_parts, part_bones, part_distances, with_neck
+from tpc.procrustes import apply_matrix
+from tpc.silhouettes import (
+    BITMAP_SIDE,
+    NUM_KEYPOINTS,
+    Silhouette,
+    body_height,
+    outline_points,
+    silhouette_from_mask,
+)
+
+# Alignment of outlines: how far apart two that belong together may lie and how far a keypoint is from
+# where it was estimated, both as parts of the body height, and what the outlines weigh against the keypoints.
+OUTLINE_REACH, OUTLINE_STEPS = 0.05, 5
+KEYPOINT_ERROR, OUTLINE_WEIGHT = 0.02, 600.0
+# Clothes, and a body seen from another side, move outlines over exact keypoints too. Where keypoints would move less
+# than this on average, they are taken for exact and move by this share of it.
+EXACT_SHIFT, EXACT_SHARE = 0.02, 0.25
+
+# What remains between two outlines, if it is less than so many parts of the body height, is taken up by the bent
+# reference within about that distance. Seen in images of this size, whatever the frame's.
+GAP_REACH, GAP_SPREAD = 0.022, 0.044
+GAP_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Points on the outline of a reference person."""
+
+    points: np.ndarray  # (n, 2)
+    normals: np.ndarray  # (n, 2), outwards
+    parts: np.ndarray  # (n,) that they belong to
+    shares: np.ndarray  # (n, 17), how far a point moves with each keypoint
+    height: float  # of the body in pixels
+
+    @classmethod
+    def of(cls, keypoints: np.ndarray, seen: np.ndarray, mask: np.ndarray) -> "Outline":
+        """Of a person with keypoints (17, 2), seen (17,), and a mask (h, w) bool."""
+        height = body_height(keypoints, seen)
+        size = mask.shape[1], mask.shape[0]
+        places, normals = outline_points(silhouette_from_mask(mask, max_side=BITMAP_SIDE), size)
+        if height == 0 or not len(places):
+            return cls(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, int), np.zeros((0, NUM_KEYPOINTS)), height)
+        points, both = with_neck(keypoints, seen)
+        bones = part_bones(points, both, height)
+        distances = part_distances(places, bones, height)
+        parts = distances.argmin(0)
+        shares = np.zeros((len(places), NUM_KEYPOINTS))
+        for p, own in enumerate(OWN):
+            mine = parts == p
+            limb = OWN[PARENTS[p]] if p in ENDS else own
+            if p == TORSO_PART:
+                near = 1 / (((places[mine, None] - points[own]) ** 2).sum(-1) + (0.05 * height) ** 2) * both[own]
+                shares[np.ix_(mine, own)] = near / near.sum(1, keepdims=True)
+            elif p == HEAD_PART:
+                shares[np.ix_(mine, own[:-1])] = both[own[:-1]] / max(both[own[:-1]].sum(), 1)
+            elif mine.any():
+                start, end = points[limb]
+                along = (places[mine] - start) @ (end - start) / max(((end - start) ** 2).sum(), 1e-9)
+                along = np.clip(along, 0, 1.3)  # a hand moves a little more than the wrist
+                shares[np.ix_(mine, limb)] = np.stack([1 - along, along], 1)
+        near = distances.min(0) < 3
+        return cls(places[near], normals[near], parts[near], shares[near], height)
+
+
+def align_outline(
+    outline: Outline,
+    source: np.ndarray,
+    target: np.ndarray,
+    seen: np.ndarray,
+    matrix: np.ndarray,
+    silhouette: Silhouette,
+    size: tuple[int, int],
+    radius: float,
+) -> np.ndarray:
+    """Driving keypoints (17, 2) moved so that the outline of the bent reference lies on the driving silhouette.
+
+    Points of either outline are drawn to the other along its normals (point-to-line ICP, both ways), against a prior
+    that keypoints stay where the estimator put them. The silhouettes say more than the keypoints about where a limb
+    lies across its length; what they do not see, such as an arm before the chest, stays as estimated.
+
+    Args:
+        source, target, seen: keypoints (17, 2) of reference and driving frame, (17,) those of both.
+        matrix: (3, 3) the person's similarity; silhouette, size: of the driving person and image; radius: of bends.
+    """
+    theirs, their_normals = outline_points(silhouette, size)
+    usable = outline.shares[:, ~seen].sum(1) < 0.5
+    if not len(theirs) or not usable.any():
+        return target
+    scale, height = np.sqrt(abs(np.linalg.det(matrix[:2, :2]))), outline.height
+    turn = matrix[:2, :2] / scale
+    back = np.linalg.inv(matrix)
+    start = np.where(seen[:, None], apply_matrix(back, np.where(seen[:, None], target, 0)), source)
+    theirs, their_normals = apply_matrix(back, theirs), their_normals @ turn
+    border = int(np.ceil(2 * OUTLINE_REACH * height * scale / silhouette.cell)) + 2
+    mask = np.pad(silhouette.mask, min(border, 256)).astype(np.uint8)
+    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5) - cv2.distanceTransform(mask, cv2.DIST_L2, 5)
+    outside -= np.where(mask > 0, -0.5, 0.5).astype(np.float32)
+    shares, points = outline.shares * seen, start
+    reference, both = with_neck(source, seen)
+    stay = 1 / (KEYPOINT_ERROR * height) ** 2
+    for step in range(OUTLINE_STEPS):
+        if step % 3 == 0:
+            moved, _ = with_neck(points, seen)
+            maps = fit_parts(reference, moved[None], both[None], height, radius)[0][0]
+            linear = maps[outline.parts, :2, :2]
+            places = (linear @ outline.points[..., None])[..., 0] + maps[outline.parts, :2, 2]
+            across = np.linalg.inv(maps[:, :2, :2]).swapaxes(1, 2)[outline.parts]
+            normals = (across @ outline.normals[..., None])[..., 0]
+            normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
+        in_frame = apply_matrix(matrix, places)
+        cells = (in_frame - silhouette.origin) / silhouette.cell + min(border, 256)
+        gap, slope = _look_up(outside, cells)
+        gap, slope = gap * silhouette.cell / scale, slope @ turn
+        edge = 1.5 * silhouette.cell
+        shown = (in_frame > edge).all(1) & (in_frame < np.array(size) - 1 - edge).all(1)
+        ours = usable & shown & ((slope * normals).sum(1) > 0.5)
+        # And from their outline to the nearest point of ours that faces the same way.
+        away = cdist(theirs, places)
+        away[(their_normals @ normals.T <= 0.5) | ~usable] = np.inf
+        nearest = away.argmin(1)
+        missing = ((theirs - places[nearest]) * their_normals).sum(1)
+        distance = away[np.arange(len(away)), nearest]
+        rows = np.concatenate([
+            (shares[:, :, None] * slope[:, None]).reshape(-1, 2 * NUM_KEYPOINTS),
+            (shares[nearest][:, :, None] * their_normals[:, None]).reshape(-1, 2 * NUM_KEYPOINTS),
+        ])  # fmt: skip
+        errors = np.concatenate([-gap, missing])
+        reach = OUTLINE_REACH * height
+        weights = np.concatenate([ours / (1 + (gap / reach) ** 2) ** 2, 1 / (1 + (distance / reach) ** 2) ** 2])
+        weights *= OUTLINE_WEIGHT / (0.01 * height) ** 2 / len(errors)
+        normal = (rows * weights[:, None]).T @ rows + stay * np.eye(2 * NUM_KEYPOINTS)
+        shift = np.linalg.solve(normal, (rows * weights[:, None]).T @ errors - stay * (points - start).reshape(-1))
+        shift = shift.reshape(-1, 2)
+        points, places = points + shift, places + shares @ shift
+    shift = points - start
+    average = max(float(np.sqrt((shift[seen] ** 2).sum(1).mean())), 1e-9)
+    share = EXACT_SHARE + (1 - EXACT_SHARE) / (1 + (EXACT_SHIFT * height / average) ** 8)
+    return np.where(seen[:, None], apply_matrix(matrix, start + share * shift), target)
+
+
+def _look_up(field: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (n,) of a field (h, w) at places (n, 2), and its slopes (n, 2) there."""
+    around = places[:, None] + np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    x, y = np.moveaxis(around.astype(np.float32), -1, 0)
+    value, right, left, below, above = cv2.remap(field, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).T
+    return value, np.stack([right - left, below - above], 1) / 2
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """How far a bent person moves in a frame for its outline to lie on the driving one."""
+
+    field: np.ndarray  # (h, w, 2) float32, frame pixels
+    cell: float  # frame pixels per pixel of the field
+
+    @classmethod
+    def between(cls, mask: np.ndarray, target: np.ndarray, height: float, cell: float) -> "Nudge":
+        """From mask to target (h, w) bool of a body of so many of their pixels; `cell`: frame pixels in each."""
+        reach, sigma = max(GAP_REACH * height, 1.0), max(GAP_SPREAD * height, 1.0)
+        (near, own), (gap, slope) = (_signed_distance(m) for m in (mask, target))
+        # On the outline, where the other one lies along the same line.
+        weight = ((np.abs(near) < 1) & (np.abs(gap) < reach) & ((own * slope).sum(-1) > 0.5)).astype(np.float32)
+        moves = np.dstack([-(weight * gap)[..., None] * slope, weight])
+        moves = cv2.GaussianBlur(moves, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
+        return cls(np.ascontiguousarray(moves[..., :2] / (moves[..., 2:] + 0.01) * np.float32(cell)), cell)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """(n, 2) moves of places (n, 2) in the frame."""
+        x, y = ((places + 0.5) / self.cell - 0.5).astype(np.float32).T
+        return cv2.remap(self.field, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, 2)
+
+
+def _signed_distance(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (h, w) to a mask's outline, negative inside, and unit slopes (h, w, 2)."""
+    inside = mask.astype(np.uint8)
+    distance = cv2.distanceTransform(1 - inside, cv2.DIST_L2, 5) - cv2.distanceTransform(inside, cv2.DIST_L2, 5)
+    distance -= np.where(mask, np.float32(-0.5), np.float32(0.5))
+    soft = cv2.GaussianBlur(distance, (0, 0), 1)
+    return distance, np.dstack([cv2.Sobel(soft, cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)])
