@@ -1,8 +1,8 @@
 """Training on misaligned references: composition augmentation and calibrated training.
 
 Composition augmentation moves, turns and resizes the reference, so that the model learns to attend elsewhere;
-calibrated training also gives calibrated tokens, as inference will. Both are functions on a training batch
-(b = batch, f = frames, sizes of the model's frame):
+calibrated training also gives calibrated tokens, as inference will. Both are functions on a training batch, but for
+articulated references, which the loader makes, an item at a time (b = batch, f = frames, sizes of the model's frame):
 
     reference (b, 3, h, w) in [-1, 1]; reference_mask (b, 1, h, w); reference_keypoints (b, 17, 3) x, y, score
     frames (b, 3, f, h, w) in [-1, 1]; masks (b, 1, f, h, w); keypoints (b, f, 17, 3)
@@ -16,16 +16,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import check_config
 from data.poses.person import box_iou
+from data.poses.poses import Poses
 from models.attention.layers import TokenLevel, pool_masks, self_attention_level
 from models.attention.masking import Visibility
 from tpc.attach import gate_flags, visibility_flags
-from tpc.config import VISIBILITIES, check_choice, check_range
+from tpc.calibration import calibrate
+from tpc.config import VISIBILITIES, CalibrationConfig, check_choice, check_range
 from tpc.procrustes import SimilarityTransform, apply_matrix
 from tpc.silhouettes import FIXED_RULES, head_axis, keypoint_box, relative_angle
 from tpc.trajectory import group_of_frames
@@ -35,6 +38,7 @@ Batch = dict[str, Tensor]
 MARGIN = 0.2
 FILLS = ("scene", "edge", "black")
 PADDING = {"edge": "border", "black": "zeros"}
+TRANSFORMS = ("procrustes", "articulated")
 SUPERSAMPLING = 2  # samples along each side of a pixel: no aliasing down to half the scale
 
 
@@ -64,6 +68,7 @@ class CalibratedTrainingConfig:
     """Calibrated images for training samples, per sample."""
 
     probability: float = 0.0  # that a sample is calibrated; 0 = off
+    transform: str = "procrustes"  # or articulated: bent by body part, by the loader
     keypoints: str = "trunk"  # all, trunk, torso, face
     score_threshold: float = 0.3  # a keypoint counts above it
     noise: float = 0.01  # standard deviation of the keypoints, parts of the image's height, as estimators have
@@ -73,6 +78,7 @@ class CalibratedTrainingConfig:
 
     def check(self) -> None:
         check_range("probability", self.probability, 0, 1)
+        check_choice("transform", self.transform, TRANSFORMS)
         check_range("images", self.images, 1, 10**6)
         check_choice("keypoints", self.keypoints, tuple(FIXED_RULES))
         check_choice("visibility", self.visibility, VISIBILITIES)
@@ -137,10 +143,66 @@ def composition_matrices(
 
 
 @torch.no_grad()
+def calibrate_item(item: Batch, config: CalibratedTrainingConfig, generator: torch.Generator | None = None) -> Batch:
+    """What `CalibratedBatch` has, of one item of a data set, bent by body part; by its names after "calibrated_"."""
+    check_config(config, "calibrated_training")
+    (frames, joints), size = item["keypoints"].shape[:2], _size(item["reference"])
+    groups, chosen = _draw_members(1, frames, config.images, generator)
+    points = torch.cat([item["reference_keypoints"][None], item["keypoints"][chosen[0]]]).double()  # (1 + m, 17, 3)
+    points[..., :2] += config.noise * size[1] * torch.randn((len(points), joints, 2), generator=generator)
+    images = item["reference"].repeat(len(points) - 1, 1, 1, 1)
+    masks = torch.zeros_like(images[:, :1])
+    present = torch.zeros(len(images), dtype=torch.bool)
+    if torch.rand(1, generator=generator) < config.probability:
+        shown = points[..., 2] > 0
+        keypoints = torch.where(shown[..., None], points[..., :2], 0).float().numpy()[:, None]
+        scores = torch.where(shown, points[..., 2], 0).float().numpy()[:, None]
+        reference = ((item["reference"] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        found = calibrate(
+            reference,
+            Poses(keypoints[:1], scores[:1], size, 1.0),
+            Poses(keypoints[1:], scores[1:], size, 1.0),
+            size,
+            # The frames are not in a row, so that nothing is filtered over time.
+            CalibrationConfig(
+                transform="articulated",
+                keypoints=config.keypoints,
+                score_threshold=config.score_threshold,
+                reference_score_threshold=config.score_threshold,
+                max_gap=0,
+                smoothing=0.0,
+                match="given",
+            ),
+            reference_masks=item["reference_mask"].numpy() > 0.5,
+            driving_masks=item["masks"][:, chosen[0]].transpose(0, 1).numpy() > 0.5,
+        )
+        for k, image in enumerate(found.member[:, 0]):
+            if image >= 0:
+                present[k] = True
+                images[k] = torch.from_numpy(found.images[image]).permute(2, 0, 1) / 127.5 - 1
+                masks[k, 0] = torch.from_numpy(np.asarray(found.masks[image]))
+    return {
+        "calibrated_images": images,
+        "calibrated_masks": masks,
+        "calibrated_index": groups,
+        "calibrated_present": present[groups],
+    }
+
+
+def _draw_members(b: int, frames: int, images: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Groups (f,) of a clip's frames, and (b, m) the frame of each group, drawn at random, whose image all share."""
+    groups = torch.from_numpy(group_of_frames(frames, max(1, min(images, frames))))
+    # The member of each group with the highest number.
+    drawn = torch.rand((b, frames), generator=generator)
+    chosen = [(drawn - 2.0 * (groups != g)).argmax(1) for g in range(int(groups[-1]) + 1)]
+    return groups, torch.stack(chosen, 1)
+
+
+@torch.no_grad()
 def calibrate_batch(
     batch: Batch, config: CalibratedTrainingConfig, generator: torch.Generator | None = None
 ) -> CalibratedBatch:
-    """Calibrate the references of some samples to frames of their clips, as inference calibrates.
+    """Calibrate the references of some samples to frames of their clips, as inference calibrates, by one similarity.
 
     The frames of a clip are divided into groups; the frames of a group share the image of one of them, drawn at
     random, as in iterative propagation.
@@ -148,11 +210,8 @@ def calibrate_batch(
     check_config(config, "calibrated_training")
     reference, keypoints = batch["reference"], batch["keypoints"]
     (b, frames), size = keypoints.shape[:2], _size(reference)
-    groups = torch.from_numpy(group_of_frames(frames, max(1, min(config.images, frames))))
-    m = int(groups[-1]) + 1
-    # The member of each group with the highest number.
-    drawn = torch.rand((b, frames), generator=generator)
-    chosen = torch.stack([(drawn - 2.0 * (groups != g)).argmax(1) for g in range(m)], 1).to(keypoints.device)
+    groups, chosen = _draw_members(b, frames, config.images, generator)
+    m, chosen = chosen.shape[1], chosen.to(keypoints.device)
     target = torch.gather(keypoints, 1, chosen[:, :, None, None].expand(-1, -1, *keypoints.shape[2:]))
     source = batch["reference_keypoints"][:, None]
     noise = torch.randn((2, b, m, *source.shape[2:3], 2), generator=generator).to(source.device)

@@ -292,6 +292,11 @@ class TrainConfig:
 
     def _check_supervision(self) -> None:
         composition, attention = self.augmentation.composition, self.attention
+        if self.augmentation.calibrated.transform == "articulated" and composition.probability > 0:
+            raise UserError(
+                "augmentation.calibrated.transform=articulated needs references that stay as the loader makes them; "
+                "set augmentation.composition.probability=0 (data.people.reframed= moves those of rendered people)"
+            )
         if attention.surface and not self.data.cache_surfaces:
             raise UserError(f"attention.surface={attention.surface} needs data.cache_surfaces=true")
         if attention.surface and composition.probability > 0:

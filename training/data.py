@@ -24,6 +24,7 @@ from data.transforms import CROPS
 from inference.features import network_digest
 from models.animators.base import Animator
 from models.vae import VAE, vae_posterior
+from tpc.augmentation import CalibratedTrainingConfig, calibrate_item
 from training.config import DataConfig, TrainConfig
 from training.distributed import ignore_stop_signals
 
@@ -77,6 +78,21 @@ def clips(config: DataConfig, length: int) -> Dataset:
     return dataset
 
 
+class ArticulatedClips(Dataset):
+    """Clips with what `calibrate_item` adds, in an order and with draws that are a function of (seed, i)."""
+
+    def __init__(self, clips: Dataset, config: CalibratedTrainingConfig, seed: int) -> None:
+        self.clips, self.config, self.seed = clips, config, seed
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.clips[index]
+        state = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]
+        return item | calibrate_item(item, self.config, torch.Generator().manual_seed(int(state)))
+
+
 def check_pose_kind(config: DataConfig, kind: str) -> None:
     if kind != "OpenPose" and config.pose_images is None:
         raise UserError(f"the model reads {kind} images; give data.pose_images=, a folder of the videos' own")
@@ -126,6 +142,8 @@ def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
 
 def broken_clips(dataset: Dataset) -> int:
     """Number of damaged clips that were found while reading, and left out."""
+    if isinstance(dataset, ArticulatedClips):
+        dataset = dataset.clips
     return dataset.broken_clips if isinstance(dataset, VideoFolder) else 0
 
 

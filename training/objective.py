@@ -274,9 +274,12 @@ def calibrated_reference(
     batch: Batch, levels: list[TokenLevel], config: CalibratedTrainingConfig, generators: Generators
 ) -> tuple[CalibratedImages, ReferenceContext]:
     """The m calibrated images of each clip; index and visibility for b*f frames of [b references | b*m images]."""
-    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
     names = ("images", "masks", "index", "present")
-    calibrated = CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    if config.transform == "articulated":
+        calibrated = CalibratedBatch(**{name: batch[f"calibrated_{name}"] for name in names})
+    else:
+        parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
+        calibrated = CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
     flags = training_visibility(batch, calibrated, levels, config)
     batch_size, images = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]

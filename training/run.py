@@ -18,7 +18,7 @@ from models.animators.base import Animator
 from models.vae import VAE
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
 from training.config import OptimizerConfig, TrainConfig
-from training.data import ensure_latents, latents_folder, make_dataset, make_loader
+from training.data import ArticulatedClips, ensure_latents, latents_folder, make_dataset, make_loader
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
 from training.logs import StepLog
@@ -175,11 +175,14 @@ def make_clips(run: Run) -> Dataset:
     made = []
     on_main(run.accelerator, lambda: made.append(make_dataset(run.config.data, length)))
     clips = made[0] if made else make_dataset(run.config.data, length)
-    if not run.config.data.cache_latents:
-        return clips
-    vae = run.objective.vae
-    on_main(run.accelerator, lambda: ensure_latents(clips.folder, vae))
-    return clips.with_latents(latents_folder(clips.folder, vae))
+    if run.config.data.cache_latents:
+        vae = run.objective.vae
+        on_main(run.accelerator, lambda: ensure_latents(clips.folder, vae))
+        clips = clips.with_latents(latents_folder(clips.folder, vae))
+    calibrated = run.config.augmentation.calibrated
+    if calibrated.probability > 0 and calibrated.transform == "articulated":
+        return ArticulatedClips(clips, calibrated, run.config.seed)
+    return clips
 
 
 def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:

@@ -168,8 +168,9 @@ class SurfaceMaps(Dataset):
     def __getitem__(self, index: int) -> np.ndarray:
         scene = self.clips.scene(index)
         size = (scene.size[0] // 2, scene.size[1] // 2)
-        poses = [scene.reference_pose, *scene.poses]
-        return np.stack([render_surface(scene.person, pose, scene.camera, size) for pose in poses]).astype(np.float16)
+        seen = [(scene.reference_pose, scene.reference_camera or scene.camera)]
+        seen += [(pose, scene.camera) for pose in scene.poses]
+        return np.stack([render_surface(scene.person, pose, camera, size) for pose, camera in seen]).astype(np.float16)
 
 
 def ensure_surfaces(cache: Path, clips: RenderedPeople, workers: int) -> Path:

@@ -24,7 +24,14 @@ from data.people.bodies import SPLITS, PeopleLibrary, Pose, build_person, load_p
 from data.people.clothes import PLAIN
 from data.people.motion import random_motion
 from data.people.renderer import Rendered
-from data.people.scenes import CameraRanges, Scene, random_background, random_camera, random_light
+from data.people.scenes import (
+    CameraRanges,
+    Scene,
+    random_background,
+    random_camera,
+    random_light,
+    random_reframing,
+)
 from data.poses.drawing import draw_pose
 
 
@@ -34,20 +41,24 @@ class PeopleConfig:
     close_ups: float = 0.12  # share of clips that show the upper half of the body
     tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
     plain: float = PLAIN  # share of fabrics without a pattern
+    # Share of references with a person of another size, turn and place than in the clip, before the same background.
+    reframed: float = 0.0
 
     def check(self) -> None:
         if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
             raise UserError(f"height={self.height} must be the least and the greatest share of the image")
-        for share in ("close_ups", "tilted", "plain"):
+        for share in ("close_ups", "tilted", "plain", "reframed"):
             if not 0 <= getattr(self, share) <= 1:
                 raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
 
     def cameras(self) -> CameraRanges:
-        return CameraRanges(height=(self.height[0], self.height[1]), close_ups=self.close_ups, tilted=self.tilted)
+        height = (self.height[0], self.height[1])
+        return CameraRanges(height, close_ups=self.close_ups, tilted=self.tilted, reframed=self.reframed)
 
 
 class RenderedPeople(Dataset):
-    """Rendered people in motion; the reference is another moment under the same camera, as in filmed data sets.
+    """Rendered people in motion; the reference is another moment, under the same camera as in filmed data sets unless
+    `people.reframed` says otherwise.
 
     `fps` is that of the motion, before every `stride`-th frame is taken. The splits "train" and "heldout" share no
     body, no outfit and no clip. `cameras` and `library` take the place of the framing of `people` and of the bodies
@@ -81,9 +92,7 @@ class RenderedPeople(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scene = self.scene(index)
-        return clip_item(
-            _image(scene.render(scene.reference_pose)), [_image(scene.render(pose)) for pose in scene.poses]
-        )
+        return clip_item(_image(scene.render_reference()), [_image(scene.render(pose)) for pose in scene.poses])
 
     def scene(self, index: int) -> Scene:
         """Content of clip `index`, before it is rendered."""
@@ -94,7 +103,10 @@ class RenderedPeople(Dataset):
         identity = random_identity(rng, self.library, self.split, self.plain)
         person = build_person(identity, self.library, texture_size)
         poses, reference_pose = self._poses(rng)
-        return Scene(person, reference_pose, poses, camera, random_light(rng), random_background(rng, self.size))
+        light, background = random_light(rng), random_background(rng, self.size)
+        # Drawn last, so that the clips stay what they are without.
+        other = random_reframing(rng, camera, self.cameras)
+        return Scene(person, reference_pose, poses, camera, light, background, other)
 
     def _poses(self, rng: np.random.Generator) -> tuple[list[Pose], Pose]:
         span = (self.num_frames - 1) * self.stride + 1

@@ -21,11 +21,15 @@ class CameraRanges:
     close_up_height: tuple[float, float] = (1.2, 1.6)  # as `height`, for close-ups
     tilted: float = 0.0  # share of clips that are turned by up to `tilt`, as by a camera that is not held upright
     tilt: float = np.pi / 2
+    reframed: float = 0.0  # share of references whose person is framed otherwise than in the clip, see `reframed`:
+    reframed_scale: tuple[float, float] = (0.55, 1.5)  # factors on its size, drawn evenly in their logarithm
+    reframed_rotation: float = np.pi
+    reframed_shift: float = 0.12  # as `shift`
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a rendered clip; camera, light and background (h, w, 3) uint8 are the same for all images."""
+    """Content of a rendered clip; light and background (h, w, 3) uint8 are the same for all images."""
 
     person: Person
     reference_pose: Pose
@@ -33,13 +37,20 @@ class Scene:
     camera: Camera
     light: Light
     background: np.ndarray
+    reference_camera: Camera | None = None  # of the reference, where its person is framed otherwise
 
     @property
     def size(self) -> tuple[int, int]:
         return self.background.shape[1], self.background.shape[0]
 
     def render(self, pose: Pose) -> Rendered:
-        return render_person(self.person, pose, self.camera, self.size, self.background, self.light)
+        return self._render(pose, self.camera)
+
+    def render_reference(self) -> Rendered:
+        return self._render(self.reference_pose, self.reference_camera or self.camera)
+
+    def _render(self, pose: Pose, camera: Camera) -> Rendered:
+        return render_person(self.person, pose, camera, self.size, self.background, self.light)
 
 
 def random_camera(rng: np.random.Generator, ranges: CameraRanges) -> Camera:
@@ -71,6 +82,16 @@ def reframed(camera: Camera, scale: float, rotation: float, shift: tuple[float, 
     """Camera with another framing of the person; see `misaligned_reference`."""
     center = (camera.center[0] + shift[0], camera.center[1] + shift[1])
     return replace(camera, scale=camera.scale * scale, rotation=camera.rotation + rotation, center=center)
+
+
+def random_reframing(rng: np.random.Generator, camera: Camera, ranges: CameraRanges) -> Camera | None:
+    """Camera of the reference of a clip that `camera` films, None where it is the same."""
+    if ranges.reframed == 0 or rng.random() >= ranges.reframed:
+        return None
+    low, high = np.log(ranges.reframed_scale)
+    turn = rng.uniform(-ranges.reframed_rotation, ranges.reframed_rotation)
+    shift = rng.uniform(-ranges.reframed_shift, ranges.reframed_shift, 2)
+    return reframed(camera, float(np.exp(rng.uniform(low, high))), float(turn), (float(shift[0]), float(shift[1])))
 
 
 def misaligned_reference(
