@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from data.clips.rendered import RenderedPeople
+from data.clips.rendered import PeopleConfig, RenderedPeople
 from data.people.bodies import SPLITS, load_people
 from data.people.scenes import CameraRanges, misaligned_reference, random_camera
 from data.poses.drawing import draw_pose
 from tests.items import check_item, same
+from tpc.procrustes import SimilarityTransform
 
 SIZE = (48, 64)
 
@@ -119,6 +120,30 @@ def test_misaligned_reference_is_the_reference_after_a_similarity(library, scale
     np.testing.assert_allclose(moved.keypoints, (aligned.keypoints - center) @ matrix.T + center, atol=1e-3)
     np.testing.assert_array_equal(aligned.image, scene.render(scene.reference_pose).image)
     assert moved.mask.sum() == pytest.approx(scale**2 * aligned.mask.sum(), rel=0.15)
+
+
+def test_reframed_references_show_the_person_elsewhere_before_the_same_background(library):
+    plain = rendered(library, length=24, size=(96, 96), num_frames=1)
+    moved = rendered(library, length=24, size=(96, 96), num_frames=1, people=PeopleConfig(reframed=0.6))
+    scenes = [moved.scene(index) for index in range(24)]
+    others = [index for index, scene in enumerate(scenes) if scene.reference_camera is not None]
+    assert 0.4 < len(others) / 24 < 0.8
+    scales = [scenes[i].reference_camera.scale / scenes[i].camera.scale for i in others]
+    turns = [scenes[i].reference_camera.rotation - scenes[i].camera.rotation for i in others]
+    shifts = np.array([np.subtract(scenes[i].reference_camera.center, scenes[i].camera.center) for i in others])
+    assert 0.55 <= min(scales) < 0.75 and 1.2 < max(scales) <= 1.5
+    assert min(turns) < -2 and max(turns) > 2 and 0.08 < np.abs(shifts).max() <= 0.12
+    index = others[0]
+    ours, theirs = moved[index], plain[index]
+    for name in ("frames", "masks", "keypoints"):
+        assert torch.equal(ours[name], theirs[name]), "the clip itself is the same"
+    away = (torch.nn.functional.max_pool2d(ours["reference_mask"] + theirs["reference_mask"], 3, 1, 1) == 0)[0]
+    assert torch.equal(ours["reference"][:, away], theirs["reference"][:, away])
+    # Keypoints move as the camera does: the two references differ by its similarity.
+    seen = (ours["reference_keypoints"][:, 2] > 0) & (theirs["reference_keypoints"][:, 2] > 0)
+    points = [item["reference_keypoints"][:, :2].double() for item in (theirs, ours)]
+    found = SimilarityTransform.from_estimate(*points, seen.double())
+    assert abs(found.scale.item() / scales[0] - 1) < 0.1
 
 
 def test_misaligned_reference_on_another_background(library):
