@@ -39,7 +39,7 @@ class SamplingConfig:
     num_frames: int | None = None  # null: all
     stride: int = 1  # use every stride-th frame of the driving video
     seed: int = 0  # of the initial noise
-    steps: int = 20
+    steps: int = 20  # with tpc.start from there on
     guidance_scale: float = 2.0  # 1 switches classifier-free guidance off and halves the time
     guidance_scales: list[float] | None = None  # one for each kind of guidance, where a model has several
     window_size: int | None = None  # frames denoised together; null: as many as the model knows
@@ -165,7 +165,12 @@ def animate(
         mask = warp_mask(mask_pyramid(draw_silhouettes(reference.poses)[0].any(axis=0)), frame.reference_map, size)
 
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
-        with watch.stage(name), tqdm(total=sampling.steps, desc=name, disable=not show_progress) as progress:
+        with (
+            watch.stage(name),
+            tqdm(
+                total=pipeline.denoising_steps(sampling.steps, calibration), desc=name, disable=not show_progress
+            ) as progress,
+        ):
 
             def count_step(pipeline: AnimationPipeline, step: int, timestep: int, tensors: dict) -> dict:
                 progress.update()

@@ -32,12 +32,17 @@ class CalibratedClip(Protocol):
     persons: int  # of the reference
     size: tuple[int, int]  # (width, height)
     replaces_reference: bool  # a calibrated image takes the reference's place in its frames
+    start_timestep: int | None  # of training, where frames begin that `shows_everybody`; None: all begin from noise
+    shows_everybody: np.ndarray  # (frames,) bool, frames whose calibrated images leave out nobody
 
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the calibrated image each frame attends to at a denoising step, -1 = none."""
 
     def used(self, num_steps: int) -> np.ndarray:
         """The calibrated images of steps 0 ... num_steps - 1, ascending."""
+
+    def frame_image(self, frame: int) -> np.ndarray:
+        """(H, W, 3) uint8: a frame's own calibrated images, persons laid over each other."""
 
     def flags(self, frames: range, step: int, levels: Sequence[TokenLevel]) -> Visibility | None:
         """Flags for consecutive frames at a denoising step; None where nothing is hidden.

@@ -33,6 +33,7 @@ from models.sampling import (
     window_weights,
     with_solver,
 )
+from models.start import StartedSolver, start_latents, started_frames, started_timesteps
 from models.vae import VAE, decoded_chunks, vae_scale_factor
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
@@ -137,10 +138,18 @@ class AnimationPipeline(DiffusionPipeline):
             self.animator.attention_layers(latent_size),
             size,
             num_frames,
-            num_inference_steps,
+            self.denoising_steps(num_inference_steps, calibration),
             images=persons if replaces else 1 + persons,
             replaced=replaces,
         )
+
+    def denoising_steps(self, num_inference_steps: int, calibration: CalibratedClip | None = None) -> int:
+        """Steps of a `__call__` with these arguments, see `started_timesteps`."""
+        started = started_frames(calibration)
+        if started is None:
+            return num_inference_steps
+        trained = self.scheduler.config.num_train_timesteps
+        return len(started_timesteps(calibration.start_timestep, num_inference_steps, trained, bool(started.all())))
 
     @torch.no_grad()
     def __call__(
@@ -173,9 +182,10 @@ class AnimationPipeline(DiffusionPipeline):
         Args:
             reference: image: PIL, array (H, W, 3) in [0, 1] or uint8, or tensor (3, H, W) in [0, 1].
             poses: pose images: f PIL images, array (f, H, W, 3) or tensor (f, 3, H, W), in [0, 1] or uint8.
-            calibration: result of `tpc.calibrate` for these frames at this size; None: without TPC.
+            calibration: result of `tpc.calibrate` for these frames at this size; None: without TPC. With a
+                `start_timestep` frames begin there from their calibrated images.
             width, height: of the result in pixels; default: those of the first pose image.
-            num_inference_steps: denoising steps.
+            num_inference_steps: denoising steps; with a `start_timestep` from there on.
             guidance_scale: 1: no classifier-free guidance; one number, or one for each scale of the model.
             window_size: frames denoised together; default: what the model was trained on.
             window_overlap: frames that neighbouring windows share at least.
@@ -195,8 +205,8 @@ class AnimationPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: inputs that disagree in size or count.
-            UserError: a mask that the model needs is missing; a solver or interval that does not fit; a result that
-                is not finite.
+            UserError: a mask that the model needs is missing; a solver, interval or start that does not fit; a result
+                that is not finite.
         """
         animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
         poses = image_tensor(poses, "poses")
@@ -214,16 +224,24 @@ class AnimationPipeline(DiffusionPipeline):
         if attention is not None:
             attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
 
+        steps, started = self.denoising_steps(num_inference_steps, calibration), started_frames(calibration)
+        if started is None:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            scheduler = StartedSolver(
+                scheduler, calibration.start_timestep, num_inference_steps, started, device=device
+            )
         images = self.prepare_images(reference, reference_mask, calibration, size)
-        references = ReferenceImages(animator, images, num_inference_steps)
+        references = ReferenceImages(animator, images, steps)
         pose_condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), references.conditioning)
-        scheduler.set_timesteps(num_inference_steps, device=device)
         noise = self.prepare_noise(num_frames, size, generator, latents)
         latents = animator.initial_latents(
             noise, scheduler, lambda: references.start_latents().to(noise).expand_as(noise)
         )
+        if started is not None:
+            latents = scheduler.begin(latents, noise, start_latents(images, started))
         broken = torch.full((), -1, device=device)  # the first step whose result is not finite; read at the end
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self.progress_bar(total=steps) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
                 sample = scheduler.scale_model_input(latents, timestep).to(dtype)  # (1, c, f, h, w)
                 step_scales = guidance_at(scales, guidance_interval, scheduler, timestep)
@@ -248,8 +266,8 @@ class AnimationPipeline(DiffusionPipeline):
                 progress.update()
 
         if (step := int(broken)) >= 0:
-            steps = f"step {step + 1} of {num_inference_steps}"
-            raise UserError(f"the latents are not finite from {steps} on; {self.finite_advice(dtype)}")
+            advice = self.finite_advice(dtype)
+            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {advice}")
         result = self.decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(result) if return_dict else (result,)

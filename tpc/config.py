@@ -68,6 +68,9 @@ class CalibrationConfig:
     mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
     seed: int | None = None  # of the propagation's draws
 
+    # Frames begin at this timestep of the training's, from 0, as their noised calibrated images; null: from noise.
+    start: int | None = None
+
     def check(self) -> None:
         check_choice("preset", self.preset, PRESETS)
         full = _filled(self)
@@ -89,6 +92,13 @@ class CalibrationConfig:
             ("mask_threshold", 0, 1),
         ):
             check_range(name, getattr(full, name), low, high)
+        if full.start is not None:
+            check_range("start", full.start, 0, float("inf"))
+            if full.fill != "scene":
+                raise UserError(
+                    f"start={full.start} begins with the background of calibrated images; tpc.fill={full.fill} does "
+                    "not paint the scene there, fill=scene does"
+                )
         if self.visibility == "scene" and full.fill != "scene":
             raise UserError(
                 f"visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "

@@ -157,6 +157,19 @@ class Calibration:
         return shown
 
     @property
+    def start_timestep(self) -> int | None:
+        """Timestep at which frames that `shows_everybody` begin, from `frame_image`; None: all begin from noise."""
+        return self.config.start
+
+    @property
+    def shows_everybody(self) -> np.ndarray:
+        """(frames,) bool: frames with calibrated images, and of everybody who is in them."""
+        present = np.array([[record.slot is not None for record in row] for row in self.records], bool)
+        missing = present.reshape(self.member.shape) & (self.member < 0)
+        strangers = np.array([self.other_masks[frame].any() for frame in range(self.frames)], bool)
+        return (self.member >= 0).any(1) & ~missing.any(1) & ~strangers
+
+    @property
     def replaces_reference(self) -> bool:
         """True where a calibrated image takes the reference's place in its frames, instead of standing beside it."""
         return self.config.attach == "replace"
@@ -218,6 +231,12 @@ class Calibration:
             notes.append(
                 f"tpc.groups={groups} gives each of the {self.frames} frames a group of its own, so that propagation "
                 "changes nothing; tpc.groups=0 makes groups of four frames"
+            )
+        late = self.frames - np.count_nonzero(self.shows_everybody) if self.config.start is not None else 0
+        if late:
+            notes.append(
+                f"{late} of {self.frames} frames begin from noise in spite of tpc.start={self.config.start}, as "
+                "somebody in them is not calibrated; the clip takes further steps for them"
             )
         for person in range(self.persons):
             known = [row[person] for row in self.records if row[person].scale and row[person].torso_scale]

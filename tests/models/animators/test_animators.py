@@ -56,11 +56,12 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
-def calibration(attach: str):
+def calibration(attach: str, unseen: int = 1):
+    """For `inputs`; nobody is seen, or calibrated, in the first `unseen` frames."""
     matrix = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
     image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     driving = standing_poses(FRAMES, offset=2)
-    driving.scores[0] = 0  # nobody is seen in the first frame
+    driving.scores[:unseen] = 0
     config = CalibrationConfig(max_gap=0, propagation="off", attach=attach)
     maps = {"frame_map": matrix, "reference_map": matrix}
     return calibrate(image, standing_poses(1), driving, SIZE, config, **maps)
