@@ -68,7 +68,7 @@ class CalibrationConfig:
     mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
     seed: int | None = None  # of the propagation's draws
 
-    # Frames begin at this timestep of the training's, from 0, as their noised calibrated images; null: from noise.
+    # Timestep of training, from 0, at which frames begin as their noised calibrated images; -1 = off, from noise
     start: int | None = None
 
     def check(self) -> None:
@@ -90,15 +90,14 @@ class CalibrationConfig:
             ("smoothing", 0, 1000),
             ("groups", 0, float("inf")),
             ("mask_threshold", 0, 1),
+            ("start", -1, float("inf")),
         ):
             check_range(name, getattr(full, name), low, high)
-        if full.start is not None:
-            check_range("start", full.start, 0, float("inf"))
-            if full.fill != "scene":
-                raise UserError(
-                    f"start={full.start} begins with the background of calibrated images; tpc.fill={full.fill} does "
-                    "not paint the scene there, fill=scene does"
-                )
+        if full.start >= 0 and full.fill != "scene":
+            raise UserError(
+                f"start={full.start} begins with the background of calibrated images; tpc.fill={full.fill} does not "
+                "paint the scene there, fill=scene does"
+            )
         if self.visibility == "scene" and full.fill != "scene":
             raise UserError(
                 f"visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "
@@ -134,6 +133,7 @@ def best() -> CalibrationConfig:
         visibility="scene",
         mask_threshold=0.0,
         seed=0,
+        start=-1,
     )
 
 

@@ -159,7 +159,7 @@ class Calibration:
     @property
     def start_timestep(self) -> int | None:
         """Timestep at which frames that `shows_everybody` begin, from `frame_image`; None: all begin from noise."""
-        return self.config.start
+        return None if self.config.start < 0 else self.config.start
 
     @property
     def shows_everybody(self) -> np.ndarray:
@@ -232,7 +232,7 @@ class Calibration:
                 f"tpc.groups={groups} gives each of the {self.frames} frames a group of its own, so that propagation "
                 "changes nothing; tpc.groups=0 makes groups of four frames"
             )
-        late = self.frames - np.count_nonzero(self.shows_everybody) if self.config.start is not None else 0
+        late = self.frames - np.count_nonzero(self.shows_everybody) if self.config.start >= 0 else 0
         if late:
             notes.append(
                 f"{late} of {self.frames} frames begin from noise in spite of tpc.start={self.config.start}, as "

@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import UserError
 from data.poses.person import COCO_MIRROR
-from tests.tpc_bodies import SIZE, TORSO, body, image, place, poses, reference, silhouette
+from tests.tpc_bodies import SIZE, TORSO, bodies, body, image, place, poses, reference, silhouette
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.config import best, paper, release, resolve
 from tpc.procrustes import apply_matrix
@@ -265,6 +265,28 @@ def test_visibility_that_needs_another_fill_is_refused():
         resolve(CalibrationConfig(preset="paper", visibility="scene"))
 
 
+def test_frames_start_from_images_that_show_everybody_in_them():
+    first, second = bodies(2, 50.0)
+    driving = np.stack([np.stack([first, second, second + 30])] * 5) + 5
+    scores = np.ones((5, 3, 17))
+    scores[:4, 2] = 0  # a stranger, in the last frame alone
+    scores[1, 1] = 0  # absent
+    scores[2, 1, 2:] = 0  # there, and not to be calibrated
+    scores[3] = 0
+    config = CalibrationConfig(keypoints="all", smoothing=0.0, max_gap=0, match="given", start=300)
+    found = calibrate(image(), poses(np.stack([first, second])[None]), poses(driving, scores=scores), SIZE, config)
+    assert found.status[2].tolist() == ["calibrated", "uncalibrated"] and found.other_masks[4].any()
+    assert found.shows_everybody.tolist() == [True, True, False, False, False]
+    assert found.start_timestep == 300 and "3 of 5 frames begin from noise" in found.notes()[0]
+    shown = found.frame_image(0)
+    for person in range(2):
+        number = found.member[0, person]
+        mask = found.masks[number] & (found.masks[found.member[0]].sum(0) == 1)
+        assert mask.any() and (shown == found.images[number])[mask].all()
+    off = replace(found, config=replace(found.config, start=-1))
+    assert off.start_timestep is None and not any("from noise" in note for note in off.notes())
+
+
 def test_index_used_and_presets():
     points = reference()
     driving, _ = walk(points, 12)
@@ -366,6 +388,8 @@ def test_presets_are_complete_and_choices_are_checked():
         ({"min_keypoints": 1}, "tpc.min_keypoints"),
         ({"min_scale": 2.0, "max_scale": 1.0}, "tpc.min_scale"),
         ({"smoothing": float("nan")}, "tpc.smoothing"),
+        ({"start": -2}, "tpc.start must be in -1 to inf"),
+        ({"preset": "paper", "start": 300}, "start=300 begins with the background.*fill=reference does not"),
     ):
         with pytest.raises(UserError, match=text):
             resolve(CalibrationConfig(**options))
