@@ -34,6 +34,7 @@ MESH = 48  # cells along the body height
 # Around a joint two layers overlap as far as this, as a part of the body height; a head's hair may lie on the torso.
 OVERLAPS = {"head": 0.3, "upper_arm": 0.09, "forearm": 0.07, "thigh": 0.14, "shin": 0.1}
 CLOTH_OVERLAP = 0.05
+SEAM = 0.015  # of two legs, between which narrow cloth that is not told from trousers would tear
 LAYERS = tuple(p for p in range(len(OWN)) if p not in ENDS)
 END_OF = {PARENTS[p]: p for p in ENDS}
 LEGS = tuple(NAMES.index(name) for name in ("left_thigh", "right_thigh", "left_shin", "right_shin"))
@@ -110,6 +111,8 @@ def build_layers(
                     apart = (distances[q] - distances[p]) * WIDTHS[kind(p)] * height / 2
                     parts.append(q)
                     sides.append(apart * radius * height / max(gap / 4, 1e-9))
+            elif p in LEGS and q in LEGS:
+                edge = edge + SEAM * height
             margin = np.minimum(margin, edge)
         if p in END_OF:
             start, joint = bones[p]

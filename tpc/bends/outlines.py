@@ -1,10 +1,11 @@
 """Outlines of the reference's and the driving person's masks: what they say beside the keypoints."""
 
+import math
 from dataclasses import dataclass
 
 import cv2
+import numba
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from tpc.bends.parts import ENDS, HEAD_PART, OWN, PARENTS, TORSO_PART, fit_parts, part_bones, part_distances, with_neck
 from tpc.procrustes import apply_matrix
@@ -106,7 +107,7 @@ def align_outline(
     outside -= np.where(mask > 0, -0.5, 0.5).astype(np.float32)
     shares, points = outline.shares * seen, start
     reference, both = with_neck(source, seen)
-    stay = 1 / (KEYPOINT_ERROR * height) ** 2
+    stay, reach = 1 / (KEYPOINT_ERROR * height) ** 2, OUTLINE_REACH * height
     for step in range(OUTLINE_STEPS):
         if step % 3 == 0:
             moved, _ = with_neck(points, seen)
@@ -123,28 +124,58 @@ def align_outline(
         edge = 1.5 * silhouette.cell
         shown = (in_frame > edge).all(1) & (in_frame < np.array(size) - 1 - edge).all(1)
         ours = usable & shown & ((slope * normals).sum(1) > 0.5)
-        # And from their outline to the nearest point of ours that faces the same way.
-        away = cdist(theirs, places)
-        away[(their_normals @ normals.T <= 0.5) | ~usable] = np.inf
-        nearest = away.argmin(1)
-        missing = ((theirs - places[nearest]) * their_normals).sum(1)
-        distance = away[np.arange(len(away)), nearest]
-        rows = np.concatenate([
-            (shares[:, :, None] * slope[:, None]).reshape(-1, 2 * NUM_KEYPOINTS),
-            (shares[nearest][:, :, None] * their_normals[:, None]).reshape(-1, 2 * NUM_KEYPOINTS),
-        ])  # fmt: skip
-        errors = np.concatenate([-gap, missing])
-        reach = OUTLINE_REACH * height
-        weights = np.concatenate([ours / (1 + (gap / reach) ** 2) ** 2, 1 / (1 + (distance / reach) ** 2) ** 2])
-        weights *= OUTLINE_WEIGHT / (0.01 * height) ** 2 / len(errors)
-        normal = (rows * weights[:, None]).T @ rows + stay * np.eye(2 * NUM_KEYPOINTS)
-        shift = np.linalg.solve(normal, (rows * weights[:, None]).T @ errors - stay * (points - start).reshape(-1))
+        moments, pull = np.zeros((2 * NUM_KEYPOINTS, 2 * NUM_KEYPOINTS)), np.zeros(2 * NUM_KEYPOINTS)
+        _equations(places, normals, shares, usable, ours, gap, slope, theirs, their_normals, reach, moments, pull)
+        weight = OUTLINE_WEIGHT / (0.01 * height) ** 2 / (len(places) + len(theirs))
+        moments = weight * moments + stay * np.eye(2 * NUM_KEYPOINTS)
+        shift = np.linalg.solve(moments, weight * pull - stay * (points - start).reshape(-1))
         shift = shift.reshape(-1, 2)
         points, places = points + shift, places + shares @ shift
     shift = points - start
     average = max(float(np.sqrt((shift[seen] ** 2).sum(1).mean())), 1e-9)
     share = EXACT_SHARE + (1 - EXACT_SHARE) / (1 + (EXACT_SHIFT * height / average) ** 8)
     return np.where(seen[:, None], apply_matrix(matrix, start + share * shift), target)
+
+
+@numba.njit(cache=True, nogil=True)
+def _equations(places, normals, shares, usable, ours, gap, slope, theirs, their_normals, reach, moments, pull):
+    """Add to moments (34, 34) and pull (34,) how keypoints move for outlines to meet: points to lines, both ways.
+
+    Ours: places (n, 2), normals, shares (n, 17), the gap (n,) to their outline and its slope (n, 2), where `ours`.
+    Theirs: places (m, 2) and normals, each with the nearest usable one of ours that faces the same way.
+    """
+    for i in range(len(places)):
+        if ours[i]:
+            weight = 1 / (1 + (gap[i] / reach) ** 2) ** 2
+            _add(shares[i], slope[i, 0], slope[i, 1], -gap[i], weight, moments, pull)
+    for j in range(len(theirs)):
+        nearest, least = -1, np.inf
+        for i in range(len(places)):
+            along = their_normals[j, 0] * normals[i, 0] + their_normals[j, 1] * normals[i, 1]
+            if usable[i] and along > 0.5:
+                away = (theirs[j, 0] - places[i, 0]) ** 2 + (theirs[j, 1] - places[i, 1]) ** 2
+                if away < least:
+                    nearest, least = i, away
+        if nearest >= 0:
+            dx, dy = their_normals[j, 0], their_normals[j, 1]
+            missing = (theirs[j, 0] - places[nearest, 0]) * dx + (theirs[j, 1] - places[nearest, 1]) * dy
+            _add(shares[nearest], dx, dy, missing, 1 / (1 + least / reach**2) ** 2, moments, pull)
+
+
+@numba.njit(cache=True, nogil=True)
+def _add(shares, dx, dy, error, weight, moments, pull):
+    """One equation: the keypoints' moves, by their shares (17,) and along (dx, dy), add up to the error."""
+    for a in range(len(shares)):
+        if shares[a] != 0:
+            for b in range(len(shares)):
+                if shares[b] != 0:
+                    both = weight * shares[a] * shares[b]
+                    moments[2 * a, 2 * b] += both * dx * dx
+                    moments[2 * a, 2 * b + 1] += both * dx * dy
+                    moments[2 * a + 1, 2 * b] += both * dx * dy
+                    moments[2 * a + 1, 2 * b + 1] += both * dy * dy
+            pull[2 * a] += weight * shares[a] * dx * error
+            pull[2 * a + 1] += weight * shares[a] * dy * error
 
 
 def _look_up(field: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,22 +191,34 @@ class Nudge:
     """How far a bent person moves in a frame for its outline to lie on the driving one."""
 
     field: np.ndarray  # (h, w, 2) float32, frame pixels
+    corner: tuple[float, float]  # frame pixels (x, y)
     cell: float  # frame pixels per pixel of the field
 
     @classmethod
     def between(cls, mask: np.ndarray, target: np.ndarray, height: float, cell: float) -> "Nudge":
         """From mask to target (h, w) bool of a body of so many of their pixels; `cell`: frame pixels in each."""
         reach, sigma = max(GAP_REACH * height, 1.0), max(GAP_SPREAD * height, 1.0)
-        (near, own), (gap, slope) = (_signed_distance(m) for m in (mask, target))
+        both, room = mask | target, math.ceil(2 * sigma) + 2
+        if not both.any():
+            return cls(np.zeros((1, 1, 2), np.float32), (0, 0), cell)
+        box = tuple(
+            slice(max(int(on[0]) - room, 0), int(on[-1]) + room + 1)
+            for on in (np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0)))
+        )
+        (near, own), (gap, slope) = (_signed_distance(m[box]) for m in (mask, target))
         # On the outline, where the other one lies along the same line.
         weight = ((np.abs(near) < 1) & (np.abs(gap) < reach) & ((own * slope).sum(-1) > 0.5)).astype(np.float32)
         moves = np.dstack([-(weight * gap)[..., None] * slope, weight])
-        moves = cv2.GaussianBlur(moves, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
-        return cls(np.ascontiguousarray(moves[..., :2] / (moves[..., 2:] + 0.01) * np.float32(cell)), cell)
+        # Smooth enough for every second pixel.
+        moves = cv2.copyMakeBorder(moves, 0, moves.shape[0] % 2, 0, moves.shape[1] % 2, cv2.BORDER_CONSTANT)
+        moves = cv2.resize(moves, (moves.shape[1] // 2, moves.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        moves = cv2.GaussianBlur(moves, (0, 0), sigma / 2, borderType=cv2.BORDER_CONSTANT)
+        field = np.ascontiguousarray(moves[..., :2] / (moves[..., 2:] + 0.01) * np.float32(cell))
+        return cls(field, (box[1].start * cell, box[0].start * cell), 2 * cell)
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         """(n, 2) moves of places (n, 2) in the frame."""
-        x, y = ((places + 0.5) / self.cell - 0.5).astype(np.float32).T
+        x, y = ((places + 0.5 - self.corner) / self.cell - 0.5).astype(np.float32).T
         return cv2.remap(self.field, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, 2)
 
 
