@@ -83,7 +83,7 @@ def _bend_shot(
 ) -> Bends:
     frames, height = len(poses), body_height(source, seen)
     bent = available & (height > 0) & np.isfinite(config.bend_radius)
-    known = [f for f in np.flatnonzero(bent) if poses[f] is not None]
+    known = [int(f) for f in np.flatnonzero(bent) if poses[f] is not None]
     if not known:
         return still(frames)
     reference, reference_seen = with_neck(source, seen)
@@ -100,8 +100,10 @@ def _bend_shot(
     own_similarity = np.linalg.inv(similarities[known]) @ whole
     matrices[known] = np.where(own[known][..., None, None], own_similarity[:, None] @ matrices[known], np.eye(3))
     depth[known] = painting_depth(target, both, scores, mirrored, height)
-    reasons = {int(known[i]): UNFOLDS for i in np.flatnonzero(unfolds)}
-    reasons |= {int(known[i]): TURNED for i in np.flatnonzero(mirrors)}
+    # Where thighs are not seen, as when they were last.
+    told = np.maximum.accumulate(np.where(unfolds >= 0, np.arange(len(known)), -1))
+    reasons = {known[i]: UNFOLDS for i in np.flatnonzero((told >= 0) & (unfolds[told] == 1))}
+    reasons |= {known[i]: TURNED for i in np.flatnonzero(mirrors)}
     bent[list(reasons)] = False
     matrices, follows = settle(matrices, own & bent[:, None], bent, reference, height, config)
     for f in np.flatnonzero(bent & follows.all(1)):

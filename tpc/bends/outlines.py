@@ -29,7 +29,7 @@ EXACT_SHIFT, EXACT_SHARE = 0.02, 0.25
 # What remains between two outlines, if it is less than so many parts of the body height, is taken up by the bent
 # reference within about that distance. Seen in images of this size, whatever the frame's.
 GAP_REACH, GAP_SPREAD = 0.022, 0.044
-GAP_SIDE = 128
+GAP_SIDE, GAP_DOUBT = 128, 0.5
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,8 @@ class Nudge:
         (near, own), (gap, slope) = (_signed_distance(m[box]) for m in (mask, target))
         # On the outline, where the other one lies along the same line.
         weight = ((np.abs(near) < 1) & (np.abs(gap) < reach) & ((own * slope).sum(-1) > 0.5)).astype(np.float32)
+        # Pixels say where an outline is to about half of their width: less than that is not moved.
+        gap = np.sign(gap) * np.maximum(np.abs(gap) - GAP_DOUBT, 0)
         moves = np.dstack([-(weight * gap)[..., None] * slope, weight])
         # Smooth enough for every second pixel.
         moves = cv2.copyMakeBorder(moves, 0, moves.shape[0] % 2, 0, moves.shape[1] % 2, cv2.BORDER_CONSTANT)

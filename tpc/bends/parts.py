@@ -79,8 +79,8 @@ def fit_parts(
     """Part maps (frames, parts, 3, 3) of keypoints (18, 2) to (frames, 18, 2), `seen` (frames, 18) in both.
 
     Also (frames, parts) bool, which are known (the others hold the identity), (frames,) bool, whether the torso is
-    mirrored, and (frames,) bool, whether both legs would have to unfold. `height` of the body is in pixels, `radius` a
-    part of it.
+    mirrored, and (frames,) int, whether both legs would have to unfold, -1 where thighs are not seen. `height` of the
+    body is in pixels, `radius` a part of it.
     """
     frames = len(target)
     matrices, known = np.tile(np.eye(3), (frames, len(PARTS), 1, 1)), np.zeros((frames, len(PARTS)), bool)
@@ -117,7 +117,7 @@ def fit_parts(
     known[:, ends] = known[:, parents]
     place = _held(x[wrists], y[:, wrists], priors[ends])
     matrices[:, ends] = put(rotations(turns[:, parents]), source[wrists], place)
-    unfolding = np.ones(frames, bool)
+    unfolding = np.ones(frames, int)
     for side in ("left", "right"):
         leg = [NAMES.index(f"{side}_{name}") for name in ("thigh", "shin", "foot")]
         hip, knee, ankle = (*OWN[leg[0]], OWN[leg[1]][1])
@@ -125,7 +125,7 @@ def fit_parts(
         unfolds = known[:, leg[1]] & (folded < FOLDED) & (angles - folded > UNFOLDED)
         swings = ~known[:, leg[1]] & (abs(np.degrees(np.angle(turns[:, leg[0]]))) > MAX_SWING)
         known[:, leg] &= ~(unfolds | swings)[:, None]
-        unfolding &= seen[:, hip] & seen[:, knee] & (unfolds | swings)
+        unfolding = np.where(seen[:, hip] & seen[:, knee], unfolding * (unfolds | swings), -1)
     matrices[~known] = np.eye(3)
     return matrices, known, mirrored, unfolding
 
