@@ -86,7 +86,9 @@ def calibrate(
         poses = [[row[p].pose for row in estimates] for p in range(len(persons))]
         bends = [bend(q.keypoints, q.seen, poses[p], tracks[p], config, cuts) for p, q in enumerate(persons)]
         layers = [
-            build_layers(q.keypoints, q.seen, q.scores, mask, config.bend_radius) if bends[p].bent.any() else []
+            build_layers(q.keypoints, q.seen, q.scores, mask, config.bend_radius, reference)
+            if bends[p].bent.any()
+            else []
             for p, (q, mask) in enumerate(zip(persons, masks, strict=True))
         ]
     warped = warp_clip(reference, masks, tracks, targets, framing, config, bends, layers, cuts)

@@ -40,6 +40,8 @@ END_OF = {PARENTS[p]: p for p in ENDS}
 LEGS = tuple(NAMES.index(name) for name in ("left_thigh", "right_thigh", "left_shin", "right_shin"))
 FAR = 1e6
 HAND_MARGIN = 3.0
+# Parts of the body height: around its bone in which a hand is looked for by its colours, and its blurred edge.
+HAND_REACH, HAND_FRINGE = 0.07, 0.012
 AHEAD = 0.1  # in the unit of `painting_depth`
 
 
@@ -55,11 +57,17 @@ class Layer:
 
 
 def build_layers(
-    keypoints: np.ndarray, seen: np.ndarray, scores: np.ndarray, mask: np.ndarray, radius: float
+    keypoints: np.ndarray,
+    seen: np.ndarray,
+    scores: np.ndarray,
+    mask: np.ndarray,
+    radius: float,
+    image: np.ndarray | None = None,
 ) -> list[Layer]:
     """The layers of a person with keypoints (17, 2), seen, scores (17,), and a mask (h, w) bool; none without a body.
 
-    `radius`: over which joints bend, as a part of the body height.
+    `radius`: over which joints bend, as a part of the body height. By an image (h, w, 3) uint8, hands are told by
+    their colours from what they hang before.
     """
     height = body_height(keypoints, seen)
     if height == 0 or not mask.any():
@@ -77,6 +85,10 @@ def build_layers(
         # Beside a hand lie clothes as often as nothing, and its width varies less than theirs.
         beyond = HAND_MARGIN * np.maximum(distances[end] - 1, 0) if kind(end) == "hand" else 0
         distances[limb] = np.minimum(distances[limb], distances[end] + beyond)
+    hands = {}
+    for limb, end in END_OF.items():
+        if image is not None and kind(end) == "hand" and bones[end] is not None:
+            hands[limb] = _hand(image, mask, bones, end, height, grid)
     cloth = _cloth(points, seen, height, mask)
     depth = painting_depth(points[None], seen[None], scores[None], np.zeros(1, bool), height)[0]
     present = [p for p in LAYERS if bones[p] is not None]
@@ -94,6 +106,11 @@ def build_layers(
                     edge = np.maximum(edge, (1 - distances[p]) * WIDTHS[kind(p)] * height)
                 elif ahead < -AHEAD:
                     edge = np.minimum(edge, (distances[q] - 1) * WIDTHS[kind(q)] * height)
+            for limb in (p, q):
+                if not joined and hands.get(limb) is not None:
+                    # Between the two lie blurred pixels and shadows, which neither shows.
+                    told = hands[limb] if limb == p else -hands[limb] - HAND_FRINGE * height
+                    edge = np.where(np.isnan(told), edge, told)
             if joined:
                 child = q if PARENTS[q] == p else p
                 joint = points[OWN[child][-1 if child == HEAD_PART else 0]]
@@ -156,6 +173,60 @@ def _occupied(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     )
     ends = ((bottom, right, 1), (top, right, -1), (bottom, left, -1), (top, left, 1))
     return sum(sign * total[np.ix_(down, across)].astype(int) for down, across, sign in ends) > 0
+
+
+def _hand(
+    image: np.ndarray,
+    mask: np.ndarray,
+    bones: list[np.ndarray | None],
+    end: int,
+    height: float,
+    grid: np.ndarray,
+) -> np.ndarray | None:
+    """Pixels (n,) from places (n, 2) to a hand's edge, positive inside, nan far off; None if colours do not tell.
+
+    Colours are told apart by two normal distributions: of the hand around its bone, and of torso and legs nearby.
+    """
+    reach, (wrist, tip) = HAND_REACH * height, bones[end]
+    middle, step = (wrist + tip) / 2, max(1, int(reach / 40))
+    low = np.maximum(np.rint(middle - 2 * reach), 0).astype(int)
+    high = np.minimum(np.rint(middle + 2 * reach) + 1, image.shape[1::-1]).astype(int)
+    if (high - low < 2 * step).any():
+        return None
+    box = slice(low[1], high[1], step), slice(low[0], high[0], step)
+    colours = cv2.cvtColor(np.ascontiguousarray(image[box]), cv2.COLOR_RGB2LAB).astype(np.float64)
+    shown, shape = mask[box].reshape(-1), mask[box].shape
+    x, y = np.meshgrid(np.arange(low[0], high[0], step), np.arange(low[1], high[1], step))
+    places = np.stack([x, y], -1).reshape(-1, 2)
+    distances = part_distances(places, bones, height)
+    others = [p for p in LAYERS if p in (TORSO_PART, *LEGS)]
+    sure = shown & (distances[end] < 0.5) & ((places - wrist) @ (tip - wrist) < 0.6 * ((tip - wrist) ** 2).sum())
+    behind = shown & (distances[others].min(0) < 1) & (distances[end] > 1.5) & (distances[PARENTS[end]] > 1.5)
+    if min(sure.sum(), behind.sum()) < 12:
+        return None
+    colours = colours.reshape(-1, 3)
+    score = _likelihood(colours, colours[sure]) - _likelihood(colours, colours[behind])
+    if min((score[sure] > 0).mean(), (score[behind] < 0).mean()) < 0.85:
+        return None
+    smooth = cv2.GaussianBlur(np.clip(score, -6, 6).reshape(shape), (0, 0), max(0.006 * height / step, 0.5))
+    _, labels = cv2.connectedComponents(((smooth > 0) & shown.reshape(shape)).astype(np.uint8))
+    counts = np.bincount(labels.reshape(-1)[sure], minlength=2)
+    counts[0] = 0
+    own = (labels == counts.argmax()).astype(np.uint8)
+    inside = cv2.distanceTransform(own, cv2.DIST_L2, 5) - cv2.distanceTransform(1 - own, cv2.DIST_L2, 5)
+    cells = ((grid - low) / step).astype(np.float32)
+    found = (
+        cv2.remap(inside, cells[:, :1], cells[:, 1:], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0] * step
+    )
+    far = part_distances(grid, bones, height)[end] * WIDTHS["hand"] > HAND_REACH
+    return np.where(far | ((grid - wrist) @ (tip - wrist) < 0), np.nan, found)
+
+
+def _likelihood(colours: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Log likelihood (n,) of colours (n, 3) in the normal distribution of samples (m, 3)."""
+    spread = np.cov(samples.T) + 25 * np.eye(3)
+    offsets = colours - samples.mean(0)
+    return -0.5 * ((offsets @ np.linalg.inv(spread)) * offsets).sum(1) - 0.5 * np.linalg.slogdet(spread)[1]
 
 
 def _towards(start: np.ndarray, end: np.ndarray) -> np.ndarray:
