@@ -78,21 +78,28 @@ def clip_times(config: BenchmarkConfig) -> None:
     """Time and memory of whole clips, poses and masks given."""
     pair = next(rendered_pairs(1, config.seed))
     reference = Poses(pair.reference.keypoints[None, None], pair.reference.scores[None, None], SIZE, 30.0)
-    for frames, rule in ((config.frames, "exhaustive"), (config.frames, "trunk"), (config.long_frames, "trunk")):
+    few, many = config.frames, config.long_frames
+    for frames, rule, transform in (
+        (1, "trunk", "articulated"),  # compiles, or reads what was compiled
+        (few, "exhaustive", "procrustes"),
+        (few, "trunk", "procrustes"),
+        (few, "trunk", "articulated"),
+        (many, "trunk", "procrustes"),
+    ):
         moved = pair.other_pose.keypoints + np.random.default_rng(0).normal(0, 2, (frames, 1, 17, 2))
         driving = Poses(moved.astype(np.float32), np.tile(pair.other_pose.scores, (frames, 1, 1)), SIZE, 30.0)
         masks = {"reference_masks": pair.reference.mask[None], "driving_masks": [pair.other_pose.mask[None]] * frames}
         start, before = time.process_time(), resident_peak()
         inputs = pair.reference.image, reference, driving, SIZE
-        found = calibrate(*inputs, CalibrationConfig(keypoints=rule), **masks)
+        found = calibrate(*inputs, CalibrationConfig(keypoints=rule, transform=transform), **masks)
         estimated = time.process_time() - start
         for member in found.member[: config.frames, 0]:
             if member >= 0:
                 found.images[member]  # painted when it is asked for
         painted, grown = time.process_time() - start - estimated, (resident_peak() - before) / 2**20
         print(
-            f"clip of {frames} frames, {rule}: {estimated:.2f} s, its first {config.frames} calibrated images "
-            f"{painted:.2f} s; memory + {grown:.0f} MiB"
+            f"clip of {frames} frames, {transform}, {rule}: {estimated:.2f} s, its first {config.frames} calibrated "
+            f"images {painted:.2f} s; memory + {grown:.0f} MiB"
         )
 
 

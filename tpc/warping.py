@@ -8,7 +8,7 @@ Convention:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -62,7 +62,7 @@ class _Source:
     matrix: np.ndarray  # (3, 3) reference pixels to the model's frame
     maps: np.ndarray | None = None  # (parts, 3, 3) likewise, where the person bends
     order: tuple[int, ...] = ()  # parts in which it is painted
-    frame: int | None = None  # whose mask the bent person's outline is laid on
+    nudge: Nudge | None = None  # that lays the bent person's outline on the driving mask
 
 
 def warp_clip(
@@ -90,15 +90,14 @@ def warp_clip(
     height, width = reference.shape[:2]
     corners = np.array([[0, 0], [width, 0], [0, height]], np.float64)
 
-    def nudge(source: _Source) -> Nudge | None:
-        if source.frame is None:
-            return None
+    def nudged(source: _Source, target: np.ndarray) -> _Source:
         p, size, cell = source.person, *_small(framing.size)
         shrink = np.array([[1 / cell, 0, 0.5 / cell - 0.5], [0, 1 / cell, 0.5 / cell - 0.5], [0, 0, 1]])
         matrix = shrink @ source.matrix
         mask = bent_mask(layers[p], coarse[p], shrink @ source.maps, matrix, size)
-        target = warp_mask(mask_pyramid(targets[source.frame, p]), shrink, size)
-        return Nudge.between(mask, target, bends[p].height * np.sqrt(abs(np.linalg.det(matrix[:2, :2]))), cell)
+        target = warp_mask(mask_pyramid(target), shrink, size)
+        height = bends[p].height * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        return replace(source, nudge=Nudge.between(mask, target, height, cell))
 
     for p, track in enumerate(tracks):
         matrices = framing.frame_map @ track.matrices
@@ -107,12 +106,13 @@ def warp_clip(
             gains, shot = np.zeros((frames, 1)), np.isin(np.arange(frames), cuts).cumsum()
             for f in np.flatnonzero(bends[p].bent):
                 order = tuple(np.argsort(bends[p].depth[f], kind="stable").tolist())
-                frame = int(f) if bends[p].outlined[f] and targets[f, p].any() else None
-                source = _Source(p, matrices[f], matrices[f] @ bends[p].matrices[f], order, frame)
-                bent_sources[f] = source
-                bent[f] = bent_mask(layers[p], coverage[p], source.maps, matrices[f], framing.size, nudge(source))
+                source, target = _Source(p, matrices[f], matrices[f] @ bends[p].matrices[f], order), targets[f, p]
+                if bends[p].outlined[f] and target.any():
+                    source = nudged(source, target)
+                mask = bent_mask(layers[p], coverage[p], source.maps, matrices[f], framing.size, source.nudge)
                 whole = warp_mask(coverage[p], matrices[f], framing.size)
-                gains[f] = np.nan_to_num(mask_iou(bent[f], targets[f, p]) - mask_iou(whole, targets[f, p]))
+                bent[f], bent_sources[f] = mask, source
+                gains[f] = np.nan_to_num(mask_iou(mask, target) - mask_iou(whole, target))
             # Decided over more than a moment: nobody goes limp for some frames.
             gains = filter_jitter(gains, FAR_APART * shot[:, None], bends[p].bent, STEADY)[:, 0]
             bends[p] = bends[p].straightened(
@@ -123,7 +123,7 @@ def warp_clip(
             if bends is not None and bends[p].bent[f]:
                 source = bent_sources[f]
             moved = apply_matrix(source.matrix if source.maps is None else source.maps, corners)
-            outline = b"" if source.frame is None else targets.select((slice(f, f + 1), p)).to_arrays()[0].tobytes()
+            outline = b"" if source.nudge is None else source.nudge.field.tobytes()
             key = (p, source.order, outline, *np.round(moved.reshape(-1) / SAME_PIXELS).tolist())
             member[f, p] = known.setdefault(key, len(sources))
             if member[f, p] < len(sources):
@@ -152,7 +152,7 @@ def warp_clip(
                 under = remove_persons(under, _widened(coverage[p].warp(matrix, framing.size) > 0))
         if source.maps is not None:
             layered = sorted(layers[p], key=lambda layer: source.order.index(layer.part))
-            return paint_layers(layered, image, coverage[p], source.maps, matrix, under, nudge(source))
+            return paint_layers(layered, image, coverage[p], source.maps, matrix, under, source.nudge)
         return under if config.fill == "reference" else place_person(image, coverage[p], matrix, under)
 
     images = LazyImages(len(sources), framing.size, paint)

@@ -190,7 +190,7 @@ def _look_up(field: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndar
 class Nudge:
     """How far a bent person moves in a frame for its outline to lie on the driving one."""
 
-    field: np.ndarray  # (h, w, 2) float32, frame pixels
+    field: np.ndarray  # (h, w, 2) float16, frame pixels
     corner: tuple[float, float]  # frame pixels (x, y)
     cell: float  # frame pixels per pixel of the field
 
@@ -200,7 +200,7 @@ class Nudge:
         reach, sigma = max(GAP_REACH * height, 1.0), max(GAP_SPREAD * height, 1.0)
         both, room = mask | target, math.ceil(2 * sigma) + 2
         if not both.any():
-            return cls(np.zeros((1, 1, 2), np.float32), (0, 0), cell)
+            return cls(np.zeros((1, 1, 2), np.float16), (0, 0), cell)
         box = tuple(
             slice(max(int(on[0]) - room, 0), int(on[-1]) + room + 1)
             for on in (np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0)))
@@ -211,17 +211,21 @@ class Nudge:
         # Pixels say where an outline is to about half of their width: less than that is not moved.
         gap = np.sign(gap) * np.maximum(np.abs(gap) - GAP_DOUBT, 0)
         moves = np.dstack([-(weight * gap)[..., None] * slope, weight])
-        # Smooth enough for every second pixel.
-        moves = cv2.copyMakeBorder(moves, 0, moves.shape[0] % 2, 0, moves.shape[1] % 2, cv2.BORDER_CONSTANT)
-        moves = cv2.resize(moves, (moves.shape[1] // 2, moves.shape[0] // 2), interpolation=cv2.INTER_AREA)
-        moves = cv2.GaussianBlur(moves, (0, 0), sigma / 2, borderType=cv2.BORDER_CONSTANT)
-        field = np.ascontiguousarray(moves[..., :2] / (moves[..., 2:] + 0.01) * np.float32(cell))
-        return cls(field, (box[1].start * cell, box[0].start * cell), 2 * cell)
+        # Smooth enough for every few pixels.
+        step = max(1, int(sigma))
+        moves = cv2.copyMakeBorder(moves, 0, -moves.shape[0] % step, 0, -moves.shape[1] % step, cv2.BORDER_CONSTANT)
+        size = moves.shape[1] // step, moves.shape[0] // step
+        moves = cv2.resize(moves, size, interpolation=cv2.INTER_AREA)
+        moves = cv2.GaussianBlur(moves, (0, 0), sigma / step, borderType=cv2.BORDER_CONSTANT)
+        field = (moves[..., :2] / (moves[..., 2:] + 0.01) * np.float32(cell)).astype(np.float16)
+        return cls(field, (box[1].start * cell, box[0].start * cell), step * cell)
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         """(n, 2) moves of places (n, 2) in the frame."""
         x, y = ((places + 0.5 - self.corner) / self.cell - 0.5).astype(np.float32).T
-        return cv2.remap(self.field, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, 2)
+        return cv2.remap(
+            self.field.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        ).reshape(-1, 2)
 
 
 def _signed_distance(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
