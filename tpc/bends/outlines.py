@@ -206,6 +206,7 @@ class Nudge:
             for on in (np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0)))
         )
         (near, own), (gap, slope) = (_signed_distance(m[box]) for m in (mask, target))
+        gap = gap - near  # from the outline, not from the pixels beside it
         # On the outline, where the other one lies along the same line.
         weight = ((np.abs(near) < 1) & (np.abs(gap) < reach) & ((own * slope).sum(-1) > 0.5)).astype(np.float32)
         # Pixels say where an outline is to about half of their width: less than that is not moved.
