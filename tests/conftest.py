@@ -2,12 +2,15 @@
 
 import os
 
-import pytest
-import torch
-
 # Before any import of a hub client: tests never reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Small tensors gain nothing from a second thread, and two that wait for each other stall on a busy machine.
+# Small tensors gain nothing from a second thread, and two that wait for each other stall on a busy machine. Commands
+# that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 torch.set_num_threads(1)
 
 # Files whose tests start processes take longest; the others fill up what is left of the time.
