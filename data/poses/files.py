@@ -79,7 +79,7 @@ def load_poses(
             raise _BadFile("give .npz, .json or a folder of OpenPose .json files")
         size = read.size or size
         if size is None:
-            raise _BadFile("the file does not state the size of the image, and none was given")
+            raise _BadFile("the file does not state the size of the image; give its video or image too")
         return _poses(read, size, fps or _DEFAULT_FPS)
     except (_BadFile, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         reason = str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
@@ -106,7 +106,7 @@ def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argum
     if scores is None and keypoints.shape[3] == 2:
         raise _BadFile("it has no array 'scores'")
     if size is None:
-        raise _BadFile("it has no array 'size', and no size of the image was given")
+        raise _BadFile("it has no array 'size'; give it, or the video or image too")
     scores = keypoints[..., 2] if scores is None else np.asarray(scores, np.float32)
     order = _COCO_ORDERS[keypoints.shape[2]]
     scores = np.clip(np.nan_to_num(scores[:, :, order]), 0, 1)
