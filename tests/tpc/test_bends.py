@@ -98,3 +98,15 @@ def test_meshes_are_exact_and_what_is_turned_over_is_left_out():
     mirrored = np.diag([-1.0, 1, 1]) @ still + [[0, 0, 128], [0, 0, 0], [0, 0, 0]]
     assert all((lay(layer, mirrored, whole, SIZE).share == 0).all() for layer in layers)
     assert build_layers(points, ALL, np.ones(17), np.zeros((128, 128), bool), 0.05) == []
+
+
+def test_masks_that_show_a_piece_of_a_person_have_layers_of_that_piece():
+    points = place(body(np.random.default_rng(0)), 100)
+    whole = silhouette(points)
+    for top, left in np.ndindex(4, 4):
+        box = slice(32 * top, 32 * top + 32), slice(32 * left, 32 * left + 32)
+        piece = np.zeros_like(whole)
+        piece[box] = whole[box]
+        layers = build_layers(points, ALL, np.ones(17), piece, 0.05)
+        assert bool(layers) == bool(piece.any())
+        assert all(layer.basis.shape[1] == 3 * len(layer.parts) and len(layer.faces) for layer in layers)

@@ -159,7 +159,7 @@ def _mesh(
     faces = np.concatenate([np.stack([corner, corner + 1, below], 1), np.stack([corner + 1, below + 1, below], 1)])
     used, faces = np.unique(faces, return_inverse=True)
     homogeneous = np.concatenate([grid[used], np.ones((len(used), 1))], 1)
-    basis = (weights[:, used].T[:, :, None] * homogeneous[:, None]).reshape(len(used), -1)
+    basis = (weights[:, used].T[:, :, None] * homogeneous[:, None]).reshape(len(used), 3 * len(parts))
     values = np.concatenate([grid[used], margin[used, None]], 1).astype(np.float32)
     return Layer(part, tuple(parts), basis, values, faces.reshape(-1, 3).astype(np.int32))
 
