@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.calibration_accuracy import table
 from core.config import config_dict, load_config
 from core.errors import run_command
 from core.files import output_folder, write_json
@@ -23,6 +24,7 @@ from evaluation.misaligned_clips import MisalignedClips
 from metrics.image import psnr, ssim
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.silhouettes import body_height, head_axis, keypoint_box, relative_angle
+from tpc.warping import mask_iou
 
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation")
 TRANSFORMS = ("linear", "affine", "procrustes", "articulated")
@@ -64,8 +66,7 @@ def measure(clip: EvaluationClip, found: Calibration) -> np.ndarray:
     for f, member in enumerate(found.member[:, 0]):
         if member >= 0 and masks[f].any():
             image, mask = found.images[member], found.masks[member]
-            iou = np.count_nonzero(mask & masks[f]) / np.count_nonzero(mask | masks[f])
-            rows[f] = psnr(image, truth[f], masks[f]), ssim(image, truth[f], masks[f]), iou
+            rows[f] = psnr(image, truth[f], masks[f]), ssim(image, truth[f], masks[f]), mask_iou(mask, masks[f])
     return rows
 
 
@@ -110,10 +111,6 @@ def cell(values: np.ndarray) -> str:
     return f"{means[0]:.1f} / {means[1]:.2f} / {means[2]:.2f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)) + "\n"
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(BenchmarkConfig, arguments)
     cv2.setNumThreads(1)
@@ -127,7 +124,7 @@ def main(arguments: list[str]) -> None:
         rows = [[kind, *(cell(of_clips[t][kinds == kind]) for t in names)] for kind in KINDS]
         means = {t: np.array([np.nanmean(of_clips[t][kinds == kind], axis=0) for kind in KINDS]) for t in names}
         rows.append(["mean of the kinds", *(cell(means[t]) for t in names)])
-        lines.append(table([f"{condition} poses: dB / SSIM / IoU", *names], rows))
+        lines.append(table([f"{condition} poses: dB / SSIM / IoU", *names], rows) + "\n")
         gain = of_clips["articulated"][:, 0] - of_clips["procrustes"][:, 0]
         lines.append(f"articulated against procrustes, {condition}: worst clip {np.nanmin(gain):+.2f} dB, ")
         lines[-1] += f"better in {np.count_nonzero(gain > 0)} of {len(gain)} clips\n"
@@ -141,7 +138,7 @@ def main(arguments: list[str]) -> None:
         rows = [
             [label, str(mask.sum()), *(cell(of_frames[t][mask]) for t in TRANSFORMS)] for label, mask in chosen.items()
         ]
-        lines.append(table([name, "frames", *TRANSFORMS], rows))
+        lines.append(table([name, "frames", *TRANSFORMS], rows) + "\n")
     text = "\n".join(lines)
     print(text)
     (output / "table.md").write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ class Calibration:
         """Timestep at which frames that `shows_everybody` begin, from `frame_image`; None: all begin from noise."""
         return None if self.config.start < 0 else self.config.start
 
-    @property
+    @cached_property
     def shows_everybody(self) -> np.ndarray:
         """(frames,) bool: frames with calibrated images, and of everybody who is in them."""
         present = np.array([[record.slot is not None for record in row] for row in self.records], bool)

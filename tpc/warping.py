@@ -86,7 +86,9 @@ def warp_clip(
     known: dict[tuple, int] = {}
     sources: list[_Source] = []
     warped = PackedMasks.zeros((int(sum(track.available.sum() for track in tracks)),), framing.size)
-    coverage, coarse = ([mask_pyramid(mask) for mask in masks] for _ in range(2))
+    coverage = [mask_pyramid(mask) for mask in masks]
+    # Of their own: a pyramid remembers the last scale that it was sampled at, and these are sampled at another.
+    coarse = [] if bends is None else [mask_pyramid(mask) for mask in masks]
     height, width = reference.shape[:2]
     corners = np.array([[0, 0], [width, 0], [0, height]], np.float64)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.poses.poses import shots
+from data.cuts import shots
 from tpc.bends.parts import (
     NAMES,
     OWN,

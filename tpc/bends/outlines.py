@@ -103,8 +103,7 @@ def align_outline(
     theirs, their_normals = apply_matrix(back, theirs), their_normals @ turn
     border = int(np.ceil(2 * OUTLINE_REACH * height * scale / silhouette.cell)) + 2
     mask = np.pad(silhouette.mask, min(border, 256)).astype(np.uint8)
-    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5) - cv2.distanceTransform(mask, cv2.DIST_L2, 5)
-    outside -= np.where(mask > 0, -0.5, 0.5).astype(np.float32)
+    outside = _signed_distance(mask)
     shares, points = outline.shares * seen, start
     reference, both = with_neck(source, seen)
     stay, reach = 1 / (KEYPOINT_ERROR * height) ** 2, OUTLINE_REACH * height
@@ -205,7 +204,8 @@ class Nudge:
             slice(max(int(on[0]) - room, 0), int(on[-1]) + room + 1)
             for on in (np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0)))
         )
-        (near, own), (gap, slope) = (_signed_distance(m[box]) for m in (mask, target))
+        near, gap = (_signed_distance(m[box]) for m in (mask, target))
+        own, slope = _slopes(near), _slopes(gap)
         gap = gap - near  # from the outline, not from the pixels beside it
         # On the outline, where the other one lies along the same line.
         weight = ((np.abs(near) < 1) & (np.abs(gap) < reach) & ((own * slope).sum(-1) > 0.5)).astype(np.float32)
@@ -229,10 +229,14 @@ class Nudge:
         ).reshape(-1, 2)
 
 
-def _signed_distance(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (h, w) to a mask's outline, negative inside, and unit slopes (h, w, 2)."""
+def _signed_distance(mask: np.ndarray) -> np.ndarray:
+    """Pixels (h, w) float32 to the outline of a mask (h, w), negative inside."""
     inside = mask.astype(np.uint8)
     distance = cv2.distanceTransform(1 - inside, cv2.DIST_L2, 5) - cv2.distanceTransform(inside, cv2.DIST_L2, 5)
-    distance -= np.where(mask, np.float32(-0.5), np.float32(0.5))
+    return distance - np.where(inside > 0, np.float32(-0.5), np.float32(0.5))
+
+
+def _slopes(distance: np.ndarray) -> np.ndarray:
+    """Slopes (h, w, 2) of a `_signed_distance`, of about unit length."""
     soft = cv2.GaussianBlur(distance, (0, 0), 1)
-    return distance, np.dstack([cv2.Sobel(soft, cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)])
+    return np.dstack([cv2.Sobel(soft, cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)])
