@@ -230,6 +230,17 @@ def generated_by(configuration: dict[str, Any]) -> dict[str, Any]:
     return {"generator": f"TPC-Animate {VERSION}", "generated": True, "configuration": configuration}
 
 
+def settings_line(animation: Animation, configuration: dict[str, Any]) -> str:
+    """Size and settings in a line, for the comparison."""
+    height, width = animation.reference.shape[:2]
+    guidance = configuration["guidance_scales"] or configuration["guidance_scale"]
+    words = [f"{width} x {height} pixels", f"{configuration['steps']} steps", f"guidance {guidance}"]
+    words += [f"seed {configuration['seed']}"]
+    if (calibration := animation.calibration) is not None:
+        words += [f"TPC {calibration.config.preset} ({calibration.config.transform})"]
+    return ", ".join(words)
+
+
 def write_animation(
     animation: Animation,
     output: Path,
@@ -249,7 +260,7 @@ def write_animation(
         write_video(output / "animation.mp4", result, fps, settings, sound=sound)
         write_video(output / "comparison.mp4", comparison_frames(columns), fps, settings, sound=sound)
         with complete_file(output / "comparison.png") as path:
-            Image.fromarray(comparison_strip(columns)).save(path)
+            Image.fromarray(comparison_strip(columns, caption=settings_line(animation, configuration))).save(path)
     calibration = animation.calibration
     result = {
         "generated": True,

@@ -19,7 +19,7 @@ def labelled_row(images: Sequence[np.ndarray], labels: Sequence[str] | None, hei
         shrinks = image.shape[0] > height
         cell = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         if labels is not None:
-            cell = np.concatenate([_label(labels[index], width), cell])
+            cell = np.concatenate([text_line(labels[index], LABEL_HEIGHT, width), cell])
         cells.append(np.pad(cell, ((0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND))
     return np.concatenate(cells, axis=1)
 
@@ -30,11 +30,16 @@ def labelled_sheet(rows: Sequence[Mapping[str, np.ndarray]], height: int = CELL_
     return np.concatenate(sheet)
 
 
-def comparison_strip(columns: Mapping[str, Sequence[np.ndarray]], rows: int = 4) -> np.ndarray:
-    """A sheet with one labelled column a sequence and one row for each of `rows` frames spread over the clip."""
+def comparison_strip(columns: Mapping[str, Sequence[np.ndarray]], rows: int = 4, caption: str = "") -> np.ndarray:
+    """A sheet with one labelled column a sequence and one row for each of `rows` frames spread over the clip.
+
+    The last line names these frames, after the caption.
+    """
     length = max(len(frames) for frames in columns.values())
     chosen = np.unique(np.linspace(0, length - 1, min(rows, length)).round().astype(int))
-    return labelled_sheet([_at_frame(columns, frame) for frame in chosen])
+    sheet = labelled_sheet([_at_frame(columns, frame) for frame in chosen])
+    named = f"frames {', '.join(map(str, chosen))} of {length}, from 0"
+    return np.concatenate([sheet, text_line("; ".join(filter(None, (caption, named))), LABEL_HEIGHT, sheet.shape[1])])
 
 
 def comparison_frames(columns: Mapping[str, Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
@@ -48,11 +53,13 @@ def _at_frame(columns: Mapping[str, Sequence[np.ndarray]], frame: int) -> dict[s
     return {name: frames[min(frame, len(frames) - 1)] for name, frames in columns.items()}
 
 
-def _label(text: str, width: int) -> np.ndarray:
-    """Text in black on white, shrunk where the column is narrow."""
-    strip = np.full((LABEL_HEIGHT, width, 3), BACKGROUND, np.uint8)
+def text_line(text: str, height: int = LABEL_HEIGHT, width: int | None = None) -> np.ndarray:
+    """Text in black on white, (height, w, 3) uint8: as wide as it needs, or shrunk to fit a width."""
     scale = 0.45
     (text_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    if width is None:
+        width = text_width + 16
     scale *= min(1.0, (width - 4) / max(text_width, 1))
-    cv2.putText(strip, text, (2, LABEL_HEIGHT - 7), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    strip = np.full((height, width, 3), BACKGROUND, np.uint8)
+    cv2.putText(strip, text, (2, height // 2 + 4), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     return strip

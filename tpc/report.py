@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from core.files import complete_file
 from data.poses.drawing import draw_pose
@@ -65,7 +66,9 @@ def write_report(
     for row, (label, lines) in enumerate(PLOTS.items(), start=3):
         axes = figure.add_subplot(grid[row, :])
         _plot(axes, calibration, shown, label, lines)
-    axes.set_xlabel("driving frame (amber: interpolated, red: uncalibrated, blue line: cut)")
+    axes.set_xlabel(
+        "driving frame, from 0 (amber: interpolated, red: uncalibrated, blue line: cut; grey lines: shown above)"
+    )
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -94,11 +97,15 @@ def _headline(calibration: Calibration) -> str:
 
 def _legend(axes, calibration: Calibration) -> None:
     axes.axis("off")
-    lines = [(GREY, "keypoint seen"), (AMBER, "seen in both images"), (GREEN, "used in the transform")]
+    lines = [("o", GREY, "keypoint seen"), ("o", AMBER, "seen in both images"), ("o", GREEN, "used in the transform")]
+    lines += [("_", (255, 255, 255), "outline of the driving person"), ("_", GREEN, "of the calibrated person")]
     if calibration.config.transform == "articulated":
-        lines += [(BLUE, "part by its own keypoints"), (RED, "part that follows its parent")]
-    for row, (colour, text) in enumerate(lines):
-        axes.plot(0.05, 0.97 - 0.06 * row, "o", color=_unit(colour), markersize=9)
+        lines += [("_", BLUE, "part by its own keypoints"), ("_", RED, "part that follows its parent")]
+    outline = [withStroke(linewidth=5, foreground="0.5")]
+    for row, (marker, colour, text) in enumerate(lines):
+        size, effects = (9, []) if marker == "o" else (14, outline)
+        sign = {"color": _unit(colour), "markersize": size, "markeredgewidth": 3 if marker == "_" else 1}
+        axes.plot(0.05, 0.97 - 0.06 * row, marker, path_effects=effects, **sign)
         axes.text(0.14, 0.97 - 0.06 * row, text, va="center", fontsize=10)
     summary = calibration.summary()
     text = [f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5]]
@@ -117,9 +124,9 @@ def _show(axes, image: np.ndarray, title: str, records: Sequence[PersonFrame] = 
         for spine in axes.spines.values():
             spine.set_color(_unit(STATUS_COLOURS[worst.status]))
             spine.set_linewidth(3)
-        axes.set_title(title if worst.status == "calibrated" else worst.status, fontsize=10)
-        texts = [f"IoU {r.mask_iou:.2f}" for r in records if r.mask_iou is not None]
-        axes.set_xlabel(", ".join(texts), fontsize=9)
+        overlaps = ", ".join(f"{r.mask_iou:.2f}" for r in records if r.mask_iou is not None)
+        words = [title if worst.status == "calibrated" else worst.status, f"IoU {overlaps}" if overlaps else ""]
+        axes.set_title(", ".join(filter(None, words)), fontsize=10)
 
 
 def _reference_image(

@@ -30,7 +30,7 @@ MAX_COORDINATE = 1e8  # pixels: a map that sends a corner further off shows noth
 MIN_AREA = 1e-12  # of a source pixel in the frame
 STEADY, FAR_APART = 12.0, 1e3  # frames; in the unit of `filter_jitter`
 MAX_COST = 0.01  # of IoU, that of edges which the two kinds of warp draw differently
-STRAIGHTENED = "moves as a whole: bending it would cost {:.2f} of the silhouettes' IoU"
+STRAIGHTENED = "moves as a whole: bent, its silhouette would fit less well"
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,7 @@ def warp_clip(
                 gains[f] = np.nan_to_num(mask_iou(mask, target) - mask_iou(whole, target))
             # Decided over more than a moment: nobody goes limp for some frames.
             gains = filter_jitter(gains, FAR_APART * shot[:, None], bends[p].bent, STEADY)[:, 0]
-            bends[p] = bends[p].straightened(
-                {int(f): STRAIGHTENED.format(-gains[f]) for f in np.flatnonzero(gains < -MAX_COST)}
-            )
+            bends[p] = bends[p].straightened({int(f): STRAIGHTENED for f in np.flatnonzero(gains < -MAX_COST)})
         for f in np.flatnonzero(track.available):
             source = _Source(p, matrices[f])
             if bends is not None and bends[p].bent[f]:

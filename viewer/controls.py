@@ -18,9 +18,10 @@ from evaluation.attention.recorded_runs import load_inputs
 from inference.animate import SamplingConfig, Stopwatch
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
-from tpc.config import PRESETS
+from tpc.config import CHOICES, PRESETS
 
 SAMPLE_IMAGES = {"Rendered person": SAMPLES / "rendered.png", "Photograph": SAMPLES / "photo.jpg"}
+PRESETS_OWN = "the preset's"
 SAMPLE_CLIP = SAMPLES / "dance.mp4"
 ONE_AT_A_TIME = "sampling"  # the pipeline's scheduler belongs to one run at a time
 
@@ -44,7 +45,7 @@ class ReportingStopwatch(Stopwatch):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.progress((self.stages.index(name), len(self.stages)), desc=name)
+        self.progress((self.stages.index(name), len(self.stages)), desc=name, unit="stages")
         with super().stage(name):
             yield
 
@@ -64,7 +65,7 @@ def without_folders(message: str) -> str:
 
 
 def chosen(
-    preset: str, frames: int, stride: int, steps: int, guidance: float, seed: float | None
+    preset: str, transform: str, frames: int, stride: int, steps: int, guidance: float, seed: float | None
 ) -> tuple[SamplingConfig, CalibrationConfig]:
     """Values of `choose_settings` as configurations."""
     if seed is None or seed != int(seed) or not 0 <= seed < 2**63:
@@ -73,7 +74,7 @@ def chosen(
         num_frames=int(frames), stride=int(stride), steps=int(steps), guidance_scale=float(guidance), seed=int(seed)
     )
     sampling.check()
-    return sampling, CalibrationConfig(preset=preset)
+    return sampling, CalibrationConfig(preset=preset, transform=None if transform == PRESETS_OWN else transform)
 
 
 def read_inputs(
@@ -129,11 +130,14 @@ def required(path: str | None, argument: str) -> str:
 
 def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> list[gr.components.Component]:
     """Choices of a run in the order of `chosen`, with their defaults."""
-    preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset")
+    with gr.Row():
+        preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset", min_width=80)
+        transforms = [PRESETS_OWN, *CHOICES["transform"]]
+        transform = gr.Dropdown(transforms, value=PRESETS_OWN, label="Transform", min_width=80)
     with gr.Row():
         count = gr.Slider(1, most_frames, frames, step=1, label="Frames")
         every = gr.Slider(1, 8, stride, step=1, label="Stride")
     with gr.Row():
         denoising = gr.Slider(1, 50, steps, step=1, label="Steps")
         guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance")
-    return [preset, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0)]
+    return [preset, transform, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0)]

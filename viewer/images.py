@@ -7,7 +7,7 @@ import numpy as np
 
 from core.errors import UserError
 from evaluation.attention.figures import TRUE_COORDS, at_height, attended_images, layer_mean, mark, overlay
-from evaluation.attention.grids import short_layer
+from evaluation.attention.grids import numbered_layers
 from evaluation.attention.recorded_runs import RecordedRun, RecordedSide
 from inference.comparison import MARGIN
 
@@ -35,18 +35,18 @@ def choice_of(
     layer: int,
     all_layers: bool,
 ) -> Choice:
-    """The page's controls, which count from 1, as a choice; steps count those that were recorded."""
+    """The page's controls as a choice; steps count those that were recorded."""
     if run is None:
         raise UserError(NO_RUN)
     steps, layers = run.plain.recorded.selection.steps, run.plain.recorded.layers
     counts = {"frame": len(run.driving), "step": len(steps), "layer": len(layers)}
     for (name, count), value in zip(counts.items(), (frame, step, layer), strict=True):
-        if not 1 <= value <= count:
-            raise UserError(f"{name}={value} is out of range; there are 1 to {count}")
+        if not 0 <= value < count:
+            raise UserError(f"{name}={value} is out of range; there are 0 to {count - 1}")
     return Choice(
-        int(frame) - 1,
-        None if all_steps else steps[int(step) - 1],
-        None if all_layers else layers[int(layer) - 1],
+        int(frame),
+        None if all_steps else steps[int(step)],
+        None if all_layers else layers[int(layer)],
         point,
     )
 
@@ -64,7 +64,7 @@ class SideView:
 def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
     """A result and the attention of its chosen point; plain images as long as no point is chosen."""
     if choice.frame not in side.recorded.selection.frames:
-        raise UserError(f"frame={choice.frame + 1} was not recorded")
+        raise UserError(f"frame={choice.frame} was not recorded")
     # With the mean over steps, calibrated images are those of the last recorded one.
     step = side.recorded.selection.steps[-1] if choice.step is None else choice.step
     shown = [enlarged(image) for image in attended_images(run.reference, side.calibration, step, choice.frame)]
@@ -88,7 +88,7 @@ def division(maps: np.ndarray) -> str:
     parts = [f"itself (its own frame) {1 - given.sum():.0%}", f"reference {given[0]:.0%}"]
     several = len(given) > 2
     for person, share in enumerate(given[1:]):
-        parts.append(f"calibrated image{f' of person {person + 1}' if several else ''} {share:.0%}")
+        parts.append(f"calibrated image{f' of person {person}' if several else ''} {share:.0%}")
     return "Looks at " + ", ".join(parts) + "."
 
 
@@ -98,13 +98,13 @@ def where(run: RecordedRun, choice: Choice) -> str:
     step = "mean over steps"
     if choice.step is not None:
         timestep = recorded.timesteps[recorded.selection.position("steps", choice.step)]
-        step = f"step {choice.step + 1} (t = {timestep})"
+        step = f"step {choice.step} (t = {timestep})"
     layer = "mean over layers"
     if choice.layer is not None:
         rows, columns = recorded.grid(choice.layer)
-        layer = f"layer {short_layer(choice.layer)}, {columns} x {rows} tokens"
+        layer = f"layer {numbered_layers(recorded.layers)[choice.layer]}, {columns} x {rows} tokens"
     point = "" if choice.point is None else f", point ({choice.point[0]:.0f}, {choice.point[1]:.0f})"
-    return f"Frame {choice.frame + 1}{point}: {step}, {layer}."
+    return f"Frame {choice.frame}{point}: {step}, {layer}."
 
 
 def first_point(run: RecordedRun) -> tuple[float, float]:

@@ -89,12 +89,12 @@ class AttentionTab:
 
     def _draw_choices(self) -> None:
         with gr.Row():
-            self.frame = gr.Slider(1, 6, 1, step=1, label="Frame", elem_id="frame")
+            self.frame = gr.Slider(0, 5, 0, step=1, label="Frame, from 0", elem_id="frame")
             with gr.Column(min_width=160):
-                self.step = gr.Slider(1, 8, 1, step=1, label="Denoising step", elem_id="step")
+                self.step = gr.Slider(0, 7, 0, step=1, label="Denoising step, from 0", elem_id="step")
                 self.all_steps = gr.Checkbox(True, label="Mean over steps", elem_id="all-steps", container=False)
             with gr.Column(min_width=160):
-                self.layer = gr.Slider(1, 2, 1, step=1, label="Layer, in the order they run", elem_id="layer")
+                self.layer = gr.Slider(0, 1, 0, step=1, label="Layer, from 0 as they run", elem_id="layer")
                 self.all_layers = gr.Checkbox(True, label="Mean over layers", elem_id="all-layers", container=False)
         self.where = gr.Markdown(NO_RUN, elem_id="where")
 
@@ -122,6 +122,7 @@ class AttentionTab:
         image: str | None,
         clip: str | None,
         preset: str,
+        transform: str,
         frames: int,
         stride: int,
         steps: int,
@@ -133,7 +134,7 @@ class AttentionTab:
         watch = ReportingStopwatch(progress, ATTENTION_STAGES)
         machine = self.machine
         with one_line_errors():
-            sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
+            sampling, tpc = chosen(preset, transform, frames, stride, steps, guidance, seed)
             with watch.stage(ATTENTION_STAGES[0]):
                 reference, driving = read_inputs(machine, image, clip, sampling)
             kept = affordable_steps(machine.pipeline, reference, driving, sampling, machine.limit_bytes)
@@ -167,8 +168,8 @@ class AttentionTab:
 
 
 def slider_of(count: int) -> gr.Slider:
-    """A slider from 1 to a count, at 1; a slider of one value cannot be drawn, so it is longer and does not move."""
-    return gr.Slider(1, max(2, count), 1, step=1, interactive=count > 1)
+    """A slider over indices, at 0; a slider of one value cannot be drawn, so it is longer and does not move."""
+    return gr.Slider(0, max(1, count - 1), 0, step=1, interactive=count > 1)
 
 
 class AnimateTab:
@@ -204,6 +205,7 @@ class AnimateTab:
         image: str | None,
         clip: str | None,
         preset: str,
+        transform: str,
         frames: int,
         stride: int,
         steps: int,
@@ -214,7 +216,7 @@ class AnimateTab:
         """Paths of the videos without and with TPC, a report, the strip's path, and that of the comparison."""
         watch = ReportingStopwatch(progress, ANIMATION_STAGES)
         with one_line_errors():
-            sampling, tpc = chosen(preset, frames, stride, steps, guidance, seed)
+            sampling, tpc = chosen(preset, transform, frames, stride, steps, guidance, seed)
             with watch.stage(ANIMATION_STAGES[0]):
                 reference, driving = read_inputs(self.machine, image, clip, sampling)
             animation = animate(self.machine.pipeline, reference, driving, sampling, tpc, watch, show_progress=False)

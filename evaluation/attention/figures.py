@@ -1,6 +1,7 @@
 """Images of recorded attention: maps over the images they are of, and rows through denoising (Figure 2).
 
-Shapes use k = attended images, h, w = a layer's grid, H, W = image size. Coordinates are (x, y) pixels.
+Shapes use k = attended images, h, w = a layer's grid, H, W = image size. Coordinates are (x, y) pixels. Steps,
+frames and layers are numbered from 0 in every image, as in files and arguments.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from matplotlib import colormaps
 
 from core.errors import UserError
 from evaluation.attention.maps import BodyTruth
-from inference.comparison import labelled_row
+from inference.comparison import labelled_row, text_line
 from models.attention.maps import RecordedAttention
 from tpc import Calibration
 
@@ -20,6 +21,7 @@ COLOURS = "turbo"
 GREY = 128
 TRUE_COORDS, STRONGEST = (255, 255, 255), (255, 0, 160)
 CELL = 192  # pixels of an image's height
+LEGEND_HEIGHT = 26  # pixels
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,22 @@ def overlay(image: np.ndarray, density: np.ndarray, peak: float | None = None, s
 
 
 def mark(image: np.ndarray, coords: np.ndarray, scale: float, colour: tuple[int, int, int], cross: bool) -> np.ndarray:
-    """An image with a circle or a cross at coordinates before it was enlarged by `scale`; none for NaN."""
+    """An image with a circle or a cross at coordinates before it was enlarged by `scale`; none for NaN.
+
+    Both are open in the middle, so that the colours at the coordinates stay visible.
+    """
     if np.isnan(coords).any():
         return image
     image = image.copy()
-    centre = tuple(int(round(v)) for v in (np.asarray(coords) + 0.5) * scale - 0.5)
-    size = max(4, image.shape[0] // 24)
-    for ink, thickness in (((0, 0, 0), 4), (colour, 2)):
-        if cross:
-            cv2.drawMarker(image, centre, ink, cv2.MARKER_TILTED_CROSS, 2 * size, thickness, cv2.LINE_AA)
-        else:
-            cv2.circle(image, centre, size, ink, thickness, cv2.LINE_AA)
+    centre = np.round((np.asarray(coords) + 0.5) * scale - 0.5).astype(int)
+    size = max(5, image.shape[0] // 16)
+    for ink, thickness in (((0, 0, 0), 3), (colour, 1)):
+        if not cross:
+            cv2.circle(image, centre.tolist(), size, ink, thickness, cv2.LINE_AA)
+            continue
+        for direction in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            inner, outer = (centre + np.array(direction) * round(size * part) for part in (0.5, 1.1))
+            cv2.line(image, inner.tolist(), outer.tolist(), ink, thickness, cv2.LINE_AA)
     return image
 
 
@@ -145,12 +152,40 @@ def point_maps_row(
 ) -> np.ndarray:
     """One row of Figure 2: a frame with the point, then the attended images, step by step."""
     query = mark(at_height(frame, height), point, height / frame.shape[0], TRUE_COORDS, cross=False)
-    labels = [f"step {step + 1}: {shown.name} {shown.share:.0%}" for step, shown in zip(steps, found, strict=True)]
+    labels = [f"step {step}: {shown.name} {shown.share:.0%}" for step, shown in zip(steps, found, strict=True)]
     return labelled_row([query, *(marked_overlay(shown, height) for shown in found)], [label, *labels], height)
 
 
 def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows (h, w, 3) under each other, the shorter ones filled up with white."""
+    """Rows (h, w, 3) of `point_maps_row` under each other, the shorter ones filled up with white, and a legend."""
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    return np.concatenate(padded)
+    return np.concatenate([*padded, legend(width)])
+
+
+def legend(width: int) -> np.ndarray:
+    """What circle, cross and colours mean, (h, width, 3) uint8; in as many lines as the width asks for."""
+    signs = {
+        "the point, its true place": (TRUE_COORDS, False),
+        "strongest attention": (STRONGEST, True),
+        "attention, none to most": None,
+    }
+    entries = []
+    for text, sign in signs.items():
+        if sign is None:
+            ramp = np.tile(np.linspace(0, 1, 60), (LEGEND_HEIGHT - 8, 1))
+            cell = np.full((LEGEND_HEIGHT, 64, 3), 255, np.uint8)
+            cell[4:-4, :60] = overlay(np.full((*ramp.shape, 3), GREY, np.uint8), ramp, 1.0)
+        else:
+            middle = np.full(2, LEGEND_HEIGHT // 2)
+            cell = mark(np.full((LEGEND_HEIGHT, LEGEND_HEIGHT, 3), GREY, np.uint8), middle, 1.0, *sign)
+        entries.append(np.concatenate([cell, text_line(text, LEGEND_HEIGHT)], axis=1))
+    lines, room = [np.full((LEGEND_HEIGHT, 0, 3), 255, np.uint8)], width
+    for entry in entries:
+        if lines[-1].shape[1] and lines[-1].shape[1] + entry.shape[1] > room:
+            lines.append(np.full((LEGEND_HEIGHT, 0, 3), 255, np.uint8))
+        lines[-1] = np.concatenate([lines[-1], entry], axis=1)
+    fitted = [
+        np.pad(line, ((2, 2), (0, max(0, width - line.shape[1])), (0, 0)), constant_values=255) for line in lines
+    ]
+    return np.concatenate([line[:, :width] for line in fitted])

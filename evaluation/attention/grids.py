@@ -94,11 +94,17 @@ def known_side(run: RecordedRun, side: str) -> str:
     return side
 
 
-def short_layer(layer: str) -> str:
-    """A layer's name without the parts that all layers share: "up 0.1" for up_blocks.0.attentions.1...attn1."""
-    block, *rest = layer.split(".")
-    indices = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
-    return f"{block.split('_')[0]} {'.'.join(indices)}"
+def numbered_layers(layers: Sequence[str]) -> dict[str, str]:
+    """Short names of the layers with their numbers, in the order in which they run.
+
+    "3: up 0.1" for up_blocks.0.attentions.1...attn1.
+    """
+    names = {}
+    for number, layer in enumerate(layers):
+        block, *rest = layer.split(".")
+        indices = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
+        names[layer] = f"{number}: {block.split('_')[0]} {'.'.join(indices)}".rstrip()
+    return names
 
 
 def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float = 0.15) -> dict[str, np.ndarray]:
@@ -132,10 +138,10 @@ def lines_by_radius(distances: Mapping[str, Tensor], longest: float, count: int 
 
 
 def lines_by_step(values: Mapping[str, np.ndarray], steps: Sequence[int], label: str) -> Figure:
-    """One line (s,) a name over denoising steps, which count from 1."""
+    """One line (s,) a name over denoising steps."""
     figure, axes = empty_chart(7)
     for name, line in values.items():
-        axes.plot(np.array(steps) + 1, line, marker="o", markersize=3, label=name)
+        axes.plot(np.array(steps), line, marker="o", markersize=3, label=name)
     axes.set(xlabel="denoising step", ylabel=label)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", frameon=False)

@@ -135,8 +135,8 @@ def _draw(config: AttentionTaskConfig, groups: list[Group], folders: dict[Trial,
     draw_panels(output / "pck.png", pck)
 
     layers = next(iter(groups[0].outcomes.values())).attention.layers
-    steps = np.arange(1, config.sampling.steps + 1)
-    step_ticks = np.unique(np.linspace(1, len(steps), 5).round()).tolist()
+    steps = np.arange(config.sampling.steps)
+    step_ticks = np.unique(np.linspace(0, len(steps) - 1, 5).round()).tolist()
     layer_ticks = list(range(len(layers)))
     denoising = [
         panel(steps, lambda outcome: _accuracy(outcome, 0), "denoising step", "pointing accuracy", {}, step_ticks),

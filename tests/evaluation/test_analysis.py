@@ -21,7 +21,9 @@ def test_rows_scale_images_to_one_height_and_keep_their_shape():
 
 def test_strip_shows_first_and_last_frame_and_still_images_repeat():
     clip = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)]
-    strip = comparison_strip({"still": clip[:1], "clip": clip}, rows=2)
+    strip = comparison_strip({"still": clip[:1], "clip": clip}, rows=2, caption="8 x 8")
+    strip, caption = strip[:-LABEL_HEIGHT], strip[-LABEL_HEIGHT:]
+    assert (caption < 128).any(), "size and settings are told"
     middle = strip[LABEL_HEIGHT + 128 :: 256 + MARGIN][:, [128, 128 + 256 + MARGIN], 0]
     assert middle[0].tolist() == [10, 10] and strip[-128, 128 + 256 + MARGIN, 0] == 50
     assert len(list(comparison_frames({"still": clip[:1], "clip": clip}))) == 5

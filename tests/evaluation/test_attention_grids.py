@@ -17,10 +17,10 @@ from evaluation.attention.grids import (
     layer_accuracy,
     lines_by_radius,
     lines_by_step,
+    numbered_layers,
     over_layers,
     pointings,
     share_means,
-    short_layer,
     truths,
     visible_in_both,
 )
@@ -121,14 +121,17 @@ def test_shares_sum_to_one(run):
 
 
 def test_short_names():
-    assert short_layer("up_blocks.0.attentions.1.transformer_blocks.0.attn1") == "up 0.1"
-    assert short_layer("mid_block.attentions.0.transformer_blocks.0.attn1") == "mid 0"
+    layers = [
+        "mid_block.attentions.0.transformer_blocks.0.attn1",
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1",
+    ]
+    assert list(numbered_layers(layers).values()) == ["0: mid 0", "1: up 0.1"]
 
 
 def test_charts_show_the_values():
     lines = lines_by_step({"a": np.array([0.1, 0.4]), "b": np.array([0.2, 0.3])}, [0, 5], "what").axes[0]
     assert [line.get_ydata().tolist() for line in lines.lines] == [[0.1, 0.4], [0.2, 0.3]]
-    assert lines.lines[0].get_xdata().tolist() == [1, 6] and lines.get_ylabel() == "what"
+    assert lines.lines[0].get_xdata().tolist() == [0, 5] and lines.get_ylabel() == "what"
     bars = grouped_bars({"a": {"x": 0.5, "y": 0.2}, "b": {"y": 0.7}}, "share").axes[0]
     assert sorted(round(bar.get_height(), 3) for bar in bars.patches) == [0.2, 0.5, 0.7]
     assert [label.get_text() for label in bars.get_xticklabels()] == ["x", "y"]

@@ -335,7 +335,8 @@ class TestImages:
         row = point_maps_row(found, reference, recorded.points[0, 9], "left wrist", [0, 2], height=96)
         assert row.shape[1] == 3 * (96 + 4) and row.shape[2] == 3
         both = stacked([row, row[:, :150]])
-        assert both.shape == (2 * row.shape[0], row.shape[1], 3) and (both[row.shape[0] :, 150:] == 255).all()
+        assert both.shape[1:] == row.shape[1:] and (both[row.shape[0] : 2 * row.shape[0], 150:] == 255).all()
+        assert (both[2 * row.shape[0] :] < 128).any(), "the legend"
         with pytest.raises(UserError, match="step=5 was not recorded"):
             point_maps(recorded, truth, reference, None, "nose", 0, [5])
 

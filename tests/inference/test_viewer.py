@@ -147,18 +147,18 @@ class TestImages:
         maps[0, 0, 0], maps[1, 1, 1], maps[2, 3, 3] = 0.2, 0.1, 0.3
         words = division(maps)
         assert words == (
-            "Looks at itself (its own frame) 40%, reference 20%, calibrated image of person 1 10%, "
-            "calibrated image of person 2 30%."
+            "Looks at itself (its own frame) 40%, reference 20%, calibrated image of person 0 10%, "
+            "calibrated image of person 1 30%."
         )
 
     def test_where_names_what_is_shown(self, run):
         layer = run.plain.recorded.layers[0]
         words = where(run, Choice(2, 1, layer, (3.0, 4.0)))
-        assert words.startswith("Frame 3, point (3, 4): step 2 (t = ") and "tokens" in words
-        assert where(run, Choice()) == "Frame 1: mean over steps, mean over layers."
+        assert words.startswith("Frame 2, point (3, 4): step 1 (t = ") and "tokens" in words
+        assert where(run, Choice()) == "Frame 0: mean over steps, mean over layers."
 
     def test_frames_that_are_not_there(self, run):
-        with pytest.raises(UserError, match="frame=9"):
+        with pytest.raises(UserError, match="frame=8"):
             side_view(run, run.plain, Choice(frame=8, point=(1.0, 1.0)))
 
     def test_first_point_is_a_visible_keypoint(self, run):

@@ -14,8 +14,9 @@ from core.errors import UserError  # noqa: E402
 from data.poses.poses import PoseConfig  # noqa: E402
 from data.poses.weights import fetch_models  # noqa: E402
 from data.video.files import read_video, video_metadata  # noqa: E402
-from evaluation.attention.grids import short_layer  # noqa: E402
+from evaluation.attention.grids import numbered_layers  # noqa: E402
 from viewer.controls import (  # noqa: E402
+    PRESETS_OWN,
     SAMPLE_CLIP,
     SAMPLE_IMAGES,
     Machine,
@@ -30,7 +31,7 @@ from viewer.images import HEIGHT, choice_of  # noqa: E402
 from viewer.page import AnimateTab, AttentionTab, build_page, serve  # noqa: E402
 
 IMAGE = SAMPLE_IMAGES["Rendered person"]
-SETTINGS = ("best", 3, 4, 2, 1.0, 0)
+SETTINGS = ("best", PRESETS_OWN, 3, 4, 2, 1.0, 0)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -93,12 +94,13 @@ class TestInputs:
         assert without_folders(message) == shown
 
     def test_settings(self):
-        sampling, tpc = chosen("paper", 5.0, 2.0, 7.0, 1.5, 3)
+        assert chosen("best", "articulated", 5, 2, 7, 1.5, 0)[1].transform == "articulated"
+        sampling, tpc = chosen("paper", PRESETS_OWN, 5.0, 2.0, 7.0, 1.5, 3)
         assert (sampling.num_frames, sampling.stride, sampling.steps, sampling.seed) == (5, 2, 7, 3)
-        assert sampling.guidance_scale == 1.5 and tpc.preset == "paper"
+        assert sampling.guidance_scale == 1.5 and (tpc.preset, tpc.transform) == ("paper", None)
         for seed in (None, -1, 0.5):
             with pytest.raises(UserError, match="seed must be a whole number"):
-                chosen("best", 5, 2, 7, 1.5, seed)
+                chosen("best", PRESETS_OWN, 5, 2, 7, 1.5, seed)
 
 
 class TestAttention:
@@ -106,23 +108,23 @@ class TestAttention:
         run, point, frame, step, all_steps, layer, all_layers, *shown = ran
         assert len(shown) == len(tab.shown)
         assert all_steps and all_layers, "as it is shown"
-        assert (frame.maximum, step.maximum) == (3, 2) and layer.maximum == len(run.plain.recorded.layers)
+        assert (frame.maximum, step.maximum) == (2, 1) and layer.maximum == len(run.plain.recorded.layers) - 1
         assert any(np.allclose(point, place) for place in run.keypoints[0])
         where, *images, plain, calibrated = shown
-        assert where.startswith("Frame 1, point") and len(images) == 6
+        assert where.startswith("Frame 0, point") and len(images) == 6
         assert all(image.dtype == np.uint8 and image.shape[0] == HEIGHT for image in images)
         assert "calibrated" in calibrated and "calibrated" not in plain
 
     def test_click_and_choices_need_no_new_run(self, tab, ran):
         run = ran[0]
-        choices = (2, 1, False, 1, False)
+        choices = (1, 0, False, 0, False)
         event = gr.SelectData(None, {"index": [HEIGHT // 2, HEIGHT // 3], "value": None})
         point, *shown = tab.click(event, run, *choices)
         height = run.reference.shape[0]
         assert point == pytest.approx(((HEIGHT // 2 + 0.5) * height / HEIGHT - 0.5, height / 3), abs=0.7)
         again = tab.show(run, point, *choices)
         assert all(np.array_equal(a, b) for a, b in zip(shown, again, strict=True))
-        other = tab.show(run, point, 2, 1, True, 1, False)
+        other = tab.show(run, point, 1, 0, True, 0, False)
         assert other[0] != again[0] and any(
             not np.array_equal(a, b) for a, b in zip(other[1:7], again[1:7], strict=True)
         )
@@ -130,19 +132,19 @@ class TestAttention:
     def test_before_a_run(self, tab):
         event = gr.SelectData(None, {"index": [5, 5], "value": None})
         for call in (
-            lambda: tab.show(None, None, 1, 1, True, 1, True),
-            lambda: tab.click(event, None, 1, 1, True, 1, True),
+            lambda: tab.show(None, None, 0, 0, True, 0, True),
+            lambda: tab.click(event, None, 0, 0, True, 0, True),
         ):
             with pytest.raises(gr.Error, match="press Run first"):
                 call()
 
     def test_numbers_beyond_the_run(self, ran):
         run = ran[0]
-        with pytest.raises(UserError, match="frame=4 is out of range; there are 1 to 3"):
-            choice_of(run, None, 4, 1, True, 1, True)
-        with pytest.raises(UserError, match="step=0 is out of range; there are 1 to 2"):
-            choice_of(run, None, 1, 0, True, 1, True)
-        assert choice_of(run, None, 3, 2, False, 1, True).step == 1
+        with pytest.raises(UserError, match="frame=3 is out of range; there are 0 to 2"):
+            choice_of(run, None, 3, 0, True, 0, True)
+        with pytest.raises(UserError, match="step=-1 is out of range; there are 0 to 1"):
+            choice_of(run, None, 0, -1, True, 0, True)
+        assert choice_of(run, None, 2, 1, False, 0, True).step == 1
 
     def test_nothing_is_kept_outside_the_session(self, tab, ran):
         kept = [value for value in vars(tab).values() if value is ran[0]]
@@ -233,14 +235,14 @@ def test_in_a_browser(machine, tmp_path, monkeypatch):
             assert pixels(page, "calibrated-image") != first[1], "the click shows on both sides"
             chosen_point = page.locator("#where").inner_text()
 
-            page.locator("#frame input[type=range]").fill("3")
-            page.locator("#where").get_by_text("Frame 3").wait_for()
+            page.locator("#frame input[type=range]").fill("2")
+            page.locator("#where").get_by_text("Frame 2").wait_for()
             page.locator("#all-steps input").click()
-            page.locator("#step input[type=range]").fill("2")
-            page.locator("#where").get_by_text("step 2").wait_for()
+            page.locator("#step input[type=range]").fill("1")
+            page.locator("#where").get_by_text("step 1").wait_for()
             page.locator("#all-layers input").click()
-            page.locator("#layer input[type=range]").fill("3")
-            third = short_layer(list(machine.pipeline.attention_run(1, (32, 32), 1).layers)[2])
+            page.locator("#layer input[type=range]").fill("2")
+            third = list(numbered_layers(list(machine.pipeline.attention_run(1, (32, 32), 1).layers)).values())[2]
             page.locator("#where").get_by_text(f"layer {third}, ").wait_for()
             assert page.locator("#where").inner_text().split(":")[0].split(",", 1)[1] in chosen_point
             assert not [url for url in outside if not url.startswith((address, "data:", "blob:"))]
