@@ -329,7 +329,7 @@ class AnimationPipeline(DiffusionPipeline):
         pixels = resize_images(as_images(reference, "reference")[:1], *size).to(device, dtype) * 2 - 1
         if self.animator.needs_mask and mask is None and (calibration is None or not calibration.persons):
             name = self.animator_cls.__name__
-            raise UserError(f"{name} takes person and background of the reference apart: give reference_mask=")
+            raise UserError(f"{name} tells person and background of the reference by a mask: give reference_mask=")
         mask = None if mask is None else as_mask(mask, *size).to(device, dtype)
         return ImageBatch(self.vae, pixels, mask, calibration)
 

@@ -55,7 +55,7 @@ class ReferenceImages:
         """The images that consecutive frames of the clip may attend to at a denoising step, 0 first."""
         follows = self.animator.reference_follows_timestep
         self.encode([REFERENCE, *self.wanted(step, frames, whole_run=not follows)], timestep if follows else 0)
-        # Nothing reads the tokens of layers that have their keys and values.
+        # Layers that have their keys and values do not need the tokens any more.
         for layer in self.projected.keys() & self.tokens.keys():
             del self.tokens[layer]
         device = self.images.reference.device

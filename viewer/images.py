@@ -70,7 +70,7 @@ def side_view(run: RecordedRun, side: RecordedSide, choice: Choice) -> SideView:
     shown = [enlarged(image) for image in attended_images(run.reference, side.calibration, step, choice.frame)]
     result = enlarged(side.frames[choice.frame])
     if choice.point is None:
-        caption = "Click a point of a frame to see where it looks."
+        caption = "Click a point of a frame to see what it attends to."
     else:
         layers = None if choice.layer is None else [choice.layer]
         maps = layer_mean(side.recorded, choice.point, choice.step, choice.frame, layers=layers)
@@ -89,7 +89,7 @@ def division(maps: np.ndarray) -> str:
     several = len(given) > 2
     for person, share in enumerate(given[1:]):
         parts.append(f"calibrated image{f' of person {person}' if several else ''} {share:.0%}")
-    return "Looks at " + ", ".join(parts) + "."
+    return "Attends to " + ", ".join(parts) + "."
 
 
 def where(run: RecordedRun, choice: Choice) -> str:

@@ -30,7 +30,7 @@ from viewer.controls import (
 from viewer.images import NO_RUN, Choice, choice_of, enlarged, first_point, notice, point_of_click, side_view, where
 
 EXPLANATION = (
-    "Run once, then click any point of a frame: the colours show what this point's patch looks at in the reference "
+    "Run once, then click any point of a frame: the colours show what this point's patch attends to in the reference "
     "and, with TPC, in the calibrated image. Red is the most, grey nothing; heads are averaged."
 )
 ATTENTION_STAGES = ("reading and poses", "sampling without TPC", "calibration", "sampling with TPC")
@@ -38,13 +38,13 @@ ANIMATION_STAGES = ("reading and poses", "calibration", "sampling without TPC", 
 IMAGES = (
     {
         "plain": "Result without TPC (click)",
-        "plain reference": "It looks at the reference",
+        "plain reference": "What it attends to in the reference",
         "driving": "Driving clip (click)",
     },
     {
         "calibrated": "Result with TPC (click)",
-        "calibrated reference": "It looks at the reference",
-        "calibrated image": "and at the calibrated image",
+        "calibrated reference": "What it attends to in the reference",
+        "calibrated image": "and in the calibrated image",
     },
 )
 CLICKED = ("plain", "calibrated", "driving")

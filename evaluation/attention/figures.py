@@ -120,7 +120,7 @@ def point_maps(
 ) -> list[PointMap]:
     """Attention of a point of one frame at some steps, the mean over layers."""
     if recorded.selection.mean and set(recorded.selection.mean) != {"heads"}:
-        raise UserError("mean: images through denoising need steps and frames apart")
+        raise UserError("mean: images through denoising need steps and frames, not their mean")
     selection, query = recorded.selection, recorded.query_index(recorded.layers[0], point)
     found = []
     for step in steps:

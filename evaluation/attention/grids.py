@@ -111,7 +111,7 @@ def head_accuracy(run: RecordedRun, reference: Poses, side: str, radius: float =
     """Pointing accuracy over steps and frames: part of the body -> (layers, heads); NaN where the part is hidden."""
     recorded = run.sides[known_side(run, side)].recorded
     if "heads" in recorded.selection.mean:
-        raise UserError("mean: the mean over heads was recorded; heads apart are needed")
+        raise UserError("mean: the mean over heads was recorded; record heads without a mean")
     truth = truths(run, reference)[side]
     layers = [pointing(recorded, truth, layer, radius, mean_heads=False).accuracy(radius) for layer in recorded.layers]
     heads = max(layer.shape[2] for layer in layers)

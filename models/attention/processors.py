@@ -55,7 +55,7 @@ class ReferenceWriteProcessor(AttnProcessor2_0):
     def __init__(self, layer: str, is_last: bool = False):
         super().__init__()
         self.layer = layer
-        self.is_last = is_last  # nothing reads what comes after, so the attention itself is left out
+        self.is_last = is_last  # what comes after is not used, so the attention itself is left out
 
     def __call__(
         self,

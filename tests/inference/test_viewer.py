@@ -147,7 +147,7 @@ class TestImages:
         maps[0, 0, 0], maps[1, 1, 1], maps[2, 3, 3] = 0.2, 0.1, 0.3
         words = division(maps)
         assert words == (
-            "Looks at itself (its own frame) 40%, reference 20%, calibrated image of person 0 10%, "
+            "Attends to itself (its own frame) 40%, reference 20%, calibrated image of person 0 10%, "
             "calibrated image of person 1 30%."
         )
 
