@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin
 from diffusers.models.transformers import Transformer2DModel
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from models.animators.animate_anyone.checkpoint import make_pose_guider
@@ -25,6 +25,7 @@ from models.animators.registry import (
     read_index,
     saved_class,
 )
+from models.checkpoints.loading import from_settings
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
@@ -135,7 +136,7 @@ def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
             return folder_networks(Path(config.model.init))
         if config.model.vae:
             cls, settings = vae_class(config.model.vae)
-            vae = cls.from_config(settings)
+            vae = from_settings(cls, settings)
             return vae, new_animator(config.model, vae.config.latent_channels, max(config.data.size))
         if config.model.animator != PUBLISHED:
             raise UserError(f"model.animator={config.model.animator} needs model.init= or model.vae= for an estimate")
@@ -173,10 +174,7 @@ def described(folder: Path, name: str, index: dict[str, Any]) -> nn.Module:
     entry, classes = index.get(name), component_classes(saved_class(index), name)  # entry: [library, class]
     if not isinstance(entry, list) or entry[-1] not in classes:
         raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(classes)}")
-    network = classes[entry[-1]]
-    if issubclass(network, PreTrainedModel):
-        return network(network.config_class(**settings))
-    return network.from_config(settings)
+    return from_settings(classes[entry[-1]], settings)
 
 
 def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:

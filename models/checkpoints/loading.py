@@ -19,6 +19,7 @@ import torch
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from core.errors import UserError
 from models.checkpoints.files import read_file, weights_file
@@ -66,6 +67,14 @@ def on_meta(make: Callable[..., Module], *arguments: Any, **settings: Any) -> Mo
 
 def shapes_on_meta(make: Callable[..., nn.Module], *arguments: Any, **settings: Any) -> dict[str, tuple[int, ...]]:
     return shapes_of(on_meta(make, *arguments, **settings).state_dict())
+
+
+def from_settings(cls: type[Module], settings: Mapping[str, Any]) -> Module:
+    """A network without its weights, of what its `config.json` says but the dtype, which is torch's default."""
+    if not issubclass(cls, PreTrainedModel):
+        return cls.from_config(settings)
+    # transformers would build some parts in the dtype that the weights were saved in, and others not.
+    return cls(cls.config_class(**{**settings, "dtype": torch.get_default_dtype()}))
 
 
 def load_strictly(

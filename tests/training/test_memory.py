@@ -1,5 +1,6 @@
 """The dry run: sizes and memory by strategy, against what a step really takes."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_a_folder_is_described_as_it_loads():
         shapes = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
         assert {name: tensor.shape for name, tensor in described.state_dict().items()} == shapes
         assert {p.device.type for p in described.parameters()} == {"meta"}
+
+
+def test_a_folder_saved_in_half_precision_is_described_in_the_dtype_of_training(tmp_path):
+    """CLIP's configuration says what its weights were saved in; networks are built in float32 all the same."""
+    source = ROOT / "assets" / "small_animators" / "disco"
+    for file in source.rglob("*.json"):
+        settings = json.loads(file.read_text())
+        if file.parent.name == "image_encoder":
+            settings |= {"dtype": "float16", "torch_dtype": "float16"}
+        (tmp_path / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        (tmp_path / file.relative_to(source)).write_text(json.dumps(settings))
+    config = TrainConfig(stage="image", output="x")
+    config.model.init = str(tmp_path)
+    assert {p.dtype for network in describe_networks(config) for p in network.parameters()} == {torch.float32}
 
 
 def test_eight_bit_moments_take_a_quarter_and_say_what_they_need(vae, tmp_path):
