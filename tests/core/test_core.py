@@ -1,5 +1,6 @@
 """Configuration, user errors, whole files."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -197,9 +198,62 @@ def test_paths_of_the_wrong_kind(tmp_path):
         existing_file(tmp_path, "reference")
 
 
-def test_commands_end_with_one_line_and_code_2():
-    program = (
-        "from core.errors import *\ndef main(arguments):\n    raise UserError('no such\\nfile')\nrun_command(main)\n"
+def end_of(statements: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """A command's process whose `main` runs these statements."""
+    program = "\n    ".join(
+        [
+            "import os\nfrom core.errors import *\nfrom core.files import *\ndef main(arguments):",
+            *statements.splitlines(),
+        ]
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", f"{program}\nrun_command(main)\n"],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_commands_end_with_one_line_and_code_2():
+    done = end_of("raise UserError('no such\\nfile')")
     assert (done.returncode, done.stderr) == (2, "error: no such file\n")
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "error: no such file\n"), ("1", "")])
+def test_a_launcher_of_several_processes_is_told_the_error(rank, printed, tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    told = str(tmp_path / "error.json")
+    done = end_of("raise UserError('no such file')", {"TORCHELASTIC_ERROR_FILE": told, "LOCAL_RANK": rank})
+    assert (done.returncode, done.stderr) == (2, printed)
+    failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=2, error_file=told)
+    assert failure.message == "error: no such file" and failure.timestamp > 1.7e9
+
+
+def test_interrupted_and_failing_commands_leave_no_empty_folder(tmp_path):
+    new, used = tmp_path / "a" / "b", tmp_path / "c"
+    folders = f"output_folder({str(new)!r})\nopen(output_folder({str(used)!r}) / 'file', 'w')"
+    done = end_of(f"{folders}\nos.kill(os.getpid(), 2)")
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_lines_of_libraries_are_left_out_and_no_others():
+    done = end_of(
+        """import logging
+logging.basicConfig(format="%(message)s")
+for name in ("DeepSpeed", "diffusers.configuration_utils", "other"):
+    logging.getLogger(name).warning("Setting accelerator to CPU.")
+    logging.getLogger(name).warning("The config attributes {'block_out_channels': [64]} were passed")
+from core.terminal import without_native_lines
+with without_native_lines("delegate for CPU"):
+    os.write(2, b"INFO: Created a delegate for CPU.\\nERROR: no memory\\n")"""
+    )
+    lines = [
+        "The config attributes",
+        "Setting accelerator",
+        "Setting accelerator",
+        "The config attributes",
+        "ERROR: no",
+    ]
+    assert [line[: len(start)] for line, start in zip(done.stderr.splitlines(), lines, strict=True)] == lines

@@ -265,18 +265,21 @@ def fixture_stem(other_fixture, tmp_path) -> Path:
     return tmp_path / "other"
 
 
-def run(capsys, *arguments) -> tuple[int, list[str]]:
-    """Exit code and printed lines of the command."""
+def run(capsys, *arguments) -> tuple[int, list[str], list[str]]:
+    """Exit code of the command, and its lines on standard output and error."""
     code = 0
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as stop:
         code = stop.code
-    return code, capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    return code, printed.out.splitlines(), printed.err.splitlines()
 
 
 def test_verify_command_on_other_configurations(fixture_stem, capsys):
-    code, lines = run(capsys, "verify", f"fixture={fixture_stem}")
+    code, lines, (heads, verdict) = run(capsys, "verify", f"fixture={fixture_stem}")
+    assert heads.split() == ["output", "largest", "difference", "tolerance"]
+    assert verdict == f"passed: all {len(lines)} outputs are within their tolerances"
     rows = [line.split() for line in lines]
     names = json.loads(fixture_stem.with_suffix(".json").read_text())["outputs"]
     assert code == 0 and [row[0] for row in rows] == list(names)
@@ -292,7 +295,8 @@ def test_verify_command_on_other_configurations(fixture_stem, capsys):
     description = json.loads(fixture_stem.with_suffix(".json").read_text())
     description["outputs"]["ref_latents"] = {"meaning": "nothing that is computed"}
     fixture_stem.with_suffix(".json").write_text(json.dumps(description))
-    code, lines = run(capsys, "verify", f"fixture={fixture_stem}.json")
+    code, lines, (_, verdict) = run(capsys, "verify", f"fixture={fixture_stem}.json")
+    assert verdict.startswith(f"failed: 3 of {len(lines)} outputs differ: ") and "ref_latents" in verdict
     differences = {line.split()[0]: float(line.split()[1]) for line in lines}
     assert code == 1
     assert differences["guidance_cond"] == pytest.approx(1e-3, rel=0.01)
