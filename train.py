@@ -1,7 +1,7 @@
 """Train an animator: image stage and motion stage in one loop.
 
-    accelerate launch train.py --config configs/train_stage1.yaml [key=value ...]
-    accelerate launch train.py --config configs/train_stage1.yaml --dry-run
+    python train.py --config configs/train_stage1.yaml [key=value ...]
+    python train.py --config configs/train_stage1.yaml --dry-run
 
 The same command again resumes from the newest checkpoint; SIGTERM and Ctrl-C save one first. Writes to `output`:
     checkpoint-<step>/   complete states        samples/    validation sheets
