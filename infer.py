@@ -12,61 +12,15 @@ Writes to `output`:
 """
 
 import json
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from core.config import check_choice, config_dict, load_config, save_config
+from core.config import load_config
 from core.errors import UserError, run_command
-from core.files import complete_folder, existing_file, output_folder, read_text
-from core.processes import choose_device, process_state
-from data.inputs import SAMPLES, load_driving, load_reference
-from data.poses.poses import PoseConfig, open_estimator
-from inference.animate import SamplingConfig, Stopwatch, animate, write_animation
-from models.animators.registry import SHIPPED_MODEL, load_pipeline
-from models.pipeline import AnimationPipeline
-from tpc import CalibrationConfig
-
-
-@dataclass
-class TPCOptions(CalibrationConfig):
-    """Calibration, which `enabled` switches on."""
-
-    enabled: bool = True
-
-
-@dataclass
-class InferConfig(SamplingConfig):
-    """Inputs, model and calibration; `SamplingConfig` has everything about sampling."""
-
-    reference: str | None = None  # image; without it and `driving`: the shipped samples
-    driving: str | None = None  # video
-    output: str = "outputs/demo"
-    pairs: str | None = None  # file with a JSON object a line that overrides any of `PAIR_KEYS`
-    model: str | None = None  # saved pipeline folder; null: the shipped small model
-    lora: str | None = None  # folder of `train.py lora.export=separate`; the model folder's own `lora` needs no name
-    lora_scale: float = 1.0  # weight of the adapters; 1 as trained
-    reference_poses: str | None = None
-    driving_poses: str | None = None
-    # Video or folder of pose images as the model takes them, one for each driving frame: DensePose for MagicAnimate,
-    # which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
-    pose_images: str | None = None
-    reference_mask: str | None = None
-    driving_masks: str | None = None
-    upscale: str | None = None  # "source" brings animation.mp4 to the driving video's size
-    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
-    device: str = "auto"  # or "cpu", "cuda", ...
-    dtype: str = "auto"  # bfloat16 on CUDA, float32 elsewhere; or "float32", ...
-    pose: PoseConfig = field(default_factory=PoseConfig)
-    tpc: TPCOptions = field(default_factory=TPCOptions)
-
-    def check(self) -> None:
-        super().check()
-        check_choice(self, "upscale", (None, "source"))
-
-
-PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")
-PAIR_KEYS += ("reference_mask", "driving_masks")
+from core.files import existing_file, output_folder, read_text
+from data.config import SAMPLES
+from inference.config import PAIR_KEYS, InferConfig
+from models.config import SHIPPED_MODEL
 
 
 def jobs_of(config: InferConfig) -> list[InferConfig]:
@@ -126,48 +80,13 @@ def check_inputs(job: InferConfig) -> None:
     output_folder(job.output)
 
 
-def run(job: InferConfig, pipeline: AnimationPipeline) -> None:
-    output, watch = Path(job.output), Stopwatch()
-    estimator = partial(open_estimator, job.pose)
-    masked = pipeline.animator_cls.needs_mask and not job.reference_mask
-    with watch.stage("reading and poses"):
-        reference = load_reference(
-            job.reference,
-            job.reference_poses,
-            job.reference_mask,
-            estimator if job.tpc.enabled or masked else None,
-            job.pose.max_persons,
-        )
-        driving = load_driving(
-            job.driving,
-            job.driving_poses,
-            job.driving_masks,
-            estimator,
-            job.pose.max_persons,
-            job.num_frames,
-            job.stride,
-            job.pose.smoothing,
-            images=job.pose_images,
-            poses_wanted=job.tpc.enabled,
-            cuts=job.cuts,
-        )
-    animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
-    save_config(job, output / "config.yaml")
-    if animation.calibration is not None:
-        with watch.stage("writing"), complete_folder(output / "calibration") as folder:
-            animation.calibration.write(folder)
-    upscale_to = driving.size if job.upscale == "source" else None
-    write_animation(animation, output, config_dict(job), watch, driving.sound, upscale_to)
-    if animation.calibration is not None:
-        print(f"calibration: {animation.calibration.outcome()}")
-    print(f"animation:  {output / 'animation.mp4'}")
-    print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
-    for note in animation.calibration.notes() if animation.calibration is not None else ():
-        print(f"note: {note}")
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(InferConfig, arguments)
+    # Networks take seconds to import, which wrong arguments need not wait for.
+    from core.processes import choose_device, process_state
+    from inference.animate import animate_pair
+    from models.animators.registry import load_pipeline
+
     state = process_state(config.device)
     jobs = jobs_of(config)
     for job in jobs:
@@ -183,7 +102,7 @@ def main(arguments: list[str]) -> None:
         for job in mine:
             if config.pairs is not None and (Path(job.output) / "result.json").is_file():
                 continue  # finished by an earlier run
-            run(job, pipeline)
+            animate_pair(job, pipeline)
 
 
 if __name__ == "__main__":

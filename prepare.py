@@ -17,13 +17,13 @@ from pathlib import Path
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import output_folder
+from data.config import CheckConfig, FeatureConfig, PrepareConfig, process_shard
 from data.poses.poses import open_estimator
 from data.preparation.checks import check_dataset
 from data.preparation.layouts import find_clips, left_out_line, other_files
 from data.preparation.manifest import has_manifest, write_manifest
 from data.preparation.prepare import hold_out, prepare_clips
 from data.preparation.report import report_table, write_report
-from data.preparation.settings import CheckConfig, FeatureConfig, PrepareConfig, process_shard
 
 
 def prepare(arguments: list[str]) -> None:

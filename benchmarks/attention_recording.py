@@ -21,8 +21,9 @@ from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
 from core.processes import choose_device
-from models.animators.registry import SHIPPED_MODEL, load_pipeline
+from models.animators.registry import load_pipeline
 from models.attention.recording import AttentionConfig, AttentionRecording
+from models.config import SHIPPED_MODEL
 from models.pipeline import AnimationPipeline
 
 KEYPOINTS = 17

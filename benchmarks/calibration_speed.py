@@ -19,7 +19,7 @@ from benchmarks.calibration_pairs import SIZE, rendered_pairs
 from benchmarks.speed.peers.driver_protocol import resident_peak
 from core.config import load_config
 from core.errors import run_command
-from data.inputs import SAMPLES
+from data.config import SAMPLES
 from data.poses.poses import Poses
 from data.video.files import read_video, write_video
 from tpc import CalibrationConfig, calibrate

@@ -17,8 +17,6 @@ from data.video.images import list_images, read_image
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = Path(__file__).parent.parent / "assets" / "samples"  # made by data.people.samples
-
 
 @dataclass(frozen=True)
 class Reference:

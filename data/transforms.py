@@ -7,12 +7,8 @@ centres at integers. Aspect ratio is always kept.
 import cv2
 import numpy as np
 
+from data.config import CROPS, FIT_MODES
 from data.poses.person import Box
-
-FIT_MODES = ("cover", "contain")
-# person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
-# borders where they would not fit; centre: the middle of the image, whomever it cuts.
-CROPS = ("person", "pad", "centre")
 
 
 def frame_size(source: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:

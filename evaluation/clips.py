@@ -11,9 +11,9 @@ from scipy.optimize import linear_sum_assignment
 
 from core.config import check_choice
 from core.errors import UserError
-from data.clips.rendered import PeopleConfig, RenderedPeople
+from data.clips.rendered import RenderedPeople
+from data.config import SPLITS, PeopleConfig
 from data.inputs import Driving, Reference, fitting_poses
-from data.people.bodies import SPLITS
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses

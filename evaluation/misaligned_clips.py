@@ -29,7 +29,8 @@ import numpy as np
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
-from data.clips.rendered import PeopleConfig, RenderedPeople
+from data.clips.rendered import RenderedPeople
+from data.config import PeopleConfig
 from data.inputs import Driving, Reference
 from data.people.bodies import Pose, load_people
 from data.people.renderer import Figure, RenderedGroup, render_people

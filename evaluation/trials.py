@@ -13,7 +13,8 @@ from core.config import check_choice, config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
 from core.processes import choose_device, process_state
-from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from data.config import PoseConfig
+from data.poses.poses import PoseEstimator, open_estimator
 from data.transforms import fit_matrix
 from evaluation.clips import MASKS, POSES, ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
 from evaluation.measure import (

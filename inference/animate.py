@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +15,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.config import VERSION, check_choice
+from core.config import VERSION, config_dict, save_config
 from core.errors import UserError
-from core.files import complete_file, write_json
-from data.inputs import Driving, Reference
+from core.files import complete_file, complete_folder, write_json
+from data.inputs import Driving, Reference, load_driving, load_reference
 from data.poses.drawing import draw_pose
-from data.transforms import FIT_MODES, apply_fit, fit_matrix
+from data.poses.poses import open_estimator
+from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader, write_video
 from inference.comparison import comparison_frames, comparison_strip
+from inference.config import InferConfig, SamplingConfig
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
-from models.sampling import EVERY_LEVEL, check_sampling
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
-
-
-@dataclass
-class SamplingConfig:
-    """Settings of sampling."""
-
-    size: list[int] | None = None  # width and height in pixels; null: the video's shape at the model's resolution
-    num_frames: int | None = None  # null: all
-    stride: int = 1  # use every stride-th frame of the driving video
-    seed: int = 0  # of the initial noise
-    steps: int = 20  # with tpc.start from there on
-    guidance_scale: float = 2.0  # 1 switches classifier-free guidance off and halves the time
-    guidance_scales: list[float] | None = None  # one for each kind of guidance, where a model has several
-    window_size: int | None = None  # frames denoised together; null: as many as the model knows
-    window_overlap: int = 4  # frames
-    shift_windows: bool = False  # at every step, so that no frame is always at a window's end
-    compare: bool = True  # also sample without TPC
-    reference_fit: str = "contain"  # all of the reference, its scene painted on around it; cover: cut to the frame
-    # Noise levels [low, high] with guidance, from 0 (none) to 1 (nothing else); elsewhere its conditional half alone.
-    guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
-    solver: str | None = None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
-
-    def check(self) -> None:
-        for name in ("steps", "stride", "num_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
-        if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
-            raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
-        check_choice(self, "reference_fit", FIT_MODES)
-        check_sampling(self.guidance_interval, self.solver)
 
 
 @dataclass
@@ -275,3 +244,44 @@ def write_animation(
         "calibration": calibration.summary() if calibration is not None else None,
     }
     write_json(output / "result.json", result)
+
+
+def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
+    """Write everything that `infer.py` writes about one reference and driving video."""
+    output, watch = Path(job.output), Stopwatch()
+    estimator = partial(open_estimator, job.pose)
+    masked = pipeline.animator_cls.needs_mask and not job.reference_mask
+    with watch.stage("reading and poses"):
+        reference = load_reference(
+            job.reference,
+            job.reference_poses,
+            job.reference_mask,
+            estimator if job.tpc.enabled or masked else None,
+            job.pose.max_persons,
+        )
+        driving = load_driving(
+            job.driving,
+            job.driving_poses,
+            job.driving_masks,
+            estimator,
+            job.pose.max_persons,
+            job.num_frames,
+            job.stride,
+            job.pose.smoothing,
+            images=job.pose_images,
+            poses_wanted=job.tpc.enabled,
+            cuts=job.cuts,
+        )
+    animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
+    save_config(job, output / "config.yaml")
+    if animation.calibration is not None:
+        with watch.stage("writing"), complete_folder(output / "calibration") as folder:
+            animation.calibration.write(folder)
+    upscale_to = driving.size if job.upscale == "source" else None
+    write_animation(animation, output, config_dict(job), watch, driving.sound, upscale_to)
+    if animation.calibration is not None:
+        print(f"calibration: {animation.calibration.outcome()}")
+    print(f"animation:  {output / 'animation.mp4'}")
+    print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
+    for note in animation.calibration.notes() if animation.calibration is not None else ():
+        print(f"note: {note}")

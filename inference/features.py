@@ -17,9 +17,9 @@ from core.files import remove_partial
 from core.processes import choose_device
 from data.clips.caches import FeatureCache, FeatureInputs
 from data.clips.rendered import clip_tensor
+from data.config import FeatureConfig, Shard
 from data.preparation.clips import UsableClip, usable_clips
 from data.preparation.manifest import has_manifest
-from data.preparation.settings import FeatureConfig, Shard
 from data.transforms import apply_fit
 from data.video.files import VideoReader
 from models.animators.animate_anyone.model import image_context

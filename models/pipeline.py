@@ -22,17 +22,10 @@ from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording, AttentionRun
+from models.config import EVERY_LEVEL, check_sampling
 from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
-from models.sampling import (
-    EVERY_LEVEL,
-    check_sampling,
-    context_windows,
-    guidance_at,
-    step_shift,
-    window_weights,
-    with_solver,
-)
+from models.sampling import context_windows, guidance_at, step_shift, window_weights, with_solver
 from models.start import StartedSolver, start_latents, started_frames, started_timesteps
 from models.vae import VAE, decoded_chunks, vae_scale_factor
 

@@ -12,11 +12,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
 from core.errors import UserError
+from models.config import EVERY_LEVEL, SOLVER_NAMES
 
-# DPM-Solver++ of second order with multisteps (Lu et al., 2022); UniPC of second order (Zhao et al., 2023).
-SOLVERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-
-EVERY_LEVEL = (0.0, 1.0)  # of noise
+SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+SOLVERS = dict(zip(SOLVER_NAMES, SCHEDULERS, strict=True))
 
 
 def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
@@ -40,15 +39,6 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
     # DPM-Solver++ would end in a step of second order over the widest interval of all, where that goes to some noise.
     further = {"euler_at_final": True} if solver == "dpm++" else {}
     return SOLVERS[solver].from_config(config, solver_order=2, final_sigmas_type=last, **further)
-
-
-def check_sampling(guidance_interval: Sequence[float], solver: str | None) -> None:
-    """UserError for an interval of noise levels or a solver that does not exist."""
-    interval = list(guidance_interval)
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise UserError(f"guidance_interval={interval} must be two numbers, 0 <= first < second <= 1")
-    if solver is not None and solver not in SOLVERS:
-        raise UserError(f"solver={solver} must be one of {', '.join(SOLVERS)}")
 
 
 def guidance_at(

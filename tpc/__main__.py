@@ -24,8 +24,9 @@ from tqdm import tqdm
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import existing_file, output_folder
+from data.config import PoseConfig
 from data.inputs import Driving, Reference, load_driving, load_reference
-from data.poses.poses import PoseConfig, open_estimator
+from data.poses.poses import open_estimator
 from data.video.files import write_video
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig, resolve

@@ -9,6 +9,9 @@ PRESETS = ("best", "paper", "release")
 PROPAGATIONS = ("iterative", "hold", "off")
 VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
+FIXED_KEYPOINTS = ("all", "face", "torso", "trunk")  # choices of keypoints that are the same for every frame
+TRAINING_TRANSFORMS = ("procrustes", "articulated")
+TRAINING_FILLS = ("scene", "edge", "black")
 CHOICES = {
     "transform": ("procrustes", "affine", "linear", "articulated"),
     "keypoints": ("exhaustive", "consensus", "all", "trunk", "torso", "face"),
@@ -103,6 +106,48 @@ class CalibrationConfig:
                 f"visibility=scene shows calibrated images where a person stood; tpc.fill={full.fill} does not paint "
                 "that place, fill=scene does"
             )
+
+
+@dataclass
+class CompositionConfig:
+    """Ranges from which the reference's new composition is drawn, per sample."""
+
+    probability: float = 0.0  # that a sample is recomposed; 0 = off
+    min_scale: float = 0.4  # factor on the person's size, drawn evenly in its logarithm
+    max_scale: float = 1.6
+    max_rotation: float = 180.0  # degrees, either way
+    max_translation: float = 0.2  # parts of the image's sides, either way
+    ramp_steps: int = 0  # training steps over which the ranges grow from nothing to these
+    fill: str = "scene"  # scene: only the person moves; edge, black: the image does, and what is beyond it
+
+    def check(self) -> None:
+        check_range("probability", self.probability, 0, 1)
+        check_range("min_scale", self.min_scale, 1e-3, self.max_scale)
+        check_range("max_scale", self.max_scale, self.min_scale, 1e3)
+        check_range("max_rotation", self.max_rotation, 0, 180)
+        check_range("max_translation", self.max_translation, 0, 10)
+        check_choice("fill", self.fill, TRAINING_FILLS)
+
+
+@dataclass
+class CalibratedTrainingConfig:
+    """Calibrated images for training samples, per sample."""
+
+    probability: float = 0.0  # that a sample is calibrated; 0 = off
+    transform: str = "procrustes"  # or articulated: bent by body part, by the loader
+    keypoints: str = "trunk"  # all, trunk, torso, face
+    score_threshold: float = 0.3  # a keypoint counts above it
+    noise: float = 0.01  # standard deviation of the keypoints, parts of the image's height, as estimators have
+    images: int = 1  # calibrated images a clip; its frames share them in consecutive groups
+    visibility: str = "scene"  # paper, release, exclusive, scene
+    mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
+
+    def check(self) -> None:
+        check_range("probability", self.probability, 0, 1)
+        check_choice("transform", self.transform, TRAINING_TRANSFORMS)
+        check_range("images", self.images, 1, 10**6)
+        check_choice("keypoints", self.keypoints, FIXED_KEYPOINTS)
+        check_choice("visibility", self.visibility, VISIBILITIES)
 
 
 def best() -> CalibrationConfig:

@@ -16,7 +16,6 @@ from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
 from models.animators.registry import (
-    ANIMATORS,
     animator_class,
     component_classes,
     load_pipeline,
@@ -27,6 +26,7 @@ from models.animators.registry import (
 )
 from models.checkpoints.loading import from_settings
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
+from models.config import ANIMATORS
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
 from models.vae import VAE, load_vae, vae_class

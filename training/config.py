@@ -6,9 +6,8 @@ from omegaconf import MISSING
 
 from core.config import check_choice, check_positive
 from core.errors import UserError
-from data.clips.rendered import PeopleConfig
-from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
-from tpc.config import PRESETS
+from data.config import PeopleConfig
+from tpc.config import PRESETS, CalibratedTrainingConfig, CompositionConfig
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 

@@ -18,13 +18,14 @@ from core.files import complete_folder
 from data.clips.caches import CachedClips, FeatureCache, FeatureInputs, ensure_cache, ensure_surfaces
 from data.clips.rendered import RenderedPeople, clip_tensor
 from data.clips.videos import VideoFolder
+from data.config import CROPS
 from data.preparation.clips import usable_clips
 from data.preparation.manifest import has_manifest
-from data.transforms import CROPS
 from inference.features import network_digest
 from models.animators.base import Animator
 from models.vae import VAE, vae_posterior
-from tpc.augmentation import CalibratedTrainingConfig, calibrate_item
+from tpc.augmentation import calibrate_item
+from tpc.config import CalibratedTrainingConfig
 from training.config import DataConfig, TrainConfig
 from training.distributed import ignore_stop_signals
 

@@ -22,14 +22,8 @@ from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.vae import VAE, vae_encode, vae_posterior, vae_scale_factor
-from tpc.augmentation import (
-    CalibratedBatch,
-    CalibratedTrainingConfig,
-    CompositionConfig,
-    calibrate_batch,
-    compose_references,
-    training_visibility,
-)
+from tpc.augmentation import CalibratedBatch, calibrate_batch, compose_references, training_visibility
+from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.build import make_scheduler
 from training.config import NoiseConfig, TrainConfig

@@ -18,7 +18,8 @@ from inference.comparison import comparison_frames, comparison_strip
 from metrics.image import psnr, ssim
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
-from tpc.augmentation import CompositionConfig, compose_references
+from tpc.augmentation import compose_references
+from tpc.config import CompositionConfig
 from training.build import make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset

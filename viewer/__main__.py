@@ -16,8 +16,9 @@ from pathlib import Path
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.processes import choose_device
-from data.poses.poses import PoseConfig
-from models.animators.registry import SHIPPED_MODEL, load_pipeline
+from data.config import PoseConfig
+from models.animators.registry import load_pipeline
+from models.config import SHIPPED_MODEL
 
 
 @dataclass

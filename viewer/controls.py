@@ -10,8 +10,8 @@ import gradio as gr
 import numpy as np
 
 from core.errors import UserError
-from data.inputs import SAMPLES, Driving, Reference
-from data.poses.poses import PoseConfig
+from data.config import SAMPLES, PoseConfig
+from data.inputs import Driving, Reference
 from data.video.files import VideoReader
 from data.video.images import read_image
 from evaluation.attention.recorded_runs import load_inputs

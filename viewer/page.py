@@ -12,7 +12,7 @@ import gradio as gr
 
 from core.config import config_dict
 from core.errors import UserError
-from data.inputs import SAMPLES
+from data.config import SAMPLES
 from data.video.files import write_video
 from evaluation.attention.recorded_runs import RecordedRun, affordable_steps, record_both
 from inference.animate import animate, generated_by, write_animation

@@ -16,7 +16,7 @@ import torch
 from benchmarks.speed.measuring import Measured, counting, peak_memory, wait_for
 from benchmarks.speed.scene import Scene, make_scene
 from core.errors import UserError
-from data.inputs import SAMPLES
+from data.config import SAMPLES
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig
 

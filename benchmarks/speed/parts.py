@@ -12,7 +12,7 @@ from benchmarks.speed.sizes import SpeedSizes, chosen_sizes, open_pipeline
 from benchmarks.speed.training import StepSize, measure_loading, measure_rendering, measure_training
 from core.errors import UserError
 from core.processes import choose_device
-from models.animators.registry import SHIPPED_MODEL
+from models.config import SHIPPED_MODEL
 from tpc import CalibrationConfig
 
 PARTS = ("machine", "inference", "training", "loading", "growth", "processes")

@@ -13,15 +13,14 @@ Every item is a dictionary of float32 tensors, ready for `default_collate`, with
 Item i is a function of the data set's arguments and i alone, whichever worker process makes it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from core.errors import UserError
-from data.people.bodies import SPLITS, PeopleLibrary, Pose, build_person, load_people, random_identity
-from data.people.clothes import PLAIN
+from data.config import SPLITS, PeopleConfig
+from data.people.bodies import PeopleLibrary, Pose, build_person, load_people, random_identity
 from data.people.motion import random_motion
 from data.people.renderer import Rendered
 from data.people.scenes import (
@@ -35,25 +34,9 @@ from data.people.scenes import (
 from data.poses.drawing import draw_pose
 
 
-@dataclass
-class PeopleConfig:
-    height: list[float] = field(default_factory=lambda: [0.55, 1.05])  # least and greatest, standing, of the image's
-    close_ups: float = 0.12  # share of clips that show the upper half of the body
-    tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
-    plain: float = PLAIN  # share of fabrics without a pattern
-    # Share of references with a person of another size, turn and place than in the clip, before the same background.
-    reframed: float = 0.0
-
-    def check(self) -> None:
-        if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
-            raise UserError(f"height={self.height} must be the least and the greatest share of the image")
-        for share in ("close_ups", "tilted", "plain", "reframed"):
-            if not 0 <= getattr(self, share) <= 1:
-                raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
-
-    def cameras(self) -> CameraRanges:
-        height = (self.height[0], self.height[1])
-        return CameraRanges(height, close_ups=self.close_ups, tilted=self.tilted, reframed=self.reframed)
+def camera_ranges(people: PeopleConfig) -> CameraRanges:
+    height = (people.height[0], people.height[1])
+    return CameraRanges(height, close_ups=people.close_ups, tilted=people.tilted, reframed=people.reframed)
 
 
 class RenderedPeople(Dataset):
@@ -84,7 +67,7 @@ class RenderedPeople(Dataset):
         self.size, self.num_frames, self.fps, self.stride = size, num_frames, fps, stride
         self.split, self.seed, self.length = split, seed, length
         people = people or PeopleConfig()
-        self.cameras, self.plain = cameras or people.cameras(), people.plain
+        self.cameras, self.plain = cameras or camera_ranges(people), people.plain
         self.library = library or load_people()
 
     def __len__(self) -> int:

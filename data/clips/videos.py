@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from core.errors import UserError
 from data.clips.caches import FeatureCache
 from data.clips.rendered import LabelledImage, check_index, check_positive, clip_item, latent_item, pixel_tensor
+from data.config import CROPS
 from data.poses.poses import Poses
 from data.preparation.clips import UsableClip, read_frames, read_union, summarize, usable_clips
 from data.preparation.layouts import video_named
 from data.preparation.manifest import Clip, Fingerprint
-from data.transforms import CROPS, apply_fit, resize_matrix
+from data.transforms import apply_fit, resize_matrix
 from data.video.files import VideoReader
 from data.video.images import list_images
 

@@ -19,7 +19,8 @@ from anny.paths import get_anny_root_dir
 from core.config import load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder
-from data.people.bodies import COORDINATE_UNIT, JOINT_INDEX, JOINTS, SPLITS, UV_UNIT
+from data.config import SPLITS
+from data.people.bodies import COORDINATE_UNIT, JOINT_INDEX, JOINTS, UV_UNIT
 from data.people.clothes import PARTS
 
 # anny's bones that hold each joint's position; the bones further down are merged into it by `_joint_of_bone`.

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.people.clothes import PARTS, PLAIN, Outfit, garment_offsets, kept_faces, random_outfit
+from data.config import PLAIN, SPLITS
+from data.people.clothes import PARTS, Outfit, garment_offsets, kept_faces, random_outfit
 from data.people.rasterizer import vertex_normals
 from data.people.textures import paint_texture
 
 PEOPLE_FOLDER = Path(__file__).parents[2] / "assets" / "people"
-SPLITS = ("train", "heldout", "development")  # for training, for reported numbers, for choices between settings
 COORDINATE_UNIT = 1 / 12000  # metres in one step of the stored vertices; 16 bits reach 2.7 m
 UV_UNIT = 1 / 32000  # one step of the stored texture coordinates, which reach 2
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.config import PLAIN
+
 PARTS = (
     "head", "hands", "torso", "left_sleeve", "right_sleeve", "left_leg", "right_leg", "left_shoe", "right_shoe",
     "skirt", "hair", "left_eye", "right_eye",
@@ -17,7 +19,7 @@ PARTS = (
 PATTERNS = ("plain", "rings", "stripes", "checks", "dots", "diagonals", "zigzag", "halves", "patches")
 LOGOS = ("disc", "square", "triangle", "star", "cross", "letter")
 HAIR_LENGTHS = {"shaved": 0.0, "short": 0.0, "cap": 0.30, "bob": 0.48, "long": 1.0}
-PLAIN, PLAIN_TROUSERS = 0.25, 0.6  # shares of fabrics without a pattern
+PLAIN_TROUSERS = 0.6  # share of trousers' fabrics without a pattern
 BOTTOMS = ("trousers", "shorts", "skirt")
 # A leg is drawn from a little above the skirt's hem: v on the leg as a line in v on the skirt.
 SKIRT_LEG_START, SKIRT_LEG_SHARE = -0.3, 1.1

@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 from scipy.ndimage import correlate1d
 
-from core.config import check_config, check_positive
+from core.config import check_config
 from core.errors import UserError
 from core.files import complete_file, existing_file
+from data.config import PoseConfig
 from data.cuts import shots
 from data.poses.person import Box, PackedMasks, PersonEstimate, joint_box, person_box, scores_inside
 from data.transforms import map_points, resize_matrix
@@ -148,25 +149,6 @@ class Poses:
                 return cls(**{name: archive[name] for name in _ARRAYS})
         except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
             raise UserError(f"{argument}={path} is not a pose file: {error}") from None
-
-
-@dataclass
-class PoseConfig:
-    backend: str = "blazepose"  # or "dwpose", with ONNX files of your own
-    weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
-    heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy
-    max_persons: int = 1
-    smoothing: float | None = None  # of estimated poses: see `Poses.smoothed`; frames, 0 is off
-    threads: int = 2  # CPU threads of the networks
-
-    def check(self) -> None:
-        check_positive(self, "max_persons")
-        if self.smoothing is not None and not self.smoothing >= 0:
-            raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
-        if self.backend not in ("blazepose", "dwpose"):
-            raise UserError(f"backend={self.backend} must be blazepose or dwpose")
-        if self.backend == "blazepose" and self.weights is not None:
-            raise UserError("weights= belongs to pose.backend=dwpose; blazepose has its own files")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError
+from data.config import CheckConfig
 from data.poses.files import load_poses
 from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
@@ -20,7 +21,6 @@ from data.preparation.clips import mask_files
 from data.preparation.layouts import SourceClip, find_clips
 from data.preparation.manifest import Clip, has_manifest, read_manifest
 from data.preparation.report import ClipFacts, Finding, Report
-from data.preparation.settings import CheckConfig
 from data.transforms import crop_matrix
 from data.video.files import VideoReader
 from data.video.images import list_images, read_image

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from core.config import config_dict
 from core.errors import UserError
 from core.files import complete_folder, remove_partial
+from data.config import PoseConfig, PrepareConfig
 from data.poses.files import load_poses
 from data.poses.person import Box, PersonEstimate, joint_box, mask_box
-from data.poses.poses import PoseConfig, PoseEstimator, Poses
+from data.poses.poses import PoseEstimator, Poses
 from data.preparation.clips import MaskWriter, import_masks, mask_files, numbered_masks
 from data.preparation.layouts import SourceClip
 from data.preparation.manifest import Fingerprint, read_record, record_path, stored_path, write_record
-from data.preparation.settings import PrepareConfig
 from data.video.files import VideoReader
 from data.video.images import read_image
 

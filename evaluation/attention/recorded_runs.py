@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
+from data.config import PoseConfig
 from data.inputs import Driving, Reference, load_driving, load_reference
-from data.poses.poses import PoseConfig, open_estimator
+from data.poses.poses import open_estimator
 from data.transforms import apply_fit
 from evaluation.attention.maps import body_points
 from inference.animate import Animation, SamplingConfig, Stopwatch, animate, framing

@@ -11,7 +11,7 @@ from evaluation.metric_suite import MetricSuite, ProtocolConfig
 from evaluation.report import Table, best_table, comparison_table, measure_numbers, over_seeds, write_table
 from evaluation.statistics import Values
 from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
-from models.animators.registry import SHIPPED_MODEL
+from models.config import SHIPPED_MODEL
 from tpc.config import resolve
 
 ALL = "all"  # the one kind of clips

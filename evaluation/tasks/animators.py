@@ -40,7 +40,6 @@ from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, read_
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
 from models.animators.registry import (
-    SMALL_ANIMATORS,
     load_pipeline,
     pipeline_names,
     read_index,
@@ -48,6 +47,7 @@ from models.animators.registry import (
     supervised_attention,
     supervision_words,
 )
+from models.config import SMALL_ANIMATORS
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}

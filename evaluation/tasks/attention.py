@@ -41,7 +41,8 @@ from evaluation.trials import (
     without_and_with,
 )
 from inference.comparison import labelled_row
-from models.animators.registry import SHIPPED_MODEL, supervised_attention, supervision_words
+from models.animators.registry import supervised_attention, supervision_words
+from models.config import SHIPPED_MODEL
 
 
 @dataclass

@@ -12,7 +12,8 @@ from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder
 from core.processes import choose_device, process_state
-from data.poses.poses import PoseConfig, PoseEstimator, open_estimator
+from data.config import PoseConfig
+from data.poses.poses import PoseEstimator, open_estimator
 from data.preparation.layouts import left_out_line
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, other_entries, pair_clips
 from evaluation.measure import FramePair, Number, frame_means, measure_clip, person_values, summarise, with_persons

@@ -52,7 +52,8 @@ from evaluation.trials import (
 )
 from inference.animate import animate
 from inference.comparison import labelled_sheet
-from models.animators.registry import SHIPPED_MODEL, load_pipeline
+from models.animators.registry import load_pipeline
+from models.config import SHIPPED_MODEL
 from tpc import CalibrationConfig
 from tpc.config import PRESETS, resolve
 

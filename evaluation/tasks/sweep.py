@@ -36,7 +36,7 @@ from evaluation.trials import (
     run_task,
     without_and_with,
 )
-from models.animators.registry import SHIPPED_MODEL
+from models.config import SHIPPED_MODEL
 
 IOU_BINS = np.linspace(0, 1, 11)
 ALIGNED = 1.0  # scale of a reference that fits

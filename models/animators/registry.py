@@ -14,23 +14,11 @@ from core.errors import UserError
 from core.files import write_json
 from models.animators.base import Animator
 from models.checkpoints.loading import load_folder
+from models.config import ANIMATORS
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import load_lora
 from models.pipeline import AnimationPipeline
 
-# One line an animator: name, as `model.animator=` takes it -> module and class of its pipeline, imported when needed.
-# Beside the animator's module, `checkpoint.py` may list the published files it can be made of.
-ANIMATORS = {
-    "animate_anyone": "models.pipeline:AnimationPipeline",
-    "magic_animate": "models.animators.magic_animate.model:MagicAnimatePipeline",
-    "disco": "models.animators.disco.model:DiscoPipeline",
-    "dream_pose": "models.animators.dream_pose.model:DreamPosePipeline",
-}
-SHIPPED_MODEL = Path(__file__).parents[2] / "assets" / "tiny_model"
-# Smaller ones, one of each animator, for comparisons; see their README.
-SMALL_ANIMATORS = tuple(
-    folder for name in ANIMATORS if (folder := SHIPPED_MODEL.parent / "small_animators" / name).is_dir()
-)
 TRAINING_FILE = "training.json"  # in a pipeline folder, facts of its training that its weights do not tell
 # Values in folders of earlier releases that have another name today: key of model_index.json -> old -> new.
 OLD_VALUES = {"null_tokens": {"empty_picture": "empty_image"}}

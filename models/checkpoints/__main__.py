@@ -13,11 +13,12 @@ from omegaconf import MISSING
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from models.checkpoints.convert import ConvertConfig, convert, families, published_family
+from models.checkpoints.convert import convert, families, published_family
 from models.checkpoints.files import other_kind, read_tensors
 from models.checkpoints.inspect import inspect, inspect_folder
 from models.checkpoints.loading import first_few
 from models.checkpoints.verify import read_fixture, verify
+from models.config import ConvertConfig
 
 USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"
 

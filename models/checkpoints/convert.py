@@ -6,7 +6,7 @@ animator's folder, as one of `FAMILIES`.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from omegaconf import MISSING
 from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import complete_folder
-from models.animators.registry import ANIMATORS, animator_class, read_index, saved_class
+from models.animators.registry import animator_class, read_index, saved_class
 from models.checkpoints.files import other_kind, read_tensors
 from models.checkpoints.loading import Mismatch, Shapes, load_folder
+from models.config import ANIMATORS, ConvertConfig
 from models.pipeline import AnimationPipeline
 
 # Names in Stability's own single-file format begin with this.
@@ -35,25 +35,6 @@ IMAGE_SCHEDULE = {
     "timestep_spacing": "leading",
     "set_alpha_to_one": False,
 }
-
-
-@dataclass
-class ConvertConfig:
-    """`convert`; families add a key for each of their files, see `published_file`."""
-
-    family: str = MISSING
-    output: str = MISSING  # the folder to write
-    dtype: str = "float32"  # of the weights written
-    weights: str | None = None  # folder that holds the files under their published names
-
-    def check(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
-
-
-def published_file(*places: str) -> Any:
-    """A key that names a file, else the first that exists of these patterns in `weights=`."""
-    return field(default=None, metadata={"places": places})
 
 
 @dataclass(frozen=True)

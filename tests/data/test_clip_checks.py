@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
+from data.config import CheckConfig, PrepareConfig
 from data.poses.poses import Poses
 from data.preparation.checks import check_dataset, pose_jumps
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import write_manifest
 from data.preparation.prepare import prepare_clips
 from data.preparation.report import Report, report_table, summary, write_report
-from data.preparation.settings import CheckConfig, PrepareConfig
 from tests.filmed import (
     FRAME,
     FigureEstimator,

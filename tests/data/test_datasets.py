@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from data.clips.rendered import PeopleConfig, RenderedPeople
-from data.people.bodies import SPLITS, load_people
+from data.clips.rendered import RenderedPeople
+from data.config import SPLITS, PeopleConfig
+from data.people.bodies import load_people
 from data.people.scenes import CameraRanges, misaligned_reference, random_camera
 from data.poses.drawing import draw_pose
 from tests.items import check_item, same

@@ -11,10 +11,10 @@ import training.vae
 from core.errors import UserError
 from data.clips.caches import FeatureCache
 from data.clips.videos import VideoFolder
+from data.config import FeatureConfig, PrepareConfig, Shard
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import read_manifest, write_manifest
 from data.preparation.prepare import prepare_clips
-from data.preparation.settings import FeatureConfig, PrepareConfig, Shard
 from inference.features import load_network, make_features, network_digest
 from models.vae import vae_encode, vae_scale_factor
 from tests.filmed import FigureEstimator, damage, figure_film, rendered_film, save_prepared_videos

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
+from data.config import PoseConfig, PrepareConfig, Shard, process_shard
 from data.poses.person import Box
-from data.poses.poses import PoseConfig, Poses
+from data.poses.poses import Poses
 from data.preparation.clips import read_union
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import Fingerprint, Manifest, read_manifest, read_record, record_path, write_manifest
 from data.preparation.prepare import PreparedClips, hold_out, prepare_clips
-from data.preparation.settings import PrepareConfig, Shard, process_shard
 from tests.filmed import FRAME, FigureEstimator, Film, figure_film, save_frames, save_prepared_videos, save_video
 
 ROOT = Path(__file__).parents[2]

@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
 from data.clips.videos import VideoFolder
+from data.config import PrepareConfig
 from data.people.bodies import load_people
 from data.people.scenes import CameraRanges
 from data.poses.poses import Poses
 from data.preparation.layouts import find_clips
 from data.preparation.manifest import write_manifest
 from data.preparation.prepare import prepare_clips
-from data.preparation.settings import PrepareConfig
 from data.video.files import write_video
 from tests.filmed import (
     FRAME,

@@ -19,7 +19,8 @@ from evaluation.tasks.animators import (
     subsets_of,
 )
 from evaluation.trials import Variant, trials_identity
-from models.animators.registry import ANIMATORS, animator_class, write_training_facts
+from models.animators.registry import animator_class, write_training_facts
+from models.config import ANIMATORS
 from models.vae import load_vae
 from tests.networks import TINY
 from tests.training_runs import make_vae

@@ -12,8 +12,9 @@ import evaluate
 from core.config import load_config
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
+from data.config import PoseConfig
 from data.inputs import Driving, Reference
-from data.poses.poses import PoseConfig, Poses, open_estimator
+from data.poses.poses import Poses, open_estimator
 from data.poses.weights import fetch_models
 from data.preparation.manifest import Fingerprint, write_manifest, write_record
 from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_clip, with_pose_noise

@@ -11,7 +11,7 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 from core.errors import UserError  # noqa: E402
-from data.poses.poses import PoseConfig  # noqa: E402
+from data.config import PoseConfig  # noqa: E402
 from data.poses.weights import fetch_models  # noqa: E402
 from data.video.files import read_video, video_metadata  # noqa: E402
 from evaluation.attention.grids import numbered_layers  # noqa: E402

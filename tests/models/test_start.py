@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from models.animators.registry import ANIMATORS
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.checkpoints.convert import families, published_scheduler
+from models.config import ANIMATORS
 from models.sampling import SOLVERS, with_solver
 from models.start import StartedSolver, started_timesteps, with_timesteps
 from models.vae import vae_encode

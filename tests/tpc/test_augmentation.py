@@ -8,14 +8,13 @@ from core.errors import UserError
 from models.attention.masking import dense_mask
 from tests.tpc_bodies import body, place, silhouette
 from tpc.augmentation import (
-    CalibratedTrainingConfig,
-    CompositionConfig,
     calibrate_batch,
     compose_references,
     composition_matrices,
     misalignment,
     training_visibility,
 )
+from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from tpc.procrustes import SimilarityTransform, apply_matrix
 
 SIDE = 64

@@ -9,10 +9,11 @@ from torch.utils.data import Dataset, default_collate
 
 from core.config import check_config
 from core.errors import UserError
-from data.clips.rendered import PeopleConfig
+from data.config import PeopleConfig
 from models.attention.layers import self_attention_level
 from tests.tpc_bodies import body, place, silhouette
-from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig, calibrate_batch, calibrate_item
+from tpc.augmentation import calibrate_batch, calibrate_item
+from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.config import AugmentationConfig, DataConfig, TrainConfig
 from training.data import ArticulatedClips, make_dataset, make_loader
 from training.objective import calibrated_reference, sample_generators

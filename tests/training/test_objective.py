@@ -15,7 +15,7 @@ from models.attention.context import same_reference
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.unets import one_token_parameters
 from tests.networks import TINY
-from tpc.augmentation import CalibratedTrainingConfig, CompositionConfig
+from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import enable_gradient_checkpointing, make_scheduler, set_trainable, shrink_frozen
 from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset

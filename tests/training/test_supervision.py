@@ -11,13 +11,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from core.config import check_config
 from core.errors import UserError
 from data.clips.caches import CachedClips
-from data.clips.rendered import PeopleConfig
+from data.config import PeopleConfig
 from models.animators.animate_anyone.model import AnimateAnyone
-from models.animators.registry import SHIPPED_MODEL, SMALL_ANIMATORS, load_pipeline, supervised_attention
+from models.animators.registry import load_pipeline, supervised_attention
 from models.attention.layers import token_levels, unet_layers
+from models.config import SHIPPED_MODEL, SMALL_ANIMATORS
 from models.unets import ReferenceNet
 from tests.networks import TINY
-from tpc.augmentation import CompositionConfig
+from tpc.config import CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, point_weights, with_background
 from training.build import make_pipeline, set_trainable, start_from
 from training.config import (

@@ -9,7 +9,7 @@ MusePose has the same four.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,7 +18,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from core.errors import UserError
 from models.attention.context import fused_layers, same_reference
-from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.convert import Family, Recognised, Sources
 from models.checkpoints.inspect import image_unet
 from models.checkpoints.loading import (
     MOTION,
@@ -50,35 +50,12 @@ from models.checkpoints.networks import (
     unet_sizes,
 )
 from models.checkpoints.verify import Fixture
+from models.config import AnimateAnyoneFiles, StableDiffusionFiles
 from models.pipeline import AnimationPipeline
 from models.unets import DenoisingUNet, MotionModule, PoseGuider, ReferenceNet
 
 # Length of the position tables that MusePose computes, whatever lies in its file.
 MUSEPOSE_LENGTH = 128
-
-
-@dataclass
-class AnimateAnyoneFiles(ConvertConfig):
-    """`convert family=animate_anyone` and `musepose`; controlnet in place of pose_guider starts a new one."""
-
-    denoising_unet: str | None = published_file("denoising_unet.pth")
-    motion_module: str | None = published_file("motion_module.pth", "mm_sd_v15_v2.ckpt")
-    reference_unet: str | None = published_file("reference_unet.pth")
-    pose_guider: str | None = published_file("pose_guider.pth")
-    controlnet: str | None = published_file("control_v11p_sd15_openpose", "controlnet")
-    image_encoder: str | None = published_file("image_encoder")
-    vae: str | None = published_file("sd-vae-ft-mse", "vae")
-
-
-@dataclass
-class StableDiffusionFiles(ConvertConfig):
-    """`convert family=stable_diffusion`; without motion_module the motion modules are new."""
-
-    unet: str | None = published_file("unet", "stable-diffusion-v1-5/unet")
-    motion_module: str | None = published_file("motion_module.pth", "mm_sd_v15_v2.ckpt")
-    controlnet: str | None = published_file("control_v11p_sd15_openpose", "controlnet")
-    image_encoder: str | None = published_file("image_encoder")
-    vae: str | None = published_file("sd-vae-ft-mse", "vae")
 
 
 def with_motion(unet: Tensors, motion_module: Tensors) -> dict[str, Tensor]:

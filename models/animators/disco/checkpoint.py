@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.animators.disco.model import NULL_TOKENS, SOURCE, DisCo, DiscoPipeline
+from models.animators.disco.model import SOURCE, DisCo, DiscoPipeline
 from models.animators.disco.networks import (
     EMBEDDING_WIDTHS,
     DiscoControlNet,
@@ -34,7 +34,7 @@ from models.animators.disco.networks import (
     new_control_net,
 )
 from models.attention.context import ReferenceContext
-from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.convert import IMAGE_SCHEDULE, Family, Recognised, Sources
 from models.checkpoints.loading import (
     Shapes,
     compare,
@@ -59,6 +59,7 @@ from models.checkpoints.networks import (
     unet_sizes,
 )
 from models.checkpoints.verify import Fixture
+from models.config import DiscoFiles
 from models.vae import vae_scale_factor
 
 UNET, POSE, BACKGROUND = "unet.", "controlnet.nets.0.", "controlnet.nets.1."
@@ -70,22 +71,6 @@ POSITIONS = "vision_model.embeddings.position_ids"
 # Norm that the published temporal block has and does not use.
 UNUSED_NORM = re.compile(r"\.transformer_blocks\.\d+\.tem_norm\.")
 LATENT_SIDE = 32  # trained on 256 x 256 pixels
-
-
-@dataclass
-class DiscoFiles(ConvertConfig):
-    """`convert family=disco`: checkpoint; or unet, image_encoder and vae to train a new one."""
-
-    checkpoint: str | None = published_file("mp_rank_00_model_states.pt")  # everything is in it
-    unet: str | None = published_file("unet", "stable-diffusion-v1-5/unet")
-    image_encoder: str | None = published_file("image_encoder")
-    vae: str | None = published_file("sd-vae-ft-mse", "vae")
-    null_tokens: str = "empty_image"  # for models trained with dropped references (drop_ref above 0), or "zeros"
-
-    def check(self) -> None:
-        super().check()
-        if self.null_tokens not in NULL_TOKENS:
-            raise UserError(f"null_tokens={self.null_tokens} is not one of {', '.join(NULL_TOKENS)}")
 
 
 @dataclass(frozen=True)

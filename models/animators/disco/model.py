@@ -31,12 +31,10 @@ from models.animators.disco.networks import (
 from models.animators.small_networks import NetworkSizes, check_pose_channels, image_encoder_config, unet_settings
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
+from models.config import NULL_TOKENS
 from models.images import ImageBatch, ImageSequence, clip_mask, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
 
-# Context of the unconditional half of guidance: CLIP's tokens of an empty cut-out, for models trained with dropped
-# references (`drop_ref`), or zeros, for the others.
-NULL_TOKENS = ("empty_image", "zeros")
 SOURCE = "images"  # the name of the tokens, which all layers of all networks share
 
 

@@ -7,7 +7,6 @@ vae_<n>.pth             a VAE whose decoder was fine-tuned to a person
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,11 @@ from transformers import CLIPVisionModel
 from core.errors import UserError
 from models.animators.dream_pose.model import DreamPosePipeline
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, portrait_grid
-from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.convert import IMAGE_SCHEDULE, Family, Recognised, Sources
 from models.checkpoints.loading import Shapes, compare, load_strictly, on_meta, shapes_of, shapes_on_meta
 from models.checkpoints.networks import Tensors, UNetSizes, has, load_autoencoder, unet_arguments, unet_sizes
 from models.checkpoints.verify import Fixture
+from models.config import DreamPoseFiles
 from models.vae import vae_encode, vae_scale_factor
 
 POSES = 5
@@ -31,16 +31,6 @@ IMAGE_CHANNELS = {2: (1, 2), 3: (0, 1, 2)}
 NULL_LATENTS = "null_latents"
 # A folder of all of CLIP serves as image encoder as well; this is what the image's tokens do not need of it.
 OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-
-
-@dataclass
-class DreamPoseFiles(ConvertConfig):
-    """`convert family=dreampose`; with the unet of Stable Diffusion and no adapter: a new one."""
-
-    unet: str | None = published_file("unet_epoch_*.pth", "unet", "stable-diffusion-v1-5/unet")
-    adapter: str | None = published_file("adapter_*.pth")
-    vae: str | None = published_file("vae_*.pth", "sd-vae-ft-mse", "vae")
-    image_encoder: str | None = published_file("image_encoder", "clip-vit-base-patch32")
 
 
 def make_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -> DreamPoseUNet:

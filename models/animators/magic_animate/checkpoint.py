@@ -6,7 +6,6 @@ temporal_attention/     an image UNet with motion modules of AnimateDiff v1
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +14,7 @@ from transformers import CLIPTextModel
 
 from models.animators.magic_animate.model import MagicAnimatePipeline, PromptEmbedding, control_residuals
 from models.attention.context import fused_layers, same_reference
-from models.checkpoints.convert import ConvertConfig, Family, Recognised, Sources, published_file
+from models.checkpoints.convert import Family, Recognised, Sources
 from models.checkpoints.inspect import image_unet
 from models.checkpoints.loading import MOTION, Shapes, compare, module_names, on_meta, table_length
 from models.checkpoints.networks import (
@@ -31,19 +30,7 @@ from models.checkpoints.networks import (
     unet_sizes,
 )
 from models.checkpoints.verify import Fixture
-
-
-@dataclass
-class MagicAnimateFiles(ConvertConfig):
-    appearance_encoder: str | None = published_file("appearance_encoder", "MagicAnimate/appearance_encoder")
-    densepose_controlnet: str | None = published_file("densepose_controlnet", "MagicAnimate/densepose_controlnet")
-    temporal_attention: str | None = published_file(
-        "temporal_attention/temporal_attention.ckpt",
-        "MagicAnimate/temporal_attention/temporal_attention.ckpt",
-        "temporal_attention.ckpt",
-    )
-    text_encoder: str | None = published_file("text_encoder", "stable-diffusion-v1-5/text_encoder")
-    vae: str | None = published_file("sd-vae-ft-mse", "vae")
+from models.config import MagicAnimateFiles
 
 
 def make_magic_animate(sources: Sources) -> MagicAnimatePipeline:

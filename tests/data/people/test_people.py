@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.config import SPLITS
 from data.people.bodies import (
     JOINT_INDEX,
     PEOPLE_FOLDER,
-    SPLITS,
     Identity,
     Pose,
     build_person,

@@ -14,7 +14,7 @@ from data.people.bodies import build_person, load_people, random_identity
 from data.people.renderer import Camera, Light, project_keypoints, render_person, render_surface
 from data.people.renderer import Figure as Posed
 from tests.networks import TINY
-from tpc.augmentation import CompositionConfig
+from tpc.config import CompositionConfig
 from training.attention_loss import SAME_POINT, surface_points
 from training.config import AttentionLossConfig, AugmentationConfig, DataConfig, TrainConfig
 from training.data import make_dataset

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
+from data.config import PoseConfig
 from data.poses.dwpose import DWPose, box_matrix, decode_boxes, decode_simcc, letterbox, turn_image
 from data.poses.person import Box
-from data.poses.poses import PoseConfig, estimate_image, estimate_poses, open_estimator
+from data.poses.poses import estimate_image, estimate_poses, open_estimator
 
 FLOAT, INT64 = 1, 7  # types of tensors
 INT, INTS = 2, 7  # types of attributes

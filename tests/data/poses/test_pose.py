@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
+from data.config import PoseConfig
 from data.poses.person import (
     COCO_KEYPOINTS,
     COCO_MIRROR,
@@ -19,15 +20,7 @@ from data.poses.person import (
     keypoint_similarity,
     person_box,
 )
-from data.poses.poses import (
-    PoseConfig,
-    PoseEstimate,
-    Poses,
-    estimate_image,
-    estimate_poses,
-    local_lines,
-    open_estimator,
-)
+from data.poses.poses import PoseEstimate, Poses, estimate_image, estimate_poses, local_lines, open_estimator
 
 
 def random_poses(frames=4, persons=2, seed=0, size=(64, 48)) -> Poses:

@@ -8,12 +8,13 @@ import torch
 from diffusers import AutoencoderTiny
 
 from models.animators.base import Animator
-from models.animators.registry import ANIMATORS, animator_class, pipeline_of
+from models.animators.registry import animator_class, pipeline_of
 from models.attention.recording import AttentionConfig, AttentionRecording
+from models.config import ANIMATORS
 from tests.models.test_pipeline import standing_poses
 from tests.networks import TINY
 from tpc import CalibrationConfig, calibrate
-from tpc.augmentation import CalibratedTrainingConfig
+from tpc.config import CalibratedTrainingConfig
 from training.build import make_pipeline, set_trainable
 from training.config import DataConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset

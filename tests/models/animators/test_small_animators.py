@@ -6,7 +6,8 @@ import pytest
 from evaluation.misaligned_clips import MisalignedClips
 from inference.animate import SamplingConfig, animate
 from metrics.image import psnr
-from models.animators.registry import SMALL_ANIMATORS, load_pipeline
+from models.animators.registry import load_pipeline
+from models.config import SMALL_ANIMATORS
 from tpc import CalibrationConfig
 
 SIDE = 64

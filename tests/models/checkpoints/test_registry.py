@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from models.animators.registry import ANIMATORS, SMALL_ANIMATORS, load_pipeline
+from models.animators.registry import load_pipeline
 from models.checkpoints.__main__ import main
+from models.config import ANIMATORS, SMALL_ANIMATORS
 from tests.models.animators.test_animators_doc import example, networks
 from training.build import make_pipeline, new_animator, open_animator
 from training.config import ModelConfig, NoiseConfig

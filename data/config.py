@@ -1,22 +1,66 @@
-"""Settings of the tasks of `prepare.py`, and the part of the work that is one process's.
-
-They need no network library, so that `prepare.py --help` starts at once.
-"""
+"""Configurations of poses, of rendered people and of the tasks of `prepare.py`; and one process's part of its work."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from omegaconf import MISSING
 
 from core.config import check_choice, check_positive
 from core.errors import UserError
-from data.poses.poses import PoseConfig
-from data.transforms import CROPS
 
 Item = TypeVar("Item")
+SAMPLES = Path(__file__).parents[1] / "assets" / "samples"  # made by data.people.samples
+SPLITS = ("train", "heldout", "development")  # for training, for reported numbers, for choices between settings
+PLAIN = 0.25  # share of fabrics without a pattern
+# Ways of fitting an image to a model's frame, see `data.transforms`.
+FIT_MODES = ("cover", "contain")
+# person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
+# borders where they would not fit; centre: the middle of the image, whomever it cuts.
+CROPS = ("person", "pad", "centre")
 DTYPES = ("float32", "float16")
+
+
+@dataclass
+class PoseConfig:
+    """Estimation of poses."""
+
+    backend: str = "blazepose"  # or "dwpose", with ONNX files of your own
+    weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
+    heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy
+    max_persons: int = 1
+    smoothing: float | None = None  # of estimated poses: see `Poses.smoothed`; frames, 0 is off
+    threads: int = 2  # CPU threads of the networks
+
+    def check(self) -> None:
+        check_positive(self, "max_persons")
+        if self.smoothing is not None and not self.smoothing >= 0:
+            raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
+        if self.backend not in ("blazepose", "dwpose"):
+            raise UserError(f"backend={self.backend} must be blazepose or dwpose")
+        if self.backend == "blazepose" and self.weights is not None:
+            raise UserError("weights= belongs to pose.backend=dwpose; blazepose has its own files")
+
+
+@dataclass
+class PeopleConfig:
+    """Looks and cameras of rendered people."""
+
+    height: list[float] = field(default_factory=lambda: [0.55, 1.05])  # least and greatest, standing, of the image's
+    close_ups: float = 0.12  # share of clips that show the upper half of the body
+    tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
+    plain: float = PLAIN  # share of fabrics without a pattern
+    # Share of references with a person of another size, turn and place than in the clip, before the same background.
+    reframed: float = 0.0
+
+    def check(self) -> None:
+        if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
+            raise UserError(f"height={self.height} must be the least and the greatest share of the image")
+        for share in ("close_ups", "tilted", "plain", "reframed"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
 
 
 @dataclass
