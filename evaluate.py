@@ -14,20 +14,11 @@ results.json (numbers, configuration, protocol, seeds, counts), config.yaml, tab
 goes on where it was stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
 """
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any, get_type_hints
 
 from core.config import load_config
 from core.errors import UserError, run_command
-
-TASKS = ("metrics", "split", "sweep", "ablation", "table", "attention", "misalignment", "animators")
-
-
-def load_task(task: str) -> tuple[type, Callable[[Any], None]]:
-    """Configuration and `run` of a task: `evaluation/tasks/TASK.py` has a `run(config: ITS_CONFIGURATION)`."""
-    run = import_module(f"evaluation.tasks.{task}").run
-    return get_type_hints(run)["config"], run
+from evaluation.config import TASKS
 
 
 def main(arguments: list[str]) -> None:
@@ -37,8 +28,9 @@ def main(arguments: list[str]) -> None:
         return
     if task not in TASKS:
         raise UserError(f"the first argument must be one of {', '.join(TASKS)}; got {task!r}")
-    schema, run = load_task(task)
-    run(load_config(schema, rest, file_option="--config"))
+    config = load_config(TASKS[task], rest, file_option="--config")
+    # Networks take seconds to import, which wrong arguments need not wait for.
+    import_module(f"evaluation.tasks.{task}").run(config)
 
 
 if __name__ == "__main__":

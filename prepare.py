@@ -18,17 +18,17 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import output_folder
 from data.config import CheckConfig, FeatureConfig, PrepareConfig, process_shard
-from data.poses.poses import open_estimator
-from data.preparation.checks import check_dataset
-from data.preparation.layouts import find_clips, left_out_line, other_files
-from data.preparation.manifest import has_manifest, write_manifest
-from data.preparation.prepare import hold_out, prepare_clips
-from data.preparation.report import report_table, write_report
 
 
 def prepare(arguments: list[str]) -> None:
     """Estimate poses and masks of a data set's clips, and write their manifest."""
     config = load_config(PrepareConfig, arguments)
+    # What works takes seconds to import, which wrong arguments need not wait for: so in every task below.
+    from data.poses.poses import open_estimator
+    from data.preparation.layouts import find_clips, left_out_line, other_files
+    from data.preparation.manifest import write_manifest
+    from data.preparation.prepare import hold_out, prepare_clips
+
     shard = process_shard(config.shard, config.num_shards)
     source = Path(config.source).absolute()
     clips = hold_out(find_clips(source, config.layout), config.heldout)
@@ -50,6 +50,11 @@ def prepare(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     """Report what is wrong with a data set; ends with code 1 when a clip has an error."""
     config = load_config(CheckConfig, arguments)
+    from data.preparation.checks import check_dataset
+    from data.preparation.layouts import find_clips, left_out_line, other_files
+    from data.preparation.manifest import has_manifest
+    from data.preparation.report import report_table, write_report
+
     report = check_dataset(config)
     print(report_table(report))
     if not has_manifest(config.dataset):
@@ -66,10 +71,9 @@ def check(arguments: list[str]) -> None:
 
 def features(kind: str, arguments: list[str]) -> None:
     """Cache the latents or the embeddings of a data set's clips."""
-    # Networks take seconds to import, which the other tasks need not wait for.
+    config = load_config(FeatureConfig, arguments)
     from inference.features import make_features
 
-    config = load_config(FeatureConfig, arguments)
     shard = process_shard(config.shard, config.num_shards)
     made = make_features(kind, config, shard)
     for name, reason in made.left_out.items():

@@ -9,131 +9,17 @@ The same command again resumes from the newest checkpoint; SIGTERM and Ctrl-C sa
     config.yaml          resolved configuration
 """
 
-from contextlib import ExitStack
-
-from accelerate.utils import set_seed
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
-from core.config import load_config, save_config
-from core.errors import UserError, run_command
-from core.files import locked_folder, output_folder
-from models.animators.base import Animator
-from models.vae import VAE, vae_scale_factor
-from training.build import check_precision, make_networks, save_memory, schedule_differences, set_trainable
-from training.checkpoint import remove_leftovers, save_checkpoint
+from core.config import load_config
+from core.errors import run_command
 from training.config import TrainConfig
-from training.data import broken_clips, check_features, check_pose_kind
-from training.distributed import (
-    StopRequest,
-    check_shared,
-    check_validation,
-    end_together,
-    make_accelerator,
-    on_main,
-    spread_batch,
-    stop_request,
-)
-from training.export import export_checkpoint, export_name
-from training.memory import memory_report
-from training.run import Run, accumulate_gradients, batches, make_clips, move_parameters, prepare
-from training.validate import validate
-
-
-def build(config: TrainConfig) -> tuple[VAE, Animator]:
-    """The frozen VAE, and the animator of which each stage trains its part."""
-    set_seed(config.seed)  # new networks are the same on every rank
-    vae, model = make_networks(config)
-    model.check_size(vae_scale_factor(vae), tuple(config.data.size))
-    check_pose_kind(config.data, model.pose_kind)
-    set_trainable(model, config)
-    check_features(config, vae, model)
-    save_memory(vae, model, config)
-    return vae, model
-
-
-def save(run: Run) -> None:
-    save_checkpoint(run.accelerator, run.output, run.progress, run.layout, run.average, run.config.keep_checkpoints)
-
-
-def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
-    """True if a signal ended training before the last step; the last step taken is saved."""
-    config, accelerator, progress = run.config, run.accelerator, run.progress
-    written = saved = progress.step
-    stopping = False
-    run.model.train()
-    for batch, generators in batches(run, clips):
-        with accelerator.accumulate(run.model):
-            accumulate_gradients(run, batch, generators)
-            if not accelerator.sync_gradients:
-                continue
-            move_parameters(run)
-        bar.update()
-        run.log.stop_clock()
-        if progress.step % config.log_steps == 0:
-            values = {"learning_rate": run.rate(progress.step - 1), "skipped_steps": progress.skipped}
-            values["broken_clips"] = broken_clips(clips)
-            trained = (progress.step - written) * run.clips_per_step
-            loss = run.log.write(accelerator, progress.step, trained, values)
-            bar.set_postfix(loss=f"{loss:.4f}")
-            written = progress.step
-        if config.validation.steps and progress.step % config.validation.steps == 0:
-            validate(run)
-        if progress.step % config.checkpoint_steps == 0 and run.guard.streak == 0:
-            save(run)
-            saved = progress.step
-        run.log.resume_clock()
-        # Whichever process was signalled, all of them must stop at the same step.
-        if request.signal is not None:
-            accelerator.set_trigger()
-        if stopping := accelerator.check_trigger():
-            break
-    if run.guard.streak:
-        raise UserError(
-            f"loss or gradient of the last {run.guard.streak} steps up to step {progress.step} was not finite, so "
-            "these are not saved; the same command goes on from the newest checkpoint"
-        )
-    if progress.step > saved:
-        save(run)
-    return stopping and progress.step < config.max_steps
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
-    check_precision(config)
-    if config.dry_run:
-        print(memory_report(config))
-        return
-    output = output_folder(config.output)
-    config = spread_batch(config)
-    vae, model = build(config)
-    accelerator = make_accelerator(config, output)
-    set_seed(config.seed, device_specific=True)
-    with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(locked_folder(output)))
-        if accelerator.is_main_process:
-            remove_leftovers(output)
-            save_config(config, output / "config.yaml")
-            if differences := schedule_differences(config):
-                print(f"note: not the noise schedule of model.init: {'; '.join(differences)}")
-        check_shared(accelerator, config, output / "config.yaml")
-        check_validation(accelerator, config)
-        run = prepare(config, output, accelerator, vae, model)
-        # What a killed run logged after its last checkpoint is logged again.
-        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": run.progress.step + 1}})
-        clips = make_clips(run)
-        bar = tqdm(total=config.max_steps, initial=run.progress.step, disable=not accelerator.is_main_process)
-        with bar, stop_request() as request:
-            stopped = train(run, clips, request, bar)
-        step, newest = run.progress.step, output / f"checkpoint-{run.progress.step}"
-        result = output / export_name(config)
-        if not stopped:
-            on_main(accelerator, lambda: export_checkpoint(config, newest, result))
-        if accelerator.is_main_process and stopped:
-            print(f"stopped after step {step} of {config.max_steps}, saved {newest}; the same command goes on")
-        elif accelerator.is_main_process:
-            print(f"trained {step} steps; {result.name} in {result}")
-        end_together(accelerator)
+    # Networks take seconds to import, which wrong arguments need not wait for.
+    from training.loop import run_training
+
+    run_training(config)
 
 
 if __name__ == "__main__":

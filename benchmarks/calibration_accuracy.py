@@ -17,7 +17,8 @@ from core.config import config_dict, load_config
 from core.errors import run_command
 from core.files import complete_file, output_folder, write_json
 from data.people.renderer import Rendered
-from evaluation.clips import MASKS, estimated_mask
+from evaluation.clips import estimated_mask
+from evaluation.config import MASKS
 from tpc.config import CalibrationConfig, best
 from tpc.estimation import Estimate, ReferencePerson, drawn_silhouette, estimate
 from tpc.procrustes import apply_matrix

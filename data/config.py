@@ -15,6 +15,11 @@ Item = TypeVar("Item")
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"  # made by data.people.samples
 SPLITS = ("train", "heldout", "development")  # for training, for reported numbers, for choices between settings
 PLAIN = 0.25  # share of fabrics without a pattern
+COCO_KEYPOINTS = (
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
+    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
+    "right_ankle",
+)  # fmt: skip
 # Ways of fitting an image to a model's frame, see `data.transforms`.
 FIT_MODES = ("cover", "contain")
 # person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black

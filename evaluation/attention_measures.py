@@ -33,7 +33,8 @@ from evaluation.attention.maps import (
 from evaluation.clips import EvaluationClip
 from evaluation.statistics import Interval, statistic_interval
 from evaluation.trials import WITH, WITHOUT, Sampler, Trial
-from inference.animate import Animation, SamplingConfig, animate, framing
+from inference.animate import Animation, animate, framing
+from inference.config import SamplingConfig
 from models.attention.maps import RecordedAttention
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline

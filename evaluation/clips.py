@@ -1,7 +1,7 @@
 """Clips with everything that an animation is measured by: rendered people, prepared data sets, videos with poses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,10 +9,8 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.optimize import linear_sum_assignment
 
-from core.config import check_choice
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
-from data.config import SPLITS, PeopleConfig
 from data.inputs import Driving, Reference, fitting_poses
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
@@ -24,49 +22,17 @@ from data.preparation.manifest import has_manifest, read_manifest
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader
 from data.video.images import natural_order
+from evaluation.config import RENDERED, RENDERED_FPS, ClipsConfig
 from evaluation.folders import MASKS_SUFFIX, file_stamps
 from tpc.silhouettes import body_height, draw_silhouettes
 
-RENDERED = "rendered"
-RENDERED_FPS = 24.0
 # How the references of rendered clips are misaligned, in turn.
 MISALIGNED_BY = ("", "turned", "", "scaled", "", "turned and scaled")
-MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
 POSE_SUFFIXES = (".npz", ".json")
 # Errors of masks in sizes of the person, the longer side of its box: greatest offset of the whole boundary, standard
 # deviation and length of its raggedness. An IoU of 0.91 with the exact mask; BlazePose's masks of rendered people, who
 # are easy to tell from their backgrounds, have 0.965, and as fine a grain.
 MASK_OFFSET, MASK_RAGGEDNESS, MASK_GRAIN = 0.005, 0.005, 0.012
-
-
-@dataclass
-class ClipsConfig:
-    """Source of clips.
-
-    dataset: "rendered" (exact poses and masks); a folder that `prepare.py` made; or a folder of videos with pose files
-        beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is one of its own frames.
-    """
-
-    dataset: str = RENDERED
-    split: str = "heldout"  # of rendered people; "development": those that choices between settings are made on
-    clips: int = 8  # number of clips, 0 = all of a folder
-    frames: int = 16  # of every clip, 0 = all of a video
-    stride: int = 2  # of frames
-    source: int = 256  # pixels of the side of rendered images
-    clip_seed: int = 100  # other seeds are other rendered clips
-    reference_frame: int = 0  # of a video, the image that is animated
-    # clothes that the shipped model knows, whole persons, cameras held upright
-    people: PeopleConfig = field(
-        default_factory=lambda: PeopleConfig(height=[0.7, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
-    )
-
-    def check(self) -> None:
-        check_choice(self, "split", SPLITS[1:])  # not the people of training
-        some = int(self.dataset == RENDERED)  # "all" of rendered clips would have no end
-        lowest = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
-        for name, value in lowest.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
 
 
 @dataclass(frozen=True)

@@ -8,34 +8,12 @@ from typing import Any
 import torch
 
 from core.errors import UserError
+from evaluation.config import PERSON_MEASURES, ProtocolConfig
 from metrics import features, weights
 from metrics.features import FeatureExtractor, ImageDistance
 from metrics.protocols import MEASURES, PROTOCOLS, STAND_INS, Protocol
 
-FEATURES = ("published", "stand-in", "none")
 REGIONS = ("", "foreground", "background")  # the whole image, the person, everything else
-PERSON_MEASURES = ("keypoint_error", "part_colour")
-
-
-@dataclass
-class ProtocolConfig:
-    """Measures and their protocol."""
-
-    protocol: str = "native"  # "disco-2023", "disco-fixed" or "native"
-    # networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in" (ST-LPIPS and
-    # VGG Frechet distances, fetched by `python -m metrics.weights`) or "none"
-    features: str = "published"
-    measures: list[str] | None = None  # names instead of all measures of the protocol
-    weights: str | None = None  # folder of the networks' files; null is the cache
-    batch_size: int = 8  # frames at a time
-
-    def check(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise UserError(f"protocol={self.protocol} must be one of {', '.join(PROTOCOLS)}")
-        if self.features not in FEATURES:
-            raise UserError(f"features={self.features} must be one of {', '.join(FEATURES)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)

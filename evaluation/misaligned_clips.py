@@ -17,30 +17,33 @@ Kinds, after Sec. 3 of the TPC paper, and the harder case of several persons:
     two_persons         two persons, each placed otherwise in the reference
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import write_json
-from data.clips.rendered import RenderedPeople
 from data.config import PeopleConfig
 from data.inputs import Driving, Reference
 from data.people.bodies import Pose, load_people
 from data.people.renderer import Figure, RenderedGroup, render_people
 from data.people.scenes import Scene, reframed
 from data.poses.poses import Poses
-from evaluation.clips import RENDERED_FPS, EvaluationClip
+from evaluation.config import KINDS, MANIFESTS, MISALIGNED_SPLITS, RENDERED_FPS, ManifestConfig
 
-FOLDER = Path(__file__).parents[1] / "assets" / "misalignment"
-SPLITS = {"test": "heldout", "development": "development"}  # -> split of the rendered people
-KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
+if TYPE_CHECKING:
+    from data.clips.rendered import RenderedPeople
+    from evaluation.clips import EvaluationClip
+
 # The world of the shipped model, but for cameras that are not upright: rotations are what is measured.
 PEOPLE = PeopleConfig(height=[0.8, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
 _library = cache(load_people)
@@ -54,7 +57,7 @@ class Placement:
     rotation_deg: float = 0.0  # turn added in the image plane, clockwise as seen
     shift: tuple[float, float] = (0.0, 0.0)  # as shares of the image's width and height
 
-    def towards(self, other: "Placement", part: float) -> "Placement":
+    def towards(self, other: Placement, part: float) -> Placement:
         """The placement `part` of the way to another one; scales in their logarithm."""
         return Placement(
             float(self.scale ** (1 - part) * other.scale**part),
@@ -92,7 +95,7 @@ class ClipManifest:
     """The clips of one kind."""
 
     kind: str
-    split: str  # one of `SPLITS`
+    split: str  # one of `MISALIGNED_SPLITS`
     seed: int  # of the scenes
     frames: int  # of every clip, at 24 frames a second
     stride: int
@@ -101,12 +104,15 @@ class ClipManifest:
 
     def scenes(self) -> RenderedPeople:
         """The people that `PersonSpec.scene` counts."""
+        # Networks take seconds to import, which the command's wrong arguments need not wait for.
+        from data.clips.rendered import RenderedPeople
+
         return RenderedPeople(
             self.size,
             self.frames,
             RENDERED_FPS,
             self.stride,
-            split=SPLITS[self.split],
+            split=MISALIGNED_SPLITS[self.split],
             seed=self.seed,
             length=10**6,
             people=PEOPLE,
@@ -134,6 +140,8 @@ def draw(manifest: ClipManifest, clip: ClipSpec) -> EvaluationClip:
         for frame in range(manifest.frames)
     ]
     reference = image((person.reference for person in clip.persons), 0)
+    from evaluation.clips import EvaluationClip
+
     return EvaluationClip(
         clip.name,
         Reference(reference.image, poses([reference]), reference.masks),
@@ -204,7 +212,7 @@ class MisalignedClips:
         return [asdict(self._found[name][1])]
 
 
-def read_manifest(kind: str, split: str = "test", folder: Path = FOLDER) -> ClipManifest:
+def read_manifest(kind: str, split: str = "test", folder: Path = MANIFESTS) -> ClipManifest:
     """The frozen clips of a kind."""
     path = folder / split / f"{kind}.json"
     if not path.is_file():
@@ -272,24 +280,9 @@ def make_manifest(
     return replace(empty, clips=tuple(specs))
 
 
-@dataclass
-class SplitConfig:
-    """clips: of each kind; seed: other seeds are other clips."""
-
-    clips: int
-    seed: int
-
-
-@dataclass
-class ManifestConfig:
-    test: SplitConfig = field(default_factory=lambda: SplitConfig(20, 20))
-    development: SplitConfig = field(default_factory=lambda: SplitConfig(10, 21))
-    output: str = str(FOLDER)
-
-
 def main(arguments: list[str]) -> None:
     config = load_config(ManifestConfig, arguments)
-    for split in SPLITS:
+    for split in MISALIGNED_SPLITS:
         wanted = getattr(config, split)
         for kind in KINDS:
             manifest = make_manifest(kind, wanted.clips, wanted.seed, split)

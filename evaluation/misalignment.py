@@ -13,6 +13,7 @@ from core.errors import UserError
 from data.poses.person import box_iou
 from data.poses.poses import Poses
 from evaluation.clips import PosedClipSet
+from evaluation.config import ThresholdConfig
 from tpc.procrustes import SimilarityTransform
 from tpc.silhouettes import head_axis, keypoint_box, relative_angle, visible
 
@@ -21,26 +22,6 @@ KINDS = tuple(f"{when} {cause}" for cause in CAUSES for when in ("temporal", "co
 SUBSETS = ("original", "misaligned")
 UNSEEN = "unseen"  # the subset of clips without a frame that can be compared
 FEWEST_COMMON = 3  # keypoints that reference and frame must both show to be compared
-
-
-@dataclass
-class ThresholdConfig:
-    """Thresholds above which a clip counts as misaligned."""
-
-    # radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6)
-    angle: float = float(np.pi / 6)
-    box_iou: float = 0.7  # IoU of the persons' boxes below which it is (paper: 0.7)
-    share: float = 0.25  # of a clip's compared frames that must be misaligned for the clip to be
-    consistent_share: float = 0.75  # of a clip's compared frames above which a kind is consistent and not temporal
-    score: float = 0.3  # a keypoint is visible when its score is above it
-
-    def check(self) -> None:
-        for name, high in (("angle", np.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
-            value = getattr(self, name)
-            if not 0 <= value <= high:
-                raise UserError(f"{name}={value} must be in 0 to {high:.4g}")
-        if self.share > self.consistent_share:
-            raise UserError("share must not be above thresholds.consistent_share")
 
 
 @dataclass(frozen=True)

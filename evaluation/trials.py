@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from core.config import check_choice, config_dict
+from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder, write_json
 from core.processes import choose_device, process_state
-from data.config import PoseConfig
 from data.poses.poses import PoseEstimator, open_estimator
 from data.transforms import fit_matrix
-from evaluation.clips import MASKS, POSES, ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
+from evaluation.clips import ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
+from evaluation.config import ProtocolConfig
 from evaluation.measure import (
     FramePair,
     Number,
@@ -27,9 +27,10 @@ from evaluation.measure import (
     summarise,
     with_persons,
 )
-from evaluation.metric_suite import MetricSuite, ProtocolConfig, open_metric_suite
+from evaluation.metric_suite import MetricSuite, open_metric_suite
 from evaluation.report import claim_output, remove_parts, run_parts
-from inference.animate import Animation, SamplingConfig, animate
+from inference.animate import Animation, animate
+from inference.config import SamplingConfig
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.animators.registry import TRAINING_FILE, load_pipeline
 from models.pipeline import AnimationPipeline
@@ -45,39 +46,6 @@ EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
     *("transforms", "propagations", "subsets", "attachments"),
 )
-
-
-@dataclass
-class TrialsConfig:
-    """Seeds, device and measures of trials."""
-
-    # of the initial noise; numbers are means and deviations over them
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    device: str = "auto"  # "auto", "cpu", "cuda", ...
-    dtype: str = "auto"  # "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
-    keep_parts: bool = True  # keep the values and features of every trial, to add seeds or clips later
-    persons: bool = False  # estimate poses in the results, for the error of the pose and the colours of body parts
-    pose: PoseConfig = field(default_factory=PoseConfig)
-    # standard deviation of errors added to the keypoints that the animator gets, in parts of the person's height;
-    # results are measured against the exact ones, attention at those with errors
-    pose_noise: float = 0.0
-    # What the animator gets of reference and frames; results are measured with the exact ones. Poses "exact", or
-    # "estimated" from the clip's images by `pose`. Masks "exact"; "estimated" with an estimator's errors, by the same
-    # estimator if poses are, and it gives masks; "drawn" around the keypoints, as for users without masks.
-    poses: str = "exact"
-    masks: str = "exact"
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
-    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
-
-    def check(self) -> None:
-        if self.pose_noise < 0:
-            raise UserError(f"pose_noise={self.pose_noise} must not be negative")
-        check_choice(self, "poses", POSES)
-        check_choice(self, "masks", MASKS)
-        if self.pose_noise and self.poses == "estimated":
-            raise UserError(
-                f"pose_noise={self.pose_noise} is for poses=exact; estimated poses have errors of their own"
-            )
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,21 @@ the command). State dicts are read with `weights_only`, so that a file cannot ru
 TorchScript's own interpreter.
 """
 
+from __future__ import annotations
+
 import hashlib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import PackagedFile, cache_folder, fetch_from_wheel, is_published
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,10 @@ def is_torchscript(path: Path) -> bool:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .pt or .safetensors file; training checkpoints' "state_dict" and "module." are undone."""
+    # Here, not above: the command that fetches files needs no networks.
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -131,7 +137,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a file of tensors: {reason}") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} does not hold a state dict")
     return {name.removeprefix("module."): value for name, value in content.items()}
 

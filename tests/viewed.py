@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.inputs import Driving, Reference, load_driving, load_reference
 from evaluation.attention.recorded_runs import RecordedRun, record_both
-from inference.animate import SamplingConfig
+from inference.config import SamplingConfig
 from models.attention.recording import AttentionConfig
 from models.pipeline import AnimationPipeline
 from tests.clips import save_rendered_pair

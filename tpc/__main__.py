@@ -10,28 +10,27 @@ Poses and masks are estimated unless they are given (`reference_poses=`, `drivin
     calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the configuration
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from omegaconf import MISSING
-from tqdm import tqdm
 
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
 from core.files import existing_file, output_folder
 from data.config import PoseConfig
-from data.inputs import Driving, Reference, load_driving, load_reference
-from data.poses.poses import open_estimator
-from data.video.files import write_video
-from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig, resolve
-from tpc.report import write_report
-from tpc.result import Calibration
+
+if TYPE_CHECKING:
+    from data.inputs import Driving, Reference
+    from tpc.result import Calibration
 
 
 @dataclass
@@ -67,6 +66,11 @@ class CommandConfig:
 
 def main(arguments: list[str]) -> None:
     config = load_config(CommandConfig, arguments)
+    # These take seconds to import, which wrong arguments need not wait for: so in every function below.
+    from tqdm import tqdm
+
+    from tpc.calibration import calibrate
+
     config.tpc = resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
@@ -93,6 +97,9 @@ def main(arguments: list[str]) -> None:
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
     """Images, poses and masks; the estimator is opened when one of the two needs it."""
+    from data.inputs import load_driving, load_reference
+    from data.poses.poses import open_estimator
+
     estimator = cache(lambda: open_estimator(config.pose))
     persons = config.pose.max_persons
     reference = load_reference(config.reference, config.reference_poses, config.reference_mask, estimator, persons)
@@ -121,6 +128,11 @@ def frame_size(driving_size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def write_results(
     folder: Path, config: CommandConfig, calibration: Calibration, reference: Reference, driving: Driving
 ) -> None:
+    import numpy as np
+
+    from data.video.files import write_video
+    from tpc.report import write_report
+
     calibration.write(folder)
     save_config(config, folder / "config.yaml")
     metadata = {"description": "calibrated reference images, not generated", "config": config_dict(config)}

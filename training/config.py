@@ -319,3 +319,65 @@ class TrainConfig:
             raise UserError("model.init= (a pipeline folder) or model.vae= (a VAE, for new networks) is required")
         if self.data.source == "videos" and not self.data.root:
             raise UserError("data.source=videos needs data.root=, a folder of videos with pose files")
+
+
+@dataclass
+class VAEConfig:
+    """A new AutoencoderTiny for rendered people, or a published AutoencoderKL fine-tuned as DreamPose does."""
+
+    output: str = MISSING
+    init: str | None = None  # VAE folder to go on from, such as the `vae` of a pipeline folder; null starts anew
+    # Train the decoder alone, so that models trained on the latents stay valid; AutoencoderKL needs it.
+    freeze_encoder: bool = False
+    seed: int = 0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_steps: int = 1000
+    log_steps: int = 50
+    mixed_precision: str | None = None
+    channels_last: bool = False
+    latent_channels: int = 16
+    width: int = 48
+    # Residual blocks at each resolution, finest first; each entry after the first halves the image.
+    blocks: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    loss: str = "edges"  # absolute and squared error, the person weighted, and edges; "squares": mean squared error
+    crop: float = 0.0  # random crops take away up to this part of an image's sides
+    latent_noise: float = 0.05  # deviation of noise on the latents in training: the decoder bears small errors
+    latent_weight: float = 1e-3  # of the latents' mean square, which keeps them near zero
+    person_weight: float = 3.0  # of a person's pixels against the background's
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def check(self) -> None:
+        check_choice(self, "loss", ("edges", "squares"))
+        if not 0 <= self.crop < 1:
+            raise UserError(f"crop={self.crop} must be at least 0 and below 1, a part of the image's sides")
+        if self.data.latents or self.data.embeddings:
+            raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
+
+
+@dataclass
+class ExportConfig:
+    """`python -m training.export`."""
+
+    # A folder `checkpoint-<step>`, or the run's output folder, of which the newest is taken. The run's `config.yaml`
+    # must lie beside it.
+    checkpoint: str = MISSING
+    output: str = MISSING  # the pipeline folder to write
+    average: bool = True  # take the EMA weights, where the run kept them
+    dtype: str | None = None  # of the weights, "float32" or "float16"; null: the run's `export_dtype`
+    init: str | None = None  # where `model.init` of the run lies now; null: where it lay
+    vae: str | None = None  # where `model.vae` of the run lies now
+
+    def check(self) -> None:
+        check_choice(self, "dtype", (None, "float32", "float16"))
+
+
+@dataclass
+class CurvesConfig:
+    """`python -m training.logs`."""
+
+    runs: list[str] = field(default_factory=list)  # output folders of training runs
+    output: str = "curve.png"
+    scalar: str = "loss"  # what is plotted
+    smoothing: int = 9  # points averaged

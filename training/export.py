@@ -6,16 +6,14 @@ It needs no GPU and no second process.
 """
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.config import check_choice, load_config
+from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
 from models.animators.registry import supervised_attention, write_training_facts
@@ -23,25 +21,8 @@ from models.lora import merge, save_lora
 from models.pipeline import AnimationPipeline
 from training.build import make_networks, make_pipeline, set_trainable, trained_window
 from training.checkpoint import checkpoints
-from training.config import TrainConfig
+from training.config import ExportConfig, TrainConfig
 from training.ema import FILE as AVERAGE
-
-
-@dataclass
-class ExportConfig:
-    """`python -m training.export`."""
-
-    # A folder `checkpoint-<step>`, or the run's output folder, of which the newest is taken. The run's `config.yaml`
-    # must lie beside it.
-    checkpoint: str = MISSING
-    output: str = MISSING  # the pipeline folder to write
-    average: bool = True  # take the EMA weights, where the run kept them
-    dtype: str | None = None  # of the weights, "float32" or "float16"; null: the run's `export_dtype`
-    init: str | None = None  # where `model.init` of the run lies now; null: where it lay
-    vae: str | None = None  # where `model.vae` of the run lies now
-
-    def check(self) -> None:
-        check_choice(self, "dtype", (None, "float32", "float16"))
 
 
 def export_name(config: TrainConfig) -> str:

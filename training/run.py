@@ -1,10 +1,15 @@
 """One process's part of a training run: its state, and one step of it."""
 
+import math
+import resource
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -12,20 +17,24 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
 
 from core.errors import UserError
 from models.animators.base import Animator
 from models.vae import VAE
+from tpc.augmentation import misalignment
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
 from training.config import OptimizerConfig, TrainConfig
 from training.data import ArticulatedClips, ensure_latents, latents_folder, make_dataset, make_loader
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
-from training.logs import StepLog
-from training.objective import Batch, Generators, Objective, compose_samples, sample_generators
+from training.objective import Batch, Generators, Objective, StepLoss, compose_samples, sample_generators
 
 # Tokens of a frame up to which writing the probabilities down is faster than recomputing them, on CPUs.
 FEW_TOKENS = 128
+BUCKETS = 10
+MISALIGNMENT = ("reference/relative_angle_deg", "reference/box_iou")
+POINTING = ("attention/loss", "attention/pointing_accuracy")
 
 
 @dataclass
@@ -60,6 +69,92 @@ class StepGuard:
                 "checkpoint is from before: lower optimizer.learning_rate, raise optimizer.epsilon, or use "
                 "mixed_precision=bf16 or no"
             )
+
+
+@dataclass
+class StepLog:
+    """Values since the last line of the log, on one process."""
+
+    timesteps: int  # of the noise schedule
+    losses: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    misaligned: list[Tensor] = field(default_factory=list)
+    pointing: list[Tensor] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # spent on training since the last line
+    started: float = field(default_factory=time.perf_counter)
+
+    def resume_clock(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def add(self, result: StepLoss, batch: dict[str, Tensor]) -> None:
+        self.losses.append(result.loss.detach().float())
+        self.samples.append(torch.stack([result.timesteps.float(), result.errors.float()], dim=1))
+        if result.pointing is not None:
+            self.pointing.append(result.pointing[None].float())
+        measures = misalignment(batch)
+        columns = [measures["relative_angle_deg"].flatten(), measures["box_iou"].flatten()]
+        self.misaligned.append(torch.stack(columns, dim=1).float())
+
+    def write(self, accelerator: Accelerator, step: int, clips: int, values: dict[str, float]) -> float:
+        """Mean loss, nan when no step was finite, of the line written to the log; every process must call it.
+
+        `clips` counts those of all processes since the last line; `values` are further scalars.
+        """
+        losses, samples, misaligned, pointing = (
+            accelerator.gather(torch.cat(part)) if part else None
+            for part in ([loss[None] for loss in self.losses], self.samples, self.misaligned, self.pointing)
+        )
+        mean = math.nan if losses is None else losses.mean().item()
+        scalars = {"loss": mean, "peak_memory_gib": peak_memory() / 2**30, **values}
+        if self.seconds > 0:
+            scalars["samples_per_second"] = clips / self.seconds
+        if self.norms:
+            scalars["grad_norm"] = float(np.mean(self.norms))
+        if pointing is not None:
+            scalars |= dict(zip(POINTING, pointing.nanmean(dim=0).tolist(), strict=True))
+        if samples is not None:
+            scalars |= loss_by_timestep(samples[:, 0], samples[:, 1], self.timesteps)
+            # Angles and IoUs that cannot be measured are nan and do not count.
+            scalars |= dict(zip(MISALIGNMENT, misaligned.nanmean(dim=0).tolist(), strict=True))
+            if accelerator.is_main_process:
+                add_histograms(accelerator.get_tracker("tensorboard").writer, misaligned, step)
+        accelerator.log({name: value for name, value in scalars.items() if math.isfinite(value)}, step=step)
+        for part in (self.losses, self.samples, self.misaligned, self.pointing, self.norms):
+            part.clear()
+        self.seconds = 0.0
+        self.resume_clock()
+        return mean
+
+
+def loss_by_timestep(timesteps: Tensor, errors: Tensor, count: int, buckets: int = BUCKETS) -> dict[str, float]:
+    """Mean error of each range of timesteps that occurs; `count` is the schedule's length, inputs are (n,)."""
+    bucket = (timesteps.long() * buckets) // count
+    width = len(str(count - 1))
+    found = {}
+    for index in bucket.unique().tolist():
+        first, last = math.ceil(index * count / buckets), math.ceil((index + 1) * count / buckets) - 1
+        found[f"loss_by_timestep/{first:0{width}d}-{last:0{width}d}"] = errors[bucket == index].mean().item()
+    return found
+
+
+def add_histograms(writer: SummaryWriter, misaligned: Tensor, step: int) -> None:
+    """Distributions of relative angle and box IoU, (n, 2)."""
+    for name, column in zip(("relative_angle_deg", "box_iou"), misaligned.T, strict=True):
+        known = column[torch.isfinite(column)]
+        if len(known):
+            writer.add_histogram(f"reference/{name}_distribution", known.cpu(), step)
+
+
+def peak_memory() -> int:
+    """Greatest memory of this process in bytes: allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass

@@ -4,11 +4,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from core.config import VERSION
 from core.files import complete_file
@@ -24,7 +27,6 @@ from training.build import make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset
 from training.distributed import SHARDED
-from training.logs import add_clip
 from training.objective import sample, sample_generators
 from training.run import Run
 
@@ -180,6 +182,19 @@ def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
         reference_masks=ours,
         driving_masks=theirs,
     )
+
+
+def add_clip(writer: SummaryWriter, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
+    """Log a clip of (h, w, 3) uint8 frames as a GIF, which TensorBoard plays."""
+    # The writer's own `add_video` needs a package that nothing else here does.
+    height, width = frames[0].shape[:2]
+    images = [Image.fromarray(frame) for frame in frames]
+    encoded = BytesIO()
+    images[0].save(
+        encoded, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, optimize=False
+    )
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def mean_metrics(clips: list[ValidationClip]) -> dict[str, float]:

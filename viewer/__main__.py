@@ -15,9 +15,7 @@ from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.processes import choose_device
 from data.config import PoseConfig
-from models.animators.registry import load_pipeline
 from models.config import SHIPPED_MODEL
 
 
@@ -46,6 +44,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(ViewerConfig, arguments)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`")
+    # Networks take seconds to import, which wrong arguments need not wait for.
+    from core.processes import choose_device
+    from models.animators.registry import load_pipeline
+
     device, dtype = choose_device(config.device, config.dtype)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     if pipeline.pose_kind != "OpenPose":

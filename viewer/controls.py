@@ -15,7 +15,8 @@ from data.inputs import Driving, Reference
 from data.video.files import VideoReader
 from data.video.images import read_image
 from evaluation.attention.recorded_runs import load_inputs
-from inference.animate import SamplingConfig, Stopwatch
+from inference.animate import Stopwatch
+from inference.config import SamplingConfig
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
 from tpc.config import CHOICES, PRESETS

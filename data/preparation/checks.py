@@ -13,9 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError
-from data.config import CheckConfig
+from data.config import COCO_KEYPOINTS, CheckConfig
 from data.poses.files import load_poses
-from data.poses.person import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.preparation.clips import mask_files
 from data.preparation.layouts import SourceClip, find_clips

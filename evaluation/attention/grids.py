@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from core.errors import UserError
-from data.poses.person import COCO_KEYPOINTS
+from data.config import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from evaluation.attention.figures import point_maps, point_maps_row, stacked
 from evaluation.attention.maps import BodyTruth, Pointing, body_truth, mean_over, pck, pointing, shares

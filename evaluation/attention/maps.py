@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from data.poses.person import COCO_KEYPOINTS
+from data.config import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
 from models.attention.layers import pool_masks

@@ -16,7 +16,8 @@ from data.inputs import Driving, Reference, load_driving, load_reference
 from data.poses.poses import open_estimator
 from data.transforms import apply_fit
 from evaluation.attention.maps import body_points
-from inference.animate import Animation, SamplingConfig, Stopwatch, animate, framing
+from inference.animate import Animation, Stopwatch, animate, framing
+from inference.config import SamplingConfig
 from models.attention.maps import RecordedAttention
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline

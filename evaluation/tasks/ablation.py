@@ -1,47 +1,20 @@
 """`evaluate.py ablation`: transforms, propagation and keypoint subsets compared, by region (Table 2)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from core.errors import UserError
-from evaluation.clips import ClipsConfig, open_clips
-from evaluation.metric_suite import MetricSuite, ProtocolConfig
+from evaluation.clips import open_clips
+from evaluation.config import AblationConfig
+from evaluation.metric_suite import MetricSuite
 from evaluation.report import Table, best_table, comparison_table, measure_numbers, over_seeds, write_table
 from evaluation.statistics import Values
-from evaluation.trials import WITHOUT, Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
-from models.config import SHIPPED_MODEL
+from evaluation.trials import WITHOUT, Trial, Variant, numbers_by_seed, run_task, values_by_trial
 from tpc.config import resolve
 
 ALL = "all"  # the one kind of clips
-
-
-@dataclass
-class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Every transform with every propagation and every choice of keypoints, and a run without TPC.
-
-    The first of each are what the other conditions are compared with.
-    """
-
-    output: str = "outputs/ablation"  # folder for the results
-    model: str = str(SHIPPED_MODEL)  # pipeline folder
-    split: str = "development"  # what is compared here is chosen between
-    features: str = "stand-in"
-    measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
-    # of procrustes, affine, linear
-    transforms: list[str] = field(default_factory=lambda: ["procrustes", "affine", "linear"])
-    # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
-    # 0 = groups of four frames
-    propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
-    # rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face
-    subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
-    # add calibrated images to the reference, or replace it by them
-    attachments: list[str] = field(default_factory=lambda: ["add"])
-
-    def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
-            base.check(self)
 
 
 def run(config: AblationConfig) -> None:

@@ -12,7 +12,7 @@ command; more seeds or clips can be added.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 from core.errors import UserError
 from core.processes import choose_device
 from evaluation.clips import EvaluationClip
+from evaluation.config import AnimatorsConfig
 from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import MisalignedClips
 from evaluation.misalignment import SUBSETS
@@ -36,7 +37,7 @@ from evaluation.report import (
     write_results,
 )
 from evaluation.statistics import Values
-from evaluation.tasks.misalignment import REGIONS, MisalignedTrialsConfig, read_values, save_sheet
+from evaluation.tasks.misalignment import REGIONS, read_values, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
 from models.animators.registry import (
@@ -47,24 +48,10 @@ from models.animators.registry import (
     supervised_attention,
     supervision_words,
 )
-from models.config import SMALL_ANIMATORS
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
 COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
-
-
-@dataclass
-class AnimatorsConfig(MisalignedTrialsConfig):
-    """Models to compare; `MisalignedTrialsConfig` says on which clips."""
-
-    output: str = "outputs/animators"  # folder for the results
-    # pipeline folders; without, the four small ones that are shipped
-    models: list[str] = field(default_factory=lambda: [str(folder) for folder in SMALL_ANIMATORS])
-    names: list[str] | None = None  # of the models in the table; null: those of their classes
-    # of TPC: "add" gives calibrated tokens beside the reference's, "replace" in their place
-    attachments: list[str] = field(default_factory=lambda: ["add", "replace"])
-    strips: bool = True  # draw strips.png, the last frame of the first clip of each kind
 
 
 def model_names(config: AnimatorsConfig) -> list[str]:

@@ -3,15 +3,13 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from core.errors import UserError
 from core.files import complete_file
-from data.poses.person import COCO_KEYPOINTS
+from data.config import COCO_KEYPOINTS
 from evaluation.attention.figures import stacked
 from evaluation.attention_measures import (
     ATTENTION_FILE,
@@ -25,61 +23,16 @@ from evaluation.attention_measures import (
     attention_sampler,
     correlations,
 )
-from evaluation.clips import ClipsConfig, PosedClipSet, open_clips
+from evaluation.clips import PosedClipSet, open_clips
+from evaluation.config import AttentionTaskConfig, ProtocolConfig
 from evaluation.measure import clip_means
-from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.misalignment import UNSEEN, ThresholdConfig, split_clips
+from evaluation.metric_suite import MetricSuite
+from evaluation.misalignment import UNSEEN, split_clips
 from evaluation.plots import Curve, Panel, draw_panels, draw_scatter
 from evaluation.report import DIFFERENCES_NOTE, Table, interval_cell, over_seeds, write_table
-from evaluation.trials import (
-    PERSON_PSNR,
-    PERSON_PSNR_LABEL,
-    VARIANT_NAMES,
-    Trial,
-    TrialsConfig,
-    run_task,
-    without_and_with,
-)
+from evaluation.trials import PERSON_PSNR, PERSON_PSNR_LABEL, VARIANT_NAMES, Trial, run_task, without_and_with
 from inference.comparison import labelled_row
 from models.animators.registry import supervised_attention, supervision_words
-from models.config import SHIPPED_MODEL
-
-
-@dataclass
-class AttentionTaskConfig(ClipsConfig, TrialsConfig):
-    """Clips to animate without and with TPC, and how their attention is measured.
-
-    output: folder for the results; model: pipeline folder.
-    layers: that are measured, null: all that read the reference.
-    radius: within which attention counts as right, in body heights of the person in the attended image.
-    radii: of the PCK curve.
-    keypoints: for the image of Figure 2: the first of them that is visible.
-    columns: denoising steps in that image.
-    thresholds: what makes a clip misaligned.
-    """
-
-    output: str = "outputs/attention"
-    model: str = str(SHIPPED_MODEL)
-    clips: int = 12
-    frames: int = 4
-    stride: int = 6
-    layers: list[str] | None = None
-    radius: float = 0.15
-    radii: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
-    keypoints: list[str] = field(default_factory=lambda: ["right_elbow", "left_elbow", "right_knee", "left_knee"])
-    columns: int = 5
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
-
-    def check(self) -> None:
-        ClipsConfig.check(self)
-        TrialsConfig.check(self)
-        if not self.radius > 0 or not self.radii or min(self.radii) < 0:
-            raise UserError(f"radius={self.radius} must be positive and radii={self.radii} not negative")
-        if self.columns < 1:
-            raise UserError(f"columns={self.columns} must be at least 1")
-        for name in self.keypoints:
-            if name not in COCO_KEYPOINTS:
-                raise UserError(f"keypoints: {name!r} is none of {', '.join(COCO_KEYPOINTS)}")
 
 
 def run(config: AttentionTaskConfig) -> None:

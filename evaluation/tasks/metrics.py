@@ -1,23 +1,22 @@
 """`evaluate.py metrics`: generated clips on disk against the true ones."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import tee
 from pathlib import Path
 
 import numpy as np
-from omegaconf import MISSING
 
 from core.config import config_dict
 from core.errors import UserError
 from core.files import output_folder
 from core.processes import choose_device, process_state
-from data.config import PoseConfig
 from data.poses.poses import PoseEstimator, open_estimator
 from data.preparation.layouts import left_out_line
+from evaluation.config import MetricsConfig
 from evaluation.folders import ClipFiles, ClipPair, MaskFiles, other_entries, pair_clips
 from evaluation.measure import FramePair, Number, frame_means, measure_clip, person_values, summarise, with_persons
-from evaluation.metric_suite import REGIONS, MetricSuite, ProtocolConfig, open_metric_suite
+from evaluation.metric_suite import REGIONS, MetricSuite, open_metric_suite
 from evaluation.report import (
     INTERVALS_NOTE,
     RESULTS_FILE,
@@ -37,21 +36,6 @@ from metrics.protocols import Protocol, brought_to_form, generated_to_form
 
 # Keys that do not decide the numbers, or by files that are compared themselves.
 ABOUT_FILES = ("generated", "truth", "masks", "output", "keep_parts", "device", "weights")
-
-
-@dataclass
-class MetricsConfig(ProtocolConfig):
-    """Folders to compare; `ProtocolConfig` has everything about measures."""
-
-    generated: str = MISSING  # a video, a folder of frames, or a folder of clips, which are matched by name
-    truth: str = MISSING  # the same
-    output: str = "outputs/metrics"  # folder for the results; the same command again goes on where it was stopped
-    # folder with the persons' masks of each clip, 255 = person: adds foreground and background
-    masks: str | None = None
-    persons: bool = False  # estimate poses in both, for the error of the pose and the colours of body parts
-    keep_parts: bool = False  # keep the values and features of every clip, some kilobytes a frame
-    device: str = "auto"  # "auto", "cpu", "cuda", ...
-    pose: PoseConfig = field(default_factory=PoseConfig)
 
 
 def run(config: MetricsConfig) -> None:

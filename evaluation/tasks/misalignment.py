@@ -14,18 +14,19 @@ seeds or clips can be added.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from core.config import check_choice, load_config
+from core.config import load_config
 from core.errors import UserError
 from core.files import complete_file
 from evaluation.clips import EvaluationClip
-from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
-from evaluation.misaligned_clips import KINDS, SPLITS, MisalignedClips
+from evaluation.config import KINDS, MisalignmentConfig
+from evaluation.metric_suite import MetricSuite
+from evaluation.misaligned_clips import MisalignedClips
 from evaluation.plots import draw_bars
 from evaluation.report import (
     DIFFERENCES_NOTE,
@@ -44,7 +45,6 @@ from evaluation.trials import (
     PERSON_PSNR_LABEL,
     WITHOUT,
     Trial,
-    TrialsConfig,
     Variant,
     all_trials,
     run_task,
@@ -53,7 +53,6 @@ from evaluation.trials import (
 from inference.animate import animate
 from inference.comparison import labelled_sheet
 from models.animators.registry import load_pipeline
-from models.config import SHIPPED_MODEL
 from tpc import CalibrationConfig
 from tpc.config import PRESETS, resolve
 
@@ -62,66 +61,8 @@ LOWEST_COST = 0.5  # dB; of less, a recovered share is noise
 # Kinds that a table also gives the mean of, each kind alike.
 AVERAGED = tuple(kind for kind in KINDS if kind not in ("aligned", "two_persons"))
 AVERAGE = "mean of misaligned kinds, one person"
-LPIPS = "st_lpips_alex"
 REGIONS = ("foreground", "background")
 STRIP_HEIGHT = 192
-
-
-@dataclass
-class MisalignedTrialsConfig(TrialsConfig):
-    """Trials of the frozen clips, and the measures beside PSNR and SSIM of person and background."""
-
-    split: str = "test"  # clips that numbers are reported on, or "development", on which settings are chosen
-    # also vary TPC on the clips of split=test, for numbers to report of settings that were chosen elsewhere
-    variants_on_test: bool = False
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))  # of clips
-    clips: int = 0  # of each kind, the first ones, 0: all
-    seeds: list[int] = field(default_factory=lambda: list(range(5)))
-    flicker: bool = False  # also the error of the change from frame to frame
-    lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
-    weights: str | None = None  # folder of ST-LPIPS's network; null: the cache
-
-    def check(self) -> None:
-        super().check()
-        check_choice(self, "split", tuple(SPLITS))
-        if self.split == "test" and not self.variants_on_test and (varied := self.varied()):
-            raise UserError(
-                f"{varied} would be a choice on the test clips; choose with split=development "
-                "(variants_on_test=true measures a finished choice)"
-            )
-
-    def varied(self) -> str | None:
-        """What of TPC is varied beside its presets, or None. Whole presets and attachments are published choices."""
-        preset = CalibrationConfig(preset=self.tpc.preset)
-        found = [f"tpc.{name}={value}" for name, value in vars(self.tpc).items() if value != getattr(preset, name)]
-        return found[0] if found else None
-
-    def protocol(self) -> ProtocolConfig:
-        measures = ["psnr", "ssim", *(["flicker"] if self.flicker else []), *([LPIPS] if self.lpips else [])]
-        measures += PERSON_MEASURES if self.persons else ()
-        features = "stand-in" if self.lpips else "none"
-        return ProtocolConfig(protocol="native", features=features, measures=measures, weights=self.weights)
-
-
-@dataclass
-class MisalignmentConfig(MisalignedTrialsConfig):
-    """Presets and variants to measure; `MisalignedTrialsConfig` says on which clips."""
-
-    output: str = "outputs/misalignment"  # folder for the results
-    model: str = str(SHIPPED_MODEL)  # pipeline folder
-    # of TPC, in the order of the tables
-    presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
-    # of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; others as in `tpc`
-    variants: list[str] = field(default_factory=list)
-    strips: int = 1  # clips of each kind that strips.png shows; 0: no image
-
-    def varied(self) -> str | None:
-        return f"variants={self.variants}" if self.variants else super().varied()
-
-    def check(self) -> None:
-        super().check()
-        if self.strips < 0:
-            raise UserError(f"strips={self.strips} must not be negative")
 
 
 def variants_of(config: MisalignmentConfig) -> dict[str, Variant]:

@@ -2,33 +2,21 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from omegaconf import MISSING
 
 from core.config import config_dict
 from core.files import output_folder, write_json
 from core.processes import process_state
-from evaluation.clips import ClipsConfig, open_clips
-from evaluation.misalignment import KINDS, SUBSETS, UNSEEN, ClipSplit, ThresholdConfig, classify, misalignment
+from evaluation.clips import open_clips
+from evaluation.config import SplitConfig
+from evaluation.misalignment import KINDS, SUBSETS, UNSEEN, ClipSplit, classify, misalignment
 from evaluation.plots import Histogram, draw_histograms
 from evaluation.report import claim_output, remove_parts, run_parts, write_results
 
 CLIP_FILE = "clip.json"
-
-
-@dataclass
-class SplitConfig(ClipsConfig):
-    """Clips to split; `ClipsConfig` says where they come from. A folder needs pose files only."""
-
-    dataset: str = MISSING
-    output: str = "outputs/split"  # folder for the results
-    clips: int = 0
-    frames: int = 0
-    stride: int = 1
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
 
 
 def run(config: SplitConfig) -> None:

@@ -1,17 +1,17 @@
 """`evaluate.py sweep`: fidelity of the person against the reference's angle and scale (Figures 1b and 9)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
 from data.people.scenes import misaligned_reference
-from evaluation.clips import ClipsConfig, EvaluationClip, at_first_frame, rendered_clip, rendered_people
+from evaluation.clips import EvaluationClip, at_first_frame, rendered_clip, rendered_people
+from evaluation.config import PERSON_MEASURES, ProtocolConfig, SweepConfig
 from evaluation.measure import clip_means
-from evaluation.metric_suite import PERSON_MEASURES, MetricSuite, ProtocolConfig
+from evaluation.metric_suite import MetricSuite
 from evaluation.misalignment import misalignment
 from evaluation.plots import Curve, Panel, draw_panels
 from evaluation.report import (
@@ -32,11 +32,9 @@ from evaluation.trials import (
     WITH,
     WITHOUT,
     Trial,
-    TrialsConfig,
     run_task,
     without_and_with,
 )
-from models.config import SHIPPED_MODEL
 
 IOU_BINS = np.linspace(0, 1, 11)
 ALIGNED = 1.0  # scale of a reference that fits
@@ -55,28 +53,6 @@ PANELS: dict[str, dict[str, Any]] = {
         "ticks": [0, 0.2, 0.4, 0.6, 0.8, 1],
     },
 }
-
-
-@dataclass
-class SweepConfig(ClipsConfig, TrialsConfig):
-    """Rendered clips whose reference is turned and scaled; `ClipsConfig` and `TrialsConfig` say which and how."""
-
-    output: str = "outputs/sweep"  # folder for the results
-    model: str = str(SHIPPED_MODEL)  # pipeline folder
-    clips: int = 8
-    frames: int = 4
-    stride: int = 6
-    angles: int = 12  # number of angles of the reference over a full turn; 0 leaves angles out
-    # factors on the person's size in the reference, and 1 beside them; [] leaves them out
-    scales: list[float] = field(default_factory=lambda: [0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0])
-
-    def check(self) -> None:
-        ClipsConfig.check(self)
-        TrialsConfig.check(self)
-        if self.angles < 0 or any(not scale > 0 for scale in self.scales):
-            raise UserError(f"angles={self.angles} must not be negative and scales={self.scales} must be positive")
-        if len({f"{scale:g}" for scale in self.scales}) < len(self.scales):
-            raise UserError(f"scales={self.scales} must differ")
 
 
 @dataclass(frozen=True)

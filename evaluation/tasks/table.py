@@ -1,33 +1,16 @@
 """`evaluate.py table`: models without and with TPC on original and misaligned clips (Table 1)."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import UserError
-from evaluation.clips import ClipsConfig, open_clips
+from evaluation.clips import open_clips
+from evaluation.config import TableConfig
 from evaluation.measure import Number
-from evaluation.metric_suite import MetricSuite, ProtocolConfig
-from evaluation.misalignment import SUBSETS, UNSEEN, ThresholdConfig, split_clips
+from evaluation.metric_suite import MetricSuite
+from evaluation.misalignment import SUBSETS, UNSEEN, split_clips
 from evaluation.report import best_table, comparison_table, measure_numbers, over_seeds, write_table
 from evaluation.statistics import Values
-from evaluation.trials import Trial, TrialsConfig, Variant, numbers_by_seed, run_task, values_by_trial
-from models.config import SHIPPED_MODEL
-
-
-@dataclass
-class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Models to compare."""
-
-    output: str = "outputs/table"  # folder for the results
-    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])  # pipeline folders
-    names: list[str] | None = None  # of the models in the table; null: their folders' names
-    features: str = "stand-in"
-    seeds: list[int] = field(default_factory=lambda: list(range(10)))
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
-
-    def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
-            base.check(self)
+from evaluation.trials import Trial, Variant, numbers_by_seed, run_task, values_by_trial
 
 
 def run(config: TableConfig) -> None:

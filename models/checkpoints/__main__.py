@@ -6,32 +6,25 @@ python -m models.checkpoints verify fixture=PATH/moore_tiny         known answer
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-
-from omegaconf import MISSING
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from models.checkpoints.convert import convert, families, published_family
-from models.checkpoints.files import other_kind, read_tensors
-from models.checkpoints.inspect import inspect, inspect_folder
-from models.checkpoints.loading import first_few
-from models.checkpoints.verify import read_fixture, verify
-from models.config import ConvertConfig
+from models.config import ANIMATORS, FAMILIES, ConvertConfig, VerifyConfig
 
 USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | convert family=... output=FOLDER ...}"
-
-
-@dataclass
-class VerifyConfig:
-    fixture: str = MISSING  # path without suffix
 
 
 def inspect_command(arguments: list[str]) -> None:
     """Print what each file is; end with code 1 for what is incomplete, not finite, unknown or no network's weights."""
     if not arguments:
         raise UserError(f"inspect needs files: {USAGE}")
+    # Networks take seconds to import, which wrong arguments need not wait for: so in every command below.
+    from models.checkpoints.files import other_kind, read_tensors
+    from models.checkpoints.inspect import inspect, inspect_folder
+    from models.checkpoints.loading import first_few
+
     complete = True
     for path in arguments:
         if (cls := inspect_folder(Path(path))) is not None:
@@ -59,7 +52,10 @@ def verify_command(arguments: list[str]) -> None:
 
     Column heads and verdict go to standard error, so that standard output holds the numbers alone.
     """
-    results = verify(read_fixture(load_config(VerifyConfig, arguments).fixture))
+    config = load_config(VerifyConfig, arguments)
+    from models.checkpoints.verify import read_fixture, verify
+
+    results = verify(read_fixture(config.fixture))
     width = max(len(result.name) for result in results)
     print(f"{'output':{width}} {'largest difference':>18} {'tolerance':>10}", file=sys.stderr)
     for result in results:
@@ -71,14 +67,27 @@ def verify_command(arguments: list[str]) -> None:
     print(f"passed: all {len(results)} outputs are within their tolerances", file=sys.stderr)
 
 
+def published_keys(family: str) -> type[ConvertConfig]:
+    """The configuration of `convert family=...`."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    if all(line.startswith("models.") for line in ANIMATORS.values()):
+        raise UserError(f"family={family} is not one of {', '.join(FAMILIES)}")
+    from models.checkpoints.convert import published_family  # of an animator that lives elsewhere
+
+    return published_family(family).config
+
+
 def convert_command(arguments: list[str]) -> None:
     """Write a pipeline folder."""
     named = [argument.removeprefix("family=") for argument in arguments if argument.startswith("family=")]
     if not named and {"-h", "--help"} & set(arguments):
-        for family in families().values():
-            print(f"family={family.name}: {' '.join(f'{key.name}=' for key in fields(family.config))}")
+        for family, schema in FAMILIES.items():
+            print(f"family={family}: {' '.join(f'{key.name}=' for key in fields(schema))}")
         return
-    config = load_config(published_family(named[-1]).config if named else ConvertConfig, arguments)
+    config = load_config(published_keys(named[-1]) if named else ConvertConfig, arguments)
+    from models.checkpoints.convert import convert
+
     notes = convert(config)
     print(f"pipeline folder: {config.output}")
     print("\n".join(f"  {note}" for note in notes), end="\n" if notes else "")

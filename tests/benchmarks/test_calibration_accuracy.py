@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.calibration_accuracy import BASE, Condition, Method, estimate_pair, main, measure, methods
 from benchmarks.calibration_pairs import SIZE, rendered_pairs
-from evaluation.clips import MASKS
+from evaluation.config import MASKS
 
 
 @pytest.fixture(scope="module")

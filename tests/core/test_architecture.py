@@ -47,7 +47,15 @@ for name, loaded in sorted(sys.modules.items()):
 
 
 def test_geometry_loads_no_networks():
-    assert not loaded_by("tpc", "torch diffusers transformers models")
+    assert not loaded_by("tpc.calibration", "torch diffusers transformers models")
+
+
+def test_configurations_load_nothing_heavy():
+    """Commands check their arguments before they import what takes seconds."""
+    configurations = "evaluation.config, training.config, tpc.__main__, viewer.__main__, models.checkpoints.__main__"
+    commands = "infer, train, evaluate, prepare, training.vae, training.logs, metrics.weights, data.poses.weights"
+    heavy = "torch diffusers transformers accelerate cv2 scipy numba av"
+    assert not loaded_by(f"{configurations}, {commands}", heavy)
 
 
 def test_the_unets_load_few_modules_of_ours():

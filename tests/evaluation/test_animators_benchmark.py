@@ -9,15 +9,9 @@ import torch
 
 import evaluate
 from core.errors import UserError
+from evaluation.config import AnimatorsConfig
 from evaluation.statistics import Values
-from evaluation.tasks.animators import (
-    COLUMNS,
-    AnimatorsConfig,
-    animators_table,
-    differences_table,
-    kinds_table,
-    subsets_of,
-)
+from evaluation.tasks.animators import COLUMNS, animators_table, differences_table, kinds_table, subsets_of
 from evaluation.trials import Variant, trials_identity
 from models.animators.registry import animator_class, write_training_facts
 from models.config import ANIMATORS

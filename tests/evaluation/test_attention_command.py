@@ -20,7 +20,7 @@ from evaluation.attention_measures import (
     Outcome,
     correlations,
 )
-from evaluation.tasks.attention import AttentionTaskConfig
+from evaluation.config import AttentionTaskConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from data.poses.person import COCO_KEYPOINTS
+from data.config import COCO_KEYPOINTS
 from evaluation.attention.grids import (
     PART_INDICES,
     PARTS,

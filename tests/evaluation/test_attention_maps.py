@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.poses.person import COCO_KEYPOINTS
+from data.config import COCO_KEYPOINTS
 from data.poses.poses import Poses
 from data.transforms import fit_matrix, map_points
 from evaluation.attention.figures import (

@@ -18,15 +18,16 @@ from data.poses.poses import Poses
 from evaluation.clips import (
     MASK_OFFSET,
     MASK_RAGGEDNESS,
-    ClipsConfig,
     EvaluationClip,
     estimated_mask,
     open_clips,
     with_estimates,
     with_masks,
 )
+from evaluation.config import ClipsConfig
 from evaluation.misaligned_clips import MisalignedClips
-from inference.animate import SamplingConfig, animate
+from inference.animate import animate
+from inference.config import SamplingConfig
 from tests.evaluation.test_evaluate_experiments import pose_models
 from tests.small_animators import small_pipeline
 from tpc import calibrate
@@ -237,14 +238,14 @@ def test_what_is_measured_stays_exact_whatever_the_animator_gets(tiny_pipeline, 
     ],
 )
 def test_wrong_kinds_are_refused(arguments, message):
-    schema, _ = evaluate.load_task("ablation")
+    schema = evaluate.TASKS["ablation"]
     with pytest.raises(UserError, match=message):
         load_config(schema, arguments)
 
 
 def test_which_people_are_rendered():
-    ablation, _ = evaluate.load_task("ablation")
-    sweep, _ = evaluate.load_task("sweep")
+    ablation = evaluate.TASKS["ablation"]
+    sweep = evaluate.TASKS["sweep"]
     assert (load_config(ablation, []).split, load_config(sweep, []).split) == ("development", "heldout")
     images = [
         open_clips(ClipsConfig(clips=1, frames=1, source=48, split=split)).clip("rendered-000").reference.image

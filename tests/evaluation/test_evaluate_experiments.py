@@ -17,7 +17,8 @@ from data.inputs import Driving, Reference
 from data.poses.poses import Poses, open_estimator
 from data.poses.weights import fetch_models
 from data.preparation.manifest import Fingerprint, write_manifest, write_record
-from evaluation.clips import ClipsConfig, EvaluationClip, open_clips, rendered_clip, with_pose_noise
+from evaluation.clips import EvaluationClip, open_clips, rendered_clip, with_pose_noise
+from evaluation.config import ClipsConfig
 from evaluation.folders import pair_clips
 from evaluation.plots import STYLES
 from evaluation.report import (
@@ -332,7 +333,7 @@ class TestTables:
 
 @pytest.mark.parametrize("task", ["sweep", "ablation", "table"])
 def test_shipped_configurations_fit_their_tasks(task):
-    schema, _ = evaluate.load_task(task)
+    schema = evaluate.TASKS[task]
     config = load_config(schema, [], files=[ROOT / "configs" / "evaluation" / f"{task}.yaml"])
     assert config.output == f"outputs/{task}"
     config.check()

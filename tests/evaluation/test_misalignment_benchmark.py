@@ -11,9 +11,8 @@ import evaluate
 from core.config import load_config
 from core.errors import UserError
 from data.people.bodies import load_people
+from evaluation.config import KINDS, MISALIGNED_SPLITS, MisalignmentConfig
 from evaluation.misaligned_clips import (
-    KINDS,
-    SPLITS,
     ClipManifest,
     ClipSpec,
     MisalignedClips,
@@ -77,7 +76,7 @@ def test_choices_and_reported_numbers_share_no_clip(clips, development):
     assert all(skies)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", MISALIGNED_SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_clips_are_what_their_manifest_was_made_from(request, kind, split):
     clips = request.getfixturevalue({"test": "clips"}.get(split, split))
@@ -270,7 +269,7 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
 
 
 def test_variants_are_the_preset_but_for_what_they_say():
-    config = command.MisalignmentConfig(presets=[], variants=["smoothing=0 min_iou=0.3", "preset=paper groups=2"])
+    config = MisalignmentConfig(presets=[], variants=["smoothing=0 min_iou=0.3", "preset=paper groups=2"])
     config.tpc.max_gap = 3
     plain, first, second = command.variants_of(config).values()
     assert plain.tpc is None
@@ -315,7 +314,7 @@ def test_wrong_arguments_are_refused(tmp_path, argument, message):
     ],
 )
 def test_nothing_is_chosen_on_the_test_clips(task, argument, refused):
-    schema, _ = evaluate.load_task(task)
+    schema = evaluate.TASKS[task]
     load_config(schema, [argument, "split=development"])
     asked_twice = load_config(schema, [argument, "variants_on_test=true"])
     assert "variants_on_test" not in trials_identity(task, asked_twice, [])

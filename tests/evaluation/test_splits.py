@@ -12,8 +12,9 @@ from PIL import Image
 import evaluate
 from core.errors import UserError
 from data.poses.poses import Poses
-from evaluation.clips import ClipsConfig, open_clips
-from evaluation.misalignment import ClipSplit, ThresholdConfig, classify, misalignment, split_clips
+from evaluation.clips import open_clips
+from evaluation.config import ClipsConfig, ThresholdConfig
+from evaluation.misalignment import ClipSplit, classify, misalignment, split_clips
 from tests.clips import posed
 
 HIPS, NOSE, LEFT = [11, 12], [0], list(range(1, 17, 2))

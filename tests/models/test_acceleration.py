@@ -6,7 +6,7 @@ import torch
 import infer
 from core.config import load_config
 from core.errors import UserError
-from inference.animate import SamplingConfig
+from inference.config import SamplingConfig
 from models.config import ANIMATORS
 from models.sampling import noise_level
 from tests.small_animators import calibrated, sample, small_pipeline

@@ -14,11 +14,10 @@ from core.errors import UserError
 from data.poses.poses import Poses
 from data.transforms import map_points
 from tests.filmed import Film, figure_film, save_prepared_videos
-from training.config import SCHEDULES, OptimizerConfig, TrainConfig
+from training.config import SCHEDULES, OptimizerConfig, TrainConfig, VAEConfig
 from training.data import clips
 from training.distributed import spread_batch
 from training.run import learning_rate
-from training.vae import VAEConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Of filmed people; those of rendered ones are the shipped models' own.

@@ -20,10 +20,9 @@ from core.errors import UserError
 from models.animators.registry import load_pipeline, read_index
 from training.build import check_precision, make_scheduler, schedule_differences, trained_window
 from training.checkpoint import checkpoints
-from training.config import DataConfig, NoiseConfig, TrainConfig
+from training.config import DataConfig, NoiseConfig, TrainConfig, VAEConfig
 from training.data import make_dataset, make_loader
 from training.objective import prediction_target
-from training.vae import VAEConfig
 
 ROOT = Path(__file__).parents[2]
 DATA = ["data.size=[32,32]", "data.workers=0", "data.cache_clips=24"]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+import training.autoencoder
 import training.vae
 from core.config import load_config
 from core.errors import UserError
 from models.checkpoints.networks import load_autoencoder
 from tests.dream_pose_parts import published
 from tests.training_runs import make_vae, start_two
-from training.config import OptimizerConfig
-from training.vae import VAEConfig
+from training.config import OptimizerConfig, VAEConfig
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["max_steps=2", "batch_size=1", "data.size=[16,16]", "data.workers=0", "log_steps=1", "freeze_encoder=true"]
@@ -52,15 +52,16 @@ def test_crops_keep_images_and_masks_together():
     masks = (torch.rand(6, 1, 20, 16) > 0.5).float()
     images = masks.expand(-1, 3, -1, -1) * 2 - 1
     assert all(
-        torch.equal(*pair) for pair in zip(training.vae.random_crops(images, masks, 0.0), (images, masks), strict=True)
+        torch.equal(*pair)
+        for pair in zip(training.autoencoder.random_crops(images, masks, 0.0), (images, masks), strict=True)
     )
-    cropped, cropped_masks = training.vae.random_crops(images, masks, 0.5)
+    cropped, cropped_masks = training.autoencoder.random_crops(images, masks, 0.5)
     assert cropped.shape == images.shape and cropped_masks.shape == masks.shape
     assert torch.allclose(cropped, cropped_masks.expand_as(cropped) * 2 - 1, atol=1e-5)
     assert not torch.allclose(cropped, images, atol=0.1)
     # The rest of a ramp is a ramp that rises less.
     ramp = torch.linspace(0, 1, 20)[None, None, :, None].expand(1, 4, 20, 16)
-    (part, _) = training.vae.random_crops(ramp[:, :3], ramp[:, 3:], 0.5)
+    (part, _) = training.autoencoder.random_crops(ramp[:, :3], ramp[:, 3:], 0.5)
     assert 0.4 < (part[0, 0, -1, 0] - part[0, 0, 0, 0]).item() < 1
 
 
@@ -74,7 +75,7 @@ def test_squares_are_the_mean_squared_error():
     )
     images, masks = torch.rand(2, 3, 8, 8) * 2 - 1, torch.ones(2, 1, 8, 8)
     config = VAEConfig(output="x", loss="squares", latent_noise=0.0)
-    loss, error = training.vae.vae_loss(vae, images, masks, config)
+    loss, error = training.autoencoder.vae_loss(vae, images, masks, config)
     expected = (vae.decode(vae.encode(images).latents).sample - images).square().mean()
     assert torch.allclose(loss, expected) and torch.allclose(error, expected)
     loss.backward()

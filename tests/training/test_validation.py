@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from data.video.files import read_video, video_metadata
 from tests.training_runs import ARGUMENTS, difference, logged, make_vae, train
 from training.config import DataConfig, ValidationConfig
-from training.logs import StepLog, add_clip, loss_by_timestep
 from training.objective import StepLoss
-from training.validate import ValidationClip, mean_metrics, sample_clips, undisturbed
+from training.run import StepLog, loss_by_timestep
+from training.validate import ValidationClip, add_clip, mean_metrics, sample_clips, undisturbed
 
 COLUMNS = ["reference", "pose", "truth", "without TPC", "with TPC"]
 

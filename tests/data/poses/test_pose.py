@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from data.config import PoseConfig
+from data.config import COCO_KEYPOINTS, PoseConfig
 from data.poses.person import (
-    COCO_KEYPOINTS,
     COCO_MIRROR,
     Box,
     PersonEstimate,

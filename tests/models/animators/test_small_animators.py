@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from evaluation.misaligned_clips import MisalignedClips
-from inference.animate import SamplingConfig, animate
+from inference.animate import animate
+from inference.config import SamplingConfig
 from metrics.image import psnr
 from models.animators.registry import load_pipeline
 from models.config import SMALL_ANIMATORS

@@ -28,7 +28,8 @@ TokenAnimator.small, TokenAnimator.trainable = classmethod(small), True
 CHECKPOINT = """
 from dataclasses import dataclass
 
-from models.checkpoints.convert import IMAGE_SCHEDULE, ConvertConfig, Family, Recognised, published_file
+from models.checkpoints.convert import IMAGE_SCHEDULE, Family, Recognised
+from models.config import ConvertConfig, published_file
 from models.checkpoints.loading import compare, load_strictly, on_meta, shapes_of
 from tests.models.animators.test_animators_doc import networks
 from token_animator.model import TokenPipeline

@@ -1,0 +1,201 @@
+"""Training of a VAE, from a configuration to its folder."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from core.config import save_config
+from core.errors import UserError
+from core.files import complete_file, complete_folder, output_folder
+from models.checkpoints.loading import load_folder
+from models.vae import VAE, vae_class, vae_decode, vae_encode
+from training.config import VAEConfig
+from training.data import make_dataset, make_loader
+from training.distributed import end_together, make_accelerator
+from training.run import learning_rate
+
+
+def build_vae(config: VAEConfig) -> VAE:
+    if config.init:
+        cls, _ = vae_class(config.init, "init")
+        if cls is AutoencoderKL and not config.freeze_encoder:
+            raise UserError(
+                f"init={config.init} is an AutoencoderKL: only its decoder is trained, add freeze_encoder=true"
+            )
+        return load_folder(cls, config.init, f"init={config.init}").train()
+    widths = (config.width,) * len(config.blocks)
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=tuple(config.blocks),
+        num_decoder_blocks=tuple(reversed(config.blocks)),
+        latent_channels=config.latent_channels,
+    )
+
+
+def images_and_masks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, H, W) of a batch in [-1, 1], and their person masks (n, 1, H, W)."""
+    frames = batch["frames"].transpose(1, 2).flatten(0, 1)
+    masks = batch["masks"].transpose(1, 2).flatten(0, 1)
+    return torch.cat([batch["reference"], frames]), torch.cat([batch["reference_mask"], masks])
+
+
+def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Images and masks of which up to `part` of each side is cut off, the rest resized to their size."""
+    if part == 0:
+        return images, masks
+    height, width = images.shape[-2:]
+    cropped = []
+    for both in torch.cat([images, masks.to(images)], dim=1):
+        # One factor for both sides keeps the proportions.
+        kept = 1 - part * torch.rand(()).item()
+        size = round(height * kept), round(width * kept)
+        top, left = (
+            int(torch.randint(whole - rest + 1, ())) for whole, rest in zip((height, width), size, strict=True)
+        )
+        window = both[None, :, top : top + size[0], left : left + size[1]]
+        cropped.append(F.interpolate(window, (height, width), mode="bilinear", antialias=True))
+    return torch.cat(cropped).split([3, 1], dim=1)
+
+
+def latents_of(vae: VAE, images: Tensor) -> Tensor:
+    """Unscaled latents, drawn from the posterior where there is one."""
+    encoded = vae.encode(images)
+    return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
+
+
+def vae_loss(vae: VAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
+    """The loss, and the mean squared error of the reconstructions."""
+    latents = latents_of(vae, images)
+    noisy = latents + config.latent_noise * torch.randn_like(latents)
+    error = vae.decode(noisy).sample.float() - images
+    if config.loss == "squares":
+        loss = error.square().mean()
+        return loss, loss.detach()
+    weight = 1 + (config.person_weight - 1) * masks
+    weight = weight / weight.mean()
+    # Differences of neighbouring pixels keep edges and cloth patterns sharp where the plain error would blur them.
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = (weight * (error.abs() + error.square())).mean() + 0.5 * edges
+    return loss + config.latent_weight * latents.float().square().mean(), error.detach().square().mean()
+
+
+class VAELoss(nn.Module):
+    """`vae_loss` as a module's forward, which DDP needs to average gradients."""
+
+    def __init__(self, vae: VAE, config: VAEConfig):
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        return vae_loss(self.vae, images, masks, self.config)
+
+
+@torch.no_grad()
+def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
+    """Mean PSNR of image and person in dB, of the images written above their reconstructions."""
+    latents = vae_encode(vae, images.to(vae.device), chunk=1)
+    decoded = vae_decode(vae, latents, chunk=1).clamp(-1, 1)
+    error = (decoded - images).square() / 4
+    whole = -10 * error.mean(dim=(1, 2, 3)).log10()
+    person = -10 * ((error * masks).sum(dim=(1, 2, 3)) / (3 * masks.sum(dim=(1, 2, 3))).clamp(min=1)).log10()
+    rows = [torch.cat(list(part), dim=2) for part in (images, decoded)]
+    sheet = ((torch.cat(rows, dim=1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    with complete_file(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(sheet)).save(temporary)
+    return whole.mean().item(), person.mean().item()
+
+
+def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    rate = learning_rate(settings, config.max_steps)
+    processes = accelerator.num_processes
+    batches = config.max_steps * config.gradient_accumulation
+    dataset = make_dataset(config.data, batches * config.batch_size * processes)
+    loader = make_loader(dataset, config.batch_size, config.data.workers)
+    model, optimizer, loader = accelerator.prepare(VAELoss(vae, config), optimizer, loader)
+    # Crops and noise of every process are its own; the weights above are the same on all.
+    set_seed(config.seed, device_specific=True)
+
+    progress = tqdm(total=config.max_steps, disable=not accelerator.is_main_process)
+    errors, step = [], 0
+    for batch in loader:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        images, masks = random_crops(*images_and_masks(batch), config.crop)
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                loss, mse = model(images, masks)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        errors.append(mse.item())
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        progress.update()
+        if step % config.log_steps == 0:
+            psnr = -10 * np.log10(np.mean(errors) / 4)
+            errors.clear()
+            progress.set_postfix(psnr=f"{psnr:.2f}")
+            accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": rate(step - 1)}, step=step)
+
+
+@torch.no_grad()
+def finish(vae: VAE, config: VAEConfig, accelerator: Accelerator, output: Path) -> None:
+    """Scale the latents of a new VAE, measure it on held-out people, and write its folder."""
+    heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
+    images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
+    if not config.freeze_encoder:
+        # Latents of unit variance.
+        vae.register_to_config(scaling_factor=1 / latents_of(vae, images.to(vae.device)).float().std().item())
+    psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
+    accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
+    with complete_folder(output / "vae") as folder:
+        vae.save_pretrained(folder)
+    print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
+
+
+def train_vae(config: VAEConfig) -> None:
+    if any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
+        raise UserError(
+            "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
+        )
+    output = output_folder(config.output)
+    accelerator = make_accelerator(config, output)
+    accelerator.init_trackers("logs")
+    set_seed(config.seed)
+    if accelerator.is_main_process:
+        save_config(config, output / "config.yaml")
+
+    vae = build_vae(config)
+    if config.channels_last:
+        vae.to(memory_format=torch.channels_last)
+    if config.freeze_encoder:
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+    train(vae, config, accelerator)
+    if accelerator.is_main_process:
+        finish(vae.float().eval(), config, accelerator, output)
+    end_together(accelerator)
