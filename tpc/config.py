@@ -1,9 +1,14 @@
 """Every choice of a calibration, and the three presets that make all of them."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from omegaconf import MISSING
 
 from core.config import check_config
 from core.errors import UserError
+from core.files import existing_file
+from data.config import PoseConfig
 
 PRESETS = ("best", "paper", "release")
 PROPAGATIONS = ("iterative", "hold", "off")
@@ -148,6 +153,37 @@ class CalibratedTrainingConfig:
         check_range("images", self.images, 1, 10**6)
         check_choice("keypoints", self.keypoints, FIXED_KEYPOINTS)
         check_choice("visibility", self.visibility, VISIBILITIES)
+
+
+@dataclass
+class CommandConfig:
+    """Reference, driving clip and options."""
+
+    reference: str = MISSING  # image
+    output: str = MISSING  # folder for the results
+    driving: str | None = None  # video
+    reference_poses: str | None = None  # pose file, instead of estimating
+    driving_poses: str | None = None  # the same
+    reference_mask: str | None = None  # 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
+    driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
+    max_side: int = 0  # pixels of the longer side of the calibrated images; 0 = those of the driving video
+    max_frames: int | None = None  # frames to use
+    stride: int = 1  # use every stride-th frame
+    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
+    pose: PoseConfig = field(default_factory=PoseConfig)
+    tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def check(self) -> None:
+        for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_dir():
+                existing_file(path, name)
+        if self.driving is None and self.driving_poses is None:
+            raise UserError("driving= or driving_poses= is required")
+        for name, least in (("max_side", 0), ("stride", 1), ("max_frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
 
 
 def best() -> CalibrationConfig:
