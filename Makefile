@@ -1,5 +1,6 @@
 # make demo   set up .venv, animate the shipped samples with and without TPC
 # make test   set up .venv, lint, run the tests
+# make first-hour   type every command of README.md and docs/, small
 # The first of these that is Python 3.11 or 3.12; make PYTHON=/path/to/python to choose.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
   $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; \
@@ -9,13 +10,20 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test first-hour lint format setup clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python infer.py steps=4
+	@echo
+	@echo "look at: outputs/demo/rendered/comparison.png and outputs/demo/photo/comparison.png"
+	@echo "next: $(BIN)/python infer.py reference=assets/samples/photo.jpg driving=assets/samples/dance.mp4 output=outputs/run0 steps=4 tpc.preset=paper"
+	@echo "then with a photograph and a video of your own; in README.md commands begin after: . $(BIN)/activate"
 
 test: $(VENV)/.development lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+first-hour: $(VENV)/.development
+	$(BIN)/python -m pytest -m first_hour
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
