@@ -106,9 +106,7 @@ def clip_features(
 def load_network(kind: str, config: FeatureConfig) -> nn.Module:
     """The VAE or the image encoder, float32, frozen."""
     if kind == "latents" and config.vae is not None:
-        if not (Path(config.vae) / "config.json").is_file():
-            raise UserError(f"vae={config.vae} is not a VAE folder (no config.json)")
-        return load_vae(config.vae).requires_grad_(False).eval()
+        return load_vae(config.vae, "vae").requires_grad_(False)
     if config.model is None:
         raise UserError("model= (a pipeline folder) is required" + (" or vae=, a VAE folder" * (kind == "latents")))
     folder, name = Path(config.model), {"latents": "vae", "embeddings": "image_encoder"}[kind]

@@ -1,6 +1,5 @@
 """Images to latents and back, for both of diffusers' image autoencoders."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from core.errors import UserError
+from models.checkpoints.files import read_config
+from models.checkpoints.loading import load_folder
 
 VAE = AutoencoderKL | AutoencoderTiny
 
@@ -56,9 +57,9 @@ def vae_scale_factor(vae: VAE) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def load_vae(folder: str | Path) -> VAE:
-    """An AutoencoderKL or AutoencoderTiny from its folder."""
-    return vae_class(folder)[0].from_pretrained(folder)
+def load_vae(folder: str | Path, argument: str = "model.vae") -> VAE:
+    """An AutoencoderKL or AutoencoderTiny from its folder; UserError, naming the argument, where it is none."""
+    return load_folder(vae_class(folder, argument)[0], folder, f"{argument}={folder}")
 
 
 def vae_class(
@@ -68,7 +69,7 @@ def vae_class(
     index = Path(folder) / "config.json"
     if not index.is_file():
         raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")
-    settings = json.loads(index.read_text(encoding="utf-8"))
+    settings = read_config(index, f"{argument}={folder}")
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     if (name := settings.get("_class_name")) not in classes:
         raise UserError(f"{argument}={folder} is a {name}; AutoencoderKL and AutoencoderTiny are known")

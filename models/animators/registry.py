@@ -121,8 +121,7 @@ def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str,
 
 def load_component(folder: Path, name: str, entry: Any, classes: dict[str, type], dtype: torch.dtype) -> Any:
     """One network or the scheduler; `entry` is its [library, class] in the index."""
-    files = {path.suffix for path in (folder / name).glob("*")}
-    if not isinstance(entry, list) or len(entry) != 2 or ".json" not in files:
+    if not isinstance(entry, list) or len(entry) != 2 or not list((folder / name).glob("*.json")):
         raise UserError(f"model={folder}: component {name} is missing or incomplete")
     if name == "scheduler":
         cls = getattr(diffusers, str(entry[1]), None)
@@ -134,6 +133,4 @@ def load_component(folder: Path, name: str, entry: Any, classes: dict[str, type]
             raise UserError(f"model={folder}: component {name} cannot be loaded: {error}") from None
     if entry[1] not in classes:
         raise UserError(f"model={folder}: component {name} is a {entry[1]}, not one of {', '.join(classes)}")
-    if ".safetensors" not in files:
-        raise UserError(f"model={folder}: component {name} is missing or incomplete")
     return load_folder(classes[entry[1]], folder / name, f"model={folder}: component {name}", dtype)

@@ -137,11 +137,9 @@ class Sources:
         except ValueError as error:
             raise UserError(f"{what} is of no network: {error}") from None
 
-    def load_folder(
-        self, name: str, cls: type[nn.Module], dtype: torch.dtype | None = None, others: tuple[str, ...] = ()
-    ) -> nn.Module:
+    def load_folder(self, name: str, cls: type[nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
         path = self.path(name)
-        return load_folder(cls, path, f"{name}={path}", dtype or self.dtype, others)
+        return load_folder(cls, path, f"{name}={path}", dtype or self.dtype)
 
 
 def convert(config: ConvertConfig) -> list[str]:

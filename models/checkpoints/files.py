@@ -27,19 +27,14 @@ ROOTS = frozenset(
     ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block", "up_blocks", "blocks")
     + ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 )
-# Names of the weights in a diffusers or transformers folder, best first.
-FOLDER_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin.index.json",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
+# Weights in a folder of diffusers or transformers, whole or as an index of shards. A variant's word stands before the
+# ending, of an index also after `.index`.
+FOLDER_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?P<before>\.\w+)?\.(?P<kind>safetensors|bin)"
+    r"(?P<index>\.index(?P<after>\.\w+)?\.json)?"
 )
+SHARD = re.compile(r"\w[\w.]*-\d{5}-of-\d{5}(\.\w+)?\.(safetensors|bin)")
+VARIANTS = ("", "fp32", "ema", "fp16", "bf16")  # full precision first; others come after these, such as non_ema
 # Layers whose weights are matrices, or more.
 MATRICES = re.compile(
     r"(^|\.)(conv\d?|conv_in|conv_out|conv_shortcut|blocks\.\d+|to_[qkv]|to_out\.0|proj_in|proj_out|linear_\d)\.weight$"
@@ -50,7 +45,7 @@ LFS_POINTER = b"version https://git-lfs"
 def read_tensors(path: str | Path, argument: str) -> dict[str, Tensor]:
     """Name -> tensor of a checkpoint, in its dtype, on the CPU, without what trainers put around names.
 
-    A checkpoint is a .safetensors or torch file, a `.index.json` of shards, or a folder of diffusers or transformers.
+    A checkpoint is a .safetensors or torch file, the JSON index of shards, or a folder of diffusers or transformers.
     A `UserError` names it as `argument` where it is missing, cut short, of another sort, or holds more than tensors.
     """
     file = weights_file(Path(path), f"{argument}={path}")
@@ -83,15 +78,55 @@ def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def weights_file(path: Path, what: str) -> Path:
-    """The file itself, or the weights of a folder."""
+    """The file itself, or the weights of a folder: of several full precision first, then whole, then safetensors."""
     if not path.exists():
         raise UserError(f"{what} does not exist")
     if path.is_file():
         return path
-    found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
-    if not found:
-        raise UserError(f"{what} is a folder without weights; it holds none of {', '.join(FOLDER_WEIGHTS)}")
-    return found[0]
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    found = sorted((rank, name) for name in names if (rank := weights_rank(name)) is not None)
+    # Downloads of one variant bring the indices of all with them.
+    whole = [name for _, name in found if not name.endswith(".json") or any_shard(path / name)]
+    if whole or found:
+        return path / (whole or [name for _, name in found])[0]
+    if shards := [name for name in names if SHARD.fullmatch(name)]:
+        kind = shards[0].rpartition(".")[2]
+        raise UserError(f"{what} holds shards ({shards[0]}, ...) and not their index, *.{kind}.index.json; get it too")
+    names = "diffusion_pytorch_model, model or pytorch_model, .safetensors or .bin"
+    raise UserError(f"{what} is a folder without weights ({names}){folder_hint(path)}")
+
+
+def folder_hint(folder: Path) -> str:
+    """What to give in place of a folder that has no weights or configuration of its own, as the end of a sentence."""
+    if (folder / "snapshots").is_dir():
+        return "; it is a cache of the hub: give the folder inside its snapshots/"
+    inside = sorted(config.parent.name for config in folder.glob("*/config.json"))
+    return f"; give one of the folders in it: {', '.join(inside)}" if inside else ""
+
+
+def read_config(path: Path, what: str) -> dict[str, Any]:
+    """The entries of a JSON file of settings; a `UserError` where it is damaged or of another sort."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{what}: {path.name} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{what}: {path.name} does not hold settings by name")
+    return settings
+
+
+def weights_rank(name: str) -> tuple[int, str, bool, bool] | None:
+    """Order among the files of weights in a folder; None for other files."""
+    match = FOLDER_WEIGHTS.fullmatch(name)
+    if match is None:
+        return None
+    variant = (match["before"] or match["after"] or "").removeprefix(".")
+    place = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+    return place, variant, match["index"] is not None, match["kind"] != "safetensors"
+
+
+def any_shard(index: Path) -> bool:
+    return any(index.with_name(name).is_file() for name in shard_names(index, str(index)))
 
 
 def common_prefix(names: list[str]) -> str:
@@ -118,7 +153,7 @@ def without_prefixes(tensors: Mapping[str, Tensor], what: str, prefixes: tuple[s
 
 def read_file(path: Path, what: str) -> dict[str, Tensor]:
     """Tensors of a file or of its shards, under the names they have there."""
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json":
         return _read_shards(path, what)
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -168,15 +203,22 @@ def _torch_load(path: Path, what: str) -> Any:
         raise UserError(f"{what} is damaged or no checkpoint: {reason}") from None
 
 
-def _read_shards(index: Path, what: str) -> dict[str, Tensor]:
+def shard_names(index: Path, what: str) -> list[str]:
+    """Names of the files that an index of shards lists."""
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{what}: {index.name} is not an index of shards") from None
+        names = set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{what}: {index.name} is not an index of shards")
+    return sorted(names)
+
+
+def _read_shards(index: Path, what: str) -> dict[str, Tensor]:
+    names = shard_names(index, what)
+    if missing := [name for name in names if not index.with_name(name).is_file()]:
+        raise UserError(f"{what}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        shard = index.with_name(name)
-        if not shard.is_file():
-            raise UserError(f"{what}: {shard} does not exist")
-        tensors |= read_file(shard, f"{what}: {name}")
+    for name in names:
+        tensors |= read_file(index.with_name(name), f"{what}: {name}")
     return tensors

@@ -12,17 +12,18 @@ name -> shape.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.errors import UserError
-from models.checkpoints.files import read_file, weights_file
+from models.checkpoints.files import folder_hint, read_config, read_file, weights_file
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
@@ -91,58 +92,55 @@ def load_strictly(
     """
     state = module.state_dict()
     zeros = set(unused) - tensors.keys()
-    wanted = {n: value for n, value in state.items() if n not in zeros and not is_position_table(n)}
-    mismatch = compare(shapes_of(wanted), shapes_of(tensors))
+    tables = {name: position_table(*value.shape[1:]) for name, value in state.items() if is_position_table(name)}
+    added = tables | {name: torch.zeros(state[name].shape) for name in zeros}
+    if doubled := added.keys() & tensors.keys():
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in doubled}
+    return give_tensors(module, {**tensors, **added}, what, dtype)
+
+
+def give_tensors(module: Module, tensors: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> Module:
+    """A network `on_meta` whose parameters become exactly these tensors; a `UserError` if they do not fit."""
+    mismatch = compare(shapes_of(module.state_dict()), shapes_of(tensors))
     if mismatch:
         raise UserError(f"{what} does not fit {type(module).__name__}: {'; '.join(mismatch.lines())}")
     strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange:
         raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {first_few(strange)}")
-
     complete = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    for name, value in state.items():
-        if is_position_table(name):
-            complete[name] = position_table(*value.shape[1:]).to(dtype)
-        elif name in zeros:
-            complete[name] = torch.zeros(value.shape, dtype=dtype)
     check_finite(complete, what)
     module.load_state_dict(complete, strict=True, assign=True)
     return module.eval()
 
 
-def load_folder(
-    cls: type[Module],
-    folder: str | Path,
-    what: str,
-    dtype: torch.dtype = torch.float32,
-    others: tuple[str, ...] = (),
-) -> Module:
-    """`cls.from_pretrained` of a local folder of diffusers or transformers, as strict as `load_strictly`.
+def load_folder(cls: type[Module], folder: str | Path, what: str, dtype: torch.dtype = torch.float32) -> Module:
+    """A network of diffusers or transformers from its folder in any layout of the hub, as strict as `load_strictly`.
 
-    Tensors whose names start with `others` belong to other networks, which the folder may hold too.
+    A folder of all of CLIP has the networks of both its halves.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{what} is not a folder of {cls.__name__}: it has no config.json")
-    weights = weights_file(folder, what)
-    read_file(weights, what)  # the libraries' own errors of a damaged file, or of one with code in it, are tracebacks
-    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if ".fp16." in weights.name:
-        options["variant"] = "fp16"  # the only weights there are
+        raise UserError(f"{what} is not a folder of {cls.__name__}: it has no config.json{folder_hint(folder)}")
+    settings = read_config(folder / "config.json", what)
+    tensors = read_file(weights_file(folder, what), what)
     try:
-        module, info = cls.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be loaded as {cls.__name__}: {error}") from None
-    # The libraries give missing tensors random values and go on.
-    mismatch = Mismatch(
-        missing=tuple(sorted(info["missing_keys"])),
-        unexpected=tuple(sorted(name for name in info["unexpected_keys"] if not name.startswith(others))),
-        misshapen=tuple(sorted(_misshapen(*entry) for entry in info["mismatched_keys"])),
-    )
-    if mismatch:
-        raise UserError(f"{what} does not fit {cls.__name__}: {'; '.join(mismatch.lines())}")
-    check_finite(module.state_dict(), what)
-    return module.eval()
+        if issubclass(cls, PreTrainedModel):
+            make = partial(cls, cls.config_class.from_pretrained(folder, local_files_only=True, dtype=dtype))
+        else:
+            make = partial(cls.from_config, settings)
+        module = on_meta(make)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{what} cannot be made a {cls.__name__} from its config.json: {error}") from None
+    if issubclass(cls, PreTrainedModel):
+        tensors = clip_names(tensors, module)
+    give_tensors(module, current_names(tensors) if cls is AutoencoderKL else tensors, what, dtype)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:  # files do not hold it; CLIP's are the numbers of its positions
+            owner, _, name = name.rpartition(".")
+            positions = name == POSITION_IDS
+            value = torch.arange(buffer.shape[-1])[None] if positions else getattr(make().get_submodule(owner), name)
+            setattr(module.get_submodule(owner), name, value)
+    return module
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -193,6 +191,9 @@ VAE_NAMES = tuple(
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 )
 POSITIONS = ".pos_encoder.pe"
+# Parts of a whole CLIP, of which each of its networks has some, and a buffer that files of older releases hold.
+CLIP_PARTS = {"text_model", "vision_model", "text_projection", "visual_projection", "logit_scale"}
+POSITION_IDS = "position_ids"
 
 
 def replaced(entries: Mapping[str, Entry], pairs: Iterable[tuple[str, str]], within: str = "") -> dict[str, Entry]:
@@ -235,6 +236,20 @@ def current_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def old_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Entries of a VAE under the names of the published files."""
     return replaced(entries, [(new, old) for old, new in VAE_NAMES])
+
+
+def clip_names(entries: Mapping[str, Entry], network: nn.Module) -> dict[str, Entry]:
+    """Entries of a CLIP, whole or a half of it, under the names of one of its networks, without those of others."""
+    parts = {name.partition(".")[0] for name in network.state_dict()}
+    half = network.config.model_type.removeprefix("clip_")  # "vision_model", "text_model"
+    own = f"{half}." if half in parts else ""  # before the names of a half by itself there may be its own
+    kept = {}
+    for name, entry in entries.items():
+        if name.partition(".")[0] in CLIP_PARTS - {half} - parts or name.endswith(f".{POSITION_IDS}"):
+            continue
+        outside = name.partition(".")[0] in CLIP_PARTS - {half}
+        kept[name if outside else own + name.removeprefix(f"{half}.")] = entry
+    return kept
 
 
 def is_position_table(name: str) -> bool:

@@ -29,8 +29,6 @@ POSES = 5
 IMAGE_CHANNELS = {2: (1, 2), 3: (0, 1, 2)}
 # What the published file lacks: it follows from the VAE.
 NULL_LATENTS = "null_latents"
-# A folder of all of CLIP serves as image encoder as well; this is what the image's tokens do not need of it.
-OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
 def make_unet(sizes: UNetSizes, channels: tuple[int, ...], poses: int = POSES) -> DreamPoseUNet:
@@ -131,7 +129,7 @@ def make_dream_pose(sources: Sources) -> DreamPosePipeline:
     """DreamPose as published; or, from a UNet without pose channels, the weights that its training starts with."""
     tensors, what = sources.tensors("unet")
     sizes = unet_sizes(shapes_of(tensors))
-    image_encoder = sources.load_folder("image_encoder", CLIPVisionModel, others=OTHER_CLIP_PARTS)
+    image_encoder = sources.load_folder("image_encoder", CLIPVisionModel)
     if sizes.in_channels == sizes.out_channels:
         tensors = widened(tensors)
         adapter = ImageAdapter(clip_token_count(image_encoder), image_encoder.config.hidden_size, sizes.out_channels)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 import infer
 from core.errors import UserError, run_command
@@ -42,7 +42,6 @@ from tests.published import (
     fixtures_folder,
     published_tensors,
     small_image_encoder,
-    small_text_encoder,
     small_vae,
     write_weights,
 )
@@ -189,45 +188,6 @@ def test_half_precision_pipelines_animate(weights, tmp_path, family, dtype):
         frames[name] = pipeline(reference, poses, **arguments).frames
         assert frames[name].dtype == torch.float32 and frames[name].isfinite().all()
     assert (frames[dtype] - frames["float32"]).abs().mean() < 0.03
-
-
-def test_names_of_older_releases(tmp_path):
-    """The published VAE calls its attention layers query, key, value and proj_attn."""
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    vae.save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for name, t in tensors.items()}
-    assert any("proj_attn" in name for name in tensors)
-    path.unlink()
-    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
-    loaded = load_folder(AutoencoderKL, tmp_path, "vae").state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in vae.state_dict().items())
-
-
-def test_clip_files_of_older_releases(tmp_path):
-    """They hold the numbers of the positions, too."""
-    for make, kind, prefix in (
-        (small_image_encoder, CLIPVisionModelWithProjection, "vision_model."),
-        (small_text_encoder, CLIPTextModel, "text_model."),
-    ):
-        folder, network = tmp_path / kind.__name__, make()
-        network.save_pretrained(folder)
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-        outside = (prefix, "visual_projection.")
-        tensors = {name if name.startswith(outside) else prefix + name: tensor for name, tensor in tensors.items()}
-        tensors[f"{prefix}embeddings.position_ids"] = torch.arange(7)[None]
-        (folder / "model.safetensors").unlink()
-        torch.save(tensors, folder / "pytorch_model.bin")
-        loaded = load_folder(kind, folder, "encoder").state_dict()
-        assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
-
-
-def test_folders_with_half_precision_weights_only(tmp_path):
-    small_vae().half().save_pretrained(tmp_path, variant="fp16")
-    vae = load_folder(AutoencoderKL, tmp_path, "vae")
-    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
 
 
 class Code:
