@@ -94,15 +94,21 @@ def main(arguments: list[str]) -> None:
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    # Finished by an earlier run.
+    there = [job for job in jobs if config.pairs is not None and (Path(job.output) / "result.json").is_file()]
+    if state.is_main_process:
+        parameters = sum(p.numel() for network in (pipeline.animator, pipeline.vae) for p in network.parameters())
+        print(f"model {config.model or SHIPPED_MODEL}: {parameters / 1e6:.1f} million parameters, on {device}")
+        if config.pairs is not None:
+            print(f"{len(jobs)} pairs, of which {len(there)} are done already", flush=True)
     for job in jobs:
         if job.pose_images is None and pipeline.pose_kind != "OpenPose":
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
     with state.split_between_processes(jobs) as mine:
         for job in mine:
-            if config.pairs is not None and (Path(job.output) / "result.json").is_file():
-                continue  # finished by an earlier run
-            animate_pair(job, pipeline)
+            if job not in there:
+                animate_pair(job, pipeline)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,12 @@ def prepare(arguments: list[str]) -> None:
     clips = hold_out(find_clips(source, config.layout), config.heldout)
     others = other_files(source, clips)
     output = output_folder(config.output).absolute()
-    done = prepare_clips(shard.part(clips), output, config, partial(open_estimator, config.pose), shard.row)
+    mine = shard.part(clips)
+    print(f"{len(mine)} clips of layout {clips[0].layout}{shard}; poses, masks and records in {output}", flush=True)
+    done = prepare_clips(mine, output, config, partial(open_estimator, config.pose), shard.row)
     manifest = write_manifest(output, [clip.name for clip in clips], clips[0].layout, str(config.source))
-    print(f"layout {clips[0].layout}: {done.prepared} clips prepared, {done.done_before} were done before{shard}")
+    counted = f"{done.prepared} clips prepared, {done.done_before} were done before{shard}"
+    print(f"layout {clips[0].layout}: {counted}; {done.frames} frames read")
     for name, reason in done.left_out.items():
         print(f"left out: {name}: {reason}")
     if others:

@@ -1,6 +1,7 @@
 """User errors: one line on standard error, exit code 2, no traceback."""
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -25,23 +26,27 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     Errors of the program itself are not caught: their traceback is what a bug report needs.
     """
     quiet_libraries()
+    line, code = "", 0
     try:
         main(sys.argv[1:])
     except UserError as error:
         # From a loader process an error arrives with that process's traceback in front of its text.
         message = str(error).rsplit(f"{UserError.__module__}.UserError: ", 1)[-1]
-        end_with(f"error: {' '.join(message.split())}")
+        line, code = f"error: {' '.join(message.split())}", EXIT_CODE
     except OSError as error:
         if error.errno not in FULL:
             raise
-        end_with(f"error: {error.filename or 'a file'} could not be written: {error.strerror}")
+        line, code = f"error: {error.filename or 'a file'} could not be written: {error.strerror}", EXIT_CODE
     except KeyboardInterrupt:
-        end_with("error: interrupted", 130)
-    sys.exit(0)
+        line, code = "error: interrupted", 130
+    if line:
+        gc.collect()  # the exception's frames, whose progress bars so end their lines
+        report(line)
+    sys.exit(code)
 
 
-def end_with(line: str, code: int = EXIT_CODE) -> NoReturn:
-    """End the process after one line; torch's launcher, accelerate's for several processes, repeats it as its last."""
+def report(line: str) -> None:
+    """Print the error that ends this process; torch's launcher, so accelerate's of several, repeats it as its last."""
     launcher, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("LOCAL_RANK", "0") == "0"
     if launcher and not first:
         time.sleep(1)  # where all fail alike the launcher ends the others when the first has, and names but that one
@@ -49,4 +54,3 @@ def end_with(line: str, code: int = EXIT_CODE) -> NoReturn:
         Path(launcher).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
     if first or not launcher:
         print(line, file=sys.stderr)
-    sys.exit(code)

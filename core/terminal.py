@@ -1,7 +1,8 @@
-"""What libraries write on a terminal that a user can do nothing about."""
+"""What libraries and worker processes would write on a terminal that a user can do nothing about."""
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in FOREIGN_LINES:
         logging.getLogger(name).addFilter(_is_wanted)
+
+
+def ignore_interrupts(worker: int = 0) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

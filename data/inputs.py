@@ -1,7 +1,7 @@
 """Inputs of an animation: a reference image and a driving video, with poses and masks given or estimated."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,6 +85,7 @@ def load_driving(
     images: str | Path | None = None,  # pose images, one for each frame of the video and of its shape
     poses_wanted: bool = True,  # False: `images` alone are read
     cuts: Sequence[int] | None = None,  # see `Driving`; None: found
+    progress: Callable[[VideoReader], Iterable[np.ndarray]] = iter,  # wraps the frames that poses are estimated in
 ) -> Driving:
     """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
     used = {"stride": stride, "max_frames": max_frames}
@@ -104,7 +105,7 @@ def load_driving(
         if cuts is None:
             changes.over(video or ())
     else:
-        estimate = estimate_poses(changes.watch(video), video.fps, estimator(), max_persons)
+        estimate = estimate_poses(changes.watch(progress(video)), video.fps, estimator(), max_persons)
         estimate.require_person(f"driving={path}")
     clip = estimate.poses
     if not (clip.scores > 0).any():

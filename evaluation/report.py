@@ -85,20 +85,34 @@ def run_parts(
     # Neighbouring parts go to the same process, as they often share what they need.
     first, last = (len(names) * (state.process_index + k) // state.num_processes for k in (0, 1))
     mine = list(zip(names, folders, strict=True))[first:last]
-    for name, folder in tqdm(mine, desc=description, disable=not state.is_local_main_process):
-        made_of = json.loads(json.dumps((inputs or {}).get(name)))
-        file = folder / INPUTS_FILE
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made_of:
-            continue
-        with complete_folder(folder) as temporary:
-            work(name, temporary)
-            write_json(temporary / INPUTS_FILE, made_of)
+    made_of = {name: json.loads(json.dumps((inputs or {}).get(name))) for name, _ in mine}
+    files = {name: folder / INPUTS_FILE for name, folder in mine}
+    there = {n for n, file in files.items() if file.is_file() and json.loads(file.read_text("utf-8")) == made_of[n]}
+    if state.is_main_process:
+        before = f", {len(there)} of them before" if there else ""
+        print(
+            f"{description}: {len(mine)} parts{before}; goes on where it is stopped; results in {output}", flush=True
+        )
+    bar = tqdm(total=len(mine), initial=len(there), desc=description, disable=not state.is_local_main_process)
+    with bar:
+        for name, folder in mine:
+            if name in there:
+                continue
+            with complete_folder(folder) as temporary:
+                work(name, temporary)
+                write_json(temporary / INPUTS_FILE, made_of[name])
+            bar.update()
     state.wait_for_everyone()
     return folders
 
 
-def remove_parts(output: Path) -> None:
-    shutil.rmtree(output / PARTS_FOLDER, ignore_errors=True)
+def close_output(output: Path, keep_parts: bool) -> None:
+    """Say what a finished run wrote, pictures first, and remove its parts unless they are kept."""
+    if not keep_parts:
+        shutil.rmtree(output / PARTS_FOLDER, ignore_errors=True)
+    files = sorted(path for path in output.iterdir() if path.is_file() and path.name != RUN_FILE)
+    names = [path.name for path in sorted(files, key=lambda path: path.suffix not in (".png", ".pdf"))]
+    print(f"in {output}: {', '.join(names)}")
 
 
 @dataclass(frozen=True)

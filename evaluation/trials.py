@@ -28,7 +28,7 @@ from evaluation.measure import (
     with_persons,
 )
 from evaluation.metric_suite import MetricSuite, open_metric_suite
-from evaluation.report import claim_output, remove_parts, run_parts
+from evaluation.report import claim_output, close_output, run_parts
 from inference.animate import Animation, animate
 from inference.config import SamplingConfig
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
@@ -161,12 +161,14 @@ def run_task(
         pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator if config.persons else None)
         measure_clip(pairs, metric_suite, folder)
 
+    if state.is_main_process:
+        counts = f"{len(clips.names)} clips, {len(variants)} variants and {len(config.seeds)} seeds"
+        print(f"{counts}: {len(trials)} animations of {config.sampling.steps} steps on {device}")
     inputs = {trial.name: clips.stamps(trial.clip) for trial in trials}
     folders = run_parts(list(by_name), work, output, state, "animating", inputs)
     if state.is_main_process:
         write(dict(zip(trials, folders, strict=True)), metric_suite, output)
-        if not config.keep_parts:
-            remove_parts(output)
+        close_output(output, config.keep_parts)
     state.wait_for_everyone()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from inference.comparison import comparison_frames, comparison_strip
 from inference.config import InferConfig, SamplingConfig
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
+from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
@@ -172,6 +174,22 @@ def animate(
     return Animation(image, poses, plain, calibrated, calibration, driving.fps, driving.cuts)
 
 
+def sampling_plan(
+    pipeline: AnimationPipeline, frames: int, size: tuple[int, int], sampling: SamplingConfig, calibrated: bool
+) -> str:
+    """What will be sampled, in a line; `calibrated`: with TPC."""
+    window = pipeline.default_window(frames, sampling.window_size, sampling.window_overlap)
+    windows = len(context_windows(frames, *window))
+    scales = pipeline.animator.guidance_scales(sampling.guidance_scales or sampling.guidance_scale)
+    guidance = " and ".join(f"{scale:g}" for scale in scales)
+    halves = 1 + sum(scale != 1 for scale in scales)
+    counts = {f"{sampling.steps} steps": sampling.steps, f"{halves} by guidance {guidance}": halves}
+    counts |= {f"{windows} windows of {window[0]} frames": windows} if windows > 1 else {}
+    counts |= {"2, without and with TPC": 2} if calibrated and sampling.compare else {}
+    width, height = size
+    return f"{frames} frames of {width} x {height} pixels; {' x '.join(counts)} = {prod(counts.values())} passes"
+
+
 def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Pose images in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
     if driving.images is not None:
@@ -271,7 +289,13 @@ def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
             images=job.pose_images,
             poses_wanted=job.tpc.enabled,
             cuts=job.cuts,
+            progress=partial(tqdm, desc="estimating poses", unit="frame"),
         )
+    size, frames = (
+        framing(pipeline, reference, driving, job).size,
+        len(driving.images) if driving.images else driving.poses.frames,
+    )
+    print(f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {output}", flush=True)
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
     save_config(job, output / "config.yaml")
     if animation.calibration is not None:
@@ -280,8 +304,9 @@ def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
     upscale_to = driving.size if job.upscale == "source" else None
     write_animation(animation, output, config_dict(job), watch, driving.sound, upscale_to)
     if animation.calibration is not None:
-        print(f"calibration: {animation.calibration.outcome()}")
+        print(f"calibration: {animation.calibration.outcome()}; images in {output / 'calibration'}")
     print(f"animation:  {output / 'animation.mp4'}")
     print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
+    print(f"settings:   {output / 'config.yaml'}, with times in {output / 'result.json'}")
     for note in animation.calibration.notes() if animation.calibration is not None else ():
         print(f"note: {note}")

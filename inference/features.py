@@ -61,6 +61,8 @@ def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMad
     if not clips:
         raise UserError(f"dataset={dataset} has no clip that can be used: {next(iter(left_out.values()))}")
     made = FeaturesMade(cache.folder, left_out=dict(left_out))
+    frames = sum(usable.clip.frames for usable in shard.part(clips))
+    print(f"{kind} of {frames} frames of {size[0]} x {size[1]} pixels, in {cache.folder}{shard}", flush=True)
     encode = _encoder(kind, network, getattr(torch, config.dtype))
     for usable in tqdm(shard.part(clips), desc=f"making {kind}", unit="clip", position=shard.row):
         clip = usable.clip

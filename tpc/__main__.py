@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> None:
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
     size = frame_size(driving.poses.size, config.max_side)
+    frames = f"{driving.poses.frames} frames of {size[0]} x {size[1]} pixels"
+    print(f"{frames}, transform {config.tpc.transform}, preset {config.tpc.preset}; results in {output}", flush=True)
     calibration = calibrate(
         reference.image,
         reference.poses,
@@ -55,13 +57,16 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
         write_results(Path(folder), config, calibration, reference, driving)
         move_into(Path(folder), output)
-    print(f"{calibration.outcome()}; see {output / 'report.png'}")
+    print(f"{calibration.outcome()}; see {output / 'report.png'} and {output / 'calibrated.mp4'}")
+    print(f"images in {output / 'calibrated'}, transforms in {output / 'calibration.json'}")
     for note in calibration.notes():
         print(f"note: {note}")
 
 
 def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
     """Images, poses and masks; the estimator is opened when one of the two needs it."""
+    from tqdm import tqdm
+
     from data.inputs import load_driving, load_reference
     from data.poses.poses import open_estimator
 
@@ -78,6 +83,7 @@ def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
         config.stride,
         config.pose.smoothing,
         cuts=config.cuts,
+        progress=partial(tqdm, desc="estimating poses", unit="frame"),
     )
     return reference, driving
 

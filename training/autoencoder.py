@@ -175,6 +175,7 @@ def finish(vae: VAE, config: VAEConfig, accelerator: Accelerator, output: Path) 
     with complete_folder(output / "vae") as folder:
         vae.save_pretrained(folder)
     print(f"held-out PSNR {psnr:.2f} dB, person {person:.2f} dB; VAE in {output / 'vae'}")
+    print(f"images beside their reconstructions in {output / 'reconstructions.png'}")
 
 
 def train_vae(config: VAEConfig) -> None:
@@ -195,6 +196,12 @@ def train_vae(config: VAEConfig) -> None:
     if config.freeze_encoder:
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
+    if accelerator.is_main_process:
+        trained = sum(p.numel() for p in vae.parameters() if p.requires_grad) / 1e6
+        print(
+            f"trains {trained:.3g} million parameters of an autoencoder for {config.max_steps} steps, without resuming"
+        )
+        print(f"VAE at the end in {output / 'vae'}; watch: tensorboard --logdir {output / 'logs'}", flush=True)
     train(vae, config, accelerator)
     if accelerator.is_main_process:
         finish(vae.float().eval(), config, accelerator, output)

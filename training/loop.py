@@ -89,6 +89,20 @@ def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
     return stopping and progress.step < config.max_steps
 
 
+def training_plan(run: Run, parameters: str) -> str:
+    """What will be trained, from where on, and where to watch it."""
+    config, done, data, output = run.config, run.progress.step, run.config.data, run.output
+    if done >= config.max_steps:
+        return f"{output} has all {config.max_steps} steps; max_steps= asks for more"
+    batch = f"{run.clips_per_step} {f'clips of {data.num_frames} frames' if data.num_frames > 1 else 'images'}"
+    size, begun = f"{data.size[0]} x {data.size[1]}", f"goes on from {output / f'checkpoint-{done}'}"
+    return (
+        f"stage {config.stage}: trains {parameters} parameters for {config.max_steps} steps of {batch} "
+        f"at {size} pixels; {begun if done else 'begins anew'}\n"
+        f"checkpoints every {config.checkpoint_steps} steps in {output}; watch: tensorboard --logdir {output / 'logs'}"
+    )
+
+
 def run_training(config: TrainConfig) -> None:
     """Train as configured, or print what `dry_run` asks for."""
     check_precision(config)
@@ -98,6 +112,7 @@ def run_training(config: TrainConfig) -> None:
     output = output_folder(config.output)
     config = spread_batch(config)
     vae, model = build(config)
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0))
     accelerator = make_accelerator(config, output)
     set_seed(config.seed, device_specific=True)
     with ExitStack() as stack:
@@ -110,6 +125,7 @@ def run_training(config: TrainConfig) -> None:
         check_shared(accelerator, config, output / "config.yaml")
         check_validation(accelerator, config)
         run = prepare(config, output, accelerator, vae, model)
+        on_main(accelerator, lambda: print(training_plan(run, f"{trained:.3g} of {every:.3g} million"), flush=True))
         # What a killed run logged after its last checkpoint is logged again.
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": run.progress.step + 1}})
         clips = make_clips(run)
@@ -123,5 +139,9 @@ def run_training(config: TrainConfig) -> None:
         if accelerator.is_main_process and stopped:
             print(f"stopped after step {step} of {config.max_steps}, saved {newest}; the same command goes on")
         elif accelerator.is_main_process:
-            print(f"trained {step} steps; {result.name} in {result}")
+            print(f"trained {step} steps; {result.name} in {result}, the last state in {newest}")
+            if config.validation.steps:
+                print(f"validation sheets in {output / 'samples'}")
+            base = "model" if result.name == "pipeline" else f"model={config.model.init} lora"
+            print(f"animate with it: python infer.py {base}={result}")
         end_together(accelerator)

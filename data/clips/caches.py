@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import complete_file, complete_folder
+from core.terminal import ignore_interrupts
 from data.clips.rendered import RenderedPeople, check_index, latent_item
 from data.people.renderer import render_surface
 from data.poses.drawing import draw_pose
@@ -52,6 +53,7 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
     index = folder / INDEX
     if index.is_file() and json.loads(index.read_text(encoding="utf-8")) == description:
         return folder
+    print(f"making the cache {folder} of {len(clips)} clips, once", flush=True)
     with complete_folder(folder) as temporary:
         _write_arrays(temporary, clips, pack_clip, "caching clips", workers)
         (temporary / INDEX).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -63,7 +65,7 @@ def _write_arrays(
 ) -> None:
     """Write the arrays that `pack` makes of every item as one file a name, with a leading axis of items."""
     arrays: dict[str, np.memmap] = {}
-    loader = DataLoader(items, batch_size=None, num_workers=workers)
+    loader = DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupts)
     for index, item in enumerate(tqdm(loader, desc=title, total=len(items))):
         for name, value in pack(item).items():
             if index == 0:

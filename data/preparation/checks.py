@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError
+from core.terminal import ignore_interrupts
 from data.config import COCO_KEYPOINTS, CheckConfig
 from data.poses.files import load_poses
 from data.poses.poses import Poses
@@ -49,7 +50,8 @@ def check_dataset(config: CheckConfig) -> Report:
 
 def _each(check: Callable[[Item, CheckConfig], ClipFacts], clips: list[Item], config: CheckConfig) -> list[ClipFacts]:
     """Check every clip, in `config.workers` processes."""
-    with ProcessPoolExecutor(config.workers) if config.workers > 1 else nullcontext() as pool:
+    several = config.workers > 1
+    with ProcessPoolExecutor(config.workers, initializer=ignore_interrupts) if several else nullcontext() as pool:
         found = (pool.map if pool else map)(check, clips, repeat(config))
         return list(tqdm(found, total=len(clips), desc="checking clips", unit="clip"))
 

@@ -38,6 +38,7 @@ class PreparedClips:
 
     done_before: int = 0
     prepared: int = 0
+    frames: int = 0  # of those prepared now
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,6 +80,7 @@ def prepare_clips(
         else:
             record = _prepare(clip, output, config, estimator)
             counts.prepared += 1
+            counts.frames += record.get("frames", 0)
         if "left_out" in record:
             counts.left_out[clip.name] = record["left_out"]
         bar.set_postfix(left_out=len(counts.left_out))

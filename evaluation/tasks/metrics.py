@@ -6,6 +6,7 @@ from itertools import tee
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from core.config import config_dict
 from core.errors import UserError
@@ -21,12 +22,12 @@ from evaluation.report import (
     INTERVALS_NOTE,
     RESULTS_FILE,
     claim_output,
+    close_output,
     format_number,
     heading,
     interval_cell,
     measure_label,
     over_seeds,
-    remove_parts,
     run_parts,
     warning_lines,
     write_results,
@@ -63,8 +64,13 @@ def run(config: MetricsConfig) -> None:
         return
 
     def measure(name: str, folder: Path) -> None:
-        measure_clip(frame_pairs(pairs[name], metric_suite.protocol, estimators), metric_suite, folder)
+        frames = frame_pairs(pairs[name], metric_suite.protocol, estimators)
+        bar = tqdm(frames, desc=name, total=pairs[name].frames, unit="frame", leave=False, disable=None)
+        measure_clip(bar, metric_suite, folder)
 
+    if state.is_main_process:
+        frames, protocol = sum(pair.frames for pair in pairs.values()), metric_suite.protocol
+        print(f"{len(pairs)} clips of {frames} frames in all, protocol {protocol.name} {protocol.version}")
     folders = run_parts(list(pairs), measure, output, state, "measuring", inputs)
     if state.is_main_process:
         numbers = summarise(folders, metric_suite)
@@ -84,8 +90,7 @@ def run(config: MetricsConfig) -> None:
         }
         text = _table(numbers, intervals, metric_suite, counts)
         write_results(config, metric_suite, results, {"table.md": text}, output)
-        if not config.keep_parts:
-            remove_parts(output)
+        close_output(output, config.keep_parts)
     state.wait_for_everyone()
 
 

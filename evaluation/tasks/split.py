@@ -14,7 +14,7 @@ from evaluation.clips import open_clips
 from evaluation.config import SplitConfig
 from evaluation.misalignment import KINDS, SUBSETS, UNSEEN, ClipSplit, classify, misalignment
 from evaluation.plots import Histogram, draw_histograms
-from evaluation.report import claim_output, remove_parts, run_parts, write_results
+from evaluation.report import claim_output, close_output, run_parts, write_results
 
 CLIP_FILE = "clip.json"
 
@@ -35,7 +35,7 @@ def run(config: SplitConfig) -> None:
     if state.is_main_process:
         contents = [json.loads((folder / CLIP_FILE).read_text(encoding="utf-8")) for folder in folders]
         _write(config, [ClipSplit(**content | {"kinds": tuple(content["kinds"])}) for content in contents], output)
-        remove_parts(output)
+        close_output(output, keep_parts=False)
     state.wait_for_everyone()
 
 

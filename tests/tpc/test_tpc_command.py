@@ -1,6 +1,7 @@
 """`python -m tpc` from files to files, and what it says when it cannot."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
+from data.config import SAMPLES
 from data.video.files import read_video, write_video
 from tests.tpc_bodies import body, place, poses, silhouette
 from tpc import Calibration
@@ -179,3 +181,24 @@ def test_frame_size_keeps_the_aspect_ratio():
     assert frame_size((1920, 1080), 0) == (1920, 1080)
     assert frame_size((1920, 1080), 512) == (512, 288)
     assert frame_size((3, 4000), 100) == (1, 100)
+
+
+def test_interrupted_it_ends_with_one_line_and_no_folder(tmp_path):
+    # A shell's background jobs, which tests may run in, ignore Ctrl-C.
+    program = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "sys.argv[1:] = sys.argv[2:]; runpy.run_module('tpc', run_name='__main__')"
+    inputs = [
+        f"reference={SAMPLES / 'photo.jpg'}",
+        f"driving={SAMPLES / 'dance.mp4'}",
+        f"output={tmp_path / 'a' / 'b'}",
+    ]
+    command = [sys.executable, "-c", program, "tpc", *inputs]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        begun = b""
+        while b"estimating poses" not in begun and (char := process.stderr.read(1)):
+            begun += char
+        process.send_signal(signal.SIGINT)
+        lines = process.stderr.read().decode().splitlines()
+    assert process.returncode == 130
+    assert lines[-1] == "error: interrupted" and all("poses" in line or "%" in line or not line for line in lines[:-1])
+    assert not list(tmp_path.iterdir())
