@@ -4,7 +4,7 @@ A folder of adapters has a sub-folder for each network, such as denoising_unet/p
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import UserError
 from models.animators.base import Animator
@@ -75,6 +75,27 @@ def merge(network: ModelMixin, scale: float = 1.0) -> None:
     """Add the network's adapters to its weights, and remove them: its layers are then as before `add_lora`."""
     network.fuse_lora(lora_scale=scale)
     network.unload_lora()
+
+
+def is_adapter(name: str) -> bool:
+    """Tell by the name of a parameter in a network with adapters if it is one of theirs."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def without_adapter(name: str) -> str:
+    """The name in the network as it was before `add_lora`."""
+    return name.replace(".base_layer.", ".")
+
+
+def merged_weight(network: nn.Module, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor of this name that `merge` would leave in a network without weights but its adapters'.
+
+    `make` gives the weight itself.
+    """
+    layer, _, rest = name.rpartition(".base_layer.")
+    if rest != "weight":
+        return make()
+    return make().float() + network.get_submodule(layer).get_delta_weight(ADAPTER)
 
 
 def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.0) -> None:

@@ -1,14 +1,17 @@
 """Networks, noise schedule and trainable parameters from the configuration."""
 
+import hashlib
 import json
 import os
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin
 from diffusers.models.transformers import Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.errors import UserError
@@ -19,14 +22,17 @@ from models.animators.registry import (
     animator_class,
     component_classes,
     load_pipeline,
+    network_folders,
     pipeline_class,
     pipeline_of,
     read_index,
     saved_class,
 )
-from models.checkpoints.loading import from_settings
+from models.checkpoints.loading import from_settings, network_names
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
+from models.checkpoints.streaming import StoredTensors
 from models.config import ANIMATORS
+from models.lora import FOLDER as LORA_FOLDER
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
 from models.vae import VAE, load_vae, vae_class
@@ -77,6 +83,38 @@ def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
     if config.model.start:
         start_from(model, config.model.start)
     return vae, model
+
+
+def stored_networks(config: TrainConfig, vae: VAE, model: Animator) -> dict[str, StoredTensors]:
+    """Component -> what its folder in `model.init`, or `model.vae`, has; components are a part of tensors' names."""
+    if config.model.init is None:
+        folders = {"vae": Path(config.model.vae)}
+    else:
+        folders = network_folders(config.model.init)
+    found = {}
+    for part, network in (("vae", vae), *model.named_children()):
+        if part in folders:
+
+            def rename(entries: Mapping[str, Any], part: str = part, network: nn.Module = network) -> dict[str, Any]:
+                return {f"{part}.{name}": entry for name, entry in network_names(entries, network).items()}
+
+            found[part] = StoredTensors(folders[part], f"{folders[part]}", rename)
+    return found
+
+
+def stored_base(config: TrainConfig, vae: VAE, model: Animator) -> Mapping[str, Tensor]:
+    """The tensors that a run began with, by name, each read when it is asked for; those of the VAE behind "vae."."""
+    if config.model.init and (Path(config.model.init) / LORA_FOLDER).is_dir():
+        vae, model = open_animator("model.init", config.model.init)  # with its adapters added
+        return {**{f"vae.{name}": value for name, value in vae.state_dict().items()}, **model.state_dict()}
+    return ChainMap(*stored_networks(config, vae, model).values())
+
+
+def base_digest(folder: str | Path) -> str:
+    """Short digest of a pipeline folder's weights, its own adapters included, see `StoredTensors.digest`."""
+    files = [*network_folders(folder).values(), *sorted((Path(folder) / LORA_FOLDER).rglob("*.safetensors"))]
+    digests = [StoredTensors(file, str(file)).digest() for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def start_from(model: Animator, folder: str) -> None:

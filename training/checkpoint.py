@@ -1,14 +1,15 @@
 """Complete training states: saved by all ranks, renamed when whole, old ones pruned only afterwards.
 
     output/checkpoint-<step>/
-        progress.json           step, position in the data, strategy, processes, what is trained
+        progress.json           step, position in the data, strategy, processes, what is trained, on which weights
         average.safetensors     EMA, whole, if there is one
         model.safetensors, optimizer.bin      weights and optimiser (one process, DDP), or
         pytorch_model/                        the parts of every process (DeepSpeed), or
         pytorch_model_fsdp_0/, optimizer_0/   (FSDP)
         random_states_<rank>.pkl              random state of every process
 
-The learning rate is a function of the step. Names that start with a point are being written or removed.
+Weights are those that are trained, and frozen ones only where `model.init` does not have them: its folder must stay as
+it is. The learning rate is a function of the step. Names that start with a point are being written or removed.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -27,6 +30,7 @@ from torch import nn
 
 from core.errors import UserError
 from core.files import sync_entries, sync_folder
+from models.lora import without_adapter
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
 
@@ -50,13 +54,16 @@ class Layout:
     strategy: str  # see `training.distributed.strategy`
     processes: int  # that wrote it
     trained: str  # digest of names and shapes of the trainable parameters
+    # Digest of the weights that frozen ones come from; None: the checkpoint has them, as those of new networks and of
+    # earlier releases do.
+    base: str | None = None
 
 
-def layout(accelerator: Accelerator, named: list[tuple[str, nn.Parameter]]) -> Layout:
-    """Layout of this run's checkpoints, from the names and parameters that are trained."""
+def layout(accelerator: Accelerator, named: list[tuple[str, nn.Parameter]], base: str | None = None) -> Layout:
+    """Layout of this run's checkpoints, from the names and parameters that are trained, and the digest of the base."""
     shapes = [(name, list(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in named]
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-    return Layout(strategy(accelerator), accelerator.num_processes, digest)
+    return Layout(strategy(accelerator), accelerator.num_processes, digest, base)
 
 
 def checkpoints(output: str | Path) -> list[tuple[int, Path]]:
@@ -69,6 +76,25 @@ def remove_leftovers(output: Path) -> None:
     """Remove what a killed run left half-written or half-removed; the folder must be locked."""
     for path in [*output.glob(".*.partial*"), *output.glob(".*.old"), *output.glob("samples/.*.partial*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def leave_out(model: nn.Module, names: Collection[str]) -> None:
+    """Leave frozen tensors of these names, of a model without adapters, out of its state, in saving and in loading.
+
+    Hooks of torch do it because every strategy has its own way to save a state.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    out = {name for name in model.state_dict() if name not in trained and without_adapter(name) in names}
+
+    def shorten(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        for name in out:
+            state.pop(prefix + name, None)
+
+    def forgive(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in out]
+
+    model.register_state_dict_post_hook(shorten)
+    model.register_load_state_dict_post_hook(forgive)
 
 
 def exchange_with_bare_model(accelerator: Accelerator) -> None:
@@ -135,7 +161,8 @@ def write_state(
 ) -> str | None:
     """Reason why this process's part of a checkpoint could not be written, or None."""
     try:
-        accelerator.save_state(str(folder))
+        # DeepSpeed has a list of frozen parameters beside the model's state.
+        accelerator.save_state(str(folder), exclude_frozen_parameters=arrangement.base is not None)
         if average is not None:
             average.save(folder, accelerator)
         if accelerator.is_main_process:
@@ -200,7 +227,7 @@ def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average:
         raise UserError(
             f"{folder} cannot be seen by every process; output= must be on a file system they share"
         ) from None
-    check_layout(folder, Layout(**{field.name: saved[field.name] for field in fields(Layout)}), arrangement)
+    check_layout(folder, saved_layout(saved), arrangement)
     try:
         accelerator.load_state(str(folder))
         if average is not None:
@@ -213,12 +240,27 @@ def resume(accelerator: Accelerator, output: Path, arrangement: Layout, average:
     return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
 
 
+def saved_layout(progress: dict[str, Any]) -> Layout:
+    """The layout in the contents of `PROGRESS`."""
+    return Layout(**{field.name: progress[field.name] for field in fields(Layout) if field.name in progress})
+
+
+def check_base(folder: Path, saved: str | None, present: str | None) -> None:
+    """Refuse to complete a checkpoint with frozen weights that it was not trained on."""
+    if saved is not None and saved != present:
+        raise UserError(
+            f"the weights in model.init= are not those that {folder} was trained on, and it holds only what was "
+            "trained; give model.init= as it was, or another output="
+        )
+
+
 def check_layout(folder: Path, saved: Layout, present: Layout) -> None:
     if saved.trained != present.trained:
         raise UserError(
             f"{folder} is of a training of other parameters (another stage, fine-tuning mode or network size); give "
             f"another output="
         )
+    check_base(folder, saved.base, present.base)
     # Whole states fit any number of processes, and so do FSDP's, which are stored by name; DeepSpeed's parts fit only
     # as many processes of the same stage.
     fits = saved.strategy == present.strategy and (

@@ -5,22 +5,31 @@
 It needs no GPU and no second process.
 """
 
+import json
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
+from models.animators.base import Animator
 from models.animators.registry import supervised_attention, write_training_facts
-from models.lora import merge, save_lora
+from models.checkpoints.loading import is_position_table, position_table
+from models.checkpoints.streaming import StoredTensors, Written, write_tensors
+from models.lora import is_adapter, merged_weight, save_lora, without_adapter
 from models.pipeline import AnimationPipeline
-from training.build import make_networks, make_pipeline, set_trainable, trained_window
-from training.checkpoint import checkpoints
+from models.vae import VAE
+from training.build import base_digest, describe_networks, make_pipeline, set_trainable, stored_base, trained_window
+from training.checkpoint import PROGRESS, check_base, checkpoints, saved_layout
 from training.config import ExportConfig, TrainConfig
 from training.ema import FILE as AVERAGE
 
@@ -31,18 +40,26 @@ def export_name(config: TrainConfig) -> str:
 
 
 def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, average: bool = True) -> None:
-    """Write the pipeline folder of a checkpoint, or the folder of its adapters, with EMA weights if `average`."""
-    # Networks are built anew: what was trained comes from the checkpoint, the rest from where the run took it.
-    vae, model = make_networks(config)
-    set_trainable(model, config)
-    load_trained(model, checkpoint, config, average)
+    """Write the pipeline folder of a checkpoint, or the folder of its adapters, with EMA weights if `average`.
+
+    Tensors go from file to file one after the other: a run that exports may have no room for its model twice.
+    """
+    saved = saved_layout(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    check_base(checkpoint, saved.base, base_digest(config.model.init) if saved.base else None)
+    vae, model = describe_networks(config)
+    with torch.device("meta"):
+        set_trainable(model, config)
+    find = finder(vae, model, checkpoint, config, average)
     pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
+    if config.trainable == "lora":
+        adapters = {name: find(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.load_state_dict(adapters, strict=False, assign=True)
     try:
         with complete_folder(folder) as temporary:
             if export_name(config) == "lora":
                 save_lora(pipeline, temporary)
             else:
-                save_pipeline(pipeline, temporary, config)
+                save_pipeline(pipeline, find, temporary, config)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -51,45 +68,78 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
         ) from None
 
 
-def save_pipeline(pipeline: AnimationPipeline, folder: Path, config: TrainConfig) -> None:
-    """Write a pipeline with its adapters merged, in `export_dtype`, and how it was trained; networks in memory keep
-    their dtype.
+def finder(
+    vae: VAE, model: Animator, checkpoint: Path, config: TrainConfig, average: bool = True
+) -> Callable[[str], Tensor]:
+    """Function from a name in the model, or in the VAE behind "vae.", to its tensor.
+
+    What was trained comes from the checkpoint, the rest unrounded from where the run took it. New networks come whole
+    from the checkpoint, but for position tables: those of DeepSpeed's bf16 are rounded.
     """
-    if config.trainable == "lora":
-        for name in pipeline.animator_cls.adapted_networks:
-            merge(getattr(pipeline, name))
-    pipeline.save_pretrained(folder)
+    base, weights = stored_base(config, vae, model), checkpoint_weights(checkpoint)
+    averages = StoredTensors(checkpoint / AVERAGE, "the average") if average and has_average(checkpoint) else {}
+    shapes = {f"vae.{name}": tensor.shape for name, tensor in vae.state_dict().items()}
+    shapes |= {name: tensor.shape for name, tensor in model.state_dict().items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def find(name: str) -> Tensor:
+        source, where, known = weights, checkpoint, name
+        if name in trained:
+            source = averages if name in averages else weights
+        elif (plain := without_adapter(name)) in base:
+            source, where, known = base, config.model.init or config.model.vae, plain
+        elif is_position_table(name):
+            return position_table(*shapes[name][1:])
+        found = source[known] if known in source else None
+        if found is None or found.shape != shapes[name]:
+            shape = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(shapes[name])}"
+            raise UserError(f"{where} does not fit this configuration: {known} is {shape}")
+        return found
+
+    return find
+
+
+def save_pipeline(
+    pipeline: AnimationPipeline, find: Callable[[str], Tensor], folder: Path, config: TrainConfig
+) -> None:
+    """Write a pipeline of networks without weights, which `find` gives, in `export_dtype`, and how it was trained."""
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    dtype = getattr(torch, config.export_dtype)
+    for part, network in (("vae", pipeline.vae), *pipeline.animator.named_children()):
+        if isinstance(network, PreTrainedModel):
+            network.save_pretrained(folder / part, state_dict={})
+        else:
+            network.save_config(folder / part)
+        tensors = {
+            without_adapter(name): Written(
+                tuple(tensor.shape),
+                dtype if tensor.is_floating_point() else tensor.dtype,
+                partial(merged_weight, network, name, partial(find, f"{part}.{name}")),
+            )
+            for name, tensor in network.state_dict().items()
+            if not is_adapter(name)
+        }
+        file = SAFE_WEIGHTS_NAME if isinstance(network, PreTrainedModel) else SAFETENSORS_WEIGHTS_NAME
+        write_tensors(folder / part / file, tensors)
+    record_training(folder, config)
+
+
+def record_training(folder: Path, config: TrainConfig) -> None:
     # Later stages keep what supervision made of the attention, so what a run begins with counts too.
     begun = config.model.init or config.model.start
     before = False if begun is None else supervised_attention(begun)
     write_training_facts(folder, True if config.attention.weight > 0 else before)
-    for file in folder.rglob("*.safetensors") if config.export_dtype == "float16" else ():
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        tensors = load_file(file)
-        save_file({n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}, file, metadata)
 
 
-def load_trained(model: nn.Module, checkpoint: Path, config: TrainConfig, average: bool = True) -> None:
-    """Load trained weights from a checkpoint, and frozen ones unless they come from `model.init`."""
-    weights = checkpoint_weights(checkpoint)
-    if average and (checkpoint / AVERAGE).is_file():
-        weights |= load_file(checkpoint / AVERAGE)
-    # Buffers are tables that follow from the configuration, and DeepSpeed's bf16 would have rounded them.
-    for name, parameter in model.named_parameters():
-        tensor, found = parameter.data, weights.get(name)
-        if not parameter.requires_grad and (config.model.init is not None or found is None):
-            continue
-        if found is None or found.shape != tensor.shape:
-            shape = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(tensor.shape)}"
-            raise UserError(f"{checkpoint} does not fit this configuration: {name} is {shape}")
-        tensor.copy_(found)
+def has_average(checkpoint: Path) -> bool:
+    return (checkpoint / AVERAGE).is_file()
 
 
-def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
+def checkpoint_weights(checkpoint: Path) -> Mapping[str, Tensor]:
     """Whole weights by name from a checkpoint of any strategy; float32 where DeepSpeed kept masters."""
     if (checkpoint / "model.safetensors").is_file():
-        return load_file(checkpoint / "model.safetensors")
+        return StoredTensors(checkpoint / "model.safetensors", f"checkpoint={checkpoint}")
     if (checkpoint / "pytorch_model").is_dir():
         # DeepSpeed takes seconds to import, and most checkpoints need none of it.
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -122,6 +172,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(TrainConfig, [], files=[checkpoint.parent / "config.yaml"])
     config.model.init = settings.init or config.model.init
     config.model.vae = settings.vae or config.model.vae
+    if config.model.init and not Path(config.model.init).is_dir():
+        raise UserError(
+            f"{checkpoint} was trained on {config.model.init}, which is not there; say init=, where it lies"
+        )
     config.export_dtype = settings.dtype or config.export_dtype
     export_checkpoint(config, checkpoint, Path(settings.output), settings.average)
     print(f"pipeline of {checkpoint} in {settings.output}")

@@ -27,7 +27,7 @@ from training.distributed import (
 )
 from training.export import export_checkpoint, export_name
 from training.memory import memory_report
-from training.run import Run, accumulate_gradients, batches, make_clips, move_parameters, prepare
+from training.run import Run, accumulate_gradients, batches, make_clips, move_parameters, optimizer_class, prepare
 from training.validate import validate
 
 
@@ -109,6 +109,7 @@ def run_training(config: TrainConfig) -> None:
     if config.dry_run:
         print(memory_report(config))
         return
+    optimizer_class(config.optimizer)  # that its package is missing is said before anything is loaded
     output = output_folder(config.output)
     config = spread_batch(config)
     vae, model = build(config)

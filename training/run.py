@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from core.errors import UserError
 from models.animators.base import Animator
 from models.vae import VAE
 from tpc.augmentation import misalignment
-from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, resume
+from training.build import base_digest, stored_networks
+from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, leave_out, resume
 from training.config import OptimizerConfig, TrainConfig
 from training.data import ArticulatedClips, ensure_latents, latents_folder, make_dataset, make_loader
 from training.distributed import on_main, strategy
@@ -192,7 +194,12 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
     objective.animator = accelerator.unwrap_model(model)
     trainable = [(name, p) for name, p in objective.animator.named_parameters() if p.requires_grad]
     average = WeightAverage(trainable, config.ema_decay) if config.ema_decay else None
-    arrangement = layout(accelerator, trainable)
+    base = None
+    if config.model.init:
+        base = base_digest(config.model.init)
+        stored = stored_networks(config, vae, objective.animator).values()
+        leave_out(objective.animator, {name for network in stored for name in network})
+    arrangement = layout(accelerator, trainable, base)
     progress = resume(accelerator, output, arrangement, average)
     return Run(
         config=config,
@@ -223,16 +230,10 @@ def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
                 buffer.data = buffer.data.to(half)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with moments of four bytes or of one."""
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.epsilon,
-        "weight_decay": config.weight_decay,
-    }
+def optimizer_class(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW with moments of four bytes or of one; `UserError` where the package of the latter is missing."""
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        return partial(torch.optim.AdamW, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit  # not among the requirements
     except ImportError as error:
@@ -240,7 +241,17 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
             f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or take "
             "optimizer.name=adamw, for which `--dry-run` says the memory"
         ) from None
-    return AdamW8bit(parameters, **settings)
+    return AdamW8bit
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return optimizer_class(config)(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def learning_rate(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:

@@ -113,6 +113,12 @@ def supervision_words(supervised: bool | None) -> str:
     return {True: "yes", False: "no", None: "not recorded"}[supervised]
 
 
+def network_folders(folder: str | Path) -> dict[str, Path]:
+    """Component -> folder of the networks of a pipeline folder, by name."""
+    folders = {name: Path(folder) / name for name in sorted(read_index(Path(folder)))}
+    return {name: path for name, path in folders.items() if (path / "config.json").is_file()}
+
+
 def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str, type]:
     """Classes that a component may have, by name."""
     annotation = get_type_hints(pipeline.__init__)[name]

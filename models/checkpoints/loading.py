@@ -72,6 +72,8 @@ def shapes_on_meta(make: Callable[..., nn.Module], *arguments: Any, **settings: 
 
 def from_settings(cls: type[Module], settings: Mapping[str, Any]) -> Module:
     """A network without its weights, of what its `config.json` says but the dtype, which is torch's default."""
+    # The folder that it was loaded from once is nobody's concern.
+    settings = {name: value for name, value in settings.items() if name != "_name_or_path"}
     if not issubclass(cls, PreTrainedModel):
         return cls.from_config(settings)
     # transformers would build some parts in the dtype that the weights were saved in, and others not.
@@ -131,9 +133,7 @@ def load_folder(cls: type[Module], folder: str | Path, what: str, dtype: torch.d
         module = on_meta(make)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what} cannot be made a {cls.__name__} from its config.json: {error}") from None
-    if issubclass(cls, PreTrainedModel):
-        tensors = clip_names(tensors, module)
-    give_tensors(module, current_names(tensors) if cls is AutoencoderKL else tensors, what, dtype)
+    give_tensors(module, network_names(tensors, module), what, dtype)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:  # files do not hold it; CLIP's are the numbers of its positions
             owner, _, name = name.rpartition(".")
@@ -236,6 +236,13 @@ def current_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def old_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Entries of a VAE under the names of the published files."""
     return replaced(entries, [(new, old) for old, new in VAE_NAMES])
+
+
+def network_names(entries: Mapping[str, Entry], network: nn.Module) -> Mapping[str, Entry]:
+    """Entries of a folder's weights under the names of its network."""
+    if isinstance(network, PreTrainedModel):
+        return clip_names(entries, network)
+    return current_names(entries) if isinstance(network, AutoencoderKL) else entries
 
 
 def clip_names(entries: Mapping[str, Entry], network: nn.Module) -> dict[str, Entry]:

@@ -1,6 +1,7 @@
 """Low-rank adapters: what is adapted, saved, loaded and merged."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import training.export
 from core.errors import UserError
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.registry import load_pipeline
 from models.lora import FACTORS, FILE, FOLDER, adaptable_layers, add_lora, has_lora, load_lora, merge, save_lora
 from models.unets import one_token_parameters
 from tests.training_runs import ARGUMENTS, make_vae, train, weights
+from training.checkpoint import PROGRESS
 
 ADAPTED = AnimateAnyone.adapted_networks
 
@@ -174,8 +177,11 @@ def test_settings_of_adapters_that_make_no_sense_are_one_line(tiny_pipeline, tmp
         load_lora(plain_copy(tiny_pipeline), tmp_path)
 
 
-def test_train_py_makes_adapters_that_load(tmp_path):
-    """A base, adapters kept apart, and adapters merged; apart or merged, the same model."""
+def test_train_py_makes_adapters_that_load_and_checkpoints_of_adapters_alone(tmp_path):
+    """A base, adapters kept apart, and adapters merged; apart or merged, the same model.
+
+    Checkpoints hold no frozen weight, and go on exactly on the base that they were made on.
+    """
     base = ["stage=image", f"output={tmp_path / 'base'}", f"model.vae={make_vae(tmp_path / 'vae')}", "max_steps=1"]
     train(tmp_path / "base.log", *ARGUMENTS, *base)
     pipeline = tmp_path / "base" / "pipeline"
@@ -191,6 +197,7 @@ def test_train_py_makes_adapters_that_load(tmp_path):
             "mixed_precision=bf16",
             "frozen_dtype=bfloat16",
             "max_steps=2",
+            "checkpoint_steps=1",
             f"output={tmp_path / export}",
             f"model.init={pipeline}",
         )
@@ -205,3 +212,32 @@ def test_train_py_makes_adapters_that_load(tmp_path):
         for name, tensor in getattr(loaded, network).state_dict().items():
             assert torch.allclose(tensor, merged[f"{network}.{name}"], atol=1e-6), name
     assert not Path(tmp_path / "separate" / "pipeline").exists()
+
+    run, again = tmp_path / "merged", ["--config", str(tmp_path / "merged" / "config.yaml")]
+    [first, last] = [run / f"checkpoint-{step}" for step in (1, 2)]
+    assert all(".lora_" in name for name in load_file(last / "model.safetensors"))
+    shutil.rmtree(last)
+    train(tmp_path / "resumed.log", *again)
+    resumed = weights(run / "pipeline")
+    assert all(torch.equal(resumed[name], merged[name]) for name in merged)
+
+    # A checkpoint of an earlier release holds everything, and does not say what its base was.
+    whole = load_pipeline(pipeline).animator
+    add_lora(whole, rank=2, alpha=16.0, motion=True)
+    save_file(whole.state_dict() | load_file(first / "model.safetensors"), first / "model.safetensors")
+    entry = json.loads((first / PROGRESS).read_text())
+    (first / PROGRESS).write_text(json.dumps({key: value for key, value in entry.items() if key != "base"}))
+    shutil.rmtree(last)
+    train(tmp_path / "older.log", *again)
+    older = weights(run / "pipeline")
+    assert all(torch.equal(older[name], merged[name]) for name in merged)
+
+    # On another base it would go on with weights that nobody has trained.
+    file = pipeline / "pose_guider" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    text = train(tmp_path / "other.log", *again, "max_steps=3", expect=2)
+    assert "error: the weights in model.init= are not those that" in text and "Traceback" not in text
+    with pytest.raises(UserError, match="not those that"):
+        training.export.main([f"checkpoint={last}", f"output={tmp_path / 'export'}"])
+    with pytest.raises(UserError, match="say init="):
+        training.export.main([f"checkpoint={last}", f"output={tmp_path / 'export'}", f"init={tmp_path / 'gone'}"])

@@ -30,7 +30,7 @@ from training.config import (
     TrainConfig,
 )
 from training.data import ensure_latents, make_dataset
-from training.export import save_pipeline
+from training.export import record_training
 from training.objective import Objective, batch_latents, person_weights, sample_generators
 
 SIZE = [32, 32]
@@ -340,7 +340,8 @@ def test_pipeline_folders_say_whether_attention_was_supervised(tiny_pipeline, tm
         config = TrainConfig(attention=AttentionLossConfig(weight=weight))
         for key, folder in begun.items():
             setattr(config.model, key, str(tmp_path / folder))
-        save_pipeline(tiny_pipeline, tmp_path / name, config)
+        tiny_pipeline.save_pretrained(tmp_path / name)
+        record_training(tmp_path / name, config)
         assert supervised_attention(tmp_path / name) is expected, name
     load_pipeline(tmp_path / "later")
 
