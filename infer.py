@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     there = [job for job in jobs if config.pairs is not None and (Path(job.output) / "result.json").is_file()]
     if state.is_main_process:
         parameters = sum(p.numel() for network in (pipeline.animator, pipeline.vae) for p in network.parameters())
-        print(f"model {config.model or SHIPPED_MODEL}: {parameters / 1e6:.1f} million parameters, on {device}")
+        print(f"model {config.model or 'assets/tiny_model'}: {parameters / 1e6:.1f} million parameters, on {device}")
         if config.pairs is not None:
             print(f"{len(jobs)} pairs, of which {len(there)} are done already", flush=True)
     for job in jobs:

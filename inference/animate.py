@@ -181,11 +181,11 @@ def sampling_plan(
     window = pipeline.default_window(frames, sampling.window_size, sampling.window_overlap)
     windows = len(context_windows(frames, *window))
     scales = pipeline.animator.guidance_scales(sampling.guidance_scales or sampling.guidance_scale)
-    guidance = " and ".join(f"{scale:g}" for scale in scales)
-    halves = 1 + sum(scale != 1 for scale in scales)
-    counts = {f"{sampling.steps} steps": sampling.steps, f"{halves} by guidance {guidance}": halves}
+    parts = 1 + sum(scale != 1 for scale in scales)
+    counts = {f"{sampling.steps} steps": sampling.steps}
+    counts |= {f"{parts} (guidance {' and '.join(f'{scale:g}' for scale in scales)})": parts} if parts > 1 else {}
     counts |= {f"{windows} windows of {window[0]} frames": windows} if windows > 1 else {}
-    counts |= {"2, without and with TPC": 2} if calibrated and sampling.compare else {}
+    counts |= {"2 (without and with TPC)": 2} if calibrated and sampling.compare else {}
     width, height = size
     return f"{frames} frames of {width} x {height} pixels; {' x '.join(counts)} = {prod(counts.values())} passes"
 
