@@ -14,7 +14,8 @@ from core.errors import UserError
 from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
 from data.video.files import read_video, video_metadata, write_video
-from inference.animate import upscaled
+from inference.animate import sampling_plan, upscaled
+from inference.config import SamplingConfig
 from tests.clips import given
 from tests.published import small_magic_pipeline
 from tests.sound import loud, write_clip_with_a_beep
@@ -93,11 +94,25 @@ def test_driving_poses_alone_are_enough(model, inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "note: tpc.groups=30 gives each of the 3 frames a group of its own" in printed
     assert "calibration: 3 calibrated, 0 interpolated, 0 uncalibrated" in printed
+    assert f"= 8 passes; results in {tmp_path / 'o'}" in printed  # two steps, guidance, without and with TPC
     written = json.loads((tmp_path / "o" / "result.json").read_text())
     assert written["frames"] == 3 and written["calibration"]["calibrated"] == 3
     assert written["configuration"]["driving"] is None
     assert read_video(tmp_path / "o" / "animation.mp4").frames.shape == (3, 32, 32, 3)
     assert len(json.loads((tmp_path / "o" / "calibration" / "calibration.json").read_text())["frames"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrated", "told"),
+    [
+        ({}, True, "3 steps x 2 (guidance 2) x 2 (without and with TPC) = 12 passes"),
+        ({"guidance_scale": 1.0}, False, "3 steps = 3 passes"),
+        ({"window_size": 4, "window_overlap": 1, "compare": False}, True, "3 steps x 2 (guidance 2) x 3 windows of 4"),
+    ],
+)
+def test_passes_are_counted_beforehand(settings, calibrated, told, tiny_pipeline):
+    told = f"8 frames of 64 x 32 pixels; {told}"
+    assert sampling_plan(tiny_pipeline, 8, (64, 32), SamplingConfig(steps=3, **settings), calibrated).startswith(told)
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,8 @@ def test_a_longer_run_goes_on_from_a_finished_one(folder, arguments):
     command = [*arguments, "optimizer.schedule=constant_with_warmup", f"output={output}"]
     train(log, *command, "max_steps=4", "ema_decay=0")
     assert not list(output.rglob("average.safetensors"))
-    train(log, *command, "max_steps=6")
+    text = train(log, *command, "max_steps=6")
+    assert f"goes on from {output / 'checkpoint-4'}" in text and f"tensorboard --logdir {output / 'logs'}" in text
     assert [step for step, _ in checkpoints(output)] == [4, 6] and len(logged(output)) == 6
     assert (output / "checkpoint-6" / "average.safetensors").is_file()
 
