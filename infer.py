@@ -81,7 +81,7 @@ def check_inputs(job: InferConfig) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(InferConfig, arguments)
+    config = load_config(InferConfig, arguments, about=__doc__)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
     from inference.animate import animate_pair

@@ -22,7 +22,7 @@ from data.config import CheckConfig, FeatureConfig, PrepareConfig, process_shard
 
 def prepare(arguments: list[str]) -> None:
     """Estimate poses and masks of a data set's clips, and write their manifest."""
-    config = load_config(PrepareConfig, arguments)
+    config = load_config(PrepareConfig, arguments, about=__doc__)
     # What works takes seconds to import, which wrong arguments need not wait for: so in every task below.
     from data.poses.poses import open_estimator
     from data.preparation.layouts import find_clips, left_out_line, other_files
@@ -52,7 +52,7 @@ def prepare(arguments: list[str]) -> None:
 
 def check(arguments: list[str]) -> None:
     """Report what is wrong with a data set; ends with code 1 when a clip has an error."""
-    config = load_config(CheckConfig, arguments)
+    config = load_config(CheckConfig, arguments, about=__doc__)
     from data.preparation.checks import check_dataset
     from data.preparation.layouts import find_clips, left_out_line, other_files
     from data.preparation.manifest import has_manifest
@@ -74,7 +74,7 @@ def check(arguments: list[str]) -> None:
 
 def features(kind: str, arguments: list[str]) -> None:
     """Cache the latents or the embeddings of a data set's clips."""
-    config = load_config(FeatureConfig, arguments)
+    config = load_config(FeatureConfig, arguments, about=__doc__)
     from inference.features import make_features
 
     shard = process_shard(config.shard, config.num_shards)

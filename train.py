@@ -15,7 +15,7 @@ from training.config import TrainConfig
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(TrainConfig, arguments, file_option="--config", flags=("dry_run",))
+    config = load_config(TrainConfig, arguments, about=__doc__, file_option="--config", flags=("dry_run",))
     # Networks take seconds to import, which wrong arguments need not wait for.
     from training.loop import run_training
 

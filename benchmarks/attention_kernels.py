@@ -5,7 +5,11 @@
 `training.run` follows from it.
 """
 
-from dataclasses import dataclass, field
+from benchmarks.config import KernelsConfig
+from core.config import check_first
+
+check_first(__name__, KernelsConfig, __doc__)
+
 
 import torch
 from torch import Tensor
@@ -17,17 +21,6 @@ from core.config import load_config
 from core.errors import run_command
 
 KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "products": SDPBackend.MATH}
-
-
-@dataclass
-class KernelsConfig:
-    tokens: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])  # of a frame
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    frames: int = 16
-    heads: int = 4
-    channels: int = 32  # of a head
-    threads: int = 0  # of a CPU; 0: torch's choice
-    repeats: int = 5
 
 
 def measure(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str, float]:
@@ -50,7 +43,7 @@ def measure(config: KernelsConfig, tokens: int, dtype: torch.dtype) -> dict[str,
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(KernelsConfig, arguments)
+    config = load_config(KernelsConfig, arguments, about=__doc__)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)

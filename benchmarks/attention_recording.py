@@ -6,11 +6,16 @@ Runs with and without recording take turns. Memory is the difference of the peak
 recording and one with everything of all layers and steps.
 """
 
+from benchmarks.config import RecordingConfig
+from core.config import check_first
+
+check_first(__name__, RecordingConfig, __doc__)
+
+
 import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,23 +28,9 @@ from core.files import write_json
 from core.processes import choose_device
 from models.animators.registry import load_pipeline
 from models.attention.recording import AttentionConfig, AttentionRecording
-from models.config import SHIPPED_MODEL
 from models.pipeline import AnimationPipeline
 
 KEYPOINTS = 17
-
-
-@dataclass
-class RecordingConfig:
-    model: str = str(SHIPPED_MODEL)
-    frames: int = 16
-    steps: int = 10
-    repeats: int = 3
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 1  # of a CPU; 0: torch's choice
-    memory: bool = True  # measure it too
-    output: str | None = None  # JSON file; null prints only
 
 
 def opened(config: RecordingConfig) -> tuple[AnimationPipeline, int]:
@@ -119,7 +110,7 @@ def measure_memory(config: RecordingConfig) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(RecordingConfig, arguments)
+    config = load_config(RecordingConfig, arguments, about=__doc__)
     # Memory first: a process that a large one starts counts that one's size as its own peak.
     memory = measure_memory(config) if config.memory else None
     results = {"time": measure_time(config), "memory": memory}

@@ -6,8 +6,13 @@ Clips of one person of the misalignment benchmark, exact masks, exact poses or p
 pixels of the person in the true frame, and the IoU of the silhouettes.
 """
 
+from benchmarks.config import PicturesConfig
+from core.config import check_first
+
+check_first(__name__, PicturesConfig, __doc__)
+
+
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -32,16 +37,6 @@ MEASURES = ("psnr", "ssim", "iou")
 # Of a frame -> edges of its bins: box IoU before calibration, relative angle in degrees, and how far the keypoints are
 # on average from where one similarity of them all puts the reference's, in parts of the body height.
 FACTS = {"box IoU": (0, 0.3, 0.5, 0.7, 1.01), "angle": (0, 30, 90, 180.1), "pose difference": (0, 0.02, 0.05, 0.1, 9)}
-
-
-@dataclass
-class BenchmarkConfig:
-    split: str = "test"
-    clips: int = 0  # of each kind, 0 = all
-    size: int = 128  # pixels, the shipped model's frame
-    noise: float = 0.02  # parts of the body height, errors of the keypoints of reference and frames; 0 = exact only
-    seed: int = 0
-    output: str = "outputs/calibrated_pictures"
 
 
 def run(clip: EvaluationClip, size: tuple[int, int], transform: str) -> Calibration:
@@ -85,7 +80,7 @@ def facts(clip: EvaluationClip) -> np.ndarray:
     return np.array(rows)
 
 
-def measured_clips(config: BenchmarkConfig) -> Iterator[tuple[str, np.ndarray, dict[str, dict[str, np.ndarray]]]]:
+def measured_clips(config: PicturesConfig) -> Iterator[tuple[str, np.ndarray, dict[str, dict[str, np.ndarray]]]]:
     """Kind, facts, and measures by condition and transform of every clip."""
     clips, size = MisalignedClips(KINDS, config.clips, config.split), (config.size, config.size)
     for kind, names in clips.by_kind.items():
@@ -112,7 +107,7 @@ def cell(values: np.ndarray) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(BenchmarkConfig, arguments)
+    config = load_config(PicturesConfig, arguments, about=__doc__)
     cv2.setNumThreads(1)
     output = output_folder(config.output)
     found = list(measured_clips(config))

@@ -6,6 +6,12 @@ Prints the tables of docs/calibration.md and writes them, with the numbers, to `
 its mean distance from the true one at the corners of the person's box, in pixels of a 512 x 512 frame.
 """
 
+from benchmarks.config import AccuracyConfig
+from core.config import check_first
+
+check_first(__name__, AccuracyConfig, __doc__)
+
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,16 +38,6 @@ RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 SCALES = ((0.4, 0.7), (0.7, 1.4), (1.4, 2.5))
 ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))  # degrees
 SMOOTHING = (0.0, 1.0, 2.0, 3.0, 5.0)
-
-
-@dataclass
-class BenchmarkConfig:
-    pairs: int = 300
-    clips: int = 12  # of 30 frames
-    noise: float = 2.0  # pixels of standard deviation, on all keypoints
-    pose_noise: float = 0.02  # the same in parts of the person's standing height, as a pose estimator errs
-    seed: int = 0
-    output: str = "outputs/calibration_accuracy"
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def measure(pairs: Sequence[Pair], method: Method, condition: Condition, seed: i
     return Measured(errors, ious)
 
 
-def measure_smoothing(config: BenchmarkConfig) -> str:
+def measure_smoothing(config: AccuracyConfig) -> str:
     """Table of errors on clips whose camera moves steadily."""
     kinds, condition = ("exact", "drawn"), Condition(False, pixels=config.noise)
     errors, jumps = ({(kind, sigma): [] for kind in kinds for sigma in SMOOTHING} for _ in range(2))
@@ -185,7 +181,7 @@ def by_bins(measured: dict[str, Measured], pairs: Sequence[Pair]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(BenchmarkConfig, arguments)
+    config = load_config(AccuracyConfig, arguments, about=__doc__)
     pairs = list(tqdm(rendered_pairs(config.pairs, config.seed), total=config.pairs, desc="rendering"))
     noises = {"exact": {}, f"{config.noise:g} px": {"pixels": config.noise}}
     noises[f"{100 * config.pose_noise:g} %"] = {"share": config.pose_noise}

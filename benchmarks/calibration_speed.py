@@ -5,12 +5,17 @@
 Everything runs on one core. Times are process times, of searches the best of three. A 0 leaves a part out.
 """
 
+from benchmarks.config import CalibrationSpeedConfig
+from core.config import check_first
+
+check_first(__name__, CalibrationSpeedConfig, __doc__)
+
+
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -31,16 +36,7 @@ REPEATS = 3
 SUBSETS = 130_918  # of 17 keypoints, with at least three each
 
 
-@dataclass
-class BenchmarkConfig:
-    pairs: int = 40  # searches to time
-    frames: int = 93
-    long_frames: int = 2000  # of the clip whose memory is measured
-    video_seconds: int = 60  # of a video of 1920 x 1080 pixels, 30 frames a second, that `python -m tpc` calibrates to
-    seed: int = 0
-
-
-def search_times(config: BenchmarkConfig) -> None:
+def search_times(config: CalibrationSpeedConfig) -> None:
     """Time a frame of the search, its loss against scoring every subset, and a plain numpy search."""
     quick, every, losses, naive = [], [], [], []
     for index, pair in enumerate(rendered_pairs(config.pairs, config.seed)):
@@ -74,7 +70,7 @@ def search_times(config: BenchmarkConfig) -> None:
     )
 
 
-def clip_times(config: BenchmarkConfig) -> None:
+def clip_times(config: CalibrationSpeedConfig) -> None:
     """Time and memory of whole clips, poses and masks given."""
     pair = next(rendered_pairs(1, config.seed))
     reference = Poses(pair.reference.keypoints[None, None], pair.reference.scores[None, None], SIZE, 30.0)
@@ -125,7 +121,7 @@ def command_cost(seconds: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(BenchmarkConfig, arguments)
+    config = load_config(CalibrationSpeedConfig, arguments, about=__doc__)
     cv2.setNumThreads(1)
     if config.pairs:
         search_times(config)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class DocsConfig:
+    """Measured tables of the documents and what has changed since."""
+
     stale: bool = False  # leave out what is unchanged
 
 
@@ -111,7 +113,7 @@ def report(root: Path, stale: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    print(report(ROOT, load_config(DocsConfig, arguments).stale))
+    print(report(ROOT, load_config(DocsConfig, arguments, about=__doc__).stale))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,12 @@
 "published" is what the published implementations compute, "ours" what this project computes for the same result.
 """
 
+from benchmarks.config import CostConfig
+from core.config import check_first
+
+check_first(__name__, CostConfig, __doc__)
+
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,7 +23,7 @@ from torch import Tensor
 from benchmarks.speed.measuring import counting
 from benchmarks.speed.sizes import POSE_CHANNELS, SIZES, make_vae
 from core.config import load_config
-from core.errors import UserError, run_command
+from core.errors import run_command
 from core.files import write_json
 from models.animators.magic_animate.model import control_residuals
 from models.attention.context import ReferenceContext, fused_layers
@@ -28,17 +34,9 @@ from models.checkpoints.networks import MotionSizes, make_control_net, make_deno
 from models.sampling import context_windows
 from models.unets import DenoisingUNet
 from tpc.attach import visibility_flags
-from tpc.config import PROPAGATIONS
 from tpc.trajectory import Schedule
 
 UNET = SIZES["sd15"].unet
-
-
-@dataclass
-class CostConfig:
-    groups: int = 30  # of calibrated images, see `tpc.config`
-    propagation: str = "iterative"
-    output: str | None = None  # JSON file; null prints only
 
 
 @dataclass(frozen=True)
@@ -203,9 +201,7 @@ def cost(setting: Setting, groups: int, propagation: str = "iterative") -> Cost:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(CostConfig, arguments)
-    if config.propagation not in PROPAGATIONS:
-        raise UserError(f"propagation={config.propagation} is not one of {', '.join(PROPAGATIONS)}")
+    config = load_config(CostConfig, arguments, about=__doc__)
     results = {setting.name: cost(setting, config.groups, config.propagation) for setting in SETTINGS}
     for name, result in results.items():
         saved, added = result.ours / result.published - 1, result.with_tpc / result.ours - 1

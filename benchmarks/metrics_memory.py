@@ -5,10 +5,15 @@
 Clips of noise, with random projections in place of the networks. Prints the growth of the process's peak.
 """
 
+from benchmarks.config import MemoryConfig
+from core.config import check_first
+
+check_first(__name__, MemoryConfig, __doc__)
+
+
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +33,6 @@ from metrics.protocols import PROTOCOLS
 
 DIMENSIONS = {"fid": 2048, "fid_vid": 2048, "fvd": 400}
 MIB = 2**20
-
-
-@dataclass
-class MemoryConfig:
-    frames: int = 10_000  # in all clips
-    clips: int = 10
-    side: int = 64  # pixels
-    output: str | None = None  # JSON file; null prints only
 
 
 def projection(dimension: int, windows: bool) -> FeatureExtractor:
@@ -60,7 +57,7 @@ def noise_pairs(count: int, side: int, seed: int) -> Iterator[FramePair]:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(MemoryConfig, arguments)
+    config = load_config(MemoryConfig, arguments, about=__doc__)
     extractors = {name: projection(dimension, name != "fid") for name, dimension in DIMENSIONS.items()}
     measures = ("mae", "psnr", "ssim", *DIMENSIONS)
     suite = MetricSuite(PROTOCOLS["native"], measures, ("",), extractors=extractors, batch_size=16)

@@ -7,8 +7,13 @@ difference over time, at rest in a clip of one pose; lag is how many frames the 
 motion. The One-Euro filter (Casiez, Roussel, Vogel, 2012) runs forwards, as it must while a video is recorded.
 """
 
+from benchmarks.config import JitterConfig
+from core.config import check_first
+
+check_first(__name__, JitterConfig, __doc__)
+
+
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,13 +26,6 @@ SIDE, DRAWN, FPS = 512, 96, 24.0
 NOISES = (1.5, 3.5)  # pixels of standard deviation
 STRIDES = (1, 3)
 SPEED_SHARE, CUTOFF_PER_SPEED, CUTOFF = 0.2, 20.0, 0.7  # of the One-Euro filter; radians a frame, speed in sides
-
-
-@dataclass
-class BenchmarkConfig:
-    clips: int = 6
-    frames: int = 90
-    seed: int = 3
 
 
 def one_euro(points: np.ndarray) -> np.ndarray:
@@ -69,7 +67,7 @@ def measure(clips: np.ndarray, noise: float, method: Callable[[np.ndarray], np.n
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(BenchmarkConfig, arguments)
+    config = load_config(JitterConfig, arguments, about=__doc__)
     size = (DRAWN, DRAWN)
     people = RenderedPeople(
         size=size, num_frames=config.frames, stride=1, split="heldout", seed=config.seed, length=config.clips

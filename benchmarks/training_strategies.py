@@ -5,16 +5,20 @@
 Prints a table; memory is the main process's, on its GPU, or resident without one.
 """
 
+from benchmarks.config import StrategiesConfig
+from core.config import check_first
+
+check_first(__name__, StrategiesConfig, __doc__)
+
+
 import json
 import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from omegaconf import MISSING
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.config import load_config
@@ -23,23 +27,12 @@ from core.errors import UserError, run_command
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass
-class StrategiesConfig:
-    config: str = MISSING
-    overrides: str = ""  # further arguments of `train.py`, as one text
-    # files of `configs/accelerate/`
-    strategies: list[str] = field(
-        default_factory=lambda: ["cpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
-    )
-    steps: int = 6  # the first one, which allocates, is left out of the speed
-
-
 def measure(name: str, config: StrategiesConfig) -> str:
     """Row of the table for a few steps of one strategy."""
     shown = ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", "train.py"]
     with tempfile.TemporaryDirectory() as output:
         command = [str(Path(sys.executable).parent / shown[0]), *shown[1:], "--config", config.config]
-        command += [*shlex.split(config.overrides), f"output={output}", f"max_steps={config.steps}"]
+        command += [*shlex.split(config.overrides or ""), f"output={output}", f"max_steps={config.steps}"]
         # DeepSpeed does not take channels_last, so no strategy gets it.
         command += ["log_steps=1", "checkpoint_steps=1000000", "validation.steps=0", "channels_last=false"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -56,7 +49,7 @@ def measure(name: str, config: StrategiesConfig) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(StrategiesConfig, arguments)
+    config = load_config(StrategiesConfig, arguments, about=__doc__)
     print("| command | processes | batch size | s a step | clips a second | GiB, main process |")
     print("|---|---|---|---|---|---|")
     for name in config.strategies:

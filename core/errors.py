@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from core.terminal import quiet_libraries
 
@@ -21,7 +21,13 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(arguments)` and end the process: code 0, 2 after a `UserError` or on a full disk, 130 after Ctrl-C.
+    """Run `main(arguments)` and end the process: code 0, 2 after a `UserError` or on a full disk, 130 after Ctrl-C."""
+    try_command(main)
+    sys.exit(0)
+
+
+def try_command(main: Callable[[list[str]], Any]) -> None:
+    """Run `main(arguments)`; end the process where it fails.
 
     Errors of the program itself are not caught: their traceback is what a bug report needs.
     """
@@ -33,6 +39,9 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         # From a loader process an error arrives with that process's traceback in front of its text.
         message = str(error).rsplit(f"{UserError.__module__}.UserError: ", 1)[-1]
         line, code = f"error: {' '.join(message.split())}", EXIT_CODE
+    except BrokenPipeError:  # nobody reads on, as of `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -42,7 +51,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     if line:
         gc.collect()  # the exception's frames, whose progress bars so end their lines
         report(line)
-    sys.exit(code)
+        sys.exit(code)
 
 
 def report(line: str) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from omegaconf import MISSING
 
-from core.config import check_choice, check_positive
+from core.config import LARGEST_SEED, LARGEST_SIDE, MANY, choice, device, number, numbers
 from core.errors import UserError
 
 Item = TypeVar("Item")
@@ -25,26 +25,23 @@ FIT_MODES = ("cover", "contain")
 # person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
 # borders where they would not fit; centre: the middle of the image, whomever it cuts.
 CROPS = ("person", "pad", "centre")
-DTYPES = ("float32", "float16")
+# Arrangements of data sets' files, see `data.preparation.layouts`; auto recognises them.
+LAYOUT_NAMES = ("auto", "moore", "musepose", "tiktok", "ted", "ubc", "splits", "stableanimator", "frames", "videos")
 
 
 @dataclass
 class PoseConfig:
-    """Estimation of poses."""
+    """How poses are estimated where no pose file is given."""
 
-    backend: str = "blazepose"  # or "dwpose", with ONNX files of your own
+    backend: str = choice("blazepose", ("blazepose", "dwpose"))  # dwpose needs ONNX files of your own, see weights
     weights: str | None = None  # of dwpose: "detector.onnx,pose.onnx"
     heavy: bool = False  # blazepose's heavy landmark network, about three times slower and less noisy
-    max_persons: int = 1
-    smoothing: float | None = None  # of estimated poses: see `Poses.smoothed`; frames, 0 is off
-    threads: int = 2  # CPU threads of the networks
+    max_persons: int = number(1, 1, 100)  # persons looked for in every image; the most prominent ones count
+    # Of estimated poses: keypoints follow lines over this many frames (standard deviation); 0: off; null: 0.04 seconds
+    smoothing: float | None = number(None, 0, 1000)
+    threads: int = number(2, 1, 1024)  # CPU threads of the networks
 
     def check(self) -> None:
-        check_positive(self, "max_persons")
-        if self.smoothing is not None and not self.smoothing >= 0:
-            raise UserError(f"smoothing={self.smoothing} must be 0 or more frames")
-        if self.backend not in ("blazepose", "dwpose"):
-            raise UserError(f"backend={self.backend} must be blazepose or dwpose")
         if self.backend == "blazepose" and self.weights is not None:
             raise UserError("weights= belongs to pose.backend=dwpose; blazepose has its own files")
 
@@ -53,19 +50,17 @@ class PoseConfig:
 class PeopleConfig:
     """Looks and cameras of rendered people."""
 
-    height: list[float] = field(default_factory=lambda: [0.55, 1.05])  # least and greatest, standing, of the image's
-    close_ups: float = 0.12  # share of clips that show the upper half of the body
-    tilted: float = 0.0  # share of clips whose camera is turned by up to 90 degrees either way, reference included
-    plain: float = PLAIN  # share of fabrics without a pattern
+    height: list[float] = numbers([0.55, 1.05], 0.01, 10, length=2)  # least and greatest, standing, of the image's
+    close_ups: float = number(0.12, 0, 1)  # share of clips that show the upper half of the body
+    # Share of clips whose camera is turned by up to 90 degrees either way, reference included
+    tilted: float = number(0.0, 0, 1)
+    plain: float = number(PLAIN, 0, 1)  # share of fabrics without a pattern
     # Share of references with a person of another size, turn and place than in the clip, before the same background.
-    reframed: float = 0.0
+    reframed: float = number(0.0, 0, 1)
 
     def check(self) -> None:
-        if len(self.height) != 2 or not 0 < self.height[0] <= self.height[1]:
+        if self.height[0] > self.height[1]:
             raise UserError(f"height={self.height} must be the least and the greatest share of the image")
-        for share in ("close_ups", "tilted", "plain", "reframed"):
-            if not 0 <= getattr(self, share) <= 1:
-                raise UserError(f"{share}={getattr(self, share)} must be a share between 0 and 1")
 
 
 @dataclass
@@ -74,23 +69,23 @@ class PrepareConfig:
 
     source: str = MISSING  # folder of the data set, or its list of clips (`*_meta.json`)
     output: str = MISSING  # folder for poses, masks, records and manifest; may be the source itself
-    layout: str = "auto"  # a key of `data.preparation.layouts.LAYOUTS`; auto recognises it
-    poses: str = "auto"  # auto takes keypoints that come with the data set and estimates the others; estimate: all
-    masks: str = "auto"  # auto takes given ones, and estimates them where poses are estimated; estimate; none
-    frame_fps: float = 30.0  # frames per second of folders of frames, which do not say so themselves
-    heldout: float = 0.0  # share of the clips of a data set without parts that is kept for validation, by name
+    layout: str = choice("auto", LAYOUT_NAMES)  # how the data set's files are arranged; auto recognises it
+    # auto takes keypoints that come with the data set and estimates the others; estimate: all are estimated
+    poses: str = choice("auto", ("auto", "estimate"))
+    # auto takes masks that come with the data set, and estimates them where poses are estimated; none: no masks
+    masks: str = choice("auto", ("auto", "estimate", "none"))
+    # frames per second of folders of frames, which do not say so themselves
+    frame_fps: float = number(30.0, 0.01, 1000)
+    # share of the clips of a data set without parts that is kept for validation, by name
+    heldout: float = number(0.0, 0, 1, excluded=1)
     origin: str | None = None  # words that every record carries: whose data these are, and their licence
-    shard: int = 0  # this run takes every num_shards-th clip from index `shard` on, to spread work over machines;
-    num_shards: int = 1  # processes of `accelerate launch` share it further
+    # This run takes every num_shards-th clip from index `shard` on, to spread the work over machines
+    shard: int = number(0, 0, MANY)
+    num_shards: int = number(1, 1, MANY)  # runs that share the work; processes of `accelerate launch` share it further
     pose: PoseConfig = field(default_factory=lambda: PoseConfig(smoothing=0.0))  # training takes poses as estimated
 
     def check(self) -> None:
-        check_choice(self, "poses", ("auto", "estimate"))
-        check_choice(self, "masks", ("auto", "estimate", "none"))
-        if not self.frame_fps > 0:
-            raise UserError(f"frame_fps={self.frame_fps} must be above 0")
-        if not 0 <= self.heldout < 1:
-            raise UserError(f"heldout={self.heldout} must be at least 0 and below 1")
+        process_shard(self.shard, self.num_shards)
 
 
 @dataclass
@@ -98,21 +93,18 @@ class CheckConfig:
     """`prepare.py check`: a prepared data set, or one that has not been prepared yet."""
 
     dataset: str = MISSING  # prepared folder, or a folder of videos or of a known layout
-    output: str | None = None  # for report.json and report.md; None: a prepared data set's own, none for others
-    layout: str = "auto"  # as for preparation, where there is no manifest
-    frame_fps: float = 30.0
-    size: list[int] | None = None  # the model's frame, to find people who would be cut and images to be enlarged
-    crop: str = "person"
-    num_frames: int = 1  # of a clip in training, to find videos that are too short for it
-    stride: int = 1
+    # folder for report.json and report.md; null: a prepared data set's own, and none for others
+    output: str | None = None
+    layout: str = choice("auto", LAYOUT_NAMES)  # as for preparation, where there is no manifest
+    frame_fps: float = number(30.0, 0.01, 1000)  # frames per second of folders of frames
+    # width and height of the model's frame, to find people who would be cut and images to be enlarged
+    size: list[int] | None = numbers(None, 8, LARGEST_SIDE, length=2)
+    # person: as large as the image allows with everybody inside; pad: smaller with borders; centre: the image's middle
+    crop: str = choice("person", CROPS)
+    num_frames: int = number(1, 1, MANY)  # of a clip in training, to find videos that are too short for it
+    stride: int = number(1, 1, MANY)  # a clip in training takes every stride-th frame
     decode: bool = True  # read every frame, which finds all damage; false reads headers alone
-    workers: int = 1  # processes that read clips
-
-    def check(self) -> None:
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[512,512]")
-        check_choice(self, "crop", CROPS)
-        check_positive(self, "num_frames", "stride", "workers")
+    workers: int = number(1, 1, 1024)  # processes that read clips
 
 
 @dataclass
@@ -120,23 +112,40 @@ class FeatureConfig:
     """`prepare.py latents` and `prepare.py embeddings`."""
 
     dataset: str = MISSING  # prepared folder
-    output: str | None = None  # folder of the features; None: `latents` or `embeddings` in the data set's folder
+    output: str | None = None  # folder of the features; null: `latents` or `embeddings` in the data set's folder
     model: str | None = None  # pipeline folder whose VAE or image encoder is used, as training's model.init
     vae: str | None = None  # a VAE folder in its place, for latents of new networks (model.vae)
-    size: list[int] = field(default_factory=lambda: [512, 512])  # as data.size in training
-    crop: str = "person"  # as data.crop
-    batch_size: int = 8  # frames
-    dtype: str = "float32"  # or float16: half the size, losses then agree to three digits
-    device: str = "auto"  # takes CUDA when there is one
-    shard: int = 0  # as for preparation
-    num_shards: int = 1
+    size: list[int] = numbers([512, 512], 8, LARGEST_SIDE, length=2)  # width and height, as data.size in training
+    crop: str = choice("person", CROPS)  # as data.crop in training
+    batch_size: int = number(8, 1, 100_000)  # frames at a time
+    dtype: str = choice("float32", ("float32", "float16"))  # float16: half the size, losses then agree to three digits
+    device: str = device()  # auto takes CUDA when there is one
+    shard: int = number(0, 0, MANY)  # as for preparation
+    num_shards: int = number(1, 1, MANY)  # as for preparation
 
     def check(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 8:
-            raise UserError(f"size={self.size} must be a width and a height of at least 8 pixels")
-        check_choice(self, "dtype", DTYPES)
-        check_choice(self, "crop", CROPS)
-        check_positive(self, "batch_size")
+        process_shard(self.shard, self.num_shards)
+
+
+@dataclass
+class SamplesConfig:
+    """Sample inputs of the demo."""
+
+    output: str = "assets/samples"  # folder to write to
+    seed: int = number(5, 0, LARGEST_SEED)  # of persons and scenes
+    rotation: float = number(100.0, -360, 360)  # of the camera of the reference, degrees
+    scale: float = number(0.55, 0.05, 5)  # of the person of the reference
+
+
+@dataclass
+class BakeConfig:
+    """Bodies of the rendered people."""
+
+    output: str = "assets/people"  # folder to write to
+    train: int = number(72, 0, 10_000)  # bodies to train on
+    heldout: int = number(16, 0, 10_000)  # bodies that numbers are reported on
+    development: int = number(8, 0, 10_000)  # bodies that choices between settings are made on
+    seed: int = number(0, 0, LARGEST_SEED)  # of the bodies' phenotypes
 
 
 @dataclass(frozen=True)

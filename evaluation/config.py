@@ -6,16 +6,20 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from core.config import check_choice
+from core.config import DTYPES, LARGEST_SEED, MANY, choice, choices, device, number, numbers
 from core.errors import UserError
 from data.config import COCO_KEYPOINTS, SPLITS, PeopleConfig, PoseConfig
 from inference.config import SamplingConfig
 from models.config import SHIPPED_MODEL, SMALL_ANIMATORS
-from tpc.config import CalibrationConfig
+from tpc.config import ATTACHMENTS, KEYPOINTS, PRESETS, TRANSFORMS, CalibrationConfig
 
 RENDERED, RENDERED_FPS = "rendered", 24.0
 PROTOCOLS = ("disco-2023", "disco-fixed", "native")
 FEATURES = ("published", "stand-in", "none")
+MEASURES = (
+    "mae", "l1_historical", "psnr", "psnr_overflow", "ssim", "flicker", "lpips_alex", "lpips_vgg", "st_lpips_alex",
+    "st_lpips_vgg", "fid", "fid_vid", "fvd", "vgg_frechet", "vgg_frechet_video", "keypoint_error", "part_colour",
+)  # fmt: skip
 PERSON_MEASURES = ("keypoint_error", "part_colour")
 LPIPS = "st_lpips_alex"
 MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
@@ -26,32 +30,28 @@ KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", 
 
 @dataclass
 class ClipsConfig:
-    """Source of clips.
+    """Where the clips come from."""
 
-    dataset: "rendered" (exact poses and masks); a folder that `prepare.py` made; or a folder of videos with pose files
-        beside them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is one of its own frames.
-    """
-
+    # "rendered" (exact poses and masks); a folder that `prepare.py` made; or a folder of videos with pose files beside
+    # them (name.mp4, name.npz, and masks in name_masks/). The reference of a video is one of its own frames.
     dataset: str = RENDERED
-    split: str = "heldout"  # of rendered people; "development": those that choices between settings are made on
-    clips: int = 8  # number of clips, 0 = all of a folder
-    frames: int = 16  # of every clip, 0 = all of a video
-    stride: int = 2  # of frames
-    source: int = 256  # pixels of the side of rendered images
-    clip_seed: int = 100  # other seeds are other rendered clips
-    reference_frame: int = 0  # of a video, the image that is animated
+    # of rendered people, not those of training; development: those that choices between settings are made on
+    split: str = choice("heldout", SPLITS[1:])
+    clips: int = number(8, 0, MANY)  # number of clips, 0 = all of a folder
+    frames: int = number(16, 0, MANY)  # of every clip, 0 = all of a video
+    stride: int = number(2, 1, MANY)  # every stride-th frame of a clip is taken
+    source: int = number(256, 32, 4096)  # pixels of the side of rendered images
+    clip_seed: int = number(100, 0, LARGEST_SEED)  # other seeds are other rendered clips
+    reference_frame: int = number(0, 0, MANY)  # of a video, the image that is animated
     # clothes that the shipped model knows, whole persons, cameras held upright
     people: PeopleConfig = field(
         default_factory=lambda: PeopleConfig(height=[0.7, 1.0], close_ups=0.0, tilted=0.0, plain=0.7)
     )
 
     def check(self) -> None:
-        check_choice(self, "split", SPLITS[1:])  # not the people of training
-        some = int(self.dataset == RENDERED)  # "all" of rendered clips would have no end
-        lowest = {"frames": some, "stride": 1, "source": 32, "reference_frame": 0, "clips": some}
-        for name, value in lowest.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {value}")
+        for name in ("frames", "clips"):  # all of rendered ones would have no end
+            if self.dataset == RENDERED and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1 of dataset={RENDERED}")
 
 
 @dataclass
@@ -59,28 +59,27 @@ class TrialsConfig:
     """Seeds, device and measures of trials."""
 
     # of the initial noise; numbers are means and deviations over them
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    device: str = "auto"  # "auto", "cpu", "cuda", ...
-    dtype: str = "auto"  # "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", ...
+    seeds: list[int] = numbers([0, 1, 2], 0, LARGEST_SEED, least=1)
+    device: str = device()  # auto: CUDA where there is one
+    dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     keep_parts: bool = True  # keep the values and features of every trial, to add seeds or clips later
     persons: bool = False  # estimate poses in the results, for the error of the pose and the colours of body parts
     pose: PoseConfig = field(default_factory=PoseConfig)
     # standard deviation of errors added to the keypoints that the animator gets, in parts of the person's height;
     # results are measured against the exact ones, attention at those with errors
-    pose_noise: float = 0.0
-    # What the animator gets of reference and frames; results are measured with the exact ones. Poses "exact", or
-    # "estimated" from the clip's images by `pose`. Masks "exact"; "estimated" with an estimator's errors, by the same
-    # estimator if poses are, and it gives masks; "drawn" around the keypoints, as for users without masks.
-    poses: str = "exact"
-    masks: str = "exact"
+    pose_noise: float = number(0.0, 0, 1)
+    # Those that the animator gets of reference and frames; results are measured with the exact ones. estimated: from
+    # the clip's images by `pose`.
+    poses: str = choice("exact", POSES)
+    # Those that the animator gets. estimated: with an estimator's errors, by the same estimator if poses are, and it
+    # gives masks; drawn: around the keypoints, as for users without masks.
+    masks: str = choice("exact", MASKS)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15, guidance_scale=1.0))
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
-        if self.pose_noise < 0:
-            raise UserError(f"pose_noise={self.pose_noise} must not be negative")
-        check_choice(self, "poses", POSES)
-        check_choice(self, "masks", MASKS)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds={self.seeds} must differ")
         if self.pose_noise and self.poses == "estimated":
             raise UserError(
                 f"pose_noise={self.pose_noise} is for poses=exact; estimated poses have errors of their own"
@@ -91,21 +90,15 @@ class TrialsConfig:
 class ProtocolConfig:
     """Measures and their protocol."""
 
-    protocol: str = "native"  # "disco-2023", "disco-fixed" or "native"
-    # networks of LPIPS, FID, FID-VID and FVD: "published" (their files must be in `weights`), "stand-in" (ST-LPIPS and
-    # VGG Frechet distances, fetched by `python -m metrics.weights`) or "none"
-    features: str = "published"
-    measures: list[str] | None = None  # names instead of all measures of the protocol
+    # the form that images are brought to, and the measures: as DisCo's code of 2023 has them, with its errors put
+    # right, or at the images' own size
+    protocol: str = choice("native", PROTOCOLS)
+    # networks of LPIPS, FID, FID-VID and FVD: published (their files must be in `weights`), stand-in (ST-LPIPS and
+    # VGG Frechet distances, fetched by `python -m metrics.weights`) or none
+    features: str = choice("published", FEATURES)
+    measures: list[str] | None = choices(None, MEASURES, least=1)  # instead of all measures of the protocol
     weights: str | None = None  # folder of the networks' files; null is the cache
-    batch_size: int = 8  # frames at a time
-
-    def check(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise UserError(f"protocol={self.protocol} must be one of {', '.join(PROTOCOLS)}")
-        if self.features not in FEATURES:
-            raise UserError(f"features={self.features} must be one of {', '.join(FEATURES)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+    batch_size: int = number(8, 1, 100_000)  # frames at a time
 
 
 @dataclass
@@ -113,39 +106,36 @@ class ThresholdConfig:
     """Thresholds above which a clip counts as misaligned."""
 
     # radians between the pelvis-to-nose lines above which a frame is misaligned (paper: pi/6)
-    angle: float = math.pi / 6
-    box_iou: float = 0.7  # IoU of the persons' boxes below which it is (paper: 0.7)
-    share: float = 0.25  # of a clip's compared frames that must be misaligned for the clip to be
-    consistent_share: float = 0.75  # of a clip's compared frames above which a kind is consistent and not temporal
-    score: float = 0.3  # a keypoint is visible when its score is above it
+    angle: float = number(math.pi / 6, 0, math.pi)
+    box_iou: float = number(0.7, 0, 1)  # IoU of the persons' boxes below which it is (paper: 0.7)
+    share: float = number(0.25, 0, 1)  # of a clip's compared frames that must be misaligned for the clip to be
+    # of a clip's compared frames above which a kind is consistent and not temporal
+    consistent_share: float = number(0.75, 0, 1)
+    score: float = number(0.3, 0, 1)  # a keypoint is visible when its score is above it
 
     def check(self) -> None:
-        for name, high in (("angle", math.pi), ("box_iou", 1), ("share", 1), ("consistent_share", 1), ("score", 1)):
-            value = getattr(self, name)
-            if not 0 <= value <= high:
-                raise UserError(f"{name}={value} must be in 0 to {high:.4g}")
         if self.share > self.consistent_share:
             raise UserError("share must not be above thresholds.consistent_share")
 
 
 @dataclass
 class MetricsConfig(ProtocolConfig):
-    """Folders to compare; `ProtocolConfig` has everything about measures."""
+    """Generated clips on disk against the true ones."""
 
     generated: str = MISSING  # a video, a folder of frames, or a folder of clips, which are matched by name
-    truth: str = MISSING  # the same
+    truth: str = MISSING  # the true ones, in the same form
     output: str = "outputs/metrics"  # folder for the results; the same command again goes on where it was stopped
     # folder with the persons' masks of each clip, 255 = person: adds foreground and background
     masks: str | None = None
     persons: bool = False  # estimate poses in both, for the error of the pose and the colours of body parts
     keep_parts: bool = False  # keep the values and features of every clip, some kilobytes a frame
-    device: str = "auto"  # "auto", "cpu", "cuda", ...
+    device: str = device()  # auto: CUDA where there is one
     pose: PoseConfig = field(default_factory=PoseConfig)
 
 
 @dataclass
 class SplitConfig(ClipsConfig):
-    """Clips to split; `ClipsConfig` says where they come from. A folder needs pose files only."""
+    """Original and misaligned clips of a data set, after the paper's definition; it needs pose files only."""
 
     dataset: str = MISSING
     output: str = "outputs/split"  # folder for the results
@@ -157,22 +147,20 @@ class SplitConfig(ClipsConfig):
 
 @dataclass
 class SweepConfig(ClipsConfig, TrialsConfig):
-    """Rendered clips whose reference is turned and scaled; `ClipsConfig` and `TrialsConfig` say which and how."""
+    """Fidelity of the person against the reference's angle and scale (Figures 1b and 9), on rendered clips."""
 
     output: str = "outputs/sweep"  # folder for the results
     model: str = str(SHIPPED_MODEL)  # pipeline folder
     clips: int = 8
     frames: int = 4
     stride: int = 6
-    angles: int = 12  # number of angles of the reference over a full turn; 0 leaves angles out
+    angles: int = number(12, 0, 360)  # number of angles of the reference over a full turn; 0 leaves angles out
     # factors on the person's size in the reference, and 1 beside them; [] leaves them out
-    scales: list[float] = field(default_factory=lambda: [0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0])
+    scales: list[float] = numbers([0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0], 0.01, 100)
 
     def check(self) -> None:
         ClipsConfig.check(self)
         TrialsConfig.check(self)
-        if self.angles < 0 or any(not scale > 0 for scale in self.scales):
-            raise UserError(f"angles={self.angles} must not be negative and scales={self.scales} must be positive")
         if len({f"{scale:g}" for scale in self.scales}) < len(self.scales):
             raise UserError(f"scales={self.scales} must differ")
 
@@ -188,84 +176,72 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     model: str = str(SHIPPED_MODEL)  # pipeline folder
     split: str = "development"  # what is compared here is chosen between
     features: str = "stand-in"
-    measures: list[str] | None = field(default_factory=lambda: ["psnr", "ssim", "flicker", "vgg_frechet_video"])
-    # of procrustes, affine, linear
-    transforms: list[str] = field(default_factory=lambda: ["procrustes", "affine", "linear"])
+    measures: list[str] | None = choices(["psnr", "ssim", "flicker", "vgg_frechet_video"], MEASURES, least=1)
+    transforms: list[str] = choices(["procrustes", "affine", "linear"], TRANSFORMS, least=1)  # see tpc.transform
     # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
     # 0 = groups of four frames
-    propagations: list[str] = field(default_factory=lambda: ["off", "hold", "2", "4", "8"])
-    # rules that choose keypoints: exhaustive, consensus, all, trunk, torso, face
-    subsets: list[str] = field(default_factory=lambda: ["exhaustive", "all"])
+    propagations: list[str] = choices(["off", "hold", "2", "4", "8"], (), least=1)
+    subsets: list[str] = choices(["exhaustive", "all"], KEYPOINTS, least=1)  # rules that choose keypoints
     # add calibrated images to the reference, or replace it by them
-    attachments: list[str] = field(default_factory=lambda: ["add"])
+    attachments: list[str] = choices(["add"], ATTACHMENTS, least=1)
 
     def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
+        for base in (ClipsConfig, TrialsConfig):
             base.check(self)
+        for name in self.propagations:
+            if name not in ("off", "hold") and not (name.isdecimal() and int(name) <= MANY):
+                raise UserError(f"propagations has {name!r}, which is neither off, hold nor a number of groups")
 
 
 @dataclass
 class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
-    """Models to compare."""
+    """Models without and with TPC on original and misaligned clips (Table 1)."""
 
     output: str = "outputs/table"  # folder for the results
-    models: list[str] = field(default_factory=lambda: [str(SHIPPED_MODEL)])  # pipeline folders
+    models: list[str] = choices([str(SHIPPED_MODEL)], (), least=1)  # pipeline folders
     names: list[str] | None = None  # of the models in the table; null: their folders' names
     features: str = "stand-in"
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
     def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig, ProtocolConfig):
+        for base in (ClipsConfig, TrialsConfig):
             base.check(self)
 
 
 @dataclass
 class AttentionTaskConfig(ClipsConfig, TrialsConfig):
-    """Clips to animate without and with TPC, and how their attention is measured.
+    """Where keypoints attend in the reference, aligned and misaligned, without and with TPC (Figure 2)."""
 
-    output: folder for the results; model: pipeline folder.
-    layers: that are measured, null: all that read the reference.
-    radius: within which attention counts as right, in body heights of the person in the attended image.
-    radii: of the PCK curve.
-    keypoints: for the image of Figure 2: the first of them that is visible.
-    columns: denoising steps in that image.
-    thresholds: what makes a clip misaligned.
-    """
-
-    output: str = "outputs/attention"
-    model: str = str(SHIPPED_MODEL)
+    output: str = "outputs/attention"  # folder for the results
+    model: str = str(SHIPPED_MODEL)  # pipeline folder
     clips: int = 12
     frames: int = 4
     stride: int = 6
-    layers: list[str] | None = None
-    radius: float = 0.15
-    radii: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
-    keypoints: list[str] = field(default_factory=lambda: ["right_elbow", "left_elbow", "right_knee", "left_knee"])
-    columns: int = 5
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
+    layers: list[str] | None = choices(None, (), least=1)  # that are measured; null: all that read the reference
+    # within which attention counts as right, in body heights of the person in the attended image
+    radius: float = number(0.15, 0, 100, excluded=0)
+    radii: list[float] = numbers([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5], 0, 100, least=1)  # of the PCK curve
+    # for the image of Figure 2: the first of them that is visible
+    keypoints: list[str] = choices(["right_elbow", "left_elbow", "right_knee", "left_knee"], COCO_KEYPOINTS, least=1)
+    columns: int = number(5, 1, 1000)  # denoising steps in that image
+    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
     def check(self) -> None:
         ClipsConfig.check(self)
         TrialsConfig.check(self)
-        if not self.radius > 0 or not self.radii or min(self.radii) < 0:
-            raise UserError(f"radius={self.radius} must be positive and radii={self.radii} not negative")
-        if self.columns < 1:
-            raise UserError(f"columns={self.columns} must be at least 1")
-        for name in self.keypoints:
-            if name not in COCO_KEYPOINTS:
-                raise UserError(f"keypoints: {name!r} is none of {', '.join(COCO_KEYPOINTS)}")
 
 
 @dataclass
 class MisalignedTrialsConfig(TrialsConfig):
     """Trials of the frozen clips, and the measures beside PSNR and SSIM of person and background."""
 
-    split: str = "test"  # clips that numbers are reported on, or "development", on which settings are chosen
+    # test: clips that numbers are reported on; development: those on which settings are chosen
+    split: str = choice("test", MISALIGNED_SPLITS)
     # also vary TPC on the clips of split=test, for numbers to report of settings that were chosen elsewhere
     variants_on_test: bool = False
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))  # of clips
-    clips: int = 0  # of each kind, the first ones, 0: all
+    kinds: list[str] = choices(KINDS, KINDS, least=1)  # of clips
+    clips: int = number(0, 0, MANY)  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
     flicker: bool = False  # also the error of the change from frame to frame
     lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
@@ -273,7 +249,6 @@ class MisalignedTrialsConfig(TrialsConfig):
 
     def check(self) -> None:
         super().check()
-        check_choice(self, "split", tuple(MISALIGNED_SPLITS))
         if self.split == "test" and not self.variants_on_test and (varied := self.varied()):
             raise UserError(
                 f"{varied} would be a choice on the test clips; choose with split=development "
@@ -295,51 +270,48 @@ class MisalignedTrialsConfig(TrialsConfig):
 
 @dataclass
 class MisalignmentConfig(MisalignedTrialsConfig):
-    """Presets and variants to measure; `MisalignedTrialsConfig` says on which clips."""
+    """Cost of misaligned references, and the share of it that TPC wins back, on the frozen clips."""
 
     output: str = "outputs/misalignment"  # folder for the results
     model: str = str(SHIPPED_MODEL)  # pipeline folder
     # of TPC, in the order of the tables
-    presets: list[str] = field(default_factory=lambda: ["best", "paper", "release"])
+    presets: list[str] = choices(PRESETS, PRESETS)
     # of TPC beside the presets, each some settings of it such as "propagation=iterative groups=2"; others as in `tpc`
     variants: list[str] = field(default_factory=list)
-    strips: int = 1  # clips of each kind that strips.png shows; 0: no image
+    strips: int = number(1, 0, 1000)  # clips of each kind that strips.png shows; 0: no image
 
     def varied(self) -> str | None:
         return f"variants={self.variants}" if self.variants else super().varied()
 
-    def check(self) -> None:
-        super().check()
-        if self.strips < 0:
-            raise UserError(f"strips={self.strips} must not be negative")
-
 
 @dataclass
 class AnimatorsConfig(MisalignedTrialsConfig):
-    """Models to compare; `MisalignedTrialsConfig` says on which clips."""
+    """Animators without and with TPC on the frozen clips (Table 1)."""
 
     output: str = "outputs/animators"  # folder for the results
     # pipeline folders; without, the four small ones that are shipped
-    models: list[str] = field(default_factory=lambda: [str(folder) for folder in SMALL_ANIMATORS])
+    models: list[str] = choices([str(folder) for folder in SMALL_ANIMATORS], (), least=1)
     names: list[str] | None = None  # of the models in the table; null: those of their classes
     # of TPC: "add" gives calibrated tokens beside the reference's, "replace" in their place
-    attachments: list[str] = field(default_factory=lambda: ["add", "replace"])
+    attachments: list[str] = choices(ATTACHMENTS, ATTACHMENTS)
     strips: bool = True  # draw strips.png, the last frame of the first clip of each kind
 
 
 @dataclass
 class ManifestSplitConfig:
-    """clips: of each kind; seed: other seeds are other clips."""
+    """Clips of a split."""
 
-    clips: int
-    seed: int
+    clips: int = number(MISSING, 0, 10_000)  # of each kind
+    seed: int = number(MISSING, 0, LARGEST_SEED)  # other seeds are other clips
 
 
 @dataclass
 class ManifestConfig:
+    """`python -m evaluation.misaligned_clips`."""
+
     test: ManifestSplitConfig = field(default_factory=lambda: ManifestSplitConfig(20, 20))
     development: ManifestSplitConfig = field(default_factory=lambda: ManifestSplitConfig(10, 21))
-    output: str = str(MANIFESTS)
+    output: str = str(MANIFESTS)  # folder of the manifests
 
 
 TASKS = {

@@ -281,7 +281,7 @@ def make_manifest(
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(ManifestConfig, arguments)
+    config = load_config(ManifestConfig, arguments, about=__doc__)
     for split in MISALIGNED_SPLITS:
         wanted = getattr(config, split)
         for kind in KINDS:

@@ -2,81 +2,80 @@
 
 from dataclasses import dataclass, field
 
-from core.config import check_choice
+from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, MANY, choice, device, number, numbers
 from core.errors import UserError
 from data.config import FIT_MODES, PoseConfig
-from models.config import EVERY_LEVEL, check_sampling
+from models.config import EVERY_LEVEL, SOLVER_NAMES, check_sampling
 from tpc.config import CalibrationConfig
 
 
 @dataclass
 class SamplingConfig:
-    """Settings of sampling."""
+    """How a clip is sampled."""
 
-    size: list[int] | None = None  # width and height in pixels; null: the video's shape at the model's resolution
-    num_frames: int | None = None  # null: all
-    stride: int = 1  # use every stride-th frame of the driving video
-    seed: int = 0  # of the initial noise
-    steps: int = 20  # with tpc.start from there on
-    guidance_scale: float = 2.0  # 1 switches classifier-free guidance off and halves the time
-    guidance_scales: list[float] | None = None  # one for each kind of guidance, where a model has several
-    window_size: int | None = None  # frames denoised together; null: as many as the model knows
-    window_overlap: int = 4  # frames
+    # width and height in pixels; null: the driving video's shape at the model's resolution
+    size: list[int] | None = numbers(None, 8, LARGEST_SIDE, length=2)
+    num_frames: int | None = number(None, 1, MANY)  # of the animation; null: all of the driving video
+    stride: int = number(1, 1, MANY)  # use every stride-th frame of the driving video
+    seed: int = number(0, 0, LARGEST_SEED)  # of the initial noise; other seeds give other results
+    steps: int = number(20, 1, 1000)  # denoising steps; with tpc.start from there on
+    # how strongly the reference and the poses count; 1 switches classifier-free guidance off and halves the time
+    guidance_scale: float = number(2.0, 0, 100)
+    # one scale for each kind of guidance, where a model has several, in place of guidance_scale
+    guidance_scales: list[float] | None = numbers(None, 0, 100)
+    window_size: int | None = number(None, 1, MANY)  # frames denoised together; null: as many as the model knows
+    window_overlap: int = number(4, 0, MANY)  # frames that neighbouring windows share
     shift_windows: bool = False  # at every step, so that no frame is always at a window's end
-    compare: bool = True  # also sample without TPC
-    reference_fit: str = "contain"  # all of the reference, its scene painted on around it; cover: cut to the frame
+    compare: bool = True  # also sample without TPC, for the comparison; false halves the time
+    # contain: all of the reference, its scene painted on around it; cover: cut to the frame
+    reference_fit: str = choice("contain", FIT_MODES)
     # Noise levels [low, high] with guidance, from 0 (none) to 1 (nothing else); elsewhere its conditional half alone.
-    guidance_interval: list[float] = field(default_factory=lambda: list(EVERY_LEVEL))
-    solver: str | None = None  # ddim, dpm++ or unipc (DPM-Solver++, UniPC, of second order); null: the model's own
+    guidance_interval: list[float] = numbers(EVERY_LEVEL, 0, 1, length=2)
+    # DDIM, DPM-Solver++ or UniPC, the latter two of second order, for fewer steps; null: the model's own
+    solver: str | None = choice(None, SOLVER_NAMES)
 
     def check(self) -> None:
-        for name in ("steps", "stride", "num_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise UserError(f"size={self.size} must be a width and a height in pixels, such as size=[128,128]")
-        if min([self.guidance_scale, *(self.guidance_scales or [])]) < 0:
-            raise UserError(f"guidance_scale={self.guidance_scales or self.guidance_scale} must not be negative")
-        check_choice(self, "reference_fit", FIT_MODES)
         check_sampling(self.guidance_interval, self.solver)
+        if self.window_size is not None and self.window_overlap >= self.window_size:
+            raise UserError(f"window_overlap={self.window_overlap} must be below window_size={self.window_size}")
+        if self.guidance_scales is not None and not self.guidance_scales:
+            raise UserError(
+                "guidance_scales=[] must hold a scale for each kind of guidance; null takes guidance_scale"
+            )
 
 
 @dataclass
 class TPCOptions(CalibrationConfig):
     """Calibration, which `enabled` switches on."""
 
-    enabled: bool = True
+    enabled: bool = True  # calibrate the reference to the driving video; false animates as the model would alone
 
 
 @dataclass
 class InferConfig(SamplingConfig):
     """Inputs, model and calibration; `SamplingConfig` has everything about sampling."""
 
-    reference: str | None = None  # image; without it and `driving`: the shipped samples
-    driving: str | None = None  # video
-    output: str = "outputs/demo"
-    pairs: str | None = None  # file with a JSON object a line that overrides any of `PAIR_KEYS`
+    reference: str | None = None  # image of the person; without it and `driving`: the shipped samples
+    driving: str | None = None  # video that the person of the reference shall move like
+    output: str = "outputs/demo"  # folder for the results
+    pairs: str | None = None  # file with a JSON object a line that overrides any of the keys of inputs and output
     model: str | None = None  # saved pipeline folder; null: the shipped small model
     lora: str | None = None  # folder of `train.py lora.export=separate`; the model folder's own `lora` needs no name
-    lora_scale: float = 1.0  # weight of the adapters; 1 as trained
-    reference_poses: str | None = None
-    driving_poses: str | None = None
+    lora_scale: float = number(1.0, -10, 10)  # weight of the adapters; 1 as trained
+    reference_poses: str | None = None  # pose file of the reference, instead of estimating
+    driving_poses: str | None = None  # pose file of the driving video, instead of estimating; does without the video
     # Video or folder of pose images as the model takes them, one for each driving frame: DensePose for MagicAnimate,
     # which needs them; null: OpenPose figures are drawn. Without TPC they are enough.
     pose_images: str | None = None
-    reference_mask: str | None = None
-    driving_masks: str | None = None
-    upscale: str | None = None  # "source" brings animation.mp4 to the driving video's size
-    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
-    device: str = "auto"  # or "cpu", "cuda", ...
-    dtype: str = "auto"  # bfloat16 on CUDA, float32 elsewhere; or "float32", ...
+    reference_mask: str | None = None  # 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
+    driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
+    upscale: str | None = choice(None, ("source",))  # source: bring animation.mp4 to the driving video's size
+    # first frames of new shots, counted as the results'; null: found, []: none
+    cuts: list[int] | None = numbers(None, 0, MANY)
+    device: str = device()  # auto: CUDA where there is one
+    dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
-
-    def check(self) -> None:
-        super().check()
-        check_choice(self, "upscale", (None, "source"))
 
 
 PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")

@@ -168,7 +168,7 @@ def _stored(file: PackagedFile) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    load_config(FetchConfig, arguments)
+    load_config(FetchConfig, arguments, about=__doc__)
     for path in fetch_packaged():
         print(path)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config import config_dict, load_config, save_config
-from core.errors import run_command
-from core.files import output_folder
+from core.errors import UserError, run_command
+from core.files import existing_file, output_folder
 from tpc.config import CommandConfig, resolve
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(CommandConfig, arguments)
+    config = load_config(CommandConfig, arguments, about=__doc__)
+    for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_dir():
+            existing_file(path, name)
+    if config.driving is None and config.driving_poses is None:
+        raise UserError("driving= or driving_poses= is required")
     # These take seconds to import, which wrong arguments need not wait for: so in every function below.
     from tqdm import tqdm
 

@@ -1,106 +1,100 @@
 """Every choice of a calibration, and the three presets that make all of them."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 from omegaconf import MISSING
 
-from core.config import check_config
+from core.config import LARGEST_SEED, MANY, check_config, choice, number, numbers
 from core.errors import UserError
-from core.files import existing_file
 from data.config import PoseConfig
 
 PRESETS = ("best", "paper", "release")
 PROPAGATIONS = ("iterative", "hold", "off")
 VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
-FIXED_KEYPOINTS = ("all", "face", "torso", "trunk")  # choices of keypoints that are the same for every frame
-TRAINING_TRANSFORMS = ("procrustes", "articulated")
-TRAINING_FILLS = ("scene", "edge", "black")
-CHOICES = {
-    "transform": ("procrustes", "affine", "linear", "articulated"),
-    "keypoints": ("exhaustive", "consensus", "all", "trunk", "torso", "face"),
-    "back_view": ("swap", "keep", "reject"),
-    "match": ("track", "given"),
-    "fill": ("scene", "reference", "black", "mean"),
-    "propagation": PROPAGATIONS,
-    "attach": ATTACHMENTS,
-    "visibility": VISIBILITIES,
-}
+TRANSFORMS = ("procrustes", "affine", "linear", "articulated")
+FIXED_KEYPOINTS = ("all", "trunk", "torso", "face")  # choices of keypoints that are the same for every frame
+KEYPOINTS = ("exhaustive", "consensus", *FIXED_KEYPOINTS)
 
 
 @dataclass
 class CalibrationConfig:
-    """Choices of a calibration; `None` takes the preset's.
+    """Choices of a calibration; null takes the preset's.
 
     `CalibrationConfig(preset="paper", groups=10)` is the paper's method with ten groups; `resolve` fills in the rest.
     """
 
-    preset: str = "best"  # best: our default; paper: the published method; release: what the authors' code does
+    # best: our default; paper: the published method; release: what the authors' code does
+    preset: str = choice("best", PRESETS)
 
     # Step 1: the transform of every frame.
+
     # procrustes (similarity), affine, linear (scale and turn about the image's centre), articulated (the person's
     # similarity, bent by body part)
-    transform: str | None = None
-    bend_radius: float | None = None  # part of the body height over which joints bend; inf = the similarity alone
-    keypoints: str | None = None  # exhaustive (silhouette IoU over all subsets), consensus, all, trunk, torso, face
-    min_keypoints: int | None = None  # points: smallest subset that may serve
-    score_threshold: float | None = None  # 0-1: a driving keypoint counts above it
-    reference_score_threshold: float | None = None  # 0-1: a reference keypoint counts above it
+    transform: str | None = choice(None, TRANSFORMS)
+    # articulated: part of the body height over which joints bend; inf = the similarity alone
+    bend_radius: float | None = number(None, 0, math.inf)
+    # exhaustive (silhouette IoU over all subsets), consensus (those that agree), all, trunk, torso, face
+    keypoints: str | None = choice(None, KEYPOINTS)
+    min_keypoints: int | None = number(None, 2, 17)  # points: smallest subset that may serve
+    score_threshold: float | None = number(None, 0, 1)  # a driving keypoint counts above it
+    reference_score_threshold: float | None = number(None, 0, 1)  # a reference keypoint counts above it
     weighted: bool | None = None  # weight keypoints by the product of their two scores
     # Exhaustive, where a silhouette is drawn for want of a mask: the largest subset serves whose IoU is this close to
     # the highest. Errors of the keypoints are errors of such a silhouette, and the highest IoU would fit them.
-    drawn_tolerance: float | None = None
-    consensus_tolerance: float | None = None  # part of the driving person's size: how far off an agreeing point may be
-    back_view: str | None = None  # one side seen from behind: swap left and right, keep them, or reject the frame
+    drawn_tolerance: float | None = number(None, 0, 1)
+    # consensus: part of the driving person's size, how far off an agreeing point may be
+    consensus_tolerance: float | None = number(None, 0, 10)
+    # one side seen from behind: swap left and right, keep them, or reject the frame
+    back_view: str | None = choice(None, ("swap", "keep", "reject"))
 
     # Which transforms are trusted, and what is done about the others.
-    min_scale: float | None = None  # driving pixels per reference pixel
-    max_scale: float | None = None  # driving pixels per reference pixel
-    max_rotation: float | None = None  # degrees, 180 = any
-    min_iou: float | None = None  # silhouette IoU below which a transform is not trusted
-    max_gap: int | None = None  # frames: longest gap that is interpolated; 0 = none
-    smoothing: float | None = None  # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
-    match: str | None = None  # persons: track (and assign), given (slot j of both pose files)
+
+    min_scale: float | None = number(None, 0, 1e6)  # least driving pixels per reference pixel
+    max_scale: float | None = number(None, 0, 1e6)  # most driving pixels per reference pixel
+    max_rotation: float | None = number(None, 0, 180)  # degrees, 180 = any
+    min_iou: float | None = number(None, 0, 1)  # silhouette IoU below which a transform is not trusted
+    max_gap: int | None = number(None, 0, MANY)  # frames: longest gap that is interpolated; 0 = none
+    # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
+    smoothing: float | None = number(None, 0, 1000)
+    # persons: track (and assign those of the reference), given (slot j of both pose files is the same person)
+    match: str | None = choice(None, ("track", "given"))
 
     # What is painted around the calibrated person before it is encoded.
-    fill: str | None = None  # scene (reference image without its person), reference (warped along), black, mean
+
+    # scene (reference image without its person), reference (warped along), black, mean (colour)
+    fill: str | None = choice(None, ("scene", "reference", "black", "mean"))
 
     # Step 2: iterative propagation.
-    propagation: str | None = None  # iterative (one random member a group and step), hold (first member), off
-    groups: int | None = None  # number of groups M; 0 = groups of four frames
+
+    # iterative (one random member a group and step), hold (the group's first member), off (each frame its own image)
+    propagation: str | None = choice(None, PROPAGATIONS)
+    groups: int | None = number(None, 0, MANY)  # number of groups M; 0 = groups of four frames
 
     # Step 3: which queries attend to which tokens.
-    attach: str | None = None  # add calibrated tokens to the reference's, or replace the reference frame by frame
-    visibility: str | None = None  # paper, release, exclusive, scene (needs fill=scene); see tpc.attach
-    mask_threshold: float | None = None  # part of a token's pixels above which it belongs to the person; 0 = any pixel
-    seed: int | None = None  # of the propagation's draws
+
+    # add calibrated tokens to the reference's, or replace the reference frame by frame
+    attach: str | None = choice(None, ATTACHMENTS)
+    # who attends to calibrated tokens: as published, as the authors' code has it, the person alone (exclusive), or
+    # also where a person stood (scene, which needs fill=scene)
+    visibility: str | None = choice(None, VISIBILITIES)
+    # part of a token's pixels above which it belongs to the person; 0 = any pixel
+    mask_threshold: float | None = number(None, 0, 1)
+    seed: int | None = number(None, 0, LARGEST_SEED)  # of the propagation's draws
 
     # Timestep of training, from 0, at which frames begin as their noised calibrated images; -1 = off, from noise
-    start: int | None = None
+    start: int | None = number(None, -1, 10_000)
+
+    @staticmethod
+    def presets() -> dict[str, "CalibrationConfig"]:
+        """What null stands for, by preset."""
+        return {"best": best(), "paper": paper(), "release": release()}
 
     def check(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
         full = _filled(self)
-        for name, allowed in CHOICES.items():
-            check_choice(name, getattr(full, name), allowed)
-        for name, low, high in (
-            ("bend_radius", 0, float("inf")),
-            ("min_keypoints", 2, 17),
-            ("score_threshold", 0, 1),
-            ("reference_score_threshold", 0, 1),
-            ("drawn_tolerance", 0, 1),
-            ("consensus_tolerance", 0, 10),
-            ("min_scale", 0, full.max_scale),
-            ("max_rotation", 0, 180),
-            ("min_iou", 0, 1),
-            ("max_gap", 0, float("inf")),
-            ("smoothing", 0, 1000),
-            ("groups", 0, float("inf")),
-            ("mask_threshold", 0, 1),
-            ("start", -1, float("inf")),
-        ):
-            check_range(name, getattr(full, name), low, high)
+        if full.min_scale > full.max_scale:
+            raise UserError(f"min_scale={full.min_scale} must not be above max_scale={full.max_scale}")
         if full.start >= 0 and full.fill != "scene":
             raise UserError(
                 f"start={full.start} begins with the background of calibrated images; tpc.fill={full.fill} does not "
@@ -115,75 +109,58 @@ class CalibrationConfig:
 
 @dataclass
 class CompositionConfig:
-    """Ranges from which the reference's new composition is drawn, per sample."""
+    """Ranges from which the reference's new composition is drawn, for every sample of training."""
 
-    probability: float = 0.0  # that a sample is recomposed; 0 = off
-    min_scale: float = 0.4  # factor on the person's size, drawn evenly in its logarithm
-    max_scale: float = 1.6
-    max_rotation: float = 180.0  # degrees, either way
-    max_translation: float = 0.2  # parts of the image's sides, either way
-    ramp_steps: int = 0  # training steps over which the ranges grow from nothing to these
-    fill: str = "scene"  # scene: only the person moves; edge, black: the image does, and what is beyond it
+    probability: float = number(0.0, 0, 1)  # that a sample is recomposed; 0 = off
+    min_scale: float = number(0.4, 1e-3, 1e3)  # least factor on the person's size, drawn evenly in its logarithm
+    max_scale: float = number(1.6, 1e-3, 1e3)  # greatest factor
+    max_rotation: float = number(180.0, 0, 180)  # degrees, either way
+    max_translation: float = number(0.2, 0, 10)  # parts of the image's sides, either way
+    ramp_steps: int = number(0, 0, MANY)  # training steps over which the ranges grow from nothing to these
+    # scene: only the person moves; edge, black: the image does, and its edge or black is beyond it
+    fill: str = choice("scene", ("scene", "edge", "black"))
 
     def check(self) -> None:
-        check_range("probability", self.probability, 0, 1)
-        check_range("min_scale", self.min_scale, 1e-3, self.max_scale)
-        check_range("max_scale", self.max_scale, self.min_scale, 1e3)
-        check_range("max_rotation", self.max_rotation, 0, 180)
-        check_range("max_translation", self.max_translation, 0, 10)
-        check_choice("fill", self.fill, TRAINING_FILLS)
+        if self.min_scale > self.max_scale:
+            raise UserError(f"min_scale={self.min_scale} must not be above max_scale={self.max_scale}")
 
 
 @dataclass
 class CalibratedTrainingConfig:
-    """Calibrated images for training samples, per sample."""
+    """Calibrated images for training samples, for every sample."""
 
-    probability: float = 0.0  # that a sample is calibrated; 0 = off
-    transform: str = "procrustes"  # or articulated: bent by body part, by the loader
-    keypoints: str = "trunk"  # all, trunk, torso, face
-    score_threshold: float = 0.3  # a keypoint counts above it
-    noise: float = 0.01  # standard deviation of the keypoints, parts of the image's height, as estimators have
-    images: int = 1  # calibrated images a clip; its frames share them in consecutive groups
-    visibility: str = "scene"  # paper, release, exclusive, scene
-    mask_threshold: float = 0.0  # part of a token's pixels above which it belongs to the person
-
-    def check(self) -> None:
-        check_range("probability", self.probability, 0, 1)
-        check_choice("transform", self.transform, TRAINING_TRANSFORMS)
-        check_range("images", self.images, 1, 10**6)
-        check_choice("keypoints", self.keypoints, FIXED_KEYPOINTS)
-        check_choice("visibility", self.visibility, VISIBILITIES)
+    probability: float = number(0.0, 0, 1)  # that a sample is calibrated; 0 = off
+    transform: str = choice(
+        "procrustes", ("procrustes", "articulated")
+    )  # articulated: bent by body part, by the loader
+    keypoints: str = choice("trunk", FIXED_KEYPOINTS)  # those that the transform is fitted to
+    score_threshold: float = number(0.3, 0, 1)  # a keypoint counts above it
+    # standard deviation of errors added to the keypoints, parts of the image's height, as estimators have
+    noise: float = number(0.01, 0, 1)
+    images: int = number(1, 1, 10**6)  # calibrated images a clip; its frames share them in consecutive groups
+    visibility: str = choice("scene", VISIBILITIES)  # who attends to calibrated tokens, as tpc.visibility
+    mask_threshold: float = number(0.0, 0, 1)  # part of a token's pixels above which it belongs to the person
 
 
 @dataclass
 class CommandConfig:
-    """Reference, driving clip and options."""
+    """`python -m tpc`: reference, driving clip and options."""
 
     reference: str = MISSING  # image
     output: str = MISSING  # folder for the results
-    driving: str | None = None  # video
-    reference_poses: str | None = None  # pose file, instead of estimating
-    driving_poses: str | None = None  # the same
+    driving: str | None = None  # video; not needed beside driving_poses
+    reference_poses: str | None = None  # pose file of the reference, instead of estimating
+    driving_poses: str | None = None  # pose file of the driving video, instead of estimating
     reference_mask: str | None = None  # 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
     driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
-    max_side: int = 0  # pixels of the longer side of the calibrated images; 0 = those of the driving video
-    max_frames: int | None = None  # frames to use
-    stride: int = 1  # use every stride-th frame
-    cuts: list[int] | None = None  # first frames of new shots, counted as the results'; null: found, []: none
+    # pixels of the longer side of the calibrated images; 0 = those of the driving video
+    max_side: int = number(0, 0, 100_000)
+    max_frames: int | None = number(None, 1, MANY)  # frames to use; null: all
+    stride: int = number(1, 1, MANY)  # use every stride-th frame
+    # first frames of new shots, counted as the results'; null: found, []: none
+    cuts: list[int] | None = numbers(None, 0, MANY)
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
-
-    def check(self) -> None:
-        for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_dir():
-                existing_file(path, name)
-        if self.driving is None and self.driving_poses is None:
-            raise UserError("driving= or driving_poses= is required")
-        for name, least in (("max_side", 0), ("stride", 1), ("max_frames", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
 
 
 def best() -> CalibrationConfig:
@@ -270,18 +247,6 @@ def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
 
 
 def _filled(config: CalibrationConfig) -> CalibrationConfig:
-    preset = {"best": best, "paper": paper, "release": release}[config.preset]()
+    preset = config.presets()[config.preset]
     given = {field.name: getattr(config, field.name) for field in fields(CalibrationConfig)}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """UserError when a value is none of those allowed."""
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """UserError when a value is not within its limits, or nan."""
-    if not low <= value <= high:
-        raise UserError(f"{name} must be in {low:g} to {high:g}; got {value!r}")

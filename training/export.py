@@ -167,7 +167,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    settings = load_config(ExportConfig, arguments)
+    settings = load_config(ExportConfig, arguments, about=__doc__)
     checkpoint = find_checkpoint(settings.checkpoint)
     config = load_config(TrainConfig, [], files=[checkpoint.parent / "config.yaml"])
     config.model.init = settings.init or config.model.init

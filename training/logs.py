@@ -40,7 +40,7 @@ def read_scalar(run: str | Path, scalar: str) -> tuple[np.ndarray, np.ndarray, f
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(CurvesConfig, arguments)
+    config = load_config(CurvesConfig, arguments, about=__doc__)
     if not config.runs:
         raise UserError("runs= is required: output folders of training runs")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

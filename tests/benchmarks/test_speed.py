@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.config import PARTS, SpeedConfig
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.inference import StepClock
 from benchmarks.speed.measuring import Measured, counting, in_turns, peak_memory
-from benchmarks.speed.parts import PARTS, SpeedConfig, works
+from benchmarks.speed.parts import works
 from benchmarks.speed.report import speed_tables
 from benchmarks.speed.scene import make_scene
 from benchmarks.speed.sizes import SIZES, chosen_sizes, make_pipeline

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from core.config import RENAMED_KEYS, check_config, config_dict, describe, load_config, save_config
+from core.config import RENAMED_KEYS, check_config, config_dict, load_config, save_config
 from core.errors import UserError
 from core.files import complete_file, complete_folder, existing_file, output_folder
+from core.help import describe
 
 
 @dataclass
@@ -163,7 +164,7 @@ def test_flags_are_booleans():
 
 def test_help_names_every_key():
     text = describe(Outer)
-    assert "inner.guidance_scale=3.5" in text and "output=   (required)" in text
+    assert "inner.guidance_scale=3.5" in text and "output=  (required)" in text
 
 
 def test_a_file_that_fails_leaves_nothing(tmp_path):

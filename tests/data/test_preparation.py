@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.config import check_config
 from core.errors import UserError
 from data.config import PoseConfig, PrepareConfig, Shard, process_shard
 from data.poses.person import Box
@@ -313,7 +314,7 @@ def test_settings_that_cannot_work_are_user_errors():
         ({"heldout": 1.0}, "heldout=1"),
     ):
         with pytest.raises(UserError, match=named):
-            PrepareConfig(**settings).check()
+            check_config(PrepareConfig(**settings))
 
 
 # The command, killed

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.config import check_config
 from core.errors import UserError
 from data.clips.videos import VideoFolder
 from data.poses.poses import Poses
@@ -96,11 +97,11 @@ def test_items_keep_it_and_depend_on_seed_and_index_alone(root):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"sample_margin": -1}, "sample_margin=-1 must not be negative"),
+        ({"sample_margin": -1}, "sample_margin=-1 must be an integer"),
         ({"sample_margin": 30}, "sample_margin=30 needs source=videos"),
         ({"sample_margin": 30, "source": "videos", "cache": "x"}, "no data.cache"),
     ],
 )
 def test_margins_that_could_not_hold_are_refused(change, named):
     with pytest.raises(UserError, match=named):
-        DataConfig(**change).check()
+        check_config(DataConfig(**change))

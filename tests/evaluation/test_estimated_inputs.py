@@ -231,10 +231,10 @@ def test_what_is_measured_stays_exact_whatever_the_animator_gets(tiny_pipeline, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["masks=none"], "masks=none is not one of exact, estimated, drawn"),
-        (["poses=drawn"], "poses=drawn is not one of exact, estimated"),
+        (["masks=none"], "masks=none must be one of exact, estimated, drawn"),
+        (["poses=drawn"], "poses=drawn must be one of exact, estimated"),
         (["poses=estimated", "pose_noise=0.02"], "pose_noise=0.02 is for poses=exact"),
-        (["split=train"], "split=train is not one of heldout, development"),
+        (["split=train"], "split=train must be one of heldout, development"),
     ],
 )
 def test_wrong_kinds_are_refused(arguments, message):

@@ -388,7 +388,7 @@ def test_presets_are_complete_and_choices_are_checked():
         ({"min_keypoints": 1}, "tpc.min_keypoints"),
         ({"min_scale": 2.0, "max_scale": 1.0}, "tpc.min_scale"),
         ({"smoothing": float("nan")}, "tpc.smoothing"),
-        ({"start": -2}, "tpc.start must be in -1 to inf"),
+        ({"start": -2}, "tpc.start=-2 must be an integer, -1 to"),
         ({"preset": "paper", "start": 300}, "start=300 begins with the background.*fill=reference does not"),
     ):
         with pytest.raises(UserError, match=text):

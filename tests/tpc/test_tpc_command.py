@@ -137,7 +137,7 @@ def test_an_output_folder_keeps_other_files(files, tmp_path):
         ({"reference": "missing.png"}, "reference=missing.png does not exist"),
         ({"driving_poses": None}, "driving= or driving_poses="),
         ({"driving": "missing.mp4"}, "driving=missing.mp4 does not exist"),
-        ({"tpc__preset": "papr"}, "tpc.preset must be one of best, paper, release"),
+        ({"tpc__preset": "papr"}, "tpc.preset=papr must be one of best, paper, release"),
         ({"tpc__keypoint": "all"}, "tpc.keypoints"),
         ({"tpc__min_keypoints": "many"}, "min_keypoints"),
         ({"max_side": "-1"}, "max_side=-1"),

@@ -143,7 +143,7 @@ def test_what_does_not_go_together_is_refused():
     composed = AugmentationConfig(composition=CompositionConfig(probability=0.5), calibrated=calibrated)
     with pytest.raises(UserError, match="articulated needs references that stay.*composition.probability=0"):
         check_config(TrainConfig(stage="image", output="x", dry_run=True, augmentation=composed), "")
-    with pytest.raises(UserError, match="transform must be one of procrustes, articulated; got 'affine'"):
+    with pytest.raises(UserError, match="transform=affine must be one of procrustes, articulated"):
         calibrate_item(Bodies()[0], CalibratedTrainingConfig(transform="affine"))
-    with pytest.raises(UserError, match="reframed=1.5 must be a share"):
+    with pytest.raises(UserError, match="reframed=1.5 must be a number, 0 to 1"):
         make_dataset(DataConfig(size=[32, 32], people=PeopleConfig(reframed=1.5)), 1)

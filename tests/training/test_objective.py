@@ -143,7 +143,7 @@ def test_shifted_timesteps_follow_their_closed_form():
 
 
 def test_a_shift_must_be_positive():
-    with pytest.raises(UserError, match=r"noise.timestep_shift=0.0 must be positive"):
+    with pytest.raises(UserError, match=r"noise.timestep_shift=0.0 must be a number"):
         check_config(NoiseConfig(timestep_shift=0.0), "noise")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from core.config import load_config
+from core.config import check_config, load_config
 from core.errors import UserError
 from data.poses.poses import Poses
 from data.transforms import map_points
@@ -137,7 +137,7 @@ def test_after_the_warm_up_rates_are_diffusers_own(schedule):
 )
 def test_schedules_that_do_not_exist_are_refused(change, named):
     with pytest.raises(UserError, match=named):
-        OptimizerConfig(**change).check()
+        check_config(OptimizerConfig(**change))
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=names)

@@ -208,7 +208,7 @@ def test_dry_run_prints_sizes_and_trains_nothing(folder, vae):
         (["stage=image", "model.vae=nowhere"], "nowhere"),
         (["stage=image", "optimiser.learning_rate=1"], "optimizer.learning_rate"),
         (["stage=image", "data.source=videos", "model.vae=x"], "data.root="),
-        (["stage=image", "data.split=development"], "data.split=development is not one of train, heldout"),
+        (["stage=image", "data.split=development"], "data.split=development must be one of train, heldout"),
     ],
 )
 def test_wrong_configurations_end_in_one_line(folder, arguments, named):

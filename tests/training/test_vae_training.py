@@ -42,7 +42,7 @@ def test_encoders_of_published_vaes_stay(folder, tmp_path):
         training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK[:-1]])
     with pytest.raises(UserError, match="init=.* is not a VAE folder"):
         training.vae.main([f"output={tmp_path}", f"init={tmp_path / 'none'}", *QUICK])
-    for wrong, named in (("loss=cubes", "loss=cubes is not one of edges, squares"), ("crop=1", "crop=1.0 must be")):
+    for wrong, named in (("loss=cubes", "loss=cubes must be one of edges, squares"), ("crop=1", "crop=1 must be")):
         with pytest.raises(UserError, match=named):
             training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK, wrong])
 

@@ -7,69 +7,33 @@ Each side runs in a process of its own, both with all threads, one computes at a
 as table.md, beside results.json.
 """
 
+from benchmarks.config import CompareConfig
+from core.config import check_first
+
+check_first(__name__, CompareConfig, __doc__)
+
+
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 from safetensors.torch import load_file
 
-from benchmarks.speed.measuring import chosen_dtype, machine_facts
+from benchmarks.speed.measuring import machine_facts
 from benchmarks.speed.peers.session import PeerSession, chosen_peer
 from benchmarks.speed.peers.table import Row, markdown
 from benchmarks.speed.peers.weights import SETTINGS, PeerSettings, peer_settings, weights_facts, write_weights
-from benchmarks.speed.sizes import PIXELS, SpeedSizes, chosen_sizes
+from benchmarks.speed.sizes import SpeedSizes, chosen_sizes
 from core.config import config_dict, load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
 
 INFERENCE = "inference"
-
-
-@dataclass
-class CompareConfig:
-    peer: str = "moore"  # Moore-AnimateAnyone; or "magic_animate", or "tpc_animate", another checkout of this project
-    checkout: str = MISSING  # folder of the peer's code
-    python: str = MISSING  # interpreter of an environment in which it runs
-    size: str = "tiny"  # of `benchmarks.speed.sizes`
-    side: int | None = None  # pixels, in place of that of `size`
-    frames: int | None = None  # of a clip, in place of those of `size`
-    works: list[str] | None = None  # of inference, image, motion (training steps of either stage); null: all
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])  # training keeps float32 weights
-    checkpointing: list[bool] = field(default_factory=lambda: [False])  # [false,true] measures training both ways
-    rounds: int = 3  # after one run of each side that sets things up
-    steps: int = 4
-    guidance: float = 3.5
-    device: str = "cpu"
-    threads: int | None = None  # of each side; null: all processors
-    weights: str | None = None  # folder that keeps the random weights for the next time; null: a temporary one
-    output: str | None = None  # folder; null prints the table only
-
-    def check(self) -> None:
-        known = (INFERENCE, *chosen_peer(self.peer).stages)
-        for work in self.works or ():
-            if work not in known:
-                raise UserError(f"works has {work}; of {self.peer} there are {', '.join(known)}")
-        for dtype in self.dtypes:
-            chosen_dtype(dtype)
-        for name in ("dtypes", "checkpointing"):
-            if not getattr(self, name):
-                raise UserError(f"{name}=[] names nothing to measure")
-        if self.side is not None and (self.side < 1 or self.side % (8 * PIXELS)):
-            raise UserError(f"side={self.side} must be a multiple of {8 * PIXELS} pixels, as the UNets halve it")
-        if self.frames is not None and self.frames < 1:
-            raise UserError(f"frames={self.frames} must be at least 1")
-        if self.rounds < 1 or self.steps < 2:
-            raise UserError(f"rounds={self.rounds} must be at least 1 and steps={self.steps} at least 2")
-        if not self.guidance > 1:
-            raise UserError(
-                f"guidance={self.guidance} must be above 1: the peers' attention control takes it for granted"
-            )
 
 
 def sizes_of(config: CompareConfig) -> SpeedSizes:
@@ -153,7 +117,7 @@ def summary(answers: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(CompareConfig, arguments)
+    config = load_config(CompareConfig, arguments, about=__doc__)
     sizes, family = sizes_of(config), chosen_peer(config.peer).family
     with TemporaryDirectory() as scratch:
         weights = Path(config.weights or f"{scratch}/weights")

@@ -15,7 +15,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.reference_net import ReferenceNetMixin, small_unets
-from models.animators.small_networks import NetworkSizes, check_pose_channels, image_encoder_config
+from models.animators.small_networks import check_pose_channels, image_encoder_config
+from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.unets import DenoisingUNet, PoseGuider, ReferenceNet, one_token_parameters
 

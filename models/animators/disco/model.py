@@ -28,10 +28,10 @@ from models.animators.disco.networks import (
     recipe_parameters,
     with_time,
 )
-from models.animators.small_networks import NetworkSizes, check_pose_channels, image_encoder_config, unet_settings
+from models.animators.small_networks import check_pose_channels, image_encoder_config, unet_settings
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
-from models.config import NULL_TOKENS
+from models.config import NULL_TOKENS, NetworkSizes
 from models.images import ImageBatch, ImageSequence, clip_mask, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
 

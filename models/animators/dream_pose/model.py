@@ -21,8 +21,9 @@ from transformers import CLIPVisionModel
 
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
-from models.animators.small_networks import NetworkSizes, image_encoder_config, unet_settings
+from models.animators.small_networks import image_encoder_config, unet_settings
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
+from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence, clip_pixels
 from models.pipeline import AnimationPipeline, animated_by
 

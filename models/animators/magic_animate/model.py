@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
 from models.animators.reference_net import ReferenceNetMixin, small_unets
-from models.animators.small_networks import NetworkSizes, check_pose_channels
+from models.animators.small_networks import check_pose_channels
+from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence
 from models.pipeline import AnimationPipeline, animated_by
 from models.unets import DenoisingUNet, ReferenceNet

@@ -208,7 +208,7 @@ def test_base_weights_become_a_pipeline_to_train(tmp_path, capsys):
 
 
 def test_unknown_null_tokens_are_named(tmp_path):
-    with pytest.raises(UserError, match="null_tokens=nothing is not one of empty_image, zeros"):
+    with pytest.raises(UserError, match="null_tokens=nothing must be one of empty_image, zeros"):
         main(["convert", "family=disco", "checkpoint=x", f"output={tmp_path / 'p'}", "null_tokens=nothing"])
 
 

@@ -1,0 +1,151 @@
+"""What a field of a configuration may hold: one check for every value of every command."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from core.errors import UserError
+
+SHOWN = 60  # characters of a value that an error repeats
+LONGEST = 4096  # characters of a text, as of a path
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")  # words for them in files and arguments
+COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+
+@dataclass(frozen=True)
+class Values:
+    """Limits of a number and of each number of a list, the words it may be, the length of a list."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    excluded: float | None = None
+    words: Collection[str] = ()
+    numbered: bool = False  # a word may end in a number, as cuda:1 does
+    length: int | None = None  # None: any, of at least `least`
+    least: int = 0
+
+
+def values_of(schema: type, name: str) -> Values:
+    """The values of a field: declared where it is, or where a base class declares it."""
+    for cls in schema.__mro__:
+        item = getattr(cls, "__dataclass_fields__", {}).get(name)
+        if item is not None and "values" in item.metadata:
+            return item.metadata["values"]
+    return Values()
+
+
+def kind_of(annotation: Any) -> tuple[type, type | None, bool]:
+    """(type, type of a list's items, null is allowed) of `int`, `list[int]`, `int | None` and the like."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    (kind,) = (option for option in options if option is not NoneType)
+    items = get_args(kind)
+    return get_origin(kind) or kind, items[0] if items else None, NoneType in options
+
+
+def wanted(annotation: Any, values: Values) -> str:
+    """In words what a field may hold."""
+    kind, item, optional = kind_of(annotation)
+    one, many = {
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "of true and false"),
+        str: ("text that is not empty", "texts"),
+    }[item or kind]
+    limits = f", {_limits(values)}" if (item or kind) in (int, float) and values != Values() else ""
+    if values.words:
+        many = f"of {', '.join(values.words)}"
+        one = f"one {many}" if len(values.words) > 1 else many.removeprefix("of ")
+    if item is not None:
+        count = f"a list of {'one or more ' * (values.least > 0)}{many.removeprefix('of ')}"
+        one = count if values.length is None else f"{COUNTS[values.length]} {many}"
+        limits += " each" if limits else ""
+    return one + limits + (", or null" if optional else "")
+
+
+def fitting(name: str, value: Any, annotation: Any, values: Values) -> Any:
+    """The value as the field's type has it; `UserError` when it is not what the field may hold."""
+    kind, item, optional = kind_of(annotation)
+    try:
+        if value is None:
+            if optional:
+                return None
+            raise ValueError
+        if item is None:
+            return _single(value, kind, values)
+        if not isinstance(value, list | tuple) or values.length not in (None, len(value)) or len(value) < values.least:
+            raise ValueError
+        return [_single(entry, item, values) for entry in value]
+    except (ValueError, TypeError, OverflowError):
+        form = f", such as {name.rsplit(': ', 1)[-1]}={_example(item, values)}" if item and _odd(value) else ""
+        raise UserError(f"{name}={shown(value, quoted=False)} must be {wanted(annotation, values)}{form}") from None
+
+
+def shown(value: Any, quoted: bool = True) -> str:
+    """A value as errors repeat it: as it is written in YAML, on one line, shortened."""
+    text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | NoneType) else None
+    if text is None:
+        text = repr(value) if quoted or not isinstance(value, str) else " ".join(value.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _single(value: Any, kind: type, values: Values) -> Any:
+    """One value as its type has it; ValueError where it does not fit."""
+    if kind is bool:
+        text = str(value).lower()
+        if text in (*TRUE, *FALSE) or (isinstance(value, int) and value in (0, 1)):
+            return bool(value) if isinstance(value, int) else text in TRUE
+        raise ValueError
+    if kind is str:
+        if isinstance(value, list | tuple | dict | set | bytes):
+            raise ValueError
+        return _text(str(value) if not isinstance(value, bool) else shown(value), values)
+    if isinstance(value, bool) or not isinstance(value, str | Real):
+        raise ValueError
+    if kind is int and not isinstance(value, str | Integral):
+        raise ValueError
+    found = kind(value)
+    if not values.low <= found <= values.high or found == values.excluded:  # never of nan
+        raise ValueError
+    return found
+
+
+def _text(text: str, values: Values) -> str:
+    if values.words:
+        word, _, index = text.partition(":")
+        if text not in values.words and not (values.numbered and word in values.words and index.isdecimal()):
+            raise ValueError
+        return text
+    # "${" begins a reference to another key in OmegaConf's files, which has been followed where there is one.
+    if not text.strip() or len(text) > LONGEST or "\0" in text or "${" in text:
+        raise ValueError
+    text.encode()  # not of half characters
+    return text
+
+
+def _limits(values: Values) -> str:
+    if values.high == math.inf:
+        return f"{_short(values.low)} or more"
+    text = f"{_short(values.low)} to {_short(values.high)}"
+    return text if values.excluded is None else f"{text} but not {values.excluded:g}"
+
+
+def _short(limit: float) -> str:
+    power = int(limit) + 1
+    if power > 2**30 and power & (power - 1) == 0:
+        return f"2**{power.bit_length() - 1} - 1"
+    return str(limit) if abs(limit) < 10**6 and isinstance(limit, int) else f"{limit:g}"
+
+
+def _odd(value: Any) -> bool:
+    """True for what is no list of single values."""
+    return not isinstance(value, list | tuple) or any(isinstance(entry, list | dict) for entry in value)
+
+
+def _example(item: type, values: Values) -> str:
+    word = next(iter(values.words)) if values.words else {int: "1", float: "0.5", bool: "true", str: "a"}[item]
+    if item in (int, float) and values != Values():
+        word = f"{max(values.low, min(values.high, 128 if values.length else 1)):g}"
+    return "[" + ",".join([word] * (values.length or 1)) + "]"
