@@ -16,12 +16,28 @@ EXIT_CODE = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 
 
+# What the user's files, folders and rights cause. A file that is not there may as well be a fault of the program.
+OF_FILES = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
+# How writers in C++ and Rust say that the disk is full.
+FULL_WORDS = ("No space left on device", "Disk quota exceeded", "inline_container")
+
+
 class UserError(Exception):
     """Something the user can put right. The message names what is wrong, what was got, and what to do."""
 
 
+def disk_error(error: Exception) -> str | None:
+    """What a full disk made some writer raise, in words; None: it is another error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return error.strerror
+    said = [word for word in FULL_WORDS if word in str(error)] if isinstance(error, Exception) else []
+    return said[0].replace(FULL_WORDS[2], "a file was cut short") if said else None
+
+
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(arguments)` and end the process: code 0, 2 after a `UserError` or on a full disk, 130 after Ctrl-C."""
+    """Run `main(arguments)` and end the process: code 0, 2 after a `UserError` or an error `OF_FILES`, 130 after
+    Ctrl-C.
+    """
     try_command(main)
     sys.exit(0)
 
@@ -43,9 +59,10 @@ def try_command(main: Callable[[list[str]], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in OF_FILES:
             raise
-        line, code = f"error: {error.filename or 'a file'} could not be written: {error.strerror}", EXIT_CODE
+        done = "could not be written" if error.errno in FULL else "cannot be used"
+        line, code = f"error: {error.filename or 'a file'} {done}: {error.strerror}", EXIT_CODE
     except KeyboardInterrupt:
         line, code = "error: interrupted", 130
     if line:

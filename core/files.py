@@ -5,6 +5,7 @@ TPC_ANIMATE_CACHE. Packages are unpacked, neither installed nor imported, so the
 """
 
 import atexit
+import errno
 import hashlib
 import json
 import os
@@ -22,39 +23,112 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from core.errors import UserError
+from core.errors import UserError, disk_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 
 
 @contextmanager
 def complete_file(path: str | Path) -> Iterator[Path]:
-    """Temporary path beside `path`, with its suffix; renamed when the block ends well, else removed."""
+    """Temporary path of the same name; it becomes `path` when the block ends well, else it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with partial_folder(path) as hidden:
+        yield hidden / path.name
+        give_usual_mode(hidden)
+        os.replace(hidden / path.name, path)
 
 
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
-    """Empty temporary folder beside `path`; it replaces `path` when the block ends well, else it is removed."""
+    """Empty temporary folder of the same name; it replaces `path` when the block ends well, else it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        yield temporary
+    with partial_folder(path) as hidden:
+        new = hidden / path.name
+        new.mkdir()
+        yield new
+        give_usual_mode(new)
         if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+            os.replace(path, hidden / f"{path.name}.old")
+        os.replace(new, path)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Empty hidden folder beside `path`, removed when the block ends; another writer of `path` waits for that.
+
+    The system takes its lock away with the process: what a killed one has left goes before the block begins. Errors
+    of a full disk, of whatever writer, arrive as the OSError of `path`.
+    """
+    hidden = _hidden(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = None
+        while handle is None:
+            with suppress(FileExistsError):
+                hidden.mkdir()
+            handle = _lock(hidden, wait=True)
+        for left in hidden.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    try:
+        yield hidden
+    except Exception as error:
+        if reason := disk_error(error):
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
+        _remove_empty(made)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _lock(folder: Path, wait: bool = False) -> int | None:
+    """A handle that keeps other processes from locking the folder until it is closed; None: locked, or gone.
+
+    -1 on systems that cannot lock folders.
+    """
+    if fcntl is None:
+        return -1
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its writer has removed it meanwhile
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
+
+
+def give_usual_mode(folder: str | Path) -> None:
+    """Let files below a folder be read by whom the umask lets: some libraries' files are their owner's alone."""
+    mode = os.stat(folder).st_mode & 0o666  # a new folder has what the umask leaves
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != mode:
+            path.chmod(mode)
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """OSError of a full disk unless it has so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free", str(folder))
 
 
 def sync_folder(path: str | Path) -> None:
@@ -77,15 +151,22 @@ def sync_entries(folder: str | Path) -> None:
         os.close(handle)
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left in a folder, half-written or half-removed; what a living one writes stays."""
+    for path in [*Path(folder).glob(".*.partial"), *Path(folder).glob(".*.old")]:
+        remove_leftover(path)
+
+
 def remove_partial(path: str | Path) -> None:
-    """Remove what processes that were killed left behind while they wrote the file or folder `path`."""
-    path = Path(path)
-    names = re.compile(
-        rf"\.({re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}|{re.escape(path.name)}\.\d+\.(partial|old))"
-    )
-    for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if names.fullmatch(left.name):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    """Remove what a killed process left of its writing of the file or folder `path`."""
+    remove_leftover(_hidden(Path(path)))
+
+
+def remove_leftover(hidden: Path) -> None:
+    if hidden.is_dir() and (handle := _lock(hidden)) is not None:
+        shutil.rmtree(hidden)
+        if handle >= 0:
+            os.close(handle)
 
 
 def output_folder(path: str | Path) -> Path:
@@ -108,6 +189,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, each inside the next, as far as they are empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -125,6 +207,17 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         owner = path.read_text(encoding="utf-8").strip() or "unknown"
         state = f"is being written by another run (process {owner})"
         raise UserError(f"output={folder} {state}; wait for it, end it, or give another folder") from None
+
+
+def no_such_path(path: str | Path, argument: str, advice: str = "") -> UserError:
+    """The error for an argument whose file or folder is not there; names of hub repositories are told as such."""
+    path = str(path)
+    if HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir() and not Path(path).suffix:
+        return UserError(
+            f"{argument}={path} does not exist, and nothing is downloaded by itself: if it is a repository of Hugging "
+            f"Face, `hf download {path} --local-dir FOLDER` and give {argument}=FOLDER (docs/checkpoints.md)"
+        )
+    return UserError(f"{argument}={path} does not exist{advice}")
 
 
 def existing_file(path: str | Path, argument: str) -> Path:

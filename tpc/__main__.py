@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
-from core.files import existing_file, output_folder
+from core.files import existing_file, output_folder, partial_folder
 from tpc.config import CommandConfig, resolve
 
 if TYPE_CHECKING:
@@ -60,9 +59,9 @@ def main(arguments: list[str]) -> None:
         progress=lambda frames: tqdm(frames, desc="calibrating"),
     )
     # Nothing appears in the folder before everything is written.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
-        write_results(Path(folder), config, calibration, reference, driving)
-        move_into(Path(folder), output)
+    with partial_folder(output / "results") as folder:
+        write_results(folder, config, calibration, reference, driving)
+        move_into(folder, output)
     print(f"{calibration.outcome()}; see {output / 'report.png'} and {output / 'calibrated.mp4'}")
     print(f"images in {output / 'calibrated'}, transforms in {output / 'calibration.json'}")
     for note in calibration.notes():

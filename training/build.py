@@ -146,8 +146,8 @@ def start_from(model: Animator, folder: str) -> None:
 
 def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
     """VAE and networks of a pipeline folder; `key` is the configuration's, for messages."""
-    trainable_class(key, folder, read_index(Path(folder)))
-    pipeline = load_pipeline(folder)
+    trainable_class(key, folder, read_index(Path(folder), key))
+    pipeline = load_pipeline(folder, argument=key)
     return pipeline.vae, pipeline.animator
 
 
@@ -193,7 +193,7 @@ def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
 
 def folder_networks(folder: Path) -> tuple[VAE, Animator]:
     """The networks of a pipeline folder, from its configuration files."""
-    index = read_index(folder)
+    index = read_index(folder, "model.init")
     cls = trainable_class("model.init", folder, index)
     networks, settings = cls.constructor_parameters()
     animator = cls(

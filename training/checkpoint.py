@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from core.errors import UserError
-from core.files import sync_entries, sync_folder
+from core.files import give_usual_mode, sync_entries, sync_folder
 from models.lora import without_adapter
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
@@ -70,12 +70,6 @@ def checkpoints(output: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of the complete checkpoints in a folder, oldest first."""
     found = [(int(match[1]), path) for path in Path(output).iterdir() if (match := _NAME.match(path.name))]
     return sorted((step, path) for step, path in found if (path / PROGRESS).is_file())
-
-
-def remove_leftovers(output: Path) -> None:
-    """Remove what a killed run left half-written or half-removed; the folder must be locked."""
-    for path in [*output.glob(".*.partial*"), *output.glob(".*.old"), *output.glob("samples/.*.partial*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def leave_out(model: nn.Module, names: Collection[str]) -> None:
@@ -182,6 +176,7 @@ def write_state(
 def publish(output: Path, temporary: Path, final: Path, keep: int) -> None:
     """Give a whole checkpoint its name, then remove old ones."""
     try:
+        give_usual_mode(temporary)
         if final.exists():
             retire(final)
         os.replace(temporary, final)

@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 from core.config import save_config
 from core.errors import UserError
-from core.files import locked_folder, output_folder
+from core.files import locked_folder, output_folder, remove_leftovers
 from models.animators.base import Animator
 from models.vae import VAE, vae_scale_factor
 from training.build import check_precision, make_networks, save_memory, schedule_differences, set_trainable
-from training.checkpoint import remove_leftovers, save_checkpoint
+from training.checkpoint import save_checkpoint
 from training.config import TrainConfig
 from training.data import broken_clips, check_features, check_pose_kind
 from training.distributed import (
@@ -119,7 +119,8 @@ def run_training(config: TrainConfig) -> None:
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(locked_folder(output)))
         if accelerator.is_main_process:
-            remove_leftovers(output)
+            for folder in (output, output / "samples"):
+                remove_leftovers(folder)
             save_config(config, output / "config.yaml")
             if differences := schedule_differences(config):
                 print(f"note: not the noise schedule of model.init: {'; '.join(differences)}")

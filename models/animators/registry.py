@@ -11,8 +11,9 @@ import torch
 from diffusers import SchedulerMixin
 
 from core.errors import UserError
-from core.files import write_json
+from core.files import no_such_path, write_json
 from models.animators.base import Animator
+from models.checkpoints.files import read_config
 from models.checkpoints.loading import load_folder
 from models.config import ANIMATORS
 from models.lora import FOLDER as LORA_FOLDER
@@ -55,21 +56,30 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    argument: str = "model",
 ) -> AnimationPipeline:
     """A pipeline from a local folder; nothing is downloaded, and a `UserError` says what is missing or does not fit.
 
     Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`.
+    Errors name the folder as `argument`.
     """
     folder = Path(folder)
-    index = read_index(folder)
+    index = read_index(folder, argument)
     cls = saved_class(index)
     if cls is None:
-        known = ", ".join(pipeline_names())
-        raise UserError(f"model={folder} is a {index.get('_class_name')}; the pipelines known here are {known}")
+        raise not_a_pipeline(folder, argument, f"a {index.get('_class_name')}")
+    what = f"{argument}={folder}"
+    needed = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
+    lacking = [name for name in needed if not list((folder / name).glob("*.json"))]
+    if lacking:
+        raise UserError(
+            f"{what} is incomplete: of the folders that its model_index.json names, "
+            f"{', '.join(f'{name}/' for name in lacking)} are missing or have no configuration"
+        )
     arguments = {}
     for name, parameter in list(signature(cls.__init__).parameters.items())[1:]:
         if parameter.default is Parameter.empty:
-            arguments[name] = load_component(folder, name, index.get(name), component_classes(cls, name), dtype)
+            arguments[name] = load_component(folder, name, index.get(name), component_classes(cls, name), dtype, what)
         elif name in index:
             arguments[name] = index[name]
     pipeline = cls(**arguments)
@@ -79,23 +89,40 @@ def load_pipeline(
     return pipeline
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path, argument: str = "model") -> dict[str, Any]:
     """The contents of `model_index.json`, in the words of today."""
-    if not folder.is_dir():
-        raise UserError(f"model={folder} does not exist; give a pipeline folder (train.py writes output/pipeline)")
     path = folder / "model_index.json"
     if not path.is_file():
-        raise UserError(f"model={folder} is not a pipeline folder: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"model={folder}: model_index.json is not valid JSON") from None
-    if not isinstance(index, dict):
-        raise UserError(f"model={folder}: model_index.json is not a pipeline's index")
+        raise not_a_pipeline(folder, argument)
+    index = read_config(path, f"{argument}={folder}")
     for key, values in OLD_VALUES.items():
         if key in index:
             index[key] = values.get(str(index[key]), index[key])
     return index
+
+
+def not_a_pipeline(path: Path, argument: str, found: str = "") -> UserError:
+    """What a path that should be a pipeline folder is, and what to do with it."""
+    if not path.exists():
+        return no_such_path(path, argument, "; give a pipeline folder (train.py writes output/pipeline)")
+    what = f"{argument}={path} is {found or ('a file' if path.is_file() else 'a folder without model_index.json')}"
+    if not found:
+        for near in (path / "pipeline", path.parent):
+            if (near / "model_index.json").is_file():
+                return UserError(f"{what}, no pipeline folder; give {argument}={near}")
+    if (path / "progress.json").is_file():
+        export = f"python -m training.export checkpoint={path} output=FOLDER"
+        return UserError(f"{what}, a checkpoint of training and no pipeline folder; make one of it: {export}")
+    # It knows the published files, and needs the pipelines of this module.
+    weights = import_module("models.checkpoints.inspect").published_weights(path)
+    known = f"the pipelines known here are {', '.join(pipeline_names())}"
+    if weights is None:
+        return UserError(f"{what}, no pipeline folder; {known}" if found else f"{what}, no pipeline folder")
+    kind, family = weights
+    folder = path if path.is_dir() else path.parent
+    command = f"python -m models.checkpoints convert family={family or 'NAME'} weights={folder} output=FOLDER"
+    holds = "" if kind == "weights" else f" ({kind})"
+    return UserError(f"{what}, published weights{holds} and no pipeline folder; make one of them: {command}")
 
 
 def write_training_facts(folder: Path, attention_supervised: bool | None) -> None:
@@ -125,18 +152,21 @@ def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str,
     return {cls.__name__: cls for cls in get_args(annotation) or (annotation,)}
 
 
-def load_component(folder: Path, name: str, entry: Any, classes: dict[str, type], dtype: torch.dtype) -> Any:
-    """One network or the scheduler; `entry` is its [library, class] in the index."""
+def load_component(
+    folder: Path, name: str, entry: Any, classes: dict[str, type], dtype: torch.dtype, what: str = ""
+) -> Any:
+    """One network or the scheduler; `entry` is its [library, class] in the index, `what` the folder in errors."""
+    what = what or f"model={folder}"
     if not isinstance(entry, list) or len(entry) != 2 or not list((folder / name).glob("*.json")):
-        raise UserError(f"model={folder}: component {name} is missing or incomplete")
+        raise UserError(f"{what}: component {name} is missing or incomplete")
     if name == "scheduler":
         cls = getattr(diffusers, str(entry[1]), None)
         if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-            raise UserError(f"model={folder}: component {name} is a {entry[1]}, which diffusers does not have")
+            raise UserError(f"{what}: component {name} is a {entry[1]}, which diffusers does not have")
         try:
             return cls.from_pretrained(folder / name)
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"model={folder}: component {name} cannot be loaded: {error}") from None
+            raise UserError(f"{what}: component {name} cannot be loaded: {error}") from None
     if entry[1] not in classes:
-        raise UserError(f"model={folder}: component {name} is a {entry[1]}, not one of {', '.join(classes)}")
-    return load_folder(classes[entry[1]], folder / name, f"model={folder}: component {name}", dtype)
+        raise UserError(f"{what}: component {name} is a {entry[1]}, not one of {', '.join(classes)}")
+    return load_folder(classes[entry[1]], folder / name, f"{what}: component {name}", dtype)

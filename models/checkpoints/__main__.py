@@ -41,8 +41,11 @@ def inspect_command(arguments: list[str]) -> None:
         lines = found.mismatch.lines() if found.mismatch else ["complete" if found.known else "not compared"]
         if found.not_finite:
             lines.append(f"NaN or infinity in {len(found.not_finite)}: {first_few(found.not_finite)}")
-        print("\n".join(f"  {line}" for line in lines))
-        complete = complete and not found.mismatch and not found.not_finite and found.kind != "unknown"
+        if found.blank:
+            lines.append(f"zeros alone in {len(found.blank)}: {first_few(found.blank)}")
+        print("\n".join(f"  {line}" for line in lines if len(lines) == 1 or line != "complete"))
+        faults = found.mismatch or found.not_finite or found.blank
+        complete = complete and not faults and found.kind != "unknown"
     if not complete:
         sys.exit(1)
 

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import complete_folder
+from core.files import check_room, complete_folder, no_such_path
 from models.animators.registry import animator_class, read_index, saved_class
 from models.checkpoints.files import other_kind, read_tensors
 from models.checkpoints.loading import Mismatch, Shapes, load_folder
@@ -59,6 +59,23 @@ class Family:
     recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()  # of its files, for `inspect`
     fixture: frozenset[str] = frozenset()  # files that a `verify.Fixture` describes
     outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None  # (name, result) from such a fixture
+
+    def places(self, key: str) -> tuple[str, ...]:
+        """Where in `weights=` the file of a key may lie, as patterns."""
+        return next(field.metadata.get("places", ()) for field in fields(self.config) if field.name == key)
+
+    def found(self, weights: Path, key: str) -> Path | None:
+        """The file of a key in `weights=`; of several epochs the last."""
+        folders = (weights / self.folder, weights) if self.folder else (weights,)
+        for found in (list(folder.glob(place)) for folder in folders for place in self.places(key)):
+            if found:
+                return max(found, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
+        return None
+
+    def found_in(self, weights: Path) -> int:
+        """Count of the files that a folder has, its own folder counting too."""
+        own = bool(self.folder) and (weights / self.folder).is_dir()
+        return own + sum(self.found(weights, field.name) is not None for field in fields(self.config))
 
     def scheduler(self) -> DDIMScheduler:
         settings = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "clip_sample": False}
@@ -103,22 +120,34 @@ class Sources:
         self.config, self.family = config, published_family(config.family)
         self.dtype = DTYPES[config.dtype]
         self.notes: list[str] = []  # sentences for the user about the result
+        weights = config.weights and Path(config.weights)
+        if weights and not weights.exists():
+            raise no_such_path(weights, "weights")
+        if weights and not weights.is_dir():
+            raise UserError(f"weights={weights} is a file; give its folder, or the file by its own key")
 
     def path(self, name: str, required: bool = True) -> Path | None:
         """The file or folder given as `name=`, or found in `weights=`; of several epochs the last."""
         if (given := getattr(self.config, name)) is not None:
             return Path(given)
         if self.config.weights is not None:
-            places = next(key.metadata["places"] for key in fields(self.config) if key.name == name)
-            folder = Path(self.config.weights)
-            folders = (folder / self.family.folder, folder) if self.family.folder else (folder,)
-            for found in (list(folder.glob(place)) for folder in folders for place in places):
-                if found:
-                    return max(found, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
+            if found := self.family.found(Path(self.config.weights), name):
+                return found
         if required:
-            where = f" and not in weights={self.config.weights}" if self.config.weights else ""
-            raise UserError(f"{name}= is required for family={self.config.family}{where}")
+            self.require(name)
         return None
+
+    def require(self, *names: str) -> None:
+        """Refuse files that were not given, are not there or cannot be read, all before the first is converted."""
+        lacking = [name for name in names if self.path(name, required=False) is None]
+        for name in names:
+            if name not in lacking:
+                self.tensors(name)
+        if lacking:
+            where = f" and not in weights={self.config.weights}" if self.config.weights else ""
+            also = f"; so are {', '.join(f'{name}=' for name in lacking[1:])}" if lacking[1:] else ""
+            places = ", ".join(" or ".join(self.family.places(name)) for name in lacking)
+            raise UserError(f"{lacking[0]}= is required for family={self.config.family}{where}{also} ({places})")
 
     def tensors(self, name: str) -> tuple[dict[str, Tensor], str]:
         """Tensors of a file, and the file's name for errors."""
@@ -142,6 +171,17 @@ class Sources:
         return load_folder(cls, path, f"{name}={path}", dtype or self.dtype)
 
 
+def check_replaceable(output: Path) -> None:
+    """Refuse an output that is something else than an earlier result."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        try:
+            ours = saved_class(read_index(output)) is not None
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(f"output={output} exists and is no pipeline folder of this project; give a new folder")
+
+
 def convert(config: ConvertConfig) -> list[str]:
     """Load everything strictly, then write the folder, which appears when it is complete; returns `Sources.notes`.
 
@@ -150,15 +190,16 @@ def convert(config: ConvertConfig) -> list[str]:
     family = published_family(config.family)
     config.check()
     output = Path(config.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        try:
-            ours = saved_class(read_index(output)) is not None
-        except UserError:
-            ours = False
-        if not ours:
-            raise UserError(f"output={output} exists and is no pipeline folder of this project; give a new folder")
     sources = Sources(config)
-    pipeline = family.make(sources)
-    with complete_folder(output) as folder:
-        pipeline.save_pretrained(folder)
+    try:
+        check_replaceable(output)
+        with complete_folder(output) as folder:  # first, as where it cannot be made there is nothing to wait for
+            pipeline = family.make(sources)
+            networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+            check_room(folder, sum(t.nbytes for network in networks for t in network.state_dict().values()))
+            pipeline.save_pretrained(folder)
+    except OSError as error:
+        if error.filename != str(output):
+            raise
+        raise UserError(f"output={output} could not be written: {error.strerror}") from None
     return sources.notes

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import no_such_path
 
 # Dictionaries that trainers put the tensors in, and what they put before each name.
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")
@@ -80,7 +81,7 @@ def other_kind(tensors: Mapping[str, Tensor]) -> str | None:
 def weights_file(path: Path, what: str) -> Path:
     """The file itself, or the weights of a folder: of several full precision first, then whole, then safetensors."""
     if not path.exists():
-        raise UserError(f"{what} does not exist")
+        raise no_such_path(path, what.removesuffix(f"={path}"))
     if path.is_file():
         return path
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())

@@ -111,6 +111,11 @@ def give_tensors(module: Module, tensors: Mapping[str, Tensor], what: str, dtype
         raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {first_few(strange)}")
     complete = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     check_finite(complete, what)
+    unused = module.unused_parameters() if hasattr(module, "unused_parameters") else ()
+    if names := blank(complete, unused):
+        raise UserError(
+            f"{what} holds zeros alone in {len(names)} tensors, as after a broken download: {first_few(names)}"
+        )
     module.load_state_dict(complete, strict=True, assign=True)
     return module.eval()
 
@@ -154,6 +159,24 @@ def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
             if not extremes.isfinite().all():
                 names.append(name)
     return tuple(names)
+
+
+def blank(tensors: Mapping[str, Tensor], unused: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Names of the tensors that are zero and never are in a trained network: norms' weights, and most matrices.
+
+    Single layers start as zero and may have stayed so, so matrices count only where they are more than half of all.
+    Parameters that are `unused` are left out; where these are not known (None) so are all norms.
+    """
+    norms, matrices, total, left_out = [], [], 0, set(unused or ())
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel() or name in left_out or (unused is None and tensor.ndim < 2):
+            continue
+        total += tensor.ndim > 1
+        scale = tensor.ndim == 1 and name.endswith("weight")
+        # The first number tells nearly every tensor from a zero one without a look at the rest.
+        if (scale or tensor.ndim > 1) and tensor.view(-1)[0] == 0 and not tensor.any():
+            (norms if scale else matrices).append(name)
+    return tuple(norms + (matrices if 2 * len(matrices) > total else []))
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -259,6 +259,15 @@ def load_autoencoder(
     return load_strictly(on_meta(make_autoencoder, shapes_of(tensors), norm_num_groups), tensors, what, dtype)
 
 
+def check_not_swapped(reference: Tensors, what: str, unet: Tensors) -> None:
+    """Refuse the denoising UNet's own file, with its output layers, in place of the reference net's, which it fits."""
+    reference, unet = (without_prefixes(tensors, what, UNET_PREFIXES) for tensors in (reference, unet))
+    if has(shapes_of(reference), *OUTPUT_LAYERS) and all(
+        name in unet and torch.equal(tensor, unet[name]) for name, tensor in reference.items()
+    ):
+        raise UserError(f"{what} holds the weights of the denoising UNet; those of the reference net are another file")
+
+
 def check_reference_net(reference_net: ReferenceNet, denoising_unet: DenoisingUNet, vae: AutoencoderKL) -> None:
     """Refuse networks that do not belong together."""
     ours, theirs = denoising_unet.config, reference_net.config

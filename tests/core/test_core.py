@@ -220,6 +220,19 @@ def test_commands_end_with_one_line_and_code_2():
     assert (done.returncode, done.stderr) == (2, "error: no such file\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("PermissionError(13, 'Permission denied', 'a.pth')", "error: a.pth cannot be used: Permission denied"),
+        ("OSError(28, 'No space left on device', 'p')", "error: p could not be written: No space left on device"),
+        ("FileNotFoundError(2, 'No such file', 'own.json')", None),  # maybe a fault of the program
+    ],
+)
+def test_errors_of_files_are_one_line(error, line):
+    done = end_of(f"raise {error}")
+    assert (done.returncode, done.stderr) == (2, f"{line}\n") if line else "Traceback" in done.stderr
+
+
 @pytest.mark.parametrize(("rank", "printed"), [("0", "error: no such file\n"), ("1", "")])
 def test_a_launcher_of_several_processes_is_told_the_error(rank, printed, tmp_path):
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

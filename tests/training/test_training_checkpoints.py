@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.files import locked_folder
+from core.files import locked_folder, remove_leftovers
 from tests.filmed import figure_film, save_prepared_videos
 from tests.training_runs import ARGUMENTS, Fork, difference, logged, make_vae, start_two, train, weights
 from training.checkpoint import (
@@ -23,7 +23,6 @@ from training.checkpoint import (
     check_layout,
     checkpoints,
     publish,
-    remove_leftovers,
     retire,
 )
 
@@ -254,7 +253,7 @@ def test_names_change_at_once(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".checkpoint-6.old", "checkpoint-4", "checkpoint-6"]
     retire(tmp_path / "checkpoint-4")
-    (tmp_path / ".config.123.partial.yaml").touch()
+    (tmp_path / ".config.yaml.partial").mkdir()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 

@@ -37,6 +37,7 @@ from models.checkpoints.networks import (
     MotionSizes,
     Tensors,
     UNetSizes,
+    check_not_swapped,
     check_reference_net,
     embedding_channels,
     has,
@@ -112,7 +113,11 @@ def pose_guider_from_control_net(tensors: Tensors, what: str, dtype: torch.dtype
 
 def make_animate_anyone(sources: Sources) -> AnimationPipeline:
     """AnimateAnyone as published, and MusePose."""
+    guider = "pose_guider" if sources.config.controlnet is None or sources.config.pose_guider else "controlnet"
+    sources.require("denoising_unet", "motion_module", "reference_unet", guider, "image_encoder", "vae")
+    parts = small_parts(sources)
     unet, unet_name = sources.tensors("denoising_unet")
+    check_not_swapped(*sources.tensors("reference_unet"), unet)
     motion, motion_name = sources.tensors("motion_module")
     if not any(MOTION in name for name in motion):
         raise UserError(f"{motion_name} holds no motion modules")
@@ -121,15 +126,17 @@ def make_animate_anyone(sources: Sources) -> AnimationPipeline:
         with_motion(unet, motion), f"{unet_name} with {motion_name}", "frame", dtype=sources.dtype, length=length
     )
     reference_net = sources.load("reference_unet", load_reference_net)
-    if sources.path("pose_guider", required=sources.config.controlnet is None) is None:
+    if guider == "controlnet":
         pose_guider = new_pose_guider(sources)
     else:
         pose_guider = sources.load("pose_guider", load_pose_guider)
-    return make_pipeline(sources, reference_net, denoising_unet, pose_guider)
+    return make_pipeline(sources, reference_net, denoising_unet, pose_guider, *parts)
 
 
 def make_base(sources: Sources) -> AnimationPipeline:
     """Base weights for training: both UNets from Stable Diffusion, the pose guider from a ControlNet."""
+    sources.require("unet", "controlnet", "image_encoder", "vae")
+    parts = small_parts(sources)
     unet, what = sources.tensors("unet")
     if sources.path("motion_module", required=False) is None:
         sources.notes.append("the motion modules are new: until they are trained, frames know nothing of each other")
@@ -140,7 +147,7 @@ def make_base(sources: Sources) -> AnimationPipeline:
         denoising_unet = load_denoising_unet(with_motion(unet, motion), what_both, "frame", dtype=sources.dtype)
     denoising_unet.use_motion_on_single_frames(False)
     reference_net = load_reference_net(unet, what, dtype=sources.dtype)
-    return make_pipeline(sources, reference_net, denoising_unet, new_pose_guider(sources))
+    return make_pipeline(sources, reference_net, denoising_unet, new_pose_guider(sources), *parts)
 
 
 def new_pose_guider(sources: Sources) -> PoseGuider:
@@ -149,11 +156,20 @@ def new_pose_guider(sources: Sources) -> PoseGuider:
     return sources.load("controlnet", pose_guider_from_control_net)
 
 
-def make_pipeline(
-    sources: Sources, reference_net: ReferenceNet, denoising_unet: DenoisingUNet, pose_guider: PoseGuider
-) -> AnimationPipeline:
+def small_parts(sources: Sources) -> tuple[CLIPVisionModelWithProjection, AutoencoderKL]:
+    """Image encoder and VAE, whose folders are soon read, and are so before the UNets."""
     image_encoder = sources.load_folder("image_encoder", CLIPVisionModelWithProjection)
-    vae = sources.load_folder("vae", AutoencoderKL)
+    return image_encoder, sources.load_folder("vae", AutoencoderKL)
+
+
+def make_pipeline(
+    sources: Sources,
+    reference_net: ReferenceNet,
+    denoising_unet: DenoisingUNet,
+    pose_guider: PoseGuider,
+    image_encoder: CLIPVisionModelWithProjection,
+    vae: AutoencoderKL,
+) -> AnimationPipeline:
     check_reference_net(reference_net, denoising_unet, vae)
     width, context = denoising_unet.config.block_out_channels[0], denoising_unet.config.cross_attention_dim
     if (channels := pose_guider.config.conditioning_embedding_channels) != width:

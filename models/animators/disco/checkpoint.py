@@ -211,9 +211,10 @@ def recognise_disco(shapes: Shapes) -> Recognised | None:
 
 
 def make_disco(sources: Sources) -> DiscoPipeline:
-    if sources.path("checkpoint", required=sources.config.unet is None) is None:
+    if sources.config.unet is not None and sources.path("checkpoint", required=False) is None:
         weights = base_weights(sources)
     else:
+        sources.require("checkpoint")
         weights = sources.load("checkpoint", load_disco)
     pose_control_net = weights.pose_control_net
     if pose_control_net is None:
@@ -231,6 +232,7 @@ def make_disco(sources: Sources) -> DiscoPipeline:
 
 def base_weights(sources: Sources) -> DiscoWeights:
     """Start of the published training: UNet of sd-image-variations, its copy as ControlNet, CLIP's own projection."""
+    sources.require("unet", "image_encoder", "vae")
     tensors, what = sources.tensors("unet")
     image_encoder = sources.load_folder("image_encoder", CLIPVisionModelWithProjection)
     projection = image_encoder.visual_projection.weight

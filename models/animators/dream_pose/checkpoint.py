@@ -127,6 +127,7 @@ def recognise_adapter(shapes: Shapes) -> Recognised | None:
 
 def make_dream_pose(sources: Sources) -> DreamPosePipeline:
     """DreamPose as published; or, from a UNet without pose channels, the weights that its training starts with."""
+    sources.require("unet", "image_encoder", "vae")
     tensors, what = sources.tensors("unet")
     sizes = unet_sizes(shapes_of(tensors))
     image_encoder = sources.load_folder("image_encoder", CLIPVisionModel)

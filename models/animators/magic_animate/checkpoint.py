@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from core.errors import UserError
 from models.animators.magic_animate.model import MagicAnimatePipeline, PromptEmbedding, control_residuals
 from models.attention.context import fused_layers, same_reference
 from models.checkpoints.convert import Family, Recognised, Sources
@@ -20,6 +21,7 @@ from models.checkpoints.loading import MOTION, Shapes, compare, module_names, on
 from models.checkpoints.networks import (
     UNetSizes,
     animated_unet_manifest,
+    check_not_swapped,
     check_reference_net,
     load_control_net,
     load_denoising_unet,
@@ -34,16 +36,21 @@ from models.config import MagicAnimateFiles
 
 
 def make_magic_animate(sources: Sources) -> MagicAnimatePipeline:
+    sources.require("appearance_encoder", "densepose_controlnet", "temporal_attention", "text_encoder", "vae")
+    vae = sources.load_folder("vae", AutoencoderKL)
+    prompt = empty_prompt(sources.load_folder("text_encoder", CLIPTextModel, torch.float32)).to(sources.dtype)
+    check_not_swapped(*sources.tensors("appearance_encoder"), sources.tensors("temporal_attention")[0])
     reference_net = sources.load("appearance_encoder", load_reference_net)
     denoising_unet = sources.load("temporal_attention", load_denoising_unet, norm_scope="clip")
-    vae = sources.load_folder("vae", AutoencoderKL)
     check_reference_net(reference_net, denoising_unet, vae)
+    if (width := prompt.embedding.shape[-1]) != (context := denoising_unet.config.cross_attention_dim):
+        raise UserError(f"text_encoder= gives {width} channels, the UNets' cross-attention takes {context}")
     return MagicAnimatePipeline(
         vae=vae,
         reference_net=reference_net,
         denoising_unet=denoising_unet,
         control_net=sources.load("densepose_controlnet", load_control_net),
-        prompt=empty_prompt(sources.load_folder("text_encoder", CLIPTextModel, torch.float32)).to(sources.dtype),
+        prompt=prompt,
         scheduler=sources.family.scheduler(),
         window_size=sources.family.window,
     )
