@@ -99,6 +99,8 @@ def main(arguments: list[str]) -> None:
     if state.is_main_process:
         parameters = sum(p.numel() for network in (pipeline.animator, pipeline.vae) for p in network.parameters())
         print(f"model {config.model or 'assets/tiny_model'}: {parameters / 1e6:.1f} million parameters, on {device}")
+        for note in pipeline.notes:
+            print(f"note: {note}")
         if config.pairs is not None:
             print(f"{len(jobs)} pairs, of which {len(there)} are done already", flush=True)
     for job in jobs:

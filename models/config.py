@@ -26,6 +26,16 @@ SMALL_ANIMATORS = tuple(
 # DDIM; DPM-Solver++ of second order with multisteps (Lu et al., 2022); UniPC of second order (Zhao et al., 2023).
 SOLVER_NAMES = ("ddim", "dpm++", "unipc")
 IMAGE_ENCODER_HEADS = 4  # of new networks
+# Noise schedule of new models, as DDIM's settings: what a model is trained and sampled with.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 EVERY_LEVEL = (0.0, 1.0)  # of noise
 # Context of the unconditional half of DisCo's guidance: CLIP's tokens of an empty cut-out, for models trained with
 # dropped references (`drop_ref`), or zeros, for the others.

@@ -4,23 +4,27 @@ A folder of adapters has a sub-folder for each network, such as denoising_unet/p
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core.errors import UserError
 from models.animators.base import Animator
 from models.checkpoints.loading import check_finite, first_few
+from models.checkpoints.streaming import StoredTensors, Written, write_tensors
+from models.config import SCHEDULE
 
 FOLDER = "lora"  # of adapters inside a pipeline folder
 FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # PEFT's name of a network's only adapter
+# In a file of adapters: the noise schedule and the digest of the network's weights that they were trained with.
+SCHEDULE_KEY, BASE_KEY = "noise_schedule", "base_weights"
 FACTORS = (".lora_A.weight", ".lora_B.weight")  # of a layer's change, B A
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -56,8 +60,12 @@ def has_lora(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write the adapters of a pipeline's networks."""
+def save_lora(pipeline: DiffusionPipeline, folder: Path, bases: Mapping[str, str] | None = None) -> None:
+    """Write the adapters of a pipeline's networks, with its noise schedule.
+
+    `bases` are digests of the weights that the networks' adapters were trained on (`StoredTensors.digest`).
+    """
+    schedule = {name: pipeline.scheduler.config[name] for name in SCHEDULE if name in pipeline.scheduler.config}
     for name in pipeline.animator_cls.adapted_networks:
         if has_lora(network := getattr(pipeline, name)):
             (folder / name).mkdir(parents=True)
@@ -67,8 +75,12 @@ def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
                 for key, value in network.peft_config[ADAPTER].to_dict().items()
             }
             metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)}
+            metadata |= {SCHEDULE_KEY: json.dumps(schedule)}
+            if bases and name in bases:
+                metadata[BASE_KEY] = bases[name]
             tensors = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name / FILE, metadata)
+            written = {key: Written(tuple(value.shape), value.dtype, value.detach) for key, value in tensors.items()}
+            write_tensors(folder / name / FILE, written, metadata)
 
 
 def merge(network: ModelMixin, scale: float = 1.0) -> None:
@@ -98,21 +110,53 @@ def merged_weight(network: nn.Module, name: str, make: Callable[[], Tensor]) -> 
     return make().float() + network.get_submodule(layer).get_delta_weight(ADAPTER)
 
 
-def load_lora(pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.0) -> None:
-    """Add the adapters of a folder, times `scale`, to a pipeline's weights; UserError where they do not fit."""
+def load_lora(
+    pipeline: DiffusionPipeline, folder: str | Path, scale: float = 1.0, base: str | Path | None = None
+) -> list[str]:
+    """Add the adapters of a folder, times `scale`, to a pipeline's weights; UserError where they do not fit.
+
+    The pipeline then samples with the noise schedule that they were trained with. Returns sentences for the user where
+    that, or the weights in the pipeline's folder `base`, are not what they were trained with.
+    """
     folder, names = Path(folder), pipeline.animator_cls.adapted_networks
     if not any((folder / name / FILE).is_file() for name in names):
         places = " or ".join(f"{name}/{FILE}" for name in names) or f"{type(pipeline).__name__} takes none"
         raise UserError(f"lora={folder} holds no adapters: {places}")
+    notes = []
     for name in names:
-        if (folder / name / FILE).is_file():
+        if (file := folder / name / FILE).is_file():
             network = getattr(pipeline, name)
-            check_fit(network, folder / name / FILE)
+            check_fit(network, file)
             try:
                 network.load_lora_adapter(folder / name, prefix=None, weight_name=FILE, local_files_only=True)
             except (ValueError, RuntimeError, KeyError, TypeError) as error:  # PEFT's, of the settings in the file
-                raise UserError(f"lora={folder / name / FILE} has settings that do not fit it: {error}") from None
+                raise UserError(f"lora={file} has settings that do not fit it: {error}") from None
             merge(network, scale)
+            with safe_open(file, "pt") as opened:
+                facts = opened.metadata() or {}
+            notes += take_schedule(pipeline, facts.get(SCHEDULE_KEY), folder)
+            if base is not None and BASE_KEY in facts:
+                if StoredTensors(Path(base) / name, f"model={base}: component {name}").digest() != facts[BASE_KEY]:
+                    notes.append(
+                        f"lora={file} was trained on other weights than model={base} has in {name}, or on these in "
+                        "another dtype"
+                    )
+    return notes
+
+
+def take_schedule(pipeline: DiffusionPipeline, stored: str | None, folder: Path) -> list[str]:
+    """Give a pipeline the noise schedule in a file of adapters, if it has another; a note says so."""
+    try:
+        wanted = json.loads(stored or "{}")
+        present = {name: pipeline.scheduler.config.get(name) for name in wanted}
+        changed = {name: value for name, value in wanted.items() if present[name] != value}
+        if not changed:
+            return []
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changed)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"lora={folder} has a noise schedule that cannot be read: {error}") from None
+    words = ", ".join(f"{name}={value} instead of {present[name]}" for name, value in changed.items())
+    return [f"sampling with the noise schedule that lora={folder} was trained with: {words}"]
 
 
 def check_fit(network: ModelMixin, file: Path) -> None:

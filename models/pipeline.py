@@ -88,6 +88,7 @@ class AnimationPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
         self.register_to_config(**animator.settings(), window_size=window_size)
         self.animator = animator
+        self.notes: list[str] = []  # sentences for the user about what the pipeline was loaded from
         self.vae_scale_factor = vae_scale_factor(self.vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 

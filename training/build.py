@@ -1,10 +1,12 @@
 """Networks, noise schedule and trainable parameters from the configuration."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from core.config import check_config
 from core.errors import UserError
 from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.animate_anyone.model import AnimateAnyone
@@ -21,6 +24,7 @@ from models.animators.base import Animator
 from models.animators.registry import (
     animator_class,
     component_classes,
+    load_component,
     load_pipeline,
     network_folders,
     pipeline_class,
@@ -31,7 +35,7 @@ from models.animators.registry import (
 from models.checkpoints.loading import from_settings, network_names
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.checkpoints.streaming import StoredTensors
-from models.config import ANIMATORS
+from models.config import ANIMATORS, SCHEDULE
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
@@ -59,18 +63,30 @@ PUBLISHED = "animate_anyone"  # whose published sizes are known without any fold
 POSE_CHANNELS = (16, 32, 96, 256)
 
 
-def make_scheduler(config: NoiseConfig) -> DDIMScheduler:
-    """The noise schedule of training, which the pipeline folder carries to inference."""
-    return DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        timestep_spacing=config.timestep_spacing,
-        clip_sample=False,
-    )
+def make_scheduler(config: NoiseConfig, init: str | None = None) -> DDIMScheduler:
+    """The noise schedule of training, which the result carries to inference; what is not given is that of `init`."""
+    settings = {**SCHEDULE, "clip_sample": False} | (stored_schedule(init) if init else {})
+    return DDIMScheduler(**settings | given_schedule(config))
+
+
+def given_schedule(config: NoiseConfig) -> dict[str, Any]:
+    """The settings of the schedule that a configuration does not leave to the model."""
+    return {name: value for name in SCHEDULE if (value := getattr(config, name)) is not None}
+
+
+def stored_schedule(folder: str | Path) -> dict[str, Any]:
+    """DDIM's settings for the schedule of a pipeline folder, whatever its sampler."""
+    scheduler = load_component(Path(folder), "scheduler", read_index(Path(folder)).get("scheduler"), {}, torch.float32)
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in known}
+
+
+def with_schedule(config: TrainConfig) -> TrainConfig:
+    """The configuration with its whole noise schedule, where it leaves some of it to the model."""
+    settings = make_scheduler(config.noise, config.model.init).config
+    config = replace(config, noise=replace(config.noise, **{name: settings[name] for name in SCHEDULE}))
+    check_config(config)
+    return config
 
 
 def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
@@ -267,11 +283,13 @@ def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
                 module.to(dtype)
 
 
-def make_pipeline(vae: VAE, model: Animator, noise: NoiseConfig, window_size: int | None = None) -> AnimationPipeline:
-    """An inference pipeline that shares the networks' memory."""
+def make_pipeline(
+    vae: VAE, model: Animator, noise: NoiseConfig, window_size: int | None = None, init: str | None = None
+) -> AnimationPipeline:
+    """An inference pipeline that shares the networks' memory; `init` is the folder that they began as."""
     return pipeline_of(type(model))(
         vae=vae,
-        scheduler=make_scheduler(noise),
+        scheduler=make_scheduler(noise, init),
         window_size=window_size,
         **dict(model.named_children()),
         **model.settings(),
@@ -289,11 +307,8 @@ def schedule_differences(config: TrainConfig) -> list[str]:
     """Settings of the noise schedule that differ from the pipeline in `model.init`, for a warning."""
     if not config.model.init:
         return []
-    path = Path(config.model.init) / "scheduler" / "scheduler_config.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    names = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
-    ours = {name: getattr(config.noise, name) for name in names}
-    return [f"{name}={ours[name]}, was {saved.get(name)}" for name in names if saved.get(name) != ours[name]]
+    saved = SCHEDULE | stored_schedule(config.model.init)
+    return [f"{n}={value}, was {saved[n]}" for n, value in given_schedule(config.noise).items() if saved[n] != value]
 
 
 def check_precision(config: TrainConfig) -> None:

@@ -82,18 +82,22 @@ class OptimizerConfig:
 
 @dataclass
 class NoiseConfig:
-    """Noise schedule and loss. The schedule is saved with the pipeline, so sampling uses the same table."""
+    """Noise schedule and loss. The schedule is saved with the result, so sampling uses the same table.
 
-    num_train_timesteps: int = number(1000, 2, 100_000)  # levels of noise
-    # how beta, the noise added at a level, grows from beta_start to beta_end
-    beta_schedule: str = choice("scaled_linear", ("scaled_linear", "linear", "squaredcos_cap_v2"))
-    beta_start: float = number(0.00085, 0, 1, excluded=0)  # beta of the cleanest level
-    beta_end: float = number(0.012, 0, 1, excluded=1)  # beta of the noisiest level
-    # what the network predicts: velocity, the noise, or the clean image
-    prediction_type: str = choice("v_prediction", ("v_prediction", "epsilon", "sample"))
-    rescale_betas_zero_snr: bool = True  # without it dark and bright images come out grey
-    # timesteps of sampling; trailing starts at the last one, which has zero SNR
-    timestep_spacing: str = choice("trailing", ("trailing", "leading", "linspace"))
+    What is null of the schedule is as in `model.init`; new networks have the values of `models.config.SCHEDULE`.
+    """
+
+    num_train_timesteps: int | None = number(None, 2, 100_000)  # levels of noise; null: of new networks 1000
+    # how beta, the noise added at a level, grows from beta_start to beta_end; null: of new networks scaled_linear
+    beta_schedule: str | None = choice(None, ("scaled_linear", "linear", "squaredcos_cap_v2"))
+    beta_start: float | None = number(None, 0, 1, excluded=0)  # of the cleanest level; null: of new networks 0.00085
+    beta_end: float | None = number(None, 0, 1, excluded=1)  # of the noisiest level; null: of new networks 0.012
+    # what the network predicts: velocity, the noise, or the clean image; null: of new networks v_prediction
+    prediction_type: str | None = choice(None, ("v_prediction", "epsilon", "sample"))
+    # without it dark and bright images come out grey; null: of new networks true
+    rescale_betas_zero_snr: bool | None = None
+    # timesteps of sampling; trailing, null of new networks, starts at the last one, which has zero SNR
+    timestep_spacing: str | None = choice(None, ("trailing", "leading", "linspace"))
     # Min-SNR weight min(snr + 1, gamma) / (snr + 1) for velocity prediction, 1 at zero terminal SNR, where sampling
     # starts; null gives every timestep the weight 1.
     snr_gamma: float | None = number(5.0, 0, 1e6, excluded=0)
@@ -108,7 +112,7 @@ class NoiseConfig:
     timestep_shift: float = number(1.0, 0, 1e6, excluded=0)
 
     def check(self) -> None:
-        if self.beta_start >= self.beta_end:
+        if None not in (self.beta_start, self.beta_end) and self.beta_start >= self.beta_end:
             raise UserError(f"beta_start={self.beta_start} must be below noise.beta_end={self.beta_end}")
         # At zero terminal SNR the noise alone says nothing about the image.
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":

@@ -22,7 +22,7 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_folder
 from models.animators.base import Animator
-from models.animators.registry import supervised_attention, write_training_facts
+from models.animators.registry import network_folders, supervised_attention, write_training_facts
 from models.checkpoints.loading import is_position_table, position_table
 from models.checkpoints.streaming import StoredTensors, Written, write_tensors
 from models.lora import is_adapter, merged_weight, save_lora, without_adapter
@@ -50,14 +50,15 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
     with torch.device("meta"):
         set_trainable(model, config)
     find = finder(vae, model, checkpoint, config, average)
-    pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
+    pipeline = make_pipeline(vae, model, config.noise, trained_window(config), config.model.init)
     if config.trainable == "lora":
         adapters = {name: find(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.load_state_dict(adapters, strict=False, assign=True)
     try:
         with complete_folder(folder) as temporary:
             if export_name(config) == "lora":
-                save_lora(pipeline, temporary)
+                networks = network_folders(config.model.init).items()
+                save_lora(pipeline, temporary, {name: StoredTensors(path, name).digest() for name, path in networks})
             else:
                 save_pipeline(pipeline, find, temporary, config)
     except (OSError, SafetensorError) as error:

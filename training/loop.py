@@ -11,7 +11,14 @@ from core.errors import UserError
 from core.files import locked_folder, output_folder, remove_leftovers
 from models.animators.base import Animator
 from models.vae import VAE, vae_scale_factor
-from training.build import check_precision, make_networks, save_memory, schedule_differences, set_trainable
+from training.build import (
+    check_precision,
+    make_networks,
+    save_memory,
+    schedule_differences,
+    set_trainable,
+    with_schedule,
+)
 from training.checkpoint import save_checkpoint
 from training.config import TrainConfig
 from training.data import broken_clips, check_features, check_pose_kind
@@ -111,7 +118,8 @@ def run_training(config: TrainConfig) -> None:
         return
     optimizer_class(config.optimizer)  # that its package is missing is said before anything is loaded
     output = output_folder(config.output)
-    config = spread_batch(config)
+    differences = schedule_differences(config)
+    config = with_schedule(spread_batch(config))
     vae, model = build(config)
     trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0))
     accelerator = make_accelerator(config, output)
@@ -122,7 +130,7 @@ def run_training(config: TrainConfig) -> None:
             for folder in (output, output / "samples"):
                 remove_leftovers(folder)
             save_config(config, output / "config.yaml")
-            if differences := schedule_differences(config):
+            if differences:
                 print(f"note: not the noise schedule of model.init: {'; '.join(differences)}")
         check_shared(accelerator, config, output / "config.yaml")
         check_validation(accelerator, config)

@@ -21,6 +21,7 @@ from core.errors import UserError
 from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
+from models.config import SCHEDULE
 from models.vae import VAE, vae_encode, vae_posterior, vae_scale_factor
 from tpc.augmentation import CalibratedBatch, calibrate_batch, compose_references, training_visibility
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
@@ -64,13 +65,14 @@ def draw(
     generators: Generators,
     device: torch.device | str = "cpu",
     drop_modes: int = 1,
+    timesteps: int = SCHEDULE["num_train_timesteps"],
 ) -> Draws:
     """Random values of one training step, for latents of shape (c, f, h, w), drawn on the CPU for every device.
 
     `drop_modes` conditions may be missing, each as often.
     """
     # Every quantity is drawn whether it is used or not, so that switching one off leaves the others as they were.
-    steps = torch.cat([torch.randint(config.num_train_timesteps, (1,), generator=g) for g in generators])
+    steps = torch.cat([torch.randint(timesteps, (1,), generator=g) for g in generators])
     uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
     # The offset is constant in all frames and pixels of a (sample, channel).
     offsets = randn_tensor((len(generators), shape[0], 1, 1, 1), generator=list(generators))
@@ -78,7 +80,7 @@ def draw(
     dropout = config.condition_dropout
     which = 1 + (uniform * drop_modes / max(dropout, 1e-12)).long().clamp(max=drop_modes - 1)
     return Draws(
-        shifted(steps, config.num_train_timesteps, config.timestep_shift).to(device),
+        shifted(steps, timesteps, config.timestep_shift).to(device),
         torch.where(uniform < dropout, which, 0).to(device),
         (noise + config.noise_offset * offsets).to(device),
         posterior.to(device),
@@ -107,7 +109,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         factor, (width, height) = vae_scale_factor(self.vae), self.config.data.size
-        self.scheduler = make_scheduler(self.config.noise)
+        self.scheduler = make_scheduler(self.config.noise, self.config.model.init)
         self.levels = token_levels(self.animator.attention_layers((height // factor, width // factor)))
         if self.config.attention.weight > 0:
             check_supervised(self.levels)
@@ -132,7 +134,8 @@ class Objective:
         animator, config = self.animator, self.config
         noise, calibrated, attention = config.noise, config.augmentation.calibrated, config.attention
         mean, deviation, reference_latents = batch_latents(self.vae, batch, animator, config.vae_chunk)
-        drawn = draw(mean.shape[1:], noise, generators, mean.device, animator.drop_modes)
+        timesteps = self.scheduler.config.num_train_timesteps
+        drawn = draw(mean.shape[1:], noise, generators, mean.device, animator.drop_modes, timesteps)
         latents = mean + deviation * drawn.posterior
         context = images = None
         if calibrated.probability > 0:

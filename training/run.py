@@ -214,7 +214,7 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         layout=arrangement,
         progress=progress,
         guard=StepGuard(config.max_skipped_steps, skipped=progress.skipped),
-        log=StepLog(config.noise.num_train_timesteps),
+        log=StepLog(objective.scheduler.config.num_train_timesteps),
     )
 
 

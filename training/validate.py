@@ -43,7 +43,7 @@ def validate(run: Run) -> None:
     if not accelerator.is_main_process and run.layout.strategy not in SHARDED:
         return
     model, vae = run.objective.animator, run.objective.vae
-    pipeline = make_pipeline(vae, model, config.noise, trained_window(config))
+    pipeline = make_pipeline(vae, model, config.noise, trained_window(config), config.model.init)
     pipeline.set_progress_bar_config(disable=True)
     averaged = run.average.applied(accelerator) if run.average is not None else nullcontext()
     # Not accelerate's autocast: it does nothing under DeepSpeed, whose half-precision weights meet a float32 VAE.

@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> None:
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     if pipeline.pose_kind != "OpenPose":
         raise UserError(f"model={config.model} reads {pipeline.pose_kind} images, the viewer draws OpenPose figures")
+    for note in pipeline.notes:
+        print(f"note: {note}")
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory(prefix="tpc-animate-viewer-") as folder:
         # gradio reads these when it is imported: nothing is reported, and uploads go when the server does.

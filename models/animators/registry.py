@@ -85,7 +85,7 @@ def load_pipeline(
     pipeline = cls(**arguments)
     for adapters in (folder / LORA_FOLDER if (folder / LORA_FOLDER).is_dir() else None, lora):
         if adapters is not None:
-            load_lora(pipeline, adapters, lora_scale)
+            pipeline.notes += load_lora(pipeline, adapters, lora_scale, folder)
     return pipeline
 
 

@@ -17,6 +17,7 @@ from models.checkpoints.files import read_file, shard_names, weights_file
 
 # Names of dtypes in safetensors files, in the order in which these have them.
 DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+METADATA = {"format": "pt"}
 SAMPLES = 8  # numbers of each tensor that a digest is of
 
 
@@ -88,11 +89,11 @@ class Written:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Written]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Written], metadata: Mapping[str, str] = METADATA) -> None:
     """Write the safetensors file that `save_file` writes of them, making one after the other."""
     dtypes = list(DTYPES)
     order = sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": dict(metadata)}, 0
     for name in order:
         tensor = tensors[name]
         start, end = end, end + tensor.bytes

@@ -328,4 +328,4 @@ def test_a_sample_of_a_batch_is_a_batch_of_one():
 
 def test_published_pairs_that_cannot_be_sampled_are_refused():
     with pytest.raises(UserError, match="epsilon"):
-        NoiseConfig(prediction_type="epsilon").check()
+        NoiseConfig(prediction_type="epsilon", rescale_betas_zero_snr=True).check()

@@ -18,9 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from core.config import load_config
 from core.errors import UserError
 from models.animators.registry import load_pipeline, read_index
-from training.build import check_precision, make_scheduler, schedule_differences, trained_window
+from models.checkpoints.convert import published_scheduler
+from models.config import SCHEDULE
+from training.build import check_precision, make_scheduler, schedule_differences, trained_window, with_schedule
 from training.checkpoint import checkpoints
-from training.config import DataConfig, NoiseConfig, TrainConfig, VAEConfig
+from training.config import DataConfig, ModelConfig, NoiseConfig, TrainConfig, VAEConfig
 from training.data import make_dataset, make_loader
 from training.objective import prediction_target
 
@@ -257,6 +259,34 @@ def test_window_and_schedule_of_the_starting_folder_are_known():
     assert schedule_differences(config) == []
     other = replace(config, noise=NoiseConfig(beta_schedule="linear"))
     assert schedule_differences(other) == ["beta_schedule=linear, was scaled_linear"]
+
+
+@pytest.mark.parametrize("family", ["animate_anyone", "stable_diffusion", "disco"])
+def test_the_noise_schedule_is_the_models(tmp_path, family):
+    """Everything of it, whatever its sampler; what is given takes its place and is said."""
+    shutil.copy(ROOT / "assets" / "tiny_model" / "model_index.json", tmp_path)
+    published = published_scheduler(family)
+    published.save_pretrained(tmp_path / "scheduler")
+    config = TrainConfig(stage="image", output="x", model=ModelConfig(init=str(tmp_path)))
+    whole = with_schedule(config)
+    assert vars(whole.noise) | {name: published.config[name] for name in SCHEDULE} == vars(whole.noise)
+    for noise in (config.noise, whole.noise):
+        scheduler = make_scheduler(noise, config.model.init)
+        settings = [{n: v for n, v in s.config.items() if not n.startswith("_")} for s in (scheduler, published)]
+        assert settings[0] == settings[1] and torch.equal(scheduler.betas, published.betas)
+    assert schedule_differences(config) == schedule_differences(whole) == []
+    given = replace(config, noise=NoiseConfig(beta_end=0.02))
+    assert schedule_differences(given) == ["beta_end=0.02, was 0.012"]
+    changed = make_scheduler(given.noise, config.model.init).config
+    assert changed["beta_end"] == 0.02 and changed["beta_schedule"] == published.config.beta_schedule
+
+
+def test_given_parts_of_the_schedule_must_fit_the_rest():
+    """Also where the rest is the model's."""
+    config = TrainConfig(stage="image", output="x", noise=NoiseConfig(prediction_type="epsilon"))
+    config.model.init = str(ROOT / "assets" / "tiny_model")
+    with pytest.raises(UserError, match="noise.prediction_type=epsilon"):
+        with_schedule(config)
 
 
 def test_data_go_on_where_they_stopped():
