@@ -183,7 +183,7 @@ def sampling_plan(
     scales = pipeline.animator.guidance_scales(sampling.guidance_scales or sampling.guidance_scale)
     parts = 1 + sum(scale != 1 for scale in scales)
     counts = {f"{sampling.steps} steps": sampling.steps}
-    counts |= {f"{parts} (guidance {' and '.join(f'{scale:g}' for scale in scales)})": parts} if parts > 1 else {}
+    counts |= {f"{parts} (guidance {' and '.join(f'{scale:.3g}' for scale in scales)})": parts} if parts > 1 else {}
     counts |= {f"{windows} windows of {window[0]} frames": windows} if windows > 1 else {}
     counts |= {"2 (without and with TPC)": 2} if calibrated and sampling.compare else {}
     width, height = size

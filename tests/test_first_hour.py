@@ -36,11 +36,13 @@ MEASURED = "seeds=[0] sampling.steps=1 output=outputs/measured"
 SMALLER = {
     r"infer\.py.*model=weights": "steps=1 num_frames=2 size=[64,64] tpc.min_iou=0",
     "infer": "steps=1 num_frames=2",
+    r"-m tpc .*heavy": "max_frames=2 pose.heavy=false",
     r"-m tpc ": "max_frames=2",
     r"train\.py.*--dry-run": "model.init=assets/tiny_model data.size=[64,64] total_batch_size=1 batch_size=1",
     r"train\.py.*(stage2|dreampose|lora)": f"{TRAINED} data.num_frames=2 data.stride=1",
     r"train\.py": TRAINED,
     r"-m training\.vae": "max_steps=1 batch_size=1 data.workers=0 data.cache_clips=2 data.size=[64,64] width=8",
+    r"prepare\.py check": "size=[64,64] num_frames=2 stride=1",
     r"prepare\.py latents": "size=[64,64]",
     r"evaluate\.py sweep": f"{MEASURED} clips=1 frames=1 angles=1 scales=[1.0]",
     r"evaluate\.py ablation": f"{MEASURED} clips=1 frames=2 transforms=[procrustes] propagations=[off]",
@@ -67,6 +69,7 @@ NOT_TYPED = {
     "num_processes 4": "four GPUs",
     "peers.compare": "a peer's code and environment",
     "requirements-viewer.txt": "an installation from the package index",
+    "poses.weights heavy": "a package of npm; pose.heavy=true is left out of what follows",
     "python -m viewer": "a server, which runs until it is stopped; tests/inference/test_viewer_page.py starts it",
 }
 # Part of a Python block -> why it cannot be typed here.
