@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAINED = "max_steps=1 batch_size=1 gradient_accumulation=1 total_batch_size=null log_steps=1 validation.steps=0"
 TRAINED += " optimizer.name=adamw data.workers=0 data.size=[64,64] data.cache_clips=2"
-MEASURED = "seeds=[0] sampling.steps=1 output=outputs/measured"
+MEASURED = "seeds=[0] sampling.steps=1"
 
 # Command -> arguments that make it small; of two for one key the later wins.
 SMALLER = {
@@ -44,11 +44,13 @@ SMALLER = {
     r"-m training\.vae": "max_steps=1 batch_size=1 data.workers=0 data.cache_clips=2 data.size=[64,64] width=8",
     r"prepare\.py check": "size=[64,64] num_frames=2 stride=1",
     r"prepare\.py latents": "size=[64,64]",
+    r"evaluate\.py metrics": "measures=[psnr,ssim]",  # networks take a minute
     r"evaluate\.py sweep": f"{MEASURED} clips=1 frames=1 angles=1 scales=[1.0]",
-    r"evaluate\.py ablation": f"{MEASURED} clips=1 frames=2 transforms=[procrustes] propagations=[off]",
-    r"evaluate\.py table": f"{MEASURED} clips=2 frames=16",
+    r"evaluate\.py ablation": f"{MEASURED} clips=1 frames=2 transforms=[procrustes] propagations=[off] measures=[psnr]",
+    r"evaluate\.py table": f"{MEASURED} clips=2 frames=2 measures=[psnr]",
     r"evaluate\.py attention": f"{MEASURED} clips=2 frames=1 columns=1",
-    r"evaluate\.py misalignment": f"{MEASURED} clips=1 variants=null",
+    r"evaluate\.py misalignment .*variants": f"{MEASURED} clips=1 'variants=[\"smoothing=0\"]'",
+    r"evaluate\.py misalignment": f"{MEASURED} clips=1",
     r"evaluate\.py animators": f"{MEASURED} clips=1",
     r"-m benchmarks\.calibration_accuracy": "pairs=2 clips=1",
     r"-m benchmarks\.calibrated_pictures": "clips=1",
