@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.config import VERSION, config_dict, save_config
+from core.config import VERSION, check_config, config_dict, save_config
 from core.errors import UserError
 from core.files import complete_file, complete_folder, write_json
 from data.inputs import Driving, Reference, load_driving, load_reference
@@ -33,6 +33,8 @@ from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
+
+LARGER = 1.5  # times a model's own pixels that a size may have without a note
 
 
 @dataclass
@@ -264,8 +266,29 @@ def write_animation(
     write_json(output / "result.json", result)
 
 
+def with_defaults(job: InferConfig, pipeline: AnimationPipeline) -> InferConfig:
+    """The configuration with the model's steps and guidance where it has none."""
+    own = {"steps": SamplingConfig.steps, "guidance_scale": SamplingConfig.guidance_scale} | pipeline.sampling
+    wanted = {name: own[name] for name in ("steps", "guidance_scale") if getattr(job, name) is None}
+    job = replace(job, **wanted)
+    check_config(job)
+    return job
+
+
+def size_note(pipeline: AnimationPipeline, size: tuple[int, int]) -> str | None:
+    """A warning about a size (width, height) far beyond what the model was trained on."""
+    own = pipeline.default_size(size)
+    if (times := prod(size) / prod(own)) <= LARGER:
+        return None
+    return (
+        f"size={size[0]}x{size[1]} has {times:.1f} times the pixels that the model was made for, about "
+        f"{own[0]}x{own[1]}; people may come out doubled or blurred"
+    )
+
+
 def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
     """Write everything that `infer.py` writes about one reference and driving video."""
+    job = with_defaults(job, pipeline)
     output, watch = Path(job.output), Stopwatch()
     estimator = partial(open_estimator, job.pose)
     masked = pipeline.animator_cls.needs_mask and not job.reference_mask
@@ -295,6 +318,8 @@ def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
         framing(pipeline, reference, driving, job).size,
         len(driving.images) if driving.images else driving.poses.frames,
     )
+    if note := size_note(pipeline, size):
+        print(f"note: {note}")
     print(f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {output}", flush=True)
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
     save_config(job, output / "config.yaml")

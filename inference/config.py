@@ -13,7 +13,7 @@ from tpc.config import CalibrationConfig
 class SamplingConfig:
     """How a clip is sampled."""
 
-    # width and height in pixels; null: the driving video's shape at the model's resolution
+    # width and height in pixels; null: the driving video's shape at the resolution that the model's folder says
     size: list[int] | None = numbers(None, 8, LARGEST_SIDE, length=2)
     num_frames: int | None = number(None, 1, MANY)  # of the animation; null: all of the driving video
     stride: int = number(1, 1, MANY)  # use every stride-th frame of the driving video
@@ -60,6 +60,11 @@ class InferConfig(SamplingConfig):
     output: str = "outputs/demo"  # folder for the results
     pairs: str | None = None  # file with a JSON object a line that overrides any of the keys of inputs and output
     model: str | None = None  # saved pipeline folder; null: the shipped small model
+    # denoising steps; with tpc.start from there on; null: as the model's folder says, else 20
+    steps: int | None = number(None, 1, 1000)
+    # how strongly the reference and the poses count; 1 switches classifier-free guidance off and halves the time;
+    # null: as the model's folder says, else 2.0
+    guidance_scale: float | None = number(None, 0, 100)
     lora: str | None = None  # folder of `train.py lora.export=separate`; the model folder's own `lora` needs no name
     lora_scale: float = number(1.0, -10, 10)  # weight of the adapters; 1 as trained
     reference_poses: str | None = None  # pose file of the reference, instead of estimating

@@ -4,6 +4,7 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,12 +49,18 @@ class AnimationPipelineOutput(BaseOutput):
 def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
     """Decorator of a pipeline class, whose constructor takes what the animator's does, a VAE and a scheduler."""
 
-    def own(self: Any, vae: VAE, scheduler: SchedulerMixin, window_size: int | None = None) -> None: ...
+    def own(
+        self: Any,
+        vae: VAE,
+        scheduler: SchedulerMixin,
+        window_size: int | None = None,
+        sampling: dict[str, Any] | None = None,
+    ) -> None: ...
 
-    this, vae, scheduler, window_size = inspect.signature(own).parameters.values()
+    this, vae, scheduler, window_size, sampling = inspect.signature(own).parameters.values()
     networks, settings = animator_cls.constructor_parameters()
     # diffusers reads from it which components and settings a pipeline saves.
-    signature = inspect.Signature([this, vae, *networks, scheduler, *settings, window_size])
+    signature = inspect.Signature([this, vae, *networks, scheduler, *settings, window_size, sampling])
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
@@ -74,6 +81,8 @@ class AnimationPipeline(DiffusionPipeline):
     """An animator with VAE and scheduler; of AnimateAnyone, and the base of other animators' pipelines.
 
     `window_size`: frames that the model was trained on; None: all that its motion modules know.
+    `sampling`: the settings it is best sampled with, "steps", "guidance_scale" and "size" (width, height), as far as
+    they are known; None: none.
     """
 
     animator_cls: type[Animator]
@@ -81,12 +90,19 @@ class AnimationPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_encoder->reference_net->pose_guider->denoising_unet->vae"
     _callback_tensor_inputs = ["latents"]
 
-    def set_components(self, vae: VAE, scheduler: SchedulerMixin, window_size: int | None, **arguments: Any) -> None:
+    def set_components(
+        self,
+        vae: VAE,
+        scheduler: SchedulerMixin,
+        window_size: int | None,
+        sampling: dict[str, Any] | None,
+        **arguments: Any,
+    ) -> None:
         """Build the animator from the further arguments and register everything; the body of constructors."""
         super().__init__()
         animator = self.animator_cls(**arguments)
         self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
-        self.register_to_config(**animator.settings(), window_size=window_size)
+        self.register_to_config(**animator.settings(), window_size=window_size, sampling=sampling)
         self.animator = animator
         self.notes: list[str] = []  # sentences for the user about what the pipeline was loaded from
         self.vae_scale_factor = vae_scale_factor(self.vae)
@@ -114,7 +130,13 @@ class AnimationPipeline(DiffusionPipeline):
         animator, factor = self.animator, self.vae_scale_factor
         if animator.latent_size is not None:
             return animator.latent_size[1] * factor, animator.latent_size[0] * factor
-        return frame_size(shape, (animator.latent_side * factor) ** 2, factor * animator.latent_multiple)
+        side = animator.latent_side * factor
+        return frame_size(shape, math.prod(self.sampling.get("size", (side, side))), factor * animator.latent_multiple)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings that the model is best sampled with, as far as its folder knows them."""
+        return dict(self.config.sampling or {})
 
     def attention_run(
         self,
@@ -153,8 +175,8 @@ class AnimationPipeline(DiffusionPipeline):
         calibration: CalibratedClip | None = None,
         width: int | None = None,
         height: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float | Sequence[float] = 3.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         window_size: int | None = None,
         window_overlap: int = 4,
         shift_windows: bool = False,
@@ -179,8 +201,9 @@ class AnimationPipeline(DiffusionPipeline):
             calibration: result of `tpc.calibrate` for these frames at this size; None: without TPC. With a
                 `start_timestep` frames begin there from their calibrated images.
             width, height: of the result in pixels; default: those of the first pose image.
-            num_inference_steps: denoising steps; with a `start_timestep` from there on.
-            guidance_scale: 1: no classifier-free guidance; one number, or one for each scale of the model.
+            num_inference_steps: denoising steps; with a `start_timestep` from there on; default: the model's, or 25.
+            guidance_scale: 1: no classifier-free guidance; one number, or one for each scale of the model; default:
+                the model's, or 3.5.
             window_size: frames denoised together; default: what the model was trained on.
             window_overlap: frames that neighbouring windows share at least.
             shift_windows: move the windows at every step, which takes one more of them.
@@ -208,6 +231,10 @@ class AnimationPipeline(DiffusionPipeline):
             height, width = poses.shape[-2:]
         num_frames, size = len(poses), (width, height)
         window_size, window_overlap = self.default_window(num_frames, window_size, window_overlap)
+        if num_inference_steps is None:
+            num_inference_steps = self.sampling.get("steps", 25)
+        if guidance_scale is None:
+            guidance_scale = self.sampling.get("guidance_scale", 3.5)
         if decode_chunk_size is None:
             decode_chunk_size = DECODED_BY_CPU if device.type == "cpu" else DECODED_BY_GPU
         self.check_size(num_frames, size, calibration)

@@ -291,6 +291,7 @@ def make_pipeline(
         vae=vae,
         scheduler=make_scheduler(noise, init),
         window_size=window_size,
+        sampling=read_index(Path(init)).get("sampling") if init else None,
         **dict(model.named_children()),
         **model.settings(),
     )

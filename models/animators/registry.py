@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
@@ -95,6 +96,14 @@ def read_index(folder: Path, argument: str = "model") -> dict[str, Any]:
     if not path.is_file():
         raise not_a_pipeline(folder, argument)
     index = read_config(path, f"{argument}={folder}")
+    sampling = index.get("sampling") or {}
+    numbers = isinstance(sampling, dict) and {key: np.ravel(value).tolist() for key, value in sampling.items()}
+    if numbers is False or any(
+        len(found) != (2 if key == "size" else 1) or not all(type(n) in (int, float) and n > 0 for n in found)
+        for key, found in numbers.items()
+    ):
+        what = f"{argument}={folder}: sampling in model_index.json"
+        raise UserError(f"{what} is {sampling}; it must hold positive numbers: steps, guidance_scale and two of size")
     for key, values in OLD_VALUES.items():
         if key in index:
             index[key] = values.get(str(index[key]), index[key])

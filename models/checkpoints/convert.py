@@ -6,7 +6,7 @@ animator's folder, as one of `FAMILIES`.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from core.config import check_config
 from core.errors import UserError
 from core.files import check_room, complete_folder, no_such_path
 from models.animators.registry import animator_class, read_index, saved_class
@@ -55,6 +56,7 @@ class Family:
     make: Callable[["Sources"], AnimationPipeline]
     schedule: Mapping[str, Any]  # settings of DDIM that its inference uses
     window: int | None = None  # frames that it was trained on at a time; None: as many as it knows
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # that its inference has, see `AnimationPipeline`
     folder: str = ""  # in `weights=`, where its files may lie in place of `weights=` itself
     recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()  # of its files, for `inspect`
     fixture: frozenset[str] = frozenset()  # files that a `verify.Fixture` describes
@@ -62,7 +64,7 @@ class Family:
 
     def places(self, key: str) -> tuple[str, ...]:
         """Where in `weights=` the file of a key may lie, as patterns."""
-        return next(field.metadata.get("places", ()) for field in fields(self.config) if field.name == key)
+        return next(entry.metadata.get("places", ()) for entry in fields(self.config) if entry.name == key)
 
     def found(self, weights: Path, key: str) -> Path | None:
         """The file of a key in `weights=`; of several epochs the last."""
@@ -75,7 +77,7 @@ class Family:
     def found_in(self, weights: Path) -> int:
         """Count of the files that a folder has, its own folder counting too."""
         own = bool(self.folder) and (weights / self.folder).is_dir()
-        return own + sum(self.found(weights, field.name) is not None for field in fields(self.config))
+        return own + sum(self.found(weights, entry.name) is not None for entry in fields(self.config))
 
     def scheduler(self) -> DDIMScheduler:
         settings = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "clip_sample": False}
@@ -188,7 +190,7 @@ def convert(config: ConvertConfig) -> list[str]:
     A `UserError` also stops it where the output folder holds something else than an earlier result.
     """
     family = published_family(config.family)
-    config.check()
+    check_config(config)
     output = Path(config.output)
     sources = Sources(config)
     try:

@@ -184,6 +184,7 @@ def make_pipeline(
         pose_guider=pose_guider,
         scheduler=sources.family.scheduler(),
         window_size=sources.family.window,
+        sampling=dict(sources.family.sampling) or None,
     )
 
 
@@ -255,6 +256,7 @@ FAMILIES = (
         make_animate_anyone,
         RELEASED,
         window=24,
+        sampling={"steps": 30, "guidance_scale": 3.5, "size": [512, 784]},
         recognisers=(
             recognise_motion_modules,
             recognise_pose_guider,
@@ -263,7 +265,15 @@ FAMILIES = (
         fixture=frozenset({"denoising_unet", "motion_module", "reference_unet", "pose_guider"}),
         outputs=outputs,
     ),
-    Family("musepose", AnimateAnyoneFiles, make_animate_anyone, RELEASED, window=48, folder="MusePose"),
+    Family(
+        "musepose",
+        AnimateAnyoneFiles,
+        make_animate_anyone,
+        RELEASED,
+        window=48,
+        sampling={"steps": 25, "guidance_scale": 3.5, "size": [768, 768]},  # its own command has 20 steps
+        folder="MusePose",
+    ),
     # What training from Stable Diffusion starts with; the training configuration replaces the schedule by its own.
     Family("stable_diffusion", StableDiffusionFiles, make_base, {"beta_schedule": "scaled_linear", **VELOCITY}),
 )

@@ -71,6 +71,8 @@ POSITIONS = "vision_model.embeddings.position_ids"
 # Norm that the published temporal block has and does not use.
 UNUSED_NORM = re.compile(r"\.transformer_blocks\.\d+\.tem_norm\.")
 LATENT_SIDE = 32  # trained on 256 x 256 pixels
+# Published scale of guidance with each context of the unconditional half.
+GUIDANCE = {"empty_image": 1.5, "zeros": 3.0}
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def make_disco(sources: Sources) -> DiscoPipeline:
         scheduler=sources.family.scheduler(),
         null_tokens=sources.config.null_tokens,
         window_size=sources.family.window,
+        sampling={**sources.family.sampling, "guidance_scale": GUIDANCE[sources.config.null_tokens]},
     )
 
 
@@ -292,6 +295,7 @@ FAMILIES = (
         make_disco,
         IMAGE_SCHEDULE,
         window=16,
+        sampling={"steps": 50, "guidance_scale": GUIDANCE["empty_image"], "size": [256, 256]},
         recognisers=(recognise_disco,),
         fixture=frozenset({"module"}),
         outputs=outputs,

@@ -157,6 +157,7 @@ def make_dream_pose(sources: Sources) -> DreamPosePipeline:
         denoising_unet=denoising_unet,
         scheduler=sources.family.scheduler(),
         window_size=sources.family.window,
+        sampling=dict(sources.family.sampling) or None,
     )
 
 
@@ -236,6 +237,7 @@ FAMILIES = (
         config=DreamPoseFiles,
         make=make_dream_pose,
         schedule=IMAGE_SCHEDULE,
+        sampling={"steps": 100, "guidance_scale": 8.0, "size": [512, 640]},
         recognisers=(recognise_adapter, recognise_unet),
         fixture=frozenset({"unet", "adapter", "vae"}),
         outputs=outputs,

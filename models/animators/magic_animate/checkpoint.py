@@ -53,6 +53,7 @@ def make_magic_animate(sources: Sources) -> MagicAnimatePipeline:
         prompt=prompt,
         scheduler=sources.family.scheduler(),
         window_size=sources.family.window,
+        sampling=dict(sources.family.sampling) or None,
     )
 
 
@@ -131,6 +132,7 @@ FAMILIES = (
             "timestep_spacing": "leading",
         },
         window=16,
+        sampling={"steps": 25, "guidance_scale": 7.5, "size": [512, 512]},
         recognisers=(
             recognise_animated_unet,
             image_unet("MagicAnimate appearance_encoder", appearance_encoder_manifest),
