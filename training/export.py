@@ -28,14 +28,7 @@ from models.checkpoints.streaming import StoredTensors, Written, write_tensors
 from models.lora import is_adapter, merged_weight, save_lora, without_adapter
 from models.pipeline import AnimationPipeline
 from models.vae import VAE
-from training.build import (
-    base_digest,
-    describe_networks,
-    make_pipeline,
-    set_trainable,
-    stored_base,
-    trained_window,
-)
+from training.build import base_digest, describe_networks, make_pipeline, set_trainable, stored_base, trained_window
 from training.checkpoint import PROGRESS, check_base, checkpoints, saved_layout
 from training.config import ExportConfig, TrainConfig
 from training.ema import FILE as AVERAGE
