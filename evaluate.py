@@ -14,11 +14,19 @@ results.json (numbers, configuration, protocol, seeds, counts), config.yaml, tab
 goes on where it was stopped; `accelerate launch evaluate.py TASK ...` shares the work out, with the same numbers.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
-from core.config import load_config
-from core.errors import UserError, run_command
+from core.config import known_task, load_config
+from core.errors import run_command
 from evaluation.config import TASKS
+
+
+def task_words(task: str) -> str | None:
+    """The head of a task's module, read without importing it."""
+    path = Path(__file__).parent / "evaluation" / "tasks" / f"{task}.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def main(arguments: list[str]) -> None:
@@ -26,9 +34,7 @@ def main(arguments: list[str]) -> None:
     if task in ("-h", "--help"):
         print(__doc__.strip())
         return
-    if task not in TASKS:
-        raise UserError(f"the first argument must be one of {', '.join(TASKS)}; got {task!r}")
-    config = load_config(TASKS[task], rest, file_option="--config")
+    config = load_config(TASKS[known_task(task, TASKS)], rest, file_option="--config", about=task_words(task))
     # Networks take seconds to import, which wrong arguments need not wait for.
     import_module(f"evaluation.tasks.{task}").run(config)
 

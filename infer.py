@@ -19,8 +19,8 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import existing_file, output_folder, read_text
 from data.config import SAMPLES
-from inference.config import PAIR_KEYS, InferConfig
-from models.config import SHIPPED_MODEL
+from inference.config import PAIR_KEYS, InferConfig, check_model_sizes
+from models.config import SHIPPED_MODEL, ModelSizes
 
 
 def jobs_of(config: InferConfig) -> list[InferConfig]:
@@ -72,28 +72,38 @@ def check_inputs(job: InferConfig) -> None:
     if job.reference is None:
         raise UserError("reference= is required beside driving=")
     existing_file(job.reference, "reference")
+    for key in PAIR_KEYS[1:]:
+        path = getattr(job, key)
+        if key != "output" and path is not None and not Path(path).exists():
+            raise UserError(f"{key}={path} does not exist")
     if job.driving is None and job.driving_poses is None:
         if job.pose_images is None:
             raise UserError("driving= is required beside reference=")
         if job.tpc.enabled:
             raise UserError("TPC needs driving= or driving_poses= beside pose_images=; tpc.enabled=false does not")
-    output_folder(job.output)
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(InferConfig, arguments, about=__doc__)
+    jobs = jobs_of(config)
+    check_model_sizes(config, ModelSizes.of_folder(config.model or SHIPPED_MODEL))
+    for job in jobs:
+        check_inputs(job)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
     from inference.animate import animate_pair
     from models.animators.registry import load_pipeline
 
     state = process_state(config.device)
-    jobs = jobs_of(config)
     for job in jobs:
-        check_inputs(job)
+        output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    check_model_sizes(config, pipeline.sizes)
+    kinds = pipeline.animator.guidance_names
+    if config.guidance_scales is not None and len(config.guidance_scales) != len(kinds):
+        raise UserError(f"guidance_scales={config.guidance_scales} must be one number for each of {', '.join(kinds)}")
     # Finished by an earlier run.
     there = [job for job in jobs if config.pairs is not None and (Path(job.output) / "result.json").is_file()]
     if state.is_main_process:

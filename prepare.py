@@ -9,12 +9,11 @@ All of them go on where a killed run stopped, and share their clips among the pr
 among machines (`num_shards=4 shard=0`); `check` runs once. Known layouts of data sets are shown in `docs/data.md`.
 """
 
-import difflib
 import sys
 from functools import partial
 from pathlib import Path
 
-from core.config import load_config
+from core.config import known_task, load_config
 from core.errors import UserError, run_command
 from core.files import output_folder
 from data.config import CheckConfig, FeatureConfig, PrepareConfig, process_shard
@@ -95,10 +94,7 @@ TASKS = {
 def main(arguments: list[str]) -> None:
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         task, *rest = arguments
-        if task not in TASKS:
-            nearest = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown task {task!r}; the nearest known one is {nearest!r}")
-        TASKS[task](rest)
+        TASKS[known_task(task, TASKS)](rest)
         return
     prepare(arguments)
 

@@ -134,6 +134,15 @@ def load_config(
     return built
 
 
+def known_task(word: str, tasks: Collection[str]) -> str:
+    """The word, if it is a task's name; a `UserError` lists them."""
+    if word in tasks:
+        return word
+    near = difflib.get_close_matches(word, tasks, n=1)
+    meant = f"; the nearest is {near[0]!r}" if near else ""
+    raise UserError(f"the first argument must be one of {', '.join(tasks)}, got {shown(word)}{meant}")
+
+
 def check_first(module: str, schema: type, about: str | None, needs: str = "json") -> None:
     """End a command where its arguments are wrong or ask for help, or the package `needs` is not installed.
 

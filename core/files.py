@@ -230,6 +230,14 @@ def existing_file(path: str | Path, argument: str) -> Path:
     return path
 
 
+def existing_folder(path: str | Path, argument: str) -> Path:
+    """`path` as a Path, or a `UserError` that names the argument."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{argument}={path} {'is a file; give a folder' if path.exists() else 'does not exist'}")
+    return path
+
+
 def read_text(path: Path) -> str:
     """Text in UTF-8, or in what its byte order mark says, without the mark."""
     content = path.read_bytes()

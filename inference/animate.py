@@ -25,7 +25,7 @@ from data.poses.poses import open_estimator
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader, write_video
 from inference.comparison import comparison_frames, comparison_strip
-from inference.config import InferConfig, SamplingConfig
+from inference.config import InferConfig, SamplingConfig, check_model_sizes
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
@@ -84,10 +84,7 @@ class Animation:
 def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:
     """The frame that `animate` uses."""
     size = pipeline.default_size(driving.size) if sampling.size is None else tuple(sampling.size)
-    if any(side % pipeline.size_multiple for side in size):
-        raise UserError(
-            f"size=[{size[0]},{size[1]}] must be multiples of {pipeline.size_multiple}, the model's factor"
-        )
+    check_model_sizes(sampling, pipeline.sizes)
     reference_map = fit_matrix(reference.image.shape[1::-1], size, sampling.reference_fit)
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 

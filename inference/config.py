@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, MANY, choice, device, number, numbers
 from core.errors import UserError
 from data.config import FIT_MODES, PoseConfig
-from models.config import EVERY_LEVEL, SOLVER_NAMES, check_sampling
+from models.config import EVERY_LEVEL, SOLVER_NAMES, ModelSizes, check_sampling
 from tpc.config import CalibrationConfig
 
 
@@ -42,6 +42,19 @@ class SamplingConfig:
             raise UserError(
                 "guidance_scales=[] must hold a scale for each kind of guidance; null takes guidance_scale"
             )
+
+
+def check_model_sizes(sampling: SamplingConfig, sizes: ModelSizes) -> None:
+    """Refuse a size or a window that a model cannot take."""
+    size, window = sampling.size, sampling.window_size
+    if size is not None and any(side % sizes.multiple for side in size):
+        raise UserError(f"size=[{size[0]},{size[1]}] must be multiples of {sizes.multiple}, the model's factor")
+    if size is not None and sizes.only is not None and tuple(size) != sizes.only:
+        raise UserError(f"size=[{size[0]},{size[1]}] must be [{sizes.only[0]},{sizes.only[1]}], the model's only one")
+    if window is not None and sizes.longest_window is not None and window > sizes.longest_window:
+        raise UserError(
+            f"window_size={window} must be at most {sizes.longest_window}, the frames that the model knows"
+        )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Names of animators, solvers and shipped models, and keys of `models.checkpoints`: known without networks."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,28 @@ def check_sampling(guidance_interval: Sequence[float], solver: str | None) -> No
         raise UserError(f"guidance_interval={interval} must be two numbers, 0 <= first < second <= 1")
     if solver is not None and solver not in SOLVER_NAMES:
         raise UserError(f"solver={solver} must be one of {', '.join(SOLVER_NAMES)}")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes that a pipeline takes."""
+
+    multiple: int = 1  # that an image's sides in pixels must be of
+    longest_window: int | None = None  # frames that can be denoised together; None: any number
+    only: tuple[int, int] | None = None  # (width, height) in pixels; None: any multiple
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "ModelSizes":
+        """What its JSON files tell before it is loaded; nothing where they cannot be read, for loading says why."""
+        try:
+            vae, unet = (
+                json.loads((Path(folder) / name / "config.json").read_text(encoding="utf-8"))
+                for name in ("vae", "denoising_unet")
+            )
+            levels = len(vae.get("encoder_block_out_channels") or vae["block_out_channels"])
+            return cls(2 ** (levels - 1), unet.get("motion_max_seq_length") if "norm_scope" in unet else None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
 
 
 class NetworkSizes(Protocol):

@@ -23,7 +23,7 @@ from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
 from models.attention.recording import AttentionRecording, AttentionRun
-from models.config import EVERY_LEVEL, check_sampling
+from models.config import EVERY_LEVEL, ModelSizes, check_sampling
 from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
 from models.sampling import context_windows, guidance_at, step_shift, window_weights, with_solver
@@ -124,6 +124,12 @@ class AnimationPipeline(DiffusionPipeline):
     def size_multiple(self) -> int:
         """Pixels that width and height must be multiples of."""
         return self.vae_scale_factor * self.animator.latent_multiple
+
+    @property
+    def sizes(self) -> ModelSizes:
+        only, factor = self.animator.latent_size, self.vae_scale_factor
+        only = None if only is None else (only[1] * factor, only[0] * factor)
+        return ModelSizes(self.size_multiple, self.animator.longest_window, only)
 
     def default_size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(width, height) that the model is best at, of about the proportions of `shape`, where it leaves a choice."""

@@ -257,6 +257,13 @@ class TrainConfig:
         if not self.dry_run:  # which takes the published sizes where nothing else is given
             self._check_inputs()
 
+    def folders(self) -> dict[str, str | None]:
+        """The folders that training reads, by their keys."""
+        model, data = self.model, self.data
+        named = {"model.init": model.init, "model.start": model.start, "model.vae": model.vae}
+        named |= {"data.root": data.root, "data.latents": data.latents, "data.embeddings": data.embeddings}
+        return named | {"data.pose_images": data.pose_images, "validation.root": self.validation.root}
+
     def _check_supervision(self) -> None:
         composition, attention = self.augmentation.composition, self.attention
         if self.augmentation.calibrated.transform == "articulated" and composition.probability > 0:

@@ -9,11 +9,15 @@ Writes `output/vae/` (diffusers; a new one scales latents to unit variance), `ou
 
 from core.config import load_config
 from core.errors import run_command
+from core.files import existing_folder
 from training.config import VAEConfig
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(VAEConfig, arguments, about=__doc__, file_option="--config")
+    for key, folder in {"init": config.init, "data.root": config.data.root}.items():
+        if folder is not None:
+            existing_folder(folder, key)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from training.autoencoder import train_vae
 

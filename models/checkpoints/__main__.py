@@ -9,7 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from core.config import load_config
+from core.config import known_task, load_config
 from core.errors import UserError, run_command
 from models.config import ANIMATORS, FAMILIES, ConvertConfig, VerifyConfig
 
@@ -18,8 +18,14 @@ USAGE = "python -m models.checkpoints {inspect FILE ... | verify fixture=PATH | 
 
 def inspect_command(arguments: list[str]) -> None:
     """Print what each file is; end with code 1 for what is incomplete, not finite, unknown or no network's weights."""
+    if {"-h", "--help"} & set(arguments):
+        print(inspect_command.__doc__.strip(), f"\n\n{USAGE}")
+        return
     if not arguments:
         raise UserError(f"inspect needs files: {USAGE}")
+    for path in arguments:
+        if not Path(path).exists():
+            raise UserError(f"file={path} does not exist")
     # Networks take seconds to import, which wrong arguments need not wait for: so in every command below.
     from models.checkpoints.files import other_kind, read_tensors
     from models.checkpoints.inspect import inspect, inspect_folder
@@ -55,7 +61,7 @@ def verify_command(arguments: list[str]) -> None:
 
     Column heads and verdict go to standard error, so that standard output holds the numbers alone.
     """
-    config = load_config(VerifyConfig, arguments)
+    config = load_config(VerifyConfig, arguments, about=verify_command.__doc__)
     from models.checkpoints.verify import read_fixture, verify
 
     results = verify(read_fixture(config.fixture))
@@ -88,7 +94,8 @@ def convert_command(arguments: list[str]) -> None:
         for family, schema in FAMILIES.items():
             print(f"family={family}: {' '.join(f'{key.name}=' for key in fields(schema))}")
         return
-    config = load_config(published_keys(named[-1]) if named else ConvertConfig, arguments)
+    schema = published_keys(named[-1]) if named else ConvertConfig
+    config = load_config(schema, arguments, about=f"{convert_command.__doc__}\n\n{schema.__doc__}")
     from models.checkpoints.convert import convert
 
     notes = convert(config)
@@ -103,9 +110,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    if not arguments or arguments[0] not in COMMANDS:
-        raise UserError(f"usage: {USAGE}")
-    COMMANDS[arguments[0]](arguments[1:])
+    task, *rest = arguments or [""]
+    COMMANDS[known_task(task, COMMANDS)](rest)
 
 
 if __name__ == "__main__":

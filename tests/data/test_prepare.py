@@ -112,7 +112,10 @@ def test_check_ends_with_code_1_when_a_clip_has_an_error(videos, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["chek", "dataset=x"], "unknown task 'chek'; the nearest known one is 'check'"),
+        (
+            ["chek", "dataset=x"],
+            "one of check, latents, embeddings, got 'chek'; the nearest is 'check'",
+        ),
         (["output=x"], "source= is required"),
         (["source=nowhere", "output=x"], "source=.*nowhere does not exist"),
         (["source=x", "output=y", "fps=3"], "unknown key 'fps'"),
