@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.config import load_config
 from core.errors import UserError, run_command
-from core.files import existing_file, output_folder, read_text
+from core.files import check_paths, existing_file, output_folder, read_text
 from data.config import SAMPLES
 from inference.config import PAIR_KEYS, InferConfig, check_model_sizes
 from models.config import SHIPPED_MODEL, ModelSizes
@@ -72,10 +72,7 @@ def check_inputs(job: InferConfig) -> None:
     if job.reference is None:
         raise UserError("reference= is required beside driving=")
     existing_file(job.reference, "reference")
-    for key in PAIR_KEYS[1:]:
-        path = getattr(job, key)
-        if key != "output" and path is not None and not Path(path).exists():
-            raise UserError(f"{key}={path} does not exist")
+    check_paths({key: getattr(job, key) for key in (*PAIR_KEYS, "model", "lora") if key != "output"})
     if job.driving is None and job.driving_poses is None:
         if job.pose_images is None:
             raise UserError("driving= is required beside reference=")

@@ -11,15 +11,13 @@ The same command again resumes from the newest checkpoint; SIGTERM and Ctrl-C sa
 
 from core.config import load_config
 from core.errors import run_command
-from core.files import existing_folder
+from core.files import check_paths
 from training.config import TrainConfig
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(TrainConfig, arguments, about=__doc__, file_option="--config", flags=("dry_run",))
-    for key, folder in config.folders().items():
-        if folder is not None:
-            existing_folder(folder, key)
+    check_paths(config.folders())
     # Networks take seconds to import, which wrong arguments need not wait for.
     from training.loop import run_training
 

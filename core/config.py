@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, try_command
-from core.files import complete_file
+from core.files import check_paths, complete_file
 from core.values import Values, fitting, shown, values_of
 
 Config = TypeVar("Config")
@@ -143,14 +143,16 @@ def known_task(word: str, tasks: Collection[str]) -> str:
     raise UserError(f"the first argument must be one of {', '.join(tasks)}, got {shown(word)}{meant}")
 
 
-def check_first(module: str, schema: type, about: str | None, needs: str = "json") -> None:
-    """End a command where its arguments are wrong or ask for help, or the package `needs` is not installed.
+def check_first(module: str, schema: type, about: str | None, needs: str = "json", paths: Sequence[str] = ()) -> None:
+    """End a command where its arguments are wrong or ask for help, the package `needs` is not installed, or one of
+    the keys `paths` names nothing that exists.
 
     Called before imports that take seconds, by modules that `python -m` runs and that are no more than a command.
     """
 
     def check(arguments: Sequence[str]) -> None:
-        load_config(schema, arguments, about=about)
+        config = load_config(schema, arguments, about=about)
+        check_paths({key: getattr(config, key) for key in paths})
         if find_spec(needs) is None:
             raise UserError(f"the package {needs} is not installed; --help says what for, and how to install it")
 

@@ -230,12 +230,11 @@ def existing_file(path: str | Path, argument: str) -> Path:
     return path
 
 
-def existing_folder(path: str | Path, argument: str) -> Path:
-    """`path` as a Path, or a `UserError` that names the argument."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{argument}={path} {'is a file; give a folder' if path.exists() else 'does not exist'}")
-    return path
+def check_paths(given: Mapping[str, str | None]) -> None:
+    """Refuse files and folders, by argument, that do not exist; None: not given."""
+    for argument, path in given.items():
+        if path is not None and not Path(path).exists():
+            raise no_such_path(path, argument)
 
 
 def read_text(path: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.config import check_config
 from core.errors import UserError
 from core.files import remove_partial
 from core.processes import choose_device
@@ -46,7 +47,7 @@ class FeaturesMade:
 
 def make_features(kind: str, config: FeatureConfig, shard: Shard) -> FeaturesMade:
     """Compute missing and outdated "latents" or "embeddings" of the clips of a prepared data set."""
-    config.check()
+    check_config(config)
     dataset, size = Path(config.dataset), (config.size[0], config.size[1])
     if not has_manifest(dataset):
         raise UserError(f"dataset={dataset} is not prepared; run `python prepare.py source=... output=...` first")

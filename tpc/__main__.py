@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from core.config import config_dict, load_config, save_config
 from core.errors import UserError, run_command
-from core.files import existing_file, output_folder, partial_folder
+from core.files import check_paths, output_folder, partial_folder
 from tpc.config import CommandConfig, resolve
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     config = load_config(CommandConfig, arguments, about=__doc__)
-    for name in ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).is_dir():
-            existing_file(path, name)
+    paths = ("reference", "driving", "reference_poses", "driving_poses", "reference_mask", "driving_masks")
+    check_paths({name: getattr(config, name) for name in paths})
     if config.driving is None and config.driving_poses is None:
         raise UserError("driving= or driving_poses= is required")
     # These take seconds to import, which wrong arguments need not wait for: so in every function below.

@@ -5,6 +5,12 @@
 It needs no GPU and no second process.
 """
 
+from core.config import check_first
+from training.config import ExportConfig
+
+check_first(__name__, ExportConfig, __doc__, paths=("checkpoint", "init", "vae"))
+
+
 import json
 import tempfile
 from collections.abc import Callable, Mapping

@@ -9,15 +9,13 @@ Writes `output/vae/` (diffusers; a new one scales latents to unit variance), `ou
 
 from core.config import load_config
 from core.errors import run_command
-from core.files import existing_folder
+from core.files import check_paths
 from training.config import VAEConfig
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(VAEConfig, arguments, about=__doc__, file_option="--config")
-    for key, folder in {"init": config.init, "data.root": config.data.root}.items():
-        if folder is not None:
-            existing_folder(folder, key)
+    check_paths({"init": config.init, "data.root": config.data.root})
     # Networks take seconds to import, which wrong arguments need not wait for.
     from training.autoencoder import train_vae
 

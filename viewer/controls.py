@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from core.config import check_config
 from core.errors import UserError
 from data.config import SAMPLES, PoseConfig
 from data.inputs import Driving, Reference
@@ -74,7 +75,7 @@ def chosen(
     sampling = SamplingConfig(
         num_frames=int(frames), stride=int(stride), steps=int(steps), guidance_scale=float(guidance), seed=int(seed)
     )
-    sampling.check()
+    check_config(sampling)
     return sampling, CalibrationConfig(preset=preset, transform=None if transform == PRESETS_OWN else transform)
 
 

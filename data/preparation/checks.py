@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from core.config import check_config
 from core.errors import UserError
 from core.terminal import ignore_interrupts
 from data.config import COCO_KEYPOINTS, CheckConfig
@@ -31,7 +32,7 @@ VISIBLE = 0.3  # score above which a joint counts as visible
 
 def check_dataset(config: CheckConfig) -> Report:
     """Check every clip of a data set; `UserError` for no such data set, or settings that cannot work."""
-    config.check()
+    check_config(config)
     if has_manifest(config.dataset):
         manifest = read_manifest(config.dataset)
         facts = _each(check_prepared, manifest.clips, config)
