@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, try_command
 from core.files import check_paths, complete_file
-from core.values import Values, fitting, shown, values_of
+from core.values import Values, fitting, known_keys, nearest_key, shown, values_of
 
 Config = TypeVar("Config")
 VERSION = "0.1.0"  # as in pyproject.toml; results carry it
@@ -187,25 +187,6 @@ def save_config(config: Any, path: str | Path) -> None:
 def config_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain dicts, lists and scalars, for JSON."""
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-
-
-def known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of groups and values, in the order of the dataclass, and their types."""
-    known = {}
-    for item in fields(schema):
-        known[prefix + item.name] = item.type
-        if is_dataclass(item.type):
-            known |= known_keys(item.type, f"{prefix}{item.name}.")
-    return known
-
-
-def nearest_key(key: str, known: Mapping[str, Any]) -> str:
-    """The known key that a user may have meant: one of any group, if the group is left out."""
-    if "." not in key:
-        ends = {name.split(".")[-1]: name for name in reversed(known)}  # of several the first
-        if close := difflib.get_close_matches(key, ends, n=1, cutoff=0.75):
-            return ends[close[0]]
-    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 class _ArgumentLoader(yaml.SafeLoader):

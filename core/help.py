@@ -13,9 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from core.config import known_keys, nearest_key
 from core.errors import UserError
-from core.values import Values, kind_of, shown, values_of, wanted
+from core.values import Values, kind_of, known_keys, nearest_key, shown, values_of, wanted
 
 WIDEST = 119
 END = "--help KEY shows one key or group, such as --help {topic}; --print-config prints all as YAML. Both end there."

@@ -1,8 +1,9 @@
 """What a field of a configuration may hold: one check for every value of every command."""
 
+import difflib
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -35,6 +36,25 @@ def values_of(schema: type, name: str) -> Values:
         if item is not None and "values" in item.metadata:
             return item.metadata["values"]
     return Values()
+
+
+def known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of groups and values, in the order of the dataclass, and their types."""
+    known = {}
+    for item in fields(schema):
+        known[prefix + item.name] = item.type
+        if is_dataclass(item.type):
+            known |= known_keys(item.type, f"{prefix}{item.name}.")
+    return known
+
+
+def nearest_key(key: str, known: Mapping[str, Any]) -> str:
+    """The known key that a user may have meant: one of any group, if the group is left out."""
+    if "." not in key:
+        ends = {name.split(".")[-1]: name for name in reversed(known)}  # of several the first
+        if close := difflib.get_close_matches(key, ends, n=1, cutoff=0.75):
+            return ends[close[0]]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 def kind_of(annotation: Any) -> tuple[type, type | None, bool]:

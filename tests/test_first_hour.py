@@ -46,7 +46,8 @@ SMALLER = {
     r"prepare\.py latents": "size=[64,64]",
     r"evaluate\.py metrics": "measures=[psnr,ssim]",  # networks take a minute
     r"evaluate\.py sweep": f"{MEASURED} clips=1 frames=1 angles=1 scales=[1.0]",
-    r"evaluate\.py ablation": f"{MEASURED} clips=1 frames=2 transforms=[procrustes] propagations=[off] measures=[psnr]",
+    r"evaluate\.py ablation": f"{MEASURED} clips=1 frames=2 transforms=[procrustes] propagations=[off] "
+    "measures=[psnr]",
     r"evaluate\.py table": f"{MEASURED} clips=2 frames=2 measures=[psnr]",
     r"evaluate\.py attention": f"{MEASURED} clips=2 frames=1 columns=1",
     r"evaluate\.py misalignment .*variants": f"{MEASURED} clips=1 'variants=[\"smoothing=0\"]'",

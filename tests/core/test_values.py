@@ -10,10 +10,10 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 
 import metrics.protocols
-from core.config import known_keys, load_config
+from core.config import load_config
 from core.errors import UserError
 from core.help import describe
-from core.values import fitting, kind_of, values_of
+from core.values import fitting, kind_of, known_keys, values_of
 from data.config import LAYOUT_NAMES
 from data.preparation.layouts import LAYOUTS
 from evaluation.config import MEASURES, PROTOCOLS
