@@ -44,6 +44,15 @@ class Driving:
     def fps(self) -> float:
         return self.images.fps if self.poses is None else self.poses.fps
 
+    def note(self, stride: int, wanted: int | None) -> str | None:
+        """What is odd about a clip of one frame, unless one was `wanted`; None: nothing."""
+        frames = self.poses.frames if self.images is None else len(self.images)
+        if frames > 1 or wanted == 1:
+            return None
+        stored = 1 if self.sound is None else self.sound.stored_frames
+        left = f"; stride={stride} leaves one of {stored}" if stored > 1 else ""
+        return f"the driving clip has a single frame, so has the result{left}"
+
 
 def load_reference(
     path: str | Path,

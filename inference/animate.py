@@ -315,7 +315,7 @@ def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
         framing(pipeline, reference, driving, job).size,
         len(driving.images) if driving.images else driving.poses.frames,
     )
-    if note := size_note(pipeline, size):
+    for note in filter(None, (size_note(pipeline, size), driving.note(job.stride, job.num_frames))):
         print(f"note: {note}")
     print(f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {output}", flush=True)
     animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)

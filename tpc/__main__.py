@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> None:
     config.tpc = resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
+    if note := driving.note(config.stride, config.max_frames):
+        print(f"note: {note}")
     size = frame_size(driving.poses.size, config.max_side)
     frames = f"{driving.poses.frames} frames of {size[0]} x {size[1]} pixels"
     print(f"{frames}, transform {config.tpc.transform}, preset {config.tpc.preset}; results in {output}", flush=True)

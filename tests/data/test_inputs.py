@@ -173,3 +173,16 @@ def test_estimated_poses_are_steadied_and_short_misses_bridged_given_ones_are_ne
     given = load_driving(tmp_path / "clip.mp4", tmp_path / "clip.npz", None, no_estimator)
     np.testing.assert_array_equal(given.poses.keypoints, rough.poses.keypoints)
     assert given.drawn is None
+
+
+def test_a_clip_of_one_frame_is_told(tmp_path):
+    write_video(tmp_path / "d.mp4", [np.zeros((16, 16, 3), np.uint8)] * 6, 8.0)
+    poses = Poses(np.ones((6, 1, 17, 2)), np.ones((6, 1, 17)), (16, 16), 8.0)
+    poses.save(tmp_path / "d.npz")
+
+    def note(stride: int, wanted: int | None) -> str | None:
+        driving = load_driving(tmp_path / "d.mp4", tmp_path / "d.npz", None, None, 1, wanted, stride)
+        return driving.note(stride, wanted)
+
+    assert "stride=1000 leaves one of 6" in note(1000, None)
+    assert note(1, None) is note(1, 1) is None
