@@ -177,7 +177,8 @@ def test_estimated_poses_are_steadied_and_short_misses_bridged_given_ones_are_ne
 
 def test_a_clip_of_one_frame_is_told(tmp_path):
     write_video(tmp_path / "d.mp4", [np.zeros((16, 16, 3), np.uint8)] * 6, 8.0)
-    poses = Poses(np.ones((6, 1, 17, 2)), np.ones((6, 1, 17)), (16, 16), 8.0)
+    keypoints = np.random.default_rng(0).uniform(2, 14, (6, 1, 17, 2))
+    poses = Poses(keypoints, np.ones((6, 1, 17)), (16, 16), 8.0)
     poses.save(tmp_path / "d.npz")
 
     def note(stride: int, wanted: int | None) -> str | None:
