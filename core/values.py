@@ -72,7 +72,7 @@ def wanted(annotation: Any, values: Values) -> str:
         int: ("an integer", "integers"),
         float: ("a number", "numbers"),
         bool: ("true or false", "of true and false"),
-        str: ("text that is not empty", "texts"),
+        str: ("text that is not empty", "texts that are not empty"),
     }[item or kind]
     limits = f", {_limits(values)}" if (item or kind) in (int, float) and values != Values() else ""
     if values.words:

@@ -292,7 +292,7 @@ def test_variants_are_the_preset_but_for_what_they_say():
         ('variants=["smooth=1"]', "nearest known one is 'smoothing'"),
         ('variants=["smoothing=-1"]', "smoothing=-1 must be a number, 0 to 1000"),
         ('variants=["--help"]', "must be settings of tpc"),
-        ('variants=["  "]', "must be settings of tpc"),
+        ('variants=["  "]', "must be a list of texts that are not empty"),
         ('variants=["groups=2","groups=2"]', "must be different ones"),
     ],
 )
