@@ -110,6 +110,16 @@ class JitterConfig:
 
 
 @dataclass
+class PublishedConfig:
+    """Weights of published format and size."""
+
+    output: str = MISSING  # folder for the results
+    size: str = choice("sd15", SIZES)  # of the networks
+    side: int = number(512, 64, 4096)  # pixels of images
+    dtype: str = choice("float16", DTYPES[1:])  # of the converted weights
+
+
+@dataclass
 class StrategiesConfig:
     """Speed and memory of strategies of accelerate."""
 

@@ -65,6 +65,7 @@ COMMANDS = (
     Command("benchmarks.inference_cost", benchmarks.CostConfig),
     Command("benchmarks.metrics_memory", benchmarks.MemoryConfig),
     Command("benchmarks.pose_jitter", benchmarks.JitterConfig),
+    Command("benchmarks.published_size", benchmarks.PublishedConfig),
     Command("benchmarks.training_strategies", benchmarks.StrategiesConfig),
     Command("benchmarks.speed.__main__", benchmarks.SpeedConfig),
     Command("benchmarks.speed.peers.compare", benchmarks.CompareConfig),

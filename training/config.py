@@ -233,7 +233,8 @@ class TrainConfig:
     channels_last: bool = False  # memory format of convolutions; several times faster in bf16 on CPUs
     # of the weights in `output/pipeline`; float16: half the size
     export_dtype: str = choice("float32", ("float32", "float16"))
-    dry_run: bool = False  # print sizes, trainable parameters and memory by strategy, then stop
+    # print sizes, trainable parameters, memory by strategy, and seconds a step of a few measured ones, then stop
+    dry_run: bool = False
     dry_run_processes: int = number(8, 1, 100_000)  # GPUs among which the estimate's sharded strategies divide states
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

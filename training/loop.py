@@ -1,12 +1,21 @@
 """The training loop, from a configuration to the exported result."""
 
+import os
+import time
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
+import psutil
+import torch
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from core.config import save_config
+from core.config import check_config, save_config
 from core.errors import UserError
 from core.files import locked_folder, output_folder, remove_leftovers
 from models.animators.base import Animator
@@ -36,6 +45,8 @@ from training.export import export_checkpoint, export_name
 from training.memory import memory_report
 from training.run import Run, accumulate_gradients, batches, make_clips, move_parameters, optimizer_class, prepare
 from training.validate import validate
+
+TIMED_STEPS = 3  # of `dry_run`, after one that does not count
 
 
 def build(config: TrainConfig) -> tuple[VAE, Animator]:
@@ -110,11 +121,78 @@ def training_plan(run: Run, parameters: str) -> str:
     )
 
 
+def report_costs(config: TrainConfig) -> None:
+    """Print parameters, memory by strategy, and the time of training on this device."""
+    tables, need = memory_report(config)
+    print(tables, flush=True)
+    try:
+        check_config(replace(config, dry_run=False))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("one process is measured, without a launcher of several")
+        if need > (free := free_memory()):
+            raise UserError(f"a step takes {need / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free here")
+        print(f"\nmeasuring {TIMED_STEPS} steps of one process ...", flush=True)
+        device, batch, update = measured_seconds(config)
+    except UserError as error:
+        print(f"\ntime is not measured: {error}")
+        return
+    accumulation = spread_batch(config).gradient_accumulation
+    seconds = batch * accumulation + update
+    parts = f"{accumulation} x {batch:.3g} s for {config.batch_size} samples, {update:.2g} s for the optimiser"
+    print(
+        f"{seconds:.3g} s a step ({parts}) on {device}: {seconds * config.max_steps / 3600:.3g} hours for "
+        f"{config.max_steps} steps of one process, without validation and checkpoints"
+    )
+
+
+def free_memory() -> int:
+    """Bytes that this process may take where it would train."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def measured_seconds(config: TrainConfig) -> tuple[str, float, float]:
+    """Device, and means over a few real steps: seconds for one batch, its loading included, and for the optimiser.
+
+    They are taken in a temporary folder, a cache of a few clips included, and after a first one that does not count.
+    """
+    with TemporaryDirectory() as folder:
+        output = Path(folder)
+        data = config.data
+        if data.cache:
+            count = min(data.cache_clips, (1 + TIMED_STEPS) * config.batch_size)
+            data = replace(data, cache=str(output / "cache"), cache_clips=count)
+        config = replace(config, output=folder, data=data, gradient_accumulation=1, total_batch_size=None)
+        vae, model = build(config)
+        run = prepare(config, output, make_accelerator(config, output), vae, model)
+        device, moments = run.accelerator.device, []
+
+        def note() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            moments.append(time.perf_counter())
+
+        run.model.train()
+        for batch, generators in islice(batches(run, make_clips(run)), 1 + TIMED_STEPS):
+            with run.accelerator.accumulate(run.model):
+                accumulate_gradients(run, batch, generators)
+                note()
+                move_parameters(run)
+                note()
+    spans = np.diff(moments[1:])
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"a CPU with {torch.get_num_threads()} threads"
+    )
+    return name, float(spans[::2].mean()), float(spans[1::2].mean())
+
+
 def run_training(config: TrainConfig) -> None:
     """Train as configured, or print what `dry_run` asks for."""
     check_precision(config)
     if config.dry_run:
-        print(memory_report(config))
+        if int(os.environ.get("RANK", 0)) == 0:
+            report_costs(config)
         return
     optimizer_class(config.optimizer)  # that its package is missing is said before anything is loaded
     output = output_folder(config.output)

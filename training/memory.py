@@ -31,8 +31,8 @@ LIVE_PARAMETERS = 1_000_000_000
 FLAGS = 3  # channels of visibility in calibrated training
 
 
-def memory_report(config: TrainConfig) -> str:
-    """Tables of parameters by part and of memory by strategy."""
+def memory_report(config: TrainConfig) -> tuple[str, float]:
+    """Tables of parameters by part and of memory by strategy, and the bytes that one process takes by itself."""
     vae, model, step = estimate(config)
     width, height = config.data.size
     lines = [f"{'part':<18}{'parameters':>14}{'trainable':>14}"]
@@ -49,10 +49,11 @@ def memory_report(config: TrainConfig) -> str:
     ]
     names = [field.name for field in fields(Need)]
     lines.append(f"{'':<24}" + "".join(f"{name:>12}" for name in (*names[:-1], "sum", names[-1])))
-    for strategy, need in needs(amounts(vae, model, config, step), config.dry_run_processes).items():
+    every = needs(amounts(vae, model, config, step), config.dry_run_processes)
+    for strategy, need in every.items():
         values = [*astuple(need)[:-1], need.gpu, need.host]
         lines.append(f"{strategy:<24}" + "".join(f"{value / GIB:>12.2f}" for value in values))
-    return "\n".join(lines)
+    return "\n".join(lines), every["one GPU"].gpu
 
 
 # Memory of a step

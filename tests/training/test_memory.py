@@ -1,6 +1,7 @@
 """The dry run: sizes and memory by strategy, against what a step really takes."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.build import (
     set_trainable,
 )
 from training.config import DataConfig, OptimizerConfig, TrainConfig
+from training.loop import report_costs
 from training.memory import Amounts, LiveStorages, amounts, estimate, free_gradients, memory_report, needs, step_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +112,7 @@ def test_configurations_for_24_gigabytes_fit(name, limit):
     """At full size, from the configuration alone, in seconds."""
     config = load_config(TrainConfig, ["output=x", "dry_run=true"], files=[ROOT / "configs" / f"{name}.yaml"])
     started = time.process_time()
-    report = memory_report(config)
+    report, _ = memory_report(config)
     one = next(line for line in report.splitlines() if line.startswith("one GPU"))
     assert 10 < float(one.split()[-2]) < limit - 1
     assert time.process_time() - started < 60
@@ -174,7 +176,16 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, vae):
     text = train(tmp_path / "log", *command, "model.pose_channels=[8,16,16]")
     for word in ("denoising_unet", "ZeRO-2", "ZeRO-3 offload", "FSDP", "one GPU", "host"):
         assert word in text
+    assert re.search(r"[\d.]+ s a step \(1 x .* s for 1 samples, .* hours for 1000 steps of one process", text)
     assert not (tmp_path / "run").exists()
+
+
+def test_time_is_not_measured_where_a_step_does_not_fit(vae, capsys):
+    config = configuration(vae, dry_run=True)
+    config.batch_size = 200_000
+    report_costs(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"time is not measured: a step takes [\d.]+ GiB, of which [\d.]+ are free", printed)
 
 
 def test_calibrated_training_takes_more(vae):
