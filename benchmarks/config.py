@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from core.config import DTYPES, LARGEST_SEED, MANY, choice, choices, device, number, numbers
+from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
+from core.values import MANY
 from evaluation.config import MISALIGNED_SPLITS
 from models.config import SHIPPED_MODEL
 from tpc.config import PROPAGATIONS, CalibrationConfig

@@ -27,7 +27,6 @@ Config = TypeVar("Config")
 VERSION = "0.1.0"  # as in pyproject.toml; results carry it
 LARGEST_SEED = 2**63 - 1
 LARGEST_SIDE = 8192  # pixels; more than any model here animates, and than a computer holds many frames of
-MANY = 10**9  # of things that are counted, more than any computer has
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of inference
 
 # Keys that had another name, by the end of their dotted names: files, arguments and saved results still use them.

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from core.errors import UserError
 
 SHOWN = 60  # characters of a value that an error repeats
+MANY = 10**9  # of things that are counted, more than any computer has
 LONGEST = 4096  # characters of a text, as of a path
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")  # words for them in files and arguments
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -50,6 +51,7 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
 
 def nearest_key(key: str, known: Mapping[str, Any]) -> str:
     """The known key that a user may have meant: one of any group, if the group is left out."""
+    key = key.lower()
     if "." not in key:
         ends = {name.split(".")[-1]: name for name in reversed(known)}  # of several the first
         if close := difflib.get_close_matches(key, ends, n=1, cutoff=0.75):
@@ -99,7 +101,7 @@ def fitting(name: str, value: Any, annotation: Any, values: Values) -> Any:
             raise ValueError
         return [_single(entry, item, values) for entry in value]
     except (ValueError, TypeError, OverflowError):
-        form = f", such as {name.rsplit(': ', 1)[-1]}={_example(item, values)}" if item and _odd(value) else ""
+        form = f", such as {name.rsplit(': ', 1)[-1]}={_example(value, item, values)}" if item and _odd(value) else ""
         raise UserError(f"{name}={shown(value, quoted=False)} must be {wanted(annotation, values)}{form}") from None
 
 
@@ -146,7 +148,7 @@ def _text(text: str, values: Values) -> str:
 
 
 def _limits(values: Values) -> str:
-    if values.high == math.inf:
+    if values.high >= MANY:
         return f"{_short(values.low)} or more"
     text = f"{_short(values.low)} to {_short(values.high)}"
     return text if values.excluded is None else f"{text} but not {values.excluded:g}"
@@ -164,8 +166,9 @@ def _odd(value: Any) -> bool:
     return not isinstance(value, list | tuple) or any(isinstance(entry, list | dict) for entry in value)
 
 
-def _example(item: type, values: Values) -> str:
-    word = next(iter(values.words)) if values.words else {int: "1", float: "0.5", bool: "true", str: "a"}[item]
+def _example(value: Any, item: type, values: Values) -> str:
+    word = value if item is str and isinstance(value, str) and not values.words else None
+    word = word or next(iter(values.words), None) or {int: "1", float: "0.5", bool: "true", str: "a"}[item]
     if item in (int, float) and values != Values():
         word = f"{max(values.low, min(values.high, 128 if values.length else 1)):g}"
     return "[" + ",".join([word] * (values.length or 1)) + "]"

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from omegaconf import MISSING
 
-from core.config import LARGEST_SEED, LARGEST_SIDE, MANY, choice, device, number, numbers
+from core.config import LARGEST_SEED, LARGEST_SIDE, choice, device, number, numbers
 from core.errors import UserError
+from core.values import MANY
 
 Item = TypeVar("Item")
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"  # made by data.people.samples

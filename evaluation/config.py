@@ -6,8 +6,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from core.config import DTYPES, LARGEST_SEED, MANY, choice, choices, device, number, numbers
+from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
+from core.values import MANY
 from data.config import COCO_KEYPOINTS, SPLITS, PeopleConfig, PoseConfig
 from inference.config import SamplingConfig
 from models.config import SHIPPED_MODEL, SMALL_ANIMATORS

@@ -34,7 +34,7 @@ from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 
-LARGER = 1.5  # times a model's own pixels that a size may have without a note
+LARGER, LARGEST = 1.5, 16  # times a model's own pixels that a size may have without a note, and at all
 
 
 @dataclass
@@ -85,6 +85,11 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
     """The frame that `animate` uses."""
     size = pipeline.default_size(driving.size) if sampling.size is None else tuple(sampling.size)
     check_model_sizes(sampling, pipeline.sizes)
+    if prod(size) > LARGEST * prod(own := pipeline.default_size(size)):
+        raise UserError(
+            f"size=[{size[0]},{size[1]}] has more than {LARGEST} times the pixels that the model was made for, about "
+            f"{own[0]}x{own[1]}; take a smaller one, and upscale=source"
+        )
     reference_map = fit_matrix(reference.image.shape[1::-1], size, sampling.reference_fit)
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, MANY, choice, device, number, numbers
+from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, choice, device, number, numbers
 from core.errors import UserError
+from core.values import MANY
 from data.config import FIT_MODES, PoseConfig
 from models.config import EVERY_LEVEL, SOLVER_NAMES, ModelSizes, check_sampling
 from tpc.config import CalibrationConfig

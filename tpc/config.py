@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
-from core.config import LARGEST_SEED, MANY, check_config, choice, number, numbers
+from core.config import LARGEST_SEED, check_config, choice, number, numbers
 from core.errors import UserError
+from core.values import MANY
 from data.config import PoseConfig
 
 PRESETS = ("best", "paper", "release")

@@ -1,11 +1,13 @@
 """Configuration of training. Every knob is documented here; the recipes in `configs/` say where they differ."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
-from core.config import LARGEST_SEED, LARGEST_SIDE, MANY, choice, choices, number, numbers
+from core.config import LARGEST_SEED, LARGEST_SIDE, choice, choices, number, numbers
 from core.errors import UserError
+from core.values import MANY
 from data.config import CROPS, PeopleConfig
 from models.config import ANIMATORS, resolution_settings
 from tpc.config import PRESETS, CalibratedTrainingConfig, CompositionConfig
@@ -56,6 +58,8 @@ class DataConfig:
                 f"sample_margin={self.sample_margin} needs source=videos, and no data.cache, which keeps a few images "
                 "of every clip and pairs these"
             )
+        if self.cache is not None and Path(self.cache).is_file():
+            raise UserError(f"cache={self.cache} is a file; give a folder that may be created")
         if self.cache_latents and not self.cache:
             raise UserError("cache_latents=true keeps latents beside cached clips; give data.cache=, a folder")
         if self.cache_surfaces and (self.source != "rendered" or not self.cache):
@@ -332,6 +336,12 @@ class VAEConfig:
     def check(self) -> None:
         if not self.blocks:
             raise UserError("blocks=[] must hold a number of residual blocks for each resolution")
+        factor = 2 ** (len(self.blocks) - 1)
+        if self.init is None and any(side % factor for side in self.data.size):
+            raise UserError(
+                f"data.size={self.data.size} must be multiples of {factor}, by which blocks={self.blocks} make images "
+                "smaller"
+            )
         if self.data.latents or self.data.embeddings:
             raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
 
