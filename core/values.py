@@ -167,7 +167,8 @@ def _odd(value: Any) -> bool:
 
 
 def _example(value: Any, item: type, values: Values) -> str:
-    word = value if item is str and isinstance(value, str) and not values.words else None
+    given = str(value) if item is str and not values.words and str(value).isidentifier() else ""
+    word = given if 0 < len(given) < SHOWN else None
     word = word or next(iter(values.words), None) or {int: "1", float: "0.5", bool: "true", str: "a"}[item]
     if item in (int, float) and values != Values():
         word = f"{max(values.low, min(values.high, 128 if values.length else 1)):g}"
