@@ -83,15 +83,8 @@ NOT_TYPED_PYTHON = {
     'torch.load("mp_rank_00_model_states.pt"': "a published file",
 }
 # Of libraries, and of what would be a mistake.
-UNWANTED = (
-    "Traceback",
-    "Warning",
-    "XNNPACK",
-    "AutoencoderTiny",
-    "Loading weights",
-    "Setting accelerator",
-    "defaults used",
-)
+UNWANTED = ("Traceback", "FutureWarning", "DeprecationWarning", "RuntimeWarning", "XNNPACK", "AutoencoderTiny")
+UNWANTED += ("Loading weights", "Setting accelerator", "defaults used")
 
 
 @dataclass(frozen=True)
