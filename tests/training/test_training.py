@@ -185,15 +185,6 @@ def test_misalignment_of_references_is_logged_and_grows_with_composition(folder,
     assert all(0 <= value <= 1 for value in logged(motion_stage, "reference/box_iou"))
 
 
-def test_dry_run_prints_sizes_and_trains_nothing(folder, vae):
-    output = folder / "dry"
-    done = run(
-        "train.py", "--dry-run", "stage=image", f"output={output}", f"model.vae={vae / 'vae'}", *DATA, *NETWORKS
-    )
-    assert "denoising_unet" in done.stdout and "activations" in done.stdout
-    assert not (output / "logs").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
