@@ -26,7 +26,6 @@ from core.config import load_config
 from core.errors import run_command
 from core.files import write_json
 from core.processes import choose_device
-from core.terminal import quiet_libraries
 from models.animators.registry import load_pipeline
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
@@ -105,7 +104,7 @@ def measure_memory(config: RecordingConfig) -> dict[str, float]:
     """Growth of the peak by recording everything, and its estimate, in MiB."""
     peaks = []
     for record in (False, True):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet_libraries) as process:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             peaks.append(process.submit(peak_bytes, config, record).result())
     return {"growth_mib": (peaks[1][0] - peaks[0][0]) / 2**20, "estimate_mib": peaks[1][1] / 2**20}
 

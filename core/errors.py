@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.terminal import quiet_libraries
-
 EXIT_CODE = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 
@@ -47,7 +45,6 @@ def try_command(main: Callable[[list[str]], Any]) -> None:
 
     Errors of the program itself are not caught: their traceback is what a bug report needs.
     """
-    quiet_libraries()
     line, code = "", 0
     try:
         main(sys.argv[1:])

@@ -27,7 +27,6 @@ from core.config import load_config
 from core.errors import UserError, run_command
 from core.files import complete_file, output_folder, write_json
 from core.processes import choose_device
-from core.terminal import quiet_libraries
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> None:
         if name in parts:
             continue
         print(f"measuring {name}", flush=True)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet_libraries) as process:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             parts[name] = process.submit(run_part, config.threads, function, *rest).result()
         write_json(path, {"machine": machine, "settings": settings, "parts": parts})
     text = speed_tables(json.loads(path.read_text(encoding="utf-8")))
