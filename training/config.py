@@ -1,5 +1,6 @@
 """Configuration of training. Every knob is documented here; the recipes in `configs/` say where they differ."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +73,9 @@ class OptimizerConfig:
 
     # adamw8bit: its two moments take one byte each instead of four (needs bitsandbytes)
     name: str = choice("adamw", ("adamw", "adamw8bit"))
-    learning_rate: float = number(1e-5, 0, 1)  # the highest, which the schedule starts from or rises to
+    learning_rate: float = number(
+        1e-5, 0, math.inf, excluded=math.inf
+    )  # the highest, which the schedule starts from or rises to
     beta1: float = number(0.9, 0, 1, excluded=1)  # decay of the mean of gradients
     beta2: float = number(0.999, 0, 1, excluded=1)  # decay of the mean of their squares
     weight_decay: float = number(1e-2, 0, 10)  # part of the weights taken away, times the learning rate

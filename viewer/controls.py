@@ -20,7 +20,7 @@ from inference.animate import Stopwatch
 from inference.config import SamplingConfig
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
-from tpc.config import CHOICES, PRESETS
+from tpc.config import PRESETS, TRANSFORMS
 
 SAMPLE_IMAGES = {"Rendered person": SAMPLES / "rendered.png", "Photograph": SAMPLES / "photo.jpg"}
 PRESETS_OWN = "the preset's"
@@ -134,7 +134,7 @@ def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> l
     """Choices of a run in the order of `chosen`, with their defaults."""
     with gr.Row():
         preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset", min_width=80)
-        transforms = [PRESETS_OWN, *CHOICES["transform"]]
+        transforms = [PRESETS_OWN, *TRANSFORMS]
         transform = gr.Dropdown(transforms, value=PRESETS_OWN, label="Transform", min_width=80)
     with gr.Row():
         count = gr.Slider(1, most_frames, frames, step=1, label="Frames")

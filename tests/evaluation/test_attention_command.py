@@ -95,9 +95,9 @@ def test_the_same_command_does_nothing_again(finished):
     [
         ("layers=[up_blocks.9]", "layers: 'up_blocks.9' does not read the reference; the nearest that do are 'up_bl"),
         ("radius=0", "radius=0 must be a number, 0 to 100 but not 0"),
-        ("radii=[]", r"radii=\[\] not negative"),
+        ("radii=[]", r"radii=\[\] must be a list of one or more numbers"),
         ("columns=0", "columns=0 must be an integer, 1 to"),
-        ("keypoints=[tail]", "keypoints: 'tail' is none of nose"),
+        ("keypoints=[tail]", "keypoints=.*tail.* must be a list of one or more nose"),
         ("clips=0", "clips=0 must be at least 1"),
     ],
 )

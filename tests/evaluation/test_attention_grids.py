@@ -87,7 +87,7 @@ def test_heads_apart_are_needed(tiny_pipeline, inputs, run, reference):
     with pytest.raises(UserError, match="side=TPC is not one of without TPC, with TPC"):
         head_accuracy(run, reference, "TPC")
     mean = recorded_run(tiny_pipeline, inputs, AttentionConfig(steps=[2], mean=["heads"]), keypoints_only=True)
-    with pytest.raises(UserError, match="heads apart are needed"):
+    with pytest.raises(UserError, match="record heads without a mean"):
         head_accuracy(mean, reference, "with TPC")
 
 

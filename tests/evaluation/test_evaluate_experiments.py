@@ -136,7 +136,7 @@ def test_sweep(model, tmp_path):
     assert (tmp_path / "o" / "results.json").read_text() == first
     with pytest.raises(UserError, match="begun with other sampling"):
         evaluate.main([*command, "sampling.steps=2"])
-    with pytest.raises(UserError, match="scales=.*positive"):
+    with pytest.raises(UserError, match="scales=.* must be"):
         evaluate.main([*command, "scales=[0]"])
 
 
@@ -187,9 +187,9 @@ def test_ablation(model, tmp_path, capsys):
     extended = results_of(tmp_path / "o")["results"]["without TPC"]["foreground_ssim"]
     assert list(extended["by_seed"]) == ["0", "1", "2"] and extended["by_seed"]["1"] == cell["by_seed"]["1"]
     assert all(part.stat().st_mtime_ns == time for part, time in parts.items()), "a finished run is extended"
-    with pytest.raises(UserError, match="propagations: 'of' is neither off, hold nor a number"):
+    with pytest.raises(UserError, match="propagations has 'of', which is neither off, hold nor a number"):
         evaluate.main([*command, "propagations=[of]"])
-    with pytest.raises(UserError, match="tpc.transform=.* must be one of"):
+    with pytest.raises(UserError, match="transforms=.* must be a list of one or more"):
         evaluate.main([*command, "transforms=[cubic]"])
 
 

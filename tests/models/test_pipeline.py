@@ -364,5 +364,5 @@ def test_weights_that_are_not_finite_are_named_while_loading(tiny_pipeline, tmp_
 def test_folders_that_are_no_pipelines(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_pipeline(tmp_path / "none")
-    with pytest.raises(UserError, match="not a pipeline folder"):
+    with pytest.raises(UserError, match="no pipeline folder"):
         load_pipeline(tmp_path)

@@ -40,7 +40,7 @@ def test_the_decoder_moves_and_nothing_else(folder, tmp_path):
 def test_encoders_of_published_vaes_stay(folder, tmp_path):
     with pytest.raises(UserError, match="AutoencoderKL: only its decoder is trained, add freeze_encoder=true"):
         training.vae.main([f"output={tmp_path}", f"init={folder}", *QUICK[:-1]])
-    with pytest.raises(UserError, match="init=.* is not a VAE folder"):
+    with pytest.raises(UserError, match="init=.* does not exist"):
         training.vae.main([f"output={tmp_path}", f"init={tmp_path / 'none'}", *QUICK])
     for wrong, named in (("loss=cubes", "loss=cubes must be one of edges, squares"), ("crop=1", "crop=1 must be")):
         with pytest.raises(UserError, match=named):

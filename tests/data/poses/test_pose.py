@@ -302,7 +302,7 @@ def test_nobody_found():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (PoseConfig(backend="openpose"), "pose.backend=openpose must be blazepose or dwpose"),
+        (PoseConfig(backend="openpose"), "pose.backend=openpose must be one of blazepose, dwpose"),
         (PoseConfig(backend="dwpose"), "pose.weights=detector.onnx,pose.onnx"),
         (PoseConfig(backend="dwpose", weights="a.onnx"), "must name two files"),
         (PoseConfig(backend="dwpose", weights="/missing/a.onnx,/missing/b.onnx"), "a.onnx does not exist"),

@@ -115,4 +115,4 @@ def test_training_refuses_what_the_model_cannot_use(published, tmp_path):
     with pytest.raises(UserError, match="reads DensePose images; give data.pose_images="):
         train.main(init)
     with pytest.raises(UserError, match="trainable=motion is not one of full, adapter, lora, which DreamPose has"):
-        train.main([*init, "stage=motion", "data.num_frames=2", "trainable=motion", "data.pose_images=x"])
+        train.main([*init, "stage=motion", "data.num_frames=2", "trainable=motion", f"data.pose_images={tmp_path}"])

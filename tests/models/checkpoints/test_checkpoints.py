@@ -174,5 +174,7 @@ def test_inspect_checks_folders_by_their_configuration(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["load"], ["inspect"]])
 def test_wrong_use_is_explained(arguments):
-    with pytest.raises(UserError, match="python -m models.checkpoints"):
+    with pytest.raises(
+        UserError, match="inspect needs files|the first argument must be one of inspect, verify, convert"
+    ):
         main(arguments)
