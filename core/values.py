@@ -148,9 +148,8 @@ def _text(text: str, values: Values) -> str:
 
 
 def _limits(values: Values) -> str:
-    if values.high >= MANY:
-        return f"{_short(values.low)} or more"
-    text = f"{_short(values.low)} to {_short(values.high)}"
+    low, endless = _short(values.low), values.high in (MANY, math.inf)
+    text = f"{low} or more" if endless else f"{low} to {_short(values.high)}"
     return text if values.excluded is None else f"{text} but not {values.excluded:g}"
 
 
@@ -167,9 +166,11 @@ def _odd(value: Any) -> bool:
 
 
 def _example(value: Any, item: type, values: Values) -> str:
-    given = str(value) if item is str and not values.words and str(value).isidentifier() else ""
-    word = given if 0 < len(given) < SHOWN else None
-    word = word or next(iter(values.words), None) or {int: "1", float: "0.5", bool: "true", str: "a"}[item]
+    """A list that would fit, of the value itself where it is a plain word."""
     if item in (int, float) and values != Values():
         word = f"{max(values.low, min(values.high, 128 if values.length else 1)):g}"
+    elif item is str and not values.words and str(value).isidentifier() and len(str(value)) < SHOWN:
+        word = str(value)
+    else:
+        word = next(iter(values.words), None) or {int: "1", float: "0.5", bool: "true", str: "a"}[item]
     return "[" + ",".join([word] * (values.length or 1)) + "]"

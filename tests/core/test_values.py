@@ -10,13 +10,13 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 
 import metrics.protocols
-from core.config import load_config
+from core.config import LARGEST_SEED, load_config
 from core.errors import UserError
 from core.help import describe
-from core.values import fitting, kind_of, known_keys, values_of
+from core.values import MANY, Values, fitting, kind_of, known_keys, values_of, wanted
 from data.config import LAYOUT_NAMES
 from data.preparation.layouts import LAYOUTS
-from evaluation.config import MEASURES, PROTOCOLS
+from evaluation.config import MEASURES, PROTOCOLS, SweepConfig
 from tests.commands import COMMANDS
 from tests.house import FLOORS, source_files
 
@@ -105,6 +105,25 @@ def test_every_command_is_in_the_table():
     mains = [path for path in files if 'if __name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")]
     mains = [path for path in mains if not path.name.startswith("driver_")]  # which run in a peer's environment
     assert {str(path) for path in mains} == {f"{c.module.replace('.', '/')}.py" for c in COMMANDS}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (Values(1, MANY), "an integer, 1 or more"),
+        (Values(0, LARGEST_SEED), "an integer, 0 to 2**63 - 1"),
+        (Values(0, MANY, excluded=0), "an integer, 0 or more but not 0"),
+        (Values(0, 100, excluded=0), "an integer, 0 to 100 but not 0"),
+    ],
+)
+def test_limits_in_words(values, words):
+    assert wanted(int, values) == words
+
+
+def test_checks_of_all_bases_are_called():
+    for arguments, message in ((["clips=0"], "clips=0"), (["seeds=[1,1]"], "seeds="), (["scales=[1,1]"], "scales=")):
+        with pytest.raises(UserError, match=message):
+            load_config(SweepConfig, arguments)
 
 
 def test_names_in_configurations_are_those_of_the_code():
