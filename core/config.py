@@ -162,6 +162,7 @@ def check_first(module: str, schema: type, about: str | None, needs: str = "json
 def check_config(config: Any, name: str = "") -> None:
     """Check every value of a configuration, then call `check()` of every dataclass in it, innermost first.
 
+    Of a dataclass and its bases each `check` is called, so that none need call another's.
     A `UserError` starts with a field's name; `name` and the keys of the groups around it are put before.
     """
     for item in fields(config):
@@ -170,11 +171,12 @@ def check_config(config: Any, name: str = "") -> None:
             check_config(value, key)
         elif value != MISSING:
             fitting(key, value, item.type, values_of(type(config), item.name))
-    if hasattr(config, "check"):
-        try:
-            config.check()
-        except UserError as error:
-            raise UserError(f"{name}.{error}" if name else str(error)) from None
+    try:
+        for cls in reversed(type(config).__mro__):
+            if "check" in vars(cls):
+                cls.check(config)
+    except UserError as error:
+        raise UserError(f"{name}.{error}" if name else str(error)) from None
 
 
 def save_config(config: Any, path: str | Path) -> None:

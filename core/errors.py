@@ -28,7 +28,7 @@ def disk_error(error: Exception) -> str | None:
     """What a full disk made some writer raise, in words; None: it is another error."""
     if isinstance(error, OSError) and error.errno in FULL:
         return error.strerror
-    said = [word for word in FULL_WORDS if word in str(error)] if isinstance(error, Exception) else []
+    said = [word for word in FULL_WORDS if word in str(error)]
     return said[0].replace(FULL_WORDS[2], "a file was cut short") if said else None
 
 

@@ -160,8 +160,6 @@ class SweepConfig(ClipsConfig, TrialsConfig):
     scales: list[float] = numbers([0.3, 0.42, 0.6, 0.77, 1.0, 1.3, 1.7, 2.2, 3.0], 0.01, 100)
 
     def check(self) -> None:
-        ClipsConfig.check(self)
-        TrialsConfig.check(self)
         if len({f"{scale:g}" for scale in self.scales}) < len(self.scales):
             raise UserError(f"scales={self.scales} must differ")
 
@@ -187,8 +185,6 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     attachments: list[str] = choices(["add"], ATTACHMENTS, least=1)
 
     def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig):
-            base.check(self)
         for name in self.propagations:
             if name not in ("off", "hold") and not (name.isdecimal() and int(name) <= MANY):
                 raise UserError(f"propagations has {name!r}, which is neither off, hold nor a number of groups")
@@ -204,10 +200,6 @@ class TableConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     features: str = "stand-in"
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
-
-    def check(self) -> None:
-        for base in (ClipsConfig, TrialsConfig):
-            base.check(self)
 
 
 @dataclass
@@ -228,10 +220,6 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     columns: int = number(5, 1, 1000)  # denoising steps in that image
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
-    def check(self) -> None:
-        ClipsConfig.check(self)
-        TrialsConfig.check(self)
-
 
 @dataclass
 class MisalignedTrialsConfig(TrialsConfig):
@@ -249,7 +237,6 @@ class MisalignedTrialsConfig(TrialsConfig):
     weights: str | None = None  # folder of ST-LPIPS's network; null: the cache
 
     def check(self) -> None:
-        super().check()
         if self.split == "test" and not self.variants_on_test and (varied := self.varied()):
             raise UserError(
                 f"{varied} would be a choice on the test clips; choose with split=development "

@@ -81,14 +81,20 @@ class Animation:
         return columns
 
 
+def beside_own_size(pipeline: AnimationPipeline, size: tuple[int, int]) -> tuple[float, str]:
+    """Pixels of a (width, height) for one of the model's own size, and that size in words."""
+    own = pipeline.default_size(size)
+    return prod(size) / prod(own), f"the pixels that the model was made for, about {own[0]}x{own[1]}"
+
+
 def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving, sampling: SamplingConfig) -> Framing:
     """The frame that `animate` uses."""
     size = pipeline.default_size(driving.size) if sampling.size is None else tuple(sampling.size)
     check_model_sizes(sampling, pipeline.sizes)
-    if prod(size) > LARGEST * prod(own := pipeline.default_size(size)):
+    times, own = beside_own_size(pipeline, size)
+    if times > LARGEST:
         raise UserError(
-            f"size=[{size[0]},{size[1]}] has more than {LARGEST} times the pixels that the model was made for, about "
-            f"{own[0]}x{own[1]}; take a smaller one, and upscale=source"
+            f"size=[{size[0]},{size[1]}] has more than {LARGEST} times {own}; take a smaller one, and upscale=source"
         )
     reference_map = fit_matrix(reference.image.shape[1::-1], size, sampling.reference_fit)
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
@@ -279,13 +285,10 @@ def with_defaults(job: InferConfig, pipeline: AnimationPipeline) -> InferConfig:
 
 def size_note(pipeline: AnimationPipeline, size: tuple[int, int]) -> str | None:
     """A warning about a size (width, height) far beyond what the model was trained on."""
-    own = pipeline.default_size(size)
-    if (times := prod(size) / prod(own)) <= LARGER:
+    times, own = beside_own_size(pipeline, size)
+    if times <= LARGER:
         return None
-    return (
-        f"size={size[0]}x{size[1]} has {times:.1f} times the pixels that the model was made for, about "
-        f"{own[0]}x{own[1]}; people may come out doubled or blurred"
-    )
+    return f"size={size[0]}x{size[1]} has {times:.1f} times {own}; people may come out doubled or blurred"
 
 
 def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:

@@ -199,7 +199,8 @@ def run_training(config: TrainConfig) -> None:
     differences = schedule_differences(config)
     config = with_schedule(spread_batch(config))
     vae, model = build(config)
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) / 1e6 for least in (1, 0))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    every = sum(p.numel() for p in model.parameters()) / 1e6
     accelerator = make_accelerator(config, output)
     set_seed(config.seed, device_specific=True)
     with ExitStack() as stack:

@@ -180,12 +180,14 @@ def legend(width: int) -> np.ndarray:
             middle = np.full(2, LEGEND_HEIGHT // 2)
             cell = mark(np.full((LEGEND_HEIGHT, LEGEND_HEIGHT, 3), GREY, np.uint8), middle, 1.0, *sign)
         entries.append(np.concatenate([cell, text_line(text, LEGEND_HEIGHT)], axis=1))
-    lines, room = [np.full((LEGEND_HEIGHT, 0, 3), 255, np.uint8)], width
-    for entry in entries:
-        if lines[-1].shape[1] and lines[-1].shape[1] + entry.shape[1] > room:
-            lines.append(np.full((LEGEND_HEIGHT, 0, 3), 255, np.uint8))
-        lines[-1] = np.concatenate([lines[-1], entry], axis=1)
+    lines = entries[:1]
+    for entry in entries[1:]:
+        if lines[-1].shape[1] + entry.shape[1] > width:
+            lines.append(entry)
+        else:
+            lines[-1] = np.concatenate([lines[-1], entry], axis=1)
     fitted = [
-        np.pad(line, ((2, 2), (0, max(0, width - line.shape[1])), (0, 0)), constant_values=255) for line in lines
+        np.pad(line[:, :width], ((2, 2), (0, max(0, width - line.shape[1])), (0, 0)), constant_values=255)
+        for line in lines
     ]
-    return np.concatenate([line[:, :width] for line in fitted])
+    return np.concatenate(fitted)

@@ -44,12 +44,12 @@ def inspect_command(arguments: list[str]) -> None:
         found = inspect(tensors, path)
         counts = f"{found.tensors} tensors, {found.elements:,} elements, {' '.join(found.dtypes)}"
         print(f"{path}: {found.kind}; {counts}" + (f"; {found.detail}" if found.detail else ""))
-        lines = found.mismatch.lines() if found.mismatch else ["complete" if found.known else "not compared"]
+        lines = found.mismatch.lines() if found.mismatch else [] if found.known else ["not compared"]
         if found.not_finite:
             lines.append(f"NaN or infinity in {len(found.not_finite)}: {first_few(found.not_finite)}")
         if found.blank:
             lines.append(f"zeros alone in {len(found.blank)}: {first_few(found.blank)}")
-        print("\n".join(f"  {line}" for line in lines if len(lines) == 1 or line != "complete"))
+        print("\n".join(f"  {line}" for line in lines or ["complete"]))
         faults = found.mismatch or found.not_finite or found.blank
         complete = complete and not faults and found.kind != "unknown"
     if not complete:
