@@ -139,6 +139,9 @@ class CalibratedTrainingConfig:
     # standard deviation of errors added to the keypoints, parts of the image's height, as estimators have
     noise: float = number(0.01, 0, 1)
     images: int = number(1, 1, 10**6)  # calibrated images a clip; its frames share them in consecutive groups
+    # part of the calibrated samples whose frames are noised from their calibrated images, as tpc.start begins, on the
+    # way to the true ones; 0 = none
+    start: float = number(0.0, 0, 1)
     visibility: str = choice("scene", VISIBILITIES)  # who attends to calibrated tokens, as tpc.visibility
     mask_threshold: float = number(0.0, 0, 1)  # part of a token's pixels above which it belongs to the person
 

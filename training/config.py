@@ -273,11 +273,17 @@ class TrainConfig:
         return named | {"data.pose_images": data.pose_images, "validation.root": self.validation.root}
 
     def _check_supervision(self) -> None:
-        composition, attention = self.augmentation.composition, self.attention
-        if self.augmentation.calibrated.transform == "articulated" and composition.probability > 0:
+        composition, calibrated = self.augmentation.composition, self.augmentation.calibrated
+        attention = self.attention
+        if calibrated.transform == "articulated" and composition.probability > 0:
             raise UserError(
                 "augmentation.calibrated.transform=articulated needs references that stay as the loader makes them; "
                 "set augmentation.composition.probability=0 (data.people.reframed= moves those of rendered people)"
+            )
+        if calibrated.start > 0 and calibrated.images < self.data.num_frames:
+            raise UserError(
+                f"augmentation.calibrated.start={calibrated.start} needs an image of its own for every frame; set "
+                f"augmentation.calibrated.images={self.data.num_frames}"
             )
         if attention.surface and not self.data.cache_surfaces:
             raise UserError(f"attention.surface={attention.surface} needs data.cache_surfaces=true")

@@ -7,7 +7,7 @@ Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from training.config import NoiseConfig, TrainConfig
 
 Batch = dict[str, Tensor]
 Generators = Sequence[torch.Generator]  # one for each sample of a batch
+# Nearer to the clean image the noise that leads from a calibrated one to the truth would be many times the usual.
+MOST_SIGNAL = 0.95
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,22 @@ class Objective:
         mean, deviation, reference_latents = batch_latents(self.vae, batch, animator, config.vae_chunk)
         timesteps = self.scheduler.config.num_train_timesteps
         drawn = draw(mean.shape[1:], noise, generators, mean.device, animator.drop_modes, timesteps)
-        latents = mean + deviation * drawn.posterior
+        latents, added = mean + deviation * drawn.posterior, drawn.noise
         context = images = None
         if calibrated.probability > 0:
-            images, context = calibrated_reference(batch, self.levels, calibrated, generators)
+            placed = calibrated_samples(batch, calibrated, generators)
+            images, context = calibrated_reference(batch, placed, self.levels, calibrated)
+            encoded = None
             if animator.calibrated_latents:
                 shown = animator.vae_images(images.pixels, images.masks)
                 encoded = encode_reference(self.vae, shown, config.vae_chunk)
                 reference_latents = torch.cat([reference_latents, encoded])
+            if calibrated.start > 0:
+                if encoded is None or animator.alters_reference:
+                    encoded = encode_reference(self.vae, images.pixels, config.vae_chunk)
+                started = placed.present & drawn_with(calibrated.start, placed.present, generators)
+                signal = self.scheduler.alphas_cumprod.to(latents)[drawn.timesteps]
+                added = started_noise(added, latents, encoded, placed.index, started, signal)
         points = probe = None
         if attention.weight > 0:
             if attention.surface:
@@ -154,7 +164,7 @@ class Objective:
                 points = with_background(points, batch, attention.background, generators)
             probe = point_probe(points, self.grids)
         prediction = model(
-            noisy_latents=self.scheduler.add_noise(latents, drawn.noise, drawn.timesteps),
+            noisy_latents=self.scheduler.add_noise(latents, added, drawn.timesteps),
             timestep=drawn.timesteps,
             reference_latents=reference_latents,
             reference_image=batch["reference_context"] if "reference_context" in batch else batch["reference"],
@@ -165,7 +175,7 @@ class Objective:
             reference_mask=batch["reference_mask"] if animator.needs_mask else None,
             calibrated=images,
         )
-        target = prediction_target(self.scheduler, latents, drawn.noise, drawn.timesteps)
+        target = prediction_target(self.scheduler, latents, added, drawn.timesteps)
         squares = (prediction.float() - target).square()  # (b, c, f, h, w)
         errors = squares.mean(dim=(1, 2, 3, 4))
         weighted = errors
@@ -267,16 +277,20 @@ def sample(batch: Batch, index: int) -> Batch:
     return {name: value[index : index + 1] for name, value in batch.items()}
 
 
+def calibrated_samples(batch: Batch, config: CalibratedTrainingConfig, generators: Generators) -> CalibratedBatch:
+    """Calibrated images of every sample, those of the loader where they are bent by body part."""
+    if config.transform == "articulated":
+        return CalibratedBatch(**{field.name: batch[f"calibrated_{field.name}"] for field in fields(CalibratedBatch)})
+    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
+    return CalibratedBatch(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibratedBatch)}
+    )
+
+
 def calibrated_reference(
-    batch: Batch, levels: list[TokenLevel], config: CalibratedTrainingConfig, generators: Generators
+    batch: Batch, calibrated: CalibratedBatch, levels: list[TokenLevel], config: CalibratedTrainingConfig
 ) -> tuple[CalibratedImages, ReferenceContext]:
     """The m calibrated images of each clip; index and visibility for b*f frames of [b references | b*m images]."""
-    names = ("images", "masks", "index", "present")
-    if config.transform == "articulated":
-        calibrated = CalibratedBatch(**{name: batch[f"calibrated_{name}"] for name in names})
-    else:
-        parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
-        calibrated = CalibratedBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
     flags = training_visibility(batch, calibrated, levels, config)
     batch_size, images = calibrated.images.shape[:2]
     frames = calibrated.index.shape[1]
@@ -284,3 +298,25 @@ def calibrated_reference(
     clip = torch.arange(batch_size, device=found.pixels.device)[:, None].expand(-1, frames)
     index = torch.stack([clip, batch_size + clip * images + calibrated.index], dim=-1).flatten(0, 1)  # (b*f, 2)
     return found, ReferenceContext({}, index, flags)
+
+
+def drawn_with(probability: float, present: Tensor, generators: Generators) -> Tensor:
+    """(b, 1) bool, drawn for each sample, on the device of `present`."""
+    uniform = torch.stack([torch.rand(1, generator=g) for g in generators])
+    return (uniform < probability).to(present.device)
+
+
+def started_noise(
+    noise: Tensor, latents: Tensor, calibrated: Tensor, index: Tensor, started: Tensor, signal: Tensor
+) -> Tensor:
+    """Noise (b, c, f, h, w) with which `latents` become, in `started` frames (b, f), noised calibrated images.
+
+    a z' + s e = a z + s e' with e' = e + (z' - z) a / s: whatever a model predicts of (z, e') leads from the noised
+    calibrated latents z', where `tpc.start` begins, to those of the truth, z. `calibrated` is (b*m, c, h, w), `index`
+    (b, f) says which of a sample's m, and `signal` is a^2 of each sample, (b,).
+    """
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    shown = calibrated.unflatten(0, (len(index), -1))[rows, index].transpose(1, 2)  # (b, c, f, h, w)
+    ratio = (signal / (1 - signal)).sqrt()[:, None, None, None, None]
+    moved = started & (signal < MOST_SIGNAL)[:, None]
+    return torch.where(moved[:, None, :, None, None], noise + ratio * (shown - latents), noise)

@@ -14,9 +14,16 @@ from models.attention.layers import self_attention_level
 from tests.tpc_bodies import body, place, silhouette
 from tpc.augmentation import calibrate_batch, calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
-from training.config import AugmentationConfig, DataConfig, TrainConfig
+from training.build import make_scheduler
+from training.config import AugmentationConfig, DataConfig, NoiseConfig, TrainConfig
 from training.data import ArticulatedClips, make_dataset, make_loader
-from training.objective import calibrated_reference, sample_generators
+from training.objective import (
+    calibrated_reference,
+    calibrated_samples,
+    prediction_target,
+    sample_generators,
+    started_noise,
+)
 
 SIDE, FRAMES = 96, 4
 ON = CalibratedTrainingConfig(probability=1.0, transform="articulated", keypoints="all", noise=0.0, images=2)
@@ -132,10 +139,32 @@ def test_a_resumed_run_reads_what_an_unbroken_one_reads():
 def test_the_objective_takes_the_loaders_images():
     clips = ArticulatedClips(Bodies(), ON, seed=0)
     batch = default_collate([clips[0], clips[1]])
-    images, context = calibrated_reference(batch, [self_attention_level((8, 8))], ON, sample_generators(0, range(2)))
+    placed = calibrated_samples(batch, ON, sample_generators(0, range(2)))
+    images, context = calibrated_reference(batch, placed, [self_attention_level((8, 8))], ON)
     assert torch.equal(images.pixels, batch["calibrated_images"].flatten(0, 1))
     # Rows of [2 references | 2 images each], frame by frame.
     assert context.index.tolist() == [[0, 2], [0, 2], [0, 3], [0, 3], [1, 4], [1, 4], [1, 5], [1, 5]]
+
+
+@pytest.mark.parametrize("predicted", ["v_prediction", "epsilon", "sample"])
+def test_started_frames_are_noised_calibrated_images_on_the_way_to_the_truth(predicted):
+    scheduler = make_scheduler(NoiseConfig(prediction_type=predicted, rescale_betas_zero_snr=False))
+    noise, latents = (torch.randn((2, 4, 3, 2, 2), generator=generator(k)) for k in range(2))
+    images = torch.randn((2 * 2, 4, 2, 2), generator=generator(2))  # two a clip
+    index = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    timesteps = torch.tensor([300, 0])  # the second clip has hardly any noise, so it stays as it is
+    signal = scheduler.alphas_cumprod[timesteps]
+    started = torch.tensor([[True, True, False], [True, True, True]])
+    added = started_noise(noise, latents, images, index, started, signal)
+    noisy = scheduler.add_noise(latents, added, timesteps)
+    shown = scheduler.add_noise(images[index[0]].transpose(0, 1)[None], noise[:1], timesteps[:1])
+    assert torch.allclose(noisy[0, :, :2], shown[0, :, :2], atol=1e-5)
+    assert torch.equal(added[0, :, 2], noise[0, :, 2]) and torch.equal(added[1], noise[1])
+    # Whoever predicts the target exactly arrives at the truth.
+    target = prediction_target(scheduler, latents, added, timesteps)
+    scheduler.set_timesteps(1000)
+    found = scheduler.step(target[:1], 300, noisy[:1]).pred_original_sample
+    assert torch.allclose(found, latents[:1], atol=1e-5)
 
 
 def test_what_does_not_go_together_is_refused():
@@ -143,6 +172,10 @@ def test_what_does_not_go_together_is_refused():
     composed = AugmentationConfig(composition=CompositionConfig(probability=0.5), calibrated=calibrated)
     with pytest.raises(UserError, match="articulated needs references that stay.*composition.probability=0"):
         check_config(TrainConfig(stage="image", output="x", dry_run=True, augmentation=composed), "")
+    started = AugmentationConfig(calibrated=replace(calibrated, start=0.5, images=2))
+    with pytest.raises(UserError, match="start=0.5 needs an image of its own for every frame.*images=8"):
+        data = DataConfig(num_frames=8)
+        check_config(TrainConfig(stage="motion", output="x", dry_run=True, augmentation=started, data=data), "")
     with pytest.raises(UserError, match="transform=affine must be one of procrustes, articulated"):
         calibrate_item(Bodies()[0], CalibratedTrainingConfig(transform="affine"))
     with pytest.raises(UserError, match="reframed=1.5 must be a number, 0 to 1"):
