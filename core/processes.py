@@ -5,8 +5,22 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from core.errors import UserError
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """True for a device to which data are copied over a bus."""
+    return device.type not in ("cpu", "mps")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; the program goes on before it is there, and before earlier work is done."""
+    # Of copies over a bus only those out of pinned memory let it go on.
+    if has_own_memory(device) and tensor.device.type == "cpu" and tensor.numel():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def process_state(device: str = "auto") -> PartialState:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from core.processes import to_device
 from models.attention.layers import TokenLevel
 from models.attention.masking import Visibility
 from models.vae import VAE, vae_encode
@@ -105,8 +106,8 @@ def clip_pixels(images: Tensor, side: int) -> Tensor:
     """Images (b, 3, H, W) in [-1, 1] squashed to (b, 3, side, side) float32, with CLIP's mean and deviation."""
     # Rounding may leave [0, 1] by a little after the cubic filter; the encoder was trained on clipped images.
     pixels = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels - mean) / std
+    channels = zip(pixels.unbind(1), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def clip_mask(masks: Tensor, side: int) -> Tensor:
@@ -127,7 +128,7 @@ class ImageSequence:
 
     def __getitem__(self, frames: range) -> Tensor:
         """Consecutive frames, (k, 3, height, width) in [0, 1]."""
-        part = unit_range(self.images[frames.start : frames.stop].to(self.device))
+        part = unit_range(to_device(self.images[frames.start : frames.stop], self.device))
         return resize_images(part, *self.size).to(self.dtype)
 
 

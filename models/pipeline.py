@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
+from core.processes import to_device
 from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator, Condition
@@ -258,6 +259,9 @@ class AnimationPipeline(DiffusionPipeline):
             scheduler = StartedSolver(
                 scheduler, calibration.start_timestep, num_inference_steps, started, device=device
             )
+        # For the program and the solver; a GPU would have to be waited for to read its own.
+        timesteps = scheduler.timesteps.cpu()
+        step_scales = [guidance_at(scales, guidance_interval, scheduler, timestep) for timestep in timesteps]
         images = self.prepare_images(reference, reference_mask, calibration, size)
         references = ReferenceImages(animator, images, steps)
         pose_condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), references.conditioning)
@@ -269,26 +273,25 @@ class AnimationPipeline(DiffusionPipeline):
             latents = scheduler.begin(latents, noise, start_latents(images, started))
         broken = torch.full((), -1, device=device)  # the first step whose result is not finite; read at the end
         with self.progress_bar(total=steps) as progress:
-            for step, timestep in enumerate(scheduler.timesteps):
-                sample = scheduler.scale_model_input(latents, timestep).to(dtype)  # (1, c, f, h, w)
-                step_scales = guidance_at(scales, guidance_interval, scheduler, timestep)
+            for step, (timestep, at) in enumerate(zip(scheduler.timesteps, timesteps, strict=True)):
+                sample = scheduler.scale_model_input(latents, at).to(dtype)  # (1, c, f, h, w)
                 shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
                 windows = context_windows(num_frames, window_size, window_overlap, shift, cuts)
                 prediction = torch.zeros_like(latents)
                 for i, (window, weight) in enumerate(zip(windows, window_weights(windows, num_frames), strict=True)):
-                    context = references.context(step, int(timestep), window)
+                    context = references.context(step, int(at), window)
                     if attention is not None:
-                        context = replace(context, probe=attention.probe(step, int(timestep), windows, i))
+                        context = replace(context, probe=attention.probe(step, int(at), windows, i))
                     pose = pose_condition(window, sample, timestep)
                     # The unconditional half attends to no images, and keeps the pose.
                     condition = Condition(references.conditioning, pose, context)
                     frames = slice(window.start, window.stop)
-                    predicted = animator.predict(sample[:, :, frames], timestep, condition, step_scales)
-                    prediction[:, :, frames] += predicted * weight.to(latents)[:, None, None]
-                latents = scheduler.step(prediction, timestep, latents).prev_sample
+                    predicted = animator.predict(sample[:, :, frames], timestep, condition, step_scales[step])
+                    prediction[:, :, frames] += predicted * to_device(weight, device).to(latents)[:, None, None]
+                latents = scheduler.step(prediction, at, latents).prev_sample
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = callback_on_step_end(self, step, int(timestep), tensors).pop("latents", latents)
+                    latents = callback_on_step_end(self, step, int(at), tensors).pop("latents", latents)
                 broken = torch.where((broken < 0) & ~latents.isfinite().all(), step, broken)
                 progress.update()
 

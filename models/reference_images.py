@@ -3,10 +3,13 @@
 Shapes use f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.processes import to_device
 from models.animators.base import Animator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
@@ -64,12 +67,12 @@ class ReferenceImages:
             return ReferenceContext(self.tokens, reference, projected=self.projected)
         index = self.index(step)[frames.start : frames.stop]  # (f, persons), -1 where uncalibrated
         rows = [[self.rows[int(image)] for image in row] for row in index]
-        calibrated = torch.tensor(rows, dtype=torch.long, device=device).reshape(len(frames), -1)
+        calibrated = to_device(torch.tensor(rows, dtype=torch.long).reshape(len(frames), -1), device)
         flags = self.calibration.flags(frames, step, self.levels)
         return ReferenceContext(
             self.tokens,
             attended_images(calibrated, self.calibration.replaces_reference),
-            None if flags is None else flags.to(device),
+            None if flags is None else flags.map(partial(to_device, device=device)),
             self.projected,
         )
 

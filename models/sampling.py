@@ -55,8 +55,8 @@ def guidance_at(
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
-    """Share of noise in the noisy latents at a timestep, in [0, 1]."""
-    return float((1 - scheduler.alphas_cumprod[timestep.cpu()]).sqrt())
+    """Share of noise in the noisy latents at a timestep of the CPU, in [0, 1]."""
+    return float((1 - scheduler.alphas_cumprod[timestep]).sqrt())
 
 
 # Fractions of a distance between windows by which successive steps shift them: multiples of the golden ratio spread

@@ -80,13 +80,14 @@ class StartedSolver:
 
     def __init__(self, scheduler: SchedulerMixin, start: int, steps: int, started: np.ndarray, device: torch.device):
         trained = len(scheduler.alphas_cumprod)
-        timesteps = started_timesteps(start, steps, trained, everywhere=bool(started.all()))
-        self.timesteps = torch.tensor(timesteps, device=device)
+        self.steps = started_timesteps(start, steps, trained, everywhere=bool(started.all()))
+        self.timesteps = torch.tensor(self.steps, device=device)
         self.alphas_cumprod = scheduler.alphas_cumprod
-        self.started = torch.from_numpy(started).to(device)
-        self.solvers = [(self.started, with_timesteps(scheduler, [t for t in timesteps if t <= start]))]
-        if not started.all():
-            self.solvers.append((~self.started, with_timesteps(scheduler, timesteps)))
+        # Indices, because a GPU's program waits to hear how many frames a mask leaves.
+        self.started, others = (torch.from_numpy(np.flatnonzero(part)).to(device) for part in (started, ~started))
+        self.solvers = [(self.started, with_timesteps(scheduler, [t for t in self.steps if t <= start]))]
+        if len(others):
+            self.solvers.append((others, with_timesteps(scheduler, self.steps)))
 
     def begin(self, latents: Tensor, noise: Tensor, images: Tensor) -> Tensor:
         """Latents (1, c, f, h, w) of the first timestep: the given ones, but for started frames.
@@ -95,24 +96,24 @@ class StartedSolver:
         """
         self.images, self.noise = images.to(noise), noise[:, :, self.started]
         latents = latents.clone()
-        latents[:, :, self.started] = self.add_noise(self.images, self.noise, self.timesteps[:1])
+        latents[:, :, self.started] = self.add_noise(self.images, self.noise, self.steps[0])
         return latents
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return latents
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        signal = self.alphas_cumprod.to(latents)[timestep]
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        signal = self.alphas_cumprod[timestep].to(latents.dtype)
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SimpleNamespace:
-        left = int((self.timesteps < timestep).sum())  # steps after this one
+        left = len(self.steps) - self.steps.index(int(timestep)) - 1  # steps after this one
         after = torch.empty_like(latents)
         for frames, solver in self.solvers:
             if left < len(solver.timesteps):
                 stepped = solver.step(prediction[:, :, frames], left, latents[:, :, frames]).prev_sample
             else:
-                stepped = self.add_noise(self.images, self.noise, self.timesteps[-left:][:1])
+                stepped = self.add_noise(self.images, self.noise, self.steps[-left])
             after[:, :, frames] = stepped
         return SimpleNamespace(prev_sample=after)
 

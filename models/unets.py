@@ -46,6 +46,8 @@ class ReferenceNet(UNet2DConditionModel):
     def forward(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
         """Reference latents (i, c, h, w), context (i, tokens, channels) -> {layer: (i, h*w of that layer, c)}."""
         record = TokenRecord()
+        if isinstance(timestep, int):  # a number would be copied to the device, which waits
+            timestep = torch.full((), timestep, device=sample.device)
         super().forward(sample, timestep, encoder_hidden_states, cross_attention_kwargs={"written_tokens": record})
         if len(record.tokens) < self.num_written:
             raise RuntimeError(f"{len(record.tokens)} of {self.num_written} layers wrote: something copied the record")
@@ -241,13 +243,13 @@ class DenoisingUNet(UNetMotionModel):
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
         predictions = []
         for j in range(batch):
-            frames = slice(j * num_frames, (j + 1) * num_frames)
+            clip, frames = slice(j, j + 1), slice(j * num_frames, (j + 1) * num_frames)
             predictions.append(
                 self.forward(
-                    sample[[j]],
-                    timesteps[[j]],
-                    encoder_hidden_states[[j]],
-                    None if pose_features is None else pose_features[[j]],
+                    sample[clip],
+                    timesteps[clip],
+                    encoder_hidden_states[clip],
+                    None if pose_features is None else pose_features[clip],
                     None if reference is None else reference.clip(j, num_frames),
                     None if residuals is None else [part[frames] for part in residuals],
                 )

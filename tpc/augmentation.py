@@ -13,8 +13,9 @@ Pixel coordinates are (x, y), y down, centres at integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import check_config
+from core.processes import to_device
 from data.poses.person import box_iou
 from data.poses.poses import Poses
 from models.attention.layers import TokenLevel, pool_masks, self_attention_level
@@ -34,6 +36,7 @@ from tpc.silhouettes import FIXED_RULES, head_axis, keypoint_box, relative_angle
 from tpc.trajectory import group_of_frames
 
 Batch = dict[str, Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None  # of a whole batch, or one for each of its samples
 # The middle of the person stays this far inside the image, as a part of its sides.
 MARGIN = 0.2
 PADDING = {"edge": "border", "black": "zeros"}
@@ -51,21 +54,19 @@ class CalibratedBatch:
 
 
 @torch.no_grad()
-def compose_references(
-    batch: Batch, config: CompositionConfig, step: int = 0, generator: torch.Generator | None = None
-) -> Batch:
+def compose_references(batch: Batch, config: CompositionConfig, step: int = 0, generator: Generators = None) -> Batch:
     """The batch with the references of some samples moved, turned and resized about their persons."""
     check_config(config, "composition")
     reference, mask = batch["reference"], batch["reference_mask"]
     size = _size(reference)
     if config.probability == 0:
         return batch
-    matrices = composition_matrices(mask, config, step, generator).to(reference.device)
+    matrices = composition_matrices(mask, config, step, generator)
     moved_mask = (warp(mask.float(), matrices, size, "black") >= 0.5).to(mask.dtype)
     moved = place(reference, mask.float(), matrices, size, config.fill)
     keypoints = batch["reference_keypoints"]
     points = apply_matrix(matrices, keypoints[..., :2]).to(keypoints.dtype)
-    inside = ((points >= -0.5) & (points < points.new_tensor(size) - 0.5)).all(-1)
+    inside = (points >= -0.5).all(-1) & (points[..., 0] < size[0] - 0.5) & (points[..., 1] < size[1] - 0.5)
     keypoints = torch.cat([points, (keypoints[..., 2] * inside)[..., None]], -1)
     changed = (matrices != torch.eye(3, dtype=matrices.dtype, device=matrices.device)).flatten(1).any(1)
     composed = {"reference": moved, "reference_mask": moved_mask, "reference_keypoints": keypoints}
@@ -75,27 +76,33 @@ def compose_references(
 
 
 def composition_matrices(
-    mask: Tensor, config: CompositionConfig, step: int = 0, generator: torch.Generator | None = None
+    mask: Tensor, config: CompositionConfig, step: int = 0, generator: Generators = None
 ) -> Tensor:
     """(b, 3, 3) float64 random similarities about the persons of masks (b, 1, h, w); some are identities."""
-    # Drawn on the CPU, so that one generator gives the same on every device.
-    b, (width, height) = len(mask), _size(mask)
-    strength = min(1.0, step / config.ramp_steps) if config.ramp_steps > 0 else 1.0
-    drawn = torch.rand((6, b), generator=generator, dtype=torch.float64)
+    b, strength = len(mask), min(1.0, step / config.ramp_steps) if config.ramp_steps > 0 else 1.0
+    drawn = to_device(_draw(partial(torch.rand, dtype=torch.float64), (6, b), 1, generator), mask.device)
     even = 2 * drawn - 1
     low, high = math.log(config.min_scale), math.log(config.max_scale)
     scale = torch.exp(strength * (low + (high - low) * drawn[0]))
     angle = math.radians(config.max_rotation) * strength * even[1]
-    sides = torch.tensor([width, height], dtype=torch.float64)
-    centre = _middles(mask.cpu())
-    goal = centre + strength * config.max_translation * sides * even[2:4].T
-    goal = torch.minimum(torch.maximum(goal, MARGIN * sides), (1 - MARGIN) * sides)
-    if strength == 0:
-        goal = centre
-    turn = SimilarityTransform(scale, angle, torch.zeros(b, 2, dtype=torch.float64)).matrix
+    centre = _middles(mask)
+    goal = centre
+    if strength > 0:
+        moved = zip(centre.unbind(-1), even[2:4], _size(mask), strict=True)
+        moved = [(x + strength * config.max_translation * side * by, side) for x, by, side in moved]
+        goal = torch.stack([x.clamp(MARGIN * side, (1 - MARGIN) * side) for x, side in moved], dim=-1)
+    turn = SimilarityTransform(scale, angle, torch.zeros_like(centre)).matrix
     turn[:, :2, 2] = goal - (turn[:, :2, :2] @ centre[..., None])[..., 0]
     keep = (drawn[4] < config.probability)[:, None, None]
-    return torch.where(keep, turn, torch.eye(3, dtype=torch.float64))
+    return torch.where(keep, turn, torch.eye(3, dtype=turn.dtype, device=turn.device))
+
+
+def _draw(draw: Callable[..., Tensor], shape: tuple[int, ...], samples: int, generator: Generators) -> Tensor:
+    """Random numbers whose axis `samples` is a batch's; of the CPU, so that they are the same for every device."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return draw(shape, generator=generator)
+    alone = (*shape[:samples], 1, *shape[samples + 1 :])
+    return torch.cat([draw(alone, generator=own) for own in generator], dim=samples)
 
 
 @torch.no_grad()
@@ -145,19 +152,17 @@ def calibrate_item(item: Batch, config: CalibratedTrainingConfig, generator: tor
     }
 
 
-def _draw_members(b: int, frames: int, images: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _draw_members(b: int, frames: int, images: int, generator: Generators) -> tuple[Tensor, Tensor]:
     """Groups (f,) of a clip's frames, and (b, m) the frame of each group, drawn at random, whose image all share."""
     groups = torch.from_numpy(group_of_frames(frames, max(1, min(images, frames))))
     # The member of each group with the highest number.
-    drawn = torch.rand((b, frames), generator=generator)
+    drawn = _draw(torch.rand, (b, frames), 0, generator)
     chosen = [(drawn - 2.0 * (groups != g)).argmax(1) for g in range(int(groups[-1]) + 1)]
     return groups, torch.stack(chosen, 1)
 
 
 @torch.no_grad()
-def calibrate_batch(
-    batch: Batch, config: CalibratedTrainingConfig, generator: torch.Generator | None = None
-) -> CalibratedBatch:
+def calibrate_batch(batch: Batch, config: CalibratedTrainingConfig, generator: Generators = None) -> CalibratedBatch:
     """Calibrate the references of some samples to frames of their clips, as inference calibrates, by one similarity.
 
     The frames of a clip are divided into groups; the frames of a group share the image of one of them, drawn at
@@ -165,22 +170,22 @@ def calibrate_batch(
     """
     check_config(config, "calibrated_training")
     reference, keypoints = batch["reference"], batch["keypoints"]
-    (b, frames), size = keypoints.shape[:2], _size(reference)
+    (b, frames, joints), size, device = keypoints.shape[:3], _size(reference), keypoints.device
     groups, chosen = _draw_members(b, frames, config.images, generator)
-    m, chosen = chosen.shape[1], chosen.to(keypoints.device)
+    m, chosen = chosen.shape[1], to_device(chosen, device)
     target = torch.gather(keypoints, 1, chosen[:, :, None, None].expand(-1, -1, *keypoints.shape[2:]))
     source = batch["reference_keypoints"][:, None]
-    noise = torch.randn((2, b, m, *source.shape[2:3], 2), generator=generator).to(source.device)
-    noise = noise * config.noise * size[1]
-    rule = torch.zeros(source.shape[2], device=source.device)
+    noise = to_device(_draw(torch.randn, (2, b, m, joints, 2), 1, generator), device) * config.noise * size[1]
+    rule = torch.zeros(joints)
     rule[list(FIXED_RULES[config.keypoints])] = 1
+    rule = to_device(rule, device)
     seen = (source[..., 2] > config.score_threshold) & (target[..., 2] > config.score_threshold)
     transform = SimilarityTransform.from_estimate(
         source[..., :2] + noise[0], target[..., :2] + noise[1], seen * rule * source[..., 2] * target[..., 2]
     )
-    wanted = torch.rand(b, generator=generator).to(keypoints.device) < config.probability
-    valid = torch.zeros(b, m, dtype=torch.bool, device=keypoints.device)
-    matrices = torch.eye(3, dtype=torch.float64, device=keypoints.device).expand(b, m, 3, 3)
+    wanted = to_device(_draw(torch.rand, (b,), 0, generator), device) < config.probability
+    valid = torch.zeros(b, m, dtype=torch.bool, device=device)
+    matrices = torch.eye(3, dtype=torch.float64, device=device).expand(b, m, 3, 3)
     if transform:
         valid = transform.valid & wanted[:, None] & (seen * rule).sum(-1).ge(2)
         matrices = torch.where(valid[..., None, None], transform.matrix, matrices)
@@ -188,7 +193,7 @@ def calibrate_batch(
     flat = matrices.flatten(0, 1)
     images = place(reference.repeat_interleave(m, 0), mask.repeat_interleave(m, 0), flat, size, "scene")
     masks = (warp(mask.repeat_interleave(m, 0), flat, size, "black") >= 0.5).float()
-    index = groups.to(keypoints.device).expand(b, -1)
+    index = to_device(groups, device).expand(b, -1)
     return CalibratedBatch(images.unflatten(0, (b, m)), masks.unflatten(0, (b, m)), index, valid.gather(1, index))
 
 
@@ -251,7 +256,7 @@ def warp(images: Tensor, matrices: Tensor, size: tuple[int, int], fill: str) -> 
     """
     # Other pixels than those of `tpc.warping.ImagePyramid`, which takes one image at a time, on the CPU: here every
     # sample has a matrix of its own, on the device, and none shrinks so far that a pyramid would be needed.
-    inverse = torch.linalg.inv(matrices.double())
+    inverse = torch.linalg.inv_ex(matrices.double()).inverse  # unlike `inv` it reads nothing from the device
     n = SUPERSAMPLING
     offsets = (torch.arange(n, dtype=torch.float64, device=inverse.device) + 0.5) / n - 0.5
     x = (torch.arange(size[0], device=inverse.device)[:, None] + offsets).reshape(-1)
@@ -307,8 +312,6 @@ def _middles(mask: Tensor) -> Tensor:
     weight = mask[:, 0].double()
     height, width = weight.shape[1:]
     total = weight.sum((1, 2))
-    x = weight.sum(1) @ torch.arange(width, dtype=torch.float64)
-    y = weight.sum(2) @ torch.arange(height, dtype=torch.float64)
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
-    centre = torch.stack([x, y], -1) / total.clamp(min=1e-12)[:, None]
-    return torch.where(total[:, None] > 0, centre, middle)
+    columns, rows = (torch.arange(n, dtype=weight.dtype, device=weight.device) for n in (width, height))
+    sums = (weight.sum(1) @ columns, width), (weight.sum(2) @ rows, height)
+    return torch.stack([torch.where(total > 0, s / total.clamp(min=1e-12), (n - 1) / 2) for s, n in sums], dim=-1)

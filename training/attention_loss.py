@@ -12,11 +12,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from core.processes import to_device
 from models.attention.measures import (
     EPS,
     gaussian_mass,
     normalised,
     pixel_coords,
+    scaled,
     token_centres,
     token_coords,
     token_distances,
@@ -69,7 +71,7 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
 
     The batch has "keypoints" (b, f, 17, 3) and "reference_keypoints" (b, 17, 3): x, y in pixels, score.
     """
-    weights = point_weights().to(batch["keypoints"])
+    weights = to_device(point_weights(), batch["keypoints"].device).to(batch["keypoints"])
     frames = batch["keypoints"].flatten(0, 1)
     references = batch["reference_keypoints"].repeat_interleave(batch["keypoints"].shape[1], dim=0)
     size = (batch["poses"].shape[-2], batch["poses"].shape[-1])
@@ -78,8 +80,8 @@ def body_points(batch: dict[str, Tensor], threshold: float) -> MatchingPoints:
     def coords(keypoints: Tensor) -> tuple[Tensor, Tensor]:
         points = torch.einsum("pq,bqc->bpc", weights, keypoints[..., :2].nan_to_num())
         missing = torch.einsum("pq,bq->bp", needed, (keypoints[..., 2] < threshold).float())
-        limits = points.new_tensor([size[1], size[0]])
-        return points, (missing == 0) & (points >= 0).all(-1) & (points < limits).all(-1)
+        inside = (points >= 0).all(-1) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])
+        return points, (missing == 0) & inside
 
     (targets, in_frame), (sources, in_reference) = coords(frames), coords(references)
     return MatchingPoints(targets, sources, in_frame & in_reference, size, len(weights))
@@ -96,7 +98,8 @@ def surface_points(batch: dict[str, Tensor], count: int, generators: Sequence[to
     references = batch["reference_surface"].repeat_interleave(each, dim=0).flatten(2).transpose(1, 2)
     shown = frames.isfinite().all(-1)
     order = torch.cat([torch.rand(each, height * width, generator=g) for g in generators])
-    chosen = (order.to(frames) + shown).topk(min(count, height * width)).indices  # (b*f, p), the person's first
+    order = to_device(order, frames.device).to(frames) + shown  # the person's come first
+    chosen = order.topk(min(count, height * width)).indices  # (b*f, p)
     points = frames.gather(1, chosen[..., None].expand(-1, -1, 3))
     distance = torch.cdist(points.nan_to_num(), references.nan_to_num(nan=FAR))  # (b*f, p, h*w)
     nearest, match = distance.min(dim=-1)
@@ -117,8 +120,8 @@ def with_background(
     cells = torch.arange(per_side)
     corners = torch.stack([cells.repeat(per_side), cells.repeat_interleave(per_side)], dim=-1)  # (q, 2)
     drawn = [torch.rand(frames, per_side**2, 2, generator=g) for g in generators]
-    parts = (corners + torch.cat(drawn)).to(points.targets) / per_side  # (b*f, q, 2) in [0, 1)
-    coords = parts * parts.new_tensor([points.size[1], points.size[0]]) - 0.5
+    parts = to_device(corners + torch.cat(drawn), points.targets.device).to(points.targets) / per_side  # in [0, 1)
+    coords = scaled(parts, points.size[1], points.size[0]) - 0.5  # (b*f, q, 2)
     person = torch.maximum(batch["masks"], batch["reference_mask"][:, :, None])  # (b, 1, f, H, W)
     masks = person.transpose(1, 2).flatten(0, 1)[:, 0]  # (b*f, H, W)
     covered = masks.flatten(1).gather(1, token_indices(coords, masks.shape[1:], masks.shape[1:])) > 0.5

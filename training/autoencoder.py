@@ -18,6 +18,7 @@ from tqdm import tqdm
 from core.config import save_config
 from core.errors import UserError
 from core.files import complete_file, complete_folder, output_folder
+from core.processes import has_own_memory
 from models.checkpoints.loading import load_folder
 from models.vae import VAE, vae_class, vae_decode, vae_encode
 from training.config import VAEConfig
@@ -131,7 +132,9 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
     processes = accelerator.num_processes
     batches = config.max_steps * config.gradient_accumulation
     dataset = make_dataset(config.data, batches * config.batch_size * processes)
-    loader = make_loader(dataset, config.batch_size, config.data.workers)
+    loader = make_loader(
+        dataset, config.batch_size, config.data.workers, pin_memory=has_own_memory(accelerator.device)
+    )
     model, optimizer, loader = accelerator.prepare(VAELoss(vae, config), optimizer, loader)
     # Crops and noise of every process are its own; the weights above are the same on all.
     set_seed(config.seed, device_specific=True)
@@ -150,13 +153,13 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
                 accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        errors.append(mse.item())
+        errors.append(mse)
         if not accelerator.sync_gradients:
             continue
         step += 1
         progress.update()
         if step % config.log_steps == 0:
-            psnr = -10 * np.log10(np.mean(errors) / 4)
+            psnr = -10 * np.log10(np.mean([error.item() for error in errors]) / 4)
             errors.clear()
             progress.set_postfix(psnr=f"{psnr:.2f}")
             accelerator.log({"loss": loss.item(), "psnr": psnr, "lr": rate(step - 1)}, step=step)

@@ -148,7 +148,9 @@ def broken_clips(dataset: Dataset) -> int:
     return dataset.broken_clips if isinstance(dataset, VideoFolder) else 0
 
 
-def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0) -> DataLoader:
+def make_loader(
+    dataset: Dataset, batch_size: int, workers: int, start: int = 0, pin_memory: bool = False
+) -> DataLoader:
     """Batches of consecutive clips from clip `start` on; data sets are in random order already."""
     return DataLoader(
         dataset,
@@ -156,6 +158,7 @@ def make_loader(dataset: Dataset, batch_size: int, workers: int, start: int = 0)
         sampler=range(start, len(dataset)),
         num_workers=workers,
         drop_last=True,
+        pin_memory=pin_memory,
         # Its own: a seed from the global one would shift the noise of a resumed run against an unbroken one's.
         generator=torch.Generator().manual_seed(start),
         persistent_workers=workers > 0,

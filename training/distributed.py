@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
 from transformers.integrations import unset_hf_deepspeed_config
 
 from core.config import load_config
@@ -42,6 +42,8 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_dir=output,
+        # Apple's GPUs have been given batches before these were there.
+        dataloader_config=DataLoaderConfiguration(non_blocking=not torch.backends.mps.is_available()),
         # Gradients lie in the buckets that DDP exchanges; by default it would copy them, 4 bytes a parameter more.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -162,6 +164,14 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """True if any process was asked to stop: all of them must stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None  # without a question to the device, whose answer comes after its work
+        if self.signal is not None:
+            accelerator.set_trigger()
+        return accelerator.check_trigger()
 
 
 @contextmanager

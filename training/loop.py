@@ -92,10 +92,7 @@ def train(run: Run, clips: Dataset, request: StopRequest, bar: tqdm) -> bool:
             save(run)
             saved = progress.step
         run.log.resume_clock()
-        # Whichever process was signalled, all of them must stop at the same step.
-        if request.signal is not None:
-            accelerator.set_trigger()
-        if stopping := accelerator.check_trigger():
+        if stopping := request.agreed(accelerator):
             break
     if run.guard.streak:
         raise UserError(

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.processes import to_device
 from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
@@ -79,13 +80,13 @@ def draw(
     # The offset is constant in all frames and pixels of a (sample, channel).
     offsets = randn_tensor((len(generators), shape[0], 1, 1, 1), generator=list(generators))
     noise, posterior = (randn_tensor((len(generators), *shape), generator=list(generators)) for _ in range(2))
-    dropout = config.condition_dropout
+    dropout, device = config.condition_dropout, torch.device(device)
     which = 1 + (uniform * drop_modes / max(dropout, 1e-12)).long().clamp(max=drop_modes - 1)
     return Draws(
-        shifted(steps, timesteps, config.timestep_shift).to(device),
-        torch.where(uniform < dropout, which, 0).to(device),
-        (noise + config.noise_offset * offsets).to(device),
-        posterior.to(device),
+        to_device(shifted(steps, timesteps, config.timestep_shift), device),
+        to_device(torch.where(uniform < dropout, which, 0), device),
+        to_device(noise + config.noise_offset * offsets, device),
+        to_device(posterior, device),
     )
 
 
@@ -269,22 +270,14 @@ def compose_samples(batch: Batch, config: CompositionConfig, step: int, generato
         return batch
     # Cached latents are of the reference as it was.
     batch = {name: value for name, value in batch.items() if name != "reference_latents"}
-    parts = [compose_references(sample(batch, j), config, step, g) for j, g in enumerate(generators)]
-    return {name: torch.cat([part[name] for part in parts]) for name in batch}
-
-
-def sample(batch: Batch, index: int) -> Batch:
-    return {name: value[index : index + 1] for name, value in batch.items()}
+    return compose_references(batch, config, step, generators)
 
 
 def calibrated_samples(batch: Batch, config: CalibratedTrainingConfig, generators: Generators) -> CalibratedBatch:
     """Calibrated images of every sample, those of the loader where they are bent by body part."""
     if config.transform == "articulated":
         return CalibratedBatch(**{field.name: batch[f"calibrated_{field.name}"] for field in fields(CalibratedBatch)})
-    parts = [calibrate_batch(sample(batch, j), config, g) for j, g in enumerate(generators)]
-    return CalibratedBatch(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibratedBatch)}
-    )
+    return calibrate_batch(batch, config, generators)
 
 
 def calibrated_reference(
@@ -303,7 +296,7 @@ def calibrated_reference(
 def drawn_with(probability: float, present: Tensor, generators: Generators) -> Tensor:
     """(b, 1) bool, drawn for each sample, on the device of `present`."""
     uniform = torch.stack([torch.rand(1, generator=g) for g in generators])
-    return (uniform < probability).to(present.device)
+    return to_device(uniform < probability, present.device)
 
 
 def started_noise(

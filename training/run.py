@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from core.errors import UserError
+from core.processes import has_own_memory
 from models.animators.base import Animator
 from models.vae import VAE
 from tpc.augmentation import misalignment
@@ -49,7 +50,7 @@ class StepGuard:
     # wrong it takes a good one to know that they are sound.
     streak: int = 0
 
-    def allows_step(self, norm: Tensor | float | None, accelerator: Accelerator) -> bool:
+    def allows_step(self, norm: float, accelerator: Accelerator) -> bool:
         """True if the optimiser may step: the gradients are finite, or DeepSpeed or the scaler sees to it.
 
         `norm` is of the accumulated gradients of all processes, so all of them decide alike.
@@ -59,7 +60,7 @@ class StepGuard:
         if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.scaler is not None:
             return True
         # A loss that is not finite makes the norm so, whichever batch and process it came from.
-        return bool(torch.isfinite(torch.as_tensor(norm)))
+        return math.isfinite(norm)
 
     def count(self, taken: bool, step: int) -> None:
         """Close a step, `taken` if the parameters moved; `UserError` after `limit` steps in a row that were not."""
@@ -107,7 +108,7 @@ class StepLog:
         `clips` counts those of all processes since the last line; `values` are further scalars.
         """
         losses, samples, misaligned, pointing = (
-            accelerator.gather(torch.cat(part)) if part else None
+            accelerator.gather(torch.cat(part)).cpu() if part else None
             for part in ([loss[None] for loss in self.losses], self.samples, self.misaligned, self.pointing)
         )
         mean = math.nan if losses is None else losses.mean().item()
@@ -298,7 +299,8 @@ def batches(run: Run, clips: Dataset) -> Iterator[tuple[Batch, Generators]]:
     """
     config, accelerator = run.config, run.accelerator
     first = run.progress.clips
-    loader = accelerator.prepare(make_loader(clips, config.batch_size, config.data.workers, start=first))
+    loader = make_loader(clips, config.batch_size, config.data.workers, first, has_own_memory(accelerator.device))
+    loader = accelerator.prepare(loader)
     for index, batch in enumerate(loader):
         position = first + (index * accelerator.num_processes + accelerator.process_index) * config.batch_size
         yield batch, sample_generators(config.seed, range(position, position + config.batch_size))
@@ -340,12 +342,13 @@ def attention_kernels(device: torch.device, tokens: int, half: bool) -> Iterator
 def move_parameters(run: Run) -> None:
     """Clip the gradients and move the parameters, unless something was not finite."""
     accelerator, progress = run.accelerator, run.progress
-    norm = accelerator.clip_grad_norm_([p for _, p in run.trainable], run.config.optimizer.max_grad_norm)
+    # The one value of a step that the program waits for.
+    norm = float(accelerator.clip_grad_norm_([p for _, p in run.trainable], run.config.optimizer.max_grad_norm))
     taken = run.guard.allows_step(norm, accelerator)
     if taken:
         run.optimizer.step()
         taken = not accelerator.optimizer_step_was_skipped
-        run.log.norms.append(float(norm))
+        run.log.norms.append(norm)
     run.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     progress.clips += run.clips_per_step

@@ -27,7 +27,7 @@ from training.build import make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
 from training.data import make_dataset
 from training.distributed import SHARDED
-from training.objective import sample, sample_generators
+from training.objective import sample_generators
 from training.run import Run
 
 FPS = 12.0  # of the clips shown; data sets do not say theirs
@@ -138,7 +138,7 @@ def sample_clip(
     if misaligned:
         (generator,) = sample_generators(index, [index])
         batch = compose_references(batch, CompositionConfig(probability=1.0), generator=generator)
-    item = {name: value[0] for name, value in sample(batch, 0).items()}
+    item = {name: value[0] for name, value in batch.items()}
 
     def sampled(calibration: Calibration | None) -> np.ndarray:
         # Not `inference.animate`: the item is in the model's frame, and its reference need not be bytes again.

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,7 +135,7 @@ def pool_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     if pitch[0] == 0 or pitch[1] == 0 or min(pad) < 0:
         pooled = F.adaptive_avg_pool2d(flat, grid)
     else:
-        inside = F.pad(torch.ones(1, 1, height, width), pad)
+        inside = F.pad(flat.new_ones(1, 1, height, width), pad)
         pooled = F.avg_pool2d(F.pad(flat, pad), pitch) / F.avg_pool2d(inside, pitch)
     return pooled.reshape(*masks.shape[:-2], rows * columns)
 

@@ -7,6 +7,7 @@ Shapes use b = batch, n = query tokens, g = flag channels, d = channels of a hea
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,16 @@ class Visibility:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Visibility":
         """The same flags on another device or in another dtype."""
-        query, key = ({n: t.to(device, dtype) for n, t in flags.items()} for flags in (self.query, self.key))
+        return self.map(lambda flags: flags.to(device, dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Visibility":
+        """Flags (b, ., g) after a function of them."""
+        query, key = ({n: function(t) for n, t in flags.items()} for flags in (self.query, self.key))
         return Visibility(query, key)
 
     def rows(self, rows: slice) -> "Visibility":
         """Flags of some entries of the batch."""
-        query, key = ({n: t[rows] for n, t in flags.items()} for flags in (self.query, self.key))
-        return Visibility(query, key)
+        return self.map(lambda flags: flags[rows])
 
     def lifted(self, rows: Tensor) -> "Visibility":
         """The same flags, but nothing is hidden in the entries of the batch that `rows` (b,) bool marks."""

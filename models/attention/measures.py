@@ -12,14 +12,17 @@ EPS = 1e-6  # a query that gives an image less does not attend to it
 
 def token_coords(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Coords (..., 2) in pixels of an image of `size` (H, W) -> in tokens of a grid (h, w)."""
-    scale = points.new_tensor([grid[1] / size[1], grid[0] / size[0]])
-    return (points + 0.5) * scale - 0.5
+    return scaled(points + 0.5, grid[1] / size[1], grid[0] / size[0]) - 0.5
 
 
 def pixel_coords(coords: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The inverse of `token_coords`."""
-    scale = coords.new_tensor([size[1] / grid[1], size[0] / grid[0]])
-    return (coords + 0.5) * scale - 0.5
+    return scaled(coords + 0.5, size[1] / grid[1], size[0] / grid[0]) - 0.5
+
+
+def scaled(coords: Tensor, x: float, y: float) -> Tensor:
+    """Coords (..., 2) times a number each, which are not copied to the device first, as a tensor of them would be."""
+    return torch.stack([coords[..., 0] * x, coords[..., 1] * y], dim=-1)
 
 
 def token_indices(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:

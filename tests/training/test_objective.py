@@ -25,7 +25,6 @@ from training.objective import (
     compose_samples,
     draw,
     prediction_target,
-    sample,
     sample_generators,
     shifted,
     snr_weights,
@@ -319,11 +318,6 @@ def test_frozen_weights_in_half_the_memory_change_little(vae):
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert halved > 0.9 * frozen and model.denoising_unet.dtype == torch.float32
     assert torch.allclose(before, after, rtol=0.05)
-
-
-def test_a_sample_of_a_batch_is_a_batch_of_one():
-    batch = batch_of(1, 3)
-    assert all(torch.equal(sample(batch, 1)[name][0], value[1]) for name, value in batch.items())
 
 
 def test_published_pairs_that_cannot_be_sampled_are_refused():

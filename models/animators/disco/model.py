@@ -193,7 +193,7 @@ class DisCo(Animator):
         if self.temporal:
             predictions = [
                 self.predict_frames(
-                    latents[j], batch.timestep[j], null, poses[j], background[[j]], reference.clip(j, num_frames)
+                    latents[j], batch.timestep[j], null, poses[j], background[j : j + 1], reference.clip(j, num_frames)
                 )
                 for j in range(clips)
             ]

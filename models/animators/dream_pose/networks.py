@@ -72,7 +72,7 @@ class DreamPoseUNet(UNet2DConditionModel):
         The nearest pixel is taken: between two parts of a body, or body and background, U and V have no mean.
         """
         low, high = self.config.pose_range
-        used = images[:, list(self.config.pose_channels)]
+        used = torch.stack([images[:, channel] for channel in self.config.pose_channels], dim=1)
         return F.interpolate(used, size, mode="nearest") * (high - low) + low
 
 

@@ -1,0 +1,413 @@
+"""A second device for tests on machines without an accelerator: its tensors compute on the CPU and say they do not.
+
+    with second_device() as waits:
+        model.to(SECOND)
+        result = model(images.to(SECOND)).cpu()
+    waits  # the moments in which the program waited for the device
+
+Tensors of two devices in one operation are refused where CUDA refuses them. What makes a program wait for a GPU is
+noted: values that Python reads, results whose size the values decide, copies in either direction unless they may run
+beside the program. Random numbers come from a stream of the device's own, so they are none that a CPU would draw.
+Autocast casts what CUDA's casts, and attention takes the CPU's kernel, so that equal programs give equal bits.
+
+Importing this registers the device with torch, which has one place for a device that is not its own.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+ROOT = Path(__file__).parents[1]
+NAME, CPU = "second", torch.device("cpu")
+aten = torch.ops.aten
+
+# Operations that may take tensors of both devices, beside pointwise ones and numbers that are tensors of the CPU.
+COPIES = {"aten::_to_copy", "aten::copy_"}
+INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+FACTS = {"aten::_has_compatible_shallow_copy_type", "aten::is_same_size"}
+WITH_NUMBERS = {"aten::fill_", "aten::masked_fill", "aten::masked_fill_"}
+# Operations that end when the device has told the program a value, or how many there are.
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::_linalg_check_errors"}
+SIZES = {
+    *("aten::nonzero", "aten::masked_select", "aten::bincount"),
+    *("aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"),
+}
+# Of CUDA's autocast, as far as they are ours or diffusers'.
+LOW_PRECISION = (
+    *("conv1d", "conv2d", "conv3d", "convolution", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv"),
+    "scaled_dot_product_attention",
+)
+FULL_PRECISION = (
+    *("group_norm", "layer_norm", "softmax.int", "log_softmax.int", "exp", "log", "pow.Tensor_Scalar", "cdist"),
+    *("sum", "sum.dim_IntList", "linalg_vector_norm", "mse_loss", "upsample_nearest2d", "upsample_bilinear2d"),
+)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A moment in which the program waits for the device."""
+
+    kind: str  # "read", "size", "to device" or "to CPU"
+    place: str  # file and function of ours, "models/vae.py vae_decode"; "autograd": in the backward pass
+    line: int  # of the file
+
+
+class Backend:
+    """What torch asks of a device's module, `torch.second`, and the state of the device."""
+
+    def __init__(self) -> None:
+        self.waits: list[Wait] | None = None  # None: nobody asks
+        self.random = torch.Generator().manual_seed(1).get_state()
+
+    def is_available(self) -> bool:
+        return self.waits is not None
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed + 1).get_state()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def note(self, kind: str) -> None:
+        if self.waits is not None:
+            self.waits.append(Wait(kind, *place()))
+
+    @contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Draw from the stream of the device within the block."""
+        kept = torch.get_rng_state()
+        torch.set_rng_state(self.random)
+        try:
+            yield
+        finally:
+            self.random = torch.get_rng_state()
+            torch.set_rng_state(kept)
+
+
+BACKEND = Backend()
+_setup_privateuseone_for_python_backend(NAME, BACKEND)
+SECOND = torch.device(NAME, 0)
+
+
+def place() -> tuple[str, int]:
+    """File, function and line of the innermost call in the project, tests left out."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if file.is_relative_to(ROOT) and not {"tests", ".venv"} & set(file.relative_to(ROOT).parts[:1]):
+            return f"{file.relative_to(ROOT)} {code.co_qualname}", frame.f_lineno
+        frame = frame.f_back
+    return "autograd", 0
+
+
+class SecondTensor(Tensor):
+    """A tensor of the second device around its data, a tensor of the CPU."""
+
+    data_on_cpu: Tensor
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> "SecondTensor":
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            data.size(),
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            layout=data.layout,
+            device=SECOND,
+        )
+        made.data_on_cpu = data
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return execute(func, args, kwargs or {})
+
+    # What torch does with a tensor's memory, and would not do with a subclass's.
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(f"can't convert {self.device} tensor to numpy; use Tensor.cpu() first")
+        return self.detach().cpu().numpy()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.data_on_cpu.untyped_storage()
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.detach().data_on_cpu.__reduce_ex__(protocol)
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sees what makes tensors out of none of the device's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return execute(func, args, kwargs or {})
+
+
+@contextmanager
+def second_device() -> Iterator[list[Wait]]:
+    """Within the block there is the second device; yields the list that its waits are added to."""
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    # Parameters stay the same objects when their module is moved, as they do between devices of torch's own.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    BACKEND.waits = waits = []
+    try:
+        with _Dispatch():
+            yield waits
+    finally:
+        BACKEND.waits = None
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the rules of devices depend on, of an operation."""
+
+    name: str  # "aten::add", of all overloads
+    pointwise: bool
+    random: bool
+    composite: bool  # made of others, which autograd or inference mode has not taken apart yet
+    written: tuple[int, ...]  # positions of the arguments that it changes
+
+    @staticmethod
+    @cache
+    def of(func: torch._ops.OpOverload) -> "Rule":
+        schema = func._schema
+        written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        pointwise = torch.Tag.pointwise in func.tags or schema.name.startswith("aten::_foreach_")
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+        composite &= schema.name != "aten::scaled_dot_product_attention"
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        return Rule(schema.name, pointwise, random, composite, tuple(written))
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (Tensor, list, tuple)) for part in value):
+        return type(value)(mapped(function, part) for part in value)
+    return value
+
+
+def bare(tensor: Tensor) -> Tensor:
+    return tensor.data_on_cpu if isinstance(tensor, SecondTensor) else tensor
+
+
+def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Result of an operation by the rules of devices, computed on the CPU."""
+    rule = Rule.of(func)
+    if rule.name in ("aten::is_pinned", "aten::_pin_memory"):
+        return pinned(args[0], ask=rule.name == "aten::is_pinned")
+    given = [*tensors_in(args), *tensors_in(kwargs.values())]
+    own = [tensor for tensor in given if isinstance(tensor, SecondTensor)]
+    asked = kwargs.get("device")
+    here = bool(own) if asked is None else torch.device(asked).type == NAME
+    if not own and not here:
+        return func(*args, **kwargs)
+    if rule.composite:
+        return func.decompose(*args, **kwargs)
+    if own and len(own) < len(given):
+        check_devices(func, rule, args, [tensor for tensor in given if not isinstance(tensor, SecondTensor)])
+    generator = kwargs.get("generator")
+    if here and generator is not None and generator.device.type != NAME:
+        raise RuntimeError(f"{func}: a generator of {generator.device} draws nothing on {SECOND}")
+    note_waits(rule, args, kwargs, here)
+    if asked is not None:
+        kwargs = {**kwargs, "device": CPU}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    inner = mapped(bare, args), {name: mapped(bare, value) for name, value in kwargs.items()}
+    if rule.random and here:
+        with BACKEND.own_random_numbers():
+            result = func(*inner[0], **inner[1])
+    else:
+        result = func(*inner[0], **inner[1])
+    # What is changed in place comes back as what was given.
+    known = {id(bare(tensor)): tensor for tensor in given}
+    if rule.name == "aten::copy_":
+        return args[0]
+    return mapped(lambda made: known.get(id(made)) if id(made) in known else wrapped(made, here), result)
+
+
+def wrapped(made: Tensor, here: bool) -> Tensor:
+    return SecondTensor(made) if here else made
+
+
+def check_devices(func: torch._ops.OpOverload, rule: Rule, args: tuple, others: list[Tensor]) -> None:
+    """Refuse tensors of the CPU, `others`, beside those of the device, unless CUDA takes them."""
+    if rule.name in COPIES or rule.name in FACTS:
+        return
+    if rule.name in INDEXED and isinstance(args[0], SecondTensor):
+        # Indices may lie on the CPU, and a single value.
+        others = [value for value in args[2:3] if not isinstance(value, SecondTensor)]
+        if all(isinstance(value, Tensor) and value.ndim == 0 for value in others):
+            return
+    elif rule.pointwise or rule.name in WITH_NUMBERS:
+        changed = any(not isinstance(part, SecondTensor) for i in rule.written for part in tensors_in(args[i : i + 1]))
+        if not changed and all(tensor.ndim == 0 for tensor in others):
+            return
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in others)
+    raise RuntimeError(f"{func}: tensors of the CPU, {shapes}, beside those of {SECOND}")
+
+
+def note_waits(rule: Rule, args: tuple, kwargs: dict[str, Any], here: bool) -> None:
+    """Note what the program would wait for."""
+    name = rule.name
+    if name in READS:
+        BACKEND.note("read")
+    elif name in SIZES or (name == "aten::repeat_interleave" and kwargs.get("output_size") is None):
+        BACKEND.note("size")
+    elif name == "aten::_to_copy":
+        note_copy(args[0], here, bool(kwargs.get("non_blocking")))
+    elif name == "aten::copy_":
+        beside = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        note_copy(args[1], isinstance(args[0], SecondTensor), bool(beside))
+    elif name in INDEXED:
+        indices = [index for index in args[1] if index is not None]
+        value = args[2] if len(args) > 2 else None
+        one = value is not None and value.numel() == 1 and len(indices) == 1  # becomes masked_fill
+        for index in indices:
+            if not isinstance(index, SecondTensor):
+                BACKEND.note("to device")
+            elif index.dtype in (torch.bool, torch.uint8) and not one:
+                BACKEND.note("size")
+        if value is not None and not isinstance(value, SecondTensor) and not one:
+            BACKEND.note("to device")
+    elif name == "aten::where":
+        for value in args[1:]:
+            if not isinstance(value, SecondTensor):  # numbers become arguments of other kernels, but are copied here
+                BACKEND.note("to device")
+
+
+def note_copy(source: Tensor, here: bool, beside: bool) -> None:
+    """Note a copy from one device to the other; `here`: to the second, `beside`: non_blocking."""
+    if here and not isinstance(source, SecondTensor) and not (beside and pinned(source, ask=True)):
+        BACKEND.note("to device")
+    elif not here and isinstance(source, SecondTensor) and not beside:
+        BACKEND.note("to CPU")
+
+
+def pinned(tensor: Tensor, ask: bool) -> Tensor | bool:
+    """Whether a tensor of the CPU is in pinned memory, or a copy of it that is."""
+    if ask:
+        return any(getattr(part, "pinned", False) for part in (tensor, tensor._base) if part is not None)
+    copied = tensor.clone()
+    copied.pinned = True
+    return copied
+
+
+# Kernels of the device for what torch's bindings do by themselves, behind the mode: lists that become tensors.
+
+
+def _empty_strided(size: Any, stride: Any, dtype=None, layout=None, device=None, pin_memory=None) -> Tensor:
+    return SecondTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _empty(size: Any, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Tensor:
+    return SecondTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    note_copy(source, isinstance(target, SecondTensor), non_blocking)
+    bare(target).copy_(bare(source))
+    return target
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that the CPU would take."""
+    parts, options = (query, key, value), {"scale": scale, "enable_gqa": enable_gqa}
+    inner = [bare(part.detach()) for part in parts]
+    mask = None if attn_mask is None else bare(attn_mask.detach())
+    if torch._fused_sdp_choice(*inner, mask, dropout_p, is_causal, **options) == 1:
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            *parts, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    return aten._scaled_dot_product_attention_math(*parts, attn_mask, dropout_p, is_causal, **options)[0]
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """An operation whose tensors are cast first, in autocast."""
+
+    operation: Callable
+    full: bool  # to float32, and not to autocast's dtype
+    key: torch._C.DispatchKeySet = field(
+        default_factory=lambda: torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.float32 if self.full else torch.get_autocast_dtype(NAME)
+
+        def cast(tensor: Tensor) -> Tensor:
+            eligible = tensor.device.type == NAME and tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if eligible else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(self.key):
+            return self.operation(
+                *(mapped(cast, arg) for arg in args), **{name: mapped(cast, value) for name, value in kwargs.items()}
+            )
+
+
+def _register() -> list[torch.library.Library]:
+    """Give torch the kernels; they stay as long as the libraries."""
+    library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for full, names in ((False, LOW_PRECISION), (True, FULL_PRECISION)):
+        for name in names:
+            packet, _, overload = name.partition(".")
+            operation = getattr(getattr(aten, packet), overload or "default")
+            library.impl(name, _Autocast(operation, full), "AutocastPrivateUse1")
+    return [library, others]
+
+
+LIBRARIES = _register()
