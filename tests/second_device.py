@@ -14,7 +14,7 @@ Importing this registers the device with torch, which has one place for a device
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +33,7 @@ aten = torch.ops.aten
 # Operations that may take tensors of both devices, beside pointwise ones and numbers that are tensors of the CPU.
 COPIES = {"aten::_to_copy", "aten::copy_"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+PINNING = {"aten::is_pinned", "aten::_pin_memory"}
 FACTS = {"aten::_has_compatible_shallow_copy_type", "aten::is_same_size"}
 WITH_NUMBERS = {"aten::fill_", "aten::masked_fill", "aten::masked_fill_"}
 # Operations that end when the device has told the program a value, or how many there are.
@@ -209,20 +210,19 @@ class Rule:
         return Rule(schema.name, pointwise, random, composite, tuple(written))
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+def laid_bare(value: Any, given: list[Tensor]) -> Any:
+    """An argument with the data of the device's tensors in their places; adds all tensors to `given`."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return value.data_on_cpu if isinstance(value, SecondTensor) else value
+    return [laid_bare(part, given) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with a function of the tensors in their places."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (list, tuple)) and any(isinstance(part, (Tensor, list, tuple)) for part in value):
-        return type(value)(mapped(function, part) for part in value)
-    return value
+    return type(value)(mapped(function, part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 def bare(tensor: Tensor) -> Tensor:
@@ -232,36 +232,33 @@ def bare(tensor: Tensor) -> Tensor:
 def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Result of an operation by the rules of devices, computed on the CPU."""
     rule = Rule.of(func)
-    if rule.name in ("aten::is_pinned", "aten::_pin_memory"):
-        return pinned(args[0], ask=rule.name == "aten::is_pinned")
-    given = [*tensors_in(args), *tensors_in(kwargs.values())]
-    own = [tensor for tensor in given if isinstance(tensor, SecondTensor)]
-    asked = kwargs.get("device")
-    here = bool(own) if asked is None else torch.device(asked).type == NAME
+    if rule.name in PINNING:
+        return pinned(args[0]) if rule.name == "aten::is_pinned" else pin(args[0])
+    given: list[Tensor] = []
+    inner = [laid_bare(arg, given) for arg in args]
+    options = {name: laid_bare(value, given) for name, value in kwargs.items()}
+    others = [tensor for tensor in given if not isinstance(tensor, SecondTensor)]
+    asked, own = kwargs.get("device"), len(others) < len(given)
+    here = own if asked is None else torch.device(asked).type == NAME
     if not own and not here:
         return func(*args, **kwargs)
     if rule.composite:
         return func.decompose(*args, **kwargs)
-    if own and len(own) < len(given):
-        check_devices(func, rule, args, [tensor for tensor in given if not isinstance(tensor, SecondTensor)])
+    if own and others:
+        check_devices(func, rule, args, others)
     generator = kwargs.get("generator")
     if here and generator is not None and generator.device.type != NAME:
         raise RuntimeError(f"{func}: a generator of {generator.device} draws nothing on {SECOND}")
     note_waits(rule, args, kwargs, here)
     if asked is not None:
-        kwargs = {**kwargs, "device": CPU}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
-    inner = mapped(bare, args), {name: mapped(bare, value) for name, value in kwargs.items()}
+        options |= {"device": CPU, "pin_memory": False} if "pin_memory" in options else {"device": CPU}
     if rule.random and here:
         with BACKEND.own_random_numbers():
-            result = func(*inner[0], **inner[1])
+            result = func(*inner, **options)
     else:
-        result = func(*inner[0], **inner[1])
+        result = func(*inner, **options)
     # What is changed in place comes back as what was given.
     known = {id(bare(tensor)): tensor for tensor in given}
-    if rule.name == "aten::copy_":
-        return args[0]
     return mapped(lambda made: known.get(id(made)) if id(made) in known else wrapped(made, here), result)
 
 
@@ -279,8 +276,9 @@ def check_devices(func: torch._ops.OpOverload, rule: Rule, args: tuple, others: 
         if all(isinstance(value, Tensor) and value.ndim == 0 for value in others):
             return
     elif rule.pointwise or rule.name in WITH_NUMBERS:
-        changed = any(not isinstance(part, SecondTensor) for i in rule.written for part in tensors_in(args[i : i + 1]))
-        if not changed and all(tensor.ndim == 0 for tensor in others):
+        changed: list[Tensor] = []
+        laid_bare([args[i] for i in rule.written if i < len(args)], changed)
+        if all(isinstance(tensor, SecondTensor) for tensor in changed) and all(tensor.ndim == 0 for tensor in others):
             return
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in others)
     raise RuntimeError(f"{func}: tensors of the CPU, {shapes}, beside those of {SECOND}")
@@ -317,19 +315,22 @@ def note_waits(rule: Rule, args: tuple, kwargs: dict[str, Any], here: bool) -> N
 
 def note_copy(source: Tensor, here: bool, beside: bool) -> None:
     """Note a copy from one device to the other; `here`: to the second, `beside`: non_blocking."""
-    if here and not isinstance(source, SecondTensor) and not (beside and pinned(source, ask=True)):
+    if here and not isinstance(source, SecondTensor) and not (beside and pinned(source)):
         BACKEND.note("to device")
     elif not here and isinstance(source, SecondTensor) and not beside:
         BACKEND.note("to CPU")
 
 
-def pinned(tensor: Tensor, ask: bool) -> Tensor | bool:
-    """Whether a tensor of the CPU is in pinned memory, or a copy of it that is."""
-    if ask:
-        return any(getattr(part, "pinned", False) for part in (tensor, tensor._base) if part is not None)
+def pin(tensor: Tensor) -> Tensor:
+    """A copy of a tensor of the CPU in pinned memory."""
     copied = tensor.clone()
-    copied.pinned = True
+    copied.is_in_pinned_memory = True
     return copied
+
+
+def pinned(tensor: Tensor) -> bool:
+    """Tell if a tensor of the CPU, or what it is a view of, came from `pin`."""
+    return any(hasattr(part, "is_in_pinned_memory") for part in (tensor, tensor._base))
 
 
 # Kernels of the device for what torch's bindings do by themselves, behind the mode: lists that become tensors.

@@ -1,0 +1,230 @@
+"""Training on a second device: the CPU's losses, gradients and weights, and steps that wait for it where stated."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from models.animators.registry import animator_class
+from models.vae import VAE
+from tests.networks import TINY
+from tests.published import small_vae
+from tests.second_device import SECOND, second_device
+from tests.training_runs import make_vae, weights
+from tpc.augmentation import calibrate_item
+from tpc.config import CalibratedTrainingConfig, CompositionConfig
+from training.build import save_memory, set_trainable
+from training.config import (
+    AttentionLossConfig,
+    AugmentationConfig,
+    DataConfig,
+    LoraConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from training.data import make_dataset
+from training.distributed import make_accelerator
+from training.loop import run_training
+from training.run import Run, accumulate_gradients, batches, move_parameters, prepare
+
+SIDE = 32
+COMPOSED = CompositionConfig(probability=1.0)
+CALIBRATED = CalibratedTrainingConfig(probability=1.0, noise=0.0, images=2)
+BENT = replace(CALIBRATED, transform="articulated")
+# What a step waits for, kind and place -> number; the same for any batch, frames and images.
+NORM = {("read", "training/run.py move_parameters"): 1}  # the gradients' norm, which says if the step may be taken
+# If any person can be calibrated, and if weights of keypoints are sound.
+ESTIMATED = {("read", "tpc/procrustes.py _Correspondence.of"): 1, ("read", "tpc/procrustes.py _result"): 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of training."""
+
+    animator: str
+    stage: str = "image"
+    batch_size: int = 2
+    num_frames: int = 3  # of a clip
+    settings: dict[str, Any] = field(default_factory=dict)  # of `TrainConfig`
+    waits: dict[tuple[str, str], int] = field(default_factory=lambda: NORM)
+    tolerance: float = 1e-4  # of gradients, as parts of the largest
+
+
+def augmented(composition: CompositionConfig | None = None, calibrated: CalibratedTrainingConfig | None = None):
+    return {
+        "augmentation": AugmentationConfig(
+            composition=composition or CompositionConfig(), calibrated=calibrated or CalibratedTrainingConfig()
+        )
+    }
+
+
+CASES = {
+    "composed references, supervised by keypoints": Case(
+        "animate_anyone",
+        settings={"attention": AttentionLossConfig(weight=0.5, background=3), **augmented(COMPOSED)},
+    ),
+    "bent references, supervised by surfaces": Case(
+        "animate_anyone",
+        batch_size=3,
+        settings={"attention": AttentionLossConfig(weight=0.5, surface=8), **augmented(calibrated=BENT)},
+    ),
+    "from noised calibrated images": Case(
+        "animate_anyone",
+        "motion",
+        settings={"trainable": "full", **augmented(COMPOSED, replace(CALIBRATED, start=0.5))},
+        waits=NORM | ESTIMATED,
+    ),
+    "adapters, recomputed in bfloat16": Case(
+        "animate_anyone",
+        "motion",
+        batch_size=1,
+        num_frames=2,
+        settings={
+            "trainable": "lora",
+            "gradient_checkpointing": True,
+            "mixed_precision": "bf16",
+            **augmented(COMPOSED),
+        },
+        tolerance=0.05,
+    ),
+    "MagicAnimate's images": Case("magic_animate", settings=augmented(COMPOSED)),
+    "MagicAnimate's clips": Case(
+        "magic_animate", "motion", settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
+    ),
+    "DisCo's images": Case(
+        "disco", settings=augmented(COMPOSED, replace(CALIBRATED, images=1)), waits=NORM | ESTIMATED
+    ),
+    "DisCo's clips": Case("disco", "motion", settings={"trainable": "full", **augmented(calibrated=BENT)}),
+    "DreamPose's images": Case("dream_pose", batch_size=3, settings=augmented(COMPOSED)),
+    "DreamPose's clips": Case(
+        "dream_pose", "motion", batch_size=1, settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
+    ),
+}
+
+
+@cache
+def clips() -> list[dict[str, Tensor]]:
+    """Three rendered clips of three frames."""
+    data = make_dataset(DataConfig(size=[SIDE, SIDE], num_frames=3, stride=4, workers=0), 3)
+    return [data[index] for index in range(3)]
+
+
+def items(case: Case) -> list[dict[str, Tensor]]:
+    """A batch's clips, of one frame in the stage of images, with what their case needs beside."""
+    frames, draw, made = 1 if case.stage == "image" else case.num_frames, torch.Generator().manual_seed(0), []
+    for clip in clips()[: case.batch_size]:
+        item = {name: value[:, :frames] for name, value in clip.items() if name in ("frames", "poses", "masks")}
+        item = clip | item | {"keypoints": clip["keypoints"][:frames]}
+        calibrated = case.settings.get("augmentation", AugmentationConfig()).calibrated
+        if calibrated.transform == "articulated":
+            item |= calibrate_item(item, calibrated, draw)
+        surface = torch.rand((3, 16, 16), generator=draw)  # every place shows another point
+        made.append(item | {"surfaces": surface[:, None].repeat(1, frames, 1, 1), "reference_surface": surface})
+    return made
+
+
+def config_of(case: Case) -> TrainConfig:
+    data = DataConfig(size=[SIDE, SIDE], num_frames=1 if case.stage == "image" else case.num_frames, workers=0)
+    settings = {"mixed_precision": "no", "noise": NoiseConfig(condition_dropout=0.4, person_weight=2.0)}
+    return TrainConfig(
+        **{"stage": case.stage, "output": "x", "batch_size": case.batch_size, "model": TINY, "data": data},
+        **{"ema_decay": 0.9, "max_steps": 1, "optimizer": OptimizerConfig(epsilon=1e-4)},
+        **{"lora": LoraConfig(rank=2), **settings, **case.settings},
+    )
+
+
+def networks(case: Case, config: TrainConfig) -> tuple[VAE, nn.Module]:
+    """Without a zero anywhere, so that no path is a no-op."""
+    vae = small_vae().requires_grad_(False)  # seeds what follows
+    model = animator_class(case.animator).small(TINY, 4, SIDE)
+    set_trainable(model, config)
+    for parameter in model.parameters():
+        if parameter.numel() and parameter.abs().max() == 0:
+            nn.init.normal_(parameter, std=0.05)
+    save_memory(vae, model, config)
+    return vae, model.train()
+
+
+@pytest.fixture
+def accelerated(monkeypatch) -> Iterator[Any]:
+    """Chooses the device of accelerate's next run."""
+
+    def choose(device: torch.device) -> None:
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
+
+    yield choose
+    AcceleratorState._reset_state(True)
+
+
+def step(case: Case, output: Path, waits: list) -> tuple[Run, dict[str, Tensor], list]:
+    """A run after one step, the gradients that moved it, and what it waited for."""
+    config = config_of(case)
+    run = prepare(config, output, make_accelerator(config, output), *networks(case, config))
+    [(batch, generators)] = batches(run, items(case))
+    # The noise table moves once a run.
+    run.objective.scheduler.alphas_cumprod = run.objective.scheduler.alphas_cumprod.to(run.accelerator.device)
+    del waits[:]
+    accumulate_gradients(run, batch, generators)
+    before = list(waits)
+    found = {name: parameter.grad.clone() for name, parameter in run.trainable}
+    del waits[:]
+    move_parameters(run)
+    return run, found, before + waits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_every_animator(name, accelerated, tmp_path):
+    case = CASES[name]
+    accelerated(torch.device("cpu"))
+    expected, gradients, _ = step(case, tmp_path, [])
+    accelerated(SECOND)
+    with second_device() as waits:
+        found, others, waited = step(case, tmp_path, waits)
+        assert found.accelerator.device == SECOND and {p.device for _, p in found.trainable} == {SECOND}
+        losses = [run.log.losses[0].item() for run in (expected, found)]
+        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+        away = max(float((others[n].cpu() - gradient).abs().max()) for n, gradient in gradients.items())
+        moved = [
+            (parameter.detach().cpu(), own)
+            for (_, own), (_, parameter) in zip(expected.trainable, found.trainable, strict=True)
+        ]
+        averages = zip(found.average.ema.shadow_params, expected.average.ema.shadow_params, strict=True)
+        moved += [(average.cpu(), own) for average, own in averages]
+    assert losses[0] == pytest.approx(losses[1], rel=case.tolerance)
+    assert away < case.tolerance * largest
+    rate = expected.config.optimizer.learning_rate
+    assert all((value - own).abs().max() < max(0.02, case.tolerance) * rate for value, own in moved)
+    assert Counter((wait.kind, wait.place) for wait in waited) == case.waits
+
+
+def test_a_run_is_validated_stopped_and_resumed(accelerated, tmp_path):
+    """`train.py` as it is: average, clipping, a checkpoint, another start from it, clips with TPC, the pipeline."""
+    vae = make_vae(tmp_path / "vae")
+    for device in (torch.device("cpu"), SECOND):
+        for last in (1, 2):
+            config = TrainConfig(
+                **{"stage": "image", "output": str(tmp_path / device.type), "max_steps": last, "log_steps": 1},
+                **{"mixed_precision": "no", "ema_decay": 0.9, "model": replace(TINY, vae=str(vae))},
+                data=DataConfig(size=[SIDE, SIDE], workers=0),
+                optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-4),
+                validation=ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1),
+            )
+            accelerated(device)
+            if device == SECOND:
+                with second_device():
+                    run_training(config)
+            else:
+                run_training(config)
+    expected, found = (weights(tmp_path / device / "pipeline") for device in ("cpu", SECOND.type))
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
