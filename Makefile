@@ -1,5 +1,6 @@
 # make demo   set up .venv, animate the shipped samples with and without TPC
 # make test   set up .venv, lint, run the tests
+# make gpu-check    set up .venv, measure what only a GPU can answer, in 8 minutes
 # make first-hour   type every command of README.md and docs/, small
 # The first of these that is Python 3.11 or 3.12; make PYTHON=/path/to/python to choose.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test first-hour lint format setup clean
+.PHONY: demo test gpu-check first-hour lint format setup clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python infer.py steps=4
@@ -21,6 +22,9 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.development lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+gpu-check: $(VENV)/.runtime
+	$(BIN)/python -m benchmarks.gpu_check
 
 first-hour: $(VENV)/.development
 	$(BIN)/python -m pytest -m first_hour

@@ -15,6 +15,8 @@ SIZES = ("tiny", "half", "sd15")  # see `benchmarks.speed.sizes`
 PARTS = ("machine", "inference", "training", "loading", "growth", "processes")
 PEERS = ("moore", "magic_animate", "tpc_animate")  # see `benchmarks.speed.peers.session`
 WORKS = ("inference", "image", "motion")
+# of `benchmarks.gpu_check`, the most valuable first
+GPU_PARTS = ("agreement", "attention", "inference", "training", "peer", "compile", "loading", "adam8bit")
 
 
 @dataclass
@@ -161,6 +163,20 @@ class SpeedConfig:
     def check(self) -> None:
         if "processes" in self.parts and self.clips <= max(self.processes):
             raise UserError(f"clips={self.clips} must be more than processes={self.processes}")
+
+
+@dataclass
+class GPUCheckConfig:
+    """What a GPU has to answer, in a few minutes."""
+
+    parts: list[str] = choices(GPU_PARTS, GPU_PARTS, least=1)  # what is measured
+    # sd15: networks of published size with random weights; tiny: a small model and images, to try the check
+    size: str = choice("sd15", ("sd15", "tiny"))
+    device: str = choice("cuda", ("cuda", "cpu"))  # cpu: to try the check
+    minutes: float = number(8.0, 0, 1000)  # in all; a part that takes longer than what is left of them is skipped
+    peer: str | None = None  # checkout of Moore-AnimateAnyone, to be measured in the same minutes
+    peer_python: str = "python"  # interpreter of an environment in which it runs
+    output: str = "outputs/gpu_check"  # folder for the results
 
 
 @dataclass

@@ -93,6 +93,8 @@ class InferConfig(SamplingConfig):
     cuts: list[int] | None = numbers(None, 0, MANY)
     device: str = device()  # auto: CUDA where there is one
     dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
+    # Let torch compile the UNets: the first run of every size takes minutes longer, those after it less time.
+    compile: bool = False
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
 

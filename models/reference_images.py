@@ -13,6 +13,7 @@ from core.processes import to_device
 from models.animators.base import Animator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
+from models.attention.processors import project_images
 from models.images import ENCODE_CHUNK, REFERENCE, ImageBatch
 from models.vae import vae_scale_factor
 
@@ -58,9 +59,18 @@ class ReferenceImages:
         """The images that consecutive frames of the clip may attend to at a denoising step, 0 first."""
         follows = self.animator.reference_follows_timestep
         self.encode([REFERENCE, *self.wanted(step, frames, whole_run=not follows)], timestep if follows else 0)
+        context = self.attended(step, frames)
+        if self.animator.compiled:  # whose graph would be another one once it finds them
+            for network in self.animator.children():
+                if hasattr(network, "attn_processors"):
+                    project_images(network, context)
         # Layers that have their keys and values do not need the tokens any more.
         for layer in self.projected.keys() & self.tokens.keys():
             del self.tokens[layer]
+        return context
+
+    def attended(self, step: int, frames: range) -> ReferenceContext:
+        """The images of the frames, which are encoded."""
         device = self.images.reference.device
         if self.calibration is None:
             reference = torch.zeros(len(frames), 1, dtype=torch.long, device=device)
@@ -94,9 +104,12 @@ class ReferenceImages:
         self.tokens, self.projected = {}, {}  # the old ones make room first
         written: dict[str, list[Tensor]] = {}
         for start in range(0, len(indices), ENCODE_CHUNK):
-            part = self.images.select(indices[start : start + ENCODE_CHUNK])
+            chunk = indices[start : start + ENCODE_CHUNK]
+            # A compiled network gets the last ones filled up: it would be compiled once more for their number.
+            filling = [chunk[-1]] * (ENCODE_CHUNK - len(chunk)) if self.animator.compiled and start else []
+            part = self.images.select(chunk + filling)
             for layer, tokens in self.animator.encode_images(part, timestep, self.conditioning).items():
-                written.setdefault(layer, []).append(tokens)
+                written.setdefault(layer, []).append(tokens[: len(chunk)])
         self.tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
         self.rows = {image: row for row, image in enumerate(indices)}
         self._encoded_at = timestep

@@ -62,6 +62,7 @@ COMMANDS = (
     Command("benchmarks.calibration_accuracy", benchmarks.AccuracyConfig),
     Command("benchmarks.calibration_speed", benchmarks.CalibrationSpeedConfig),
     Command("benchmarks.docs", import_module("benchmarks.docs").DocsConfig),
+    Command("benchmarks.gpu_check.__main__", benchmarks.GPUCheckConfig),
     Command("benchmarks.inference_cost", benchmarks.CostConfig),
     Command("benchmarks.metrics_memory", benchmarks.MemoryConfig),
     Command("benchmarks.pose_jitter", benchmarks.JitterConfig),

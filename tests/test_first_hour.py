@@ -57,12 +57,14 @@ SMALLER = {
     r"-m benchmarks\.calibrated_pictures": "clips=1",
     r"-m benchmarks\.calibration_speed": "pairs=1 frames=2 long_frames=2 video_seconds=0",
     r"-m benchmarks\.pose_jitter": "clips=1 frames=12",
+    r"-m benchmarks\.gpu_check": "size=tiny device=cpu parts=[attention]",
     r"-m benchmarks\.speed ": "parts=[loading] loading_steps=1 repeats=1 batch_size=1 workers=[0]",
     r"-m benchmarks\.training_strategies": "steps=2 strategies=[cpu]",
 }
 # Part of a command -> why it cannot be typed here; its arguments are read all the same.
 NOT_TYPED = {
     "make test": "these tests",
+    "make gpu-check": "a GPU",
     "checkpoints inspect": "published weights; tests/models/checkpoints has files of their layout",
     "checkpoints convert": "published weights; tests/models/checkpoints has files of their layout",
     "checkpoints verify": "fixtures lie outside the repository; tests/models/checkpoints/test_parity.py makes one",

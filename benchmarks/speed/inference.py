@@ -25,13 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run of frames of `side` x `side` pixels, denoised in one window where `window` is 0."""
+    """A run of frames, denoised in one window where `window` is 0."""
 
     frames: int
-    side: int
+    size: tuple[int, int]  # (width, height) in pixels
     steps: int  # at least 2
     guidance_scale: float  # 1 for none
     window: int = 0
+    times: int = 1  # see `make_scene`
 
 
 class StepClock:
@@ -56,9 +57,15 @@ class StepClock:
 
 
 def run_once(
-    pipeline: AnimationPipeline, scene: Scene, calibration: Calibration | None, size: RunSize, clock: StepClock
-) -> None:
-    pipeline(
+    pipeline: AnimationPipeline,
+    scene: Scene,
+    calibration: Calibration | None,
+    size: RunSize,
+    clock: StepClock | None,
+    output_type: str = "uint8",
+) -> Any:
+    """Frames of a run in the form of `output_type`."""
+    return pipeline(
         scene.reference,
         scene.images,
         calibration,
@@ -67,40 +74,52 @@ def run_once(
         window_size=size.window or size.frames,
         window_overlap=(size.window or size.frames) // 6,  # as published: 4 of 24
         generator=torch.Generator().manual_seed(0),
-        output_type="uint8",
+        output_type=output_type,
         callback_on_step_end=clock,
         reference_mask=scene.reference_masks.any(axis=0),
-    )
+    ).frames
 
 
 def measure_inference(
     pipeline: AnimationPipeline, size: RunSize, persons: list[int], preset: CalibrationConfig, repeats: int
 ) -> dict[str, Measured]:
     """Runs "without TPC" and with "TPC, <n> persons", calibration included, in turns."""
-    scenes = {"without TPC": (make_scene(1, size.frames, size.side), False)}
+
+    def scene_of(persons: int) -> Scene:
+        return make_scene(persons, size.frames, size.size, size.times)
+
+    scenes = {"without TPC": (scene_of(1), False)}
     for number in persons:
-        scenes[f"TPC, {number} person{'s' * (number > 1)}"] = make_scene(number, size.frames, size.side), True
+        scenes[f"TPC, {number} person{'s' * (number > 1)}"] = scene_of(number), True
+    calibrations: dict[str, Calibration | None] = {}
     found = {name: Measured() for name in scenes}
     for repeat in range(repeats + 1):
         for name, (scene, calibrated) in scenes.items():
             measured, started = found[name], time.perf_counter()
             with peak_memory(pipeline.device) as peak:
-                calibration = scene.calibration(preset) if calibrated else None
+                calibration = calibrations[name] = scene.calibration(preset) if calibrated else None
                 calibrating = time.perf_counter() - started
-                clock = StepClock(lambda: (wait_for(pipeline.device), time.perf_counter())[1])
+                held: list[int] = []  # at most, up to each mark of the clock
+
+                def now(held: list[int] = held, peak: Callable[[], int] = peak) -> float:
+                    wait_for(pipeline.device)
+                    held.append(peak())
+                    return time.perf_counter()
+
+                clock = StepClock(now)
                 run_once(pipeline, scene, calibration, size, clock)
                 parts = clock.parts()
+                measured.facts["step_peak_mib"] = held[-2] >> 20  # the last mark is after decoding
                 if repeat == 0:  # the first run also sets things up
                     continue
                 measured.seconds.append(time.perf_counter() - started)
                 measured.peak_bytes = max(measured.peak_bytes, peak())
             for part, values in {"calibration": [calibrating], **parts}.items():
                 measured.parts.setdefault(part, []).extend(values)
-    for name, (scene, calibrated) in scenes.items():
-        calibration = scene.calibration(preset) if calibrated else None
+    for name, (scene, _) in scenes.items():
         with counting() as counted:
             clock = StepClock(counted)
-            run_once(pipeline, scene, calibration, size, clock)
+            run_once(pipeline, scene, calibrations[name], size, clock)
             found[name].operations = counted()
             found[name].facts["step_gflop"] = clock.parts()["step"][0] / 1e9
     return found
@@ -109,9 +128,11 @@ def measure_inference(
 def measure_growth(pipeline: AnimationPipeline, size: RunSize, preset: CalibrationConfig) -> dict[str, Measured]:
     """Runs with TPC of one person at several numbers of frames and resolutions, and of up to four persons."""
     found = {}
+    width, height = size.size
     # More frames than a window are denoised in windows of `size.frames`.
     runs = {f"frames {size.frames * n}": replace(size, frames=size.frames * n) for n in (1, 2, 4)}
-    runs |= {f"side {size.side * share // 4}": replace(size, side=size.side * share // 4) for share in (2, 4, 6)}
+    for share in (2, 4, 6):
+        runs[f"side {width * share // 4}"] = replace(size, size=(width * share // 4, height * share // 4))
     for name, run in runs.items():
         taken = measure_inference(pipeline, replace(run, window=size.frames), [1], preset, 1)
         found[name] = taken["TPC, 1 person"]

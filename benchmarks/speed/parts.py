@@ -9,8 +9,15 @@ from benchmarks.config import SpeedConfig
 from benchmarks.speed.inference import RunSize, measure_growth, measure_inference, measure_processes
 from benchmarks.speed.measuring import Measured, chosen_dtype, matrix_rate
 from benchmarks.speed.sizes import SpeedSizes, chosen_sizes, open_pipeline
-from benchmarks.speed.training import StepSize, measure_loading, measure_rendering, measure_training
+from benchmarks.speed.training import (
+    TrainingStep,
+    measure_loading,
+    measure_rendering,
+    measure_training,
+    noise_batch,
+)
 from core.processes import choose_device
+from training.config import TrainConfig
 
 
 def sizes_of(config: SpeedConfig) -> SpeedSizes:
@@ -20,7 +27,7 @@ def sizes_of(config: SpeedConfig) -> SpeedSizes:
 
 def run_size_of(config: SpeedConfig) -> RunSize:
     sizes = sizes_of(config)
-    return RunSize(sizes.frames, sizes.side, sizes.steps, config.guidance_scale)
+    return RunSize(sizes.frames, (sizes.side, sizes.side), sizes.steps, config.guidance_scale)
 
 
 def pipeline_of(config: SpeedConfig, dtype: str):
@@ -43,8 +50,11 @@ def inference(config: SpeedConfig, dtype: str) -> dict[str, Measured]:
 def training(config: SpeedConfig, stage: str, dtype: str) -> dict[str, Measured]:
     sizes = sizes_of(config)
     clips, frames = (sizes.batch, 1) if stage == "image" else (1, sizes.clip_frames)
-    size = StepSize(stage, clips, frames, sizes.side, mixed=dtype == "bfloat16")
-    return {f"stage={stage}": measure_training(pipeline_of(config, "float32"), size, config.repeats)}
+    pipeline = pipeline_of(config, "float32")
+    batch = noise_batch(clips, frames, (sizes.side, sizes.side), pipeline.device)
+    step = TrainingStep(pipeline, TrainConfig(stage, output=""), batch)
+    half = torch.bfloat16 if dtype == "bfloat16" else None
+    return {f"stage={stage}": measure_training(step, half, config.repeats)}
 
 
 def loading(config: SpeedConfig) -> dict[str, Measured]:

@@ -24,15 +24,17 @@ class Scene:
     reference_masks: np.ndarray  # (p, H, W) bool
     poses: Poses  # f frames
     masks: np.ndarray  # (f, p, H, W) bool
-    images: np.ndarray  # (f, H, W, 3) uint8, the drawn poses
+    images: np.ndarray  # (f, height, width, 3) uint8, the drawn poses
+    size: tuple[int, int]  # (width, height) of the animation
 
     def calibration(self, config: CalibrationConfig) -> Calibration:
-        inputs = self.reference, self.reference_poses, self.poses, self.poses.size, config
+        inputs = self.reference, self.reference_poses, self.poses, self.size, config
         return calibrate(*inputs, reference_masks=self.reference_masks, driving_masks=self.masks)
 
 
-def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
-    rng, library, size = np.random.default_rng(seed), load_people(), (side, side)
+def make_scene(persons: int, frames: int, size: tuple[int, int], times: int = 1, seed: int = 0) -> Scene:
+    """A scene for an animation of `size`; people are rendered `times` smaller, which takes less time."""
+    rng, library, rendered = np.random.default_rng(seed), load_people(), (size[0] // times, size[1] // times)
     people = [build_person(random_identity(rng, library, "heldout"), library) for _ in range(persons)]
     motions = [random_motion(rng, frames, FPS) for _ in people]
     centres = (np.arange(persons) + 0.5) / persons
@@ -41,7 +43,7 @@ def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
     def drawn(frame: int, scale: float, angle: float):
         cameras = [Camera(height * scale, angle, (centre, 0.5)) for centre in centres]
         poses = [motion.pose(frame) for motion in motions]
-        return render_people([Figure(*figure) for figure in zip(people, poses, cameras, strict=True)], size)
+        return render_people([Figure(*figure) for figure in zip(people, poses, cameras, strict=True)], rendered)
 
     reference = drawn(0, 1.0, 0.0)
     shares = np.arange(frames) / max(frames - 1, 1)
@@ -49,14 +51,16 @@ def make_scene(persons: int, frames: int, side: int, seed: int = 0) -> Scene:
 
     def poses(images: list) -> Poses:
         keypoints = np.stack([image.keypoints for image in images])
-        return Poses(keypoints, np.stack([image.scores for image in images]), size, FPS)
+        return Poses(keypoints, np.stack([image.scores for image in images]), rendered, FPS)
 
     driving = poses(clip)
+    figures = zip(driving.keypoints * times, driving.scores, strict=True)
     return Scene(
         reference.image,
         poses([reference]),
         reference.masks,
         driving,
         np.stack([image.masks for image in clip]),
-        np.stack([draw_pose(k, s, size) for k, s in zip(driving.keypoints, driving.scores, strict=True)]),
+        np.stack([draw_pose(*figure, size) for figure in figures]),
+        size,
     )

@@ -76,17 +76,18 @@ def make_image_encoder(sizes: SpeedSizes, image_size: int) -> CLIPVisionModelWit
     return CLIPVisionModelWithProjection(settings)
 
 
-def make_pipeline(sizes: SpeedSizes, seed: int = 0) -> AnimationPipeline:
-    """A pipeline with random weights, float32 on the CPU."""
+def make_pipeline(sizes: SpeedSizes, seed: int = 0, device: torch.device | str = "cpu") -> AnimationPipeline:
+    """A pipeline with random weights in float32, drawn by the device, which takes a GPU no time."""
     torch.manual_seed(seed)
-    pipeline = AnimationPipeline(
-        vae=make_vae(sizes),
-        image_encoder=make_image_encoder(sizes, sizes.image_size),
-        reference_net=make_reference_net(sizes.unet),
-        denoising_unet=make_denoising_unet(sizes.unet, MotionSizes(), "frame"),
-        pose_guider=make_pose_guider(sizes.unet.block_out_channels[0], POSE_CHANNELS),
-        scheduler=published_scheduler("animate_anyone"),
-    )
+    with torch.device(device):
+        networks = {
+            "vae": make_vae(sizes),
+            "image_encoder": make_image_encoder(sizes, sizes.image_size),
+            "reference_net": make_reference_net(sizes.unet),
+            "denoising_unet": make_denoising_unet(sizes.unet, MotionSizes(), "frame"),
+            "pose_guider": make_pose_guider(sizes.unet.block_out_channels[0], POSE_CHANNELS),
+        }
+    pipeline = AnimationPipeline(**networks, scheduler=published_scheduler("animate_anyone"))
     for network in networks_of(pipeline):
         network.eval()
     pipeline.set_progress_bar_config(disable=True)
@@ -99,7 +100,7 @@ def networks_of(pipeline: AnimationPipeline) -> list[torch.nn.Module]:
 
 def open_pipeline(model: str | None, sizes: SpeedSizes, device: torch.device, dtype: torch.dtype) -> AnimationPipeline:
     """The pipeline folder `model`, or one of `sizes` with random weights where there is none."""
-    pipeline = load_pipeline(model) if model else make_pipeline(sizes)
+    pipeline = load_pipeline(model) if model else make_pipeline(sizes, device=device)
     pipeline.set_progress_bar_config(disable=True)
     for network in networks_of(pipeline):
         torch.nn.Module.to(network, device, dtype)  # without the warning that diffusers has for loading

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,34 +61,22 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-@dataclass(frozen=True)
-class StepSize:
-    """A training step on square images."""
-
-    stage: str  # "image" or "motion"
-    batch: int  # clips
-    frames: int
-    side: int  # pixels
-    mixed: bool  # autocast computes in bfloat16; weights and moments are float32
-
-
-def noise_batch(size: StepSize, device: torch.device) -> dict[str, Tensor]:
-    """Images of noise, which cost as much as any others."""
+def noise_batch(clips: int, frames: int, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Images (width, height) of noise, which cost as much as any others."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(size.batch, 3, 1 + size.frames, size.side, size.side, generator=generator)
-    poses = torch.rand(size.batch, 3, size.frames, size.side, size.side, generator=generator)
+    images = torch.rand(clips, 3, 1 + frames, *size[::-1], generator=generator)
+    poses = torch.rand(clips, 3, frames, *size[::-1], generator=generator)
     batch = {"reference": images[:, :, 0] * 2 - 1, "frames": images[:, :, 1:] * 2 - 1, "poses": poses}
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def measure_training(pipeline: AnimationPipeline, size: StepSize, repeats: int) -> Measured:
-    """Steps of the stage as published, VAE and image encoder included; see `TrainingStep` for the pipeline."""
-    device = pipeline.device
-    step = TrainingStep(pipeline, TrainConfig(size.stage, output=""), noise_batch(size, device))
+def measure_training(step: TrainingStep, half: torch.dtype | None, repeats: int) -> Measured:
+    """Steps as published, VAE and image encoder included; autocast computes in `half`, if given."""
+    device = step.batch["frames"].device
     losses: list[Tensor] = []
 
     def forward() -> None:
-        losses[:] = [step.loss(torch.autocast(device.type, torch.bfloat16, enabled=size.mixed))]
+        losses[:] = [step.loss(torch.autocast(device.type, half, enabled=half is not None))]
 
     works = {"forward": forward, "backward": lambda: losses[0].backward(), "optimiser": step.move}
     measured = Measured(parts={name: [] for name in works})

@@ -98,6 +98,8 @@ class Animator(nn.Module, ABC):
     adapted_networks: tuple[str, ...] = ()  # children that low-rank adapters are made for
     motion_parts: tuple[str, ...] = ("motion_modules",)  # in names of layers over several frames
 
+    compiled = False  # by `models.compiling`: arguments of the networks keep their form from call to call
+
     # Sizes and settings
 
     @property

@@ -5,6 +5,7 @@ Shapes use b = batch, f = frames, i = reference images, c = channels, h, w = lat
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.animators.small_networks import block_types, unet_settings
@@ -39,6 +40,7 @@ class ReferenceNetMixin:
 
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: Tensor) -> dict[str, Tensor]:
         latents = images.latents
+        timestep = torch.full((), timestep, device=latents.device)  # a compiled network has numbers in its graph
         return self.write_tokens(latents, timestep, conditioning.expand(len(latents), -1, -1))
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:

@@ -133,6 +133,16 @@ def image_keys(
     return key, value
 
 
+def project_images(network: nn.Module, reference: ReferenceContext) -> None:
+    """Add the keys and values of every layer to `reference.projected`, as running the network does."""
+    for name, processor in network.attn_processors.items():
+        if isinstance(processor, ReferenceReadProcessor | ImageTokenProcessor):
+            source = getattr(processor, "source", processor.layer)
+            if reference.has_images(source):
+                attn = network.get_submodule(name.removesuffix(".processor"))
+                image_keys(attn, reference, processor.layer, source, attn.to_k.weight.dtype)
+
+
 def replace_dropped(
     own: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], dropped: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from benchmarks.speed.parts import works
 from benchmarks.speed.report import speed_tables
 from benchmarks.speed.scene import make_scene
 from benchmarks.speed.sizes import SIZES, chosen_sizes, make_pipeline
-from benchmarks.speed.training import StepSize, measure_training
+from benchmarks.speed.training import TrainingStep, measure_training, noise_batch
 from core.errors import UserError
 from tpc import CalibrationConfig
+from training.config import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -70,11 +71,15 @@ def test_things_are_measured_in_turns():
 
 
 def test_scene_has_every_person_in_every_frame():
-    scene = make_scene(2, 3, 64)
+    scene = make_scene(2, 3, (64, 64))
     assert scene.reference_masks.any(axis=(1, 2)).all() and scene.masks.any(axis=(2, 3)).all()
     calibration = scene.calibration(CalibrationConfig(keypoints="trunk"))
     assert calibration.persons == 2 and (calibration.member >= 0).all()
     assert scene.images.shape == (3, 64, 64, 3) and scene.images.any()
+    enlarged = make_scene(2, 2, (64, 96), times=2)
+    assert enlarged.masks.shape == (2, 2, 48, 32) and enlarged.images.shape == (2, 96, 64, 3)
+    calibration = enlarged.calibration(CalibrationConfig(keypoints="trunk"))
+    assert calibration.size == (64, 96) and (calibration.member >= 0).all()
 
 
 @pytest.mark.parametrize("stage", ["image", "motion"])
@@ -82,8 +87,8 @@ def test_training_step_trains_what_the_stage_trains(stage):
     sizes = SIZES["tiny"]
     pipeline = make_pipeline(sizes)
     before = {name: value.clone() for name, value in pipeline.denoising_unet.named_parameters()}
-    size = StepSize(stage, 1, 1 if stage == "image" else 2, sizes.side, mixed=False)
-    measured = measure_training(pipeline, size, 1)
+    batch = noise_batch(1, 1 if stage == "image" else 2, (sizes.side, sizes.side), CPU)
+    measured = measure_training(TrainingStep(pipeline, TrainConfig(stage, output=""), batch), None, 1)
     changed = {
         name for name, value in pipeline.denoising_unet.named_parameters() if not torch.equal(value, before[name])
     }

@@ -1,0 +1,31 @@
+"""Networks compiled by torch, for inference: fewer and larger kernels, at the price of minutes at the first run."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.models.unets import unet_motion_model
+
+from core.errors import UserError
+from models.animators.base import Animator
+
+COMPILERS = ("cc", "gcc", "clang", "g++", "c++")
+
+
+def compile_unets(animator: Animator, **options: Any) -> None:
+    """Compile the UNets, each as one graph, when they are called next; options are of `torch.compile`.
+
+    Another size, number of frames in a window or of persons compiles once more; the steps and windows of a run do not.
+    Attention cannot be recorded afterwards.
+    """
+    # torch writes C or C++ around its kernels.
+    if "backend" not in options and not (os.environ.get("CC") or any(map(shutil.which, COMPILERS))):
+        raise UserError(f"compile=true needs a compiler of C; none of {', '.join(COMPILERS)} was found")
+    # It tells the log about sizes that are no multiples, which no graph can.
+    torch._dynamo.config.ignore_logging_functions.add(unet_motion_model.logger.info)
+    for network in animator.children():
+        if isinstance(network, UNet2DConditionModel | UNetMotionModel):
+            network.compile(fullgraph=True, **options)
+    animator.compiled = True

@@ -1,0 +1,66 @@
+"""Compiled UNets: one graph for each kind of call of a run, whatever the step and the window, and the same results."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import UserError
+from models.compiling import compile_unets
+from tests.models.test_pipeline import standing_poses
+from tpc import CalibrationConfig, calibrate
+
+SIZE = (32, 28)  # not a multiple of what the UNets halve it by
+FRAMES = 10  # 3 windows
+IMAGES = 11  # of the reference net, more than it encodes at a time
+
+
+@pytest.mark.slow  # torch traces thousands of operations
+def test_steps_and_windows_share_their_graphs(tiny_pipeline):
+    pipeline = deepcopy(tiny_pipeline)
+    draw = np.random.default_rng(0)
+    frame_map = np.array([[0.375, 0, 4], [0, 0.375, 0], [0, 0, 1]])
+    calibration = calibrate(
+        draw.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+        standing_poses(1),
+        standing_poses(FRAMES, offset=2),
+        SIZE,
+        CalibrationConfig(),
+        frame_map=frame_map,
+        reference_map=frame_map,
+    )
+    assert 1 + len(calibration.used(1)) == IMAGES
+    images = draw.integers(0, 256, (1 + FRAMES, *SIZE[::-1], 3), dtype=np.uint8)
+
+    def run() -> torch.Tensor:
+        return pipeline(
+            images[0],
+            images[1:],
+            calibration,
+            num_inference_steps=4,
+            guidance_scale=2.0,
+            window_size=4,
+            window_overlap=1,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+
+    expected, graphs = run(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compile_unets(pipeline.animator, backend=backend)  # an error where a graph would break
+    torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 3  # reference net, both halves of guidance
+
+
+def test_without_a_compiler(tiny_pipeline, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="compile=true needs a compiler of C; none of cc, gcc"):
+        compile_unets(tiny_pipeline.animator)
+    assert not tiny_pipeline.animator.compiled
