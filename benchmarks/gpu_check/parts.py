@@ -118,7 +118,7 @@ def agreement(check: Check) -> Iterator[Row]:
     calibration = scene.calibration(CalibrationConfig())
 
     def opened(device: torch.device, dtype: torch.dtype) -> AnimationPipeline:
-        return open_pipeline(str(SHIPPED_MODEL), SIZES["tiny"], device, dtype)
+        return open_pipeline(SMALL_MODEL if check.tiny else str(SHIPPED_MODEL), SIZES["tiny"], device, dtype)
 
     def results(device: torch.device, dtype: torch.dtype) -> tuple[np.ndarray, float, Tensor]:
         """Frames, and loss and gradients under autocast."""
@@ -238,11 +238,12 @@ def loading(check: Check) -> Iterator[Row]:
 
 
 def write_footage(folder: Path, size: tuple[int, int], times: int) -> None:
-    """A video of 100 frames, `times` as large, and its poses."""
+    """A video of 100 frames, `times` as large, in which everything moves, and poses for it."""
     scene = make_scene(1, 10, size)
     poses, order = scene.poses, np.concatenate([np.arange(10), np.arange(10)[::-1]] * 5)
-    driven = (cv2.resize(scene.reference, None, fx=times, fy=times) for _ in order)
-    write_video(folder / "clip.mp4", driven, FPS)
+    picture = scene.reference // 2 + np.random.default_rng(0).integers(0, 64, scene.reference.shape, np.uint8)
+    moved = (cv2.resize(np.roll(picture, shift, axis=1), None, fx=times, fy=times) for shift in range(len(order)))
+    write_video(folder / "clip.mp4", moved, FPS)
     large = (size[0] * times, size[1] * times)
     Poses(poses.keypoints[order] * times, poses.scores[order], large, FPS).save(folder / "clip.npz")
 
@@ -281,17 +282,9 @@ def peer(check: Check) -> Iterator[Row]:
         compare.main(given)
         rows = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["rows"]
     for row in rows:
-        sides = {"ours": row["ours"], "Moore": row["theirs"]}
-        columns = {"whole run, s": ("seconds", 1), "step, s": ("step_seconds", 1), "peak, GiB": ("peak_bytes", GIB)}
-        yield (
-            {"run": f"{row['work']}, {row['dtype']}"}
-            | {
-                f"{side}: {column}": values[name] / unit
-                for column, (name, unit) in columns.items()
-                for side, values in sides.items()
-            }
-            | {f"difference, {name}": value for name, value in row["difference"].items() if isinstance(value, float)}
-        )
+        sides = {"ours": row["ours"], "Moore": row["theirs"], "difference": row["difference"]}
+        numbers = {f"{side}: {name}": value for side, values in sides.items() for name, value in values.items()}
+        yield {"run": row["work"], "dtype": row["dtype"], **numbers}
 
 
 # Seconds that a part takes on a data-centre GPU: assumed, as none of them has run on one.
