@@ -18,7 +18,6 @@ from models.animators.magic_animate.model import ControlCondition, control_resid
 from models.attention.context import ReferenceContext, same_reference
 from models.attention.masking import Visibility
 from models.attention.processors import ReferenceReadProcessor, ReferenceWriteProcessor, set_reference_processors
-from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.images import ImageBatch, ImageSequence, as_images
 from models.reference_images import ReferenceImages
 from models.sampling import context_windows
@@ -297,33 +296,3 @@ def test_masks_hold_in_half_precision(dtype):
     with torch.no_grad():
         result, expected = (processor(attention, own, reference=context) for context in (masked, alone))
     assert result.isfinite().all() and torch.allclose(result.float(), expected.float(), atol=0.02)
-
-
-@pytest.mark.parametrize("norm_scope", ["frame", "clip"])
-def test_compilation_has_no_graph_breaks(norm_scope):
-    """The smallest UNets with every kind of layer, and pose features or a ControlNet's residuals."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    sizes = UNetSizes(4, 4, (8,), (True,), 1, cross_attention_dim=8, num_attention_heads=2, norm_num_groups=4)
-    motion = MotionSizes(8, num_attention_heads=2, norm_num_groups=4)
-    reference_net, unet = make_reference_net(sizes).eval(), make_denoising_unet(sizes, motion, norm_scope).eval()
-    for parameter in (p for name, p in unet.named_parameters() if "motion_modules" in name):
-        torch.nn.init.normal_(parameter, std=0.1)
-    context, n = torch.randn(1, 1 if norm_scope == "frame" else 7, 8), LATENTS[0] * LATENTS[1]
-    query = {n: torch.ones(FRAMES, n, 1)}
-    key = {n: torch.cat([torch.zeros(2 * n, 1), torch.ones(n, 1)]).expand(FRAMES, -1, -1)}
-    if norm_scope == "frame":
-        poses = {"pose_features": torch.randn(1, 8, FRAMES, *LATENTS)}
-    else:
-        poses = {"residuals": [torch.randn(FRAMES, 8, *LATENTS) for _ in range(3)]}
-    compiled_net, compiled = (torch.compile(net, backend="eager", fullgraph=True) for net in (reference_net, unet))
-    with torch.no_grad():
-        latents = torch.randn(2, 4, *LATENTS)
-        tokens, expected = (net(latents, 3, context.expand(2, -1, -1)) for net in (compiled_net, reference_net))
-        assert tokens.keys() == expected.keys()
-        assert all(torch.allclose(tokens[layer], expected[layer], atol=1e-5) for layer in expected)
-        index = torch.tensor([[0, 1]] * FRAMES)
-        seen = ReferenceContext(tokens, index, Visibility(query, key), projected={})
-        results = [net(noise(), 7, context, reference=seen, **poses) for net in (compiled, unet)]
-        assert seen.projected.keys() == tokens.keys() and torch.allclose(*results, atol=1e-5)
-        assert not torch.allclose(results[0], unet(noise(), 7, context, **poses), atol=1e-3)
