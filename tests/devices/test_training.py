@@ -202,8 +202,9 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
         moved += [(average.cpu(), own) for average, own in averages]
     assert losses[0] == pytest.approx(losses[1], rel=case.tolerance)
     assert away < case.tolerance * largest
-    rate = expected.config.optimizer.learning_rate
-    assert all((value - own).abs().max() < max(0.02, case.tolerance) * rate for value, own in moved)
+    # What Adam makes of a small gradient's rounding error is a larger part of the rate.
+    rate = 200 * case.tolerance * expected.config.optimizer.learning_rate
+    assert all((value - own).abs().max() < rate for value, own in moved)
     assert Counter((wait.kind, wait.place) for wait in waited) == case.waits
 
 
