@@ -186,10 +186,10 @@ class ImageBatch:
         if index == REFERENCE:
             return self.reference
         image = torch.from_numpy(self.calibration.images[index])[None].permute(0, 3, 1, 2)
-        return image.to(self.reference) / 127.5 - 1
+        return to_device(image, self.reference.device).to(self.reference) / 127.5 - 1
 
     def _mask(self, index: int) -> Tensor:
         if index == REFERENCE and self.mask is not None:
             return self.mask
         mask = self.calibration.reference_masks.any(axis=0) if index == REFERENCE else self.calibration.masks[index]
-        return torch.from_numpy(mask)[None, None].to(self.reference)
+        return to_device(torch.from_numpy(mask)[None, None], self.reference.device).to(self.reference)

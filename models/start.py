@@ -82,7 +82,7 @@ class StartedSolver:
         trained = len(scheduler.alphas_cumprod)
         self.steps = started_timesteps(start, steps, trained, everywhere=bool(started.all()))
         self.timesteps = torch.tensor(self.steps, device=device)
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
         # Indices, because a GPU's program waits to hear how many frames a mask leaves.
         self.started, others = (torch.from_numpy(np.flatnonzero(part)).to(device) for part in (started, ~started))
         self.solvers = [(self.started, with_timesteps(scheduler, [t for t in self.steps if t <= start]))]
@@ -102,8 +102,8 @@ class StartedSolver:
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return latents
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        signal = self.alphas_cumprod[timestep].to(latents.dtype)
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        signal = self.alphas_cumprod.to(latents.dtype)[timestep]
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> SimpleNamespace:

@@ -53,12 +53,12 @@ def second_device() -> Iterator[list[Wait]]:
     swapped = torch.__future__.get_swap_module_params_on_conversion()
     # Parameters stay the same objects when their module is moved, as they do between devices of torch's own.
     torch.__future__.set_swap_module_params_on_conversion(True)
-    BACKEND.waits = waits = []
+    outer, BACKEND.waits = BACKEND.waits, []
     try:
         with _Dispatch():
-            yield waits
+            yield BACKEND.waits
     finally:
-        BACKEND.waits = None
+        BACKEND.waits = outer
         torch.__future__.set_swap_module_params_on_conversion(swapped)
 
 

@@ -170,10 +170,10 @@ def step(case: Case, output: Path, waits: list) -> tuple[Run, dict[str, Tensor],
     """A run after one step, the gradients that moved it, and what it waited for."""
     config = config_of(case)
     run = prepare(config, output, make_accelerator(config, output), *networks(case, config))
-    [(batch, generators)] = batches(run, items(case))
-    # The noise table moves once a run.
+    # It moves at the first step of a run, which is not counted.
     run.objective.scheduler.alphas_cumprod = run.objective.scheduler.alphas_cumprod.to(run.accelerator.device)
     del waits[:]
+    [(batch, generators)] = batches(run, items(case))
     accumulate_gradients(run, batch, generators)
     before = list(waits)
     found = {name: parameter.grad.clone() for name, parameter in run.trainable}

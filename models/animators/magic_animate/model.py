@@ -113,7 +113,8 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         self.pose_kind = pose_kind
 
     def encode_reference(self, reference: ImageBatch) -> Tensor:
-        return self.prompt().to(reference.pixels)  # (1, tokens, channels), whatever the reference
+        # (1, tokens, channels), whatever the reference; not the parameter, which offloading takes back to the CPU
+        return self.prompt().detach().to(reference.pixels)
 
     def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
         return ControlCondition(self.control_net, poses, conditioning)
