@@ -100,6 +100,13 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 
 
+def with_own_start(tpc: CalibrationConfig, pipeline: AnimationPipeline) -> CalibrationConfig:
+    """The calibration that begins where the model is best begun, if the preset `best` is left to choose."""
+    if tpc.start is not None or tpc.preset != "best" or tpc.fill not in (None, "scene"):
+        return tpc
+    return replace(tpc, start=pipeline.sampling.get("start"))
+
+
 def animate(
     pipeline: AnimationPipeline,
     reference: Reference,  # with poses when `tpc` is given
@@ -128,7 +135,7 @@ def animate(
                 reference.poses,
                 driving.poses,
                 size,
-                tpc,
+                with_own_start(tpc, pipeline),
                 reference_masks=reference.masks,
                 driving_masks=driving.masks,
                 frame_map=frame.frame_map,

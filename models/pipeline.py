@@ -82,8 +82,8 @@ class AnimationPipeline(DiffusionPipeline):
     """An animator with VAE and scheduler; of AnimateAnyone, and the base of other animators' pipelines.
 
     `window_size`: frames that the model was trained on; None: all that its motion modules know.
-    `sampling`: the settings it is best sampled with, "steps", "guidance_scale" and "size" (width, height), as far as
-    they are known; None: none.
+    `sampling`: the settings it is best sampled with, "steps", "guidance_scale", "size" (width, height) and "start" (of
+    `tpc.start`), as far as they are known; None: none.
     """
 
     animator_cls: type[Animator]

@@ -84,7 +84,8 @@ class CalibrationConfig:
     mask_threshold: float | None = number(None, 0, 1)
     seed: int | None = number(None, 0, LARGEST_SEED)  # of the propagation's draws
 
-    # Timestep of training, from 0, at which frames begin as their noised calibrated images; -1 = off, from noise
+    # Timestep of training, from 0, at which frames begin as their noised calibrated images; -1 = off, from noise.
+    # Null with the preset best: where the model's folder says that it is best begun
     start: int | None = number(None, -1, 10_000)
 
     @staticmethod

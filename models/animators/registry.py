@@ -102,8 +102,10 @@ def read_index(folder: Path, argument: str = "model") -> dict[str, Any]:
         len(found) != (2 if key == "size" else 1) or not all(type(n) in (int, float) and n > 0 for n in found)
         for key, found in numbers.items()
     ):
-        what = f"{argument}={folder}: sampling in model_index.json"
-        raise UserError(f"{what} is {sampling}; it must hold positive numbers: steps, guidance_scale and two of size")
+        raise UserError(
+            f"{argument}={folder}: sampling in model_index.json is {sampling}; it must hold numbers above 0: steps, "
+            "guidance_scale, start, and two of size"
+        )
     for key, values in OLD_VALUES.items():
         if key in index:
             index[key] = values.get(str(index[key]), index[key])

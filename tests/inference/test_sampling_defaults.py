@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from inference.animate import size_note, with_defaults
+from inference.animate import size_note, with_defaults, with_own_start
 from inference.config import InferConfig
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import convert, convert_config, families
 from models.config import SHIPPED_MODEL
 from tests.published import write_weights
+from tpc import CalibrationConfig
 from training.build import make_pipeline
 from training.config import NoiseConfig
 
@@ -40,6 +41,18 @@ def test_a_converted_folder_says_how_it_is_sampled(folder):
     assert width * height == pytest.approx(512 * 784, rel=0.03) and width / height == pytest.approx(16 / 9, rel=0.03)
     trained = make_pipeline(pipeline.vae, pipeline.animator, NoiseConfig(), init=str(folder))
     assert trained.sampling == pipeline.sampling
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [({}, 50), ({"start": -1}, -1), ({"start": 7}, 7), ({"preset": "paper"}, None), ({"fill": "mean"}, None)],
+)
+def test_the_preset_best_begins_where_the_model_is_best_begun(folder, given, start):
+    pipeline = load_pipeline(folder)
+    config = CalibrationConfig(**given)
+    assert with_own_start(config, pipeline) == config  # the folder says nothing of it
+    pipeline.register_to_config(sampling={**pipeline.sampling, "start": 50})
+    assert with_own_start(config, pipeline).start == start
 
 
 def test_sizes_far_beyond_the_models_own_are_noted(folder):
