@@ -59,6 +59,11 @@ class LazyImages:
         return self[:].astype(dtype or self.dtype, copy=False)
 
 
+# IoU of the silhouettes, calibrated and driving, below which a frame lacks too much of a person to begin as its
+# calibrated image, legs for instance; a few steps cannot paint them.
+SHOWN = 0.7
+
+
 @dataclass(frozen=True)
 class PersonFrame:
     """One person of the reference in one driving frame; the fields of `calibration.json`.
@@ -164,9 +169,11 @@ class Calibration:
 
     @cached_property
     def shows_everybody(self) -> np.ndarray:
-        """(frames,) bool: frames with calibrated images, and of everybody who is in them."""
+        """(frames,) bool: frames with calibrated images, of everybody who is in them, of nobody less than `SHOWN`."""
         present = np.array([[record.slot is not None for record in row] for row in self.records], bool)
-        missing = present.reshape(self.member.shape) & (self.member < 0)
+        cut = [[record.mask_iou is not None and record.mask_iou < SHOWN for record in row] for row in self.records]
+        hidden = (self.member < 0) | np.array(cut, bool).reshape(self.member.shape)
+        missing = present.reshape(self.member.shape) & hidden
         strangers = np.array([self.other_masks[frame].any() for frame in range(self.frames)], bool)
         return (self.member >= 0).any(1) & ~missing.any(1) & ~strangers
 
@@ -237,7 +244,7 @@ class Calibration:
         if late:
             notes.append(
                 f"{late} of {self.frames} frames begin from noise in spite of tpc.start={self.config.start}, as "
-                "somebody in them is not calibrated; the clip takes further steps for them"
+                "somebody in them is not calibrated, or in large parts not shown; the clip takes more steps for them"
             )
         for person in range(self.persons):
             known = [row[person] for row in self.records if row[person].scale and row[person].torso_scale]

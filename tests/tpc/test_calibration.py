@@ -12,6 +12,7 @@ from tests.tpc_bodies import SIZE, TORSO, bodies, body, image, place, poses, ref
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.config import best, paper, release, resolve
 from tpc.procrustes import apply_matrix
+from tpc.result import SHOWN
 from tpc.trajectory import group_of_frames, interpolate, smooth, to_matrices, to_parameters, unwrap
 from tpc.warping import ImagePyramid, quad_mask
 
@@ -283,6 +284,11 @@ def test_frames_start_from_images_that_show_everybody_in_them():
         number = found.member[0, person]
         mask = found.masks[number] & (found.masks[found.member[0]].sum(0) == 1)
         assert mask.any() and (shown == found.images[number])[mask].all()
+    # Frame 1 shows the first person alone, and too little of it; an absent person's silhouette is nobody's.
+    records = [list(row) for row in found.records]
+    records[1] = [replace(record, mask_iou=SHOWN - 0.1) for record in records[1]]
+    cut = replace(found, records=tuple(map(tuple, records)))
+    assert cut.shows_everybody.tolist() == [True, False, False, False, False]
     off = replace(found, config=replace(found.config, start=-1))
     assert off.start_timestep is None and not any("from noise" in note for note in off.notes())
 
