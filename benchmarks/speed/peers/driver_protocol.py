@@ -159,6 +159,7 @@ class PrivatePeak:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        self.most = max(self.most, status_bytes("RssAnon"))  # what came after the thread's last look
 
     def _watch(self) -> None:
         while True:
