@@ -172,7 +172,7 @@ def best() -> CalibrationConfig:
     """Our default, chosen on the misalignment benchmark; see docs/misalignment.md."""
     return CalibrationConfig(
         preset="best",
-        transform="procrustes",
+        transform="articulated",
         bend_radius=0.05,
         keypoints="exhaustive",
         min_keypoints=3,
@@ -210,6 +210,7 @@ def paper() -> CalibrationConfig:
     return replace(
         best(),
         preset="paper",
+        transform="procrustes",
         drawn_tolerance=0.0,
         weighted=False,
         back_view="keep",

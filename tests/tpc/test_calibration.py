@@ -228,7 +228,7 @@ def test_calibrated_pixels_are_those_of_the_reference():
     image = np.stack([x, y, 0 * x], -1).astype(np.uint8)
     driving, _ = walk(points, 3)
     frame_map = np.array([[0.5, 0, 4], [0, 0.5, 6], [0, 0, 1.0]])
-    config = CalibrationConfig(keypoints="all", smoothing=0.0)
+    config = CalibrationConfig(transform="procrustes", keypoints="all", smoothing=0.0)
     found = calibrate(
         image, poses(points[None, None], size), poses(driving[:, None], size), (100, 90), config, frame_map=frame_map
     )
