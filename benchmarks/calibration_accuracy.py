@@ -33,7 +33,7 @@ from tpc.trajectory import follow
 from tpc.warping import mask_pyramid, warp_mask
 
 # Nothing is gated, so that every estimate counts.
-BASE = replace(best(), min_iou=0.0)
+BASE = replace(best(), transform="procrustes", min_iou=0.0)
 RULES = ("face", "torso", "trunk", "all", "consensus", "exhaustive")
 SCALES = ((0.4, 0.7), (0.7, 1.4), (1.4, 2.5))
 ROTATIONS = ((0, 30), (30, 90), (90, 150), (150, 180))  # degrees

@@ -66,9 +66,9 @@ def test_folders_that_do_not_say_it_are_sampled_as_ever(folder, tmp_path):
     index = json.loads((old / "model_index.json").read_text())
     del index["sampling"]
     (old / "model_index.json").write_text(json.dumps(index))
-    for path in (old, SHIPPED_MODEL):
+    for path, own in ((old, (20, 2.0)), (SHIPPED_MODEL, (4, 1.0))):
         pipeline = load_pipeline(path)
-        assert settings(with_defaults(InferConfig(), pipeline)) == (20, 2.0)
+        assert settings(with_defaults(InferConfig(), pipeline)) == own
     assert load_pipeline(old).default_size((64, 64)) == (256, 256)  # sample_size of the UNet times the VAE's factor
 
 
