@@ -242,9 +242,10 @@ class Calibration:
             )
         late = self.frames - np.count_nonzero(self.shows_everybody) if self.config.start >= 0 else 0
         if late:
+            further = "; the clip takes more steps for them" if late < self.frames else ""
             notes.append(
                 f"{late} of {self.frames} frames begin from noise in spite of tpc.start={self.config.start}, as "
-                "somebody in them is not calibrated, or in large parts not shown; the clip takes more steps for them"
+                f"somebody in them is not calibrated, or in large parts not shown{further}"
             )
         for person in range(self.persons):
             known = [row[person] for row in self.records if row[person].scale and row[person].torso_scale]
