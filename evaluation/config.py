@@ -176,7 +176,9 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     split: str = "development"  # what is compared here is chosen between
     features: str = "stand-in"
     measures: list[str] | None = choices(["psnr", "ssim", "flicker", "vgg_frechet_video"], MEASURES, least=1)
-    transforms: list[str] = choices(["procrustes", "affine", "linear"], TRANSFORMS, least=1)  # see tpc.transform
+    transforms: list[str] = choices(
+        ["articulated", "procrustes", "affine", "linear"], TRANSFORMS, least=1
+    )  # see tpc.transform
     # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
     # 0 = groups of four frames
     propagations: list[str] = choices(["off", "hold", "2", "4", "8"], (), least=1)
@@ -218,6 +220,8 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     # for the image of Figure 2: the first of them that is visible
     keypoints: list[str] = choices(["right_elbow", "left_elbow", "right_knee", "left_knee"], COCO_KEYPOINTS, least=1)
     columns: int = number(5, 1, 1000)  # denoising steps in that image
+    # from noise, as without TPC, so that both are recorded at the same noise levels
+    tpc: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(start=-1))
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
 

@@ -130,8 +130,11 @@ def required(path: str | None, argument: str) -> str:
     return path
 
 
-def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> list[gr.components.Component]:
-    """Choices of a run in the order of `chosen`, with their defaults."""
+def choose_settings(
+    machine: Machine, frames: int, stride: int, steps: int, most_frames: int
+) -> list[gr.components.Component]:
+    """Choices of a run in the order of `chosen`, with their defaults; the guidance is the model's own."""
+    guidance = machine.pipeline.sampling.get("guidance_scale", SamplingConfig.guidance_scale)
     with gr.Row():
         preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="TPC preset", min_width=80)
         transforms = [PRESETS_OWN, *TRANSFORMS]
@@ -141,5 +144,5 @@ def choose_settings(frames: int, stride: int, steps: int, most_frames: int) -> l
         every = gr.Slider(1, 8, stride, step=1, label="Stride")
     with gr.Row():
         denoising = gr.Slider(1, 50, steps, step=1, label="Steps")
-        guidance = gr.Slider(1, 6, 2, step=0.1, label="Guidance")
-    return [preset, transform, count, every, denoising, guidance, gr.Number(0, label="Seed", precision=0)]
+        scale = gr.Slider(1, max(6, guidance), guidance, step=0.1, label="Guidance")
+    return [preset, transform, count, every, denoising, scale, gr.Number(0, label="Seed", precision=0)]

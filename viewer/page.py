@@ -67,7 +67,7 @@ class AttentionTab:
             with gr.Column(scale=1, min_width=260):
                 inputs = choose_inputs("attention")
                 with gr.Accordion("Settings", open=False):
-                    settings = choose_settings(frames=6, stride=2, steps=8, most_frames=64)
+                    settings = choose_settings(machine, frames=6, stride=2, steps=8, most_frames=64)
                 start = gr.Button("Run", variant="primary", elem_id="attention-run")
             with gr.Column(scale=4):
                 self._draw_choices()
@@ -181,7 +181,9 @@ class AnimateTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 inputs = choose_inputs("animate")
-                settings = choose_settings(frames=16, stride=1, steps=8, most_frames=256)
+                settings = choose_settings(
+                    machine, frames=16, stride=1, steps=machine.pipeline.sampling.get("steps", 8), most_frames=256
+                )
                 start = gr.Button("Animate", variant="primary", elem_id="animate-run")
             with gr.Column(scale=4):
                 player = {"autoplay": True, "loop": True, "interactive": False, "buttons": ["download"]}

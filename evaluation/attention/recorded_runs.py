@@ -70,7 +70,11 @@ def record_both(
     watch: Stopwatch | None = None,
     show_progress: bool = False,
 ) -> RecordedRun:
-    """Animate without and with TPC and record the attention of both."""
+    """Animate without and with TPC and record the attention of both.
+
+    Where `tpc.start` is left open, both begin from noise, so that their steps are at the same noise levels.
+    """
+    tpc = replace(tpc, start=-1) if tpc.start is None else tpc
     config = config or AttentionConfig(mean=["heads"])
     alone = replace(sampling, compare=False)
     frame = framing(pipeline, reference, driving, sampling)
