@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,13 @@ class TestRecordedRuns:
         by_name = keypoints.query_map(layer, keypoints.names[seen], step=1, frame=0)
         by_place = recorded.query_map(layer, tuple(keypoints.points[0, seen]), step=1, frame=0)
         assert np.allclose(by_name.maps, by_place.maps, atol=1e-6)
+
+    def test_both_sides_begin_from_noise(self, tiny_pipeline, inputs):
+        pipeline = copy(tiny_pipeline)
+        pipeline.register_to_config(sampling={"start": 200})
+        run = recorded_run(pipeline, inputs, keypoints_only=True)
+        timesteps = {side.recorded.timesteps for side in run.sides.values()}
+        assert len(timesteps) == 1 and timesteps.pop()[0] > 600
 
     def test_steps_fit_into_memory(self, tiny_pipeline, inputs):
         def taken(steps):
