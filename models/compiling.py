@@ -12,6 +12,7 @@ from core.errors import UserError
 from models.animators.base import Animator
 
 COMPILERS = ("cc", "gcc", "clang", "g++", "c++")
+GRAPHS = 64  # of a network, for lists of clips of many sizes; with more torch gives up
 
 
 def compile_unets(animator: Animator, **options: Any) -> None:
@@ -27,5 +28,5 @@ def compile_unets(animator: Animator, **options: Any) -> None:
     torch._dynamo.config.ignore_logging_functions.add(unet_motion_model.logger.info)
     for network in animator.children():
         if isinstance(network, UNet2DConditionModel | UNetMotionModel):
-            network.compile(fullgraph=True, **options)
+            network.compile(fullgraph=True, recompile_limit=GRAPHS, **options)
     animator.compiled = True
