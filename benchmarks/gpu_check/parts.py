@@ -46,8 +46,9 @@ SMALL_MODEL = str(SMALL_ANIMATORS[0])
 GIB, TERA = 2**30, 1e12
 MACHINE, RATE = "machine", "bfloat16 products, TFLOP/s"  # the part that comes first, and its column
 # Most that results may differ from the CPU's in float32: mean of pixels in 1/255, shares of loss and of gradients. In
-# bfloat16 the CPU itself differs by 0.8, 4e-4 and 0.02; convolutions in TF32 round as float16 does.
-BOUNDS = {"float32": (0.02, 1e-4, 1e-3), "rounded": (3.0, 5e-3, 0.1)}
+# bfloat16 the CPU itself differs by 0.8, 4e-4 and 0.02, with a smaller model by 2.8; convolutions in TF32 round as
+# float16 does.
+BOUNDS = {"float32": (0.02, 1e-4, 1e-3), "rounded": (6.0, 5e-3, 0.1)}
 TF32 = "float32, convolutions in TF32"
 LOSS_SCALE = 2.0**10  # of gradients, which are too small for float16
 RECIPES = {"stage 1": "train_stage1", "stage 2": "train_stage2", "LoRA": "train_finetune_lora"}

