@@ -17,8 +17,10 @@ def has_own_memory(device: torch.device) -> bool:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device; the program goes on before it is there, and before earlier work is done."""
+    if not has_own_memory(device):
+        return tensor.to(device)
     # Of copies over a bus only those out of pinned memory let it go on.
-    if has_own_memory(device) and tensor.device.type == "cpu" and tensor.numel():
+    if tensor.device.type == "cpu" and tensor.numel():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -46,8 +46,6 @@ class ReferenceNet(UNet2DConditionModel):
     def forward(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
         """Reference latents (i, c, h, w), context (i, tokens, channels) -> {layer: (i, h*w of that layer, c)}."""
         record = TokenRecord()
-        if isinstance(timestep, int):  # a number would be copied to the device, which waits
-            timestep = torch.full((), timestep, device=sample.device)
         super().forward(sample, timestep, encoder_hidden_states, cross_attention_kwargs={"written_tokens": record})
         if len(record.tokens) < self.num_written:
             raise RuntimeError(f"{len(record.tokens)} of {self.num_written} layers wrote: something copied the record")

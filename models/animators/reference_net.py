@@ -36,11 +36,12 @@ class ReferenceNetMixin:
 
     def write_tokens(self, latents: Tensor, timestep: Tensor | int, context: Tensor) -> dict[str, Tensor]:
         """Latents (i, c, h, w) of images and their contexts (i, tokens, channels) -> layer -> tokens (i, h*w, c)."""
+        if isinstance(timestep, int):  # which would be copied to the device, and part of a compiled network's graph
+            timestep = torch.full((), timestep, device=latents.device)
         return fused_layers(self.reference_net(latents, timestep, context), self.fusion_blocks)
 
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: Tensor) -> dict[str, Tensor]:
         latents = images.latents
-        timestep = torch.full((), timestep, device=latents.device)  # a compiled network has numbers in its graph
         return self.write_tokens(latents, timestep, conditioning.expand(len(latents), -1, -1))
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
