@@ -11,13 +11,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.animators.registry import animator_class
 from models.vae import VAE
 from tests.networks import TINY
 from tests.published import small_vae
 from tests.second_device import SECOND, second_device
-from tests.training_runs import make_vae, weights
 from tpc.augmentation import calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import save_memory, set_trainable
@@ -32,8 +32,8 @@ from training.config import (
     ValidationConfig,
 )
 from training.data import make_dataset
-from training.distributed import make_accelerator
-from training.loop import run_training
+from training.distributed import StopRequest, make_accelerator
+from training.loop import train
 from training.run import Run, accumulate_gradients, batches, move_parameters, prepare
 
 SIDE = 32
@@ -103,7 +103,9 @@ CASES = {
     "DisCo's images": Case(
         "disco", settings=augmented(COMPOSED, replace(CALIBRATED, images=1)), waits=NORM | ESTIMATED
     ),
-    "DisCo's clips": Case("disco", "motion", settings={"trainable": "full", **augmented(calibrated=BENT)}),
+    "DisCo's clips": Case(
+        "disco", "motion", num_frames=2, settings={"trainable": "full", **augmented(calibrated=BENT)}
+    ),
     "DreamPose's images": Case("dream_pose", batch_size=3, settings=augmented(COMPOSED)),
     "DreamPose's clips": Case(
         "dream_pose", "motion", batch_size=1, settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
@@ -209,25 +211,40 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
 
 
 def test_a_run_is_validated_stopped_and_resumed(accelerated, tmp_path):
-    """`train.py` as it is: average, clipping, a checkpoint, another start from it, clips with TPC, the pipeline."""
-    config = TrainConfig(
-        **{"stage": "image", "output": str(tmp_path / "cpu"), "max_steps": 2, "log_steps": 1, "ema_decay": 0.9},
-        **{"mixed_precision": "no", "model": replace(TINY, vae=str(make_vae(tmp_path / "vae")))},
-        data=DataConfig(size=[SIDE, SIDE], workers=0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-4),
-    )
+    """Two steps: at once on the CPU; on the device in two starts, the second of which samples clips with TPC too."""
+    case = Case("animate_anyone", batch_size=1)
+    both = items(replace(case, batch_size=2))
+
+    def trained(output: Path, steps: int, **settings: Any) -> Run:
+        config = config_of(replace(case, settings={"max_steps": steps, "log_steps": 1, **settings}))
+        (output / "samples").mkdir(parents=True, exist_ok=True)
+        run = prepare(config, output, make_accelerator(config, output), *networks(case, config))
+        run.accelerator.init_trackers("logs")
+        train(run, both[:steps], StopRequest(), tqdm(disable=True))
+        return run
+
     accelerated(torch.device("cpu"))
-    run_training(config)
-    validation = ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1)
-    config = replace(config, output=str(tmp_path / "second"), validation=validation)
-    for last in (1, 2):
-        accelerated(SECOND)
-        with second_device() as waits:
-            run_training(replace(config, max_steps=last))
+    expected = trained(tmp_path / "cpu", 2)
+    with second_device() as waits:
+        for settings in (
+            {},
+            {"validation": ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1)},
+        ):
+            accelerated(SECOND)
+            del waits[:]
+            found = trained(tmp_path / "second", 1 + len(settings), **settings)
+        for (_, parameter), average, (_, own), ours in zip(
+            *(
+                found.trainable,
+                found.average.ema.shadow_params,
+                expected.trainable,
+                expected.average.ema.shadow_params,
+            ),
+            strict=True,
+        ):
+            assert torch.allclose(parameter.detach().cpu(), own, atol=1e-6)
+            assert torch.allclose(average.cpu(), ours, atol=1e-6)
     assert (tmp_path / "second" / "samples" / "0000002.png").is_file()
-    expected, found = (weights(tmp_path / device / "pipeline") for device in ("cpu", "second"))
-    assert expected.keys() == found.keys()
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
     # Of the loop itself nothing waits but its one step; the noise table moves with a run's first one.
     others = (
         "training/checkpoint.py",

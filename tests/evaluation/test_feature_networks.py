@@ -14,6 +14,7 @@ from metrics import features, weights
 from metrics.networks.inception import InceptionV3
 from metrics.networks.perceptual import alexnet, vgg16
 from metrics.networks.video import I3D, ResNet3d50
+from tests.second_device import SECOND, second_device
 
 
 def seeded(network: nn.Module) -> nn.Module:
@@ -47,9 +48,10 @@ def drawn(*shape: int, normal: bool = True) -> Tensor:
     ],
 )
 def test_networks_of_windows_are_the_published_ones(network, inputs, known):
-    result = seeded(network())(drawn(*inputs))
-    assert result.shape == (1, network.dimension)
-    assert result[0, :3].tolist() == pytest.approx(known, rel=1e-3)
+    with second_device():
+        result = seeded(network()).to(SECOND)(drawn(*inputs).to(SECOND))
+        assert result.shape == (1, network.dimension)
+        assert result[0, :3].tolist() == pytest.approx(known, rel=1e-3)
 
 
 @torch.no_grad()
@@ -58,12 +60,13 @@ def test_inception_from_its_file_is_the_published_one(tmp_path):
     state = seeded(InceptionV3()).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / weights.INCEPTION.names[0])
-    extractor = features.inception_features(tmp_path)
     images = drawn(2, 3, 128, 128, normal=False)
     prepared = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
-    assert extractor.extract(prepared)[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
     frames = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    assert torch.allclose(extractor.prepare(frames), prepared, atol=0.005)
+    with second_device():
+        extractor = features.inception_features(tmp_path, SECOND)
+        assert extractor.extract(prepared.to(SECOND))[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
+        assert torch.allclose(extractor.prepare(frames).cpu(), prepared, atol=0.005)
     assert extractor.dimension == 2048 and len(extractor.sha256) == 64
 
 
@@ -71,9 +74,9 @@ def test_resnet_of_a_training_checkpoint_and_its_pixels(tmp_path):
     state = {f"module.{name}": value for name, value in seeded(ResNet3d50()).state_dict().items()}
     path = tmp_path / weights.RESNET3D.names[0]
     torch.save({"epoch": 3, "arch": "resnet-50", "state_dict": state, "optimizer": {}}, path)
-    extractor = features.resnet3d_features(tmp_path)
     frames = np.full((2, 30, 40, 3), 120, np.uint8)
-    prepared = extractor.prepare(frames)
+    with second_device():
+        prepared = features.resnet3d_features(tmp_path, SECOND).prepare(frames).cpu()
     assert prepared.shape == (2, 3, 112, 112)
     assert torch.allclose(prepared[0, :, 0, 0], 120 - torch.tensor(features.KINETICS_MEAN), atol=1e-3)
 
