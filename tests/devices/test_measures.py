@@ -1,31 +1,17 @@
-"""Perceptual distances, and recorded attention as the viewer shows it, on a second device.
+"""Recorded attention as the viewer shows it, on a second device.
 
-Features of Frechet distances are on it in `tests/evaluation/test_feature_networks.py`.
+Networks of metrics are on it in `tests/evaluation/test_feature_networks.py`.
 """
 
 from copy import deepcopy
 
 import numpy as np
-import pytest
-import torch
 
 from evaluation.attention.recorded_runs import record_both
 from inference.config import SamplingConfig
-from metrics.networks.perceptual import PerceptualDistance, alexnet, vgg16
 from tests.second_device import SECOND, second_device
 from tests.viewed import rendered_inputs
 from tpc import CalibrationConfig
-
-
-@pytest.mark.parametrize("stack", [alexnet, vgg16])
-def test_perceptual_distances(stack):
-    torch.manual_seed(0)
-    layers, images = stack(), torch.rand(2, 1, 3, 64, 64) * 2 - 1
-    heads = [torch.rand(1, features.shape[1], 1, 1) for features in layers(images[0])]
-    network = PerceptualDistance(layers, heads).requires_grad_(False)
-    expected = network(*images)
-    with second_device():
-        assert torch.equal(network.to(SECOND)(*images.to(SECOND)).cpu(), expected)
 
 
 def test_runs_of_the_viewer(tiny_pipeline, tmp_path):

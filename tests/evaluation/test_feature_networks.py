@@ -1,7 +1,7 @@
 """Feature networks: the published architectures, their weight files, and what is said when one is missing.
 
 Known answers come from the published implementations (pytorch-fid 0.3.0, pytorch-i3d, DisCo's 3D ResNet, lpips 0.1.4,
-stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes.
+stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes. They are computed on a second device, which all of a network must be on.
 """
 
 import numpy as np
@@ -41,16 +41,20 @@ def drawn(*shape: int, normal: bool = True) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("network", "inputs", "known"),
+    ("network", "file", "opened", "side", "known"),
     [
-        (ResNet3d50, (1, 3, 16, 112, 112), (1473.7347, 282.8661, 851.1154)),
-        (I3D, (1, 3, 16, 224, 224), (-2.1307, -3.3392, 1.1354)),
+        (ResNet3d50, weights.RESNET3D, features.resnet3d_features, 112, (1473.7347, 282.8661, 851.1154)),
+        (I3D, weights.I3D_KINETICS, features.i3d_features, 224, (-2.1307, -3.3392, 1.1354)),
     ],
 )
-def test_networks_of_windows_are_the_published_ones(network, inputs, known):
+def test_networks_of_windows_are_the_published_ones(tmp_path, network, file, opened, side, known):
+    torch.save(seeded(network()).state_dict(), tmp_path / file.names[0])
+    clip = drawn(1, 3, 16, side, side).transpose(1, 2)
     with second_device():
-        result = seeded(network()).to(SECOND)(drawn(*inputs).to(SECOND))
-        assert result.shape == (1, network.dimension)
+        extractor = opened(tmp_path, SECOND)
+        assert extractor.prepare(np.zeros((1, 8, 8, 3), np.uint8)).device == SECOND
+        result = extractor.extract(clip.to(SECOND))
+        assert result.shape == (1, extractor.dimension)
         assert result[0, :3].tolist() == pytest.approx(known, rel=1e-3)
 
 
@@ -111,9 +115,11 @@ def test_lpips_with_brought_and_packaged_weights_is_the_lpips_package(tmp_path, 
     file = {"alex": weights.ALEXNET, "vgg": weights.VGG16}[net]
     torch.save(state | {"classifier.1.weight": torch.zeros(2)}, tmp_path / file.names[0])
     first, second = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
-    distance = features.lpips(net, tmp_path).distance
-    assert distance(first, second).tolist() == pytest.approx(known, rel=1e-4)
-    assert distance(first, first).abs().max() == 0
+    with second_device():
+        distance = features.lpips(net, tmp_path, SECOND).distance
+        first, second = first.to(SECOND), second.to(SECOND)
+        assert distance(first, second).tolist() == pytest.approx(known, rel=1e-4)
+        assert distance(first, first).abs().max() == 0
 
 
 @torch.no_grad()
@@ -123,8 +129,9 @@ def test_stand_ins_are_st_lpips(net, known):
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     second = (first + 0.3 * torch.rand(2, 3, 64, 64, generator=generator)).clamp(-1, 1)
-    distance = features.shift_tolerant_lpips(net)
-    assert distance.distance(first, second).tolist() == pytest.approx(known, rel=1e-3)
+    with second_device():
+        distance = features.shift_tolerant_lpips(net, SECOND)
+        assert distance.distance(first.to(SECOND), second.to(SECOND)).tolist() == pytest.approx(known, rel=1e-3)
     assert "ST-LPIPS" in distance.network
 
 
