@@ -44,6 +44,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.waits: list[Wait] | None = None  # None: nobody asks
+        self.double = True  # if there are tensors of float64
         self.random = torch.Generator().manual_seed(1).get_state()
 
     def is_available(self) -> bool:
@@ -112,6 +113,8 @@ class SecondTensor(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor) -> "SecondTensor":
+        if data.dtype == torch.float64 and not BACKEND.double:
+            raise TypeError(f"{SECOND} has no tensors of float64 here")
         made = Tensor._make_wrapper_subclass(
             cls,
             data.size(),

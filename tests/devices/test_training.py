@@ -1,4 +1,7 @@
-"""Training on a second device: the CPU's losses, gradients and weights, and steps that wait for it where stated."""
+"""Training on a second device: the CPU's losses, gradients and weights, and steps that wait for it where stated.
+
+Where nothing has to be computed in float64 the device has none, as mps.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from core.errors import UserError
 from models.animators.registry import animator_class
 from models.vae import VAE
 from tests.networks import TINY
@@ -188,7 +192,8 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
     accelerated(torch.device("cpu"))
     expected, gradients, _ = step(case, tmp_path, [])
     accelerated(SECOND)
-    with second_device() as waits:
+    double = config_of(case).augmentation.needs_float64()
+    with second_device(double) as waits:
         found, others, waited = step(case, tmp_path, waits)
         assert found.accelerator.device == SECOND and {p.device for _, p in found.trainable} == {SECOND}
         losses = [run.log.losses[0].item() for run in (expected, found)]
@@ -206,6 +211,14 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
     rate = 200 * case.tolerance * expected.config.optimizer.learning_rate
     assert all((value - own).abs().max() < rate for value, own in moved)
     assert Counter((wait.kind, wait.place) for wait in waited) == case.waits
+
+
+@pytest.mark.parametrize("augmentation", [augmented(COMPOSED), augmented(calibrated=CALIBRATED)])
+def test_what_needs_float64_is_refused_without_it(augmentation, accelerated, tmp_path):
+    accelerated(torch.device("mps"))
+    config = config_of(Case("animate_anyone", settings=augmentation))
+    with pytest.raises(UserError, match="float64, which device mps does not have; set ACCELERATE_USE_CPU=true"):
+        prepare(config, tmp_path, make_accelerator(config, tmp_path), nn.Module(), nn.Module())
 
 
 def test_a_run_is_validated_saved_and_resumed(accelerated, tmp_path):
@@ -229,7 +242,7 @@ def test_a_run_is_validated_saved_and_resumed(accelerated, tmp_path):
         return torch.cat([part.detach().cpu().flatten() for part in parts])
 
     expected = held(trained(torch.device("cpu"), tmp_path / "cpu", 2))
-    with second_device() as waits:
+    with second_device(double=False) as waits:
         first = held(trained(SECOND, tmp_path / "second", 1))
         del waits[:]
         validation = ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1)

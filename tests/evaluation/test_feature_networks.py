@@ -1,7 +1,8 @@
 """Feature networks: the published architectures, their weight files, and what is said when one is missing.
 
 Known answers come from the published implementations (pytorch-fid 0.3.0, pytorch-i3d, DisCo's 3D ResNet, lpips 0.1.4,
-stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes. They are computed on a second device, which all of a network must be on.
+stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes. A second device computes
+them, which all of a network must be on.
 """
 
 import numpy as np
@@ -50,7 +51,7 @@ def drawn(*shape: int, normal: bool = True) -> Tensor:
 def test_networks_of_windows_are_the_published_ones(tmp_path, network, file, opened, side, known):
     torch.save(seeded(network()).state_dict(), tmp_path / file.names[0])
     clip = drawn(1, 3, 16, side, side).transpose(1, 2)
-    with second_device():
+    with second_device(double=False):
         extractor = opened(tmp_path, SECOND)
         assert extractor.prepare(np.zeros((1, 8, 8, 3), np.uint8)).device == SECOND
         result = extractor.extract(clip.to(SECOND))
@@ -67,7 +68,7 @@ def test_inception_from_its_file_is_the_published_one(tmp_path):
     images = drawn(2, 3, 128, 128, normal=False)
     prepared = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
     frames = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    with second_device():
+    with second_device(double=False):
         extractor = features.inception_features(tmp_path, SECOND)
         assert extractor.extract(prepared.to(SECOND))[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
         assert torch.allclose(extractor.prepare(frames).cpu(), prepared, atol=0.005)
@@ -79,7 +80,7 @@ def test_resnet_of_a_training_checkpoint_and_its_pixels(tmp_path):
     path = tmp_path / weights.RESNET3D.names[0]
     torch.save({"epoch": 3, "arch": "resnet-50", "state_dict": state, "optimizer": {}}, path)
     frames = np.full((2, 30, 40, 3), 120, np.uint8)
-    with second_device():
+    with second_device(double=False):
         prepared = features.resnet3d_features(tmp_path, SECOND).prepare(frames).cpu()
     assert prepared.shape == (2, 3, 112, 112)
     assert torch.allclose(prepared[0, :, 0, 0], 120 - torch.tensor(features.KINETICS_MEAN), atol=1e-3)
@@ -115,7 +116,7 @@ def test_lpips_with_brought_and_packaged_weights_is_the_lpips_package(tmp_path, 
     file = {"alex": weights.ALEXNET, "vgg": weights.VGG16}[net]
     torch.save(state | {"classifier.1.weight": torch.zeros(2)}, tmp_path / file.names[0])
     first, second = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
-    with second_device():
+    with second_device(double=False):
         distance = features.lpips(net, tmp_path, SECOND).distance
         first, second = first.to(SECOND), second.to(SECOND)
         assert distance(first, second).tolist() == pytest.approx(known, rel=1e-4)
@@ -129,7 +130,7 @@ def test_stand_ins_are_st_lpips(net, known):
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     second = (first + 0.3 * torch.rand(2, 3, 64, 64, generator=generator)).clamp(-1, 1)
-    with second_device():
+    with second_device(double=False):
         distance = features.shift_tolerant_lpips(net, SECOND)
         assert distance.distance(first.to(SECOND), second.to(SECOND)).tolist() == pytest.approx(known, rel=1e-3)
     assert "ST-LPIPS" in distance.network
