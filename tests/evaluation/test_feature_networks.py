@@ -139,13 +139,15 @@ def test_stand_ins_are_st_lpips(net, known):
 @torch.no_grad()
 def test_stand_in_of_fvd_sees_order_and_the_one_of_fid_does_not():
     packaged()
-    frame = features.vgg_features()
-    clip = features.vgg_clip_features(frame)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    rows = frame.prepare(frames)
+    with second_device(double=False):
+        frame = features.vgg_features(SECOND)
+        clip = features.vgg_clip_features(frame)
+        prepared = frame.prepare(frames)
+        parts = [clip.extract(part) for part in (prepared[:1].repeat(6, 1)[None], prepared[None])]
+        rows, still, moving = (part.cpu() for part in (prepared, *parts))
     assert rows.shape == (6, 512) and rows.norm(dim=1).max() <= 1.0001
-    still, moving = clip.extract(rows[:1].repeat(6, 1)[None]), clip.extract(rows[None])
     assert still.shape == (1, clip.dimension) and still[0, 512:].abs().max() == 0 < moving[0, 512:].max()
     assert torch.allclose(moving[0, :512], rows.mean(dim=0))
 
