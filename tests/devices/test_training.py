@@ -96,11 +96,10 @@ CASES = {
             "trainable": "lora",
             "gradient_checkpointing": True,
             "mixed_precision": "bf16",
-            **augmented(COMPOSED),
         },
         tolerance=0.05,
     ),
-    "MagicAnimate's images": Case("magic_animate", settings=augmented(COMPOSED)),
+    "MagicAnimate's images": Case("magic_animate"),
     "MagicAnimate's clips": Case(
         "magic_animate", "motion", settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
     ),
