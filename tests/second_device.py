@@ -43,22 +43,29 @@ FULL_PRECISION = (
 class _Dispatch(TorchDispatchMode):
     """Sees what makes tensors out of none of the device's."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and leaving it out takes a third of an operation's time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return execute(func, args, kwargs or {})
 
 
 @contextmanager
-def second_device() -> Iterator[list[Wait]]:
-    """Within the block there is the second device; yields the list that its waits are added to."""
+def second_device(double: bool = True) -> Iterator[list[Wait]]:
+    """Within the block there is the second device; yields the list that its waits are added to.
+
+    Without `double` it refuses float64, as Apple's mps does.
+    """
     swapped = torch.__future__.get_swap_module_params_on_conversion()
     # Parameters stay the same objects when their module is moved, as they do between devices of torch's own.
     torch.__future__.set_swap_module_params_on_conversion(True)
-    outer, BACKEND.waits = BACKEND.waits, []
+    outer, BACKEND.waits, BACKEND.double = (BACKEND.waits, BACKEND.double), [], double
     try:
         with _Dispatch():
             yield BACKEND.waits
     finally:
-        BACKEND.waits = outer
+        BACKEND.waits, BACKEND.double = outer
         torch.__future__.set_swap_module_params_on_conversion(swapped)
 
 

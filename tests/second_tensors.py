@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-ROOT = Path(__file__).parents[1]
+ROOT = f"{Path(__file__).parents[1]}/"
+NOT_OURS = (f"{ROOT}tests/", f"{ROOT}.venv/")
 NAME, CPU = "second", torch.device("cpu")
 
 # Operations that may take tensors of both devices, beside pointwise ones and numbers that are tensors of the CPU.
@@ -43,6 +44,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.waits: list[Wait] | None = None  # None: nobody asks
+        self.double = True  # if there are tensors of float64
         self.random = torch.Generator().manual_seed(1).get_state()
 
     def is_available(self) -> bool:
@@ -98,9 +100,8 @@ def place() -> tuple[str, int]:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        file = Path(code.co_filename)
-        if file.is_relative_to(ROOT) and not {"tests", ".venv"} & set(file.relative_to(ROOT).parts[:1]):
-            return f"{file.relative_to(ROOT)} {code.co_qualname}", frame.f_lineno
+        if code.co_filename.startswith(ROOT) and not code.co_filename.startswith(NOT_OURS):
+            return f"{code.co_filename.removeprefix(ROOT)} {code.co_qualname}", frame.f_lineno
         frame = frame.f_back
     return "autograd", 0
 
@@ -112,6 +113,8 @@ class SecondTensor(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor) -> "SecondTensor":
+        if data.dtype == torch.float64 and not BACKEND.double:
+            raise TypeError(f"{SECOND} has no tensors of float64 here")
         made = Tensor._make_wrapper_subclass(
             cls,
             data.size(),
@@ -227,11 +230,11 @@ def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) ->
         result = func(*inner, **options)
     # What is changed in place comes back as what was given.
     known = {id(bare(tensor)): tensor for tensor in given}
-    return mapped(lambda made: known.get(id(made)) if id(made) in known else wrapped(made, here), result)
 
+    def outer(made: Tensor) -> Tensor:
+        return known[id(made)] if id(made) in known else SecondTensor(made) if here else made
 
-def wrapped(made: Tensor, here: bool) -> Tensor:
-    return SecondTensor(made) if here else made
+    return mapped(outer, result)
 
 
 def check_devices(func: torch._ops.OpOverload, rule: Rule, args: tuple, others: list[Tensor]) -> None:

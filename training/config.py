@@ -161,6 +161,11 @@ class AugmentationConfig:
     composition: CompositionConfig = field(default_factory=CompositionConfig)  # moves the reference's person
     calibrated: CalibratedTrainingConfig = field(default_factory=CalibratedTrainingConfig)  # as in TPC's inference
 
+    def needs_float64(self) -> bool:
+        """True if transforms are computed where the model is; articulated ones are made with the data, on the CPU."""
+        similar = self.calibrated.probability > 0 and self.calibrated.transform != "articulated"
+        return similar or self.composition.probability > 0
+
 
 @dataclass
 class ModelConfig:

@@ -186,6 +186,11 @@ class Run:
 
 def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: Animator) -> Run:
     """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint."""
+    if accelerator.device.type == "mps" and config.augmentation.needs_float64():
+        raise UserError(
+            "augmentation.composition and augmentation.calibrated are computed in float64, which device mps does not "
+            "have; set ACCELERATE_USE_CPU=true, take calibrated.transform=articulated, or set their probability to 0"
+        )
     objective = Objective(model, vae, config)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
     exchange_with_bare_model(accelerator)

@@ -32,6 +32,18 @@ def test_what_cuda_refuses(operation):
         operation(ROWS.to(SECOND), ROWS.clone())
 
 
+def test_what_mps_refuses():
+    with second_device(double=False):
+        here = ROWS.to(SECOND)
+        for operation in (
+            here.double,
+            lambda: ROWS.double().to(SECOND),
+            lambda: here.new_zeros(1, dtype=torch.float64),
+        ):
+            with pytest.raises(TypeError, match="no tensors of float64"):
+                operation()
+
+
 WAITING = {
     "read": [
         lambda here: here.sum().item(),

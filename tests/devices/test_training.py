@@ -1,4 +1,7 @@
-"""Training on a second device: the CPU's losses, gradients and weights, and steps that wait for it where stated."""
+"""Training on a second device: the CPU's losses, gradients and weights, and steps that wait for it where stated.
+
+Where nothing has to be computed in float64 the device has none, as mps.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,13 +14,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from core.errors import UserError
 from models.animators.registry import animator_class
 from models.vae import VAE
 from tests.networks import TINY
 from tests.published import small_vae
 from tests.second_device import SECOND, second_device
-from tests.training_runs import make_vae, weights
 from tpc.augmentation import calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import save_memory, set_trainable
@@ -32,8 +36,8 @@ from training.config import (
     ValidationConfig,
 )
 from training.data import make_dataset
-from training.distributed import make_accelerator
-from training.loop import run_training
+from training.distributed import StopRequest, make_accelerator
+from training.loop import train
 from training.run import Run, accumulate_gradients, batches, move_parameters, prepare
 
 SIDE = 32
@@ -92,18 +96,19 @@ CASES = {
             "trainable": "lora",
             "gradient_checkpointing": True,
             "mixed_precision": "bf16",
-            **augmented(COMPOSED),
         },
         tolerance=0.05,
     ),
-    "MagicAnimate's images": Case("magic_animate", settings=augmented(COMPOSED)),
+    "MagicAnimate's images": Case("magic_animate"),
     "MagicAnimate's clips": Case(
         "magic_animate", "motion", settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
     ),
     "DisCo's images": Case(
         "disco", settings=augmented(COMPOSED, replace(CALIBRATED, images=1)), waits=NORM | ESTIMATED
     ),
-    "DisCo's clips": Case("disco", "motion", settings={"trainable": "full", **augmented(calibrated=BENT)}),
+    "DisCo's clips": Case(
+        "disco", "motion", num_frames=2, settings={"trainable": "full", **augmented(calibrated=BENT)}
+    ),
     "DreamPose's images": Case("dream_pose", batch_size=3, settings=augmented(COMPOSED)),
     "DreamPose's clips": Case(
         "dream_pose", "motion", batch_size=1, settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
@@ -135,11 +140,9 @@ def items(case: Case) -> list[dict[str, Tensor]]:
 def config_of(case: Case) -> TrainConfig:
     data = DataConfig(size=[SIDE, SIDE], num_frames=1 if case.stage == "image" else case.num_frames, workers=0)
     settings = {"mixed_precision": "no", "noise": NoiseConfig(condition_dropout=0.4, person_weight=2.0)}
-    return TrainConfig(
-        **{"stage": case.stage, "output": "x", "batch_size": case.batch_size, "model": TINY, "data": data},
-        **{"ema_decay": 0.9, "max_steps": 1, "optimizer": OptimizerConfig(epsilon=1e-4)},
-        **{"lora": LoraConfig(rank=2), **settings, **case.settings},
-    )
+    settings |= {"ema_decay": 0.9, "max_steps": 1, "optimizer": OptimizerConfig(epsilon=1e-4)}
+    settings |= {"lora": LoraConfig(rank=2), "batch_size": case.batch_size, "model": TINY, "data": data}
+    return TrainConfig(**{"stage": case.stage, "output": "x", **settings, **case.settings})
 
 
 def networks(case: Case, config: TrainConfig) -> tuple[VAE, nn.Module]:
@@ -188,7 +191,8 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
     accelerated(torch.device("cpu"))
     expected, gradients, _ = step(case, tmp_path, [])
     accelerated(SECOND)
-    with second_device() as waits:
+    double = config_of(case).augmentation.needs_float64()
+    with second_device(double) as waits:
         found, others, waited = step(case, tmp_path, waits)
         assert found.accelerator.device == SECOND and {p.device for _, p in found.trainable} == {SECOND}
         losses = [run.log.losses[0].item() for run in (expected, found)]
@@ -208,33 +212,46 @@ def test_a_step_of_every_animator(name, accelerated, tmp_path):
     assert Counter((wait.kind, wait.place) for wait in waited) == case.waits
 
 
-def test_a_run_is_validated_stopped_and_resumed(accelerated, tmp_path):
-    """`train.py` as it is: average, clipping, a checkpoint, another start from it, clips with TPC, the pipeline."""
-    config = TrainConfig(
-        **{"stage": "image", "output": str(tmp_path / "cpu"), "max_steps": 2, "log_steps": 1, "ema_decay": 0.9},
-        **{"mixed_precision": "no", "model": replace(TINY, vae=str(make_vae(tmp_path / "vae")))},
-        data=DataConfig(size=[SIDE, SIDE], workers=0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-4),
-    )
-    accelerated(torch.device("cpu"))
-    run_training(config)
-    validation = ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1)
-    config = replace(config, output=str(tmp_path / "second"), validation=validation)
-    for last in (1, 2):
-        accelerated(SECOND)
-        with second_device() as waits:
-            run_training(replace(config, max_steps=last))
+@pytest.mark.parametrize("augmentation", [augmented(COMPOSED), augmented(calibrated=CALIBRATED)])
+def test_what_needs_float64_is_refused_without_it(augmentation, accelerated, tmp_path):
+    accelerated(torch.device("mps"))
+    config = config_of(Case("animate_anyone", settings=augmentation))
+    with pytest.raises(UserError, match="float64, which device mps does not have; set ACCELERATE_USE_CPU=true"):
+        prepare(config, tmp_path, make_accelerator(config, tmp_path), nn.Module(), nn.Module())
+
+
+def test_a_run_is_validated_saved_and_resumed(accelerated, tmp_path):
+    """Two steps: at once on the CPU; on the device in two starts, the second of which samples clips with TPC too."""
+    case = Case("animate_anyone", batch_size=1)
+    both = items(replace(case, batch_size=2))
+
+    def trained(device: torch.device, output: Path, steps: int, **settings: Any) -> Run:
+        accelerated(device)
+        optimizer = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4)
+        settings |= {"max_steps": steps, "log_steps": 1, "optimizer": optimizer}
+        config = config_of(replace(case, settings=settings))
+        (output / "samples").mkdir(parents=True, exist_ok=True)
+        run = prepare(config, output, make_accelerator(config, output), *networks(case, config))
+        run.accelerator.init_trackers("logs")
+        train(run, both[:steps], StopRequest(), tqdm(disable=True))
+        return run
+
+    def held(run: Run) -> Tensor:
+        parts = [*(parameter for _, parameter in run.trainable), *run.average.ema.shadow_params]
+        return torch.cat([part.detach().cpu().flatten() for part in parts])
+
+    expected = held(trained(torch.device("cpu"), tmp_path / "cpu", 2))
+    with second_device(double=False) as waits:
+        first = held(trained(SECOND, tmp_path / "second", 1))
+        del waits[:]
+        validation = ValidationConfig(steps=2, clips=1, misaligned=1.0, num_inference_steps=1)
+        run = trained(SECOND, tmp_path / "second", 2, validation=validation)
+        waited = list(waits)
+        assert run.progress.step == 2 and {average.device for average in run.average.ema.shadow_params} == {SECOND}
+        found = held(run)
+    assert torch.allclose(found, expected, atol=1e-6) and not torch.allclose(first, expected, atol=1e-4)
     assert (tmp_path / "second" / "samples" / "0000002.png").is_file()
-    expected, found = (weights(tmp_path / device / "pipeline") for device in ("cpu", "second"))
-    assert expected.keys() == found.keys()
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
     # Of the loop itself nothing waits but its one step; the noise table moves with a run's first one.
-    others = (
-        "training/checkpoint.py",
-        "training/ema.py",
-        "training/run.py prepare",
-        "training/run.py StepLog",
-        "models/",
-    )
-    steps = Counter((wait.kind, wait.place) for wait in waits if not wait.place.startswith(others))
+    others = ("training/checkpoint.py", "training/ema.py", "training/run.py prepare", "training/run.py StepLog")
+    steps = Counter((wait.kind, wait.place) for wait in waited if not wait.place.startswith((*others, "models/")))
     assert steps == NORM | {("to device", "training/objective.py Objective.loss"): 1}

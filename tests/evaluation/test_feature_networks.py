@@ -1,7 +1,8 @@
 """Feature networks: the published architectures, their weight files, and what is said when one is missing.
 
 Known answers come from the published implementations (pytorch-fid 0.3.0, pytorch-i3d, DisCo's 3D ResNet, lpips 0.1.4,
-stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes.
+stlpips-pytorch 0.0.2) with the same weights, which `seeded` draws from names and shapes. A second device computes
+them, which all of a network must be on.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ from metrics import features, weights
 from metrics.networks.inception import InceptionV3
 from metrics.networks.perceptual import alexnet, vgg16
 from metrics.networks.video import I3D, ResNet3d50
+from tests.second_device import SECOND, second_device
 
 
 def seeded(network: nn.Module) -> nn.Module:
@@ -40,16 +42,21 @@ def drawn(*shape: int, normal: bool = True) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("network", "inputs", "known"),
+    ("network", "file", "opened", "side", "known"),
     [
-        (ResNet3d50, (1, 3, 16, 112, 112), (1473.7347, 282.8661, 851.1154)),
-        (I3D, (1, 3, 16, 224, 224), (-2.1307, -3.3392, 1.1354)),
+        (ResNet3d50, weights.RESNET3D, features.resnet3d_features, 112, (1473.7347, 282.8661, 851.1154)),
+        (I3D, weights.I3D_KINETICS, features.i3d_features, 224, (-2.1307, -3.3392, 1.1354)),
     ],
 )
-def test_networks_of_windows_are_the_published_ones(network, inputs, known):
-    result = seeded(network())(drawn(*inputs))
-    assert result.shape == (1, network.dimension)
-    assert result[0, :3].tolist() == pytest.approx(known, rel=1e-3)
+def test_networks_of_windows_are_the_published_ones(tmp_path, network, file, opened, side, known):
+    torch.save(seeded(network()).state_dict(), tmp_path / file.names[0])
+    clip = drawn(1, 3, 16, side, side).transpose(1, 2)
+    with second_device(double=False):
+        extractor = opened(tmp_path, SECOND)
+        assert extractor.prepare(np.zeros((1, 8, 8, 3), np.uint8)).device == SECOND
+        result = extractor.extract(clip.to(SECOND))
+        assert result.shape == (1, extractor.dimension)
+        assert result[0, :3].tolist() == pytest.approx(known, rel=1e-3)
 
 
 @torch.no_grad()
@@ -58,12 +65,13 @@ def test_inception_from_its_file_is_the_published_one(tmp_path):
     state = seeded(InceptionV3()).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / weights.INCEPTION.names[0])
-    extractor = features.inception_features(tmp_path)
     images = drawn(2, 3, 128, 128, normal=False)
     prepared = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
-    assert extractor.extract(prepared)[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
     frames = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    assert torch.allclose(extractor.prepare(frames), prepared, atol=0.005)
+    with second_device(double=False):
+        extractor = features.inception_features(tmp_path, SECOND)
+        assert extractor.extract(prepared.to(SECOND))[0, :3].tolist() == pytest.approx((3.2474, 0.0, 1.4296), rel=1e-3)
+        assert torch.allclose(extractor.prepare(frames).cpu(), prepared, atol=0.005)
     assert extractor.dimension == 2048 and len(extractor.sha256) == 64
 
 
@@ -71,9 +79,9 @@ def test_resnet_of_a_training_checkpoint_and_its_pixels(tmp_path):
     state = {f"module.{name}": value for name, value in seeded(ResNet3d50()).state_dict().items()}
     path = tmp_path / weights.RESNET3D.names[0]
     torch.save({"epoch": 3, "arch": "resnet-50", "state_dict": state, "optimizer": {}}, path)
-    extractor = features.resnet3d_features(tmp_path)
     frames = np.full((2, 30, 40, 3), 120, np.uint8)
-    prepared = extractor.prepare(frames)
+    with second_device(double=False):
+        prepared = features.resnet3d_features(tmp_path, SECOND).prepare(frames).cpu()
     assert prepared.shape == (2, 3, 112, 112)
     assert torch.allclose(prepared[0, :, 0, 0], 120 - torch.tensor(features.KINETICS_MEAN), atol=1e-3)
 
@@ -108,9 +116,11 @@ def test_lpips_with_brought_and_packaged_weights_is_the_lpips_package(tmp_path, 
     file = {"alex": weights.ALEXNET, "vgg": weights.VGG16}[net]
     torch.save(state | {"classifier.1.weight": torch.zeros(2)}, tmp_path / file.names[0])
     first, second = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
-    distance = features.lpips(net, tmp_path).distance
-    assert distance(first, second).tolist() == pytest.approx(known, rel=1e-4)
-    assert distance(first, first).abs().max() == 0
+    with second_device(double=False):
+        distance = features.lpips(net, tmp_path, SECOND).distance
+        first, second = first.to(SECOND), second.to(SECOND)
+        assert distance(first, second).tolist() == pytest.approx(known, rel=1e-4)
+        assert distance(first, first).abs().max() == 0
 
 
 @torch.no_grad()
@@ -120,21 +130,24 @@ def test_stand_ins_are_st_lpips(net, known):
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     second = (first + 0.3 * torch.rand(2, 3, 64, 64, generator=generator)).clamp(-1, 1)
-    distance = features.shift_tolerant_lpips(net)
-    assert distance.distance(first, second).tolist() == pytest.approx(known, rel=1e-3)
+    with second_device(double=False):
+        distance = features.shift_tolerant_lpips(net, SECOND)
+        assert distance.distance(first.to(SECOND), second.to(SECOND)).tolist() == pytest.approx(known, rel=1e-3)
     assert "ST-LPIPS" in distance.network
 
 
 @torch.no_grad()
 def test_stand_in_of_fvd_sees_order_and_the_one_of_fid_does_not():
     packaged()
-    frame = features.vgg_features()
-    clip = features.vgg_clip_features(frame)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    rows = frame.prepare(frames)
+    with second_device(double=False):
+        frame = features.vgg_features(SECOND)
+        clip = features.vgg_clip_features(frame)
+        prepared = frame.prepare(frames)
+        parts = [clip.extract(part) for part in (prepared[:1].repeat(6, 1)[None], prepared[None])]
+        rows, still, moving = (part.cpu() for part in (prepared, *parts))
     assert rows.shape == (6, 512) and rows.norm(dim=1).max() <= 1.0001
-    still, moving = clip.extract(rows[:1].repeat(6, 1)[None]), clip.extract(rows[None])
     assert still.shape == (1, clip.dimension) and still[0, 512:].abs().max() == 0 < moving[0, 512:].max()
     assert torch.allclose(moving[0, :512], rows.mean(dim=0))
 
