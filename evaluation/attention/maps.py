@@ -7,7 +7,8 @@
     pointing(recording.result, truth, layer).accuracy(radius=0.15)
 
 A point is a keypoint of a person in a driving frame; its true coordinates are those of the same keypoint in the
-reference, moved by the calibration's transform into a calibrated image. Distances are in body heights in the image.
+reference, moved by the calibration's transform, of its part where the person bends, into a calibrated image. Distances
+are in body heights in the image.
 
 Shapes use s = steps, f = frames, a = heads, p = points or queries, k = attended images (the reference, then a
 calibrated image a person), h, w = a layer's grid, r = h*w tokens of an image.
@@ -38,6 +39,7 @@ from models.attention.measures import (
     value_at_argmax,
 )
 from tpc import Calibration
+from tpc.bends.parts import keypoint_matrices
 from tpc.silhouettes import body_height, visible
 
 SCORE = 0.3
@@ -132,9 +134,9 @@ def body_truth(
         shown = np.where(known[:, None], keypoints, np.nan)  # (17, 2)
         coords[:, :, rows, 0], heights[:, :, rows, 0] = shown, height
         if selection.images > 1:
-            moves = matrices[:, :, person]  # (s, f, 3, 3)
-            coords[:, :, rows, 1 + person] = shown @ moves[..., :2, :2].mT + moves[..., None, :2, 2]
-            scale = np.sqrt(np.abs(np.linalg.det(moves[..., :2, :2])))  # (s, f)
+            whole, moves = matrices[:, :, person, 0], matrices[:, :, person, 1:]  # (s, f, 3, 3), (s, f, 17, 3, 3)
+            coords[:, :, rows, 1 + person] = (moves[..., :2, :2] @ shown[..., None])[..., 0] + moves[..., :2, 2]
+            scale = np.sqrt(np.abs(np.linalg.det(whole[..., :2, :2])))  # (s, f)
             heights[:, :, rows, 1 + person] = (scale * height)[..., None]
     return BodyTruth(torch.from_numpy(coords), torch.from_numpy(heights), selection.size)
 
@@ -142,12 +144,15 @@ def body_truth(
 def image_matrices(
     recorded: RecordedAttention, calibration: Calibration | None, reference_map: np.ndarray
 ) -> np.ndarray:
-    """(s, f, persons, 3, 3): reference to calibrated image, both in the model's frame; NaN where there is none."""
+    """(s, f, persons, 18, 3, 3): reference to calibrated image, both in the model's frame; NaN where there is none.
+
+    Of the person as a whole, then of each keypoint, which moves with its part where the person bends.
+    """
     selection = recorded.selection
     persons = selection.images - 1
     steps, frames = selection.shape(recorded.layers[0])[:2]
     if persons == 0:
-        return np.empty((steps, frames, 0, 3, 3))
+        return np.empty((steps, frames, 0, 1 + JOINTS, 3, 3))
     if calibration is None or calibration.persons != persons:
         raise UserError(f"calibration: the recorded run had one of {persons} persons; give the same")
     images = np.stack([calibration.index(step)[list(selection.frames)] for step in selection.steps])
@@ -157,12 +162,13 @@ def image_matrices(
                 raise UserError(f"mean: {name} saw different calibrated images, which have no common true place")
             images = images.take([0], axis)
     to_model = np.linalg.inv(reference_map)
-    found = np.full((*images.shape, 3, 3), np.nan)
+    found = np.full((*images.shape, 1 + JOINTS, 3, 3), np.nan)
     for person in range(persons):
         for image in np.unique(images[..., person][images[..., person] >= 0]):
             frame = int(np.flatnonzero(calibration.member[:, person] == image)[0])
-            matrix = calibration.frame_map @ calibration.matrices[frame, person] @ to_model
-            found[images[..., person] == image, person] = matrix
+            matrix, parts = calibration.matrices[frame, person], calibration.records[frame][person].parts
+            moves = np.concatenate([matrix[None], keypoint_matrices(matrix, parts)])
+            found[images[..., person] == image, person] = calibration.frame_map @ moves @ to_model
     return found
 
 

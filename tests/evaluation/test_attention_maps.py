@@ -237,6 +237,20 @@ class TestTruth:
         else:
             assert torch.equal(body_truth(averaged, reference, calibration).coords[0], truth.coords[0])
 
+    def test_keypoints_of_a_bent_person_move_with_their_parts(self):
+        """The arm that hangs in the reference is stretched out sideways in the frame."""
+        reference, driving = standing([(0, 0, 1.0)]), standing([(0, 0, 1.0)])
+        shoulder = driving.keypoints[0, 0, 5]
+        for joint in (7, 9):
+            length = np.linalg.norm(driving.keypoints[0, 0, joint] - shoulder)
+            driving.keypoints[0, 0, joint] = shoulder + [length, 0]
+        image = np.zeros((128, 128, 3), np.uint8)
+        config = CalibrationConfig(transform="articulated", keypoints="torso", min_iou=0.0)
+        calibration = calibrate(image, reference, driving, SIZE, config)
+        coords = body_truth(self.recorded(driving, steps=1), reference, calibration).coords[0, 0, :, 1].numpy()
+        assert coords == pytest.approx(driving.keypoints[0, 0], abs=1.0)
+        assert np.abs(coords - reference.keypoints[0, 0])[[7, 9]].max(1).min() > 10
+
     def test_several_persons_and_points_that_are_missing(self):
         scores = np.ones((2, 2, 17))
         scores[1, 1, 3] = 0

@@ -73,6 +73,12 @@ def with_neck(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.concatenate([points, neck], -2), np.concatenate([seen, seen[..., shoulders].all(-1, keepdims=True)], -1)
 
 
+def keypoint_matrices(matrix: np.ndarray, parts: dict[str, np.ndarray] | None) -> np.ndarray:
+    """(17, 3, 3) maps of the keypoints: of the part whose own each is, its parent's before its own; or `matrix`."""
+    owners = (next(name for name, (_, own) in PARTS.items() if k in own) for k in range(NUM_KEYPOINTS))
+    return np.array([matrix if parts is None else parts[name] for name in owners], np.float64)
+
+
 def fit_parts(
     source: np.ndarray, target: np.ndarray, seen: np.ndarray, height: float, radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
