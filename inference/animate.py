@@ -173,6 +173,7 @@ def animate(
                 window_size=sampling.window_size,
                 window_overlap=sampling.window_overlap,
                 shift_windows=sampling.shift_windows,
+                passes_at_a_time=sampling.passes_at_a_time,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="uint8",
                 callback_on_step_end=count_step,

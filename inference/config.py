@@ -27,6 +27,9 @@ class SamplingConfig:
     window_size: int | None = number(None, 1, MANY)  # frames denoised together; null: as many as the model knows
     window_overlap: int = number(4, 0, MANY)  # frames that neighbouring windows share
     shift_windows: bool = False  # at every step, so that no frame is always at a window's end
+    # Passes of the UNet, over windows and branches of guidance, in one batch: more keep a GPU busy with small images,
+    # and take memory.
+    passes_at_a_time: int = number(1, 1, MANY)
     compare: bool = True  # also sample without TPC, for the comparison; false halves the time
     # contain: all of the reference, its scene painted on around it; cover: cut to the frame
     reference_fit: str = choice("contain", FIT_MODES)

@@ -1,7 +1,7 @@
 """Inference on a second device: the CPU's results to the bit, and denoising steps that do not wait for it.
 
 Every animator goes through every case; together the cases have every preset of TPC, both attachments, every solver,
-one window and several, one person and two of whom one is away at times.
+one window and several, one pass at a time and several, one person and two of whom one is away at times.
 """
 
 from collections import Counter
@@ -49,7 +49,7 @@ CASES = {
     # Other images at every step, in the reference's place; guidance in a part of the steps.
     "paper": Case(
         {"preset": "paper", "groups": 2, "attach": "replace"},
-        {"solver": "dpm++", "guidance_interval": [0.0, 0.99]},
+        {"solver": "dpm++", "guidance_interval": [0.0, 0.99], "passes_at_a_time": 2},
         recorded=True,
     ),
     # Frames that begin from their images, and one that does not.
@@ -58,7 +58,9 @@ CASES = {
         {"solver": "unipc"},
         waits=({"to device": 7}, {"to device": 9, "read": 1}),
     ),
-    "without": Case({}, {"window_size": 2, "window_overlap": 1, "cuts": [2], "guidance_scale": 1.0}),
+    "without": Case(
+        {}, {"window_size": 2, "window_overlap": 1, "cuts": [2], "guidance_scale": 1.0, "passes_at_a_time": 3}
+    ),
 }
 
 
