@@ -90,13 +90,15 @@ def main(arguments: list[str]) -> None:
     from core.processes import choose_device, process_state
     from inference.animate import animate_pair
     from models.animators.registry import load_pipeline
-    from models.compiling import compile_unets
+    from models.compiling import compile_unets, use_channels_last
 
     state = process_state(config.device)
     for job in jobs:
         output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
+    if config.channels_last:
+        use_channels_last(pipeline.animator, pipeline.vae)
     if config.compile:
         compile_unets(pipeline.animator)
     pipeline.set_progress_bar_config(disable=True)

@@ -5,7 +5,7 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -30,9 +29,8 @@ from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, 
 from models.reference_images import ReferenceImages
 from models.sampling import context_windows, guidance_at, step_shift, window_weights, with_solver
 from models.start import StartedSolver, start_latents, started_frames, started_timesteps
-from models.vae import VAE, decoded_chunks, vae_scale_factor
+from models.vae import OUTPUT_TYPES, VAE, decode_frames, finite_advice, vae_scale_factor
 
-OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not attend to each other are denoised this many at a time.
 FRAMES_AT_A_TIME = 8
 # The VAE's layers at full resolution are large. A GPU wants a few frames to be busy; a CPU is faster with one, whose
@@ -108,7 +106,6 @@ class AnimationPipeline(DiffusionPipeline):
         self.animator = animator
         self.notes: list[str] = []  # sentences for the user about what the pipeline was loaded from
         self.vae_scale_factor = vae_scale_factor(self.vae)
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -297,9 +294,8 @@ class AnimationPipeline(DiffusionPipeline):
                 progress.update()
 
         if (step := int(broken)) >= 0:
-            advice = self.finite_advice(dtype)
-            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {advice}")
-        result = self.decode(latents, output_type, decode_chunk_size)
+            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {finite_advice(dtype)}")
+        result = decode_frames(self.vae, latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(result) if return_dict else (result,)
 
@@ -375,35 +371,3 @@ class AnimationPipeline(DiffusionPipeline):
         if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(device, dtype)
-
-    def decode(self, latents: Tensor, output_type: str, chunk_size: int) -> list[Image.Image] | np.ndarray | Tensor:
-        """Latents (1, c, f, h, w) -> frames in the form of `output_type`, `chunk_size` at a time through the VAE."""
-        if output_type == "latent":
-            return latents
-        images = latents[0].transpose(0, 1).to(self.vae.dtype)  # (f, c, h, w)
-        chunks = self.finite_chunks(images, chunk_size)
-        if output_type != "uint8":
-            return self.video_processor.postprocess(torch.cat(list(chunks)), output_type)
-        factor = self.vae_scale_factor
-        frames = np.empty((len(images), images.shape[2] * factor, images.shape[3] * factor, 3), np.uint8)
-        done = 0
-        for chunk in chunks:
-            frames[done : done + len(chunk)] = (self.video_processor.postprocess(chunk, "np") * 255).round()
-            done += len(chunk)
-        return frames
-
-    def finite_chunks(self, latents: Tensor, chunk_size: int) -> Iterator[Tensor]:
-        """The VAE's images of latents (n, c, h, w); UserError where they are not finite."""
-        for chunk in decoded_chunks(self.vae, latents, chunk_size):
-            if not chunk.isfinite().all():
-                raise UserError(f"the VAE's images are not finite; {self.finite_advice(self.vae.dtype)}")
-            yield chunk
-
-    @staticmethod
-    def finite_advice(dtype: torch.dtype) -> str:
-        """What to do about numbers that are not finite in a dtype."""
-        if dtype == torch.float16:
-            return "float16 ends at 65504, try dtype=bfloat16 or dtype=float32"
-        if dtype == torch.bfloat16:
-            return "try dtype=float32"
-        return f"they are computed in {dtype}, so weights or settings of guidance are at fault, and no dtype helps"
