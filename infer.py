@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         check_inputs(job)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
-    from inference.animate import animate_pair
+    from inference.pairs import animate_pairs
     from models.animators.registry import load_pipeline
     from models.compiling import compile_unets, use_channels_last
 
@@ -120,9 +120,7 @@ def main(arguments: list[str]) -> None:
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
     with state.split_between_processes(jobs) as mine:
-        for job in mine:
-            if job not in there:
-                animate_pair(job, pipeline)
+        animate_pairs([job for job in mine if job not in there], pipeline, config.prefetch)
 
 
 if __name__ == "__main__":
