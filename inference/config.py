@@ -98,7 +98,7 @@ class InferConfig(SamplingConfig):
     dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     # Let torch compile the UNets: the first run of every size takes minutes longer, those after it less time.
     compile: bool = False
-    # With pairs=: read, estimate and calibrate the next pair, and write the last one, while the model animates.
+    # Of several pairs: read, estimate and calibrate the next one, and write the last, while the model animates.
     prefetch: bool = False
     channels_last: bool = False  # memory format of convolutions, which GPUs prefer in half precision
     pose: PoseConfig = field(default_factory=PoseConfig)
