@@ -88,15 +88,17 @@ def main(arguments: list[str]) -> None:
         check_inputs(job)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
-    from inference.animate import animate_pair
+    from inference.pairs import animate_pairs
     from models.animators.registry import load_pipeline
-    from models.compiling import compile_unets
+    from models.compiling import compile_unets, use_channels_last
 
     state = process_state(config.device)
     for job in jobs:
         output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
+    if config.channels_last:
+        use_channels_last(pipeline.animator, pipeline.vae)
     if config.compile:
         compile_unets(pipeline.animator)
     pipeline.set_progress_bar_config(disable=True)
@@ -118,9 +120,7 @@ def main(arguments: list[str]) -> None:
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
     with state.split_between_processes(jobs) as mine:
-        for job in mine:
-            if job not in there:
-                animate_pair(job, pipeline)
+        animate_pairs([job for job in mine if job not in there], pipeline, config.prefetch)
 
 
 if __name__ == "__main__":

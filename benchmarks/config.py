@@ -16,7 +16,7 @@ PARTS = ("machine", "inference", "training", "loading", "growth", "processes")
 PEERS = ("moore", "magic_animate", "tpc_animate")  # see `benchmarks.speed.peers.session`
 WORKS = ("inference", "image", "motion")
 # of `benchmarks.gpu_check`, the most valuable first
-GPU_PARTS = ("agreement", "attention", "inference", "training", "peer", "compile", "loading", "adam8bit")
+GPU_PARTS = ("agreement", "attention", "inference", "training", "peer", "options", "loading", "adam8bit")
 
 
 @dataclass

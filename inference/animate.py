@@ -16,25 +16,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.config import VERSION, check_config, config_dict, save_config
+from core.config import VERSION
 from core.errors import UserError
-from core.files import complete_file, complete_folder, write_json
-from data.inputs import Driving, Reference, load_driving, load_reference
+from core.files import complete_file, write_json
+from data.inputs import Driving, Reference
 from data.poses.drawing import draw_pose
-from data.poses.poses import open_estimator
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader, write_video
 from inference.comparison import comparison_frames, comparison_strip
-from inference.config import InferConfig, SamplingConfig, check_model_sizes
+from inference.config import SamplingConfig, check_model_sizes
 from models.attention.recording import AttentionRecording
 from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
+from tpc.calibration import Progress
 from tpc.result import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 
-LARGER, LARGEST = 1.5, 16  # times a model's own pixels that a size may have without a note, and at all
+LARGEST = 16  # times a model's own pixels that a size may have
 
 
 @dataclass
@@ -50,6 +50,18 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model is given for one clip; all images are uint8 RGB at its size."""
+
+    reference: np.ndarray  # (H, W, 3)
+    poses: np.ndarray  # (f, H, W, 3)
+    mask: np.ndarray | None  # (H, W) bool, any person of the reference
+    calibration: Calibration | None
+    fps: float  # frames per second
+    cuts: tuple[int, ...]  # first frames of the clip's shots after the first
 
 
 @dataclass(frozen=True)
@@ -118,9 +130,24 @@ def animate(
     attention: AttentionRecording | None = None,
 ) -> Animation:
     """Animate a reference with a driving clip; `attention` records the run that `Animation.result` is of."""
+    watch = watch or Stopwatch()
+    progress = partial(tqdm, desc="calibrating", disable=not show_progress)
+    inputs = model_inputs(pipeline, reference, driving, sampling, tpc, watch, progress)
+    return sampled(pipeline, inputs, sampling, watch, show_progress, attention)
+
+
+def model_inputs(
+    pipeline: AnimationPipeline,
+    reference: Reference,
+    driving: Driving,
+    sampling: SamplingConfig,
+    tpc: CalibrationConfig | None,
+    watch: Stopwatch,
+    progress: Progress,
+) -> ModelInputs:
+    """Images and calibration for `sampled`; computes with no network of the pipeline."""
     if driving.images is None and pipeline.pose_kind != "OpenPose":
         raise UserError(f"the model reads {pipeline.pose_kind} images, which cannot be drawn from keypoints")
-    watch = watch or Stopwatch()
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
     beyond = ~quad_mask(frame.reference_map, reference.image.shape[1::-1], size)
@@ -141,7 +168,7 @@ def animate(
                 frame_map=frame.frame_map,
                 reference_map=frame.reference_map,
                 cuts=driving.cuts,
-                progress=lambda frames: tqdm(frames, desc="calibrating", disable=not show_progress),
+                progress=progress,
             )
 
     mask = None  # (H, W) bool, any person of the reference
@@ -151,6 +178,19 @@ def animate(
         mask = calibration.reference_masks.any(axis=0)
     elif pipeline.animator.needs_mask and reference.poses is not None:
         mask = warp_mask(mask_pyramid(draw_silhouettes(reference.poses)[0].any(axis=0)), frame.reference_map, size)
+
+    return ModelInputs(image, poses, mask, calibration, driving.fps, driving.cuts)
+
+
+def sampled(
+    pipeline: AnimationPipeline,
+    inputs: ModelInputs,
+    sampling: SamplingConfig,
+    watch: Stopwatch,
+    show_progress: bool = True,
+    attention: AttentionRecording | None = None,
+) -> Animation:
+    """The model's animation of its inputs; see `animate`."""
 
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with (
@@ -165,30 +205,31 @@ def animate(
                 return tensors
 
             return pipeline(
-                image,
-                poses,
+                inputs.reference,
+                inputs.poses,
                 calibration,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance_scales or sampling.guidance_scale,
                 window_size=sampling.window_size,
                 window_overlap=sampling.window_overlap,
                 shift_windows=sampling.shift_windows,
+                passes_at_a_time=sampling.passes_at_a_time,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="uint8",
                 callback_on_step_end=count_step,
                 attention=attention,
-                reference_mask=mask,
+                reference_mask=inputs.mask,
                 guidance_interval=sampling.guidance_interval,
                 solver=sampling.solver,
-                cuts=driving.cuts,
+                cuts=inputs.cuts,
             ).frames
 
-    plain = calibrated = None
+    calibration, plain, calibrated = inputs.calibration, None, None
     if calibration is None or sampling.compare:
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(image, poses, plain, calibrated, calibration, driving.fps, driving.cuts)
+    return Animation(inputs.reference, inputs.poses, plain, calibrated, calibration, inputs.fps, inputs.cuts)
 
 
 def sampling_plan(
@@ -279,71 +320,3 @@ def write_animation(
         "calibration": calibration.summary() if calibration is not None else None,
     }
     write_json(output / "result.json", result)
-
-
-def with_defaults(job: InferConfig, pipeline: AnimationPipeline) -> InferConfig:
-    """The configuration with the model's steps and guidance where it has none."""
-    own = {"steps": SamplingConfig.steps, "guidance_scale": SamplingConfig.guidance_scale} | pipeline.sampling
-    wanted = {name: own[name] for name in ("steps", "guidance_scale") if getattr(job, name) is None}
-    job = replace(job, **wanted)
-    check_config(job)
-    return job
-
-
-def size_note(pipeline: AnimationPipeline, size: tuple[int, int]) -> str | None:
-    """A warning about a size (width, height) far beyond what the model was trained on."""
-    times, own = beside_own_size(pipeline, size)
-    if times <= LARGER:
-        return None
-    return f"size={size[0]}x{size[1]} has {times:.1f} times {own}; people may come out doubled or blurred"
-
-
-def animate_pair(job: InferConfig, pipeline: AnimationPipeline) -> None:
-    """Write everything that `infer.py` writes about one reference and driving video."""
-    job = with_defaults(job, pipeline)
-    output, watch = Path(job.output), Stopwatch()
-    estimator = partial(open_estimator, job.pose)
-    masked = pipeline.animator_cls.needs_mask and not job.reference_mask
-    with watch.stage("reading and poses"):
-        reference = load_reference(
-            job.reference,
-            job.reference_poses,
-            job.reference_mask,
-            estimator if job.tpc.enabled or masked else None,
-            job.pose.max_persons,
-        )
-        driving = load_driving(
-            job.driving,
-            job.driving_poses,
-            job.driving_masks,
-            estimator,
-            job.pose.max_persons,
-            job.num_frames,
-            job.stride,
-            job.pose.smoothing,
-            images=job.pose_images,
-            poses_wanted=job.tpc.enabled,
-            cuts=job.cuts,
-            progress=partial(tqdm, desc="estimating poses", unit="frame"),
-        )
-    size, frames = (
-        framing(pipeline, reference, driving, job).size,
-        len(driving.images) if driving.images else driving.poses.frames,
-    )
-    for note in filter(None, (size_note(pipeline, size), driving.note(job.stride, job.num_frames))):
-        print(f"note: {note}")
-    print(f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {output}", flush=True)
-    animation = animate(pipeline, reference, driving, job, job.tpc if job.tpc.enabled else None, watch)
-    save_config(job, output / "config.yaml")
-    if animation.calibration is not None:
-        with watch.stage("writing"), complete_folder(output / "calibration") as folder:
-            animation.calibration.write(folder)
-    upscale_to = driving.size if job.upscale == "source" else None
-    write_animation(animation, output, config_dict(job), watch, driving.sound, upscale_to)
-    if animation.calibration is not None:
-        print(f"calibration: {animation.calibration.outcome()}; images in {output / 'calibration'}")
-    print(f"animation:  {output / 'animation.mp4'}")
-    print(f"comparison: {output / 'comparison.png'} and {output / 'comparison.mp4'}")
-    print(f"settings:   {output / 'config.yaml'}, with times in {output / 'result.json'}")
-    for note in animation.calibration.notes() if animation.calibration is not None else ():
-        print(f"note: {note}")

@@ -27,6 +27,9 @@ class SamplingConfig:
     window_size: int | None = number(None, 1, MANY)  # frames denoised together; null: as many as the model knows
     window_overlap: int = number(4, 0, MANY)  # frames that neighbouring windows share
     shift_windows: bool = False  # at every step, so that no frame is always at a window's end
+    # Passes of the UNet, over windows and branches of guidance, in one batch: more keep a GPU busy with small images,
+    # and take memory.
+    passes_at_a_time: int = number(1, 1, MANY)
     compare: bool = True  # also sample without TPC, for the comparison; false halves the time
     # contain: all of the reference, its scene painted on around it; cover: cut to the frame
     reference_fit: str = choice("contain", FIT_MODES)
@@ -95,6 +98,9 @@ class InferConfig(SamplingConfig):
     dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     # Let torch compile the UNets: the first run of every size takes minutes longer, those after it less time.
     compile: bool = False
+    # Of several pairs: read, estimate and calibrate the next one, and write the last, while the model animates.
+    prefetch: bool = False
+    channels_last: bool = False  # memory format of convolutions, which GPUs prefer in half precision
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
 

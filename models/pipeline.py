@@ -5,8 +5,8 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -22,16 +21,16 @@ from core.errors import UserError
 from core.processes import to_device
 from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
-from models.animators.base import Animator, Condition
+from models.animators.base import Animator
 from models.attention.recording import AttentionRecording, AttentionRun
 from models.config import EVERY_LEVEL, ModelSizes, check_sampling
+from models.denoising import WindowPredictions
 from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
 from models.reference_images import ReferenceImages
 from models.sampling import context_windows, guidance_at, step_shift, window_weights, with_solver
 from models.start import StartedSolver, start_latents, started_frames, started_timesteps
-from models.vae import VAE, decoded_chunks, vae_scale_factor
+from models.vae import OUTPUT_TYPES, VAE, decode_frames, finite_advice, vae_scale_factor
 
-OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")
 # Frames that do not attend to each other are denoised this many at a time.
 FRAMES_AT_A_TIME = 8
 # The VAE's layers at full resolution are large. A GPU wants a few frames to be busy; a CPU is faster with one, whose
@@ -107,7 +106,6 @@ class AnimationPipeline(DiffusionPipeline):
         self.animator = animator
         self.notes: list[str] = []  # sentences for the user about what the pipeline was loaded from
         self.vae_scale_factor = vae_scale_factor(self.vae)
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -199,6 +197,7 @@ class AnimationPipeline(DiffusionPipeline):
         guidance_interval: Sequence[float] = EVERY_LEVEL,
         solver: str | None = None,
         cuts: Sequence[int] = (),
+        passes_at_a_time: int = 1,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -226,6 +225,7 @@ class AnimationPipeline(DiffusionPipeline):
             guidance_interval: noise levels (low, high] of 0 to 1 that are guided, see `models.sampling.noise_level`.
             solver: of `models.sampling.SOLVERS`, in place of the pipeline's scheduler.
             cuts: first frames of the clip's shots after the first; no window of frames spans one.
+            passes_at_a_time: passes of the UNet, over windows and branches of guidance, that one batch may hold.
 
         Raises:
             ValueError: inputs that disagree in size or count.
@@ -245,7 +245,8 @@ class AnimationPipeline(DiffusionPipeline):
         if decode_chunk_size is None:
             decode_chunk_size = DECODED_BY_CPU if device.type == "cpu" else DECODED_BY_GPU
         self.check_size(num_frames, size, calibration)
-        self.check_counts(num_frames, num_inference_steps, window_size, window_overlap, decode_chunk_size)
+        counts = {"num_inference_steps": num_inference_steps, "passes_at_a_time": passes_at_a_time}
+        self.check_counts(num_frames, window_size, window_overlap, decode_chunk_size=decode_chunk_size, **counts)
         self.check_choices(output_type, callback_on_step_end_tensor_inputs, guidance_interval, solver)
         scales = animator.guidance_scales(guidance_scale)
         scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
@@ -263,8 +264,11 @@ class AnimationPipeline(DiffusionPipeline):
         timesteps = scheduler.timesteps.cpu()
         step_scales = [guidance_at(scales, guidance_interval, scheduler, timestep) for timestep in timesteps]
         images = self.prepare_images(reference, reference_mask, calibration, size)
-        references = ReferenceImages(animator, images, steps)
+        if not animator.takes_batches:
+            passes_at_a_time = 1
+        references = ReferenceImages(animator, images, steps, null_image=passes_at_a_time > 1)
         pose_condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), references.conditioning)
+        predictions = WindowPredictions(animator, references, pose_condition, attention, passes_at_a_time)
         noise = self.prepare_noise(num_frames, size, generator, latents)
         latents = animator.initial_latents(
             noise, scheduler, lambda: references.start_latents().to(noise).expand_as(noise)
@@ -278,16 +282,10 @@ class AnimationPipeline(DiffusionPipeline):
                 shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
                 windows = context_windows(num_frames, window_size, window_overlap, shift, cuts)
                 prediction = torch.zeros_like(latents)
-                for i, (window, weight) in enumerate(zip(windows, window_weights(windows, num_frames), strict=True)):
-                    context = references.context(step, int(at), window)
-                    if attention is not None:
-                        context = replace(context, probe=attention.probe(step, int(at), windows, i))
-                    pose = pose_condition(window, sample, timestep)
-                    # The unconditional half attends to no images, and keeps the pose.
-                    condition = Condition(references.conditioning, pose, context)
-                    frames = slice(window.start, window.stop)
-                    predicted = animator.predict(sample[:, :, frames], timestep, condition, step_scales[step])
-                    prediction[:, :, frames] += predicted * to_device(weight, device).to(latents)[:, None, None]
+                weights = window_weights(windows, num_frames)
+                for i, predicted in predictions(sample, step, timestep, int(at), windows, step_scales[step]):
+                    frames, weight = slice(windows[i].start, windows[i].stop), to_device(weights[i], device)
+                    prediction[:, :, frames] += predicted * weight.to(latents)[:, None, None]
                 latents = scheduler.step(prediction, at, latents).prev_sample
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -296,9 +294,8 @@ class AnimationPipeline(DiffusionPipeline):
                 progress.update()
 
         if (step := int(broken)) >= 0:
-            advice = self.finite_advice(dtype)
-            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {advice}")
-        result = self.decode(latents, output_type, decode_chunk_size)
+            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {finite_advice(dtype)}")
+        result = decode_frames(self.vae, latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(result) if return_dict else (result,)
 
@@ -325,11 +322,9 @@ class AnimationPipeline(DiffusionPipeline):
             if tuple(calibration.size) != size:
                 raise ValueError(f"calibration is for {calibration.size}, images are {width}x{height}")
 
-    def check_counts(
-        self, num_frames: int, steps: int, window_size: int, overlap: int, decode_chunk_size: int
-    ) -> None:
+    def check_counts(self, num_frames: int, window_size: int, overlap: int, **counts: int) -> None:
         """Raise ValueError for numbers that cannot be, naming the argument."""
-        for name, value in (("num_inference_steps", steps), ("decode_chunk_size", decode_chunk_size)):
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         longest = self.animator.longest_window or max(num_frames, window_size)
@@ -376,35 +371,3 @@ class AnimationPipeline(DiffusionPipeline):
         if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(device, dtype)
-
-    def decode(self, latents: Tensor, output_type: str, chunk_size: int) -> list[Image.Image] | np.ndarray | Tensor:
-        """Latents (1, c, f, h, w) -> frames in the form of `output_type`, `chunk_size` at a time through the VAE."""
-        if output_type == "latent":
-            return latents
-        images = latents[0].transpose(0, 1).to(self.vae.dtype)  # (f, c, h, w)
-        chunks = self.finite_chunks(images, chunk_size)
-        if output_type != "uint8":
-            return self.video_processor.postprocess(torch.cat(list(chunks)), output_type)
-        factor = self.vae_scale_factor
-        frames = np.empty((len(images), images.shape[2] * factor, images.shape[3] * factor, 3), np.uint8)
-        done = 0
-        for chunk in chunks:
-            frames[done : done + len(chunk)] = (self.video_processor.postprocess(chunk, "np") * 255).round()
-            done += len(chunk)
-        return frames
-
-    def finite_chunks(self, latents: Tensor, chunk_size: int) -> Iterator[Tensor]:
-        """The VAE's images of latents (n, c, h, w); UserError where they are not finite."""
-        for chunk in decoded_chunks(self.vae, latents, chunk_size):
-            if not chunk.isfinite().all():
-                raise UserError(f"the VAE's images are not finite; {self.finite_advice(self.vae.dtype)}")
-            yield chunk
-
-    @staticmethod
-    def finite_advice(dtype: torch.dtype) -> str:
-        """What to do about numbers that are not finite in a dtype."""
-        if dtype == torch.float16:
-            return "float16 ends at 65504, try dtype=bfloat16 or dtype=float32"
-        if dtype == torch.bfloat16:
-            return "try dtype=float32"
-        return f"they are computed in {dtype}, so weights or settings of guidance are at fault, and no dtype helps"

@@ -3,6 +3,7 @@
 Shapes use f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -24,12 +25,20 @@ MAX_IMAGES = 128
 class ReferenceImages:
     """Contexts for the windows of a run.
 
-    Of more than `max_images` images only those of a step or a window stay encoded.
+    Of more than `max_images` images only those of a step or of some windows stay encoded. With `null_image` the last
+    of the tokens are `Animator.null_image_tokens`.
     """
 
-    def __init__(self, animator: Animator, images: ImageBatch, steps: int, max_images: int = MAX_IMAGES):
+    def __init__(
+        self,
+        animator: Animator,
+        images: ImageBatch,
+        steps: int,
+        max_images: int = MAX_IMAGES,
+        null_image: bool = False,
+    ):
         self.animator, self.images, self.calibration = animator, images, images.calibration
-        self.max_images = max_images
+        self.max_images, self.null_image = max_images, null_image
         factor = vae_scale_factor(images.vae)
         height, width = images.reference.shape[-2:]
         self.levels = token_levels(animator.attention_layers((height // factor, width // factor)))
@@ -57,17 +66,21 @@ class ReferenceImages:
 
     def context(self, step: int, timestep: int, frames: range) -> ReferenceContext:
         """The images that consecutive frames of the clip may attend to at a denoising step, 0 first."""
+        return self.contexts(step, timestep, [frames])[0]
+
+    def contexts(self, step: int, timestep: int, windows: Sequence[range]) -> list[ReferenceContext]:
+        """`context` of windows that are denoised together."""
         follows = self.animator.reference_follows_timestep
-        self.encode([REFERENCE, *self.wanted(step, frames, whole_run=not follows)], timestep if follows else 0)
-        context = self.attended(step, frames)
+        self.encode([REFERENCE, *self.wanted(step, windows, whole_run=not follows)], timestep if follows else 0)
+        contexts = [self.attended(step, frames) for frames in windows]
         if self.animator.compiled:  # whose graph would be another one once it finds them
             for network in self.animator.children():
                 if hasattr(network, "attn_processors"):
-                    project_images(network, context)
+                    project_images(network, contexts[0])
         # Layers that have their keys and values do not need the tokens any more.
         for layer in self.projected.keys() & self.tokens.keys():
             del self.tokens[layer]
-        return context
+        return contexts
 
     def attended(self, step: int, frames: range) -> ReferenceContext:
         """The images of the frames, which are encoded."""
@@ -86,15 +99,15 @@ class ReferenceImages:
             self.projected,
         )
 
-    def wanted(self, step: int, frames: range, whole_run: bool) -> list[int]:
-        """Calibrated images of the run, of the step, or of the window: the widest of these that is not too many."""
+    def wanted(self, step: int, windows: Sequence[range], whole_run: bool) -> list[int]:
+        """Calibrated images of the run, of the step, or of windows: the widest of these that is not too many."""
         if self.calibration is None or (whole_run and len(self.used) < self.max_images):
             return self.used
         index = self.index(step)
         of_step = np.unique(index[index >= 0]).tolist()
         if len(of_step) < self.max_images:
             return of_step
-        index = index[frames.start : frames.stop]
+        index = np.concatenate([index[frames.start : frames.stop] for frames in windows])
         return np.unique(index[index >= 0]).tolist()
 
     def encode(self, indices: list[int], timestep: int) -> None:
@@ -110,6 +123,9 @@ class ReferenceImages:
             part = self.images.select(chunk + filling)
             for layer, tokens in self.animator.encode_images(part, timestep, self.conditioning).items():
                 written.setdefault(layer, []).append(tokens[: len(chunk)])
+        if self.null_image:
+            for layer, tokens in self.animator.null_image_tokens(self.conditioning).items():
+                written[layer].append(tokens)
         self.tokens = {layer: torch.cat(parts) for layer, parts in written.items()}
         self.rows = {image: row for row, image in enumerate(indices)}
         self._encoded_at = timestep

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
@@ -13,6 +16,7 @@ from models.checkpoints.files import read_config
 from models.checkpoints.loading import load_folder
 
 VAE = AutoencoderKL | AutoencoderTiny
+OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")  # of `decode_frames`
 
 
 def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
@@ -50,6 +54,43 @@ def decoded_chunks(vae: VAE, latents: Tensor, chunk: int | None = None) -> Itera
     """The images of `vae_decode`, at most `chunk` at a time."""
     for part in latents.split(chunk or len(latents)):
         yield vae.decode(part / vae.config.scaling_factor).sample.float().cpu()
+
+
+def decode_frames(vae: VAE, latents: Tensor, output_type: str, chunk: int) -> list[Image.Image] | np.ndarray | Tensor:
+    """Latents (1, c, f, h, w) -> frames in the form of `output_type`, `chunk` at a time through the VAE.
+
+    UserError where they are not finite.
+    """
+    if output_type == "latent":
+        return latents
+    images, processor = latents[0].transpose(0, 1).to(vae.dtype), VideoProcessor(vae_scale_factor(vae))
+    chunks = finite_chunks(vae, images, chunk)
+    if output_type != "uint8":
+        return processor.postprocess(torch.cat(list(chunks)), output_type)
+    height, width = (side * vae_scale_factor(vae) for side in images.shape[-2:])
+    frames = np.empty((len(images), height, width, 3), np.uint8)
+    done = 0
+    for part in chunks:
+        frames[done : done + len(part)] = (processor.postprocess(part, "np") * 255).round()
+        done += len(part)
+    return frames
+
+
+def finite_chunks(vae: VAE, latents: Tensor, chunk: int) -> Iterator[Tensor]:
+    """`decoded_chunks`; UserError where they are not finite."""
+    for part in decoded_chunks(vae, latents, chunk):
+        if not part.isfinite().all():
+            raise UserError(f"the VAE's images are not finite; {finite_advice(vae.dtype)}")
+        yield part
+
+
+def finite_advice(dtype: torch.dtype) -> str:
+    """What to do about numbers that are not finite in a dtype."""
+    if dtype == torch.float16:
+        return "float16 ends at 65504, try dtype=bfloat16 or dtype=float32"
+    if dtype == torch.bfloat16:
+        return "try dtype=float32"
+    return f"they are computed in {dtype}, so weights or settings of guidance are at fault, and no dtype helps"
 
 
 def vae_scale_factor(vae: VAE) -> int:

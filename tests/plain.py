@@ -20,6 +20,7 @@ from models.attention.context import ReferenceContext
 from models.attention.layers import self_attention_level, token_levels
 from models.attention.masking import Visibility
 from models.attention.processors import PlainProcessor, ReferenceReadProcessor
+from models.denoising import guided_predictions
 from models.images import ImageBatch, ImageSequence, as_images
 from models.pipeline import AnimationPipeline
 from models.reference_images import ReferenceImages
@@ -227,7 +228,7 @@ def guided_prediction(
 ) -> Tensor:
     """Both halves of guidance: in one batch that carries everything twice, or one after the other."""
     if "halves" in shortcuts:
-        return animator.predict(sample, timestep, Condition(context, pose, seen), (guidance,))
+        return guided_predictions(animator, [sample], timestep, [Condition(context, pose, seen)], (guidance,))[0]
     null = context if isinstance(pose, list) else torch.zeros_like(context)
     twice = [torch.cat([part, part]) for part in pose] if isinstance(pose, list) else torch.cat([pose, pose])
     poses = {"residuals": twice} if isinstance(pose, list) else {"pose_features": twice}

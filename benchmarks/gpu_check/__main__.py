@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_check peer=DIR peer_python=PYTHON                    Moore-AnimateAnyone beside it
     python -m benchmarks.gpu_check size=tiny device=cpu                           to try it without a GPU
 
-Agreement with the CPU, attention's kernels, steps of inference and of training with their memory, compiled networks,
+Agreement with the CPU, kernels of attention, steps of inference and training with their memory, options of inference,
 the loader, 8-bit moments. Writes results.json and table.md after every part; the exit code is 1 if one of them failed.
 """
 

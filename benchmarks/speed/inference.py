@@ -33,6 +33,7 @@ class RunSize:
     guidance_scale: float  # 1 for none
     window: int = 0
     times: int = 1  # see `make_scene`
+    passes: int = 1  # at a time
 
 
 class StepClock:
@@ -77,6 +78,7 @@ def run_once(
         output_type=output_type,
         callback_on_step_end=clock,
         reference_mask=scene.reference_masks.any(axis=0),
+        passes_at_a_time=size.passes,
     ).frames
 
 

@@ -21,17 +21,20 @@ from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.
-# Windows of a step come in order.
+# Windows of a shot come in order.
 PoseCondition = Callable[[range, Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditions of one window of frames."""
+    """Conditions of one window of frames, or of a batch of passes over windows."""
 
-    conditioning: Any  # from `Animator.encode_reference`
-    pose: Any  # from the `PoseCondition`
+    conditioning: Any  # from `Animator.encode_reference`, one for all passes
+    pose: Any  # from the `PoseCondition`; of a batch its tensors are joined along their first axis
     context: ReferenceContext  # the images that each frame attends to, with the tokens of `Animator.encode_images`
+
+    def without_probe(self) -> "Condition":
+        return replace(self, context=replace(self.context, probe=None))
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Animator(nn.Module, ABC):
     needs_mask = False  # `encode_reference` needs to know where the person is
     joint_frames = True  # frames of a window attend to each other; otherwise windows need not overlap
     guidance_names: tuple[str, ...] = ("reference",)  # of the scales of guidance
+    takes_batches = False  # `predict` takes several passes
     latent_multiple = 1  # that height and width of the latents must be multiples of
 
     trainable = False  # has what `train.py` asks, the methods below `training_prediction`
@@ -156,11 +160,32 @@ class Animator(nn.Module, ABC):
         """The pose condition of a clip's windows."""
 
     @abstractmethod
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        """Guided prediction for one window, (1, c, f, h, w) as its noisy latents `sample`.
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
+        """Predictions (b, c, f, h, w) of b passes, noisy latents `sample`, at a timestep (scalar).
+
+        `dropped` has one of `branches` for each pass; b = 1 unless the animator `takes_batches`.
+        """
+
+    def branches(self, scales: tuple[float, ...]) -> tuple[int, ...]:
+        """What the branches of guidance go without: 0 nothing, others as `TrainingBatch.dropped`.
 
         There is a scale for each of `guidance_names`; all 1: every condition, without guidance.
         """
+        return (0,) if scales == (1,) else (0, 1)
+
+    def combined(self, predictions: Sequence[Tensor], scales: tuple[float, ...]) -> Tensor:
+        """The guided prediction, of those of the `branches`: classifier-free guidance (Ho and Salimans, 2021)."""
+        if len(predictions) == 1:
+            return predictions[0]
+        conditional, null = predictions
+        return null + scales[0] * (conditional - null)
+
+    def null_image_tokens(self, conditioning: Any) -> dict[str, Tensor]:
+        """Tokens (1, r, c) of the image that stands for none in cross-attention, as `encode_images` has them.
+
+        In a batch where others have images, passes without attend to it; {}: to their own frame's tokens.
+        """
+        return {}
 
     @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
@@ -241,10 +266,7 @@ class Animator(nn.Module, ABC):
             )
 
 
-def guided(conditional: Callable[[], Tensor], unconditional: Callable[[], Tensor], scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, 2021). Two calls instead of one doubled batch halve the memory."""
-    prediction = conditional()
-    if scale == 1:
-        return prediction
-    null = unconditional()
-    return null + scale * (prediction - null)
+def zero_dropped(values: Tensor, dropped: Sequence[bool]) -> Tensor:
+    """Values of all passes (1, ...) or of each (b, ...) -> (b, ...), zeros where dropped."""
+    rows = values.expand(len(dropped), *values.shape[1:]).split(1)
+    return torch.cat([torch.zeros_like(row) if drop else row for row, drop in zip(rows, dropped, strict=True)])

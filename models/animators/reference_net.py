@@ -30,6 +30,11 @@ class ReferenceNetMixin:
     trainable = True
 
     @property
+    def takes_batches(self) -> bool:
+        # Norms over clips take the clips of a batch one after another.
+        return self.denoising_unet.config.norm_scope == "frame"
+
+    @property
     def longest_window(self) -> int:
         """The length of the motion modules' position tables."""
         return self.denoising_unet.config.motion_max_seq_length

@@ -4,6 +4,7 @@ Shapes use b = batch, f = frames, n = query tokens, i = reference images, r = to
 k = reference images that a frame attends to, g = flag channels, c = channels, d = channels of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.masking import Visibility
+from models.attention.masking import Visibility, joined_visibility
 
 
 class Probe(Protocol):
@@ -61,10 +62,6 @@ class ReferenceContext:
             return query, key
         return torch.cat([flags[0], query], dim=-1), torch.cat([flags[1], key], dim=-1)
 
-    def without_probe(self) -> "ReferenceContext":
-        """The same images for a further branch of guidance: attention is recorded in one branch alone."""
-        return replace(self, probe=None)
-
     def clip(self, index: int, num_frames: int) -> "ReferenceContext":
         """The part of the frames of one clip of the batch."""
         rows = slice(index * num_frames, (index + 1) * num_frames)
@@ -75,6 +72,17 @@ class ReferenceContext:
             probe=None if self.probe is None else self.probe.clip(rows),
             dropped=None if self.dropped is None else self.dropped[rows],
         )
+
+    def for_passes(self, dropped: Sequence[bool], null_image: int | None = None) -> "ReferenceContext | None":
+        """The context of a batch of passes, equally many frames each, of which some go without images; None: all do.
+
+        With a `null_image` these frames attend to it in cross-attention.
+        """
+        if not any(dropped) or all(dropped):
+            return None if any(dropped) else self
+        frames = torch.zeros(len(self.index) // len(dropped), dtype=torch.bool, device=self.index.device)
+        rows = torch.cat([~frames if drop else frames for drop in dropped])
+        return self.drop_images(rows) if null_image is None else self.drop_to_null(rows, null_image)
 
     def drop_images(self, dropped: Tensor) -> "ReferenceContext":
         """Condition dropout in reference attention: frames `dropped` (b*f,) bool go without images."""
@@ -90,6 +98,37 @@ class ReferenceContext:
 
     def _lifted(self, dropped: Tensor) -> Visibility | None:
         return None if self.visibility is None else self.visibility.lifted(dropped)
+
+
+@dataclass(frozen=True)
+class JointProbe:
+    """Hands the frames of a batch of passes, equally many each, to the probes of those that are recorded."""
+
+    probes: tuple[Probe | None, ...]
+    num_frames: int
+
+    def record(
+        self, layer: str, query: Tensor, key: Tensor, flags: tuple[Tensor, Tensor] | None, scale: float
+    ) -> None:
+        for i, probe in enumerate(self.probes):
+            if probe is not None:
+                rows = slice(i * self.num_frames, (i + 1) * self.num_frames)
+                own = None if flags is None else (flags[0][rows], flags[1][rows])
+                probe.record(layer, query[rows], key[rows], own, scale)
+
+    def clip(self, rows: slice) -> Self:
+        return replace(self, probes=self.probes[rows.start // self.num_frames : rows.stop // self.num_frames])
+
+
+def joined_contexts(contexts: Sequence[ReferenceContext]) -> ReferenceContext:
+    """The context of a batch of passes of a run, equally many frames each."""
+    probes = tuple(context.probe for context in contexts)
+    return replace(
+        contexts[0],
+        index=torch.cat([context.index for context in contexts]),
+        visibility=joined_visibility([context.visibility for context in contexts]),
+        probe=JointProbe(probes, len(contexts[0].index)) if any(probe is not None for probe in probes) else None,
+    )
 
 
 class TokenRecord:

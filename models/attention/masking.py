@@ -7,7 +7,7 @@ Shapes use b = batch, n = query tokens, g = flag channels, d = channels of a hea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,17 @@ class Visibility:
     def lifted(self, rows: Tensor) -> "Visibility":
         """The same flags, but nothing is hidden in the entries of the batch that `rows` (b,) bool marks."""
         return Visibility({n: t * ~rows[:, None, None] for n, t in self.query.items()}, self.key)
+
+
+def joined_visibility(parts: Sequence[Visibility | None]) -> Visibility | None:
+    """Flags of a batch of parts, which all have flags of the same channels, or all none."""
+    if parts[0] is None:
+        return None
+    query, key = (
+        {n: torch.cat([flags[n] for flags in side]) for n in side[0]}
+        for side in ([part.query for part in parts], [part.key for part in parts])
+    )
+    return Visibility(query, key)
 
 
 def masked_attention(

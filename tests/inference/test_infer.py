@@ -211,6 +211,29 @@ def test_pairs_run_once(model, inputs, tmp_path):
     assert times == [(tmp_path / name / "result.json").stat().st_mtime_ns for name in ("a", "b")]
 
 
+def test_pairs_side_by_side(model, inputs, tmp_path, capsys):
+    """The next pair read and the last one written in threads: the same files, lines, and error of the third pair."""
+    Poses.load(inputs / "driving.npz")[:1].save(tmp_path / "short.npz")
+    common = dict(argument.split("=", 1) for argument in given(inputs))
+    lines = [json.dumps(common)] * 2 + [json.dumps(common | {"driving_poses": str(tmp_path / "short.npz")})]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    command, said = [f"pairs={tmp_path / 'pairs.jsonl'}", model, "compare=false", *QUICK], {}
+    for folder in ("one_by_one", "beside"):
+        with pytest.raises(UserError, match="driving_poses=.*short.npz has 1 frames"):
+            infer.main([*command, f"output={tmp_path / folder}", f"prefetch={folder == 'beside'}"])
+        said[folder] = capsys.readouterr().out.replace(folder, "").splitlines()[2:]
+        assert not list((tmp_path / folder / "0003").iterdir())
+    assert said["beside"][:2] == [line for line in said["one_by_one"] if "results in" in line]
+    assert said["beside"][2:] == [line for line in said["one_by_one"] if "results in" not in line]
+    for name in ("0001", "0002"):
+        one, other = (
+            [np.stack([np.asarray(Image.open(file)) for file in sorted((folder / "calibration").rglob("*_p0.png"))])]
+            + [read_video(folder / f"{video}.mp4").frames for video in ("animation", "comparison")]
+            for folder in (tmp_path / "one_by_one" / name, tmp_path / "beside" / name)
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_the_demo_at_reduced_size(tmp_path):
     """No argument but the size of the work: shipped model, shipped samples, real pose estimation."""
     command = [sys.executable, "infer.py", f"output={tmp_path / 'demo'}", "steps=2", "num_frames=4"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from inference.animate import size_note, with_defaults, with_own_start
+from inference.animate import with_own_start
 from inference.config import InferConfig
+from inference.pairs import size_note, with_defaults
 from models.animators.registry import load_pipeline
 from models.checkpoints.convert import convert, convert_config, families
 from models.config import SHIPPED_MODEL

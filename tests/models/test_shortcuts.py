@@ -179,7 +179,7 @@ def test_nothing_after_the_last_write_matters(pipeline):
 
 @pytest.mark.parametrize("max_images", [1, 4, 100])
 def test_few_kept_images_give_the_same_tokens(pipeline, images, max_images):
-    """Too many images for one bank: those of one step, or of one window."""
+    """Too many images for one bank: those of one step, or of one window, or of two together."""
     pipeline = deepcopy(pipeline).to(torch.float64)  # images in other company are rounded otherwise
     calibration, reference = calibration_of(2), as_images(images[0], "reference").double() * 2 - 1
     animator = pipeline.animator
@@ -189,13 +189,15 @@ def test_few_kept_images_give_the_same_tokens(pipeline, images, max_images):
             batch = ImageBatch(pipeline.vae, reference, calibration=calibration)
             run = ReferenceImages(animator, batch, STEPS, max_images=limit)
             for step, timestep in enumerate((900, 100)):
-                for window in (range(0, 3), range(2, 5)):
-                    got = run.context(step, timestep, window)
-                    seen[limit, step, window] = {n: value[got.index] for n, value in got.tokens.items()}
-                    assert len(run.rows) - 1 <= max(limit, 6)
-    for (limit, step, window), tokens in seen.items():
+                for windows in ([range(0, 3)], [range(2, 5)], [range(0, 3), range(2, 5)]):
+                    contexts = run.contexts(step, timestep, windows)
+                    for window, got in zip(windows, contexts, strict=True):
+                        tokens = {n: value[got.index] for n, value in got.tokens.items()}
+                        seen[limit, step, window, len(windows)] = tokens
+                    assert len(run.rows) - 1 <= max(limit, 6 * len(windows))
+    for (limit, step, window, _), tokens in seen.items():
         for layer, value in tokens.items():
-            assert torch.allclose(value, seen[1000, step, window][layer], atol=1e-9), (limit, layer)
+            assert torch.allclose(value, seen[1000, step, window, 1][layer], atol=1e-9), (limit, layer)
 
 
 def test_long_clips_compute_pose_features_by_window(tiny_pipeline, images):

@@ -13,6 +13,7 @@ from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Condition, TrainingBatch
 from models.attention.context import same_reference
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
+from models.denoising import guided_predictions
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
@@ -213,7 +214,7 @@ def test_null_condition_of_training_is_that_of_sampling(tiny_pipeline, frames):
             conditioning = animator.encode_reference(shown)
             seen = same_reference(animator.encode_images(shown, 0, conditioning), frames)
             condition = Condition(conditioning, animator.pose_guider(poses[[number]]), seen)
-            sampled = animator.predict(noisy[[number]], timesteps[number], condition, (scale,))
+            (sampled,) = guided_predictions(animator, [noisy[[number]]], timesteps[number], [condition], (scale,))
             assert torch.allclose(trained[[number]], sampled, atol=2e-5)
         # And the two differ, so that this test can fail.
         kept = animator.training_prediction(

@@ -7,13 +7,14 @@ first convolution.
 Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, zero_dropped
 from models.animators.reference_net import ReferenceNetMixin, small_unets
 from models.animators.small_networks import check_pose_channels, image_encoder_config
 from models.config import NetworkSizes
@@ -52,14 +53,11 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
     def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
         return pose_features(self.pose_guider, poses)
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        context, pose = condition.conditioning, condition.pose
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
         # The unconditional half has no image and a zero context, and keeps the pose.
-        return guided(
-            lambda: self.denoising_unet(sample, timestep, context, pose, condition.context),
-            lambda: self.denoising_unet(sample, timestep, torch.zeros_like(context), pose, None),
-            *scales,
-        )
+        dropped = [branch > 0 for branch in dropped]
+        context = zero_dropped(condition.conditioning, dropped)  # (b, 1, channels)
+        return self.denoising_unet(sample, timestep, context, condition.pose, condition.context.for_passes(dropped))
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         image = batch.reference_image

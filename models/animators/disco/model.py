@@ -9,15 +9,15 @@ Shapes use b = batch, f = frames, i = reference images, m = calibrated images of
 size, H, W = image size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.disco.networks import (
     BACKGROUND_PREFIX,
     POSE_PREFIX,
@@ -87,6 +87,10 @@ class DisCo(Animator):
         return self.temporal
 
     @property
+    def takes_batches(self) -> bool:
+        return not self.temporal  # which mixes the frames of a batch
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Rows and columns of the patches of CLIP's input, (16, 16) in the published model."""
         config = self.image_encoder.config
@@ -102,12 +106,17 @@ class DisCo(Animator):
     def pose_condition(self, poses: ImageSequence, conditioning: DiscoConditioning) -> PoseCondition:
         return lambda frames, sample, timestep: poses[frames]  # (f, 3, H, W)
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        conditioning, poses = condition.conditioning, condition.pose
-        frames = sample[0].transpose(0, 1)  # (f, c, h, w)
-        predict = partial(self.predict_frames, frames, timestep, conditioning.null, poses, conditioning.background)
-        prediction = guided(lambda: predict(condition.context), lambda: predict(None), scales[0])
-        return prediction.transpose(0, 1)[None]
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
+        conditioning = condition.conditioning
+        frames = sample.transpose(1, 2).flatten(0, 1)  # (b*f, c, h, w)
+        reference = condition.context.for_passes([branch > 0 for branch in dropped], null_image=-1)
+        prediction = self.predict_frames(
+            frames, timestep, conditioning.null, condition.pose, conditioning.background, reference
+        )
+        return prediction.unflatten(0, (len(sample), -1)).transpose(1, 2)
+
+    def null_image_tokens(self, conditioning: DiscoConditioning) -> dict[str, Tensor]:
+        return {SOURCE: conditioning.null}
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         keys = KeyLayout(self.patch_grid, whole=1)

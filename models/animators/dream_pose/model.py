@@ -11,7 +11,6 @@ H, W = image size.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import torch
@@ -19,7 +18,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, zero_dropped
 from models.animators.dream_pose.networks import DreamPoseUNet, ImageAdapter, branch_weights, consecutive_poses
 from models.animators.small_networks import image_encoder_config, unet_settings
 from models.attention.layers import KeyLayout, LayerShape, image_token_layers
@@ -53,6 +52,7 @@ class DreamPose(Animator):
     shared_noise = True
     joint_frames = False
     guidance_names = ("image", "pose")
+    takes_batches = True
     drop_modes = 3
     adapted_networks = ("denoising_unet",)
 
@@ -86,16 +86,22 @@ class DreamPose(Animator):
         inputs = torch.cat([unet.pose_input(poses[chunk], size) for chunk in chunks])[None]  # (1, all frames, p, h, w)
         return lambda frames, sample, timestep: consecutive_poses(inputs, unet.config.poses, frames)
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
-        null, pose, absent = condition.conditioning.null, condition.pose, torch.zeros_like(condition.pose)
-        predict = partial(self.denoising_unet, sample, timestep)
-        branches = (
-            lambda: predict(absent, null, None),
-            lambda: predict(absent, null, condition.context.without_probe()),
-            lambda: predict(pose, null, condition.context),
-        )
-        weights = branch_weights(*scales)
-        return sum(weight * branch() for weight, branch in zip(weights, branches, strict=True) if weight)
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
+        poses = zero_dropped(condition.pose, [branch in (DROP_POSE, DROP_BOTH) for branch in dropped])
+        no_image = [branch in (DROP_IMAGE, DROP_BOTH) for branch in dropped]
+        reference = condition.context.for_passes(no_image, null_image=-1)
+        return self.denoising_unet(sample, timestep, poses, condition.conditioning.null, reference)
+
+    def branches(self, scales: tuple[float, ...]) -> tuple[int, ...]:
+        weights = zip((DROP_BOTH, DROP_POSE, 0), branch_weights(*scales), strict=True)
+        return tuple(branch for branch, weight in weights if weight)
+
+    def combined(self, predictions: Sequence[Tensor], scales: tuple[float, ...]) -> Tensor:
+        weights = filter(None, branch_weights(*scales))
+        return sum(weight * prediction for weight, prediction in zip(weights, predictions, strict=True))
+
+    def null_image_tokens(self, conditioning: DreamPoseConditioning) -> dict[str, Tensor]:
+        return {SOURCE: conditioning.null}
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         # Tokens are mixed over the image by the adapter, so only whole images can be shown or hidden.

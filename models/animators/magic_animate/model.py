@@ -7,7 +7,7 @@ input; new small networks read figures of OpenPose, which can be drawn.
 Shapes use b = batch, f = frames, m = calibrated images of a clip, c = channels, h, w = latent size, H, W = image size.
 """
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch, guided
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.reference_net import ReferenceNetMixin, small_unets
 from models.animators.small_networks import check_pose_channels
 from models.config import NetworkSizes
@@ -119,10 +119,11 @@ class MagicAnimate(ReferenceNetMixin, Animator):
     def pose_condition(self, poses: ImageSequence, conditioning: Tensor) -> PoseCondition:
         return ControlCondition(self.control_net, poses, conditioning)
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, scales: tuple[float, ...]) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
         # The unconditional half has no image; both have the same prompt and residuals.
-        denoised = partial(self.denoising_unet, sample, timestep, condition.conditioning, residuals=condition.pose)
-        return guided(lambda: denoised(reference=condition.context), denoised, *scales)
+        prompt = condition.conditioning.expand(len(sample), -1, -1)
+        reference = condition.context.for_passes([branch > 0 for branch in dropped])
+        return self.denoising_unet(sample, timestep, prompt, reference=reference, residuals=condition.pose)
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         clips = len(batch.noisy_latents)

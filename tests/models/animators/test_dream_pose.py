@@ -22,6 +22,7 @@ from models.animators.dream_pose.networks import (
 )
 from models.attention.context import same_reference
 from models.checkpoints.networks import unet_arguments
+from models.denoising import guided_predictions
 from tests.dream_pose_parts import FRAMES, LATENTS, SIZE, SIZES, TOKENS, WIDTH, noise, small_pipeline
 from tests.networks import TINY
 
@@ -149,7 +150,8 @@ def guided_and_parts(pipeline, scales):
     parts = branches(pipeline, noise(), pose, images)
     conditioning = type("Conditioning", (), {"null": animator.null_context()})
     seen = same_reference({SOURCE: images}, FRAMES)
-    return animator.predict(noise(), torch.tensor(401), Condition(conditioning, pose, seen), scales), parts
+    condition = Condition(conditioning, pose, seen)
+    return guided_predictions(animator, [noise()], torch.tensor(401), [condition], scales)[0], parts
 
 
 def test_guidance_of_three_branches(pipeline):
@@ -193,7 +195,8 @@ def test_frames_are_asked_once_what_they_look_at(pipeline):
     seen = replace(same_reference({SOURCE: torch.randn(1, TOKENS, WIDTH)}, FRAMES), probe=asked)
     conditioning = type("Conditioning", (), {"null": animator.null_context()})
     pose = torch.randn(1, FRAMES, 10, *LATENTS)
-    animator.predict(noise(), torch.tensor(401), Condition(conditioning, pose, seen), (8.0, 3.0))
+    condition = Condition(conditioning, pose, seen)
+    guided_predictions(animator, [noise()], torch.tensor(401), [condition], (8.0, 3.0))
     assert asked.layers == list(animator.attention_layers(LATENTS))
 
 
