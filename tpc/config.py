@@ -245,8 +245,8 @@ def release() -> CalibrationConfig:
 def resolve(config: CalibrationConfig | None, masked: bool = True) -> CalibrationConfig:
     """The configuration with every `None` filled from its preset; UserError for an unknown choice or value.
 
-    Where the reference has no masks (`masked`), `best` bends nobody: silhouettes drawn around keypoints cut clothes and
-    hair off, and parts of them fit together badly.
+    Where the reference has no masks (`masked`), `best` bends nobody: silhouettes drawn around keypoints cut clothes
+    and hair off, and parts of them fit together badly.
     """
     config = config or CalibrationConfig()
     check_config(config, "tpc")
