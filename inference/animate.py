@@ -112,9 +112,13 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 
 
-def with_own_start(tpc: CalibrationConfig, pipeline: AnimationPipeline) -> CalibrationConfig:
-    """The calibration that begins where the model is best begun, if the preset `best` is left to choose."""
-    if tpc.start is not None or tpc.preset != "best" or tpc.fill not in (None, "scene"):
+def with_own_start(tpc: CalibrationConfig, pipeline: AnimationPipeline, masked: bool) -> CalibrationConfig:
+    """The calibration that begins where the model is best begun, if the preset `best` is left to choose.
+
+    Only with masks of the reference: without, silhouettes are drawn, which cut clothes and hair off its person, and
+    frames that begin so stay so.
+    """
+    if not masked or tpc.start is not None or tpc.preset != "best" or tpc.fill not in (None, "scene"):
         return tpc
     return replace(tpc, start=pipeline.sampling.get("start"))
 
@@ -162,7 +166,7 @@ def model_inputs(
                 reference.poses,
                 driving.poses,
                 size,
-                with_own_start(tpc, pipeline),
+                with_own_start(tpc, pipeline, reference.masks is not None),
                 reference_masks=reference.masks,
                 driving_masks=driving.masks,
                 frame_map=frame.frame_map,

@@ -39,9 +39,10 @@ def main(arguments: list[str]) -> None:
 
     from tpc.calibration import calibrate
 
-    config.tpc = resolve(config.tpc)
+    resolve(config.tpc)  # whose errors need not wait for the poses
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
+    config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     if note := driving.note(config.stride, config.max_frames):
         print(f"note: {note}")
     size = frame_size(driving.poses.size, config.max_side)

@@ -67,7 +67,7 @@ def calibrate(
         ValueError: shapes or sizes that do not belong together.
     """
     start = time.perf_counter()
-    config = resolve(config)
+    config = resolve(config, masked=reference_masks is not None)
     _check(reference, reference_poses, driving_poses, size, reference_masks, driving_masks)
     framing = Framing(
         (int(size[0]), int(size[1])),

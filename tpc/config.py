@@ -242,10 +242,16 @@ def release() -> CalibrationConfig:
     )
 
 
-def resolve(config: CalibrationConfig | None) -> CalibrationConfig:
-    """The configuration with every `None` filled from its preset; UserError for an unknown choice or value."""
+def resolve(config: CalibrationConfig | None, masked: bool = True) -> CalibrationConfig:
+    """The configuration with every `None` filled from its preset; UserError for an unknown choice or value.
+
+    Where the reference has no masks (`masked`), `best` bends nobody: silhouettes drawn around keypoints cut clothes
+    and hair off, and parts of them fit together badly.
+    """
     config = config or CalibrationConfig()
     check_config(config, "tpc")
+    if not masked and config.preset == "best" and config.transform is None:
+        config = replace(config, transform="procrustes")
     full = _filled(config)
     if full.visibility == "scene" and full.fill != "scene":
         full.visibility = "exclusive"

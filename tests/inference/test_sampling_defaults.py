@@ -51,9 +51,10 @@ def test_a_converted_folder_says_how_it_is_sampled(folder):
 def test_the_preset_best_begins_where_the_model_is_best_begun(folder, given, start):
     pipeline = load_pipeline(folder)
     config = CalibrationConfig(**given)
-    assert with_own_start(config, pipeline) == config  # the folder says nothing of it
+    assert with_own_start(config, pipeline, masked=True) == config  # the folder says nothing of it
     pipeline.register_to_config(sampling={**pipeline.sampling, "start": 50})
-    assert with_own_start(config, pipeline).start == start
+    assert with_own_start(config, pipeline, masked=True).start == start
+    assert with_own_start(config, pipeline, masked=False) == config  # drawn silhouettes are too rough to begin from
 
 
 def test_sizes_far_beyond_the_models_own_are_noted(folder):

@@ -386,6 +386,9 @@ def test_presets_are_complete_and_choices_are_checked():
     for preset in (best(), paper(), release()):
         assert None not in vars(preset).values() and resolve(preset) == preset
     assert resolve(None) == best()
+    assert resolve(None, masked=False) == replace(best(), transform="procrustes")  # drawn silhouettes bend badly
+    bent = CalibrationConfig(transform="articulated")
+    assert resolve(bent, masked=False) == best() and resolve(paper(), masked=False) == paper()
     assert resolve(CalibrationConfig(preset="paper", groups=7)).groups == 7
     assert resolve(CalibrationConfig(preset="paper", groups=0)).groups == 0
     for options, text in (
