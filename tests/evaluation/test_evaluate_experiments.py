@@ -338,9 +338,9 @@ def test_shipped_configurations_fit_their_tasks(task):
     assert config.output == f"outputs/{task}"
     config.check()
     if task == "ablation":
-        assert len(ablation_variants(config)) == 3 * 2 * 5 + 1
+        assert len(ablation_variants(config)) == 4 * 2 * 5 + 1
         both = ablation_variants(replace(config, attachments=["add", "replace"]))
-        assert len(both) == 3 * 2 * 5 * 2 + 1 and ablation_variants(config).items() < both.items()
+        assert len(both) == 4 * 2 * 5 * 2 + 1 and ablation_variants(config).items() < both.items()
         assert {name: both[name].tpc.attach for name in both if "IP off" in name and "linear, all" in name} == {
             "linear, all, IP off": "add",
             "linear, all, IP off, replace": "replace",

@@ -114,15 +114,24 @@ def test_motion_stage_of_two_processes(folder, stages, alone):
 @needs_compiler
 @pytest.mark.parametrize("strategy", list(ZERO))
 def test_divided_states_go_on_and_are_exported(folder, stages, alone, strategy):
-    """Resume, moving average and export of states that no process has whole; and what one process says to them."""
+    """Resume, moving average and export of states that no process has whole; and what one process says to them.
+
+    Divided weights (zero3) are validated by all processes on the way, with their average and as one process does.
+    """
     output, log = folder / f"{strategy}_image", folder / f"{strategy}.log"
     command = [*stages["image"], f"output={output}"]
-    for fork in start_two(log, *command, **ZERO[strategy]):
+    validation = ["validation.steps=2", "validation.clips=1", "validation.num_inference_steps=1"]
+    validation = [*validation, "validation.tpc=false"] if strategy == "zero3" else []
+    for fork in start_two(log, *command, *validation, **ZERO[strategy]):
         fork.finish()
     check_same_training(output, alone["image"])
+    if validation:
+        train(log, *stages["image"], *validation, "batch_size=4", f"output={folder / 'validated'}")
+        curves = [logged(run, "validation/aligned/psnr/without_tpc") for run in (output, folder / "validated")]
+        assert curves[0].keys() == {2} and curves[0] == pytest.approx(curves[1], rel=1e-5)
     shutil.rmtree(output / "pipeline")
     shutil.rmtree(output / f"checkpoint-{STEPS}")
-    for fork in start_two(log, *command, **ZERO[strategy]):
+    for fork in start_two(log, *command, *validation, **ZERO[strategy]):
         fork.finish()
     check_same_training(output, alone["image"])
     checkpoint = output / f"checkpoint-{STEPS}"
@@ -134,25 +143,6 @@ def test_divided_states_go_on_and_are_exported(folder, stages, alone, strategy):
         log, *stages["image"], "stage=motion", "data.num_frames=2", "data.cache=null", f"output={output}", expect=2
     )
     assert "error: " in text and "other parameters" in text
-
-
-@needs_compiler
-def test_divided_weights_are_validated_by_all_processes(folder, stages, alone):
-    """With their moving average, and as one process does; training goes on as if nothing had been."""
-    validation = [
-        "validation.steps=2",
-        "validation.clips=1",
-        "validation.num_inference_steps=1",
-        "validation.tpc=false",
-    ]
-    outputs = [folder / "validated", folder / "validated_alone"]
-    command = [*stages["image"], *validation, f"output={outputs[0]}"]
-    for fork in start_two(folder / "validated.log", *command, **ZERO["zero3"]):
-        fork.finish()
-    train(folder / "validated.log", *stages["image"], *validation, "batch_size=4", f"output={outputs[1]}")
-    check_same_training(outputs[0], alone["image"])
-    ours, theirs = (logged(output, "validation/aligned/psnr/without_tpc") for output in outputs)
-    assert ours.keys() == {2} and ours == pytest.approx(theirs, rel=1e-5)
 
 
 @needs_compiler
