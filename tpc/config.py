@@ -85,7 +85,7 @@ class CalibrationConfig:
     seed: int | None = number(None, 0, LARGEST_SEED)  # of the propagation's draws
 
     # Timestep of training, from 0, at which frames begin as their noised calibrated images; -1 = off, from noise.
-    # Null with the preset best: where the model's folder says that it is best begun
+    # Null with the preset best, and masks of the reference: where the model's folder says that it is best begun
     start: int | None = number(None, -1, 10_000)
 
     @staticmethod
