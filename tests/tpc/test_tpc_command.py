@@ -191,6 +191,7 @@ def test_interrupted_it_ends_with_one_line_and_no_folder(tmp_path):
         f"reference={SAMPLES / 'photo.jpg'}",
         f"driving={SAMPLES / 'dance.mp4'}",
         f"output={tmp_path / 'a' / 'b'}",
+        "max_side=2000",  # so that there is more to do than a busy machine can be late for
     ]
     command = [sys.executable, "-c", program, "tpc", *inputs]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
