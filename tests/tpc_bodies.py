@@ -3,7 +3,8 @@
 import numpy as np
 
 from data.poses.poses import Poses
-from tpc import CalibrationConfig
+from tpc import CalibrationConfig, SimilarityTransform
+from tpc.procrustes import apply_matrix
 from tpc.silhouettes import draw_silhouette
 
 EVERY_POINT = np.ones(17, bool)
@@ -72,3 +73,15 @@ def reference(seed: int = 0) -> np.ndarray:
 def bodies(count: int, height: float = 60.0) -> list[np.ndarray]:
     rng = np.random.default_rng(5)
     return [place(body(rng), height, 0, (40 + 60 * i, 64)) for i in range(count)]
+
+
+def walk(points: np.ndarray, frames: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """A rigid body that grows, turns and moves: keypoints (frames, 17, 2) and the true matrices from `points`."""
+    middle = points.mean(0)
+    truth = []
+    for frame in range(frames):
+        share = frame / max(frames - 1, 1)
+        scale, angle = 0.7 + 0.5 * share, 0.6 * share
+        turned = SimilarityTransform(np.float64(scale), np.float64(angle), np.zeros(2))
+        truth.append(SimilarityTransform(turned.scale, turned.rotation, (64 + 8 * share, 66) - turned(middle)).matrix)
+    return np.stack([apply_matrix(matrix, points) for matrix in truth]), np.stack(truth)

@@ -8,25 +8,12 @@ import pytest
 
 from core.errors import UserError
 from data.poses.person import COCO_MIRROR
-from tests.tpc_bodies import SIZE, TORSO, bodies, body, image, place, poses, reference, silhouette
+from tests.tpc_bodies import SIZE, TORSO, bodies, body, image, place, poses, reference, silhouette, walk
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
-from tpc.config import best, paper, release, resolve
+from tpc.config import resolve
 from tpc.procrustes import apply_matrix
 from tpc.result import SHOWN
-from tpc.trajectory import group_of_frames, interpolate, smooth, to_matrices, to_parameters, unwrap
-from tpc.warping import ImagePyramid, quad_mask
-
-
-def walk(points: np.ndarray, frames: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """A rigid body that grows, turns and moves: keypoints (frames, 17, 2) and the true matrices from `points`."""
-    middle = points.mean(0)
-    truth = []
-    for frame in range(frames):
-        share = frame / max(frames - 1, 1)
-        scale, angle = 0.7 + 0.5 * share, 0.6 * share
-        turned = SimilarityTransform(np.float64(scale), np.float64(angle), np.zeros(2))
-        truth.append(SimilarityTransform(turned.scale, turned.rotation, (64 + 8 * share, 66) - turned(middle)).matrix)
-    return np.stack([apply_matrix(matrix, points) for matrix in truth]), np.stack(truth)
+from tpc.trajectory import interpolate, smooth, to_matrices, to_parameters, unwrap
 
 
 @pytest.mark.parametrize("preset", ["best", "paper", "release"])
@@ -259,13 +246,6 @@ def test_fills(fill):
     assert np.abs(shown[away].astype(int) - corner).max() <= 3
 
 
-def test_visibility_that_needs_another_fill_is_refused():
-    with pytest.raises(UserError, match="visibility=scene .* tpc.fill=black does not"):
-        resolve(CalibrationConfig(fill="black", visibility="scene"))
-    with pytest.raises(UserError, match="visibility=scene"):
-        resolve(CalibrationConfig(preset="paper", visibility="scene"))
-
-
 def test_frames_start_from_images_that_show_everybody_in_them():
     first, second = bodies(2, 50.0)
     driving = np.stack([np.stack([first, second, second + 30])] * 5) + 5
@@ -320,17 +300,6 @@ def test_propagation_in_groups_of_one_is_the_identity_and_noted(groups, identity
     assert not replace(found, config=resolve(replace(config, propagation="off"))).notes()
 
 
-def test_paper_leaves_the_warped_background_and_makes_groups_of_four():
-    points = reference()
-    driving, _ = walk(points, 12)
-    found = calibrate(image(), poses(points[None, None]), poses(driving[:, None]), SIZE, CalibrationConfig("paper"))
-    np.testing.assert_array_equal(group_of_frames(12, found.config.groups), np.repeat(range(3), 4))
-    everything = ImagePyramid(image()).warp(found.frame_map @ found.matrices[5, 0], SIZE)
-    shown = quad_mask(found.frame_map @ found.matrices[5, 0], SIZE, SIZE)
-    np.testing.assert_array_equal(found.images[found.member[5, 0]], everything * shown[..., None])
-    assert (shown & ~found.masks[found.member[5, 0]]).any()
-
-
 def test_save_and_load(tmp_path):
     points = reference()
     driving, _ = walk(points, 6)
@@ -380,28 +349,6 @@ def test_report_says_what_happened():
     np.testing.assert_allclose(np.hypot(first["matrix"][0][0], first["matrix"][1][0]), first["scale"])
     assert first["matrix"][2] == [0, 0, 1] and 0 <= first["box_iou"] <= 1
     assert report["summary"]["calibrated"] == 5 and report["summary"]["seconds"] > 0
-
-
-def test_presets_are_complete_and_choices_are_checked():
-    for preset in (best(), paper(), release()):
-        assert None not in vars(preset).values() and resolve(preset) == preset
-    assert resolve(None) == best()
-    assert resolve(None, masked=False) == replace(best(), transform="procrustes")  # drawn silhouettes bend badly
-    bent = CalibrationConfig(transform="articulated")
-    assert resolve(bent, masked=False) == best() and resolve(paper(), masked=False) == paper()
-    assert resolve(CalibrationConfig(preset="paper", groups=7)).groups == 7
-    assert resolve(CalibrationConfig(preset="paper", groups=0)).groups == 0
-    for options, text in (
-        ({"preset": "papr"}, "tpc.preset"),
-        ({"keypoints": "feet"}, "tpc.keypoints"),
-        ({"min_keypoints": 1}, "tpc.min_keypoints"),
-        ({"min_scale": 2.0, "max_scale": 1.0}, "tpc.min_scale"),
-        ({"smoothing": float("nan")}, "tpc.smoothing"),
-        ({"start": -2}, "tpc.start=-2 must be an integer, -1 to"),
-        ({"preset": "paper", "start": 300}, "start=300 begins with the background.*fill=reference does not"),
-    ):
-        with pytest.raises(UserError, match=text):
-            resolve(CalibrationConfig(**options))
 
 
 @pytest.mark.parametrize(
