@@ -176,9 +176,8 @@ class AblationConfig(ClipsConfig, TrialsConfig, ProtocolConfig):
     split: str = "development"  # what is compared here is chosen between
     features: str = "stand-in"
     measures: list[str] | None = choices(["psnr", "ssim", "flicker", "vgg_frechet_video"], MEASURES, least=1)
-    transforms: list[str] = choices(
-        ["articulated", "procrustes", "affine", "linear"], TRANSFORMS, least=1
-    )  # see tpc.transform
+    # see tpc.transform
+    transforms: list[str] = choices(["articulated", "procrustes", "affine", "linear"], TRANSFORMS, least=1)
     # "off" (each frame its own image), "hold" (the group's first), or the number of groups M of iterative propagation,
     # 0 = groups of four frames
     propagations: list[str] = choices(["off", "hold", "2", "4", "8"], (), least=1)
