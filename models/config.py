@@ -18,6 +18,7 @@ ANIMATORS = {
     "magic_animate": "models.animators.magic_animate.model:MagicAnimatePipeline",
     "disco": "models.animators.disco.model:DiscoPipeline",
     "dream_pose": "models.animators.dream_pose.model:DreamPosePipeline",
+    "wan_animate": "models.animators.wan_animate.model:WanAnimatePipeline",
 }
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_model"
 # Smaller ones, one of each animator, for comparisons; see their README.

@@ -1,19 +1,25 @@
-"""Guided predictions of a clip's windows, several passes of the UNet in one batch where that is asked for.
+"""Denoising: its steps, and guided predictions of windows, several passes in one batch where that is asked for.
 
 A pass is one window with one branch of guidance. Shapes use b = passes of a batch, f = frames, c = channels, h, w =
 latent size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.errors import UserError
+from core.processes import to_device
 from models.animators.base import Animator, Condition, PoseCondition
 from models.attention.context import joined_contexts
 from models.attention.recording import AttentionRecording
 from models.reference_images import ReferenceImages
+from models.sampling import window_weights
+from models.segments import Segment
+from models.vae import finite_advice
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class WindowPredictions:
     pose_condition: PoseCondition
     attention: AttentionRecording | None = None
     passes_at_a_time: int = 1  # at most
+    segment: Segment | None = None  # that the latents are of, of models of segments
 
     def __call__(
         self,
@@ -41,7 +48,10 @@ class WindowPredictions:
         """
         for group in grouped(windows, self.passes_at_a_time):
             frames = [windows[i] for i in group]
-            contexts = self.references.contexts(step, at, frames)
+            if self.animator.segment_frames is None:
+                contexts = self.references.contexts(step, at, frames)
+            else:
+                contexts = [self.references.segment_context(self.segment)]
             if self.attention is not None:
                 probes = (self.attention.probe(step, at, windows, i) for i in group)
                 contexts = [replace(c, probe=probe) for c, probe in zip(contexts, probes, strict=True)]
@@ -50,6 +60,38 @@ class WindowPredictions:
             parts = [sample[:, :, window.start : window.stop] for window in frames]
             found = guided_predictions(self.animator, parts, timestep, conditions, scales, self.passes_at_a_time)
             yield from zip(group, found, strict=True)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The steps of a run, or of one of its segments."""
+
+    scheduler: Any  # with its timesteps set
+    timesteps: Tensor  # the same, on the CPU
+    scales: Sequence[tuple[float, ...]]  # of guidance, for each of them
+    windows: Callable[[int], list[range]]  # of latents, that a step denoises
+    # (step, timestep, latents) after each step -> latents
+    after: Callable[[int, int, Tensor], Tensor]
+
+    def __call__(self, latents: Tensor, predictions: WindowPredictions) -> Tensor:
+        """Latents (1, c, f, h, w) without noise, of those of the first timestep; UserError where not finite."""
+        scheduler, device, dtype = self.scheduler, latents.device, predictions.animator.dtype
+        broken = torch.full((), -1, device=device)  # the first step whose result is not finite; read at the end
+        for step, (timestep, at) in enumerate(zip(scheduler.timesteps, self.timesteps, strict=True)):
+            scaled = hasattr(scheduler, "scale_model_input")
+            sample = (scheduler.scale_model_input(latents, at) if scaled else latents).to(dtype)
+            windows = self.windows(step)
+            prediction = torch.zeros_like(latents)
+            weights = window_weights(windows, latents.shape[2])
+            for i, predicted in predictions(sample, step, timestep, int(at), windows, self.scales[step]):
+                frames, weight = slice(windows[i].start, windows[i].stop), to_device(weights[i], device)
+                prediction[:, :, frames] += predicted * weight.to(latents)[:, None, None]
+            latents = self.after(step, int(at), scheduler.step(prediction, at, latents).prev_sample)
+            broken = torch.where((broken < 0) & ~latents.isfinite().all(), step, broken)
+        if (step := int(broken)) >= 0:
+            steps = len(self.timesteps)
+            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {finite_advice(dtype)}")
+        return latents
 
 
 def grouped(windows: Sequence[range], size: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 Shapes use f = frames, i = images, c = channels, h, w = latent size, H, W = image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -17,7 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from core.processes import to_device
 from models.attention.layers import TokenLevel
 from models.attention.masking import Visibility
-from models.vae import VAE, vae_encode
+from models.vae import VAE, VideoVAE, vae_encode
 
 ENCODE_CHUNK = 8  # images that go through VAE and encoder at a time
 REFERENCE = -1  # index of the reference, beside those of calibrated images
@@ -35,6 +35,9 @@ class CalibratedClip(Protocol):
     replaces_reference: bool  # a calibrated image takes the reference's place in its frames
     start_timestep: int | None  # of training, where frames begin that `shows_everybody`; None: all begin from noise
     shows_everybody: np.ndarray  # (frames,) bool, frames whose calibrated images leave out nobody
+
+    def segment_frame(self, frames: range) -> int | None:
+        """The one of these frames whose `frame_image` fits all of them best; None: nobody is calibrated in any."""
 
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the calibrated image each frame attends to at a denoising step, -1 = none."""
@@ -115,6 +118,12 @@ def clip_mask(masks: Tensor, side: int) -> Tensor:
     return F.interpolate(masks.float(), (side, side), mode="bilinear", antialias=True)
 
 
+def image_pixels(image: np.ndarray, like: Tensor) -> Tensor:
+    """An image (H, W, 3) uint8 as (1, 3, H, W) in [-1, 1], of the device and dtype of `like`."""
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    return to_device(pixels, like.device).to(like) / 127.5 - 1
+
+
 class ImageSequence:
     """Images (f, 3, H, W), uint8 or in [0, 1], resized, converted and moved where they are used."""
 
@@ -133,14 +142,25 @@ class ImageSequence:
 
 
 @dataclass(frozen=True)
+class Words:
+    """What the result shall show, for animators that take it, as text or as what encoders have made of it."""
+
+    prompt: str | None = None  # None: the model's own
+    negative_prompt: str | None = None  # what guidance leads away from
+    # "prompt" and "negative_prompt", and "image", CLIP's tokens of the reference: (1, n, c) each
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ImageBatch:
     """Some of the reference and calibrated images of a run; pixels, masks and latents are made when asked for."""
 
-    vae: VAE
+    vae: VAE | VideoVAE
     reference: Tensor  # (1, 3, H, W) in [-1, 1]
     mask: Tensor | None = None  # (1, 1, H, W), 1 where the reference's persons are; None: as the calibration has it
     calibration: CalibratedClip | None = None
     indices: Sequence[int] = (REFERENCE,)  # of calibrated images, or `REFERENCE`
+    words: Words = Words()
     # Index -> latents (1, c, h, w), which the batches of a run share.
     encoded: dict[int, Tensor] = field(default_factory=dict)
 
@@ -185,8 +205,7 @@ class ImageBatch:
     def _image(self, index: int) -> Tensor:
         if index == REFERENCE:
             return self.reference
-        image = torch.from_numpy(self.calibration.images[index])[None].permute(0, 3, 1, 2)
-        return to_device(image, self.reference.device).to(self.reference) / 127.5 - 1
+        return image_pixels(self.calibration.images[index], self.reference)
 
     def _mask(self, index: int) -> Tensor:
         if index == REFERENCE and self.mask is not None:

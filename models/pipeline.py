@@ -5,7 +5,7 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,40 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
-from core.processes import to_device
 from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
 from models.attention.recording import AttentionRecording, AttentionRun
 from models.config import EVERY_LEVEL, ModelSizes, check_sampling
-from models.denoising import WindowPredictions
-from models.images import CalibratedClip, ImageBatch, ImageSequence, as_images, as_mask, image_tensor, resize_images
+from models.denoising import Denoising, WindowPredictions
+from models.images import (
+    CalibratedClip,
+    ImageBatch,
+    ImageSequence,
+    Words,
+    as_images,
+    as_mask,
+    image_tensor,
+    resize_images,
+)
 from models.reference_images import ReferenceImages
-from models.sampling import context_windows, guidance_at, step_shift, window_weights, with_solver
+from models.sampling import context_windows, guidance_at, step_shift, with_solver
+from models.segments import Segment, SegmentImages, clip_segments
 from models.start import StartedSolver, start_latents, started_frames, started_timesteps
-from models.vae import OUTPUT_TYPES, VAE, decode_frames, finite_advice, vae_scale_factor
+from models.vae import (
+    OUTPUT_TYPES,
+    VAE,
+    VideoVAE,
+    decode_frames,
+    in_form,
+    joined_forms,
+    vae_scale_factor,
+    video_decode,
+)
 
 # Frames that do not attend to each other are denoised this many at a time.
 FRAMES_AT_A_TIME = 8
+WINDOW_OVERLAP = 4
 # The VAE's layers at full resolution are large. A GPU wants a few frames to be busy; a CPU is faster with one, whose
 # layers stay in its caches longer.
 DECODED_BY_GPU, DECODED_BY_CPU = 8, 1
@@ -92,7 +111,7 @@ class AnimationPipeline(DiffusionPipeline):
 
     def set_components(
         self,
-        vae: VAE,
+        vae: VAE | VideoVAE,
         scheduler: SchedulerMixin,
         window_size: int | None,
         sampling: dict[str, Any] | None,
@@ -101,7 +120,8 @@ class AnimationPipeline(DiffusionPipeline):
         """Build the animator from the further arguments and register everything; the body of constructors."""
         super().__init__()
         animator = self.animator_cls(**arguments)
-        self.register_modules(vae=vae, **dict(animator.named_children()), scheduler=scheduler)
+        others = {p.name: arguments[p.name] for p in animator.constructor_parameters()[0]}
+        self.register_modules(vae=vae, **(dict(animator.named_children()) | others), scheduler=scheduler)
         self.register_to_config(**animator.settings(), window_size=window_size, sampling=sampling)
         self.animator = animator
         self.notes: list[str] = []  # sentences for the user about what the pipeline was loaded from
@@ -183,7 +203,7 @@ class AnimationPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         window_size: int | None = None,
-        window_overlap: int = 4,
+        window_overlap: int | None = None,
         shift_windows: bool = False,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
@@ -198,6 +218,8 @@ class AnimationPipeline(DiffusionPipeline):
         solver: str | None = None,
         cuts: Sequence[int] = (),
         passes_at_a_time: int = 1,
+        words: Words = Words(),
+        faces: Any = None,
     ) -> AnimationPipelineOutput | tuple:
         """Animate the person of `reference` with `poses`.
 
@@ -211,10 +233,11 @@ class AnimationPipeline(DiffusionPipeline):
             guidance_scale: 1: no classifier-free guidance; one number, or one for each scale of the model; default:
                 the model's, or 3.5.
             window_size: frames denoised together; default: what the model was trained on.
-            window_overlap: frames that neighbouring windows share at least.
+            window_overlap: frames that neighbouring windows share at least; default: 4, or what the model's segments
+                carry on from. Of segments both become numbers that the model knows, see `default_window`.
             shift_windows: move the windows at every step, which takes one more of them.
             generator: of the initial noise; a CPU generator draws the same on every device.
-            latents: initial noise (1, c, f, h, w), instead of drawing it.
+            latents: initial noise (1, c, f, h, w), instead of drawing it; of segments one after the other.
             output_type: "pil", "np", "uint8" (least memory), "pt" or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> tensors that replace these.
@@ -226,6 +249,8 @@ class AnimationPipeline(DiffusionPipeline):
             solver: of `models.sampling.SOLVERS`, in place of the pipeline's scheduler.
             cuts: first frames of the clip's shots after the first; no window of frames spans one.
             passes_at_a_time: passes of the UNet, over windows and branches of guidance, that one batch may hold.
+            words: prompts and embeddings, for animators that take them.
+            faces: square images of the driving person's face, f as `poses`, for animators that take them.
 
         Raises:
             ValueError: inputs that disagree in size or count.
@@ -248,64 +273,99 @@ class AnimationPipeline(DiffusionPipeline):
         counts = {"num_inference_steps": num_inference_steps, "passes_at_a_time": passes_at_a_time}
         self.check_counts(num_frames, window_size, window_overlap, decode_chunk_size=decode_chunk_size, **counts)
         self.check_choices(output_type, callback_on_step_end_tensor_inputs, guidance_interval, solver)
+        self.check_attachment(calibration, attention)
         scales = animator.guidance_scales(guidance_scale)
         scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
+        segments = self.segments(num_frames, window_size, window_overlap, cuts)
+        faces = self.prepare_faces(faces, num_frames, words)
         if attention is not None:
             attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
 
         steps, started = self.denoising_steps(num_inference_steps, calibration), started_frames(calibration)
-        if started is None:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-        else:
+        if started is not None:
             scheduler = StartedSolver(
                 scheduler, calibration.start_timestep, num_inference_steps, started, device=device
             )
-        # For the program and the solver; a GPU would have to be waited for to read its own.
-        timesteps = scheduler.timesteps.cpu()
-        step_scales = [guidance_at(scales, guidance_interval, scheduler, timestep) for timestep in timesteps]
-        images = self.prepare_images(reference, reference_mask, calibration, size)
+        images = self.prepare_images(reference, reference_mask, calibration, size, words)
         if not animator.takes_batches:
             passes_at_a_time = 1
         references = ReferenceImages(animator, images, steps, null_image=passes_at_a_time > 1)
-        pose_condition = animator.pose_condition(ImageSequence(poses, size, device, dtype), references.conditioning)
-        predictions = WindowPredictions(animator, references, pose_condition, attention, passes_at_a_time)
-        noise = self.prepare_noise(num_frames, size, generator, latents)
-        latents = animator.initial_latents(
-            noise, scheduler, lambda: references.start_latents().to(noise).expand_as(noise)
-        )
-        if started is not None:
-            latents = scheduler.begin(latents, noise, start_latents(images, started))
-        broken = torch.full((), -1, device=device)  # the first step whose result is not finite; read at the end
-        with self.progress_bar(total=steps) as progress:
-            for step, (timestep, at) in enumerate(zip(scheduler.timesteps, timesteps, strict=True)):
-                sample = scheduler.scale_model_input(latents, at).to(dtype)  # (1, c, f, h, w)
-                shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
-                windows = context_windows(num_frames, window_size, window_overlap, shift, cuts)
-                prediction = torch.zeros_like(latents)
-                weights = window_weights(windows, num_frames)
-                for i, predicted in predictions(sample, step, timestep, int(at), windows, step_scales[step]):
-                    frames, weight = slice(windows[i].start, windows[i].stop), to_device(weights[i], device)
-                    prediction[:, :, frames] += predicted * weight.to(latents)[:, None, None]
-                latents = scheduler.step(prediction, at, latents).prev_sample
-                if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = callback_on_step_end(self, step, int(at), tensors).pop("latents", latents)
-                broken = torch.where((broken < 0) & ~latents.isfinite().all(), step, broken)
-                progress.update()
+        poses = ImageSequence(poses, size, device, dtype)
 
-        if (step := int(broken)) >= 0:
-            raise UserError(f"the latents are not finite from step {step + 1} of {steps} on; {finite_advice(dtype)}")
-        result = decode_frames(self.vae, latents, output_type, decode_chunk_size)
+        def windows(step: int) -> list[range]:
+            if animator.segment_frames is not None:
+                return [range(animator.latent_frames(window_size))]  # all of a segment
+            shift = step_shift(step) if shift_windows and animator.joint_frames else 0.0
+            return context_windows(num_frames, window_size, window_overlap, shift, cuts)
+
+        def after_step(step: int, timestep: int, latents: Tensor) -> Tensor:
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+            progress.update()
+            return latents
+
+        results, frames = [], None  # of the segments so far, and of the last one as it was decoded
+        noises = self.given_noises(latents, segments, size)
+        with self.progress_bar(total=steps * len(segments)) as progress:
+            for segment, noise in zip(segments, noises, strict=True):
+                if started is None:  # solvers of higher order remember steps, those of the segment before too
+                    scheduler.set_timesteps(num_inference_steps, device=device)
+                # For the program and the solver; a GPU would have to be waited for to read its own.
+                timesteps = scheduler.timesteps.cpu()
+                step_scales = [guidance_at(scales, guidance_interval, scheduler, timestep) for timestep in timesteps]
+                driving = SegmentImages(poses, segment, faces, frames)
+                pose_condition = animator.pose_condition(driving, references.conditioning)
+                predictions = WindowPredictions(
+                    animator, references, pose_condition, attention, passes_at_a_time, segment
+                )
+                noise = self.prepare_noise(len(segment.frames), size, generator, noise)
+                latents = animator.initial_latents(
+                    noise, scheduler, lambda noise=noise: references.start_latents().to(noise).expand_as(noise)
+                )
+                if started is not None:
+                    latents = scheduler.begin(latents, noise, start_latents(images, started))
+                latents = Denoising(scheduler, timesteps, step_scales, windows, after_step)(latents, predictions)
+                frames, result = self.decoded(latents, segment, output_type, decode_chunk_size)
+                results.append(result)
+
+        result = results[0] if len(results) == 1 else joined_forms(results)
         self.maybe_free_model_hooks()
         return AnimationPipelineOutput(result) if return_dict else (result,)
 
-    def default_window(self, num_frames: int, window_size: int | None, overlap: int) -> tuple[int, int]:
-        """Size and overlap of windows that suit the animator, where none were asked for."""
+    def default_window(self, num_frames: int, window_size: int | None, overlap: int | None) -> tuple[int, int]:
+        """Size and overlap of windows or segments that suit the animator, where none were asked for.
+
+        Those of segments are 1 more than a multiple of the frames of a latent, as near as can be to what was asked.
+        """
         animator = self.animator
+        if animator.segment_frames is not None:
+            step = animator.frames_per_latent
+            longest = self.config.window_size or animator.segment_frames
+            size = window_size or min(longest, -(-(num_frames - 1) // step) * step + 1)
+            overlap = animator.carried_frames if overlap is None else overlap
+            return size // step * step + 1, overlap // step * step + 1
         if window_size is None:
             apart = num_frames if animator.joint_frames else FRAMES_AT_A_TIME
             window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)
+        overlap = WINDOW_OVERLAP if overlap is None else overlap
         return window_size, min(overlap, window_size - 1) if animator.joint_frames else 0
+
+    def segments(self, num_frames: int, window_size: int, overlap: int, cuts: Sequence[int]) -> list[Segment]:
+        """What is denoised one after the other: segments, or all of a clip."""
+        if self.animator.segment_frames is None:
+            return [Segment(range(num_frames), range(num_frames))]
+        return clip_segments(num_frames, window_size, overlap, cuts)
+
+    def decoded(self, latents: Tensor, segment: Segment, output_type: str, chunk: int) -> tuple[Tensor | None, Any]:
+        """Frames (f, 3, H, W) of a segment, if another may carry on from it, and its result in form."""
+        if self.animator.segment_frames is None:
+            return None, decode_frames(self.vae, latents, output_type, chunk)
+        latents = latents[:, :, self.animator.context_latents :]
+        frames = video_decode(self.vae, latents)
+        if output_type == "latent":
+            return frames, latents
+        return frames, in_form(frames[segment.carried : len(segment.inside)].float().cpu(), output_type)
 
     def check_size(self, num_frames: int, size: tuple[int, int], calibration: CalibratedClip | None) -> None:
         """Raise ValueError for a size that the model cannot take, or another clip's calibration."""
@@ -346,8 +406,18 @@ class AnimationPipeline(DiffusionPipeline):
             )
         check_sampling(guidance_interval, solver)
 
+    def check_attachment(self, calibration: CalibratedClip | None, attention: AttentionRecording | None) -> None:
+        """UserError for what the animator has not."""
+        animator, name = self.animator, self.animator_cls.__name__
+        if attention is not None and not animator.records_attention:
+            raise UserError(f"attention cannot be recorded: {name} has no maps of it")
+        if calibration is not None and calibration.persons:
+            attach = "replace" if calibration.replaces_reference else "add"
+            if attach not in animator.attachments:
+                raise UserError(f"tpc.attach={attach} is none of {', '.join(animator.attachments)}, which {name} has")
+
     def prepare_images(
-        self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int]
+        self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int], words: Words
     ) -> ImageBatch:
         """Images of a run, the reference resized to (width, height); UserError without a mask that is needed."""
         device, dtype = self._execution_device, self.animator.dtype
@@ -356,18 +426,46 @@ class AnimationPipeline(DiffusionPipeline):
             name = self.animator_cls.__name__
             raise UserError(f"{name} tells person and background of the reference by a mask: give reference_mask=")
         mask = None if mask is None else as_mask(mask, *size).to(device, dtype)
-        return ImageBatch(self.vae, pixels, mask, calibration)
+        return ImageBatch(self.vae, pixels, mask, calibration, words=words)
 
-    def prepare_noise(self, num_frames: int, size: tuple[int, int], generator: Any, latents: Tensor | None) -> Tensor:
-        """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
-        factor, device = self.vae_scale_factor, self._execution_device
-        shape = (1, self.animator.latent_channels, num_frames, size[1] // factor, size[0] // factor)
-        # The scheduler's many small steps, and the same noise for every dtype, want single precision.
-        dtype = torch.promote_types(self.animator.dtype, torch.float32)
+    def prepare_faces(self, faces: Any, num_frames: int, words: Words) -> ImageSequence | None:
+        """Face images at the animator's size; ValueError for what it does not take, or another count."""
+        side = self.animator.face_size
+        if words != Words() and not self.animator.takes_words:
+            raise ValueError(f"words are of no use to {self.animator_cls.__name__}")
+        if faces is None:
+            return None
+        if side is None:
+            raise ValueError(f"faces are of no use to {self.animator_cls.__name__}")
+        images = image_tensor(faces, "faces")
+        if len(images) != num_frames:
+            raise ValueError(f"faces are {len(images)} images, poses {num_frames}")
+        return ImageSequence(images, (side, side), self._execution_device, self.animator.dtype)
+
+    def noise_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, ...]:
+        """(1, c, f, h, w) of the latents of frames that are denoised together."""
+        animator, factor = self.animator, self.vae_scale_factor
+        return 1, animator.latent_channels, animator.latent_frames(num_frames), size[1] // factor, size[0] // factor
+
+    def given_noises(
+        self, latents: Tensor | None, segments: Sequence[Segment], size: tuple[int, int]
+    ) -> Sequence[Tensor | None]:
+        """The noise that was given, segment by segment; None: none was. ValueError for another shape."""
         if latents is None:
-            drawn = (*shape[:2], 1, *shape[3:]) if self.animator.shared_noise else shape
-            latents = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
-            return latents.expand(shape).contiguous()
+            return [None] * len(segments)
+        one = self.noise_shape(len(segments[0].frames), size)
+        shape = (*one[:2], one[2] * len(segments), *one[3:])
         if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        return latents.to(device, dtype)
+        return latents.split(one[2], dim=2)
+
+    def prepare_noise(self, num_frames: int, size: tuple[int, int], generator: Any, given: Tensor | None) -> Tensor:
+        """Noise (1, c, f, h, w): the given one, or drawn, the same for all frames where the animator wants it so."""
+        shape, device = self.noise_shape(num_frames, size), self._execution_device
+        # The scheduler's many small steps, and the same noise for every dtype, want single precision.
+        dtype = torch.promote_types(self.animator.dtype, torch.float32)
+        if given is not None:
+            return given.to(device, dtype)
+        drawn = (*shape[:2], 1, *shape[3:]) if self.animator.shared_noise else shape
+        noise = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
+        return noise.expand(shape).contiguous()

@@ -4,6 +4,7 @@ Shapes use f = frames, i = reference images, c = channels, h, w = latent size.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,8 @@ from models.animators.base import Animator
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.processors import project_images
-from models.images import ENCODE_CHUNK, REFERENCE, ImageBatch
+from models.images import ENCODE_CHUNK, REFERENCE, ImageBatch, image_pixels
+from models.segments import Segment
 from models.vae import vae_scale_factor
 
 # Images whose keys and values are kept: at 784x512 pixels each takes some 80 MB in half precision.
@@ -50,6 +52,7 @@ class ReferenceImages:
         self.rows: dict[int, int] = {}  # index of an encoded image -> its row in the tokens
         self._encoded_at: int | None = None
         self._index: tuple[int, np.ndarray] | None = None
+        self._segment: Segment | None = None  # that the tokens are of
 
     def start_latents(self) -> Tensor:
         """Latents (1, c, f, h, w) of what replaces each frame's reference, or (1, c, 1, h, w) of the reference."""
@@ -81,6 +84,17 @@ class ReferenceImages:
         for layer in self.projected.keys() & self.tokens.keys():
             del self.tokens[layer]
         return contexts
+
+    def segment_context(self, segment: Segment) -> ReferenceContext:
+        """The image that stands for the reference in a segment, in which all frames together attend to it."""
+        if self._segment != segment:
+            frame = None if self.calibration is None else self.calibration.segment_frame(segment.inside)
+            images = self.images.select([REFERENCE])
+            if frame is not None:
+                shown = image_pixels(self.calibration.frame_image(frame), images.reference)
+                images = replace(images, reference=shown, calibration=None, encoded={})
+            self.tokens, self._segment = self.animator.encode_images(images, 0, self.conditioning), segment
+        return ReferenceContext(self.tokens, torch.zeros(1, 1, dtype=torch.long, device=self.images.reference.device))
 
     def attended(self, step: int, frames: range) -> ReferenceContext:
         """The images of the frames, which are encoded."""

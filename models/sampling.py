@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from core.errors import UserError
@@ -26,6 +32,15 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     config = scheduler.config
+    if is_flow(scheduler):
+        if solver == "ddim":
+            raise UserError(f"solver=ddim knows no flow matching, which the model's {type(scheduler).__name__} is of")
+        return SOLVERS[solver](
+            config.num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=config.get("flow_shift") or config.shift,
+        )
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:
         raise UserError(f"solver={solver} cannot take the place of the model's {type(scheduler).__name__}")
     # The last step goes to no noise or to the lowest trained level, where the given scheduler's does (DDIM's
@@ -39,6 +54,12 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
     # DPM-Solver++ would end in a step of second order over the widest interval of all, where that goes to some noise.
     further = {"euler_at_final": True} if solver == "dpm++" else {}
     return SOLVERS[solver].from_config(config, solver_order=2, final_sigmas_type=last, **further)
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """True for flow matching, whose noisy latents are (1 - s) latents + s noise at a timestep s of all that are
+    trained; False for a diffusion with betas."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas", False)
 
 
 def guidance_at(
@@ -56,6 +77,9 @@ def guidance_at(
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
     """Share of noise in the noisy latents at a timestep of the CPU, in [0, 1]."""
+    if is_flow(scheduler):
+        noise = float(timestep) / scheduler.config.num_train_timesteps
+        return noise / math.hypot(noise, 1 - noise)
     return float((1 - scheduler.alphas_cumprod[timestep]).sqrt())
 
 

@@ -1,4 +1,7 @@
-"""Images to latents and back, for both of diffusers' image autoencoders."""
+"""Images and videos to latents and back.
+
+Shapes use n = images, f = frames, c = channels, t, h, w = latent frames and size, H, W = image size.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
@@ -16,11 +19,14 @@ from models.checkpoints.files import read_config
 from models.checkpoints.loading import load_folder
 
 VAE = AutoencoderKL | AutoencoderTiny
+VideoVAE = AutoencoderKLWan  # the first latent frame is of one frame, each further one of four; an image is a video
 OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")  # of `decode_frames`
 
 
-def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
+def vae_encode(vae: VAE | VideoVAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
     """Latents (n, c, h, w), scaled to about unit variance, of images (n, 3, H, W) in [-1, 1], `chunk` at a time."""
+    if isinstance(vae, VideoVAE):
+        return torch.cat([video_encode(vae, image[None])[:, :, 0] for image in images])
     parts = []
     for part in images.split(chunk or len(images)):
         encoded = vae.encode(part)  # `sample` draws from the posterior instead of taking its mean
@@ -29,6 +35,29 @@ def vae_encode(vae: VAE, images: Tensor, chunk: int | None = None, sample: bool 
         else:
             parts.append(encoded.latent_dist.sample() if sample else encoded.latent_dist.mean)
     return torch.cat(parts) * vae.config.scaling_factor
+
+
+def video_encode(vae: VideoVAE, frames: Tensor) -> Tensor:
+    """Latents (1, c, t, h, w) of frames (f, 3, H, W) in [-1, 1] as one video, f = 4 t - 3."""
+    latents = vae.encode(frames.to(vae.dtype).transpose(0, 1)[None]).latent_dist.mode()
+    mean, std = latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def video_decode(vae: VideoVAE, latents: Tensor) -> Tensor:
+    """Frames (f, 3, H, W) in [-1, 1] of the latents (1, c, t, h, w) of a video; UserError where not finite."""
+    latents = latents.to(vae.dtype)
+    mean, std = latent_statistics(vae, latents)
+    frames = vae.decode(latents * std + mean).sample[0].transpose(0, 1)
+    if not frames.isfinite().all():
+        raise UserError(f"the VAE's images are not finite; {finite_advice(vae.dtype)}")
+    return frames
+
+
+def latent_statistics(vae: VideoVAE, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel, (1, c, 1, 1, 1) each, as `latents` are stored."""
+    mean, std = (latents.new_tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
 def vae_posterior(vae: VAE, images: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -63,17 +92,32 @@ def decode_frames(vae: VAE, latents: Tensor, output_type: str, chunk: int) -> li
     """
     if output_type == "latent":
         return latents
-    images, processor = latents[0].transpose(0, 1).to(vae.dtype), VideoProcessor(vae_scale_factor(vae))
+    images = latents[0].transpose(0, 1).to(vae.dtype)
     chunks = finite_chunks(vae, images, chunk)
     if output_type != "uint8":
-        return processor.postprocess(torch.cat(list(chunks)), output_type)
+        return in_form(torch.cat(list(chunks)), output_type)
     height, width = (side * vae_scale_factor(vae) for side in images.shape[-2:])
     frames = np.empty((len(images), height, width, 3), np.uint8)
     done = 0
     for part in chunks:
-        frames[done : done + len(part)] = (processor.postprocess(part, "np") * 255).round()
+        frames[done : done + len(part)] = in_form(part, output_type)
         done += len(part)
     return frames
+
+
+def in_form(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """Images (n, 3, H, W) in about [-1, 1] in the form of `output_type`, but latents."""
+    processor = VideoProcessor()
+    if output_type == "uint8":
+        return (processor.postprocess(images, "np") * 255).round().astype(np.uint8)
+    return processor.postprocess(images, output_type)
+
+
+def joined_forms(parts: list[Any]) -> list[Image.Image] | np.ndarray | Tensor:
+    """Consecutive results of `in_form`, or latents (1, c, f, h, w), as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, dim=2 if parts[0].ndim == 5 else 0)
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
 
 
 def finite_chunks(vae: VAE, latents: Tensor, chunk: int) -> Iterator[Tensor]:
@@ -93,8 +137,10 @@ def finite_advice(dtype: torch.dtype) -> str:
     return f"they are computed in {dtype}, so weights or settings of guidance are at fault, and no dtype helps"
 
 
-def vae_scale_factor(vae: VAE) -> int:
+def vae_scale_factor(vae: VAE | VideoVAE) -> int:
     """Pixels of an image's side per latent."""
+    if isinstance(vae, VideoVAE):
+        return vae.config.scale_factor_spatial
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 

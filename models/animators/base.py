@@ -79,8 +79,9 @@ class TrainingBatch:
 class Animator(nn.Module, ABC):
     """A model that animates a reference image with poses. Its children are a pipeline's components, by their names.
 
-    Arguments of the constructor without a default are networks, `denoising_unet` among them; those with a default are
-    settings, which are kept as attributes of their names and saved with a pipeline.
+    Arguments of the constructor without a default are its components: networks, `denoising_unet` among them where
+    sizes are not said otherwise, and what prepares their inputs; `| None` says which a run may do without. Those with a
+    default are settings, which are kept as attributes of their names and saved with a pipeline.
     """
 
     denoising_unet: ModelMixin
@@ -93,6 +94,18 @@ class Animator(nn.Module, ABC):
     guidance_names: tuple[str, ...] = ("reference",)  # of the scales of guidance
     takes_batches = False  # `predict` takes several passes
     latent_multiple = 1  # that height and width of the latents must be multiples of
+
+    attachments: tuple[str, ...] = ("add", "replace")  # of calibrated images, that it knows
+    records_attention = True  # has what `models.attention.recording` asks
+    takes_words = False  # a prompt, or its embedding, see `models.images.Words`
+    face_size: int | None = None  # side of the face images that `pose_condition` gets; None: none
+
+    # A model of segments denoises a segment, decodes it, and gives its last frames to the next; `pose_condition` is
+    # asked for each with `models.segments.SegmentImages`, and `predict` for the whole of it.
+    segment_frames: int | None = None  # of a segment as it was trained; None: clips are not divided, but in windows
+    carried_frames = 1  # that a segment is given of the one before
+    frames_per_latent = 1  # of a segment; its first latent is of one frame
+    context_latents = 0  # before the first frame's, which hold the reference
 
     trainable = False  # has what `train.py` asks, the methods below `training_prediction`
     drop_modes = 1  # what condition dropout may take away; 1: everything at once
@@ -129,9 +142,13 @@ class Animator(nn.Module, ABC):
         """Frames that can be denoised together; None: any number."""
         return None
 
+    def latent_frames(self, frames: int) -> int:
+        """Latents of consecutive frames that are denoised together."""
+        return self.context_latents + 1 + (frames - 1) // self.frames_per_latent
+
     @classmethod
     def constructor_parameters(cls) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
-        """Networks and settings among the arguments of the constructor."""
+        """Components and settings among the arguments of the constructor."""
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         return [p for p in parameters if p.default is p.empty], [p for p in parameters if p.default is not p.empty]
 

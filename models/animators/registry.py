@@ -1,8 +1,10 @@
 """The animators, and their saved pipelines: a folder with a sub-folder for each component, as diffusers writes it."""
 
 import json
+from collections.abc import Collection
 from importlib import import_module
 from inspect import Parameter, signature
+from types import NoneType
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -10,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from torch import nn
 
 from core.errors import UserError
 from core.files import no_such_path, write_json
@@ -58,10 +61,11 @@ def load_pipeline(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     argument: str = "model",
+    without: Collection[str] = (),
 ) -> AnimationPipeline:
     """A pipeline from a local folder; nothing is downloaded, and a `UserError` says what is missing or does not fit.
 
-    Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`.
+    Components that a run may do without are left out where the folder has none, and those named by `without`. Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`.
     Errors name the folder as `argument`.
     """
     folder = Path(folder)
@@ -70,16 +74,19 @@ def load_pipeline(
     if cls is None:
         raise not_a_pipeline(folder, argument, f"a {index.get('_class_name')}")
     what = f"{argument}={folder}"
-    needed = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
-    lacking = [name for name in needed if not list((folder / name).glob("*.json"))]
-    if lacking:
+    components = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
+    absent = [name for name in components if not list((folder / name).glob("*.json"))]
+    left_out = [name for name in components if name in {*absent, *without} and may_be_absent(cls, name)]
+    if lacking := [name for name in absent if name not in left_out]:
         raise UserError(
             f"{what} is incomplete: of the folders that its model_index.json names, "
             f"{', '.join(f'{name}/' for name in lacking)} are missing or have no configuration"
         )
     arguments = {}
     for name, parameter in list(signature(cls.__init__).parameters.items())[1:]:
-        if parameter.default is Parameter.empty:
+        if name in left_out:
+            arguments[name] = None
+        elif parameter.default is Parameter.empty:
             arguments[name] = load_component(folder, name, index.get(name), component_classes(cls, name), dtype, what)
         elif name in index:
             arguments[name] = index[name]
@@ -160,13 +167,18 @@ def network_folders(folder: str | Path) -> dict[str, Path]:
 def component_classes(pipeline: type[AnimationPipeline], name: str) -> dict[str, type]:
     """Classes that a component may have, by name."""
     annotation = get_type_hints(pipeline.__init__)[name]
-    return {cls.__name__: cls for cls in get_args(annotation) or (annotation,)}
+    return {cls.__name__: cls for cls in get_args(annotation) or (annotation,) if cls is not NoneType}
+
+
+def may_be_absent(pipeline: type[AnimationPipeline], name: str) -> bool:
+    """True for a component that a run may do without."""
+    return NoneType in get_args(get_type_hints(pipeline.__init__)[name])
 
 
 def load_component(
     folder: Path, name: str, entry: Any, classes: dict[str, type], dtype: torch.dtype, what: str = ""
 ) -> Any:
-    """One network or the scheduler; `entry` is its [library, class] in the index, `what` the folder in errors."""
+    """One component; `entry` is its [library, class] in the index, `what` the folder in errors."""
     what = what or f"model={folder}"
     if not isinstance(entry, list) or len(entry) != 2 or not list((folder / name).glob("*.json")):
         raise UserError(f"{what}: component {name} is missing or incomplete")
@@ -177,6 +189,11 @@ def load_component(
         try:
             return cls.from_pretrained(folder / name)
         except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{what}: component {name} cannot be loaded: {error}") from None
+    if not any(issubclass(cls, nn.Module) for cls in classes.values()):  # it prepares a network's inputs
+        try:
+            return next(iter(classes.values())).from_pretrained(folder / name, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
             raise UserError(f"{what}: component {name} cannot be loaded: {error}") from None
     if entry[1] not in classes:
         raise UserError(f"{what}: component {name} is a {entry[1]}, not one of {', '.join(classes)}")

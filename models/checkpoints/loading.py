@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
@@ -109,7 +110,11 @@ def give_tensors(module: Module, tensors: Mapping[str, Tensor], what: str, dtype
     strange = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange:
         raise UserError(f"{what} holds {len(strange)} tensors that are not floating point: {first_few(strange)}")
-    complete = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    precise = getattr(module, "_keep_in_fp32_modules", None) or ()  # as diffusers loads them
+    complete = {
+        name: tensor.float() if any(part in name.split(".") for part in precise) else tensor.to(dtype)
+        for name, tensor in tensors.items()
+    }
     check_finite(complete, what)
     unused = module.unused_parameters() if hasattr(module, "unused_parameters") else ()
     if names := blank(complete, unused):
@@ -139,12 +144,16 @@ def load_folder(cls: type[Module], folder: str | Path, what: str, dtype: torch.d
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what} cannot be made a {cls.__name__} from its config.json: {error}") from None
     give_tensors(module, network_names(tensors, module), what, dtype)
-    for name, buffer in module.named_buffers():
-        if buffer.is_meta:  # files do not hold it; CLIP's are the numbers of its positions
-            owner, _, name = name.rpartition(".")
-            positions = name == POSITION_IDS
-            value = torch.arange(buffer.shape[-1])[None] if positions else getattr(make().get_submodule(owner), name)
-            setattr(module.get_submodule(owner), name, value)
+    absent = [name for name, buffer in module.named_buffers() if buffer.is_meta]  # files do not hold them
+    computed = {}
+    if any(not name.endswith(POSITION_IDS) for name in absent):
+        with init_empty_weights(include_buffers=False):  # which spares the parameters alone
+            computed = dict(make().named_buffers())
+    for name in absent:
+        owner, _, own = name.rpartition(".")
+        # CLIP's are the numbers of its positions.
+        value = computed[name] if computed else torch.arange(module.get_buffer(name).shape[-1])[None]
+        setattr(module.get_submodule(owner), own, value)
     return module
 
 
@@ -264,7 +273,10 @@ def old_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def network_names(entries: Mapping[str, Entry], network: nn.Module) -> Mapping[str, Entry]:
     """Entries of a folder's weights under the names of its network."""
     if isinstance(network, PreTrainedModel):
-        return clip_names(entries, network)
+        found = clip_names(entries, network)
+        # Files hold one of several parameters that are one.
+        tied = getattr(network, "_tied_weights_keys", None) or {}
+        return found | {name: found[source] for name, source in tied.items() if name not in found and source in found}
     return current_names(entries) if isinstance(network, AutoencoderKL) else entries
 
 
