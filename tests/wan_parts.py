@@ -46,7 +46,13 @@ TRANSFORMER = {
     "face_encoder_num_heads": 2,
     "inject_face_latents_blocks": 2,
 }
-PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0), *((letter, -2.0) for letter in "abcdefghijklmnop")]
+PIECES = [
+    ("<pad>", 0.0),
+    ("</s>", 0.0),
+    ("<unk>", -9.0),
+    ("▁", -1.0),
+    *((letter, -2.0) for letter in "abcdefghijklmnop"),
+]
 
 
 def randomised(network: nn.Module) -> nn.Module:

@@ -80,8 +80,8 @@ class Animator(nn.Module, ABC):
     """A model that animates a reference image with poses. Its children are a pipeline's components, by their names.
 
     Arguments of the constructor without a default are its components: networks, `denoising_unet` among them where
-    sizes are not said otherwise, and what prepares their inputs; `| None` says which a run may do without. Those with a
-    default are settings, which are kept as attributes of their names and saved with a pipeline.
+    sizes and dtype are not said otherwise, and what prepares their inputs; `| None` says which a run may do without.
+    Those with a default are settings, which are kept as attributes of their names and saved with a pipeline.
     """
 
     denoising_unet: ModelMixin

@@ -4,8 +4,8 @@ import json
 from collections.abc import Collection
 from importlib import import_module
 from inspect import Parameter, signature
-from types import NoneType
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import diffusers
@@ -65,8 +65,9 @@ def load_pipeline(
 ) -> AnimationPipeline:
     """A pipeline from a local folder; nothing is downloaded, and a `UserError` says what is missing or does not fit.
 
-    Components that a run may do without are left out where the folder has none, and those named by `without`. Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`.
-    Errors name the folder as `argument`.
+    Components that a run may do without are None where the folder has none, and where `without` names them. Adapters
+    in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`. Errors name
+    the folder as `argument`.
     """
     folder = Path(folder)
     index = read_index(folder, argument)

@@ -1,7 +1,7 @@
 """Wan-Animate (Alibaba, 2025): a video transformer with the reference as a frame of its context, before the clip's.
 
 A latent is of four frames, the first of one. Segments of 77 frames carry on from the last frame of the one before.
-Pose latents are added to the clip's tokens; faces steer by cross-attention, text and CLIP's tokens of the reference too.
+Pose latents are added to the clip's tokens; faces, text and CLIP's tokens of the reference come in by cross-attention.
 Guidance leads away from another prompt and from faces that do not move; none is the published setting.
 
 Shapes use k = reference images, t = latent frames of a segment, f = its frames, c = channels, h, w = latent size,
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
-from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5EncoderModel
 from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5EncoderModel
 
 from core.errors import UserError
 from models.animators.base import Animator, Condition, PoseCondition

@@ -51,7 +51,7 @@ def set_self_attention(transformer: diffusers.WanAnimateTransformer3DModel) -> N
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of neighbouring channels of x (b, n, heads, d), turned by angles whose cosine and sine are (1, n, 1, d)."""
+    """x (b, n, heads, d), each pair of channels turned by an angle, whose cosine and sine are (1, n, 1, d)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)

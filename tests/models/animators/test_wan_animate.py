@@ -57,7 +57,7 @@ def embedding(text: str) -> torch.Tensor:
 def test_frames_are_those_of_diffusers(published, frames, scale, carried):
     given = images(frames)
     # Without its cleaning of text, which wants a package more.
-    embeddings = {f"{name}_embeds": embedding(text) for name, text in (("prompt", "a fan"), ("negative_prompt", "bad"))}
+    embeddings = {"prompt_embeds": embedding("a fan"), "negative_prompt_embeds": embedding("bad")}
     expected = published_frames(
         published, given, guidance_scale=scale, prev_segment_conditioning_frames=carried, **embeddings
     )
