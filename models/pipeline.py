@@ -57,6 +57,7 @@ def animated_by(animator_cls: type[Animator]) -> Callable[[type], type]:
     this, vae, scheduler, window_size, sampling = inspect.signature(own).parameters.values()
     networks, settings = animator_cls.constructor_parameters()
     # diffusers reads from it which components and settings a pipeline saves.
+    vae = vae.replace(annotation=animator_cls.vae_class)
     signature = inspect.Signature([this, vae, *networks, scheduler, *settings, window_size, sampling])
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,11 @@
 """Sizes of the smallest networks that have every part."""
 
+from models.animators.registry import animator_class
+from models.config import ANIMATORS
 from training.config import ModelConfig
+
+# Names of the animators that train.py makes and trains.
+TRAINABLE = sorted(name for name in ANIMATORS if animator_class(name).trainable)
 
 TINY = ModelConfig(
     block_out_channels=[16, 32],

@@ -19,6 +19,7 @@ from models.attention.context import Probe, ReferenceContext, same_reference
 from models.attention.layers import LayerShape
 from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence
+from models.vae import VAE
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.
 # Windows of a shot come in order.
@@ -95,6 +96,7 @@ class Animator(nn.Module, ABC):
     takes_batches = False  # `predict` takes several passes
     latent_multiple = 1  # that height and width of the latents must be multiples of
 
+    vae_class: Any = VAE  # of its pipeline's VAE; models of segments have a `VideoVAE`
     attachments: tuple[str, ...] = ("add", "replace")  # of calibrated images, that it knows
     records_attention = True  # has what `models.attention.recording` asks
     takes_words = False  # a prompt, or its embedding, see `models.images.Words`

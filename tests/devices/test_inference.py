@@ -18,10 +18,10 @@ import torch
 
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.compiling import use_channels_last
-from models.config import ANIMATORS
 from models.lora import add_lora, load_lora, save_lora
 from models.pipeline import AnimationPipeline
 from tests.models.test_shortcuts import people
+from tests.networks import TRAINABLE
 from tests.second_device import SECOND, Wait, second_device
 from tests.small_animators import SIZE, small_pipeline
 from tpc import Calibration, CalibrationConfig, calibrate
@@ -115,7 +115,7 @@ def animated(
     return found, [Counter((wait.kind, wait.place) for wait in (waits or [])[a:b]) for a, b in steps]
 
 
-@pytest.mark.parametrize("kind", sorted(ANIMATORS))
+@pytest.mark.parametrize("kind", TRAINABLE)
 @pytest.mark.parametrize("name", CASES)
 def test_every_animator(kind, name):
     case, temporal = CASES[name], name == "best"
@@ -129,7 +129,7 @@ def test_every_animator(kind, name):
     assert steps == [Counter({(kind, SOLVER): number for kind, number in each.items()}) for each in allowed]
 
 
-@pytest.mark.parametrize("kind", sorted(ANIMATORS))
+@pytest.mark.parametrize("kind", TRAINABLE)
 def test_networks_that_wait_on_the_cpu(kind):
     """Diffusers' offloading of networks that are not at work; that of layers cannot be had on this device.
 

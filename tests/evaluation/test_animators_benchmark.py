@@ -14,9 +14,8 @@ from evaluation.statistics import Values
 from evaluation.tasks.animators import COLUMNS, animators_table, differences_table, kinds_table, subsets_of
 from evaluation.trials import Variant, trials_identity
 from models.animators.registry import animator_class, write_training_facts
-from models.config import ANIMATORS
 from models.vae import load_vae
-from tests.networks import TINY
+from tests.networks import TINY, TRAINABLE
 from tests.training_runs import make_vae
 from training.build import make_pipeline
 from training.config import NoiseConfig
@@ -29,11 +28,11 @@ def models(tmp_path_factory) -> list[str]:
     """Pipeline folders of new tiny networks of every kind."""
     folder = tmp_path_factory.mktemp("models")
     vae = load_vae(make_vae(folder / "vae"))
-    for kind in ANIMATORS:
+    for kind in TRAINABLE:
         torch.manual_seed(0)
         make_pipeline(vae, animator_class(kind).small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
     write_training_facts(folder / "animate_anyone", attention_supervised=False)
-    return [str(folder / kind) for kind in ANIMATORS]
+    return [str(folder / kind) for kind in TRAINABLE]
 
 
 def known_values() -> Values:

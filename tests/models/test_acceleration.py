@@ -7,8 +7,8 @@ import infer
 from core.config import load_config
 from core.errors import UserError
 from inference.config import SamplingConfig
-from models.config import ANIMATORS
 from models.sampling import noise_level
+from tests.networks import TRAINABLE
 from tests.small_animators import calibrated, sample, small_pipeline
 
 STEPS = 4
@@ -19,7 +19,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(ANIMATORS))
+@pytest.fixture(scope="module", params=TRAINABLE)
 def pipeline(request):
     return small_pipeline(request.param)
 

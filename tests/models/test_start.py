@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from core.errors import UserError
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.checkpoints.convert import families, published_scheduler
-from models.config import ANIMATORS
 from models.sampling import SOLVERS, with_solver
 from models.start import StartedSolver, started_timesteps, with_timesteps
 from models.vae import vae_encode
 from tests.models.animators.test_animators import calibration
+from tests.networks import TRAINABLE
 from tests.small_animators import FRAMES, LATENTS, calibrated, sample, small_pipeline
 from tpc import Calibration
 
@@ -86,7 +86,7 @@ def test_a_start_at_the_last_timestep_is_none(solver):
     torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", sorted(ANIMATORS))
+@pytest.mark.parametrize("kind", TRAINABLE)
 def test_a_start_at_no_noise_is_the_calibrated_image_through_the_vae(kind):
     pipeline, made = small_pipeline(kind), started(0, attach="replace")
     result = sample(pipeline, calibration=made)

@@ -55,6 +55,7 @@ class SegmentInputs:
 class WanAnimate(Animator):
     """The transformer, and encoders that cached embeddings may stand in for."""
 
+    vae_class = VideoVAE
     attachments = ("replace",)
     records_attention = False
     takes_words = True

@@ -10,9 +10,8 @@ from diffusers import AutoencoderTiny
 from models.animators.base import Animator
 from models.animators.registry import animator_class, pipeline_of
 from models.attention.recording import AttentionConfig, AttentionRecording
-from models.config import ANIMATORS
 from tests.models.test_pipeline import standing_poses
-from tests.networks import TINY
+from tests.networks import TINY, TRAINABLE
 from tpc import CalibrationConfig, calibrate
 from tpc.config import CalibratedTrainingConfig
 from training.build import make_pipeline, set_trainable
@@ -34,7 +33,7 @@ def vae() -> AutoencoderTiny:
     ).eval()
 
 
-@pytest.fixture(scope="module", params=sorted(ANIMATORS))
+@pytest.fixture(scope="module", params=TRAINABLE)
 def model(request) -> Animator:
     """Small networks, every parameter random, so that no path is a no-op."""
     torch.manual_seed(1)
