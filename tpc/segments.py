@@ -1,0 +1,97 @@
+"""One calibrated image for each segment of a clip: for models that take one reference for many frames."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from core.errors import UserError
+from tpc.result import Calibration
+
+RULES = ("nearest", "median", "first")
+SIDE = 64  # pixels of the longer side at which silhouettes are compared
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames that share one reference."""
+
+    frames: range
+    frame: int | None  # whose calibrated images the reference shows; None: nobody is calibrated in any of them
+
+
+def split(frames: int, length: int | None, overlap: int = 0) -> list[range]:
+    """Segments of `length` frames, the last perhaps shorter, each repeating `overlap` of the one before; None: one.
+
+    A model that continues from the last frames of its previous segment repeats those.
+    """
+    if length is None or length >= frames:
+        return [range(frames)]
+    if not 0 <= overlap < length:
+        raise UserError(f"segment_overlap={overlap} must be 0 to {length - 1}, below segments={length}")
+    starts = range(0, max(1, frames - overlap), length - overlap)
+    return [range(start, min(start + length, frames)) for start in starts]
+
+
+def segment_references(
+    calibration: Calibration, length: int | None, overlap: int = 0, rule: str = RULES[0]
+) -> list[Segment]:
+    """Choose for every segment the frame whose calibrated images stand for all of it.
+
+    Of the frames with the most calibrated persons: the one whose silhouettes overlap most with those of the driving
+    persons in all frames (nearest), the one whose similarity is closest to the segment's median (median), or the first.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    found = []
+    for frames in split(calibration.frames, length, overlap):
+        calibrated = (calibration.member[frames.start : frames.stop] >= 0).sum(1)
+        if not calibrated.any():
+            found.append(Segment(frames, None))
+            continue
+        candidates = [frame for frame in frames if calibrated[frame - frames.start] == calibrated.max()]
+        if rule == "nearest":
+            chosen = _nearest(calibration, frames, candidates)
+        elif rule == "median":
+            chosen = _median(calibration, candidates)
+        else:
+            chosen = candidates[0]
+        found.append(Segment(frames, chosen))
+    return found
+
+
+def segment_mask(calibration: Calibration, frame: int) -> np.ndarray:
+    """(h, w) bool: everybody whom the calibrated image of a frame shows."""
+    members = [member for member in calibration.member[frame] if member >= 0]
+    return np.logical_or.reduce([calibration.masks[member] for member in members], axis=0)
+
+
+def _nearest(calibration: Calibration, frames: Sequence[int], candidates: Sequence[int]) -> int:
+    """The candidate with the greatest mean IoU with the driving silhouettes of all frames."""
+    shown = _small([segment_mask(calibration, frame) for frame in candidates], calibration.size)
+    driven = _small([calibration.target_masks[frame].any(0) for frame in frames], calibration.size)
+    driven = driven[driven.any(1)]
+    if not len(driven):
+        return candidates[0]
+    common = shown @ driven.T
+    union = shown.sum(1)[:, None] + driven.sum(1) - common
+    return candidates[int(np.argmax((common / np.maximum(union, 1e-6)).mean(1)))]
+
+
+def _median(calibration: Calibration, candidates: Sequence[int]) -> int:
+    """The candidate whose maps move the corners of the reference closest to their medians over the candidates."""
+    width, height = calibration.reference_size
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1]], np.float64).T
+    available = calibration.member[candidates] >= 0
+    moved = (calibration.matrices[candidates] @ corners)[..., :2, :]
+    distance = np.abs(moved - np.median(moved, axis=0)).sum((2, 3)) * available
+    return candidates[int(np.argmin(distance.sum(1)))]
+
+
+def _small(masks: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Masks (n, h, w) bool as rows of coverages 0 to 1 at `SIDE` pixels."""
+    scale = min(1.0, SIDE / max(size))
+    small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    resized = [cv2.resize(mask.astype(np.float32), small, interpolation=cv2.INTER_AREA) for mask in masks]
+    return np.stack(resized).reshape(len(masks), -1)
