@@ -180,9 +180,14 @@ def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill
         background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
     if fill == "scene":
         to_model, size = framing.reference_map, framing.size
-        scene = continued(image.warp(to_model, size), ~quad_mask(to_model, image.size, size))
+        scene = place_whole(image, to_model, size)
         background = remove_persons(scene, _widened(mask_pyramid(everybody).warp(to_model, size) > 0))
     return background
+
+
+def place_whole(image: "ImagePyramid", matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The image in a frame of (width, height), (h, w, 3) uint8, continued where it does not reach."""
+    return continued(image.warp(matrix, size), ~quad_mask(matrix, image.size, size))
 
 
 def continued(image: np.ndarray, beyond: np.ndarray) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_a_long_video_is_read_frame_by_frame(tmp_path):
     assert len(driving.frames) == driving.poses.frames == len(driving.masks) == frames
     assert driving.frames[120].shape == (240, 320, 3) and abs(int(driving.frames[120].mean()) - 220) < 3
     assert driving.masks[7].sum() == 150 and driving.masks[7][0, 10, 10]
-    given = read_driving_masks(save_masks(tmp_path / "masks", 3), 3, 1, (48, 32))
+    given = read_driving_masks(save_masks(tmp_path / "masks", 3), range(3), 1, (48, 32))
     assert [int(given[frame].sum()) for frame in range(3)] == [32, 64, 96]
 
 

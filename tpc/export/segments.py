@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 
 from core.errors import UserError
+from data.transforms import fit_matrix
 from tpc.result import Calibration
+from tpc.warping import ImagePyramid, place_whole
 
 RULES = ("nearest", "median", "first")
 SIDE = 64  # pixels of the longer side at which silhouettes are compared
@@ -26,12 +28,25 @@ def split(frames: int, length: int | None, overlap: int = 0) -> list[range]:
 
     A model that continues from the last frames of its previous segment repeats those.
     """
+    if length is not None and not 0 <= overlap < length:
+        raise UserError(f"segment_overlap={overlap} must be 0 to {length - 1}, below segments={length}")
     if length is None or length >= frames:
         return [range(frames)]
-    if not 0 <= overlap < length:
-        raise UserError(f"segment_overlap={overlap} must be 0 to {length - 1}, below segments={length}")
     starts = range(0, max(1, frames - overlap), length - overlap)
     return [range(start, min(start + length, frames)) for start in starts]
+
+
+def segment_notes(segments: Sequence[Segment], cuts: Sequence[int]) -> list[str]:
+    """Sentences to read before the references are used; often none."""
+    notes = []
+    if missing := [str(number) for number, segment in enumerate(segments) if segment.frame is None]:
+        notes.append(f"nobody is calibrated in segment {', '.join(missing)}; its reference is the image as it was")
+    if divided := [str(cut) for cut in cuts for segment in segments if cut in segment.frames[1:]]:
+        notes.append(
+            f"the cuts before frames {', '.join(divided)} lie within segments, and one reference cannot fit both shots; "
+            "animate shots one by one"
+        )
+    return notes
 
 
 def segment_references(
@@ -61,15 +76,32 @@ def segment_references(
     return found
 
 
-def segment_mask(calibration: Calibration, frame: int) -> np.ndarray:
-    """(h, w) bool: everybody whom the calibrated image of a frame shows."""
+def reference_image(calibration: Calibration, segment: Segment, reference: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8: a segment's calibrated reference.
+
+    Where nobody is calibrated in it, the original image (H, W, 3) uint8 as an uncalibrated model would be given it.
+    """
+    if segment.frame is not None:
+        return calibration.frame_image(segment.frame)
+    fitted = fit_matrix(calibration.reference_size, calibration.size, "contain")
+    return place_whole(ImagePyramid(np.ascontiguousarray(reference)), fitted, calibration.size)
+
+
+def segment_mask(calibration: Calibration, segment: Segment) -> np.ndarray:
+    """(h, w) bool: everybody whom `reference_image` shows."""
+    if segment.frame is None:
+        return calibration.reference_masks.any(0)
+    return _shown(calibration, segment.frame)
+
+
+def _shown(calibration: Calibration, frame: int) -> np.ndarray:
     members = [member for member in calibration.member[frame] if member >= 0]
     return np.logical_or.reduce([calibration.masks[member] for member in members], axis=0)
 
 
 def _nearest(calibration: Calibration, frames: Sequence[int], candidates: Sequence[int]) -> int:
     """The candidate with the greatest mean IoU with the driving silhouettes of all frames."""
-    shown = _small([segment_mask(calibration, frame) for frame in candidates], calibration.size)
+    shown = _small([_shown(calibration, frame) for frame in candidates], calibration.size)
     driven = _small([calibration.target_masks[frame].any(0) for frame in frames], calibration.size)
     driven = driven[driven.any(1)]
     if not len(driven):
