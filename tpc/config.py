@@ -60,6 +60,8 @@ class CalibrationConfig:
     max_gap: int | None = number(None, 0, MANY)  # frames: longest gap that is interpolated; 0 = none
     # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
     smoothing: float | None = number(None, 0, 1000)
+    # how far a person goes from its place in the uncalibrated reference (0) to the calibrated one (1)
+    strength: float | None = number(None, 0, 1)
     # persons: track (and assign those of the reference), given (slot j of both pose files is the same person)
     match: str | None = choice(None, ("track", "given"))
 
@@ -217,6 +219,7 @@ def best() -> CalibrationConfig:
         min_iou=0.1,
         max_gap=8,
         smoothing=2.0,
+        strength=1.0,
         match="track",
         fill="scene",
         propagation="off",
