@@ -211,7 +211,7 @@ def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int])
 
 
 def read_driving_masks(folder: Path, numbers: Sequence[int], persons: int, size: tuple[int, int]) -> PackedMasks:
-    """(frames, persons, h, w) from a folder with 000000.png or 000000_p0.png, of frames by their number in the video."""
+    """(frames, persons, h, w) from a folder with 000000.png or 000000_p0.png, named after the frames' `numbers`."""
     if not folder.is_dir() or not list_images(folder):
         raise UserError(f"driving_masks={folder} {'holds no images' if folder.is_dir() else 'is not a folder'}")
     masks = PackedMasks.zeros((len(numbers), persons), size)

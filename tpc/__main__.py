@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     # These take seconds to import, which wrong arguments need not wait for: so in every function below.
     from tqdm import tqdm
 
-    from data.transforms import crop_matrix
+    from data.transforms import crop_matrix, fit_matrix
     from tpc.calibration import calibrate
     from tpc.export.folders import write_segments
     from tpc.export.segments import segment_notes, segment_references, split
@@ -53,6 +53,9 @@ def main(arguments: list[str]) -> None:
     config.fps = tool.fps if config.fps is None else config.fps
     if config.segment_overlap is None:
         config.segment_overlap = tool.overlap
+    segmented = config.segments is not None or config.tool is not None
+    if segmented and config.tpc.transform is None:
+        config.tpc.transform = "procrustes"  # to be bent into one frame's pose helps none of the others
     # Whose errors need not wait for the poses.
     split(1, config.segment_length(), config.segment_overlap)
     resolve(config.tpc)
@@ -61,10 +64,14 @@ def main(arguments: list[str]) -> None:
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     if note := driving.note(config.stride, config.max_frames):
         print(f"note: {note}")
-    size, frame_map = frame_size(driving.poses.size, config.max_side), None
+    shape, frame_map, reference_map = driving.poses.size, None, None
+    size = frame_size(shape, config.max_side)
     if config.tool is not None:
-        size = tool.size(driving.poses.size, config.max_side)
-        frame_map = crop_matrix(driving.poses.size, size, driving.poses.box(), "pad")
+        size = tool.size(shape, config.max_side)
+        frame_map = crop_matrix(shape, size, driving.poses.box(), "pad")
+    if segmented:
+        # The reference's scene is shown for long: without borders.
+        reference_map = fit_matrix(reference.image.shape[1::-1], size, "cover")
     frames = f"{driving.poses.frames} frames of {size[0]} x {size[1]} pixels"
     print(f"{frames}, transform {config.tpc.transform}, preset {config.tpc.preset}; results in {output}", flush=True)
     calibration = calibrate(
@@ -76,18 +83,19 @@ def main(arguments: list[str]) -> None:
         reference_masks=reference.masks,
         driving_masks=driving.masks,
         frame_map=frame_map,
+        reference_map=reference_map,
         cuts=driving.cuts,
         progress=lambda frames: tqdm(frames, desc="calibrating"),
     )
     segments = []
-    if config.segments is not None or config.tool is not None:
+    if segmented:
         segments = segment_references(calibration, config.segment_length(), config.segment_overlap)
     # Nothing appears in the folder before everything is written.
     with partial_folder(output / "results") as folder:
         write_results(folder, config, calibration, reference, driving)
         if segments:
             name = config.tool or "segments"
-            write_segments(folder / name, calibration, segments, reference.image, driving, tool, config.segment_videos)
+            write_segments(folder / name, calibration, segments, reference, driving, tool, config.segment_videos)
         move_into(folder, output)
     print(f"{calibration.outcome()}; see {output / 'report.png'} and {output / 'calibrated.mp4'}")
     print(f"images in {output / 'calibrated'}, transforms in {output / 'calibration.json'}")

@@ -13,12 +13,12 @@ from core.files import write_json
 from data.poses.drawing import draw_pose
 from data.transforms import apply_fit
 from data.video.files import VideoReader, write_video
-from tpc.export.segments import Segment, reference_image, segment_mask
+from tpc.export.segments import Segment, segment_reference
 from tpc.export.tools import COLOURS, Tool
 from tpc.result import Calibration
 
 if TYPE_CHECKING:
-    from data.inputs import Driving
+    from data.inputs import Driving, Reference
 
 LOSSLESS = 0  # quality of mask videos, whose colours are read as labels
 
@@ -27,14 +27,14 @@ def write_segments(
     folder: Path,
     calibration: Calibration,
     segments: list[Segment],
-    reference: np.ndarray,
+    reference: Reference,
     driving: Driving,
     tool: Tool,
     videos: bool = False,
 ) -> None:
     """Write the files of every segment, into a folder of its own where there are several, and `segments.json`.
 
-    `reference` is the original image (h, w, 3) uint8. `videos`: also `driving.mp4`, where the tool has no name for it,
+    `videos`: also `driving.mp4`, where the tool has no name for it,
     and `poses.mp4`, the poses drawn.
     """
     folder.mkdir()
@@ -43,14 +43,15 @@ def write_segments(
     for number, segment in enumerate(segments):
         target = folder if len(segments) == 1 else folder / f"{number:03d}"
         target.mkdir(exist_ok=True)
-        image, mask = reference_image(calibration, segment, reference), segment_mask(calibration, segment)
+        image, masks = segment_reference(calibration, segment, reference.image, reference.masks)
+        mask = masks.any(0).astype(np.uint8) * 255
         _write_image(target / tool.reference, image)
-        _write_image(target / "mask.png", mask.astype(np.uint8) * 255)
-        _write_image(target / "person.png", np.dstack([image, mask.astype(np.uint8) * 255]))
+        _write_image(target / "mask.png", mask)
+        _write_image(target / "person.png", np.dstack([image, mask]))
         cut = poses[segment.frames.start : segment.frames.stop]
         cut.save(target / "poses.npz")
         if tool.reference_mask:
-            _write_image(target / tool.reference_mask, _reference_labels(calibration, segment))
+            _write_image(target / tool.reference_mask, _labels(masks, 255, calibration.size))
         if tool.driving_mask:
             labels = (_labels(calibration.target_masks[frame], 0, calibration.size) for frame in segment.frames)
             write_video(target / tool.driving_mask, labels, calibration.fps, crf=LOSSLESS)
@@ -82,18 +83,6 @@ def _write_driving(path: Path, video: VideoReader, calibration: Calibration) -> 
     path.parent.mkdir()
     for number, frame in enumerate(frames):
         _write_image(path.with_name(path.name.format(number)), frame)
-
-
-def _reference_labels(calibration: Calibration, segment: Segment) -> np.ndarray:
-    width, height = calibration.size
-    masks = np.zeros((calibration.persons, height, width), bool)
-    if segment.frame is None:
-        masks = calibration.reference_masks
-    else:
-        for person, member in enumerate(calibration.member[segment.frame]):
-            if member >= 0:
-                masks[person] = calibration.masks[member]
-    return _labels(masks, 255, calibration.size)
 
 
 def _labels(masks: np.ndarray, background: int, size: tuple[int, int]) -> np.ndarray:

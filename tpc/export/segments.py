@@ -9,7 +9,7 @@ import numpy as np
 from core.errors import UserError
 from data.transforms import fit_matrix
 from tpc.result import Calibration
-from tpc.warping import ImagePyramid, place_whole
+from tpc.warping import ImagePyramid, mask_pyramid, place_whole, warp_mask
 
 RULES = ("nearest", "median", "first")
 SIDE = 64  # pixels of the longer side at which silhouettes are compared
@@ -43,8 +43,8 @@ def segment_notes(segments: Sequence[Segment], cuts: Sequence[int]) -> list[str]
         notes.append(f"nobody is calibrated in segment {', '.join(missing)}; its reference is the image as it was")
     if divided := [str(cut) for cut in cuts for segment in segments if cut in segment.frames[1:]]:
         notes.append(
-            f"the cuts before frames {', '.join(divided)} lie within segments, and one reference cannot fit both shots; "
-            "animate shots one by one"
+            f"the cuts before frames {', '.join(divided)} lie within segments, and one reference cannot fit both "
+            "shots; animate them one by one"
         )
     return notes
 
@@ -55,7 +55,7 @@ def segment_references(
     """Choose for every segment the frame whose calibrated images stand for all of it.
 
     Of the frames with the most calibrated persons: the one whose silhouettes overlap most with those of the driving
-    persons in all frames (nearest), the one whose similarity is closest to the segment's median (median), or the first.
+    persons in all frames (nearest), the one whose similarity is closest to their median (median), or the first.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -76,22 +76,25 @@ def segment_references(
     return found
 
 
-def reference_image(calibration: Calibration, segment: Segment, reference: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8: a segment's calibrated reference.
+def segment_reference(
+    calibration: Calibration, segment: Segment, image: np.ndarray, masks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A segment's calibrated reference, (h, w, 3) uint8, and whom it shows where, (persons, h, w) bool.
 
-    Where nobody is calibrated in it, the original image (H, W, 3) uint8 as an uncalibrated model would be given it.
+    Where nobody is calibrated: the original image (H, W, 3) uint8 and its masks (persons, H, W) bool, all of it fitted
+    into the frame.
     """
+    width, height = size = calibration.size
+    shown = np.zeros((calibration.persons, height, width), bool)
     if segment.frame is not None:
-        return calibration.frame_image(segment.frame)
-    fitted = fit_matrix(calibration.reference_size, calibration.size, "contain")
-    return place_whole(ImagePyramid(np.ascontiguousarray(reference)), fitted, calibration.size)
-
-
-def segment_mask(calibration: Calibration, segment: Segment) -> np.ndarray:
-    """(h, w) bool: everybody whom `reference_image` shows."""
-    if segment.frame is None:
-        return calibration.reference_masks.any(0)
-    return _shown(calibration, segment.frame)
+        for person, member in enumerate(calibration.member[segment.frame]):
+            if member >= 0:
+                shown[person] = calibration.masks[member]
+        return calibration.frame_image(segment.frame), shown
+    fitted = fit_matrix(calibration.reference_size, size, "contain")
+    for person, mask in enumerate(() if masks is None else masks):
+        shown[person] = warp_mask(mask_pyramid(mask), fitted, size)
+    return place_whole(ImagePyramid(np.ascontiguousarray(image)), fitted, size), shown
 
 
 def _shown(calibration: Calibration, frame: int) -> np.ndarray:
