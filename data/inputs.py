@@ -101,8 +101,6 @@ def load_driving(
     """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
     used = {"stride": stride, "max_frames": max_frames}
     changes = PictureChanges()
-    if fps is not None and path is None:
-        raise UserError(f"fps={fps:g} resamples a driving video; give driving= too, or leave it out")
     video = None if path is None else VideoReader(path, fps, argument="driving", **used)
     if video is not None and video.note:
         logger.warning("driving=%s: %s", path, video.note)

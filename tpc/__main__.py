@@ -38,8 +38,9 @@ def main(arguments: list[str]) -> None:
     check_paths({name: getattr(config, name) for name in paths})
     if config.driving is None and config.driving_poses is None:
         raise UserError("driving= or driving_poses= is required")
-    if config.driving is None and config.tool is not None:
-        raise UserError(f"tool={config.tool} writes the driving video for it; give driving= too")
+    if config.driving is None and (config.tool is not None or config.fps is not None):
+        given = f"fps={config.fps:g}" if config.tool is None else f"tool={config.tool}"
+        raise UserError(f"{given} is about the driving video; give driving= too")
     # These take seconds to import, which wrong arguments need not wait for: so in every function below.
     from tqdm import tqdm
 
