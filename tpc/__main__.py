@@ -62,6 +62,10 @@ def main(arguments: list[str]) -> None:
     resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
+    if segmented and (config.tpc.fill, config.tpc.visibility, config.tpc.start) == (None, None, None):
+        # One reference moves as a whole, as by hand, and has no hole; several would let the background jump.
+        single = config.segment_length() is None or config.segment_length() >= driving.poses.frames
+        config.tpc.fill = "reference" if single and reference.poses.persons == 1 else "scene"
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     if note := driving.note(config.stride, config.max_frames):
         print(f"note: {note}")

@@ -163,7 +163,7 @@ def test_the_files_of_tools(tool, files, tmp_path, capsys):
     output = run(files, tmp_path / "out", f"tool={tool}", "max_frames=6", "stride=10", *small)
     folder = output / tool
     written = sorted(path.name for path in folder.iterdir())
-    assert written == sorted([*LAYOUTS[tool], "mask.png", "person.png", "poses.npz", "segments.json"])
+    assert written == sorted([*LAYOUTS[tool], "mask.png", "person.png", "poses.npz", "segments.json", "segments.png"])
     plan = json.loads((folder / "segments.json").read_text())
     size, rate = tuple(plan["size"]), TOOLS[tool].fps or FPS
     assert [entry["folder"] for entry in plan["segments"]] == ["."] and plan["segments"][0]["frames"] == 6
@@ -209,6 +209,7 @@ def test_segments_cut_frames_poses_and_sound_alike(files, tmp_path):
         np.testing.assert_allclose(cut.keypoints + 0.5, (own + 0.5) / 2, atol=1e-4)  # edges at halves
         assert VideoReader(folder / "driving.mp4")[0].mean() == pytest.approx(4 * first, abs=3)
         assert len(VideoReader(folder / "poses.mp4")) == entry["frames"]
+    assert cv2.imread(str(output / "segments" / "segments.png")).shape[0] > 1000
     # The beep of 1.0 to 1.1 seconds is in frames 25 to 27: 7 frames after the second segment's first.
     begins, ends = loud(output / "segments" / "001" / "driving.mp4")[1:3]
     assert begins == pytest.approx(7 / FPS, abs=0.03) and ends == pytest.approx(0.1 + 7 / FPS, abs=0.03)

@@ -13,8 +13,9 @@ from core.files import write_json
 from data.poses.drawing import draw_pose
 from data.transforms import apply_fit
 from data.video.files import VideoReader, write_video
-from tpc.export.segments import Segment, segment_reference
+from tpc.export.segments import Segment, plain_reference, segment_reference
 from tpc.export.tools import COLOURS, Tool
+from tpc.report import write_segments_picture
 from tpc.result import Calibration
 
 if TYPE_CHECKING:
@@ -32,18 +33,21 @@ def write_segments(
     tool: Tool,
     videos: bool = False,
 ) -> None:
-    """Write the files of every segment, into a folder of its own where there are several, and `segments.json`.
+    """Write the files of every segment, into a folder of its own where there are several.
+
+    Beside them `segments.json` says which frames they are, and `segments.png` shows some.
 
     `videos`: also `driving.mp4`, where the tool has no name for it,
     and `poses.mp4`, the poses drawn.
     """
     folder.mkdir()
     poses = driving.poses.mapped(calibration.frame_map, calibration.size)
-    entries = []
+    entries, references = [], []
     for number, segment in enumerate(segments):
         target = folder if len(segments) == 1 else folder / f"{number:03d}"
         target.mkdir(exist_ok=True)
         image, masks = segment_reference(calibration, segment, reference.image, reference.masks)
+        references.append(image)
         mask = masks.any(0).astype(np.uint8) * 255
         _write_image(target / tool.reference, image)
         _write_image(target / "mask.png", mask)
@@ -62,6 +66,9 @@ def write_segments(
             drawn = (draw_pose(*frame, calibration.size) for frame in zip(cut.keypoints, cut.scores, strict=True))
             write_video(target / "poses.mp4", drawn, calibration.fps, sound=part)
         entries.append(_entry(segment, target, folder))
+    plain = plain_reference(calibration, reference.image)
+    picture = folder / "segments.png"
+    write_segments_picture(picture, calibration, segments, references, plain, reference.poses, driving.frames)
     write_json(folder / "segments.json", {"size": list(calibration.size), "fps": calibration.fps, "segments": entries})
 
 

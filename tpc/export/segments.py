@@ -9,7 +9,7 @@ import numpy as np
 from core.errors import UserError
 from data.transforms import fit_matrix
 from tpc.result import Calibration
-from tpc.warping import ImagePyramid, mask_pyramid, place_whole, warp_mask
+from tpc.warping import ImagePyramid, continued, mask_pyramid, place_whole, quad_mask, warp_mask
 
 RULES = ("nearest", "median", "first")
 SIDE = 64  # pixels of the longer side at which silhouettes are compared
@@ -90,11 +90,28 @@ def segment_reference(
         for person, member in enumerate(calibration.member[segment.frame]):
             if member >= 0:
                 shown[person] = calibration.masks[member]
-        return calibration.frame_image(segment.frame), shown
-    fitted = fit_matrix(calibration.reference_size, size, "contain")
+        return _continued(calibration, segment.frame), shown
     for person, mask in enumerate(() if masks is None else masks):
-        shown[person] = warp_mask(mask_pyramid(mask), fitted, size)
-    return place_whole(ImagePyramid(np.ascontiguousarray(image)), fitted, size), shown
+        shown[person] = warp_mask(mask_pyramid(mask), _fitted(calibration), size)
+    return plain_reference(calibration, image), shown
+
+
+def _continued(calibration: Calibration, frame: int) -> np.ndarray:
+    """A frame's calibrated image; where the reference moves along as a whole, continued beyond its edges."""
+    image, calibrated = calibration.frame_image(frame), np.flatnonzero(calibration.member[frame] >= 0)
+    if calibration.config.fill != "reference" or len(calibrated) > 1:
+        return image
+    matrix = calibration.frame_map @ calibration.matrices[frame, calibrated[0]]
+    return continued(image, ~quad_mask(matrix, calibration.reference_size, calibration.size))
+
+
+def plain_reference(calibration: Calibration, image: np.ndarray) -> np.ndarray:
+    """The original image (H, W, 3) uint8 in the model's frame (h, w, 3), as an uncalibrated model is given it."""
+    return place_whole(ImagePyramid(np.ascontiguousarray(image)), _fitted(calibration), calibration.size)
+
+
+def _fitted(calibration: Calibration) -> np.ndarray:
+    return fit_matrix(calibration.reference_size, calibration.size, "contain")
 
 
 def _shown(calibration: Calibration, frame: int) -> np.ndarray:
