@@ -150,7 +150,7 @@ def write_results(
     import numpy as np
 
     from data.video.files import write_video
-    from tpc.report import write_report
+    from tpc.report import draw_report, write_report
 
     calibration.write(folder)
     save_config(config, folder / "config.yaml")
@@ -159,7 +159,8 @@ def write_results(
     grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
     images = (np.hstack([calibration.images[m] if m >= 0 else grey for m in row]) for row in calibration.member)
     write_video(folder / "calibrated.mp4", images, calibration.fps, metadata, sound=driving.sound)
-    write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
+    report = draw_report(calibration, reference.image, reference.poses, driving.poses, driving.frames)
+    write_report(folder / "report.png", report)
 
 
 def move_into(source: Path, folder: Path) -> None:

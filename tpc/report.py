@@ -34,21 +34,26 @@ PLOTS = {
 PERSON_COLOURS = ("#1f77b4", "#e377c2", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def write_report(
-    path: str | Path,
+def write_report(path: str | Path, report: np.ndarray) -> None:
+    """Write what `draw_report` drew as a PNG."""
+    with complete_file(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", report[..., ::-1])[1].tobytes())
+
+
+def draw_report(
     calibration: Calibration,
     reference: np.ndarray,
     reference_poses: Poses,
     driving_poses: Poses,
     driving_frames: Sequence[np.ndarray] | None = None,
-) -> None:
-    """Draw keypoints, common set, chosen subset, calibrated images, and everything over time.
+) -> np.ndarray:
+    """(h, w, 3) uint8: keypoints, common set, chosen subset, calibrated images, and everything over time.
 
     Images are the original ones, (h, w, 3) uint8; driving frames None = their skeletons on black.
     """
     shown = _frames_to_show(calibration)
     figure = Figure(figsize=(2.6 * (len(shown) + 1), 13), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(6, len(shown) + 1, height_ratios=[2.6, 2.6, 2.6, 1.3, 1.3, 1.3])
     figure.suptitle(_headline(calibration), fontsize=13)
     _show(
@@ -71,8 +76,8 @@ def write_report(
     axes.set_xlabel(
         "driving frame, from 0 (amber: interpolated, red: uncalibrated, blue line: cut; grey lines: shown above)"
     )
-    with complete_file(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def write_segments_picture(
