@@ -5,12 +5,12 @@ POSE_KEYPOINT a dictionary a frame as OpenPose writes them. What takes time to i
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-INSTALL = "pip install git+https://github.com/tpc-animate/tpc-animate"
-TRANSFORMS = ("auto", "procrustes", "articulated")
+TRANSFORMS = ("procrustes", "articulated")
 MAX_SIDE = 16384
 
 
@@ -45,8 +45,8 @@ class CalibrateReference:
                     list(TRANSFORMS),
                     {
                         "default": TRANSFORMS[0],
-                        "tooltip": "procrustes moves, turns and resizes the person; articulated also bends limbs; "
-                        "auto: articulated where the reference has a mask, given or estimated",
+                        "tooltip": "procrustes moves, turns and resizes the person; articulated also bends limbs as "
+                        "in one frame, for segments of few frames",
                     },
                 ),
                 "strength": (
@@ -69,8 +69,11 @@ class CalibrateReference:
                 "driving": ("IMAGE", {"tooltip": "frames of the driving video; poses are estimated in them"}),
                 "driving_keypoints": ("POSE_KEYPOINT", {"tooltip": "poses of the driving video, not to be estimated"}),
                 "reference_keypoints": ("POSE_KEYPOINT", {"tooltip": "pose of the reference; give a mask with it"}),
-                "reference_mask": ("MASK", {"tooltip": "the person in the reference, 1 = person; empty: estimated"}),
-                "driving_mask": ("MASK", {"tooltip": "the person in the driving frames, 1 = person; empty: estimated"}),
+                "reference_mask": ("MASK", {"tooltip": "the person in the reference is 1; empty: estimated"}),
+                "driving_mask": (
+                    "MASK",
+                    {"tooltip": "the person in the driving frames is 1; empty: estimated"},
+                ),
             },
         }
 
@@ -96,7 +99,7 @@ class CalibrateReference:
             from tpc.config import CalibrationConfig
             from tpc.export.arrays import PoseConfig, calibrate_segments
         except ImportError as error:
-            raise ImportError(f"{error}; in the Python that runs ComfyUI: {INSTALL}") from error
+            raise ImportError(f"{error}. In the Python that runs ComfyUI: pip install {repository()}") from error
         import torch
 
         reference_masks = batch_of_masks(reference_mask)
@@ -110,20 +113,26 @@ class CalibrateReference:
             size=(width, height),
             length=segment_length or None,
             overlap=segment_overlap,
-            config=CalibrationConfig(transform=None if transform == "auto" else transform, strength=strength),
+            config=CalibrationConfig(transform=transform, strength=strength),
             pose=PoseConfig(max_persons=max_persons),
             progress=tqdm,
         )
-        images = np.stack([references.image(number) for number in range(len(references))])
-        masks = np.stack([references.mask(number) for number in range(len(references))])
+        images, masks = zip(*((image, shown.any(0)) for image, shown in references), strict=True)
         notes = references.notes()
         if len(reference) > 1:
             notes.append(f"the first of {len(reference)} references is calibrated")
         frames = [segment.frames for segment in references.segments]
         notes.append("segments: " + ", ".join(f"{each.start} to {each.stop - 1}" for each in frames))
-        tensors = (torch.from_numpy(array.astype(np.float32)) for array in (images, masks, references.report()[None]))
-        images, masks, report = tensors
-        return images / 255, masks, report / 255, "\n".join(notes), len(references)
+        images, masks, report = (
+            torch.from_numpy(np.stack(arrays).astype(np.float32)) for arrays in (images, masks, [references.report()])
+        )
+        return images.div_(255), masks, report.div_(255), "\n".join(notes), len(references)
+
+
+def repository() -> str:
+    """The folder to install: the clone that holds this file, however ComfyUI comes to it."""
+    root = Path(__file__).resolve().parents[2]
+    return str(root) if (root / "pyproject.toml").is_file() else "the folder of TPC-Animate"
 
 
 class Batch(Sequence):

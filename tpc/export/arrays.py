@@ -19,7 +19,7 @@ from data.poses.poses import PoseEstimator, Poses, estimate_image, estimate_pose
 from data.transforms import fit_matrix
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig
-from tpc.export.segments import Segment, reference_image, segment_mask, segment_notes, segment_references
+from tpc.export.segments import Segment, segment_notes, segment_reference, segment_references
 from tpc.report import draw_report
 from tpc.result import Calibration
 from tpc.silhouettes import draw_silhouettes
@@ -31,25 +31,25 @@ Progress = Callable[[Iterable], Iterable]
 
 @dataclass(frozen=True)
 class SegmentReferences:
-    """One calibrated reference for each segment of a clip, made when it is asked for."""
+    """One calibrated reference for each segment of a clip, made when it is asked for by its number."""
 
     calibration: Calibration
     segments: list[Segment]
     reference: np.ndarray  # (h, w, 3) uint8, the original
     reference_poses: Poses
-    driving_poses: Poses
+    reference_masks: np.ndarray | None  # (persons, h, w) bool
     driving: Sequence[np.ndarray] | None  # frames
+    driving_poses: Poses
 
     def __len__(self) -> int:
         return len(self.segments)
 
-    def image(self, number: int) -> np.ndarray:
-        """(h, w, 3) uint8; where nobody is calibrated, the reference as it was, fitted into the frame."""
-        return reference_image(self.calibration, self.segments[number], self.reference)
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A calibrated reference (h, w, 3) uint8, and whom it shows where, (persons, h, w) bool.
 
-    def mask(self, number: int) -> np.ndarray:
-        """(h, w) bool: everybody in the image."""
-        return segment_mask(self.calibration, self.segments[number])
+        Where nobody is calibrated it is the reference as it was, fitted into the frame.
+        """
+        return segment_reference(self.calibration, self.segments[number], self.reference, self.reference_masks)
 
     def report(self) -> np.ndarray:
         """(h, w, 3) uint8: see `draw_report`."""
@@ -58,9 +58,12 @@ class SegmentReferences:
     def notes(self) -> list[str]:
         """Sentences: who was found and calibrated, and what to know before the references are used."""
         found = {"reference": self.reference_poses, "driving clip": self.driving_poses}
-        missing = [f"no person was found in the {name}" for name, poses in found.items() if not poses.present().any()]
-        cuts = self.calibration.cuts
-        return [self.calibration.outcome(), *missing, *self.calibration.notes(), *segment_notes(self.segments, cuts)]
+        notes = [f"no person was found in the {name}" for name, poses in found.items() if not poses.present().any()]
+        (width, height), shape = self.calibration.size, self.driving_poses.size
+        if max(width * shape[1], height * shape[0]) > 1.02 * min(width * shape[1], height * shape[0]):
+            notes.append(f"driving frames of {shape[0]} x {shape[1]} are cut to the shape of {width} x {height}")
+        notes += self.calibration.notes() + segment_notes(self.segments, self.calibration.cuts)
+        return [self.calibration.outcome(), *notes]
 
 
 def calibrate_segments(
@@ -118,11 +121,12 @@ def calibrate_segments(
         reference_masks=masks,
         driving_masks=estimated_masks,
         frame_map=fit_matrix(driving_poses.size, size, "cover"),  # as models that are given a size cut the pose video
+        reference_map=fit_matrix(image_size, size, "cover"),  # the scene without borders
         progress=progress,
         cuts=cuts,
     )
     segments = segment_references(calibration, length, overlap)
-    return SegmentReferences(calibration, segments, reference, reference_poses, driving_poses, driving)
+    return SegmentReferences(calibration, segments, reference, reference_poses, masks, driving, driving_poses)
 
 
 def read_driving(
