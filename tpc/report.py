@@ -94,7 +94,7 @@ def write_segments_picture(
     References and `plain`, the uncalibrated one, are (h, w, 3) uint8 in the model's frame.
     """
     rows = np.unique(np.linspace(0, len(segments) - 1, MOST_SEGMENTS).round().astype(int))
-    figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 2.9 * len(rows) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for row, segment in zip(axes, [segments[number] for number in rows], strict=True):
