@@ -73,6 +73,13 @@ class SegmentsConfig:
 
 
 @dataclass
+class FillingConfig:
+    """Ways to fill what a reference does not show."""
+
+    side: int = number(512, 32, 4096)  # pixels of the photographs
+
+
+@dataclass
 class AccuracyConfig:
     """Accuracy of the calibration's transforms on rendered people."""
 

@@ -1,6 +1,6 @@
 """One calibrated reference for many frames: where its person stands against the driver, and what it loses.
 
-    python -m benchmarks.segment_references [split=test] [clips=0] [output=outputs/segment_references]
+    python -m benchmarks.references.segments [split=test] [clips=0] [output=outputs/segment_references]
 
 Clips of one person of the misalignment benchmark, three times as long as its own, exact poses and masks. Of every
 reference the person's height, angle (pelvis to nose) and feet are compared with the driver's, in the frame that it was
