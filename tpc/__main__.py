@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     from data.transforms import crop_matrix, fit_matrix
     from tpc.calibration import calibrate
     from tpc.export.folders import write_segments
-    from tpc.export.segments import segment_notes, segment_references, split
+    from tpc.export.segments import segment_fill, segment_notes, segment_references, split
     from tpc.export.tools import TOOLS, Tool
 
     tool = TOOLS.get(config.tool, Tool())
@@ -62,10 +62,9 @@ def main(arguments: list[str]) -> None:
     resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
-    if segmented and (config.tpc.fill, config.tpc.visibility, config.tpc.start) == (None, None, None):
-        # One reference moves as a whole, as by hand, and has no hole; several would let the background jump.
-        single = config.segment_length() is None or config.segment_length() >= driving.poses.frames
-        config.tpc.fill = "reference" if single and reference.poses.persons == 1 else "scene"
+    if segmented:
+        length, frames, persons = config.segment_length(), driving.poses.frames, reference.poses.persons
+        config.tpc.fill = segment_fill(config.tpc, length, frames, persons)
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     if note := driving.note(config.stride, config.max_frames):
         print(f"note: {note}")

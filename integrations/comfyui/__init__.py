@@ -1,4 +1,4 @@
-"""Nodes for ComfyUI; see README.md."""
+"""Nodes for ComfyUI; see docs/comfyui.md."""
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

@@ -1,6 +1,7 @@
 """The node for ComfyUI, called as ComfyUI calls it."""
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,31 @@ def test_node_declares_what_comfyui_reads():
                 assert options["default"] in kind
             elif kind in ("INT", "FLOAT"):
                 assert options["min"] <= options["default"] <= options["max"] and options["step"] > 0
+
+
+def test_example_workflow_fits_the_node():
+    """Sockets, widgets and links, the latter from both ends; docs/comfyui.md tells of every input."""
+    workflow = json.loads((FOLDER / "example_workflows" / "calibrate_reference.json").read_text())
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, origin, slot, target, place, kind in workflow["links"]:
+        output, given = nodes[origin]["outputs"][slot], nodes[target]["inputs"][place]
+        assert number in output["links"] and given["link"] == number
+        assert output["type"] == kind and given["type"] in (kind, "*")
+    assert sum(len(o["links"] or ()) for n in nodes.values() for o in n["outputs"]) == len(workflow["links"])
+    (ours,) = [node for node in nodes.values() if node["type"] in NODE_CLASS_MAPPINGS]
+    node = NODE_CLASS_MAPPINGS[ours["type"]]
+    declared = node.INPUT_TYPES()
+    inputs = declared["required"] | declared["optional"]
+    sockets = {name: kind for name, (kind, _) in inputs.items() if kind in ("IMAGE", "MASK", "POSE_KEYPOINT")}
+    assert {given["name"]: given["type"] for given in ours["inputs"]} == sockets
+    assert {given["name"] for given in ours["inputs"] if given["link"]} >= {"reference", "driving"}
+    outputs = [(output["name"], output["type"]) for output in ours["outputs"]]
+    assert outputs == list(zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True))
+    widgets = {name: each for name, each in inputs.items() if name not in sockets}
+    for (kind, options), value in zip(widgets.values(), ours["widgets_values"], strict=True):
+        assert value in kind if isinstance(kind, list) else options["min"] <= value <= options["max"]
+    page = (ROOT / "docs" / "comfyui.md").read_text()
+    assert all(f"`{name}`" in page for name in inputs)
 
 
 def test_comfyui_loads_the_folder_from_its_custom_nodes(tmp_path):

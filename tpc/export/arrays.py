@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import cv2
@@ -19,7 +19,7 @@ from data.poses.poses import PoseEstimator, Poses, estimate_image, estimate_pose
 from data.transforms import fit_matrix
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig
-from tpc.export.segments import Segment, segment_notes, segment_reference, segment_references
+from tpc.export.segments import Segment, segment_fill, segment_notes, segment_reference, segment_references
 from tpc.report import draw_report
 from tpc.result import Calibration
 from tpc.silhouettes import draw_silhouettes
@@ -112,6 +112,8 @@ def calibrate_segments(
     if driving_masks is not None:
         estimated_masks = persons_masks(driving_masks, driving_poses)
     size = frame_size(size, driving_poses.size)
+    config = config or CalibrationConfig()
+    config = replace(config, fill=segment_fill(config, length, driving_poses.frames, reference_poses.persons))
     calibration = calibrate(
         reference,
         reference_poses,

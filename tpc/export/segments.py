@@ -8,6 +8,7 @@ import numpy as np
 
 from core.errors import UserError
 from data.transforms import fit_matrix
+from tpc.config import CalibrationConfig
 from tpc.result import Calibration
 from tpc.warping import ImagePyramid, continued, mask_pyramid, place_whole, quad_mask, warp_mask
 
@@ -47,6 +48,16 @@ def segment_notes(segments: Sequence[Segment], cuts: Sequence[int]) -> list[str]
             "shots; animate them one by one"
         )
     return notes
+
+
+def segment_fill(config: CalibrationConfig, length: int | None, frames: int, persons: int) -> str | None:
+    """What is painted around the persons of references for segments of a clip, where the configuration leaves it open.
+
+    One reference moves as a whole, as by hand, and has no hole; several would let the background jump.
+    """
+    if (config.fill, config.visibility, config.start) != (None, None, None):
+        return config.fill
+    return "reference" if (length is None or length >= frames) and persons == 1 else "scene"
 
 
 def segment_references(
