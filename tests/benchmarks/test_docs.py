@@ -28,7 +28,7 @@ def repository(tmp_path) -> tuple[Path, str]:
         "evaluation/tasks/speed.py": "from lib.code import VALUE\nfrom lib import words\n",
         "bench/quality.py": "import lib.words\n\nFOLDER = ROOT / 'people'\n",
         "bench/tool/__main__.py": "from bench.tool import reader\n\nSCRIPT = FOLDER / 'script.py'\n",
-        "bench/tool/reader.py": "NAMES = {'a': 'lib.plugin:Class', 'b': f'{__package__}.words:Class', 'c': '..near'}\n",
+        "bench/tool/reader.py": "NAMES = {'a': 'lib.plugin:Class', 'b': f'{__package__}.words:C', 'c': '..near'}\n",
         "bench/tool/words.py": SOURCE,
         "bench/near.py": SOURCE,
         "bench/tool/script.py": "x = 1\n",
