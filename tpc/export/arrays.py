@@ -19,7 +19,7 @@ from data.poses.poses import PoseEstimator, Poses, estimate_image, estimate_pose
 from data.transforms import fit_matrix
 from tpc.calibration import calibrate
 from tpc.config import CalibrationConfig
-from tpc.export.segments import Segment, segment_fill, segment_notes, segment_reference, segment_references
+from tpc.export.segments import Segment, segment_fill, segment_notes, segment_reference, segment_references, split
 from tpc.report import draw_report
 from tpc.result import Calibration
 from tpc.silhouettes import draw_silhouettes
@@ -96,23 +96,23 @@ def calibrate_segments(
     Raises:
         UserError: keypoints, masks and frames that do not belong together; `overlap` that is not below `length`.
     """
-    pose = pose or PoseConfig()
+    split(1, length, overlap)  # whose errors need not wait for the poses
+    pose, config = pose or PoseConfig(), config or CalibrationConfig()
     estimator = cache(lambda: open_estimator(pose))
     image_size = (reference.shape[1], reference.shape[0])
     if reference_keypoints is None:
         estimate = estimate_image(reference, estimator(), pose.max_persons)
         reference_poses, masks = estimate.poses, None if estimate.masks is None else estimate.masks[0]
     else:
-        reference_poses, masks = parse_poses(reference_keypoints, image_size, argument="reference_keypoints"), None
-        reference_poses = fitting_poses(reference_poses, image_size, "reference_keypoints")[:1]
+        reference_poses, masks = parse_poses(reference_keypoints, image_size, argument="reference_keypoints")[:1], None
+        reference_poses = fitting_poses(reference_poses, image_size, "reference_keypoints")
         reference_poses = first_persons(reference_poses, pose.max_persons)
     if reference_mask is not None:
         masks = persons_masks([reference_mask], reference_poses)[0]
-    driving_poses, estimated_masks, cuts = read_driving(driving, driving_keypoints, estimator, pose, progress)
+    driving_poses, targets, cuts = read_driving(driving, driving_keypoints, estimator, pose, progress)
     if driving_masks is not None:
-        estimated_masks = persons_masks(driving_masks, driving_poses)
+        targets = persons_masks(driving_masks, driving_poses)
     size = frame_size(size, driving_poses.size)
-    config = config or CalibrationConfig()
     config = replace(config, fill=segment_fill(config, length, driving_poses.frames, reference_poses.persons))
     calibration = calibrate(
         reference,
@@ -121,7 +121,7 @@ def calibrate_segments(
         size,
         config,
         reference_masks=masks,
-        driving_masks=estimated_masks,
+        driving_masks=targets,
         frame_map=fit_matrix(driving_poses.size, size, "cover"),  # as models that are given a size cut the pose video
         reference_map=fit_matrix(image_size, size, "cover"),  # the scene without borders
         progress=progress,
@@ -139,23 +139,24 @@ def read_driving(
     progress: Progress,
 ) -> tuple[Poses, PackedMasks | None, list[int]]:
     """Poses of a clip, given or estimated, masks where they are estimated, and cuts."""
-    changes = PictureChanges()
-    if keypoints is None:
-        if frames is None:
-            raise UserError("give driving frames, or driving keypoints")
+    changes, masks = PictureChanges(), None
+    if keypoints is not None:
+        size = None if frames is None else (frames[0].shape[1], frames[0].shape[0])
+        poses = first_persons(parse_poses(keypoints, size, FPS, "driving_keypoints"), pose.max_persons)
+        if frames is not None:
+            if poses.frames != len(frames):
+                raise UserError(f"driving_keypoints are of {poses.frames} frames, the driving clip has {len(frames)}")
+            poses = fitting_poses(poses, size, "driving_keypoints")
+            changes.over(frames)
+    elif frames is not None:
         estimate = estimate_poses(changes.watch(progress(frames)), FPS, estimator(), pose.max_persons)
-        cuts = changes.cuts(pose_jumps(estimate.poses.keypoints, estimate.poses.scores))
-        return estimate.poses.smoothed(pose.smoothing, cuts), estimate.masks, cuts
-    size = None if frames is None else (frames[0].shape[1], frames[0].shape[0])
-    poses = parse_poses(keypoints, size, FPS, "driving_keypoints")
-    if frames is None:
-        cuts = pose_jumps(poses.keypoints, poses.scores)
-        return first_persons(poses, pose.max_persons), None, cuts
-    if poses.frames != len(frames):
-        raise UserError(f"driving_keypoints are of {poses.frames} frames, the driving clip has {len(frames)}")
-    poses = fitting_poses(poses, size, "driving_keypoints")
-    cuts = changes.over(frames).cuts(pose_jumps(poses.keypoints, poses.scores))
-    return first_persons(poses, pose.max_persons), None, cuts
+        poses, masks = estimate.poses, estimate.masks
+    else:
+        raise UserError("give driving frames, or driving keypoints")
+    cuts = pose_jumps(poses.keypoints, poses.scores)
+    if frames is not None:
+        cuts = changes.cuts(cuts)
+    return poses if keypoints is not None else poses.smoothed(pose.smoothing, cuts), masks, cuts
 
 
 def first_persons(poses: Poses, count: int) -> Poses:
