@@ -20,6 +20,7 @@ from pathlib import Path
 
 from core.config import known_task, load_config
 from core.errors import run_command
+from evaluation import tasks
 from evaluation.config import TASKS
 
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
         return
     config = load_config(TASKS[known_task(task, TASKS)], rest, file_option="--config", about=task_words(task))
     # Networks take seconds to import, which wrong arguments need not wait for.
-    import_module(f"evaluation.tasks.{task}").run(config)
+    import_module(f"{tasks.__name__}.{task}").run(config)
 
 
 if __name__ == "__main__":

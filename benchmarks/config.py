@@ -61,6 +61,25 @@ class PicturesConfig:
 
 
 @dataclass
+class SegmentsConfig:
+    """One calibrated reference for many frames."""
+
+    split: str = choice("test", MISALIGNED_SPLITS)  # of the frozen clips
+    clips: int = number(0, 0, MANY)  # of each kind, 0 = all
+    frames: int = number(24, 1, 10_000)  # of a clip
+    length: int = number(16, 2, 10_000)  # frames of a segment
+    size: int = number(128, 8, 4096)  # pixels, the shipped model's frame
+    output: str = "outputs/segment_references"  # folder for the results
+
+
+@dataclass
+class FillingConfig:
+    """Ways to fill what a reference does not show."""
+
+    side: int = number(512, 32, 4096)  # pixels of the photographs
+
+
+@dataclass
 class AccuracyConfig:
     """Accuracy of the calibration's transforms on rendered people."""
 

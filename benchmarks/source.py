@@ -4,6 +4,8 @@ import ast
 import re
 import shlex
 import subprocess
+from contextlib import suppress
+from importlib.util import resolve_name
 from pathlib import Path
 
 
@@ -48,11 +50,13 @@ class Source:
         """Modules that a file imports or names, and other files and folders that it names."""
         tree, files = without_docstrings((self.root / path).read_text(encoding="utf-8")), set()
         divided = {node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp)}
-        found = imports(tree, set(self.modules))
+        found, package = imports(tree, set(self.modules)), ".".join(path.parent.parts)
         for node in ast.walk(tree):
             text = node.value if isinstance(node, ast.Constant) else None
-            if isinstance(text, str) and re.fullmatch(r"\w[\w./:-]*", text):
-                found |= {text.split(":")[0]} if "." in text else set()  # as in "a.b:Class"
+            if isinstance(text, str) and re.fullmatch(r"\.{0,2}\w[\w./:-]*", text):
+                if "." in text:  # as in "a.b:Class", "..b" and f"{__package__}.b"
+                    with suppress(ImportError):  # of "..HEAD", above all packages
+                        found.add(resolve_name(text.split(":")[0], package))
                 places = [Path("assets") / text] if node in divided else []  # as in FOLDER / "name"
                 places += [Path(text), path.parent / text] if "/" in text or text.endswith(".py") else []
                 files |= {place.as_posix() for place in places if (self.root / place).exists()}

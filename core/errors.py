@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,12 @@ def try_command(main: Callable[[list[str]], Any]) -> None:
         # From a loader process an error arrives with that process's traceback in front of its text.
         message = str(error).rsplit(f"{UserError.__module__}.UserError: ", 1)[-1]
         line, code = f"error: {' '.join(message.split())}", EXIT_CODE
+    except ModuleNotFoundError as error:
+        package = (error.name or __package__).split(".")[0]
+        if find_spec(package) is not None:
+            raise
+        needs = "docs/installation.md says which extra or requirements file brings it"
+        line, code = f"error: the package {package} is not installed; {needs}", EXIT_CODE
     except BrokenPipeError:  # nobody reads on, as of `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -94,12 +94,14 @@ def load_driving(
     images: str | Path | None = None,  # pose images, one for each frame of the video and of its shape
     poses_wanted: bool = True,  # False: `images` alone are read
     cuts: Sequence[int] | None = None,  # see `Driving`; None: found
+    fps: float
+    | None = None,  # to which the video is resampled before that, frames repeated or left out; None: its own
     progress: Callable[[VideoReader], Iterable[np.ndarray]] = iter,  # wraps the frames that poses are estimated in
 ) -> Driving:
     """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
     used = {"stride": stride, "max_frames": max_frames}
     changes = PictureChanges()
-    video = None if path is None else VideoReader(path, argument="driving", **used)
+    video = None if path is None else VideoReader(path, fps, argument="driving", **used)
     if video is not None and video.note:
         logger.warning("driving=%s: %s", path, video.note)
     pose_images = None if images is None else VideoReader(images, argument="pose_images", **used)
@@ -110,7 +112,9 @@ def load_driving(
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
     if poses is not None:
-        estimate = PoseEstimate(given_poses(poses, video, max_frames, stride), None).require_person("driving_poses")
+        estimate = PoseEstimate(given_poses(poses, video, max_frames, stride, fps), None).require_person(
+            "driving_poses"
+        )
         if cuts is None:
             changes.over(video or ())
     else:
@@ -121,10 +125,11 @@ def load_driving(
         raise UserError(f"driving_poses={poses}: no keypoint of any frame has a score above 0")
     if pose_images is not None:
         clip = matching_images(clip, pose_images, images)
-        pose_images, video = pose_images.first(clip.frames), video and video.first(clip.frames)
+        pose_images, video = pose_images.part(0, clip.frames), video and video.part(0, clip.frames)
     person_masks = None if estimate.masks is None else estimate.masks.select(slice(clip.frames))
     if masks is not None:
-        person_masks = read_driving_masks(Path(masks), clip.frames, clip.persons, clip.size, stride)
+        numbers = np.arange(clip.frames) * stride if fps is None else video.indices
+        person_masks = read_driving_masks(Path(masks), numbers, clip.persons, clip.size)
     if cuts is None:
         jumps = pose_jumps(clip.keypoints, clip.scores)
         cuts = jumps if video is None else changes.cuts(jumps)
@@ -136,8 +141,15 @@ def load_driving(
     return Driving(video, clip, person_masks, pose_images, cuts, clip.bridged(cuts), video)
 
 
-def given_poses(path: str | Path, video: VideoReader | None, max_frames: int | None, stride: int) -> Poses:
-    """Every stride-th frame of a pose file, in pixels of the video of these frames, which it must have a pose for."""
+def given_poses(
+    path: str | Path, video: VideoReader | None, max_frames: int | None, stride: int, fps: float | None = None
+) -> Poses:
+    """Every stride-th frame of a pose file, in pixels of the video of these frames, which it must have a pose for.
+
+    `fps`: to which the video is resampled, unlike the file.
+    """
+    if fps is not None:
+        return _resampled_poses(path, video)
     size, fps = (video.size, video.fps * stride) if video else (None, None)
     poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
     used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
@@ -149,6 +161,18 @@ def given_poses(path: str | Path, video: VideoReader | None, max_frames: int | N
             "give the poses of this video, one for each of its frames"
         )
     return fitting_poses(used, video.size, "driving_poses")
+
+
+def _resampled_poses(path: str | Path, video: VideoReader) -> Poses:
+    """Poses of the frames that are read of a resampled video, from a file of all of its frames."""
+    poses = load_poses(path, size=video.size, fps=video.fps, argument="driving_poses")
+    if not video.constant_rate or poses.frames <= video.indices.max():
+        fault = "varies in rate" if not video.constant_rate else f"has more frames than these {poses.frames}"
+        raise UserError(
+            f"driving_poses={path} cannot be resampled with driving={video.path}, which {fault}; leave fps= out, or "
+            "give the poses of this video, one for each of its frames"
+        )
+    return fitting_poses(replace(poses[video.indices], fps=video.fps), video.size, "driving_poses")
 
 
 def matching_images(poses: Poses, images: VideoReader, path: str | Path) -> Poses:
@@ -184,16 +208,16 @@ def read_reference_masks(path: Path, persons: int | None, size: tuple[int, int])
     return np.stack([read_mask(file, size, "reference_mask") for file in files])
 
 
-def read_driving_masks(folder: Path, frames: int, persons: int, size: tuple[int, int], stride: int = 1) -> PackedMasks:
-    """(frames, persons, h, w) from a folder with 000000.png or 000000_p0.png, numbered as the video's frames."""
+def read_driving_masks(folder: Path, numbers: Sequence[int], persons: int, size: tuple[int, int]) -> PackedMasks:
+    """(frames, persons, h, w) from a folder with 000000.png or 000000_p0.png, named after the frames' `numbers`."""
     if not folder.is_dir() or not list_images(folder):
         raise UserError(f"driving_masks={folder} {'holds no images' if folder.is_dir() else 'is not a folder'}")
-    masks = PackedMasks.zeros((frames, persons), size)
-    for frame in range(frames):
+    masks = PackedMasks.zeros((len(numbers), persons), size)
+    for frame, number in enumerate(numbers):
         for person in range(persons):
-            name = f"{frame * stride:06d}_p{person}.png"
+            name = f"{number:06d}_p{person}.png"
             if persons == 1 and not (folder / name).exists():
-                name = f"{frame * stride:06d}.png"
+                name = f"{number:06d}.png"
             masks[frame, person] = read_mask(folder / name, size, "driving_masks")
     return masks
 

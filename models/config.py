@@ -14,11 +14,11 @@ from core.errors import UserError
 # One line an animator: name, as `model.animator=` takes it -> module and class of its pipeline, imported when needed.
 # Beside the animator's module, `checkpoint.py` may list the published files it can be made of.
 ANIMATORS = {
-    "animate_anyone": "models.pipeline:AnimationPipeline",
-    "magic_animate": "models.animators.magic_animate.model:MagicAnimatePipeline",
-    "disco": "models.animators.disco.model:DiscoPipeline",
-    "dream_pose": "models.animators.dream_pose.model:DreamPosePipeline",
-    "wan_animate": "models.animators.wan_animate.model:WanAnimatePipeline",
+    "animate_anyone": f"{__package__}.pipeline:AnimationPipeline",
+    "magic_animate": f"{__package__}.animators.magic_animate.model:MagicAnimatePipeline",
+    "disco": f"{__package__}.animators.disco.model:DiscoPipeline",
+    "dream_pose": f"{__package__}.animators.dream_pose.model:DreamPosePipeline",
+    "wan_animate": f"{__package__}.animators.wan_animate.model:WanAnimatePipeline",
 }
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_model"
 # Smaller ones, one of each animator, for comparisons; see their README.

@@ -67,6 +67,8 @@ COMMANDS = (
     Command("benchmarks.metrics_memory", benchmarks.MemoryConfig),
     Command("benchmarks.pose_jitter", benchmarks.JitterConfig),
     Command("benchmarks.published_size", benchmarks.PublishedConfig),
+    Command("benchmarks.references.scene_filling", benchmarks.FillingConfig),
+    Command("benchmarks.references.segments", benchmarks.SegmentsConfig),
     Command("benchmarks.training_strategies", benchmarks.StrategiesConfig),
     Command("benchmarks.speed.__main__", benchmarks.SpeedConfig),
     Command("benchmarks.speed.peers.compare", benchmarks.CompareConfig),

@@ -26,7 +26,7 @@ FLOORS = (
     {"inference"},
     {"training"},
     {"evaluation"},
-    {"train", "infer", "evaluate", "prepare", "viewer"},
+    {"train", "infer", "evaluate", "prepare", "viewer", "integrations"},
     {"benchmarks"},
     {"tests"},
 )

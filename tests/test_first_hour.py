@@ -57,6 +57,8 @@ SMALLER = {
     r"-m benchmarks\.calibrated_pictures": "clips=1",
     r"-m benchmarks\.calibration_speed": "pairs=1 frames=2 long_frames=2 video_seconds=0",
     r"-m benchmarks\.pose_jitter": "clips=1 frames=12",
+    r"-m benchmarks\.references\.scene_filling": "side=64",
+    r"-m benchmarks\.references\.segments": "clips=1 frames=4 length=2",
     r"-m benchmarks\.gpu_check": "size=tiny device=cpu parts=[attention]",
     r"-m benchmarks\.speed ": "parts=[loading] loading_steps=1 repeats=1 batch_size=1 workers=[0]",
     r"-m benchmarks\.training_strategies": "steps=2 strategies=[cpu]",

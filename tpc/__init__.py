@@ -1,17 +1,29 @@
-"""Test-time Procrustes Calibration: a reference's persons carried to where they are in every driving frame."""
+"""Test-time Procrustes Calibration: a reference's persons carried to where they are in every driving frame.
+
+estimator = tpc.open_estimator(tpc.PoseConfig())
+reference = tpc.load_reference("photo.png", None, None, lambda: estimator)
+driving = tpc.load_driving("dance.mp4", None, None, lambda: estimator)
+calibration = tpc.calibrate(reference.image, reference.poses, driving.poses, driving.size)
+"""
 
 from importlib import import_module
 from typing import Any
 
 # Imported when they are asked for: `tpc.config` alone is read by commands that check their arguments first.
 _MODULES = {
-    "AffineTransform": "tpc.procrustes",
-    "Calibration": "tpc.result",
-    "CalibrationConfig": "tpc.config",
-    "FailedEstimation": "tpc.procrustes",
-    "LinearTransform": "tpc.procrustes",
-    "SimilarityTransform": "tpc.procrustes",
-    "calibrate": "tpc.calibration",
+    "AffineTransform": ".procrustes",
+    "Calibration": ".result",
+    "CalibrationConfig": ".config",
+    "FailedEstimation": ".procrustes",
+    "LinearTransform": ".procrustes",
+    "PoseConfig": ".inputs",
+    "Poses": ".inputs",
+    "SimilarityTransform": ".procrustes",
+    "UserError": ".inputs",
+    "calibrate": ".calibration",
+    "load_driving": ".inputs",
+    "load_reference": ".inputs",
+    "open_estimator": ".inputs",
 }
 __all__ = sorted(_MODULES)
 
@@ -19,4 +31,4 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(_MODULES[name], __name__), name)

@@ -8,6 +8,10 @@ Poses and masks are estimated unless they are given (`reference_poses=`, `drivin
     calibration.json    transforms, keypoints, reasons, frame by frame      calibrated.mp4    the calibrated images
     calibrated/         000000_p0.png and 000000_p0_mask.png                report.png        everything at a glance
     calibration.npz     masks and transforms, for `Calibration.load`        config.yaml       the configuration
+
+For models that take one reference for many frames, `segments=clip` or `segments=77` writes one for each segment to
+`segments/`, with the person's mask, its poses and, with `segment_videos=true`, its part of the driving video; and
+`tool=wan_animate` to `wan_animate/`, with the sizes and names of that tool: docs/other_models.md.
 """
 
 from __future__ import annotations
@@ -34,18 +38,44 @@ def main(arguments: list[str]) -> None:
     check_paths({name: getattr(config, name) for name in paths})
     if config.driving is None and config.driving_poses is None:
         raise UserError("driving= or driving_poses= is required")
+    if config.driving is None and (config.tool is not None or config.fps is not None):
+        given = f"fps={config.fps:g}" if config.tool is None else f"tool={config.tool}"
+        raise UserError(f"{given} is about the driving video; give driving= too")
     # These take seconds to import, which wrong arguments need not wait for: so in every function below.
     from tqdm import tqdm
 
+    from data.transforms import crop_matrix, fit_matrix
     from tpc.calibration import calibrate
+    from tpc.export.folders import write_segments
+    from tpc.export.segments import segment_fill, segment_notes, segment_references, split
+    from tpc.export.tools import TOOLS, Tool
 
-    resolve(config.tpc)  # whose errors need not wait for the poses
+    tool = TOOLS.get(config.tool, Tool())
+    config.fps = tool.fps if config.fps is None else config.fps
+    if config.segment_overlap is None:
+        config.segment_overlap = tool.overlap
+    segmented = config.segments is not None or config.tool is not None
+    if segmented and config.tpc.transform is None:
+        config.tpc.transform = "procrustes"  # to be bent into one frame's pose helps none of the others
+    # Whose errors need not wait for the poses.
+    split(1, config.segment_length(), config.segment_overlap)
+    resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
+    if segmented:
+        length, frames, persons = config.segment_length(), driving.poses.frames, reference.poses.persons
+        config.tpc.fill = segment_fill(config.tpc, length, frames, persons)
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     if note := driving.note(config.stride, config.max_frames):
         print(f"note: {note}")
-    size = frame_size(driving.poses.size, config.max_side)
+    shape, frame_map, reference_map = driving.poses.size, None, None
+    size = frame_size(shape, config.max_side)
+    if config.tool is not None:
+        size = tool.size(shape, config.max_side)
+        frame_map = crop_matrix(shape, size, driving.poses.box(), "pad")
+    if segmented:
+        # The reference's scene is shown for long: without borders.
+        reference_map = fit_matrix(reference.image.shape[1::-1], size, "cover")
     frames = f"{driving.poses.frames} frames of {size[0]} x {size[1]} pixels"
     print(f"{frames}, transform {config.tpc.transform}, preset {config.tpc.preset}; results in {output}", flush=True)
     calibration = calibrate(
@@ -56,16 +86,26 @@ def main(arguments: list[str]) -> None:
         config.tpc,
         reference_masks=reference.masks,
         driving_masks=driving.masks,
+        frame_map=frame_map,
+        reference_map=reference_map,
         cuts=driving.cuts,
         progress=lambda frames: tqdm(frames, desc="calibrating"),
     )
+    segments = []
+    if segmented:
+        segments = segment_references(calibration, config.segment_length(), config.segment_overlap)
     # Nothing appears in the folder before everything is written.
     with partial_folder(output / "results") as folder:
         write_results(folder, config, calibration, reference, driving)
+        if segments:
+            name = config.tool or "segments"
+            write_segments(folder / name, calibration, segments, reference, driving, tool, config.segment_videos)
         move_into(folder, output)
     print(f"{calibration.outcome()}; see {output / 'report.png'} and {output / 'calibrated.mp4'}")
     print(f"images in {output / 'calibrated'}, transforms in {output / 'calibration.json'}")
-    for note in calibration.notes():
+    if segments:
+        print(f"{len(segments)} calibrated references, of one segment each, in {output / (config.tool or 'segments')}")
+    for note in [*calibration.notes(), *segment_notes(segments, calibration.cuts)]:
         print(f"note: {note}")
 
 
@@ -89,6 +129,7 @@ def read_inputs(config: CommandConfig) -> tuple[Reference, Driving]:
         config.stride,
         config.pose.smoothing,
         cuts=config.cuts,
+        fps=config.fps,
         progress=partial(tqdm, desc="estimating poses", unit="frame"),
     )
     return reference, driving
@@ -108,7 +149,7 @@ def write_results(
     import numpy as np
 
     from data.video.files import write_video
-    from tpc.report import write_report
+    from tpc.report import draw_report, write_report
 
     calibration.write(folder)
     save_config(config, folder / "config.yaml")
@@ -117,7 +158,8 @@ def write_results(
     grey = np.full((calibration.size[1], calibration.size[0], 3), 128, np.uint8)
     images = (np.hstack([calibration.images[m] if m >= 0 else grey for m in row]) for row in calibration.member)
     write_video(folder / "calibrated.mp4", images, calibration.fps, metadata, sound=driving.sound)
-    write_report(folder / "report.png", calibration, reference.image, reference.poses, driving.poses, driving.frames)
+    report = draw_report(calibration, reference.image, reference.poses, driving.poses, driving.frames)
+    write_report(folder / "report.png", report)
 
 
 def move_into(source: Path, folder: Path) -> None:

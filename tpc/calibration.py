@@ -25,7 +25,7 @@ from tpc.matching import match_persons
 from tpc.procrustes import SimilarityTransform, apply_matrix, residual
 from tpc.result import Calibration, PersonFrame
 from tpc.silhouettes import TORSO, draw_silhouette, head_axis, keypoint_box, relative_angle, visible
-from tpc.trajectory import Track, follow
+from tpc.trajectory import Track, follow, partway
 from tpc.warping import Framing, mask_pyramid, warp_clip, warp_mask
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -91,12 +91,14 @@ def calibrate(
             else []
             for p, (q, mask) in enumerate(zip(persons, masks, strict=True))
         ]
-    warped = warp_clip(reference, masks, tracks, targets, framing, config, bends, layers, cuts)
+    uncalibrated = np.linalg.inv(framing.frame_map) @ framing.reference_map
+    placed = [partway(track, uncalibrated, q.centre, config) for track, q in zip(tracks, persons, strict=True)]
+    warped = warp_clip(reference, masks, tracks, placed, targets, framing, config, bends, layers, cuts)
 
     def record(frame: int, p: int) -> PersonFrame:
         estimate, slot, iou = estimates[frame][p], int(slots[frame, p]), warped.iou[frame, p]
-        found = _record(p, persons[p], tracks[p], frame, estimate, slot, driving_poses, iou, framing, config)
-        return found if warped.bends is None else _with_parts(found, warped.bends[p], tracks[p], frame)
+        found = _record(p, persons[p], placed[p], frame, estimate, slot, driving_poses, iou, framing, config)
+        return found if warped.bends is None else _with_parts(found, warped.bends[p], placed[p], frame)
 
     model_masks = [warp_mask(mask_pyramid(mask), framing.reference_map, framing.size) for mask in masks]
     return Calibration(
@@ -109,7 +111,7 @@ def calibrate(
         images=warped.images,
         masks=warped.masks,
         member=warped.member,
-        matrices=np.stack([t.matrices for t in tracks], 1) if tracks else np.zeros((len(slots), 0, 3, 3)),
+        matrices=np.stack([t.matrices for t in placed], 1) if placed else np.zeros((len(slots), 0, 3, 3)),
         records=tuple(tuple(record(frame, p) for p in range(len(persons))) for frame in range(len(slots))),
         target_masks=targets,
         other_masks=others,

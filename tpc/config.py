@@ -15,6 +15,7 @@ PROPAGATIONS = ("iterative", "hold", "off")
 VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
 TRANSFORMS = ("procrustes", "affine", "linear", "articulated")
+TOOLS = ("wan_animate", "scail_2", "one_to_all", "stable_animator")  # see `tpc.export.tools`
 FIXED_KEYPOINTS = ("all", "trunk", "torso", "face")  # choices of keypoints that are the same for every frame
 KEYPOINTS = ("exhaustive", "consensus", *FIXED_KEYPOINTS)
 
@@ -59,6 +60,8 @@ class CalibrationConfig:
     max_gap: int | None = number(None, 0, MANY)  # frames: longest gap that is interpolated; 0 = none
     # frames: standard deviation of the temporal filter of scale, angle, place; 0 = off
     smoothing: float | None = number(None, 0, 1000)
+    # how far a person goes from its place in the uncalibrated reference (0) to the calibrated one (1)
+    strength: float | None = number(None, 0, 1)
     # persons: track (and assign those of the reference), given (slot j of both pose files is the same person)
     match: str | None = choice(None, ("track", "given"))
 
@@ -160,12 +163,40 @@ class CommandConfig:
     driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
     # pixels of the longer side of the calibrated images; 0 = those of the driving video
     max_side: int = number(0, 0, 100_000)
+    fps: float | None = number(
+        None, 1e-3, 1000
+    )  # to which the driving video is resampled; null: the tool's, or its own
     max_frames: int | None = number(None, 1, MANY)  # frames to use; null: all
     stride: int = number(1, 1, MANY)  # use every stride-th frame
     # first frames of new shots, counted as the results'; null: found, []: none
     cuts: list[int] | None = numbers(None, 0, MANY)
+
+    # One calibrated reference for many frames, for models that take one.
+
+    # clip: one for all frames; 77, 81 or another number: one for each segment of so many frames; null: none, or clip
+    # with a tool
+    segments: str | None = None
+    segment_overlap: int | None = number(
+        None, 0, MANY
+    )  # frames that a segment repeats of the last; null: the tool's, or 0
+    segment_videos: bool = False  # also the driving video and its drawn poses, cut into the same segments
+    tool: str | None = choice(None, TOOLS)  # sizes, frame rate and names of files as this tool takes them
+
     pose: PoseConfig = field(default_factory=PoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def check(self) -> None:
+        self.segment_length()
+        if self.segment_overlap is not None and self.segments is None and self.tool is None:
+            raise UserError(f"segment_overlap={self.segment_overlap} is of segments; give segments= too")
+
+    def segment_length(self) -> int | None:
+        """Frames of a segment; None: all of the clip, or no segments at all."""
+        if self.segments in (None, "clip"):
+            return None
+        if not (self.segments.isdecimal() and int(self.segments) > 0):
+            raise UserError(f"segments={self.segments} must be clip, or a number of frames such as 77 or 81")
+        return int(self.segments)
 
 
 def best() -> CalibrationConfig:
@@ -188,6 +219,7 @@ def best() -> CalibrationConfig:
         min_iou=0.1,
         max_gap=8,
         smoothing=2.0,
+        strength=1.0,
         match="track",
         fill="scene",
         propagation="off",

@@ -15,11 +15,13 @@ from data.poses.drawing import draw_pose
 from data.poses.person import COCO_MIRROR
 from data.poses.poses import Poses
 from tpc.bends.parts import NECK, PARTS
+from tpc.export.segments import Segment
 from tpc.procrustes import apply_matrix
 from tpc.result import Calibration, PersonFrame
 from tpc.silhouettes import visible
 
 NUM_COLUMNS = 5  # driving frames that are shown
+MOST_SEGMENTS = 6  # that a picture shows
 GREY, GREEN, AMBER, RED = (150, 150, 150), (60, 180, 75), (245, 190, 40), (220, 50, 47)
 BLUE = (60, 120, 230)
 STATUS_COLOURS = {"calibrated": GREEN, "interpolated": AMBER, "uncalibrated": RED}
@@ -32,21 +34,26 @@ PLOTS = {
 PERSON_COLOURS = ("#1f77b4", "#e377c2", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def write_report(
-    path: str | Path,
+def write_report(path: str | Path, report: np.ndarray) -> None:
+    """Write what `draw_report` drew as a PNG."""
+    with complete_file(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", report[..., ::-1])[1].tobytes())
+
+
+def draw_report(
     calibration: Calibration,
     reference: np.ndarray,
     reference_poses: Poses,
     driving_poses: Poses,
     driving_frames: Sequence[np.ndarray] | None = None,
-) -> None:
-    """Draw keypoints, common set, chosen subset, calibrated images, and everything over time.
+) -> np.ndarray:
+    """(h, w, 3) uint8: keypoints, common set, chosen subset, calibrated images, and everything over time.
 
     Images are the original ones, (h, w, 3) uint8; driving frames None = their skeletons on black.
     """
     shown = _frames_to_show(calibration)
     figure = Figure(figsize=(2.6 * (len(shown) + 1), 13), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(6, len(shown) + 1, height_ratios=[2.6, 2.6, 2.6, 1.3, 1.3, 1.3])
     figure.suptitle(_headline(calibration), fontsize=13)
     _show(
@@ -69,6 +76,35 @@ def write_report(
     axes.set_xlabel(
         "driving frame, from 0 (amber: interpolated, red: uncalibrated, blue line: cut; grey lines: shown above)"
     )
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_segments_picture(
+    path: str | Path,
+    calibration: Calibration,
+    segments: Sequence[Segment],
+    references: Sequence[np.ndarray],
+    plain: np.ndarray,
+    reference_poses: Poses,
+    driving_frames: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Draw, for some segments, a driving frame, the reference without and with calibration, and the two laid over.
+
+    References and `plain`, the uncalibrated one, are (h, w, 3) uint8 in the model's frame.
+    """
+    rows = np.unique(np.linspace(0, len(segments) - 1, MOST_SEGMENTS).round().astype(int))
+    figure = Figure(figsize=(11, 2.9 * len(rows) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    for row, segment in zip(axes, [segments[number] for number in rows], strict=True):
+        frame = segment.frames.start if segment.frame is None else segment.frame
+        driver = np.zeros_like(plain) if driving_frames is None else _framed(calibration, driving_frames[frame])
+        span = f"frame {frame} of {segment.frames.start} to {segment.frames.stop - 1}"
+        _show(row[0], driver, span)
+        _show(row[1], plain, "reference as it is")
+        _show(row[2], references[segments.index(segment)], "calibrated reference")
+        _show(row[3], _overlay(calibration, frame, driving_frames, reference_poses), "laid over the frame")
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -181,7 +217,7 @@ def _overlay(
     if frames is None:
         image = np.zeros((size[1], size[0], 3), np.uint8)
     else:
-        image = cv2.warpAffine(np.asarray(frames[frame]), calibration.frame_map[:2], size, flags=cv2.INTER_AREA)
+        image = _framed(calibration, frames[frame])
     width = max(2, max(size) // 200)
     for person, record in enumerate(calibration.records[frame]):
         member = calibration.member[frame, person]
@@ -193,6 +229,10 @@ def _overlay(
         if record.parts:
             _draw_parts(image, record, calibration, reference_poses.keypoints[0, person], width)
     return image
+
+
+def _framed(calibration: Calibration, image: np.ndarray) -> np.ndarray:
+    return cv2.warpAffine(np.asarray(image), calibration.frame_map[:2], calibration.size, flags=cv2.INTER_AREA)
 
 
 def _draw_parts(

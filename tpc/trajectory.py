@@ -10,7 +10,7 @@ step, and over the steps every member is heard.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,6 +54,22 @@ def _follow_shot(matrices: list[np.ndarray | None], centre: np.ndarray, config: 
         parameters = smooth(parameters, available, config.smoothing)
         result = np.where(available[:, None, None], to_matrices(parameters, centre, similar), result)
     return Track(result, calibrated, filled)
+
+
+def partway(track: Track, start: np.ndarray, centre: np.ndarray, config: CalibrationConfig) -> Track:
+    """The track, gone by `config.strength` of the way from a `start` (3, 3) in its own pixels; see `to_parameters`.
+
+    Similarities go evenly in the logarithm of their scale, and turn the shorter way.
+    """
+    if config.strength == 1:
+        return track
+    similar = config.transform != "affine"
+    end = to_parameters(track.matrices, centre, similar)
+    way = end - to_parameters(start[None], centre, similar)
+    if similar:
+        way[:, 1] = np.pi - (np.pi - way[:, 1]) % (2 * np.pi)
+    matrices = to_matrices(end - (1 - config.strength) * way, centre, similar)
+    return replace(track, matrices=np.where(track.available[:, None, None], matrices, track.matrices))
 
 
 def to_parameters(matrices: np.ndarray, centre: np.ndarray, similar: bool) -> np.ndarray:

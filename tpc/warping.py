@@ -9,6 +9,7 @@ Convention:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import cv2
 import numpy as np
@@ -64,11 +65,17 @@ class _Source:
     order: tuple[int, ...] = ()  # parts in which it is painted
     nudge: Nudge | None = None  # that lays the bent person's outline on the driving mask
 
+    def moved(self, matrix: np.ndarray) -> Self:
+        """The same after a map (3, 3) of the frame."""
+        nudge = self.nudge and replace(self.nudge, after=matrix)
+        return replace(self, matrix=matrix @ self.matrix, maps=matrix @ self.maps, nudge=nudge)
+
 
 def warp_clip(
     reference: np.ndarray,
     masks: np.ndarray,
     tracks: list[Track],
+    placed: list[Track],
     targets: PackedMasks,
     framing: Framing,
     config: CalibrationConfig,
@@ -79,6 +86,7 @@ def warp_clip(
     """Find the distinct calibrated images; warp their masks now, and the images when they are asked for.
 
     Fills the target masks of interpolated frames in which the person was not seen with the calibrated person's.
+    `tracks` lie on the driving persons, by whose masks bends are judged; `placed` are those that are painted.
     `bends` and `layers` of the persons are for articulated calibration.
     """
     frames = len(tracks[0].matrices) if tracks else len(targets)
@@ -95,14 +103,19 @@ def warp_clip(
     def nudged(source: _Source, target: np.ndarray) -> _Source:
         p, size, cell = source.person, *_small(framing.size)
         shrink = np.array([[1 / cell, 0, 0.5 / cell - 0.5], [0, 1 / cell, 0.5 / cell - 0.5], [0, 0, 1]])
-        matrix = shrink @ source.matrix
-        mask = bent_mask(layers[p], coarse[p], shrink @ source.maps, matrix, size)
+        small = source.moved(shrink)
+        mask = bent_mask(layers[p], coarse[p], small, size)
         target = warp_mask(mask_pyramid(target), shrink, size)
-        height = bends[p].height * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        height = bends[p].height * np.sqrt(abs(np.linalg.det(small.matrix[:2, :2])))
         return replace(source, nudge=Nudge.between(mask, target, height, cell))
 
+    def shown(source: _Source) -> np.ndarray:
+        if source.maps is None:
+            return warp_mask(coverage[source.person], source.matrix, framing.size)
+        return bent_mask(layers[source.person], coverage[source.person], source, framing.size)
+
     for p, track in enumerate(tracks):
-        matrices = framing.frame_map @ track.matrices
+        matrices, painted = (framing.frame_map @ each.matrices for each in (track, placed[p]))
         bent, bent_sources = PackedMasks.zeros((frames,), framing.size), {}
         if bends is not None:
             gains, shot = np.zeros((frames, 1)), np.isin(np.arange(frames), cuts).cumsum()
@@ -111,32 +124,30 @@ def warp_clip(
                 source, target = _Source(p, matrices[f], matrices[f] @ bends[p].matrices[f], order), targets[f, p]
                 if bends[p].outlined[f] and target.any():
                     source = nudged(source, target)
-                mask = bent_mask(layers[p], coverage[p], source.maps, matrices[f], framing.size, source.nudge)
-                whole = warp_mask(coverage[p], matrices[f], framing.size)
+                mask, whole = shown(source), shown(_Source(p, matrices[f]))
                 bent[f], bent_sources[f] = mask, source
                 gains[f] = np.nan_to_num(mask_iou(mask, target) - mask_iou(whole, target))
             # Decided over more than a moment: nobody goes limp for some frames.
             gains = filter_jitter(gains, FAR_APART * shot[:, None], bends[p].bent, STEADY)[:, 0]
             bends[p] = bends[p].straightened({int(f): STRAIGHTENED for f in np.flatnonzero(gains < -MAX_COST)})
         for f in np.flatnonzero(track.available):
-            source = _Source(p, matrices[f])
+            source = _Source(p, painted[f])
             if bends is not None and bends[p].bent[f]:
                 source = bent_sources[f]
+                if placed[p] is not track:
+                    source = source.moved(painted[f] @ np.linalg.inv(matrices[f]))
             moved = apply_matrix(source.matrix if source.maps is None else source.maps, corners)
             outline = b"" if source.nudge is None else source.nudge.field.tobytes()
             key = (p, source.order, outline, *np.round(moved.reshape(-1) / SAME_PIXELS).tolist())
             member[f, p] = known.setdefault(key, len(sources))
-            if member[f, p] < len(sources):
-                mask = warped[member[f, p]]
-            else:
-                mask = warp_mask(coverage[p], matrices[f], framing.size) if source.maps is None else bent[f]
-                warped[len(sources)] = mask
+            if member[f, p] == len(sources):
+                warped[len(sources)] = shown(source) if source.maps is None or placed[p] is not track else bent[f]
                 sources.append(source)
-            target = targets[f, p]
+            mask, target = warped[member[f, p]], targets[f, p]
             if target.any():
                 iou[f, p] = mask_iou(mask, target)
             elif track.interpolated[f]:
-                targets[f, p] = mask
+                targets[f, p] = mask if placed[p] is track else shown(bent_sources.get(f, _Source(p, matrices[f])))
     image = ImagePyramid(np.ascontiguousarray(reference))
     background = _background(image, masks, framing, config.fill)
 
@@ -152,7 +163,7 @@ def warp_clip(
                 under = remove_persons(under, _widened(coverage[p].warp(matrix, framing.size) > 0))
         if source.maps is not None:
             layered = sorted(layers[p], key=lambda layer: source.order.index(layer.part))
-            return paint_layers(layered, image, coverage[p], source.maps, matrix, under, source.nudge)
+            return paint_layers(layered, image, coverage[p], source, under)
         return under if config.fill == "reference" else place_person(image, coverage[p], matrix, under)
 
     images = LazyImages(len(sources), framing.size, paint)
@@ -180,9 +191,14 @@ def _background(image: "ImagePyramid", masks: np.ndarray, framing: Framing, fill
         background[:] = np.round(pixels.mean(0)) if len(pixels) else 127
     if fill == "scene":
         to_model, size = framing.reference_map, framing.size
-        scene = continued(image.warp(to_model, size), ~quad_mask(to_model, image.size, size))
+        scene = place_whole(image, to_model, size)
         background = remove_persons(scene, _widened(mask_pyramid(everybody).warp(to_model, size) > 0))
     return background
+
+
+def place_whole(image: "ImagePyramid", matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The image in a frame of (width, height), (h, w, 3) uint8, continued where it does not reach."""
+    return continued(image.warp(matrix, size), ~quad_mask(matrix, image.size, size))
 
 
 def continued(image: np.ndarray, beyond: np.ndarray) -> np.ndarray:
@@ -326,45 +342,30 @@ def place_person(image: ImagePyramid, mask: ImagePyramid, matrix: np.ndarray, ba
 
 
 def paint_layers(
-    layers: list[Layer],
-    image: ImagePyramid,
-    mask: ImagePyramid,
-    maps: np.ndarray,
-    matrix: np.ndarray,
-    background: np.ndarray,
-    nudge: Nudge | None = None,
+    layers: list[Layer], image: ImagePyramid, mask: ImagePyramid, source: _Source, background: np.ndarray
 ) -> np.ndarray:
-    """A bent person's layers, the farthest first, over a background (h, w, 3) uint8; see `layers.lay`.
-
-    The matrix (3, 3), the person's similarity, says how large the image's pixels become.
-    """
-    result, (coverage, size) = background.copy(), (_coverage(mask, matrix), background.shape[1::-1])
+    """A bent person's layers, the farthest first, over a background (h, w, 3) uint8; see `layers.lay`."""
+    result, (coverage, size) = background.copy(), (_coverage(mask, source.matrix), background.shape[1::-1])
     for layer in layers:
-        patch = lay(layer, maps, coverage, size, nudge)
+        patch = lay(layer, source.maps, coverage, size, source.nudge)
         if patch is not None:
             colours, under = image.remap(patch.places, coverage.scale), result[patch.box]
             under[:] = cv2.blendLinear(colours, under, patch.share, 1 - patch.share)
     return result
 
 
-def bent_mask(
-    layers: list[Layer],
-    mask: ImagePyramid,
-    maps: np.ndarray,
-    matrix: np.ndarray,
-    size: tuple[int, int],
-    nudge: Nudge | None = None,
-) -> np.ndarray:
+def bent_mask(layers: list[Layer], mask: ImagePyramid, source: _Source, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool: the pixels of which the layers of a bent person cover at least half."""
-    covered, coverage = np.zeros((size[1], size[0]), bool), _coverage(mask, matrix)
+    covered, coverage = np.zeros((size[1], size[0]), bool), _coverage(mask, source.matrix)
     for layer in layers:
-        patch = lay(layer, maps, coverage, size, nudge)
+        patch = lay(layer, source.maps, coverage, size, source.nudge)
         if patch is not None:
             covered[patch.box] |= patch.share >= 128 / 255
     return covered
 
 
 def _coverage(mask: ImagePyramid, matrix: np.ndarray) -> Coverage:
+    """The mask as it is sampled where a similarity says how large the image's pixels become."""
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
     return Coverage(*mask.prepared(scale), scale)
 

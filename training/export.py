@@ -70,8 +70,8 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{folder} could not be written ({reason}); {checkpoint} is complete: make room, then python -m "
-            f"training.export checkpoint={checkpoint} output={folder}"
+            f"{folder} could not be written ({reason}); {checkpoint} is complete: make room, then "
+            f"python -m training.export checkpoint={checkpoint} output={folder}"
         ) from None
 
 

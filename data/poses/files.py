@@ -50,6 +50,9 @@ class _BadFile(Exception):
     """Fault of a file, in words for the one line of the `UserError`."""
 
 
+_FAULTS = (_BadFile, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
 @dataclass
 class _Frames:
     """Persons per frame as (17, 3) arrays of x, y, score."""
@@ -77,13 +80,23 @@ def load_poses(
             read = _read_json(_parsed(path))
         else:
             raise _BadFile("give .npz, .json or a folder of OpenPose .json files")
-        size = read.size or size
-        if size is None:
-            raise _BadFile("the file does not state the size of the image; give its video or image too")
-        return _poses(read, size, fps or _DEFAULT_FPS)
-    except (_BadFile, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
-        raise UserError(f"{argument}={path} cannot be read as poses: {reason}") from None
+        return _poses(read, size, fps)
+    except _FAULTS as error:
+        raise UserError(f"{argument}={path} cannot be read as poses: {_reason(error)}") from None
+
+
+def parse_poses(
+    content: Any, size: tuple[int, int] | None = None, fps: float | None = None, argument: str = "poses"
+) -> Poses:
+    """Poses from what any of the .json files above holds, such as the POSE_KEYPOINT of ComfyUI; see `load_poses`."""
+    try:
+        return _poses(_read_json(content), size, fps)
+    except _FAULTS as error:
+        raise UserError(f"{argument} cannot be read as poses: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
 
 
 def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argument: str) -> Poses:
@@ -146,7 +159,11 @@ def _read_json(content: Any) -> _Frames:
 
 
 def _openpose(frames: list[dict]) -> _Frames:
-    persons = [[_triplets(person["pose_keypoints_2d"]) for person in frame["people"]] for frame in frames]
+    # Tools that look for hands and faces alone list people without a body.
+    persons = [
+        [_triplets(person["pose_keypoints_2d"]) for person in frame["people"] if person["pose_keypoints_2d"]]
+        for frame in frames
+    ]
     first = frames[0]
     canvas = (int(first["canvas_width"]), int(first["canvas_height"])) if "canvas_width" in first else None
     return _Frames(persons, canvas)
@@ -209,7 +226,10 @@ def _triplets(values: Any) -> np.ndarray:
     return flat.reshape(-1, 3)[_COCO_ORDERS[len(flat) // 3]]
 
 
-def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
+def _poses(read: _Frames, size: tuple[int, int] | None, fps: float | None) -> Poses:
+    size = read.size or size
+    if size is None:
+        raise _BadFile("the file does not state the size of the image; give its video or image too")
     slots = max((len(persons) for persons in read.frames), default=0)
     together = np.reshape([person for persons in read.frames for person in persons], (-1, 17, 3))
     scores = np.clip(together[..., 2], 0, 1).astype(np.float32)
@@ -223,7 +243,7 @@ def _poses(read: _Frames, size: tuple[int, int], fps: float) -> Poses:
     for persons in read.frames:
         tracks.append(assign_slots(last_seen, by_prominence(list(islice(estimates, len(persons))), size)))
         last_seen = [now or before for now, before in zip(tracks[-1], last_seen, strict=True)]
-    return Poses.of_persons(tracks, size, fps)
+    return Poses.of_persons(tracks, size, fps or _DEFAULT_FPS)
 
 
 def _in_pixels(points: np.ndarray, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:

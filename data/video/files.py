@@ -108,11 +108,17 @@ class VideoReader:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.get([index])[0]
 
-    def first(self, count: int) -> "VideoReader":
-        """A reader of the first `count` frames."""
+    def part(self, start: int, stop: int) -> "VideoReader":
+        """A reader of frames `start` to `stop` - 1, and of the sound from there on."""
         shorter = copy(self)
-        shorter._stored = self._stored[:count]
+        shorter._stored = self._stored[start:stop]
+        shorter.start = self.start + start / self.fps
         return shorter
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(n,) int: the frames that are read, as the file counts them."""
+        return self._stored
 
     def get(self, indices: Sequence[int]) -> np.ndarray:
         """Frames by index, in this order, (len(indices), h, w, 3); negative indices count from the end."""

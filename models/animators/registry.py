@@ -133,7 +133,7 @@ def not_a_pipeline(path: Path, argument: str, found: str = "") -> UserError:
         export = f"python -m training.export checkpoint={path} output=FOLDER"
         return UserError(f"{what}, a checkpoint of training and no pipeline folder; make one of it: {export}")
     # It knows the published files, and needs the pipelines of this module.
-    weights = import_module("models.checkpoints.inspect").published_weights(path)
+    weights = import_module("..checkpoints.inspect", __package__).published_weights(path)
     known = f"the pipelines known here are {', '.join(pipeline_names())}"
     if weights is None:
         return UserError(f"{what}, no pipeline folder; {known}" if found else f"{what}, no pipeline folder")

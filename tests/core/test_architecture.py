@@ -54,6 +54,7 @@ def test_configurations_load_nothing_heavy():
     """Commands check their arguments before they import what takes seconds."""
     configurations = "evaluation.config, training.config, tpc.__main__, viewer.__main__, models.checkpoints.__main__"
     commands = "infer, train, evaluate, prepare, training.vae, training.logs, metrics.weights, data.poses.weights"
+    commands += ", integrations.comfyui"
     heavy = "torch diffusers transformers accelerate cv2 scipy numba av"
     assert not loaded_by(f"{configurations}, {commands}", heavy)
 

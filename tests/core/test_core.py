@@ -226,9 +226,15 @@ def test_commands_end_with_one_line_and_code_2():
         ("PermissionError(13, 'Permission denied', 'a.pth')", "error: a.pth cannot be used: Permission denied"),
         ("OSError(28, 'No space left on device', 'p')", "error: p could not be written: No space left on device"),
         ("FileNotFoundError(2, 'No such file', 'own.json')", None),  # maybe a fault of the program
+        (
+            "ModuleNotFoundError(name='not_there.part')",
+            "error: the package not_there is not installed; docs/installation.md says which extra or requirements "
+            "file brings it",
+        ),
+        ("ModuleNotFoundError(name='core.no_such_module')", None),
     ],
 )
-def test_errors_of_files_are_one_line(error, line):
+def test_errors_of_files_and_packages_are_one_line(error, line):
     done = end_of(f"raise {error}")
     assert (done.returncode, done.stderr) == (2, f"{line}\n") if line else "Traceback" in done.stderr
 

@@ -57,6 +57,20 @@ def save_images(folder: Path, frames: int, size: tuple[int, int]) -> None:
         Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number:03d}.png")
 
 
+@pytest.mark.parametrize(("fps", "numbers"), [(6, (0, 2, 4)), (24, np.repeat(range(6), 2)), (8, (0, 1, 3, 4))])
+def test_given_poses_and_masks_follow_a_resampled_video(folder, fps, numbers, tmp_path):
+    masks = save_masks(tmp_path / "masks", 6)
+    driving = load_driving(folder / "clip.mp4", folder / "clip.npz", masks, no_estimator, fps=fps)
+    assert driving.poses.keypoints[:, 0, 0, 0].tolist() == list(numbers) and driving.poses.fps == driving.fps == fps
+    assert np.allclose([frame[0, 0, 0] for frame in driving.frames], 40 * np.array(numbers), atol=3)
+    assert [int(mask.sum()) for mask in driving.masks] == [SIZE[1] * (number + 1) for number in numbers]
+    save_poses(tmp_path / "few.npz", 3, SIZE)
+    with pytest.raises(
+        UserError, match="cannot be resampled with driving=.*clip.mp4, which has more frames than these 3"
+    ):
+        load_driving(folder / "clip.mp4", tmp_path / "few.npz", None, no_estimator, fps=fps)
+
+
 @pytest.mark.parametrize(("max_frames", "stride", "numbers"), [(None, 1, range(6)), (2, 2, (0, 2)), (None, 4, (0, 4))])
 def test_frames_poses_and_images_stay_together(folder, max_frames, stride, numbers):
     driving = load_driving(
@@ -142,7 +156,7 @@ def test_a_long_video_is_read_frame_by_frame(tmp_path):
     assert len(driving.frames) == driving.poses.frames == len(driving.masks) == frames
     assert driving.frames[120].shape == (240, 320, 3) and abs(int(driving.frames[120].mean()) - 220) < 3
     assert driving.masks[7].sum() == 150 and driving.masks[7][0, 10, 10]
-    given = read_driving_masks(save_masks(tmp_path / "masks", 3), 3, 1, (48, 32))
+    given = read_driving_masks(save_masks(tmp_path / "masks", 3), range(3), 1, (48, 32))
     assert [int(given[frame].sum()) for frame in range(3)] == [32, 64, 96]
 
 

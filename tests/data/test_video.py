@@ -392,5 +392,5 @@ def test_every_third_frame_by_iteration_and_by_index(tmp_path):
     video = VideoReader(tmp_path / "clip.mp4", stride=3, max_frames=3)
     assert (len(video), video.fps) == (3, 10.0)
     assert [round(frame.mean(), -1) for frame in video] == [0, 60, 120]
-    assert [round(video[k].mean(), -1) for k in (2, 0)] == [120, 0] and round(video.first(2)[-1].mean(), -1) == 60
-    assert len(list(video.first(2))) == 2
+    assert [round(video[k].mean(), -1) for k in (2, 0)] == [120, 0] and round(video.part(0, 2)[-1].mean(), -1) == 60
+    assert len(list(video.part(0, 2))) == 2

@@ -13,7 +13,7 @@ from tpc.bends.bending import Pose, bend
 from tpc.bends.parts import NAMES, PARTS
 from tpc.config import resolve
 from tpc.procrustes import apply_matrix
-from tpc.report import write_report
+from tpc.report import draw_report, write_report
 from tpc.trajectory import Track
 
 ALL = np.ones(17, bool)
@@ -326,7 +326,7 @@ def test_save_load_and_report(tmp_path):
     assert again.records == found.records and again.report() == found.report()
     np.testing.assert_array_equal(again.images[:], found.images[:])
     assert found.records[1][0].following == ("left_forearm", "left_hand")
-    write_report(tmp_path / "report.png", found, image(), poses(points[None, None]), driving)
+    write_report(tmp_path / "report.png", draw_report(found, image(), poses(points[None, None]), driving))
     assert cv2.imread(str(tmp_path / "report.png")).shape[0] > 500
     whole = run(points, driving.keypoints[:, 0].astype(float), transform="procrustes")
     assert "parts" not in whole.records[0][0].plain() and "following" not in whole.records[0][0].plain()

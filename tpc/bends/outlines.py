@@ -192,6 +192,7 @@ class Nudge:
     field: np.ndarray  # (h, w, 2) float16, frame pixels
     corner: tuple[float, float]  # frame pixels (x, y)
     cell: float  # frame pixels per pixel of the field
+    after: np.ndarray | None = None  # (3, 3) map that the frame has gone through since
 
     @classmethod
     def between(cls, mask: np.ndarray, target: np.ndarray, height: float, cell: float) -> "Nudge":
@@ -223,10 +224,12 @@ class Nudge:
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         """(n, 2) moves of places (n, 2) in the frame."""
+        places = places if self.after is None else apply_matrix(np.linalg.inv(self.after), places)
         x, y = ((places + 0.5 - self.corner) / self.cell - 0.5).astype(np.float32).T
-        return cv2.remap(
+        moves = cv2.remap(
             self.field.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
         ).reshape(-1, 2)
+        return moves if self.after is None else moves @ self.after[:2, :2].T
 
 
 def _signed_distance(mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Calibrated references as files for models that take one reference for many frames."""
