@@ -30,7 +30,7 @@ from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.calibration import Progress
-from tpc.result import LazyImages
+from tpc.images import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 

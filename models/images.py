@@ -36,9 +36,6 @@ class CalibratedClip(Protocol):
     start_timestep: int | None  # of training, where frames begin that `shows_everybody`; None: all begin from noise
     shows_everybody: np.ndarray  # (frames,) bool, frames whose calibrated images leave out nobody
 
-    def segment_frame(self, frames: range) -> int | None:
-        """The one of these frames whose `frame_image` fits all of them best; None: nobody is calibrated in any."""
-
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the calibrated image each frame attends to at a denoising step, -1 = none."""
 
@@ -47,6 +44,9 @@ class CalibratedClip(Protocol):
 
     def frame_image(self, frame: int) -> np.ndarray:
         """(H, W, 3) uint8: a frame's own calibrated images, persons laid over each other."""
+
+    def segment_image(self, frames: range) -> np.ndarray | None:
+        """(H, W, 3) uint8: the calibrated image that stands for all of these frames; None: nobody is calibrated."""
 
     def flags(self, frames: range, step: int, levels: Sequence[TokenLevel]) -> Visibility | None:
         """Flags for consecutive frames at a denoising step; None where nothing is hidden.

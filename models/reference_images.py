@@ -88,11 +88,11 @@ class ReferenceImages:
     def segment_context(self, segment: Segment) -> ReferenceContext:
         """The image that stands for the reference in a segment, in which all frames together attend to it."""
         if self._segment != segment:
-            frame = None if self.calibration is None else self.calibration.segment_frame(segment.inside)
+            shown = None if self.calibration is None else self.calibration.segment_image(segment.inside)
             images = self.images.select([REFERENCE])
-            if frame is not None:
-                shown = image_pixels(self.calibration.frame_image(frame), images.reference)
-                images = replace(images, reference=shown, calibration=None, encoded={})
+            if shown is not None:
+                pixels = image_pixels(shown, images.reference)
+                images = replace(images, reference=pixels, calibration=None, encoded={})
             self.tokens, self._segment = self.animator.encode_images(images, 0, self.conditioning), segment
         return ReferenceContext(self.tokens, torch.zeros(1, 1, dtype=torch.long, device=self.images.reference.device))
 

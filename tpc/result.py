@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from core.errors import UserError
 from core.files import complete_folder
 from data.poses.person import PackedMasks
 from tpc.config import CalibrationConfig, resolve
+from tpc.images import LazyImages
+from tpc.segments import continued_image, segment_frame
 from tpc.trajectory import Schedule
 
 if TYPE_CHECKING:
@@ -28,35 +30,6 @@ STATUSES = ("calibrated", "interpolated", "uncalibrated")
 NOTABLE_SCALE_RATIO = 1.2
 REPORT_FILE, ARRAYS_FILE, IMAGES_FOLDER = "calibration.json", "calibration.npz", "calibrated"
 PACKED = ("masks", "target_masks", "other_masks")  # attributes that are stored compressed
-
-
-class LazyImages:
-    """A stack (n, h, w, 3) uint8 whose images are made when they are asked for.
-
-    `images[3]` is one image, `images[[3, 5]]` and `images[2:9]` are stacks, `np.asarray(images)` is all of them.
-    """
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, count: int, size: tuple[int, int], make: Callable[[int], np.ndarray]):
-        self.shape = (count, size[1], size[0], 3)
-        self._make = make
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self._make(i) for i in range(len(self)))
-
-    def __getitem__(self, index: int | slice | np.ndarray | list[int]) -> np.ndarray:
-        chosen = np.arange(len(self))[index]
-        if chosen.ndim == 0:
-            return self._make(int(chosen))
-        images = [self._make(int(i)) for i in chosen.reshape(-1)]
-        return np.array(images, np.uint8).reshape(*chosen.shape, *self.shape[1:])
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[:].astype(dtype or self.dtype, copy=False)
 
 
 # IoU of the silhouettes, calibrated and driving, below which a frame lacks too much of a person to begin as its
@@ -161,6 +134,11 @@ class Calibration:
         for image in images[1:]:
             shown = np.where(self.masks[image][..., None], self.images[image], shown)
         return shown
+
+    def segment_image(self, frames: range) -> np.ndarray | None:
+        """(H, W, 3): the calibrated image that stands for all of these frames; None where nobody is calibrated."""
+        frame = segment_frame(self, frames)
+        return None if frame is None else continued_image(self, frame)
 
     @property
     def start_timestep(self) -> int | None:

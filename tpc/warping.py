@@ -20,8 +20,8 @@ from tpc.bends.bending import Bends
 from tpc.bends.layers import Coverage, Layer, lay
 from tpc.bends.outlines import GAP_SIDE, Nudge
 from tpc.config import CalibrationConfig
+from tpc.images import LazyImages
 from tpc.procrustes import apply_matrix
-from tpc.result import LazyImages
 from tpc.trajectory import Track, filter_jitter
 
 # Calibrated images whose corners differ by less, in pixels of the model's frame, are one image.

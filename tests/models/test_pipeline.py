@@ -12,8 +12,8 @@ from core.errors import UserError
 from data.poses.poses import Poses
 from models.animators.registry import load_pipeline
 from models.attention.processors import reference_layers
-from models.images import REFERENCE, ImageBatch, as_mask
-from models.pipeline import AnimationPipeline, as_images
+from models.images import REFERENCE, ImageBatch, as_images, as_mask
+from models.pipeline import AnimationPipeline
 from models.reference_images import ReferenceImages
 from models.vae import vae_decode
 from tests.published import small_magic_pipeline

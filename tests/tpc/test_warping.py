@@ -6,7 +6,7 @@ import pytest
 
 from data.poses.person import PackedMasks
 from data.transforms import apply_fit, fit_matrix
-from tpc.result import LazyImages
+from tpc.images import LazyImages
 from tpc.warping import ImagePyramid, continued, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
 
