@@ -55,9 +55,9 @@ class RunInputs(DiffusionPipeline):
         if animator.segment_frames is not None:
             step = animator.frames_per_latent
             longest = self.config.window_size or animator.segment_frames
-            size = window_size or min(longest, -(-(num_frames - 1) // step) * step + 1)
-            overlap = animator.carried_frames if overlap is None else overlap
-            return size // step * step + 1, overlap // step * step + 1
+            size = (window_size or min(longest, -(-(num_frames - 1) // step) * step + 1)) // step * step + 1
+            overlap = min(animator.carried_frames, size - 1) if overlap is None else overlap
+            return size, overlap and overlap // step * step + 1
         if window_size is None:
             apart = num_frames if animator.joint_frames else FRAMES_AT_A_TIME
             window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)

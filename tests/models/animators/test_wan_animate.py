@@ -1,13 +1,23 @@
 """Wan-Animate against diffusers' own pipeline with the same weights."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from core.errors import UserError
+from models.animators.wan_animate.model import WanAnimatePipeline
+from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import Words
+from models.sampling import noise_level
+from tests.models.test_pipeline import standing_poses
+from tests.small_animators import small_pipeline
 from tests.wan_parts import SEGMENT, SIZE, TRANSFORMER, components, images, wan_pipeline
+from tpc import Calibration, CalibrationConfig, calibrate
 
 
 def pictures(array: np.ndarray) -> list[Image.Image]:
@@ -66,3 +76,92 @@ def test_frames_are_those_of_diffusers(published, frames, scale, carried):
     assert found.shape == expected.shape == (frames, *SIZE[::-1], 3)
     assert expected.std() > 0.02, "the comparison would show nothing"
     assert np.abs(found - expected).max() < 1e-5
+
+
+def calibrated(unseen: range) -> Calibration:
+    """For two segments; nobody is seen in some of the frames."""
+    frames, matrix = 2 * SEGMENT - 1, np.array([[0.5, 0, 8], [0, 0.5, 0], [0, 0, 1]])
+    driving = standing_poses(frames, offset=4)
+    driving.scores[unseen.start : unseen.stop] = 0
+    config = CalibrationConfig(max_gap=0, propagation="off", attach="replace")
+    image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    maps = {"frame_map": matrix, "reference_map": matrix}
+    return calibrate(image, standing_poses(1), driving, SIZE, config, **maps)
+
+
+def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference():
+    given = images(2 * SEGMENT - 1)
+    noise = torch.randn((1, 8, 6, 4, 6), generator=torch.Generator().manual_seed(2))
+
+    def run(calibration: Calibration | None = None, words: Words | None = None, **others) -> np.ndarray:
+        arguments = {"latents": noise, "guidance_scale": 1.0, "calibration": calibration, "num_inference_steps": 2}
+        return our_frames(given | others, words, **arguments)
+
+    plain, nobody = run(), run(calibrated(range(2 * SEGMENT - 1)))
+    assert np.abs(nobody - plain).max() < 1e-5
+    late = run(calibrated(range(SEGMENT)))  # seen in the second segment alone
+    assert np.abs(late[:SEGMENT] - plain[:SEGMENT]).max() < 1e-5
+    assert np.abs(late[SEGMENT:] - plain[SEGMENT:]).mean() > 3e-4
+    # The image of a segment is a reference as any other, but that CLIP has seen the original.
+    whole = calibrated(range(0))
+    shown = whole.segment_image(range(SEGMENT))
+    original = torch.from_numpy(given["reference"]).permute(2, 0, 1)[None] / 127.5 - 1
+    words = Words(embeddings={"image": wan_pipeline().animator.image_tokens(original)})
+    expected, found = run(None, words, reference=shown), run(whole)
+    assert np.abs(found[:SEGMENT] - expected[:SEGMENT]).max() < 1e-6
+    assert np.abs(found[:SEGMENT] - plain[:SEGMENT]).mean() > 3e-4
+
+
+def test_what_segments_cannot_be():
+    pipeline, given = wan_pipeline(), images(SEGMENT)
+    made = replace(whole := calibrated(range(0)), config=replace(whole.config, attach="add"))
+    refused = {
+        "tpc.attach=add is none of replace": {"calibration": made, "poses": images(made.frames)["poses"]},
+        "solver=ddim knows no flow matching": {"solver": "ddim"},
+        "faces are 3 images, poses 5": {"faces": given["faces"][:3]},
+        "window_overlap must be 0 to 4": {"window_overlap": 4},  # which becomes 5
+        "attention cannot be recorded": {"attention": AttentionRecording(AttentionConfig())},
+        "size must be multiples of 16": {"width": 40, "height": 32},
+    }
+    for told, arguments in refused.items():
+        with pytest.raises((ValueError, UserError), match=told):
+            pipeline(**given | {"window_size": SEGMENT} | arguments)
+    with pytest.raises(ValueError, match="faces are of no use to AnimateAnyone"):
+        small_pipeline("animate_anyone")(images(1)["reference"], images(1)["poses"], faces=images(1)["faces"])
+
+
+def test_segments_are_of_whole_latents():
+    window = wan_pipeline().default_window
+    assert window(200, None, None) == (77, 1) and window(20, None, None) == (21, 1) and window(1, None, None) == (1, 0)
+    assert window(200, 80, 4) == (81, 5) and window(200, 79, 0) == (77, 0)
+
+
+def test_solvers_of_flow_matching_lead_to_one_image():
+    """From the same noise they come the closer to it the more steps they take."""
+    pipeline, given = wan_pipeline(), images(1)
+    euler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
+    others = {
+        "unipc": pipeline,
+        "dpm++": pipeline,
+        "euler": WanAnimatePipeline(**components() | {"scheduler": euler}),
+    }
+    others["euler"].set_progress_bar_config(disable=True)
+
+    def run(solver: str, steps: int) -> np.ndarray:
+        solver, pipeline = None if solver == "euler" else solver, others[solver]
+        arguments = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
+        return pipeline(**given, solver=solver, generator=torch.Generator().manual_seed(1), **arguments).frames
+
+    known = run("unipc", 30)
+    for name in others:
+        few, many = ((run(name, steps) - known).abs().mean() for steps in (2, 12))
+        assert many < 0.05 and many < 0.5 * few, name
+
+
+def test_guidance_of_an_interval_asks_flow_matching_for_its_levels():
+    scheduler = wan_pipeline().scheduler
+    scheduler.set_timesteps(4)
+    levels = [noise_level(scheduler, timestep) for timestep in scheduler.timesteps]
+    shares = scheduler.sigmas[:-1].double()  # of noise, and the rest of the image
+    expected = shares / (shares**2 + (1 - shares) ** 2).sqrt()
+    assert np.allclose(levels, expected, atol=2e-3)  # timesteps are whole numbers
