@@ -1,23 +1,34 @@
 """The calibrated image that stands for a segment of a clip: for models that take one reference for many frames."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import cv2
 import numpy as np
 
+from tpc.config import CalibrationConfig
 from tpc.warping import continued, quad_mask
-
-if TYPE_CHECKING:
-    from tpc.result import Calibration
 
 RULES = ("nearest", "median", "first")
 SIDE = 64  # pixels of the longer side at which silhouettes are compared
 
 
-def segment_frame(calibration: Calibration, frames: range, rule: str = RULES[0]) -> int | None:
+class CalibratedFrames(Protocol):
+    """What is asked of a `tpc.Calibration`, which has these."""
+
+    config: CalibrationConfig
+    size: tuple[int, int]
+    reference_size: tuple[int, int]
+    frame_map: np.ndarray
+    masks: Sequence[np.ndarray]
+    member: np.ndarray
+    matrices: np.ndarray
+    target_masks: Sequence[np.ndarray]
+
+    def frame_image(self, frame: int) -> np.ndarray: ...
+
+
+def segment_frame(calibration: CalibratedFrames, frames: range, rule: str = RULES[0]) -> int | None:
     """Choose the frame whose calibrated images stand for all of these; None where nobody is calibrated.
 
     Of the frames with the most calibrated persons: the one whose silhouettes overlap most with those of the driving
@@ -34,7 +45,7 @@ def segment_frame(calibration: Calibration, frames: range, rule: str = RULES[0])
     return _median(calibration, candidates) if rule == "median" else candidates[0]
 
 
-def continued_image(calibration: Calibration, frame: int) -> np.ndarray:
+def continued_image(calibration: CalibratedFrames, frame: int) -> np.ndarray:
     """A frame's calibrated image; where the reference moves along as a whole, continued beyond its edges."""
     image, calibrated = calibration.frame_image(frame), np.flatnonzero(calibration.member[frame] >= 0)
     if calibration.config.fill != "reference" or len(calibrated) > 1:
@@ -43,12 +54,12 @@ def continued_image(calibration: Calibration, frame: int) -> np.ndarray:
     return continued(image, ~quad_mask(matrix, calibration.reference_size, calibration.size))
 
 
-def _shown(calibration: Calibration, frame: int) -> np.ndarray:
+def _shown(calibration: CalibratedFrames, frame: int) -> np.ndarray:
     members = [member for member in calibration.member[frame] if member >= 0]
     return np.logical_or.reduce([calibration.masks[member] for member in members], axis=0)
 
 
-def _nearest(calibration: Calibration, frames: Sequence[int], candidates: Sequence[int]) -> int:
+def _nearest(calibration: CalibratedFrames, frames: Sequence[int], candidates: Sequence[int]) -> int:
     """The candidate with the greatest mean IoU with the driving silhouettes of all frames."""
     shown = _small([_shown(calibration, frame) for frame in candidates], calibration.size)
     driven = _small([calibration.target_masks[frame].any(0) for frame in frames], calibration.size)
@@ -60,7 +71,7 @@ def _nearest(calibration: Calibration, frames: Sequence[int], candidates: Sequen
     return candidates[int(np.argmax((common / np.maximum(union, 1e-6)).mean(1)))]
 
 
-def _median(calibration: Calibration, candidates: Sequence[int]) -> int:
+def _median(calibration: CalibratedFrames, candidates: Sequence[int]) -> int:
     """The candidate whose maps move the corners of the reference closest to their medians over the candidates."""
     width, height = calibration.reference_size
     corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1]], np.float64).T

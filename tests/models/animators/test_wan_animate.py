@@ -78,18 +78,24 @@ def test_frames_are_those_of_diffusers(published, frames, scale, carried):
     assert np.abs(found - expected).max() < 1e-5
 
 
-def calibrated(unseen: range) -> Calibration:
-    """For two segments; nobody is seen in some of the frames."""
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    """For two segments."""
     frames, matrix = 2 * SEGMENT - 1, np.array([[0.5, 0, 8], [0, 0.5, 0], [0, 0, 1]])
-    driving = standing_poses(frames, offset=4)
-    driving.scores[unseen.start : unseen.stop] = 0
     config = CalibrationConfig(max_gap=0, propagation="off", attach="replace")
     image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     maps = {"frame_map": matrix, "reference_map": matrix}
-    return calibrate(image, standing_poses(1), driving, SIZE, config, **maps)
+    return calibrate(image, standing_poses(1), standing_poses(frames, offset=4), SIZE, config, **maps)
 
 
-def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference():
+def unseen(calibration: Calibration, frames: int) -> Calibration:
+    """Nobody is calibrated in the first frames."""
+    member = calibration.member.copy()
+    member[:frames] = -1
+    return replace(calibration, member=member)
+
+
+def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference(calibration):
     given = images(2 * SEGMENT - 1)
     noise = torch.randn((1, 8, 6, 4, 6), generator=torch.Generator().manual_seed(2))
 
@@ -97,24 +103,23 @@ def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference():
         arguments = {"latents": noise, "guidance_scale": 1.0, "calibration": calibration, "num_inference_steps": 2}
         return our_frames(given | others, words, **arguments)
 
-    plain, nobody = run(), run(calibrated(range(2 * SEGMENT - 1)))
+    plain, nobody = run(), run(unseen(calibration, 2 * SEGMENT - 1))
     assert np.abs(nobody - plain).max() < 1e-5
-    late = run(calibrated(range(SEGMENT)))  # seen in the second segment alone
+    late = run(unseen(calibration, SEGMENT))  # seen in the second segment alone
     assert np.abs(late[:SEGMENT] - plain[:SEGMENT]).max() < 1e-5
     assert np.abs(late[SEGMENT:] - plain[SEGMENT:]).mean() > 3e-4
     # The image of a segment is a reference as any other, but that CLIP has seen the original.
-    whole = calibrated(range(0))
-    shown = whole.segment_image(range(SEGMENT))
+    shown = calibration.segment_image(range(SEGMENT))
     original = torch.from_numpy(given["reference"]).permute(2, 0, 1)[None] / 127.5 - 1
     words = Words(embeddings={"image": wan_pipeline().animator.image_tokens(original)})
-    expected, found = run(None, words, reference=shown), run(whole)
+    expected, found = run(None, words, reference=shown), run(calibration)
     assert np.abs(found[:SEGMENT] - expected[:SEGMENT]).max() < 1e-6
     assert np.abs(found[:SEGMENT] - plain[:SEGMENT]).mean() > 3e-4
 
 
-def test_what_segments_cannot_be():
+def test_what_segments_cannot_be(calibration):
     pipeline, given = wan_pipeline(), images(SEGMENT)
-    made = replace(whole := calibrated(range(0)), config=replace(whole.config, attach="add"))
+    made = replace(calibration, config=replace(calibration.config, attach="add"))
     refused = {
         "tpc.attach=add is none of replace": {"calibration": made, "poses": images(made.frames)["poses"]},
         "solver=ddim knows no flow matching": {"solver": "ddim"},
