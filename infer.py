@@ -88,7 +88,8 @@ def main(arguments: list[str]) -> None:
         check_inputs(job)
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
-    from inference.pairs import animate_pairs
+    from data.poses.drawing import FIGURES
+    from inference.pairs import animate_pairs, words_of
     from models.animators.registry import load_pipeline
     from models.compiling import compile_unets, use_channels_last
 
@@ -96,7 +97,14 @@ def main(arguments: list[str]) -> None:
     for job in jobs:
         output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
-    pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
+    words = words_of(config)
+    pipeline = load_pipeline(
+        config.model or SHIPPED_MODEL,
+        dtype,
+        config.lora,
+        config.lora_scale,
+        embeddings=() if words is None else words.embeddings,
+    ).to(device)
     if config.channels_last:
         use_channels_last(pipeline.animator, pipeline.vae)
     if config.compile:
@@ -116,7 +124,9 @@ def main(arguments: list[str]) -> None:
         if config.pairs is not None:
             print(f"{len(jobs)} pairs, of which {len(there)} are done already", flush=True)
     for job in jobs:
-        if job.pose_images is None and pipeline.pose_kind != "OpenPose":
+        if words_of(job) is not None and not pipeline.animator.takes_words:
+            raise UserError(f"prompt=, negative_prompt= and embeddings= are of no use to model={job.model}")
+        if job.pose_images is None and pipeline.pose_kind not in FIGURES:
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")
     with state.split_between_processes(jobs) as mine:

@@ -20,12 +20,14 @@ from core.config import VERSION
 from core.errors import UserError
 from core.files import complete_file, write_json
 from data.inputs import Driving, Reference
-from data.poses.drawing import draw_pose
+from data.poses.drawing import FIGURES
+from data.poses.faces import crop_faces
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader, write_video
 from inference.comparison import comparison_frames, comparison_strip
 from inference.config import SamplingConfig, check_model_sizes
 from models.attention.recording import AttentionRecording
+from models.images import Words
 from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
@@ -62,6 +64,8 @@ class ModelInputs:
     calibration: Calibration | None
     fps: float  # frames per second
     cuts: tuple[int, ...]  # first frames of the clip's shots after the first
+    faces: np.ndarray | None = None  # (f, side, side, 3), of the driving person, for models that take them
+    words: Words | None = None  # for models that take them
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,16 @@ def model_inputs(
     progress: Progress,
 ) -> ModelInputs:
     """Images and calibration for `sampled`; computes with no network of the pipeline."""
-    if driving.images is None and pipeline.pose_kind != "OpenPose":
+    if driving.images is None and pipeline.pose_kind not in FIGURES:
         raise UserError(f"the model reads {pipeline.pose_kind} images, which cannot be drawn from keypoints")
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
     beyond = ~quad_mask(frame.reference_map, reference.image.shape[1::-1], size)
     image = continued(apply_fit(reference.image, frame.reference_map, size), beyond)
-    poses = pose_images(driving, frame.frame_map, size)
+    poses = pose_images(driving, frame.frame_map, size, pipeline.pose_kind)
+    faces, side = None, pipeline.animator.face_size
+    if side is not None and driving.frames is not None and driving.poses is not None:
+        faces = crop_faces(driving.frames, driving.drawn or driving.poses, side)
 
     calibration = None
     if tpc is not None:
@@ -183,7 +190,7 @@ def model_inputs(
     elif pipeline.animator.needs_mask and reference.poses is not None:
         mask = warp_mask(mask_pyramid(draw_silhouettes(reference.poses)[0].any(axis=0)), frame.reference_map, size)
 
-    return ModelInputs(image, poses, mask, calibration, driving.fps, driving.cuts)
+    return ModelInputs(image, poses, mask, calibration, driving.fps, driving.cuts, faces)
 
 
 def sampled(
@@ -196,11 +203,16 @@ def sampled(
 ) -> Animation:
     """The model's animation of its inputs; see `animate`."""
 
+    window = pipeline.default_window(len(inputs.poses), sampling.window_size, sampling.window_overlap)
+    segments = pipeline.segments(len(inputs.poses), *window, inputs.cuts)
+
     def sample(name: str, calibration: Calibration | None, attention: AttentionRecording | None) -> np.ndarray:
         with (
             watch.stage(name),
             tqdm(
-                total=pipeline.denoising_steps(sampling.steps, calibration), desc=name, disable=not show_progress
+                total=pipeline.denoising_steps(sampling.steps, calibration) * len(segments),
+                desc=name,
+                disable=not show_progress,
             ) as progress,
         ):
 
@@ -226,6 +238,8 @@ def sampled(
                 guidance_interval=sampling.guidance_interval,
                 solver=sampling.solver,
                 cuts=inputs.cuts,
+                words=inputs.words,
+                faces=inputs.faces,
             ).frames
 
     calibration, plain, calibrated = inputs.calibration, None, None
@@ -241,24 +255,29 @@ def sampling_plan(
 ) -> str:
     """What will be sampled, in a line; `calibrated`: with TPC."""
     window = pipeline.default_window(frames, sampling.window_size, sampling.window_overlap)
-    windows = len(context_windows(frames, *window))
+    segments = pipeline.animator.segment_frames is not None
+    windows = len(pipeline.segments(frames, *window, ()) if segments else context_windows(frames, *window))
     scales = pipeline.animator.guidance_scales(sampling.guidance_scales or sampling.guidance_scale)
     parts = 1 + sum(scale != 1 for scale in scales)
     counts = {f"{sampling.steps} steps": sampling.steps}
     counts |= {f"{parts} (guidance {' and '.join(f'{scale:.3g}' for scale in scales)})": parts} if parts > 1 else {}
-    counts |= {f"{windows} windows of {window[0]} frames": windows} if windows > 1 else {}
+    word = "segments" if segments else "windows"
+    counts |= {f"{windows} {word} of {window[0]} frames": windows} if windows > 1 else {}
     counts |= {"2 (without and with TPC)": 2} if calibrated and sampling.compare else {}
     width, height = size
-    return f"{frames} frames of {width} x {height} pixels; {' x '.join(counts)} = {prod(counts.values())} passes"
+    asked = sampling.window_size
+    rounded = f" (window_size={asked} becomes {window[0]})" if segments and asked not in (None, window[0]) else ""
+    passes = f"{' x '.join(counts)} = {prod(counts.values())} passes"
+    return f"{frames} frames of {width} x {height} pixels; {passes}{rounded}"
 
 
-def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pose images in the model's frame, (f, H, W, 3) uint8: those given, or OpenPose figures of the poses."""
+def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int], kind: str = "OpenPose") -> np.ndarray:
+    """Pose images in the model's frame, (f, H, W, 3) uint8: those given, or figures of a kind, of the poses."""
     if driving.images is not None:
         matrix = fit_matrix(driving.images.size, size, "cover")
         return np.stack([apply_fit(image, matrix, size) for image in driving.images])
     poses = (driving.drawn or driving.poses).mapped(frame_map, size)
-    return np.stack([draw_pose(k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
+    return np.stack([FIGURES[kind](k, s, size) for k, s in zip(poses.keypoints, poses.scores, strict=True)])
 
 
 def upscaled(frames: np.ndarray, source: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -25,7 +25,8 @@ class SamplingConfig:
     # one scale for each kind of guidance, where a model has several, in place of guidance_scale
     guidance_scales: list[float] | None = numbers(None, 0, 100)
     window_size: int | None = number(None, 1, MANY)  # frames denoised together; null: as many as the model knows
-    window_overlap: int = number(4, 0, MANY)  # frames that neighbouring windows share
+    # frames that neighbouring windows share; null: 4, or what the model's segments carry on from
+    window_overlap: int | None = number(None, 0, MANY)
     shift_windows: bool = False  # at every step, so that no frame is always at a window's end
     # Passes of the UNet, over windows and branches of guidance, in one batch: more keep a GPU busy with small images,
     # and take memory.
@@ -40,7 +41,7 @@ class SamplingConfig:
 
     def check(self) -> None:
         check_sampling(self.guidance_interval, self.solver)
-        if self.window_size is not None and self.window_overlap >= self.window_size:
+        if self.window_size is not None and (self.window_overlap or 0) >= self.window_size:
             raise UserError(f"window_overlap={self.window_overlap} must be below window_size={self.window_size}")
         if self.guidance_scales is not None and not self.guidance_scales:
             raise UserError(
@@ -91,6 +92,11 @@ class InferConfig(SamplingConfig):
     pose_images: str | None = None
     reference_mask: str | None = None  # 8-bit image, 255 = person, or a folder with p0.png, p1.png, ...
     driving_masks: str | None = None  # folder with 000000.png, or 000000_p0.png for several persons
+    prompt: str | None = None  # what the result shows, for models that take text; null: the model's own
+    negative_prompt: str | None = None  # what guidance leads away from, likewise
+    # safetensors file with prompt, negative_prompt or image, in place of what the model's encoders make of them, which
+    # are then not loaded
+    embeddings: str | None = None
     upscale: str | None = choice(None, ("source",))  # source: bring animation.mp4 to the driving video's size
     # first frames of new shots, counted as the results'; null: found, []: none
     cuts: list[int] | None = numbers(None, 0, MANY)

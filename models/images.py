@@ -141,13 +141,16 @@ class ImageSequence:
         return resize_images(part, *self.size).to(self.dtype)
 
 
+EMBEDDINGS = ("prompt", "negative_prompt", "image")  # that `Words` may hold
+
+
 @dataclass(frozen=True)
 class Words:
     """What the result shall show, for animators that take it, as text or as what encoders have made of it."""
 
     prompt: str | None = None  # None: the model's own
     negative_prompt: str | None = None  # what guidance leads away from
-    # "prompt" and "negative_prompt", and "image", CLIP's tokens of the reference: (1, n, c) each
+    # Some of `EMBEDDINGS`, (1, n, c) each; "image" has CLIP's tokens of the reference
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
 

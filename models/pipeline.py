@@ -133,7 +133,7 @@ class AnimationPipeline(RunInputs):
     @property
     def sampling(self) -> dict[str, Any]:
         """Settings that the model is best sampled with, as far as its folder knows them."""
-        return dict(self.config.sampling or {})
+        return {**self.animator.published_sampling, **(self.config.sampling or {})}
 
     def attention_run(
         self,

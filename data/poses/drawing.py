@@ -41,6 +41,27 @@ def draw_pose(keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], 
     return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
+def draw_thin_pose(
+    keypoints: np.ndarray, scores: np.ndarray, size: tuple[int, int], threshold: float = 0.5
+) -> np.ndarray:
+    """The same figure as Wan-Animate is shown it: lines of a few pixels on whole pixels, without soft edges."""
+    # Wan-Video/Wan2.2, `wan/modules/animate/preprocess/human_visualization.py`; it draws hands and toes as well.
+    image = np.zeros((size[1], size[0], 3), np.uint8)
+    joints, visible = body_joints(keypoints, scores, threshold)
+    half_width = max(min(size) // 200 - 1, 1)
+    for person, seen in zip(np.clip(joints, -(2.0**20), 2.0**20), visible, strict=True):
+        for (start, end), colour in zip(_LIMBS, _LIMB_COLOURS, strict=False):
+            if seen[start] and seen[end]:
+                along = person[start] - person[end]
+                angle = int(np.degrees(np.arctan2(along[1], along[0])))
+                centre = tuple(int(value) for value in (person[start] + person[end]) / 2)
+                outline = cv2.ellipse2Poly(centre, (int(np.hypot(*along) / 2), half_width), angle, 0, 360, 1)
+                cv2.fillConvexPoly(image, outline, colour)
+        for joint in np.flatnonzero(seen):
+            cv2.circle(image, tuple(int(value) for value in person[joint]), half_width, _COLOURS[joint], cv2.FILLED)
+    return image
+
+
 def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """COCO-17 to OpenPose body-18: joints (persons, 18, 2), and bool (persons, 18) of those that are drawn."""
     keypoints, scores = np.asarray(keypoints, np.float64), np.asarray(scores)
@@ -56,6 +77,10 @@ def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> 
     joints = np.concatenate([keypoints, neck], axis=1)[:, _BODY_FROM_COCO]
     visible = np.concatenate([visible, visible[:, 5:7].all(axis=1, keepdims=True)], axis=1)[:, _BODY_FROM_COCO]
     return joints, visible
+
+
+# What models read -> what draws it of keypoints, scores and a size.
+FIGURES = {"OpenPose": draw_pose, "Wan-Animate": draw_thin_pose}
 
 
 def _draw_limbs(image: np.ndarray, joints: np.ndarray, visible: np.ndarray, half_width: float) -> None:

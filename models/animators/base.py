@@ -6,7 +6,7 @@ clip, r = tokens of one image, c = channels, h, w = latent size, H, W = image si
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -100,6 +100,8 @@ class Animator(nn.Module, ABC):
     attachments: tuple[str, ...] = ("add", "replace")  # of calibrated images, that it knows
     records_attention = True  # has what `models.attention.recording` asks
     takes_words = False  # a prompt, or its embedding, see `models.images.Words`
+    encoders: Mapping[str, tuple[str, ...]] = {}  # embedding -> components that a run does without, given it
+    published_sampling: Mapping[str, Any] = {}  # settings for folders that say none, as `AnimationPipeline.sampling`
     face_size: int | None = None  # side of the face images that `pose_condition` gets; None: none
 
     # A model of segments denoises a segment, decodes it, and gives its last frames to the next; `pose_condition` is

@@ -61,13 +61,13 @@ def load_pipeline(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     argument: str = "model",
-    without: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> AnimationPipeline:
     """A pipeline from a local folder; nothing is downloaded, and a `UserError` says what is missing or does not fit.
 
-    Components that a run may do without are None where the folder has none, and where `without` names them. Adapters
-    in the folder `lora`, and in the pipeline folder's own, are added to the weights, times `lora_scale`. Errors name
-    the folder as `argument`.
+    Components that a run may do without are None where the folder has none, and where `embeddings` of these names
+    will stand in for them. Adapters in the folder `lora`, and in the pipeline folder's own, are added to the weights,
+    times `lora_scale`. Errors name the folder as `argument`.
     """
     folder = Path(folder)
     index = read_index(folder, argument)
@@ -77,7 +77,8 @@ def load_pipeline(
     what = f"{argument}={folder}"
     components = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
     absent = [name for name in components if not list((folder / name).glob("*.json"))]
-    left_out = [name for name in components if name in {*absent, *without} and may_be_absent(cls, name)]
+    unneeded = {name for embedding in embeddings for name in cls.animator_cls.encoders.get(embedding, ())}
+    left_out = [name for name in components if name in {*absent, *unneeded} and may_be_absent(cls, name)]
     if lacking := [name for name in absent if name not in left_out]:
         raise UserError(
             f"{what} is incomplete: of the folders that its model_index.json names, "

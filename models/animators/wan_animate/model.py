@@ -10,6 +10,7 @@ n = tokens, H, W = image size, S = side of face images.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from diffusers import SchedulerMixin
@@ -29,7 +30,7 @@ from models.vae import VideoVAE, video_encode
 
 SOURCE = "reference"  # name of the tokens that all layers share
 MASK_CHANNELS = 4  # one for each frame of a latent
-TRAINED_SIDE = 98  # latents of a square of 832 x 480 pixels, nearly, in even numbers
+TRAINED_SIDE = 120  # latents of a square of as many pixels as 1280 x 720
 NULL_FACE = -1.0
 
 
@@ -58,7 +59,12 @@ class WanAnimate(Animator):
     vae_class = VideoVAE
     attachments = ("replace",)
     records_attention = False
+    pose_kind = "Wan-Animate"
     takes_words = True
+    encoders = MappingProxyType(
+        {"prompt": ("text_encoder", "tokenizer"), "image": ("image_encoder", "image_processor")}
+    )
+    published_sampling = MappingProxyType({"steps": 20, "guidance_scale": 1.0})
     latent_multiple = 2
     segment_frames = 77
     frames_per_latent = 4

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.poses.drawing import body_joints, draw_pose
+from data.poses.drawing import body_joints, draw_pose, draw_thin_pose
 
 # A standing figure in an image of 512 pixels, COCO order; the person's left is on the right of the image.
 FIGURE = np.array(
@@ -116,3 +116,19 @@ def test_the_skeleton_alone_is_drawn():
 def test_wrong_shapes_are_named(shapes):
     with pytest.raises(ValueError, match=r"\(persons, 17, 2\)"):
         draw_pose(np.zeros(shapes[0]), np.zeros(shapes[1]), (64, 64))
+
+
+@pytest.mark.parametrize(("side", "half_width"), [(128, 1), (1080, 4)])
+def test_thin_figures_are_of_few_pixels_and_hard_edges(side, half_width):
+    """The published code's width, `int(side / 200) - 1` to either side of a line's middle, and its colours."""
+    figure = figure_at(side)
+    image = draw_thin_pose(figure, np.ones((1, 17)), (side, side))
+    colours = {tuple(colour) for colour in image.reshape(-1, 3)}
+    known = {tuple(hue_colour(step).astype(int)) for step in range(18)}
+    known |= {tuple(int(value * 0.6) for value in colour) for colour in known}
+    assert colours <= {(0, 0, 0)} | known, "no colour between two"
+    x, y = (figure[0, 5] + figure[0, 6]) / 2  # half of the way between the shoulders: the neck, with its joint
+    column = image[:, int((x + figure[0, 5, 0]) / 2)].any(-1)  # through one shoulder's line
+    rows = np.flatnonzero(column[int(y) - side // 50 : int(y) + side // 50])
+    assert 1 <= len(rows) <= 2 * half_width + 1
+    assert not draw_thin_pose(figure, np.full((1, 17), 0.49), (side, side)).any()
