@@ -126,6 +126,8 @@ def main(arguments: list[str]) -> None:
     for job in jobs:
         if words_of(job) is not None and not pipeline.animator.takes_words:
             raise UserError(f"prompt=, negative_prompt= and embeddings= are of no use to model={job.model}")
+        if job.tpc.enabled and job.tpc.attach is not None:
+            pipeline.check_attach(job.tpc.attach)
         if job.pose_images is None and pipeline.pose_kind not in FIGURES:
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")

@@ -32,6 +32,7 @@ from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.calibration import Progress
+from tpc.export.segments import segment_fill
 from tpc.images import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
@@ -127,6 +128,22 @@ def with_own_start(tpc: CalibrationConfig, pipeline: AnimationPipeline, masked: 
     return replace(tpc, start=pipeline.sampling.get("start"))
 
 
+def for_segments(
+    tpc: CalibrationConfig, pipeline: AnimationPipeline, window: int | None, frames: int, persons: int
+) -> CalibrationConfig:
+    """The calibration for a model of segments: what it leaves open is as one image for many frames wants it.
+
+    `window`: frames of a segment.
+    """
+    if pipeline.animator.segment_frames is None:
+        return tpc
+    attach = tpc.attach or (None if "add" in pipeline.animator.attachments else "replace")
+    length, _ = pipeline.default_window(frames, window, None)
+    # To be bent into one frame's pose helps none of the others.
+    transform, fill = tpc.transform or "procrustes", segment_fill(tpc, length, frames, persons)
+    return replace(tpc, attach=attach, transform=transform, fill=fill)
+
+
 def animate(
     pipeline: AnimationPipeline,
     reference: Reference,  # with poses when `tpc` is given
@@ -167,6 +184,8 @@ def model_inputs(
 
     calibration = None
     if tpc is not None:
+        frames, persons = driving.poses.frames, reference.poses.persons
+        tpc = for_segments(tpc, pipeline, sampling.window_size, frames, persons)
         with watch.stage("calibration"):
             calibration = calibrate(
                 reference.image,

@@ -115,9 +115,15 @@ class RunInputs(DiffusionPipeline):
         if attention is not None and not animator.records_attention:
             raise UserError(f"attention cannot be recorded: {name} has no maps of it")
         if calibration is not None and calibration.persons:
-            attach = "replace" if calibration.replaces_reference else "add"
-            if attach not in animator.attachments:
-                raise UserError(f"tpc.attach={attach} is none of {', '.join(animator.attachments)}, which {name} has")
+            self.check_attach("replace" if calibration.replaces_reference else "add")
+
+    def check_attach(self, attach: str) -> None:
+        """UserError for a way of attaching calibrated images that the animator has not."""
+        known = self.animator.attachments
+        if attach not in known:
+            raise UserError(
+                f"tpc.attach={attach} is none of {', '.join(known)}, which {self.animator_cls.__name__} has"
+            )
 
     def prepare_images(
         self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int], words: Words | None

@@ -1,8 +1,11 @@
 """The smallest Wan-Animate that has every part, and inputs for it."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
@@ -123,3 +126,15 @@ def images(frames: int) -> dict[str, np.ndarray]:
         "poses": draw.integers(0, 256, (frames, *SIZE[::-1], 3), dtype=np.uint8),
         "faces": draw.integers(0, 256, (frames, FACE, FACE, 3), dtype=np.uint8),
     }
+
+
+def published_folder(path: Path) -> Path:
+    """Saved by diffusers' own pipeline of the stock classes, the transformer in shards."""
+    stock = diffusers.WanAnimateTransformer3DModel(**TRANSFORMER)
+    stock.load_state_dict(components()["transformer"].state_dict())
+    diffusers.WanAnimatePipeline(**components() | {"transformer": stock}).save_pretrained(path, max_shard_size="100KB")
+    # The published files name classes of other releases of transformers.
+    index = json.loads((path / "model_index.json").read_text())
+    index["tokenizer"][1], index["image_processor"][1] = "T5TokenizerFast", "CLIPImageProcessor"
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path

@@ -14,23 +14,15 @@ from models.animators.registry import load_pipeline
 from models.animators.wan_animate.model import WanAnimatePipeline
 from models.checkpoints.loading import shapes_on_meta
 from models.images import Words
-from tests.wan_parts import SEGMENT, TRANSFORMER, components, images, wan_pipeline
+from tests.wan_parts import SEGMENT, TRANSFORMER, images, published_folder, wan_pipeline
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Saved by diffusers' own pipeline of the stock classes, the transformer in shards."""
-    stock = diffusers.WanAnimateTransformer3DModel(**TRANSFORMER)
-    stock.load_state_dict(components()["transformer"].state_dict())
-    path = tmp_path_factory.mktemp("published") / "wan"
-    diffusers.WanAnimatePipeline(**components() | {"transformer": stock}).save_pretrained(path, max_shard_size="100KB")
+    path = published_folder(tmp_path_factory.mktemp("published") / "wan")
     assert len(list((path / "transformer").glob("*.safetensors"))) > 2
-    # The published files name classes of other releases of transformers.
-    index = json.loads((path / "model_index.json").read_text())
-    index["tokenizer"][1], index["image_processor"][1] = "T5TokenizerFast", "CLIPImageProcessor"
-    (path / "model_index.json").write_text(json.dumps(index))
     return path
 
 
