@@ -45,7 +45,9 @@ def test_embeddings_of_a_file(inputs, folder, tmp_path):
     words = f"embeddings={tmp_path / 'words.safetensors'}"
     told = run(inputs, folder, tmp_path / "told", "prompt=a fan", "tpc.enabled=false")
     cached = run(inputs, folder, tmp_path / "cached", words, "tpc.enabled=false")
-    assert np.abs(cached.astype(int) - told).mean() < 0.1  # but for rounding, and what the codec makes of it
+    assert (
+        np.abs(cached.astype(int) - told).mean() < 0.5
+    )  # rounding, and what the codec makes of it; of another prompt 1.7
     save_file({"prompt": prompt[0]}, tmp_path / "wrong.safetensors")
     refused = {
         f"embeddings={tmp_path / 'wrong.safetensors'}": "has prompt of shape .* each \\(1, tokens, channels\\)",
