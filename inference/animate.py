@@ -137,11 +137,10 @@ def for_segments(
     """
     if pipeline.animator.segment_frames is None:
         return tpc
-    attach = tpc.attach or (None if "add" in pipeline.animator.attachments else "replace")
     length, _ = pipeline.default_window(frames, window, None)
     # To be bent into one frame's pose helps none of the others.
     transform, fill = tpc.transform or "procrustes", segment_fill(tpc, length, frames, persons)
-    return replace(tpc, attach=attach, transform=transform, fill=fill)
+    return replace(tpc, attach=tpc.attach or "replace", transform=transform, fill=fill)
 
 
 def animate(

@@ -45,6 +45,9 @@ class CalibratedClip(Protocol):
     def frame_image(self, frame: int) -> np.ndarray:
         """(H, W, 3) uint8: a frame's own calibrated images, persons laid over each other."""
 
+    def held(self, frames: range, groups: int) -> Self:
+        """These frames alone calibrated, each of so many groups of them to the frame that fits it, at every step."""
+
     def segment_image(self, frames: range) -> np.ndarray | None:
         """(H, W, 3) uint8: the calibrated image that stands for all of these frames; None: nobody is calibrated."""
 

@@ -6,6 +6,7 @@ Shapes use f = frames, i = reference images, c = channels, h, w = latent size.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class ReferenceImages:
     """Contexts for the windows of a run.
 
     Of more than `max_images` images only those of a step or of some windows stay encoded. With `null_image` the last
-    of the tokens are `Animator.null_image_tokens`.
+    of the tokens are `Animator.null_image_tokens`. `conditioning`: that of the reference; None: it is encoded here.
     """
 
     def __init__(
@@ -38,21 +39,25 @@ class ReferenceImages:
         steps: int,
         max_images: int = MAX_IMAGES,
         null_image: bool = False,
+        conditioning: Any = None,
     ):
         self.animator, self.images, self.calibration = animator, images, images.calibration
         self.max_images, self.null_image = max_images, null_image
         factor = vae_scale_factor(images.vae)
         height, width = images.reference.shape[-2:]
-        self.levels = token_levels(animator.attention_layers((height // factor, width // factor)))
+        self.latent_size = height // factor, width // factor
+        self.levels = token_levels(animator.attention_layers(self.latent_size))
         self.used = [] if self.calibration is None else [int(image) for image in self.calibration.used(steps)]
-        self.conditioning = animator.encode_reference(images.select([REFERENCE]))
+        self.conditioning = conditioning
+        if conditioning is None:
+            self.conditioning = animator.encode_reference(images.select([REFERENCE]))
         # By layer, see `ReferenceContext`.
         self.tokens: dict[str, Tensor] = {}
         self.projected: dict[str, tuple[Tensor, Tensor]] = {}
         self.rows: dict[int, int] = {}  # index of an encoded image -> its row in the tokens
         self._encoded_at: int | None = None
         self._index: tuple[int, np.ndarray] | None = None
-        self._segment: Segment | None = None  # that the tokens are of
+        self._segment: tuple[Segment, ReferenceContext] | None = None  # the last one
 
     def start_latents(self) -> Tensor:
         """Latents (1, c, f, h, w) of what replaces each frame's reference, or (1, c, 1, h, w) of the reference."""
@@ -86,15 +91,27 @@ class ReferenceImages:
         return contexts
 
     def segment_context(self, segment: Segment) -> ReferenceContext:
-        """The image that stands for the reference in a segment, in which all frames together attend to it."""
-        if self._segment != segment:
-            shown = None if self.calibration is None else self.calibration.segment_image(segment.inside)
-            images = self.images.select([REFERENCE])
-            if shown is not None:
-                pixels = image_pixels(shown, images.reference)
-                images = replace(images, reference=pixels, calibration=None, encoded={})
-            self.tokens, self._segment = self.animator.encode_images(images, 0, self.conditioning), segment
-        return ReferenceContext(self.tokens, torch.zeros(1, 1, dtype=torch.long, device=self.images.reference.device))
+        """What the frames of a segment attend to together: the reference, or what replaces it, and further images."""
+        if self._segment is None or self._segment[0] != segment:
+            self._segment = segment, self._of_segment(segment)
+        return self._segment[1]
+
+    def _of_segment(self, segment: Segment) -> ReferenceContext:
+        calibration, images, frames = self.calibration, self.images, segment.inside
+        replaces = calibration is not None and calibration.replaces_reference
+        if replaces and (shown := calibration.segment_image(frames)) is not None:
+            images = replace(images, reference=image_pixels(shown, images.reference), calibration=None, encoded={})
+        elif calibration is not None and not replaces:
+            images = replace(images, calibration=calibration.held(frames, self.animator.images_of_segment))
+            own = ReferenceImages(self.animator, images, steps=1, conditioning=self.conditioning)
+            context = own.contexts(0, 0, [frames])[0]
+            # Frames beyond the end of the shot, which nobody will see, are as the last.
+            last = torch.arange(len(segment.frames), device=context.index.device).clamp(max=len(frames) - 1)
+            flags = context.visibility and context.visibility.rows(last)
+            context = replace(context, index=context.index[last], visibility=flags)
+            return self.animator.segment_context(context, self.latent_size)
+        tokens = self.animator.encode_images(images.select([REFERENCE]), 0, self.conditioning)
+        return ReferenceContext(tokens, torch.zeros(1, 1, dtype=torch.long, device=images.reference.device))
 
     def attended(self, step: int, frames: range) -> ReferenceContext:
         """The images of the frames, which are encoded."""

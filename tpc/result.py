@@ -6,10 +6,10 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import cv2
 import numpy as np
@@ -134,6 +134,19 @@ class Calibration:
         for image in images[1:]:
             shown = np.where(self.masks[image][..., None], self.images[image], shown)
         return shown
+
+    def held(self, frames: range, groups: int) -> Self:
+        """These frames alone calibrated, each of so many groups of them to the frame that fits it best, at every step.
+
+        Groups are as equal as can be.
+        """
+        member, matrices = np.full_like(self.member, -1), self.matrices.copy()
+        for group in np.array_split(np.asarray(frames), min(groups, len(frames))):
+            frame = segment_frame(self, range(group[0], group[-1] + 1))
+            if frame is not None:
+                member[group], matrices[group] = self.member[frame], self.matrices[frame]
+        config = replace(self.config, propagation="off")
+        return replace(self, config=config, member=member, matrices=matrices)
 
     def segment_image(self, frames: range) -> np.ndarray | None:
         """(H, W, 3): the calibrated image that stands for all of these frames; None where nobody is calibrated."""

@@ -109,6 +109,7 @@ class Animator(nn.Module, ABC):
     segment_frames: int | None = None  # of a segment as it was trained; None: clips are not divided, but in windows
     carried_frames = 1  # that a segment is given of the one before
     frames_per_latent = 1  # of a segment; its first latent is of one frame
+    images_of_segment = 1  # calibrated images a person that a segment sees beside the reference
     context_latents = 0  # before the first frame's, which hold the reference
 
     trainable = False  # has what `train.py` asks, the methods below `training_prediction`
@@ -207,6 +208,10 @@ class Animator(nn.Module, ABC):
         In a batch where others have images, passes without attend to it; {}: to their own frame's tokens.
         """
         return {}
+
+    def segment_context(self, context: ReferenceContext, latent_size: tuple[int, int]) -> ReferenceContext:
+        """What a segment attends to as a whole, of what each of its frames attends to (models of segments)."""
+        return context
 
     @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:

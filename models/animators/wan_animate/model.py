@@ -8,6 +8,7 @@ Shapes use k = reference images, t = latent frames of a segment, f = its frames,
 n = tokens, H, W = image size, S = side of face images.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,8 +21,10 @@ from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5Enco
 
 from core.errors import UserError
 from models.animators.base import Animator, Condition, PoseCondition
+from models.animators.wan_animate.context import joint_context
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
 from models.animators.wan_animate.text import PROMPT, embedded
+from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
 from models.images import ImageBatch, Words
 from models.pipeline import AnimationPipeline, animated_by
@@ -57,7 +60,7 @@ class WanAnimate(Animator):
     """The transformer, and encoders that cached embeddings may stand in for."""
 
     vae_class = VideoVAE
-    attachments = ("replace",)
+    images_of_segment = 4
     records_attention = False
     pose_kind = "Wan-Animate"
     takes_words = True
@@ -161,7 +164,7 @@ class WanAnimate(Animator):
         return lambda frames, sample, timestep: inputs
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
-        given, driving = condition.conditioning, condition.pose
+        given, driving, context = condition.conditioning, condition.pose, condition.context
         prompt, faces = given.prompt, driving.faces
         if dropped[0]:
             if given.negative is None:
@@ -170,16 +173,29 @@ class WanAnimate(Animator):
                     "or the text encoder; guidance_scale=1 does without"
                 )
             prompt, faces = given.negative, torch.full_like(faces, NULL_FACE)
-        reference = condition.context.tokens[SOURCE][condition.context.index[0]]  # (k, h w, c)
+        reference = context.tokens[SOURCE][context.index[0]]  # (k, h w, c)
         reference = reference.unflatten(1, sample.shape[-2:]).permute(3, 0, 1, 2)[None].to(sample)
         reference = torch.cat([torch.ones_like(reference[:, :MASK_CHANNELS]), reference], dim=1)
         known = torch.cat([reference, driving.carried], dim=2)  # (1, 4 + c, k + t, h, w)
-        latents = torch.cat([sample, known], dim=1)
-        return self.transformer(latents, timestep.expand(1), prompt, given.image, driving.poses, faces)
+        # Calibrated images have the reference's noise, and what is predicted for them is thrown away.
+        first, clip = sample[:, :, :1], sample[:, :, 1:]
+        noisy = torch.cat([first] * reference.shape[2] + [clip], dim=2)
+        flags = context.flags(noisy.shape[2] * math.prod(self.token_grid(sample.shape[-2:])))
+        latents = torch.cat([noisy, known], dim=1)
+        flow = self.transformer(latents, timestep.expand(1), prompt, given.image, driving.poses, faces, flags)
+        return torch.cat([flow[:, :, :1], flow[:, :, reference.shape[2] :]], dim=2)
+
+    def segment_context(self, context: ReferenceContext, latent_size: tuple[int, int]) -> ReferenceContext:
+        return joint_context(context, math.prod(self.token_grid(latent_size)), self.frames_per_latent)
+
+    def token_grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the tokens of a latent frame."""
+        patch = self.transformer.config.patch_size[1:]
+        return latent_size[0] // patch[0], latent_size[1] // patch[1]
 
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         config = self.transformer.config
-        grid = tuple(side // patch for side, patch in zip(latent_size, config.patch_size[1:], strict=True))
+        grid = self.token_grid(latent_size)
         heads, channels = config.num_attention_heads, config.num_attention_heads * config.attention_head_dim
         return {f"blocks.{i}.attn1": LayerShape(grid, heads, channels) for i in range(config.num_layers)}
 

@@ -10,7 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from core.errors import UserError
+from data.poses.person import PackedMasks
+from models.animators.wan_animate.context import joint_context
 from models.animators.wan_animate.model import WanAnimatePipeline
+from models.attention.context import ReferenceContext
+from models.attention.masking import Visibility, dense_mask
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import Words
 from models.sampling import noise_level
@@ -117,11 +121,62 @@ def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference(calibrati
     assert np.abs(found[:SEGMENT] - plain[:SEGMENT]).mean() > 3e-4
 
 
-def test_what_segments_cannot_be(calibration):
+def test_calibrated_images_beside_the_reference(calibration):
+    given = images(2 * SEGMENT - 1)
+    noise = torch.randn((1, 8, 6, 4, 6), generator=torch.Generator().manual_seed(2))
+    added = replace(calibration, config=replace(calibration.config, attach="add"))
+
+    def run(calibration: Calibration | None = None) -> np.ndarray:
+        arguments = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 2}
+        return our_frames(given, None, calibration=calibration, **arguments)
+
+    plain, nobody, late = run(), run(unseen(added, 2 * SEGMENT - 1)), run(unseen(added, SEGMENT))
+    assert np.abs(nobody - plain).max() < 1e-5
+    assert np.abs(late[:SEGMENT] - plain[:SEGMENT]).max() < 1e-5
+    assert np.abs(late[SEGMENT:] - plain[SEGMENT:]).max() > 1e-3
+    # Nobody stands anywhere in the driving frames, so that nobody sees what is there.
+    exclusive = replace(added.config, visibility="exclusive")
+    hidden = replace(added, config=exclusive, target_masks=PackedMasks.zeros((added.frames, 1), SIZE))
+    assert np.abs(run(hidden) - plain).max() < 1e-5
+    assert np.abs(run(replace(added, config=exclusive)) - plain).max() > 1e-3
+
+
+def frame_contexts(frames: int, n: int, draw: np.random.Generator) -> ReferenceContext:
+    """Two persons in two groups of frames, one not calibrated in the second; random flags of three channels."""
+    index = torch.tensor([[0, 1, 2]] * (frames // 2) + [[0, 3, 0]] * (frames - frames // 2))
+    query = torch.from_numpy(draw.integers(0, 2, (frames, n, 3))).float()
+    keys = torch.from_numpy(draw.integers(0, 2, (2, 3 * n, 3))).float()
+    keys = torch.cat([torch.zeros(2, n, 3), keys], dim=1)[(index[:, 1] == 3).long()]
+    return ReferenceContext({}, index, Visibility({n: query}, {n: keys}))
+
+
+def test_a_token_of_four_frames_sees_what_one_of_them_sees():
+    frames, n, images_seen = 9, 2, [0, 1, 2, 3]
+    context = frame_contexts(frames, n, np.random.default_rng(0))
+    joint = joint_context(context, n, 4)
+    assert joint.index.tolist() == [images_seen]
+    visible = dense_mask(joint.visibility, 7 * n)[0].unflatten(0, (7, n)).unflatten(2, (7, n))  # (7, n, 7, n)
+    assert visible[0, :, [0, 4, 5, 6]].all() and not visible[0, :, 1:4].any(), "the reference: itself and the clip"
+    for image in (1, 2, 3):
+        seen = [number for number in range(7) if visible[image, :, number].all()]
+        assert seen == [0, image] and visible[image].sum() == 2 * n * n
+    query, key = context.flags(n)
+    for latent, (middle, members) in enumerate([(0, [0]), (3, [1, 2, 3, 4]), (7, [5, 6, 7, 8])]):
+        assert visible[4 + latent, :, 4:].all()
+        row = context.index[middle].tolist()
+        union = query[members].amin(dim=0)  # in no frame of these is it shown
+        hidden = torch.einsum("qg,kg->qk", union, key[middle, n:]) > 0
+        for slot, image in enumerate(row):
+            if slot == 0 or image:
+                found = visible[4 + latent, :, image]
+                assert torch.equal(found, ~hidden[:, slot * n : (slot + 1) * n])
+        for image in {1, 2, 3} - set(row):
+            assert not visible[4 + latent, :, image].any()
+
+
+def test_what_segments_cannot_be():
     pipeline, given = wan_pipeline(), images(SEGMENT)
-    made = replace(calibration, config=replace(calibration.config, attach="add"))
     refused = {
-        "tpc.attach=add is none of replace": {"calibration": made, "poses": images(made.frames)["poses"]},
         "solver=ddim knows no flow matching": {"solver": "ddim"},
         "faces are 3 images, poses 5": {"faces": given["faces"][:3]},
         "window_overlap must be 0 to 4": {"window_overlap": 4},  # which becomes 5
