@@ -16,8 +16,8 @@ def joint_context(context: ReferenceContext, n: int, frames_per_latent: int) -> 
     """The context of a segment, of the contexts of its frames: index (1, 1 + i), flags of all N tokens.
 
     A latent attends to the images of its middle frame, and a query sees what it sees in any of the frames of its
-    latent. Reference and calibrated images do not see the images that others of them are; calibrated images do not
-    see the clip either, so that they are what they would be without it.
+    latent. The reference sees itself and the clip, as without calibration; a calibrated image sees the reference and
+    itself.
     """
     index = context.index.cpu()  # (f, 1 + p), 0 where a person is not calibrated
     images = sorted(set(index[:, 1:].flatten().tolist()) - {0})
