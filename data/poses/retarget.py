@@ -1,54 +1,45 @@
 """Driving poses with the proportions of another person: the one of the reference.
 
 `bones` gives every bone of the driving skeletons the reference person's length and leaves its direction and its
-foreshortening: under an orthographic camera a bone of length l seen at an angle a from the image plane is l cos(a) long
-there, so the same rotations of joints of another body are the same vectors, each times the ratio of the two lengths.
+foreshortening: under an orthographic camera a bone of length l seen at an angle a from the image plane is l cos(a)
+long there, so the same rotations of joints of another body are the same vectors, times the ratio of the two lengths.
 `similarity` scales and shifts the driving poses to the reference in one frame, as simpler alignments do.
-
-Lengths are measured in units of the standing height, over the whole clip of the driver, and in the reference's one
-picture, where short and foreshortened are told apart by the other side, by the rest of the limb, by a driving frame
-in the same posture, and in doubt by the proportions of people.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from data.poses.poses import Poses
+from data.cuts import shots
+from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, with_middles
+from data.poses.poses import Poses, local_lines
 from data.transforms import fit_matrix, map_points
 
 MODES = ("off", "similarity", "bones")
-
-# Points beside the 17 keypoints: middles of hips, shoulders and ears.
-HIPS, SHOULDERS, HEAD = 17, 18, 19
-_MIDDLES = ((11, 12), (5, 6), (3, 4))
-PARTS = ("trunk", "shoulders", "hips", "neck", "upper_arm", "forearm", "thigh", "shin", "head")
-# Part, ends, length in standing heights: means of the training bodies of `assets/people`, which stand upright.
-_SEGMENTS = (
-    ("trunk", HIPS, SHOULDERS, 0.296),
-    ("shoulders", 5, 6, 0.186),
-    ("hips", 11, 12, 0.111),
-    ("neck", SHOULDERS, HEAD, 0.117),
-    ("upper_arm", 5, 7, 0.158),
-    ("upper_arm", 6, 8, 0.158),
-    ("forearm", 7, 9, 0.144),
-    ("forearm", 8, 10, 0.144),
-    ("thigh", 11, 13, 0.231),
-    ("thigh", 12, 14, 0.231),
-    ("shin", 13, 15, 0.229),
-    ("shin", 14, 16, 0.229),
-    ("head", 3, 4, 0.086),
-    ("head", 0, 3, 0.075),
-    ("head", 0, 4, 0.075),
-    ("head", 1, 3, 0.055),
-    ("head", 2, 4, 0.055),
-)
-_PART = np.array([PARTS.index(part) for part, *_ in _SEGMENTS])
-_ENDS = np.array([ends for _, *ends, _ in _SEGMENTS])
-_LENGTHS = np.array([length for *_, length in _SEGMENTS])
-# What parts are of the standing height: bones by their length, the crown above the ears by the head, the sole by itself.
-_UPRIGHT = {"trunk": 0.296, "neck": 0.117, "thigh": 0.230, "shin": 0.228, "head": 0.066}
-_SOLE = 0.063
+# Point: its parent and the part in between; from the hips' middle on, parents first.
+_TREE = {
+    SHOULDERS: (HIPS, "trunk"),
+    11: (HIPS, "hips"),
+    12: (HIPS, "hips"),
+    13: (11, "thigh"),
+    14: (12, "thigh"),
+    15: (13, "shin"),
+    16: (14, "shin"),
+    HEAD: (SHOULDERS, "neck"),
+    5: (SHOULDERS, "shoulders"),
+    6: (SHOULDERS, "shoulders"),
+    7: (5, "upper_arm"),
+    8: (6, "upper_arm"),
+    9: (7, "forearm"),
+    10: (8, "forearm"),
+    **{point: (HEAD, "head") for point in range(5)},
+}
+_FEET = [15, 16]
+# Degrees from the image's down up to which a person's own down is taken to be that, and from which on it counts.
+_UPRIGHT, _TURNED = 30.0, 60.0
+STEADY = 0.5  # seconds (standard deviation) over which down, and the place of people without feet, are averaged
 
 
 def retarget(
@@ -60,6 +51,7 @@ def retarget(
     height_ratio: float = 1.0,
     reference_map: np.ndarray | None = None,
     threshold: float = 0.3,
+    cuts: Sequence[int] = (),
 ) -> tuple[Poses, list[str]]:
     """Driving poses in the proportions of the reference's persons, and notes about what could not be done.
 
@@ -73,6 +65,7 @@ def retarget(
         reference_map: of `similarity`, (3, 3) from the reference's pixels to the driving frame's; None: centred, as
             large as the frame shows it whole.
         threshold: keypoints with scores up to it are not measured, and move with their neighbours.
+        cuts: first frames of the clip's shots after the first.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -89,38 +82,43 @@ def retarget(
     for person in range(reference.persons):
         frames = np.flatnonzero(slots[:, person] >= 0)
         if not len(frames):
-            notes.append(f"person {person} of the reference is not in the clip")
+            notes.append(f"person {person} of the reference is not in the driving poses")
             continue
         place = frames, slots[frames, person]
-        points, seen = driving.keypoints[place].astype(np.float64), driving.scores[place] > threshold
+        points, scores = driving.keypoints[place].astype(np.float64), driving.scores[place]
         own, own_seen = reference.keypoints[0, person].astype(np.float64), reference.scores[0, person] > threshold
         if mode == "similarity":
-            found = _aligned(points, seen, map_points(own, reference_map), own_seen)
+            found = _aligned(points, scores > threshold, map_points(own, reference_map), own_seen)
         else:
-            found = _with_lengths(points, seen, own, own_seen, height_ratio)
+            starts = np.searchsorted(frames, cuts)
+            starts = np.unique(starts[(starts > 0) & (starts < len(frames))]).tolist()
+            found = _with_lengths(points, scores > threshold, own, own_seen, height_ratio, driving.fps, starts)
         if isinstance(found, str):
             notes.append(f"person {person} is not retargeted: {found}")
             continue
-        missing = (driving.scores[place] == 0) & (driving.keypoints[place] == 0).all(-1)  # of no place at all
-        keypoints[place] = np.where(missing[..., None], 0, found)
+        nowhere = (scores == 0) & (points == 0).all(-1)
+        keypoints[place] = np.where(nowhere[..., None], 0, found)
     return Poses(keypoints, driving.scores, driving.size, driving.fps), notes
 
 
 def left_to_right(driving: Poses, reference: Poses, threshold: float = 0.3) -> np.ndarray:
     """Slots (frames, reference persons) that give the persons of both their order from left to right."""
-    columns = []
+    orders = []
     for poses in (reference, driving):
-        x = np.where(poses.scores > threshold, poses.keypoints[..., 0], np.nan)
-        middles = [np.nanmedian(x[:, p]) if np.isfinite(x[:, p]).any() else np.inf for p in range(poses.persons)]
-        columns.append(np.argsort(middles, kind="stable"))
+        seen = poses.scores > threshold
+        columns = [poses.keypoints[:, p, :, 0][seen[:, p]] for p in range(poses.persons)]
+        orders.append(np.argsort([np.median(x) if len(x) else np.inf for x in columns], kind="stable"))
     slots = np.full((driving.frames, reference.persons), -1)
-    for person, slot in zip(*columns, strict=False):
+    for person, slot in zip(*orders, strict=False):
         slots[:, person] = np.where(driving.present(threshold)[:, slot], slot, -1)
     return slots
 
 
 def _aligned(points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_seen: np.ndarray) -> np.ndarray | str:
-    """Points (f, 17, 2) scaled and shifted so that in the first frame that shows most of what both show they fit."""
+    """Points (f, 17, 2), scaled and shifted onto `own` (17, 2) in the first frame that shows most of both, or why not.
+
+    Most is all that any frame does, or 13 keypoints, which a whole person has.
+    """
     common = seen & own_seen
     counts = common.sum(1)
     if counts.max() < 2:
@@ -128,101 +126,105 @@ def _aligned(points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_seen: np
     first = int(np.argmax(counts >= min(counts.max(), 13)))
     source, target = points[first, common[first]], own[common[first]]
     middle, goal = source.mean(0), target.mean(0)
-    spread = np.linalg.norm(source - middle)
-    if spread < 1e-6:
+    sizes = [np.linalg.norm(each - each.mean(0)) for each in (source, target)]
+    if min(sizes) < 1e-6:
         return "its keypoints lie on one point"
-    return goal + (points - middle) * (np.linalg.norm(target - goal) / spread)
+    return goal + (points - middle) * (sizes[1] / sizes[0])
 
 
 def _with_lengths(
-    points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_seen: np.ndarray, height_ratio: float
+    points: np.ndarray,
+    seen: np.ndarray,
+    own: np.ndarray,
+    own_seen: np.ndarray,
+    height_ratio: float,
+    fps: float,
+    cuts: Sequence[int],
 ) -> np.ndarray | str:
-    """Points (f, 17, 2) with the bones of `own` (17, 2), standing as tall as before, times `height_ratio`."""
+    """Points (f, 17, 2) with bones as long as those of `own` (17, 2), or why not."""
     points, seen = with_middles(points, seen)
-    own, own_seen = with_middles(own[None], own_seen[None])
-    if not (seen[:, HIPS] | seen[:, SHOULDERS]).any():
-        return "neither both hips nor both shoulders are visible in any frame"
-    if not (own_seen[0, HIPS] | own_seen[0, SHOULDERS]):
-        return "neither both hips nor both shoulders are visible in the reference"
-    ratios = length_ratios(points, seen, own, own_seen) * height_ratio
-    return placed(points, seen, rebuilt(points, seen, ratios))[:, :17]
-
-
-def with_middles(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keypoints (f, 17, 2) and which are seen (f, 17), with `HIPS`, `SHOULDERS` and `HEAD` behind them."""
-    middles = np.stack([points[:, pair].mean(1) for pair in map(list, _MIDDLES)], 1)
-    known = np.stack([seen[:, pair].all(1) for pair in map(list, _MIDDLES)], 1)
-    # Without both ears: the one, or the other points of the face.
-    for group in ([3, 4], [0, 1, 2]):
-        some = seen[:, group].any(1) & ~known[:, 2]
-        weight = seen[:, group, None] / np.maximum(seen[:, group].sum(1), 1)[:, None, None]
-        middles[:, 2] = np.where(some[:, None], (points[:, group] * weight).sum(1), middles[:, 2])
-        known[:, 2] |= some
-    return np.concatenate([points, middles], 1), np.concatenate([seen, known], 1)
-
-
-def length_ratios(points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_seen: np.ndarray) -> np.ndarray:
-    """(parts,) lengths of the reference's parts in those of the driver's, both of one standing height."""
-    ours, theirs = segments(points, seen), segments(own, own_seen)
-    driver, body = proportions(ours), proportions(theirs)
-    return body / driver
-
-
-def segments(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(f, segments) lengths of `_SEGMENTS` in those of people of standing height 1; NaN where one is not seen."""
-    lengths = np.linalg.norm(points[:, _ENDS[:, 1]] - points[:, _ENDS[:, 0]], axis=-1) / _LENGTHS
-    return np.where(seen[:, _ENDS].all(-1) & (lengths > 0), lengths, np.nan)
-
-
-def proportions(lengths: np.ndarray) -> np.ndarray:
-    """(parts,) lengths in standing heights, in those of average people, from (f, segments) of `segments`."""
-    size = body_sizes(lengths)
-    part = np.array([_length(lengths[:, p == _PART] / size[:, None]) for p in range(len(PARTS))])
-    return part / standing(part)
-
-
-def _length(values: np.ndarray) -> float:
-    return float(np.nanquantile(values, 0.9)) if np.isfinite(values).any() else 1.0
-
-
-def standing(part: np.ndarray) -> float:
-    """Standing height of a body with parts (parts,) in those of average people of height 1."""
-    return _SOLE + sum(share * part[PARTS.index(name)] for name, share in _UPRIGHT.items())
-
-
-def body_sizes(lengths: np.ndarray) -> np.ndarray:
-    """(f,) standing heights in pixels that the longest segments of each frame, (f, segments), speak for."""
-    sizes = np.array([np.nanquantile(row, 0.75) if np.isfinite(row).any() else np.nan for row in lengths])
-    return np.full(len(sizes), np.nanmedian(sizes))
+    own, own_seen = (both[0] for both in with_middles(own[None], own_seen[None]))
+    for what, known in (("the reference", own_seen[None]), ("any driving frame", seen)):
+        if not (known[:, HIPS] & known[:, SHOULDERS]).any() and not (known[:, HEAD] & known[:, SHOULDERS]).any():
+            return f"{what} shows no shoulders with hips or head"
+    ratios = length_ratios(points, seen, own, own_seen, fps, cuts) * height_ratio
+    new = rebuilt(points, seen, ratios)
+    stride = float(np.mean([ratios[PARTS.index(part)] for part in ("thigh", "shin")]))
+    parts = [placed(points[shot], seen[shot], new[shot], stride, STEADY * fps) for shot in shots(len(points), cuts)]
+    return np.concatenate(parts)[:, :17]
 
 
 def rebuilt(points: np.ndarray, seen: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-    """Points (f, 20, 2) of the new skeleton, relative to its root: the hips' middle, or that of the shoulders."""
-    scale = dict(zip(PARTS, ratios, strict=True))
-    rooted = seen[:, HIPS]
-    root = np.where(rooted[:, None], points[:, HIPS], points[:, SHOULDERS])
-    new = np.zeros_like(points)
-    trunk = scale["trunk"] * (points[:, SHOULDERS] - points[:, HIPS])
-    new[:, SHOULDERS] = np.where((rooted & seen[:, SHOULDERS])[:, None], trunk, 0)
-    for middle, pair, name in ((HIPS, (11, 12), "hips"), (SHOULDERS, (5, 6), "shoulders")):
-        for end in pair:
-            new[:, end] = new[:, middle] + scale[name] * (points[:, end] - points[:, middle])
-    new[:, HEAD] = new[:, SHOULDERS] + scale["neck"] * (points[:, HEAD] - points[:, SHOULDERS])
-    for end in range(5):
-        new[:, end] = new[:, HEAD] + scale["head"] * (points[:, end] - points[:, HEAD])
-    for start, end, name in (
-        (5, 7, "upper_arm"), (6, 8, "upper_arm"), (7, 9, "forearm"), (8, 10, "forearm"),
-        (11, 13, "thigh"), (12, 14, "thigh"), (13, 15, "shin"), (14, 16, "shin"),
-    ):  # fmt: skip
-        new[:, end] = new[:, start] + scale[name] * (points[:, end] - points[:, start])
+    """Points (f, 20, 2) of the skeleton with bones times `ratios` (parts,), whose root stays in its place.
+
+    The root is the hips' middle, else the shoulders', else the head. A point hangs on the nearest of its ancestors
+    that is seen, by the mean ratio of the bones in between, else on the root.
+    """
+    new = points.copy()
+    root = np.where(seen[:, HIPS], HIPS, np.where(seen[:, SHOULDERS], SHOULDERS, HEAD))
+    everywhere = np.arange(len(points))
+    for point, (parent, part) in _TREE.items():
+        chain, hung = [ratios[PARTS.index(part)]], root == point
+        while True:
+            here = ~hung & seen[:, parent]
+            new[here, point] = new[here, parent] + np.mean(chain) * (points[here, point] - points[here, parent])
+            hung |= here
+            if parent not in _TREE:
+                break
+            parent, part = _TREE[parent]
+            chain.append(ratios[PARTS.index(part)])
+        left = everywhere[~hung], root[~hung]
+        new[~hung, point] = new[left] + np.mean(chain) * (points[~hung, point] - points[left])
     return new
 
 
-def placed(points: np.ndarray, seen: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Points (f, 20, 2) of the new skeleton in the image: feet on the driver's ground, the rest where it was."""
-    down = np.array([0.0, 1.0])
-    feet = [15, 16]
-    root = np.where(seen[:, HIPS, None], points[:, HIPS], points[:, SHOULDERS])
-    before = np.max((points[:, feet] - root[:, None]) @ down, 1)
-    after = np.max(new[:, feet] @ down, 1)
-    return new + (root + (before - after)[:, None] * down)[:, None]
+def placed(points: np.ndarray, seen: np.ndarray, new: np.ndarray, stride: float, steady: float) -> np.ndarray:
+    """Points (f, 20, 2) of a shot's new skeleton, moved to where it stands.
+
+    The lower foot is as low as the driver's: a foot on the ground is, and jumps are as high. Across, the way of the
+    hips is `stride` times as long, as legs and steps are, so that feet on the ground do not slide. Without feet, the
+    head stays where it was.
+    """
+    down = downwards(points, seen, steady)  # (f, 2)
+    across = np.stack([down[:, 1], -down[:, 0]], 1)
+    feet = seen[:, _FEET] & seen[:, HIPS, None]  # (f, 2)
+    standing = feet.any(1)
+    if standing.any():
+        before, after = (
+            np.where(feet, np.einsum("fjx,fx->fj", p[:, _FEET] - points[:, HIPS, None], down), -np.inf).max(1)
+            for p in (points, new)
+        )
+        frames = np.arange(len(points))
+        sunk = np.interp(frames, frames[standing], (before - after)[standing])
+        middle = np.median(points[standing, HIPS], axis=0)
+        way = np.einsum("fx,fx->f", points[:, HIPS] - middle, across) * (stride - 1)
+        way = np.interp(frames, frames[seen[:, HIPS]], way[seen[:, HIPS]])
+    else:
+        known = seen[:, HEAD] if seen[:, HEAD].any() else seen[:, SHOULDERS]
+        fixed = HEAD if seen[:, HEAD].any() else SHOULDERS
+        moved = np.where(known[:, None], points[:, fixed] - new[:, fixed], 0)
+        sunk, way = local_lines(
+            np.stack([(moved * axis).sum(1) for axis in (down, across)]).T, known[:, None], steady
+        ).T
+        frames = np.arange(len(points))
+        sunk, way = (
+            (np.interp(frames, frames[known], value[known]) for value in (sunk, way)) if known.any() else (0, 0)
+        )
+    return new + (np.multiply(sunk, down.T) + np.multiply(way, across.T)).T[:, None]
+
+
+def downwards(points: np.ndarray, seen: np.ndarray, steady: float) -> np.ndarray:
+    """(f, 2) unit vectors that point where the person stands: down in the image, unless the person is turned in it."""
+    known = (seen[:, SHOULDERS] & seen[:, _FEET].all(1))[:, None]
+    axis = np.where(known, points[:, _FEET].mean(1) - points[:, SHOULDERS], 0)
+    upright = np.array([0.0, 1.0])
+    if not known.any():
+        return np.tile(upright, (len(points), 1))
+    axis = local_lines(axis, known, steady)
+    frames = np.arange(len(points))
+    axis = np.stack([np.interp(frames, frames[known[:, 0]], along) for along in axis[known[:, 0]].T], 1)
+    axis /= np.maximum(np.linalg.norm(axis, axis=1, keepdims=True), 1e-9)
+    angle = np.degrees(np.arctan2(axis[:, 0], axis[:, 1]))  # from the image's down
+    turned = np.clip((abs(angle) - _UPRIGHT) / (_TURNED - _UPRIGHT), 0, 1)
+    angle = np.radians(angle * turned)
+    return np.stack([np.sin(angle), np.cos(angle)], 1)
