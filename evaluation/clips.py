@@ -37,17 +37,19 @@ MASK_OFFSET, MASK_RAGGEDNESS, MASK_GRAIN = 0.005, 0.005, 0.012
 
 @dataclass(frozen=True)
 class EvaluationClip:
-    """A reference and a driving clip of the same person."""
+    """A reference, a driving clip, and the right answer: the driving clip itself, unless another body drives."""
 
     name: str
     reference: Reference
-    driving: Driving  # with frames, the ground truth, and masks
+    driving: Driving  # with frames and masks
+    target: Driving | None = None  # the reference's person in the driver's motion, where that is somebody else
 
     def truth(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """True frames (f, h, w, 3) uint8 and person masks (f, h, w) bool at a model's (width, height)."""
-        matrix = fit_matrix(self.driving.poses.size, size)
-        frames = np.stack([apply_fit(frame, matrix, size) for frame in self.driving.frames])
-        person = self.driving.masks.any(axis=1).astype(np.uint8) * 255
+        true = self.target or self.driving
+        matrix = fit_matrix(true.poses.size, size)
+        frames = np.stack([apply_fit(frame, matrix, size) for frame in true.frames])
+        person = true.masks.any(axis=1).astype(np.uint8) * 255
         return frames, np.stack([apply_fit(mask, matrix, size) for mask in person]) >= 128
 
 

@@ -24,9 +24,12 @@ MEASURES = (
 PERSON_MEASURES = ("keypoint_error", "part_colour")
 LPIPS = "st_lpips_alex"
 MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
+RETARGETS = ("similarity", "bones", "exact")
 MANIFESTS = Path(__file__).parents[1] / "assets" / "misalignment"
 MISALIGNED_SPLITS = {"test": "heldout", "development": "development"}  # -> split of the rendered people
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
+# of clips that another body drives, see `evaluation.misaligned_clips`
+DRIVEN_KINDS = ("identity", "proportions", "proportions_scale", "proportions_rotation")
 
 
 @dataclass
@@ -232,9 +235,13 @@ class MisalignedTrialsConfig(TrialsConfig):
     split: str = choice("test", MISALIGNED_SPLITS)
     # also vary TPC on the clips of split=test, for numbers to report of settings that were chosen elsewhere
     variants_on_test: bool = False
-    kinds: list[str] = choices(KINDS, KINDS, least=1)  # of clips
+    # of clips; identity, proportions, proportions_scale and proportions_rotation are those that another body drives
+    kinds: list[str] = choices(KINDS, (*KINDS, *DRIVEN_KINDS), least=1)
     clips: int = number(0, 0, MANY)  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
+    # Each condition also with the driving poses brought to the reference's body: by `data.poses.retarget`, or
+    # exact: the poses and masks of the true frames, which a retargeting without errors would give
+    retargets: list[str] = choices((), RETARGETS)
     flicker: bool = False  # also the error of the change from frame to frame
     lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
     weights: str | None = None  # folder of ST-LPIPS's network; null: the cache

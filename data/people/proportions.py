@@ -1,11 +1,12 @@
-"""Bodies of other proportions: the bones of a baked body rescaled, with the mesh, the clothes and the keypoints on them.
+"""Bodies of other proportions: a baked body with its bones rescaled, and mesh, clothes and keypoints with them.
 
     child = rescaled(body, library.topology, PROPORTIONS["child"])
 
 The shipped bodies are adults, whose legs differ by 8 % against their trunks. Every joint j gets an affine map
-A_j(x) = J'_j + L_j (x - J_j) of the points that it holds. L_j stretches trunk and neck along the body's axes, a limb along its
-bone, and turns nothing; a child's new place is its parent's map of the old one, J'_c = A_p(J_c). Vertices are blended by
-the weights they are skinned with, so that neighbours stay neighbours, and what is worn moves with what it is worn on.
+A_j(x) = J'_j + L_j (x - J_j) of the points that it holds. L_j stretches trunk and neck along the body's axes, a limb
+along its bone, and turns nothing; a child joint's new place is its parent's map of the old one, J'_c = A_p(J_c).
+Vertices are blended by the weights they are skinned with: neighbours stay neighbours, and clothes and hair move with
+what they are worn on.
 """
 
 from dataclasses import dataclass, replace
