@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from evaluation.config import MISALIGNED_SPLITS
+from evaluation.config import DRIVEN_KINDS, KINDS, MISALIGNED_SPLITS, RETARGETS
 from models.config import SHIPPED_MODEL
 from tpc.config import PROPAGATIONS, CalibrationConfig
 
@@ -47,11 +47,17 @@ class RecordingConfig:
     output: str | None = None  # JSON file; null prints only
 
 
+ONE_PERSON = tuple(kind for kind in KINDS if kind != "two_persons")
+
+
 @dataclass
 class PicturesConfig:
     """Calibrated images against the true ones."""
 
     split: str = choice("test", MISALIGNED_SPLITS)  # of the frozen clips
+    # of clips with one person, such as identity and proportions, which another body drives
+    kinds: list[str] = choices(ONE_PERSON, (*ONE_PERSON, *DRIVEN_KINDS), least=1)
+    retargets: list[str] = choices((), RETARGETS)  # exact poses also brought to the reference's body, in these ways
     clips: int = number(0, 0, MANY)  # of each kind, 0 = all
     size: int = number(128, 8, 4096)  # pixels, the shipped model's frame
     # parts of the body height, errors of the keypoints of reference and frames; 0 = exact only

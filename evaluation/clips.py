@@ -16,6 +16,7 @@ from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
+from data.poses.retarget import retarget
 from data.preparation.clips import read_union
 from data.preparation.layouts import video_named
 from data.preparation.manifest import has_manifest, read_manifest
@@ -219,6 +220,22 @@ def with_masks(clip: EvaluationClip, exact: EvaluationClip, kind: str, rng: np.r
 
     reference = replace(clip.reference, masks=chosen(clip.reference, exact.reference))
     return replace(clip, reference=reference, driving=replace(clip.driving, masks=chosen(clip.driving, exact.driving)))
+
+
+def with_retargeting(clip: EvaluationClip, exact: EvaluationClip, mode: str) -> EvaluationClip:
+    """The clip whose driving poses have the reference's proportions, by one of `RETARGETS` or "off".
+
+    `exact` is the clip that it was made from: its true poses and masks are what retargeting without errors would give.
+    """
+    if mode == "off":
+        return clip
+    if mode == "exact":
+        true = exact.target or exact.driving
+        return replace(clip, driving=replace(clip.driving, poses=true.poses, masks=true.masks, drawn=None))
+    poses, drawn = (
+        part and retarget(part, clip.reference.poses, mode)[0] for part in (clip.driving.poses, clip.driving.drawn)
+    )
+    return replace(clip, driving=replace(clip.driving, poses=poses, drawn=drawn, masks=None))
 
 
 def estimated_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -46,7 +46,7 @@ from core.files import write_json
 from data.config import PeopleConfig
 from data.inputs import Driving, Reference
 from data.people.bodies import Person, Pose, build_person, load_people
-from data.people.proportions import PROPORTIONS, leg_share, rescaled
+from data.people.proportions import PROPORTIONS, in_own_steps, rescaled
 from data.people.renderer import Figure, RenderedGroup, render_people
 from data.people.scenes import Scene, reframed
 from data.poses.poses import Poses
@@ -154,8 +154,7 @@ def draw(manifest: ClipManifest, clip: ClipSpec) -> EvaluationClip:
         shown.append(scene)
         if spec.driver is not None:
             person = _person(people.scene(spec.driver.scene).person, spec.driver.proportions)
-            steps = np.float32(leg_share(person.body) / leg_share(scene.person.body))
-            poses = [replace(pose, translation=pose.translation * steps) for pose in scene.poses]
+            poses = [in_own_steps(pose, scene.person.body, person.body) for pose in scene.poses]
             scene = replace(scene, person=person, poses=poses)
         drivers.append(scene)
     background = shown[0].background

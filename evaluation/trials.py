@@ -15,7 +15,7 @@ from core.files import output_folder, write_json
 from core.processes import choose_device, process_state
 from data.poses.poses import PoseEstimator, open_estimator
 from data.transforms import fit_matrix
-from evaluation.clips import ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
+from evaluation.clips import ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise, with_retargeting
 from evaluation.config import ProtocolConfig
 from evaluation.measure import (
     FramePair,
@@ -44,7 +44,7 @@ VARIANT_NAMES = {WITHOUT: "without", WITH: "with"}
 WHERE = ("output", "device", "keep_parts", "weights", "strips", "variants_on_test")
 EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
-    *("transforms", "propagations", "subsets", "attachments"),
+    *("transforms", "propagations", "subsets", "attachments", "retargets"),
 )
 
 
@@ -55,6 +55,11 @@ class Variant:
     name: str  # fit for a file name; different from those of the other variants of a run
     model: str  # pipeline folder
     tpc: CalibrationConfig | None = field(compare=False)  # None runs without calibration
+    retarget: str = "off"  # what brings driving poses to the reference's body, see `evaluation.config.RETARGETS`
+
+    def retargeted(self, mode: str) -> "Variant":
+        """The same with driving poses brought to the reference's body."""
+        return replace(self, name=f"{self.name}-{mode}", retarget=mode)
 
 
 def without_and_with(config: Any) -> list[Variant]:
@@ -151,6 +156,7 @@ def run_task(
         if config.pose_noise:
             shown = with_pose_noise(shown, config.pose_noise, np.random.default_rng(draws))
         shown = with_masks(shown, clip, config.masks, np.random.default_rng([*draws, 1]))
+        shown = with_retargeting(shown, clip, trial.variant.retarget)
         animation = sampler(pipeline(trial.variant.model), shown, sampling, trial, folder)
         if animation.calibration is not None:
             summary = animation.calibration.summary()
@@ -211,7 +217,8 @@ def frame_pairs_of(
     size = (result.shape[2], result.shape[1])
     truths, masks = clip.truth(size)
     found = None if estimator is None else [person for _, person in with_persons(result, estimator)]
-    poses = clip.driving.poses.mapped(fit_matrix(clip.driving.poses.size, size), size)
+    poses = (clip.target or clip.driving).poses
+    poses = poses.mapped(fit_matrix(poses.size, size), size)
     for index, (generated, truth, mask) in enumerate(zip(result, truths, masks, strict=True)):
         person = None
         if found is not None:

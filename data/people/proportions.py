@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.people.actions import SIDES
-from data.people.bodies import JOINT_INDEX, JOINTS, PARENTS, Body, Topology, rest_to_neutral
+from data.people.bodies import JOINT_INDEX, JOINTS, PARENTS, Body, Pose, Topology, rest_to_neutral
 
 # What a limb's thickness, and the depth of broad shoulders, grow by: this power of the factor on their length.
 THICKNESS = 1 / 3
@@ -47,6 +47,11 @@ def leg_share(body: Body) -> float:
     """Length of thigh and shin, mean of both sides, in body heights."""
     sides = [[body.joints[JOINT_INDEX[f"{side}_{joint}"]] for joint in ("thigh", "shin", "foot")] for side in SIDES]
     return float(np.linalg.norm(np.diff(sides, axis=1), axis=-1).sum() / 2 / body.height)
+
+
+def in_own_steps(pose: Pose, mover: Body, body: Body) -> Pose:
+    """The mover's pose for another body, whose way is as many lengths of its own legs, or its feet would slide."""
+    return Pose(pose.rotations, pose.translation * np.float32(leg_share(body) / leg_share(mover)))
 
 
 def rescaled(body: Body, topology: Topology, proportions: Proportions) -> Body:

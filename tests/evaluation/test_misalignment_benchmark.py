@@ -11,10 +11,13 @@ import evaluate
 from core.config import load_config
 from core.errors import UserError
 from data.people.bodies import load_people
-from evaluation.config import KINDS, MISALIGNED_SPLITS, MisalignmentConfig
+from evaluation.clips import with_retargeting
+from evaluation.config import DRIVEN_KINDS, KINDS, MISALIGNED_SPLITS, MisalignmentConfig
 from evaluation.misaligned_clips import (
+    ALL_KINDS,
     ClipManifest,
     ClipSpec,
+    Driver,
     MisalignedClips,
     PersonSpec,
     Placement,
@@ -29,6 +32,7 @@ from evaluation.statistics import Values, mean_interval
 from evaluation.tasks import misalignment as command
 from evaluation.tasks.misalignment import AVERAGE, differences_table, measure_table, recovered_table, rows_of
 from evaluation.trials import WITHOUT, Variant, trials_identity
+from models.config import SMALL_ANIMATORS
 from tpc import CalibrationConfig
 
 VARIANTS = {WITHOUT: Variant("without", "", None), "TPC best": Variant("tpc-best", "", CalibrationConfig())}
@@ -37,12 +41,12 @@ PLAIN = Placement()
 
 @pytest.fixture(scope="module")
 def clips() -> MisalignedClips:
-    return MisalignedClips()
+    return MisalignedClips(ALL_KINDS)
 
 
 @pytest.fixture(scope="module")
 def development() -> MisalignedClips:
-    return MisalignedClips(split="development")
+    return MisalignedClips(ALL_KINDS, split="development")
 
 
 def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +57,13 @@ def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.nda
 def test_every_kind_has_its_clips_and_none_shares_a_scene():
     scenes = []
     for split, count in (("test", 20), ("development", 10)):
-        for kind in KINDS:
+        for kind in ALL_KINDS:
             manifest = read_manifest(kind, split)
             assert len(manifest.clips) == count
-            scenes += [(split, manifest.seed, person.scene) for clip in manifest.clips for person in clip.persons]
+            persons = [person for clip in manifest.clips for person in clip.persons]
+            assert all((person.driver is not None) == (kind in DRIVEN_KINDS) for person in persons)
+            drivers = [person.driver for person in persons if person.driver]
+            scenes += [(split, manifest.seed, shown.scene) for shown in (*persons, *drivers)]
     assert len(set(scenes)) == len(scenes)
 
 
@@ -77,7 +84,7 @@ def test_choices_and_reported_numbers_share_no_clip(clips, development):
 
 
 @pytest.mark.parametrize("split", MISALIGNED_SPLITS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_clips_are_what_their_manifest_was_made_from(request, kind, split):
     clips = request.getfixturevalue({"test": "clips"}.get(split, split))
     clip = clips.clip(clips.by_kind[kind][0])
@@ -119,6 +126,53 @@ def test_fitting_clips_have_no_misalignment(clips):
             _, iou = angle_and_iou(clips, counterpart)
             assert iou[0] > 0.99
     assert clips.fitting["aligned-00"] == ["aligned-00"]
+
+
+def test_the_truth_of_a_driven_clip_is_its_person_driving_themselves(clips):
+    for kind in ("identity", "proportions_scale"):
+        clip, persons = clips.clip(f"{kind}-01"), clips._found[f"{kind}-01"][1].persons
+        (own,) = (clips.clip(name) for name in clips.fitting[clip.name])
+        assert own.target is None and not np.array_equal(clip.driving.frames, own.driving.frames)
+        for part in ("frames", "masks"):
+            np.testing.assert_array_equal(getattr(clip.target, part), getattr(own.driving, part))
+        np.testing.assert_array_equal(clip.target.poses.keypoints, own.driving.poses.keypoints)
+        np.testing.assert_array_equal(clip.truth((64, 64))[0], own.truth((64, 64))[0])
+        assert (persons[0].proportions, persons[0].driver.proportions) != ("own", "own") or kind == "identity"
+        # Both stand on one line, in one place.
+        soles = [np.nonzero(part.masks)[2].max() for part in (clip.driving, clip.target)]
+        assert abs(soles[0] - soles[1]) < 8
+
+
+def test_who_drives_a_clip_has_another_body():
+    for kind in DRIVEN_KINDS:
+        manifest = read_manifest(kind, "development")
+        people, (person,) = manifest.scenes(), manifest.clips[3].persons
+        first, second = (people.scene(shown.scene).person.identity for shown in (person, person.driver))
+        assert first.body != second.body and first.seed != second.seed
+
+
+def test_a_driver_of_the_same_body_changes_nothing():
+    manifest = ClipManifest("identity", "development", 5, 2, 3, (64, 64), ())
+    person = PersonSpec(0, Placement(0.5), PLAIN, PLAIN)
+    plain, driven = (draw(manifest, ClipSpec("a", (p,))) for p in (person, replace(person, driver=Driver(0))))
+    for part in (driven.driving, driven.target):
+        np.testing.assert_array_equal(part.frames, plain.driving.frames)
+        np.testing.assert_array_equal(part.poses.keypoints, plain.driving.poses.keypoints)
+    np.testing.assert_array_equal(driven.reference.image, plain.reference.image)
+
+
+def test_retargeting_without_errors_gives_the_true_poses_and_masks(clips):
+    clip = clips.clip("proportions-00")
+    assert with_retargeting(clip, clip, "off") is clip
+    exact, bones = (with_retargeting(clip, clip, mode) for mode in ("exact", "bones"))
+    assert exact.driving.poses is clip.target.poses and exact.driving.masks is clip.target.masks
+    errors = [
+        np.linalg.norm(shown.driving.poses.keypoints - clip.target.poses.keypoints, axis=-1).mean()
+        for shown in (clip, bones)
+    ]
+    assert errors[1] < errors[0]
+    aligned = clips.clip("aligned-00")
+    assert with_retargeting(aligned, aligned, "exact").driving.poses is aligned.driving.poses
 
 
 def test_framings_change_evenly_and_scales_in_their_logarithm():
@@ -164,6 +218,19 @@ def test_what_misalignment_costs_and_what_is_won_back():
     (_, cells), *_ = measure_table(values, VARIANTS, "foreground_psnr", "").rows
     assert [cell.mean for cell in cells] == pytest.approx([21.5, 17.5, 20.5])
     assert cells[0].deviation == pytest.approx(np.std([21, 22], ddof=1))
+
+
+def test_retargeted_variants_are_compared_with_their_likes():
+    variants = VARIANTS | command.retargeted_variants(VARIANTS, ["bones"])
+    plain, both = f"{WITHOUT}, retargeted: bones", "TPC best, retargeted: bones"
+    assert list(variants) == [WITHOUT, "TPC best", plain, both]
+    assert variants[both].name == "tpc-best-bones" and variants[both].tpc == VARIANTS["TPC best"].tpc
+    assert command.compared(variants) == [
+        ("fitting reference", WITHOUT),
+        *((label, WITHOUT) for label in ("TPC best", plain, both)),
+        *((label, "TPC best") for label in (plain, both)),
+        (both, plain),
+    ]
 
 
 def test_no_share_of_next_to_nothing():
@@ -247,25 +314,32 @@ def test_the_mean_row_is_of_misaligned_kinds_of_one_person_each_alike():
 
 
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
-    arguments = [f"output={tmp_path}", "split=development", "kinds=[rotation]", "clips=1", "presets=[best]"]
+    arguments = [f"output={tmp_path}", "split=development", "kinds=[proportions]", "clips=1", "presets=[best]"]
     arguments += ['variants=["propagation=hold groups=2"]', "flicker=true", "pose_noise=0.02", "dtype=bfloat16"]
+    arguments += [f"model={SMALL_ANIMATORS[0]}"]
     evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len(results["trials"]) == 4  # without TPC, with it in two ways, and the fitting reference
+    assert (
+        len(results["trials"]) == 7
+    )  # without TPC, with it in two ways, as driven and retargeted; the fitting reference
     found = {trial["condition"]: trial for trial in results["trials"]}
     assert {"without", "variant-propagation=hold,groups=2"} < set(found)
     assert all(0 < trial["foreground_flicker"] < 255 for trial in found.values())
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "won back" in text and "with fewer than 6 clips there is none" in text
     assert "| propagation=hold groups=2 |" in text
-    difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["rotation"]
+    difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["proportions"]
     assert difference["TPC best minus without TPC"]["n"] == 1
     assert difference["TPC best minus without TPC"]["low"] is None
     for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
     capsys.readouterr()
-    evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0,1]", "strips=0"])
-    assert "over 2 seeds" in capsys.readouterr().out
+    further = ["seeds=[0,1]", "presets=[]", "variants=[]", "retargets=[bones]", "strips=0"]
+    evaluate.main(["misalignment", *arguments, "sampling.steps=1", *further])
+    assert "over 2 seeds" in (said := capsys.readouterr().out) and "2 of them before" in said
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    again = {(trial["condition"], trial["seed"]): trial for trial in results["trials"] if "fitting" not in trial}
+    assert again["without-bones", 0] != again["without", 0] and found["without"] in results["trials"]
 
 
 def test_variants_are_the_preset_but_for_what_they_say():
@@ -282,6 +356,8 @@ def test_variants_are_the_preset_but_for_what_they_say():
     ("argument", "message"),
     [
         ("kinds=[sideways]", "kinds="),
+        ("retargets=[off]", "retargets="),
+        ("retargets=[bones,bones]", "retargets="),
         ("clips=99", "clips=99"),
         ("presets=[best,best]", "presets="),
         ("presets=[worst]", "presets="),

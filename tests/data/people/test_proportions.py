@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from data.people.bodies import JOINT_INDEX, Body, build_person, load_people, neutral_pose, random_identity
-from data.people.proportions import PROPORTIONS, Proportions, leg_share, rescaled
+from data.people.bodies import JOINT_INDEX, Body, Pose, build_person, load_people, neutral_pose, random_identity
+from data.people.proportions import PROPORTIONS, Proportions, in_own_steps, leg_share, rescaled
 from data.people.renderer import Camera, render_person
 
 NAMES = [name for name in PROPORTIONS if name != "own"]
@@ -85,6 +85,14 @@ def test_it_stands_on_its_soles(library, body, name):
     assert ankles[1] == pytest.approx(ankles[0], rel=0.02)
     soles = [shown.vertices[:, 2].min() / shown.height for shown in (body, made)]
     assert soles[1] == pytest.approx(soles[0], abs=1e-3)
+
+
+def test_ways_are_as_many_lengths_of_ones_own_legs(library, body):
+    """A pose's translation counts in body heights; in metres it is multiplied by what the legs are."""
+    child, pose = rescaled(body, library.topology, PROPORTIONS["child"]), Pose(np.eye(3), np.array([0.1, -0.2, 0.3]))
+    found = in_own_steps(pose, body, child).translation * child.height
+    np.testing.assert_allclose(found, PROPORTIONS["child"].legs * pose.translation * body.height, rtol=1e-5)
+    np.testing.assert_array_equal(in_own_steps(pose, body, body).translation, pose.translation)
 
 
 def test_it_is_dressed_and_rendered_as_any_other(library):
