@@ -150,18 +150,16 @@ def _same_posture(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
 
 
 def _body_sizes(lengths: np.ndarray, fps: float, cuts: Sequence[int]) -> np.ndarray:
-    """(f,) sizes that the longest bones of (f, segments) speak for, along lines over time."""
+    """(f,) sizes that the longest bones of (f, segments) speak for, along lines over time; NaN without bones."""
     weights = np.isfinite(lengths[:, _BONES]) * _LENGTHS[_BONES]
-    known = weights.any(1)
     sizes = np.zeros(len(lengths))
-    for f in np.flatnonzero(known):
-        bones = weights[f] > 0
-        row = lengths[f, _BONES][bones]
-        sizes[f] = np.log(np.quantile(row, LIKELY_SIZE, weights=weights[f, bones], method="inverted_cdf"))
-    if not known.any():
-        return np.ones(len(lengths))
-    parts = [local_lines(sizes[s], known[s], SIZE_WINDOW * fps) for s in shots(len(lengths), cuts)]
-    return np.exp(np.concatenate(parts))
+    for f in np.flatnonzero(weights.any(1)):
+        known = weights[f] > 0
+        row = np.log(lengths[f, _BONES][known])
+        sizes[f] = np.quantile(row, LIKELY_SIZE, weights=weights[f, known], method="inverted_cdf")
+    bones = weights.sum(1)
+    parts = [local_lines(sizes[s], bones[s], SIZE_WINDOW * fps) for s in shots(len(lengths), cuts)]
+    return np.where(bones > 0, np.exp(np.concatenate(parts)), np.nan)
 
 
 def _quantiles(rows: np.ndarray, share: float) -> np.ndarray:

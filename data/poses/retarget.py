@@ -36,10 +36,10 @@ _TREE = {
     10: (8, "forearm"),
     **{point: (HEAD, "head") for point in range(5)},
 }
-_FEET = [15, 16]
 # Degrees from the image's down up to which a person's own down is taken to be that, and from which on it counts.
-_UPRIGHT, _TURNED = 30.0, 60.0
+UPRIGHT, TURNED = 30.0, 60.0
 STEADY = 0.5  # seconds (standard deviation) over which down, and the place of people without feet, are averaged
+CROWN = 0.56  # of the neck's length, from shoulders to ears: how far above the ears the crown is
 
 
 def retarget(
@@ -142,89 +142,82 @@ def _with_lengths(
     cuts: Sequence[int],
 ) -> np.ndarray | str:
     """Points (f, 17, 2) with bones as long as those of `own` (17, 2), or why not."""
-    points, seen = with_middles(points, seen)
-    own, own_seen = (both[0] for both in with_middles(own[None], own_seen[None]))
-    for what, known in (("the reference", own_seen[None]), ("any driving frame", seen)):
-        if not (known[:, HIPS] & known[:, SHOULDERS]).any() and not (known[:, HEAD] & known[:, SHOULDERS]).any():
+    both, both_seen = with_middles(points, seen)
+    own, own_seen = (each[0] for each in with_middles(own[None], own_seen[None]))
+    for what, known in (("the reference", own_seen[None]), ("any driving frame", both_seen)):
+        if not (known[:, SHOULDERS] & (known[:, HIPS] | known[:, HEAD])).any():
             return f"{what} shows no shoulders with hips or head"
-    ratios = length_ratios(points, seen, own, own_seen, fps, cuts) * height_ratio
-    new = rebuilt(points, seen, ratios)
-    stride = float(np.mean([ratios[PARTS.index(part)] for part in ("thigh", "shin")]))
-    parts = [placed(points[shot], seen[shot], new[shot], stride, STEADY * fps) for shot in shots(len(points), cuts)]
-    return np.concatenate(parts)[:, :17]
+    ratios = length_ratios(both, both_seen, own, own_seen, fps, cuts) * height_ratio
+    parts = [placed(points[s], seen[s], ratios, STEADY * fps) for s in shots(len(points), cuts)]
+    return np.concatenate(parts)
 
 
-def rebuilt(points: np.ndarray, seen: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+def placed(keypoints: np.ndarray, seen: np.ndarray, ratios: np.ndarray, steady: float) -> np.ndarray:
+    """Keypoints (f, 17, 2) of a shot with bones times `ratios` (parts,), where such a person stands.
+
+    The lower foot is as low as the driver's: a foot on the ground is, and jumps are as high. Across, the way of the
+    hips is as much longer as legs and steps are, so that feet on the ground do not slide. Without feet, the crown
+    stays where it was. `steady` frames are the standard deviation of averages over time.
+    """
+    points, known = with_middles(*filled(keypoints, seen))
+    known = known[0]
+    new = rebuilt(points, known, ratios)
+    down = downwards(points, known, steady)  # (f, 2)
+    across = np.stack([down[:, 1], -down[:, 0]], 1)
+    feet = [foot for foot in (15, 16) if known[foot]]
+    if feet and known[HIPS]:
+        lowest = [np.einsum("fjx,fx->fj", p[:, feet] - points[:, HIPS, None], down).max(1) for p in (points, new)]
+        stride = np.mean([ratios[PARTS.index(part)] for part in ("thigh", "shin")])
+        way = np.einsum("fx,fx->f", points[:, HIPS] - np.median(points[:, HIPS], axis=0), across)
+        moved = (lowest[0] - lowest[1])[:, None] * down + (way * (stride - 1))[:, None] * across
+    else:
+        end, scale = (HEAD, ratios[PARTS.index("head")]) if known[HEAD] else (SHOULDERS, 1)
+        up = CROWN * (points[:, end] - points[:, SHOULDERS])
+        moved = points[:, end] + up - new[:, end] - scale * up
+        moved = local_lines(moved, np.ones_like(moved), steady)
+    new += moved[:, None]
+    # What is not seen keeps its place beside where it would be.
+    own = np.array([ratios[PARTS.index(_TREE[point][1])] for point in range(17)])
+    return new[:, :17] + own[:, None] * (keypoints - points[:, :17])
+
+
+def filled(keypoints: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keypoints (f, 17, 2) in lines over the frames in which they are not seen, and which (f, 17) are in any."""
+    frames, points = np.arange(len(keypoints)), keypoints.copy()
+    for point in np.flatnonzero(seen.any(0) & ~seen.all(0)):
+        known = seen[:, point]
+        for axis in range(2):
+            points[:, point, axis] = np.interp(frames, frames[known], keypoints[known, point, axis])
+    return points, np.tile(seen.any(0), (len(keypoints), 1))
+
+
+def rebuilt(points: np.ndarray, known: np.ndarray, ratios: np.ndarray) -> np.ndarray:
     """Points (f, 20, 2) of the skeleton with bones times `ratios` (parts,), whose root stays in its place.
 
-    The root is the hips' middle, else the shoulders', else the head. A point hangs on the nearest of its ancestors
-    that is seen, by the mean ratio of the bones in between, else on the root.
+    The root is the first of `known` (20,) of the middles of hips, shoulders and head. A point hangs on the nearest of
+    its ancestors that is known, by the mean ratio of the bones in between, else on the root.
     """
     new = points.copy()
-    root = np.where(seen[:, HIPS], HIPS, np.where(seen[:, SHOULDERS], SHOULDERS, HEAD))
-    everywhere = np.arange(len(points))
+    root = next((middle for middle in (HIPS, SHOULDERS, HEAD) if known[middle]), HIPS)
     for point, (parent, part) in _TREE.items():
-        chain, hung = [ratios[PARTS.index(part)]], root == point
-        while True:
-            here = ~hung & seen[:, parent]
-            new[here, point] = new[here, parent] + np.mean(chain) * (points[here, point] - points[here, parent])
-            hung |= here
-            if parent not in _TREE:
-                break
+        if point == root:
+            continue
+        chain = [ratios[PARTS.index(part)]]
+        while not known[parent] and parent in _TREE:
             parent, part = _TREE[parent]
             chain.append(ratios[PARTS.index(part)])
-        left = everywhere[~hung], root[~hung]
-        new[~hung, point] = new[left] + np.mean(chain) * (points[~hung, point] - points[left])
+        parent = parent if known[parent] else root
+        new[:, point] = new[:, parent] + np.mean(chain) * (points[:, point] - points[:, parent])
     return new
 
 
-def placed(points: np.ndarray, seen: np.ndarray, new: np.ndarray, stride: float, steady: float) -> np.ndarray:
-    """Points (f, 20, 2) of a shot's new skeleton, moved to where it stands.
-
-    The lower foot is as low as the driver's: a foot on the ground is, and jumps are as high. Across, the way of the
-    hips is `stride` times as long, as legs and steps are, so that feet on the ground do not slide. Without feet, the
-    head stays where it was.
-    """
-    down = downwards(points, seen, steady)  # (f, 2)
-    across = np.stack([down[:, 1], -down[:, 0]], 1)
-    feet = seen[:, _FEET] & seen[:, HIPS, None]  # (f, 2)
-    standing = feet.any(1)
-    if standing.any():
-        before, after = (
-            np.where(feet, np.einsum("fjx,fx->fj", p[:, _FEET] - points[:, HIPS, None], down), -np.inf).max(1)
-            for p in (points, new)
-        )
-        frames = np.arange(len(points))
-        sunk = np.interp(frames, frames[standing], (before - after)[standing])
-        middle = np.median(points[standing, HIPS], axis=0)
-        way = np.einsum("fx,fx->f", points[:, HIPS] - middle, across) * (stride - 1)
-        way = np.interp(frames, frames[seen[:, HIPS]], way[seen[:, HIPS]])
-    else:
-        known = seen[:, HEAD] if seen[:, HEAD].any() else seen[:, SHOULDERS]
-        fixed = HEAD if seen[:, HEAD].any() else SHOULDERS
-        moved = np.where(known[:, None], points[:, fixed] - new[:, fixed], 0)
-        sunk, way = local_lines(
-            np.stack([(moved * axis).sum(1) for axis in (down, across)]).T, known[:, None], steady
-        ).T
-        frames = np.arange(len(points))
-        sunk, way = (
-            (np.interp(frames, frames[known], value[known]) for value in (sunk, way)) if known.any() else (0, 0)
-        )
-    return new + (np.multiply(sunk, down.T) + np.multiply(way, across.T)).T[:, None]
-
-
-def downwards(points: np.ndarray, seen: np.ndarray, steady: float) -> np.ndarray:
+def downwards(points: np.ndarray, known: np.ndarray, steady: float) -> np.ndarray:
     """(f, 2) unit vectors that point where the person stands: down in the image, unless the person is turned in it."""
-    known = (seen[:, SHOULDERS] & seen[:, _FEET].all(1))[:, None]
-    axis = np.where(known, points[:, _FEET].mean(1) - points[:, SHOULDERS], 0)
-    upright = np.array([0.0, 1.0])
-    if not known.any():
-        return np.tile(upright, (len(points), 1))
-    axis = local_lines(axis, known, steady)
-    frames = np.arange(len(points))
-    axis = np.stack([np.interp(frames, frames[known[:, 0]], along) for along in axis[known[:, 0]].T], 1)
-    axis /= np.maximum(np.linalg.norm(axis, axis=1, keepdims=True), 1e-9)
-    angle = np.degrees(np.arctan2(axis[:, 0], axis[:, 1]))  # from the image's down
-    turned = np.clip((abs(angle) - _UPRIGHT) / (_TURNED - _UPRIGHT), 0, 1)
-    angle = np.radians(angle * turned)
+    angle = np.zeros(len(points))
+    ends = [foot for foot in (15, 16) if known[foot]] or ([HIPS] if known[HIPS] else [])
+    if ends and known[SHOULDERS]:
+        axis = points[:, ends].mean(1) - points[:, SHOULDERS]
+        axis = local_lines(axis, np.ones_like(axis), steady)
+        angle = np.arctan2(axis[:, 0], axis[:, 1])  # from the image's down
+        angle *= np.clip((abs(np.degrees(angle)) - UPRIGHT) / (TURNED - UPRIGHT), 0, 1)
     return np.stack([np.sin(angle), np.cos(angle)], 1)
