@@ -49,11 +49,15 @@ _ANKLE = 0.063
 LONGEST = 0.9  # quantile of a segment's lengths over a clip that is its length
 LIKELY_SIZE = 0.75  # quantile of the sizes that a frame's segments speak for that is the body's
 SIZE_WINDOW = 1.0  # seconds (standard deviation) over which bodies come nearer or go away
-# Parts that are foreshortened together seldom, and the least one is in the longest.
+# Parts that are seldom foreshortened together, and the least that one is in the other.
 _GROUPS = ((("thigh", "shin"), 0.9), (("upper_arm", "forearm"), 0.9), (("shoulders", "hips"), 0.75))
+# Parts that turn from the camera alone, by their share of the length in people of this size: below the first they are
+# taken to be turned and as usual, above the second to be short.
+_TRUST = {"shoulders": (0.7, 1.0), "hips": (0.7, 1.0), "trunk": (0.4, 0.7), "neck": (0.4, 0.7)}
 DOUBT = 0.9  # power of the lengths below the average that one picture is believed by
 ALIKE = 0.04  # logarithm of a ratio that may as well be an error; greater ones are believed
 UNLIKE = 0.015  # mean of 1 - cosine of the bones' turns at which two postures are no longer the same
+GREATEST = 3.0  # ratio of two people's parts; what is beyond is an error
 _TIE = 0.005  # weight of the whole body in the ratio of a part in the same posture, in that of a part seen in full
 
 
@@ -95,6 +99,12 @@ def proportions(lengths: np.ndarray, fps: float = 1.0, cuts: Sequence[int] = ())
         group = [PARTS.index(name) for name in names]
         part[group] = np.fmax(part[group], least * np.fmax.reduce(part[group]))
     part = np.where(np.isnan(part), 1, part)
+    build = max(part[PARTS.index(name)] for name in ("trunk", "upper_arm"))
+    for name, (nothing, everything) in _TRUST.items():
+        index, usual = PARTS.index(name), build if name in ("shoulders", "hips") else 1.0
+        short = part[index] / usual
+        if short < 1:
+            part[index] = usual * short ** np.clip((short - nothing) / (everything - nothing), 0, 1)
     return np.where(part < 1, part**DOUBT, part)
 
 
@@ -122,7 +132,7 @@ def length_ratios(
     if likeness[frame] > 0:
         same = _same_posture(theirs[frame], ours[0])
         ratios += likeness[frame] * (same - np.median(same) - ratios)
-    ratios = np.exp(ratios)
+    ratios = np.exp(np.clip(ratios, -np.log(GREATEST), np.log(GREATEST)))
     return ratios * standing(body) / standing(body * ratios)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.cuts import shots
-from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, with_middles
+from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, segment_lengths, with_middles
 from data.poses.poses import Poses, local_lines
 from data.transforms import fit_matrix, map_points
 
@@ -143,11 +143,15 @@ def _with_lengths(
 ) -> np.ndarray | str:
     """Points (f, 17, 2) with bones as long as those of `own` (17, 2), or why not."""
     both, both_seen = with_middles(points, seen)
-    own, own_seen = (each[0] for each in with_middles(own[None], own_seen[None]))
-    for what, known in (("the reference", own_seen[None]), ("any driving frame", both_seen)):
-        if not (known[:, SHOULDERS] & (known[:, HIPS] | known[:, HEAD])).any():
-            return f"{what} shows no shoulders with hips or head"
-    ratios = length_ratios(both, both_seen, own, own_seen, fps, cuts) * height_ratio
+    own, own_seen = with_middles(own[None], own_seen[None])
+    for what, known, measured in (
+        ("the reference shows", own_seen, segment_lengths(own, own_seen)),
+        ("no driving frame shows", both_seen, segment_lengths(both, both_seen)),
+    ):
+        trunk = known[:, SHOULDERS] & (known[:, HIPS] | known[:, HEAD])
+        if not (trunk & (np.isfinite(measured).sum(1) > 1)).any():
+            return f"{what} {'no ' if what.startswith('the') else ''}shoulders with hips or head"
+    ratios = length_ratios(both, both_seen, own[0], own_seen[0], fps, cuts) * height_ratio
     parts = [placed(points[s], seen[s], ratios, STEADY * fps) for s in shots(len(points), cuts)]
     return np.concatenate(parts)
 
