@@ -23,6 +23,7 @@ from evaluation.measure import (
     PersonKeypoints,
     clip_means,
     measure_clip,
+    person_tracks,
     person_values,
     summarise,
     with_persons,
@@ -31,6 +32,7 @@ from evaluation.metric_suite import MetricSuite, open_metric_suite
 from evaluation.report import claim_output, close_output, run_parts
 from inference.animate import Animation, animate
 from inference.config import SamplingConfig
+from metrics.face import FaceNetwork
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.animators.registry import TRAINING_FILE, load_pipeline
 from models.pipeline import AnimationPipeline
@@ -164,7 +166,8 @@ def run_task(
                 parts = {"reference": shown.reference.poses, "frames": shown.driving.poses}
                 summary["not_found"] = {name: int((~poses.present()).sum()) for name, poses in parts.items()}
             write_json(folder / "calibration.json", summary)
-        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator if config.persons else None)
+        found = estimator if config.persons else None
+        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, found, metric_suite.face)
         measure_clip(pairs, metric_suite, folder)
 
     if state.is_main_process:
@@ -211,7 +214,11 @@ def values_by_trial(folders: dict[Trial, Path]) -> dict[tuple[str, str, int], di
 
 
 def frame_pairs_of(
-    result: np.ndarray, clip: EvaluationClip, protocol: Protocol, estimator: PoseEstimator | None
+    result: np.ndarray,
+    clip: EvaluationClip,
+    protocol: Protocol,
+    estimator: PoseEstimator | None,
+    face: FaceNetwork | None = None,
 ) -> Iterator[FramePair]:
     """The animation beside the truth; persons are compared before the protocol crops and resizes."""
     size = (result.shape[2], result.shape[1])
@@ -220,13 +227,15 @@ def frame_pairs_of(
     poses = (clip.target or clip.driving).poses
     poses = poses.mapped(fit_matrix(poses.size, size), size)
     for index, (generated, truth, mask) in enumerate(zip(result, truths, masks, strict=True)):
-        person = None
+        person = tracks = None
         if found is not None:
             target = PersonKeypoints(poses.keypoints[index, 0], poses.scores[index, 0])
-            person = person_values(generated, found[index], truth, target)
+            person = person_values(generated, found[index], truth, target, face)
+            tracks = person_tracks(found[index], target, size)
         yield FramePair(
             generated_to_form(generated, size, protocol),
             brought_to_form(truth, protocol),
             brought_to_form(mask, protocol, nearest=True),
             person,
+            tracks,
         )
