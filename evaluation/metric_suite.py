@@ -53,7 +53,8 @@ class MetricSuite:
         """The first measure of the same vectors."""
         if MEASURES[measure].kind == "motion":
             return "keypoint_motion"
-        return next(name for name, made in self.extractors.items() if made is self.extractors[measure])
+        extractor = self.extractors[measure]
+        return next(name for name, made in self.extractors.items() if made is extractor and MEASURES[name].is_pooled)
 
     def networks(self) -> dict[str, dict[str, Any]]:
         """The network behind each measure, for reports."""

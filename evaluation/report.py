@@ -240,11 +240,10 @@ def format_number(cell: Cell, plus_minus: str) -> str:
         return f"{value} [{low}, {high}]"
     if cell.mean == 0:
         return "0"
-    if abs(cell.mean) < 1e-3:
-        return f"{cell.mean:.2e}"
     digits = max(0, 2 - math.floor(math.log10(abs(cell.mean))))
-    text = f"{cell.mean:.{digits}f}"
-    return text if cell.deviation is None else f"{text}{plus_minus}{cell.deviation:.{digits}f}"
+    form = f".{digits}f" if abs(cell.mean) >= 1e-3 else ".2e"
+    text = f"{cell.mean:{form}}"
+    return text if cell.deviation is None else f"{text}{plus_minus}{cell.deviation:{form}}"
 
 
 def markdown(table: Table) -> str:

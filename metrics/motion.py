@@ -40,7 +40,7 @@ def motion_histograms(keypoints: np.ndarray, visible: np.ndarray, window: int, s
 
 def _histograms(keypoints: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """The vector of one window. Before its first frame nothing moves, as in FVMD."""
-    parts, moved, seen = [], keypoints.astype(np.float64), visible
+    kinds, moved, seen = [], keypoints.astype(np.float64), visible
     for _ in ("velocity", "acceleration"):
         moved, seen = np.diff(moved, axis=0), seen[1:] & seen[:-1]
         before = len(keypoints) - len(moved)
@@ -50,5 +50,5 @@ def _histograms(keypoints: np.ndarray, visible: np.ndarray) -> np.ndarray:
         by_direction = np.where(bins[..., None] == np.arange(DIRECTIONS), weights[..., None], 0)  # (t, 17, 8)
         by_direction = np.pad(by_direction, ((before, 0), (0, 0), (0, 0)))
         cells = by_direction[: len(keypoints) // CELL_FRAMES * CELL_FRAMES].reshape(-1, CELL_FRAMES, 17, DIRECTIONS)
-        parts += [cells[:, :, part].sum(axis=(1, 2)) for part in PARTS]
-    return np.stack(parts, axis=1).astype(np.float32).reshape(-1)
+        kinds.append(np.stack([cells[:, :, part].sum(axis=(1, 2)) for part in PARTS], axis=1))
+    return np.stack(kinds).astype(np.float32).reshape(-1)

@@ -80,7 +80,8 @@ WRONG = {
     "-m models.checkpoints convert family=animate_anyone": ("output=x", ("dtype=int8", "unet=x", "wieghts=x")),
     "-m models.checkpoints convert family=disco": ("output=x", ("null_tokens=none",)),
     "evaluate.py metrics": ("generated=none truth=none", (
-        "protocol=x", "features=all", "measures=[psnrr]", "measures=[]", "batch_size=0", "device=gpu",
+        "protocol=x", "features=all", "measures=[psnrr]", "measures=[]", "batch_size=0", "device=gpu", "truth_poses=x",
+        "generated_features=x",
     )),
     "evaluate.py split": ("dataset=none", ("thresholds.angle=9", "thresholds.share=-1", "clips=-1", "split=train")),
     "evaluate.py sweep": ("", (

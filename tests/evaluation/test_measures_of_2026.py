@@ -87,7 +87,8 @@ class TestMmd:
             polynomial_mmd(single(rng.normal(1, 1, (12, 4))), single(rng.normal(0, 1, (12, 4)))) for _ in range(300)
         ]
         spread = np.std([estimate.value for estimate in found])
-        assert spread < np.mean([estimate.error for estimate in found]) < 1.3 * spread, "right, or too careful"
+        error = np.sqrt(np.mean([estimate.error**2 for estimate in found]))
+        assert 0.9 * spread < error < 1.3 * spread, "right, or a little too careful"
 
     def test_wrong_vectors(self):
         with pytest.raises(ValueError, match="two clips or more, as many of each side, got 1 and 1"):
@@ -192,7 +193,7 @@ class TestFace:
         write_onnx(tmp_path / "image.onnx", (SIDE, SIDE), [node("Relu", ["input"], "y")], {}, {"y": (1, 3, 112, 112)})
         (tmp_path / "text.onnx").write_text("text")
         faults = {
-            "small": r"takes tensor\(float\) \[1, 3, 64, 64\]; an embedding of faces has one input of floats \(1, 3, 112",
+            "small": r"takes tensor\(float\) \[1, 3, 64, 64\]; an embedding of faces has one input of floats \(1, 3",
             "image": r"gives \[\[1, 3, 112, 112\]\]; an embedding has one output \(1, dimension\)",
             "text": "is not an ONNX network",
             "missing": "does not exist",
@@ -240,24 +241,24 @@ class TestSteadiness:
         assert [len(smoothness(np.ones((n, 2)))) for n in (1, 2, 3)] == [0, 0, 1]
 
 
-FRAMES = (16, 18, 32)
+FRAMES = (16, 17, 16)
 
 
 def body(frames: int, seed: int) -> Poses:
     """A face as large as SMALLEST allows, and other keypoints that wander."""
     rng = np.random.default_rng(seed)
     keypoints = rng.uniform(4, 24, (1, 1, 17, 2)) + rng.normal(0, 1, (frames, 1, 17, 2)).cumsum(axis=0)
-    keypoints[:, 0, :3] = PLACES / 4 + [1, 0]
-    return Poses(keypoints, np.ones((frames, 1, 17)), (40, 32), 10)
+    keypoints[:, 0, :3] = PLACES / 4 - [2, 0]
+    return Poses(keypoints, np.ones((frames, 1, 17)), (24, 24), 10)
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Three clips of 40 x 32, darker and unsteady ones, their poses, features and an embedding of faces."""
+    """Three clips of 24 x 24, darker and unsteady ones, their poses, features and an embedding of faces."""
     root, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
     features = {"generated": {}, "truth": {}}
     for number, count in enumerate(FRAMES):
-        truth = np.repeat(images(number, 1, (32, 40)), count, axis=0)
+        truth = np.repeat(images(number, 1, (24, 24)), count, axis=0)
         generated = truth.copy()
         generated[1::2] //= 2
         for side, frames in (("truth", truth), ("generated", generated)):
@@ -287,25 +288,24 @@ def features_of(root: Path) -> list[str]:
 class TestCommand:
     def test_all_of_the_protocol_from_files(self, clips, tmp_path, capsys):
         packaged()
-        more = ["features=stand-in", *poses_of(clips), *features_of(clips), f"face={clips / 'face.onnx'}"]
-        evaluate.main(measuring(clips, tmp_path / "o", *more))
+        wanted = "vgg_consistency,vgg_consistency_truth,vgg_smoothness,vgg_smoothness_truth,mmd_vgg,vgg_frechet_video,"
+        wanted += "mmd_given,keypoint_motion,keypoint_motion_mmd,face_identity"
+        more = [*poses_of(clips), *features_of(clips), f"face={clips / 'face.onnx'}", "batch_size=32"]
+        evaluate.main(measuring(clips, tmp_path / "o", *more, "features=stand-in", f"measures=[{wanted}]"))
         results, table = results_of(tmp_path / "o"), (tmp_path / "o" / "table.md").read_text()
-        wanted = (
-            "mae psnr ssim flicker st_lpips_alex st_lpips_vgg vgg_frechet vgg_frechet_video mmd_vgg vgg_consistency"
-        )
-        wanted += " vgg_consistency_truth vgg_smoothness vgg_smoothness_truth mmd_given keypoint_motion"
-        wanted += " keypoint_motion_mmd face_identity keypoint_error part_colour"
         numbers = results["results"]
-        assert set(numbers) == set(wanted.split()) and all(number["value"] is not None for number in numbers.values())
-        assert numbers["mmd_vgg"]["samples"] == 3 and numbers["vgg_frechet_video"]["samples"] == 1 + 1 + 2
-        assert numbers["mmd_vgg"]["error"] > 0 and f"± {numbers['mmd_vgg']['error']:.1f}"[:4] in table
+        assert set(numbers) == set(wanted.split(",")) and all(
+            number["value"] is not None for number in numbers.values()
+        )
+        assert numbers["mmd_vgg"]["samples"] == 3 and numbers["vgg_frechet_video"]["samples"] == 3
+        assert f"± {numbers['mmd_vgg']['error']:.2e} | 3 |" in table
         sides = [dict(np.load(clips / f"{side}.npz")).values() for side in ("generated", "truth")]
         assert numbers["mmd_given"]["value"] == pytest.approx(polynomial_mmd(*map(list, sides)).value)
         assert numbers["face_identity"]["samples"] == sum(FRAMES) and numbers["face_identity"]["value"] < 1
         # The true clips stand still, the generated ones are darker in every second frame.
         assert numbers["vgg_consistency_truth"]["value"] == pytest.approx(1, abs=1e-5)
-        assert numbers["vgg_consistency"]["value"] < 0.99 and numbers["vgg_smoothness"]["value"] < 0.9
-        assert numbers["keypoint_motion"]["samples"] == 4 and "4 generated" in numbers["keypoint_motion"]["warning"]
+        assert numbers["vgg_consistency"]["value"] < 0.995 and numbers["vgg_smoothness"]["value"] < 0.9
+        assert numbers["keypoint_motion"]["samples"] == 3 and "3 generated" in numbers["keypoint_motion"]["warning"]
         assert results["networks"]["face_identity"]["network"].endswith("the user's file")
         assert "jackknife" in table and table in capsys.readouterr().out
         # In windows of their own, a clip's frames count once.
@@ -314,13 +314,14 @@ class TestCommand:
     def test_equal_motion_is_no_distance_and_needs_no_networks(self, clips, tmp_path):
         evaluate.main(measuring(clips, tmp_path / "o", "features=none", *poses_of(clips, "truth")))
         numbers = results_of(tmp_path / "o")["results"]
-        assert {"mae", "keypoint_motion", "keypoint_error"} < set(numbers) and "face_identity" not in numbers
+        wanted = "mae psnr ssim flicker keypoint_motion keypoint_motion_mmd keypoint_error part_colour"
+        assert set(numbers) == set(wanted.split()), "what needs files or networks is left out"
         for name in ("keypoint_motion", "keypoint_motion_mmd", "keypoint_error"):
             assert numbers[name]["value"] == pytest.approx(0, abs=1e-6)
 
     def test_one_clip_is_too_few_and_nobody_has_no_face(self, clips, tmp_path):
-        save_frames(tmp_path / "truth" / "clip0", images(0, 16, (32, 40)))
-        Poses(np.zeros((16, 0, 17, 2)), np.zeros((16, 0, 17)), (40, 32), 10).save(tmp_path / "nobody.npz")
+        save_frames(tmp_path / "truth" / "clip0", images(0, 16, (24, 24)))
+        Poses(np.zeros((16, 0, 17, 2)), np.zeros((16, 0, 17)), (24, 24), 10).save(tmp_path / "nobody.npz")
         known = [f"{side}_poses={tmp_path / 'nobody.npz'}" for side in ("generated", "truth")]
         chosen = "measures=[keypoint_motion_mmd,face_identity]"
         paths = [f"generated={tmp_path / 'truth'}", f"truth={tmp_path / 'truth'}", f"output={tmp_path / 'o'}"]
@@ -347,6 +348,14 @@ class TestCommand:
         evaluate.main([*measuring(clips, tmp_path / "rows", "measures=[mmd_given]"), *given])
         found = json.loads((tmp_path / "rows" / "results.json").read_text())["results"]["mmd_given"]["value"]
         assert found == pytest.approx(polynomial_mmd(*map(single, rows.values())).value) and found != first
+
+    def test_features_that_are_not_finite_are_named(self, clips, tmp_path):
+        command = measuring(clips, tmp_path / "o", "measures=[keypoint_motion]", "keep_parts=true", *poses_of(clips))
+        evaluate.main(command)
+        (tmp_path / "o" / "results.json").unlink()
+        np.full(384, np.nan, np.float32).tofile(tmp_path / "o/parts/clip1/keypoint_motion.generated.f32")
+        with pytest.raises(UserError, match="keypoint_motion: features of the generated clip 'clip1' are not finite"):
+            evaluate.main(command)
 
     def test_bad_input_is_one_line(self, clips, tmp_path):
         np.savez(tmp_path / "nan.npz", **{f"clip{k}": np.full((1, 5), np.nan) for k in range(3)})
