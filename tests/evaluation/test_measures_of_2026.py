@@ -1,6 +1,5 @@
 """MMD, motion of keypoints, face identity and steadiness: closed forms, properties, and `evaluate.py metrics`."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from metrics.face import PLACES, SIDE, FaceNetwork, face_matrix
 from metrics.frechet import Moments, frechet_distance
 from metrics.mmd import polynomial_mmd
 from metrics.motion import PARTS, motion_dimension, motion_histograms, normalised_keypoints
-from metrics.protocols import MEASURES, PROTOCOLS
+from metrics.protocols import MEASURES
 from metrics.steadiness import consistency, smoothness
 from tests.data.poses.test_dwpose import maximum_over, node, write_onnx
 from tests.evaluation.test_evaluate_metrics import images, packaged, results_of, save_frames
@@ -138,11 +137,9 @@ class TestMotion:
         arm = PARTS.index((7, 9))
         assert found[0, 1, arm, 4] == pytest.approx(0.25 * (2 * 4 - 2)), "neither into frame 5 nor out of it"
         assert found[1].max() < 1e-3
-
-    def test_windows(self):
-        seen = np.ones((40, 17), bool)
-        assert motion_histograms(self.walk((1, 1), 40), seen, 16, 16).shape == (2, 384)
-        assert motion_histograms(self.walk((1, 1), 15), seen[:15], 16, 16).shape == (0, 384)
+        assert motion_histograms(self.walk((1, 1), 15), visible[:15], 16, 16).shape == (0, 384), (
+            "shorter than a window"
+        )
 
 
 FACE = np.zeros((17, 2))
@@ -308,8 +305,6 @@ class TestCommand:
         assert numbers["keypoint_motion"]["samples"] == 3 and "3 generated" in numbers["keypoint_motion"]["warning"]
         assert results["networks"]["face_identity"]["network"].endswith("the user's file")
         assert "jackknife" in table and table in capsys.readouterr().out
-        # In windows of their own, a clip's frames count once.
-        assert results["protocol"]["stride"] == 16
 
     def test_equal_motion_is_no_distance_and_needs_no_networks(self, clips, tmp_path):
         evaluate.main(measuring(clips, tmp_path / "o", "features=none", *poses_of(clips, "truth")))
@@ -346,7 +341,7 @@ class TestCommand:
             np.save(tmp_path / f"{side}.npy", array)
         given = [f"{side}_features={tmp_path / f'{side}.npy'}" for side in rows]
         evaluate.main([*measuring(clips, tmp_path / "rows", "measures=[mmd_given]"), *given])
-        found = json.loads((tmp_path / "rows" / "results.json").read_text())["results"]["mmd_given"]["value"]
+        found = results_of(tmp_path / "rows")["results"]["mmd_given"]["value"]
         assert found == pytest.approx(polynomial_mmd(*map(single, rows.values())).value) and found != first
 
     def test_features_that_are_not_finite_are_named(self, clips, tmp_path):
@@ -402,4 +397,3 @@ def test_names_tell_these_measures_from_the_published_ones():
         assert not any(word in measure.label for word in ("VBench", "JEDi", "FVMD"))
     for name in ("vgg_consistency", "vgg_smoothness", "keypoint_motion"):
         assert ", not " in MEASURES[name].definition
-    assert PROTOCOLS["tpc-2026"].version == "1.0"
