@@ -35,20 +35,21 @@ from tpc.silhouettes import body_height, head_axis, keypoint_box, relative_angle
 from tpc.warping import mask_iou
 
 TRANSFORMS = ("linear", "affine", "procrustes", "articulated")
+DRAWN = "exact, driving silhouettes drawn,"  # a condition
 MEASURES = ("psnr", "ssim", "iou")
 # Of a frame -> edges of its bins: box IoU before calibration, relative angle in degrees, and how far the keypoints are
 # on average from where one similarity of them all puts the reference's, in parts of the body height.
 FACTS = {"box IoU": (0, 0.3, 0.5, 0.7, 1.01), "angle": (0, 30, 90, 180.1), "pose difference": (0, 0.02, 0.05, 0.1, 9)}
 
 
-def run(clip: EvaluationClip, size: tuple[int, int], transform: str) -> Calibration:
+def run(clip: EvaluationClip, size: tuple[int, int], transform: str, silhouette: str = "mask") -> Calibration:
     reference, driving = clip.reference, clip.driving
     return calibrate(
         reference.image,
         reference.poses,
         driving.poses,
         size,
-        CalibrationConfig(transform=transform),
+        CalibrationConfig(transform=transform, driving_silhouette=silhouette),
         reference_masks=reference.masks,
         driving_masks=driving.masks,
         frame_map=fit_matrix(driving.poses.size, size),
@@ -89,6 +90,8 @@ def measured_clips(config: PicturesConfig) -> Iterator[tuple[str, np.ndarray, di
         for index, name in enumerate(tqdm(names, desc=kind)):
             clip = clips.clip(name)
             conditions = {"exact": (clip, TRANSFORMS)}
+            if config.drawn:
+                conditions[DRAWN] = clip, TRANSFORMS[2:]
             if config.noise > 0:
                 rng = np.random.default_rng([config.seed, ALL_KINDS.index(kind), index])
                 conditions["noisy"] = with_pose_noise(clip, config.noise, rng), TRANSFORMS[2:]
@@ -98,7 +101,10 @@ def measured_clips(config: PicturesConfig) -> Iterator[tuple[str, np.ndarray, di
                 kind,
                 facts(clip),
                 {
-                    condition: {transform: measure(given, run(given, size, transform)) for transform in transforms}
+                    condition: {
+                        t: measure(given, run(given, size, t, "drawn" if condition == DRAWN else "mask"))
+                        for t in transforms
+                    }
                     for condition, (given, transforms) in conditions.items()
                 },
             )
@@ -127,7 +133,7 @@ def main(arguments: list[str]) -> None:
         gain = of_clips["articulated"][:, 0] - of_clips["procrustes"][:, 0]
         lines.append(f"articulated against procrustes, {condition}: worst clip {np.nanmin(gain):+.2f} dB, ")
         lines[-1] += f"better in {np.count_nonzero(gain > 0)} of {len(gain)} clips\n"
-        if condition.startswith("retargeted"):
+        if condition not in ("exact", "noisy"):
             exact = np.array([np.nanmean(m["exact"]["articulated"][:, 0]) for _, _, m in found])
             gains = [of_clips["articulated"][kinds == kind, 0] - exact[kinds == kind] for kind in config.kinds]
             gained = {kind: mean_interval(of_kind) for kind, of_kind in zip(config.kinds, gains, strict=True)}

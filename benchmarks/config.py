@@ -58,6 +58,7 @@ class PicturesConfig:
     # of clips with one person, such as identity and proportions, which another body drives
     kinds: list[str] = choices(ONE_PERSON, (*ONE_PERSON, *DRIVEN_KINDS), least=1)
     retargets: list[str] = choices((), RETARGETS)  # exact poses also brought to the reference's body, in these ways
+    drawn: bool = False  # exact poses also with tpc.driving_silhouette=drawn
     clips: int = number(0, 0, MANY)  # of each kind, 0 = all
     size: int = number(128, 8, 4096)  # pixels, the shipped model's frame
     # parts of the body height, errors of the keypoints of reference and frames; 0 = exact only
