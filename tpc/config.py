@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from core.config import LARGEST_SEED, check_config, choice, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from data.config import PoseConfig
+from data.config import DrivingPoseConfig
 
 PRESETS = ("best", "paper", "release")
 PROPAGATIONS = ("iterative", "hold", "off")
@@ -180,13 +180,12 @@ class CommandConfig:
     # clip: one for all frames; 77, 81 or another number: one for each segment of so many frames; null: none, or clip
     # with a tool
     segments: str | None = None
-    segment_overlap: int | None = number(
-        None, 0, MANY
-    )  # frames that a segment repeats of the last; null: the tool's, or 0
+    # frames that a segment repeats of the one before; null: the tool's, or 0
+    segment_overlap: int | None = number(None, 0, MANY)
     segment_videos: bool = False  # also the driving video and its drawn poses, cut into the same segments
     tool: str | None = choice(None, TOOLS)  # sizes, frame rate and names of files as this tool takes them
 
-    pose: PoseConfig = field(default_factory=PoseConfig)
+    pose: DrivingPoseConfig = field(default_factory=DrivingPoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:

@@ -1,5 +1,9 @@
 """Driving poses with the proportions of another person: the one of the reference.
 
+    python -m data.poses.retarget reference_poses=r.npz driving_poses=d.npz output=out.npz [mode=bones]
+
+Reads every format of `data.poses.files`; several persons are matched from left to right.
+
 `bones` gives every bone of the driving skeletons the reference person's length and leaves its direction and its
 foreshortening: under an orthographic camera a bone of length l seen at an angle a from the image plane is l cos(a)
 long there, so the same rotations of joints of another body are the same vectors, times the ratio of the two lengths.
@@ -9,15 +13,21 @@ long there, so the same rotations of joints of another body are the same vectors
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from data.cuts import shots
+from core.config import load_config
+from core.errors import UserError, run_command
+from core.files import check_paths
+from data.config import RETARGET_MODES, RetargetConfig
+from data.cuts import pose_jumps, shots
+from data.poses.files import load_poses, save_openpose
 from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, segment_lengths, with_middles
 from data.poses.poses import Poses, local_lines
 from data.transforms import fit_matrix, map_points
 
-MODES = ("off", "similarity", "bones")
 # Point: its parent and the part in between; from the hips' middle on, parents first.
 _TREE = {
     SHOULDERS: (HIPS, "trunk"),
@@ -58,7 +68,7 @@ def retarget(
     Args:
         driving: poses of the clip; scores stay as they are.
         reference: poses of the reference image, one frame; its size and place count for `similarity` alone.
-        mode: one of `MODES`.
+        mode: one of `RETARGET_MODES`.
         slots: (frames, reference persons) int, the slot of the driving poses that each person of the reference takes,
             -1 = absent; None: both from left to right. Others stay as they are.
         height_ratio: of `bones`, standing height of the result in the driver's; two pictures do not tell it.
@@ -67,8 +77,8 @@ def retarget(
         threshold: keypoints with scores up to it are not measured, and move with their neighbours.
         cuts: first frames of the clip's shots after the first.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if mode not in RETARGET_MODES:
+        raise ValueError(f"mode must be one of {RETARGET_MODES}, got {mode!r}")
     if reference.frames != 1:
         raise ValueError(f"reference must be one frame, got {reference.frames}")
     if mode == "off":
@@ -225,3 +235,32 @@ def downwards(points: np.ndarray, known: np.ndarray, steady: float) -> np.ndarra
         angle = np.arctan2(axis[:, 0], axis[:, 1])  # from the image's down
         angle *= np.clip((abs(np.degrees(angle)) - UPRIGHT) / (TURNED - UPRIGHT), 0, 1)
     return np.stack([np.sin(angle), np.cos(angle)], 1)
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(RetargetConfig, arguments, about=__doc__)
+    check_paths({name: getattr(config, name) for name in ("reference_poses", "driving_poses")})
+    output = Path(config.output)
+    if output.suffix.lower() not in (".npz", ".json"):
+        raise UserError(f"output={output} must end in .npz, or in .json for OpenPose's format")
+    sizes = (None if size is None else tuple(size) for size in (config.reference_size, config.driving_size))
+    reference = load_poses(config.reference_poses, next(sizes), argument="reference_poses")
+    driving = load_poses(config.driving_poses, next(sizes), config.fps, argument="driving_poses")
+    if reference.frames != 1:
+        raise UserError(f"reference_poses={config.reference_poses} has {reference.frames} frames; a picture has one")
+    poses, notes = retarget(
+        driving,
+        reference,
+        config.mode,
+        height_ratio=config.height_ratio,
+        cuts=pose_jumps(driving.keypoints, driving.scores),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (poses.save if output.suffix.lower() == ".npz" else partial(save_openpose, poses))(output)
+    print(f"{output}: {poses.frames} frames of {poses.persons} persons")
+    for note in notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    run_command(main)
