@@ -139,6 +139,16 @@ class JitterConfig:
 
 
 @dataclass
+class RetargetingConfig:
+    """Retargeted poses of rendered people against those of the reference's own."""
+
+    motions: int = number(40, 1, MANY)  # of every row
+    frames: int = number(24, 1, MANY)  # of a motion, 8 a second
+    noise: float = number(0.0, 0, 1)  # parts of the standing height, errors of all keypoints
+    seed: int = number(0, 0, LARGEST_SEED)  # of motions, people and cameras
+
+
+@dataclass
 class PublishedConfig:
     """Weights of published format and size."""
 

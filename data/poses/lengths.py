@@ -51,12 +51,13 @@ LIKELY_SIZE = 0.75  # quantile of the sizes that a frame's segments speak for th
 SIZE_WINDOW = 1.0  # seconds (standard deviation) over which bodies come nearer or go away
 # Parts that are seldom foreshortened together, and the least that one is in the other.
 _GROUPS = ((("thigh", "shin"), 0.9), (("upper_arm", "forearm"), 0.9), (("shoulders", "hips"), 0.75))
-# Parts that turn from the camera alone, by their share of the length in people of this size: below the first they are
-# taken to be turned and as usual, above the second to be short.
+# Parts of which nothing tells whether they are turned away, by their share of the length in people of this build: below
+# the first number they are taken to be turned and as usual, above the second to be short.
 _TRUST = {"shoulders": (0.7, 1.0), "hips": (0.7, 1.0), "trunk": (0.4, 0.7), "neck": (0.4, 0.7)}
+_TRUST |= {"thigh": (0.7, 1.0), "shin": (0.7, 1.0)}  # of legs of which one of the two is not seen
 DOUBT = 0.9  # power of the lengths below the average that one picture is believed by
 ALIKE = 0.04  # logarithm of a ratio that may as well be an error; greater ones are believed
-UNLIKE = 0.015  # mean of 1 - cosine of the bones' turns at which two postures are no longer the same
+UNLIKE = 0.008  # mean of 1 - cosine of the bones' turns at which two postures are no longer the same
 GREATEST = 3.0  # ratio of two people's parts; what is beyond is an error
 _TIE = 0.005  # weight of the whole body in the ratio of a part in the same posture, in that of a part seen in full
 
@@ -95,15 +96,18 @@ def proportions(lengths: np.ndarray, fps: float = 1.0, cuts: Sequence[int] = ())
         whole = np.where(np.isnan(whole), 1, whole)
     known = np.isfinite(lengths).any(0)
     part = np.array([max(whole[(_PART == p) & known], default=np.nan) for p in range(len(PARTS))])
+    measured = np.isfinite(part)
     for names, least in _GROUPS:
         group = [PARTS.index(name) for name in names]
         part[group] = np.fmax(part[group], least * np.fmax.reduce(part[group]))
     part = np.where(np.isnan(part), 1, part)
-    build = max(part[PARTS.index(name)] for name in ("trunk", "upper_arm"))
+    trunk, upper_arm, thigh, shin = (PARTS.index(name) for name in ("trunk", "upper_arm", "thigh", "shin"))
+    build = max(part[trunk], part[upper_arm])
+    whole_legs = measured[thigh] and measured[shin]
     for name, (nothing, everything) in _TRUST.items():
-        index, usual = PARTS.index(name), build if name in ("shoulders", "hips") else 1.0
+        index, usual = PARTS.index(name), 1.0 if name in ("trunk", "neck") else build
         short = part[index] / usual
-        if short < 1:
+        if short < 1 and not (index in (thigh, shin) and whole_legs):
             part[index] = usual * short ** np.clip((short - nothing) / (everything - nothing), 0, 1)
     return np.where(part < 1, part**DOUBT, part)
 
@@ -145,7 +149,7 @@ def posture_likeness(points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_
     weights = np.minimum(abs(u), abs(v))
     turns = u.conj() * v / np.maximum(abs(u * v), 1e-12) * weights
     cosines = abs(turns.sum(1)) / np.maximum(weights.sum(1), 1e-9)
-    return np.where(known.sum(1) >= _BONES.sum() / 2, np.clip(1.1 - (1 - cosines) / UNLIKE, 0, 1), 0)
+    return np.where(known.sum(1) >= 2 / 3 * _BONES.sum(), np.clip(1.25 - (1 - cosines) / UNLIKE, 0, 1), 0)
 
 
 def _same_posture(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
