@@ -11,12 +11,12 @@ from scipy.optimize import linear_sum_assignment
 
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
+from data.config import DrivingPoseConfig
 from data.inputs import Driving, Reference, fitting_poses
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
 from data.poses.files import load_poses
 from data.poses.poses import PoseEstimate, PoseEstimator, Poses, estimate_image, estimate_poses
-from data.poses.retarget import retarget
 from data.preparation.clips import read_union
 from data.preparation.layouts import video_named
 from data.preparation.manifest import has_manifest, read_manifest
@@ -25,6 +25,8 @@ from data.video.files import VideoReader
 from data.video.images import natural_order
 from evaluation.config import RENDERED, RENDERED_FPS, ClipsConfig
 from evaluation.folders import MASKS_SUFFIX, file_stamps
+from tpc.config import CalibrationConfig
+from tpc.retargeting import retargeted
 from tpc.silhouettes import body_height, draw_silhouettes
 
 # How the references of rendered clips are misaligned, in turn.
@@ -232,10 +234,8 @@ def with_retargeting(clip: EvaluationClip, exact: EvaluationClip, mode: str) -> 
     if mode == "exact":
         true = exact.target or exact.driving
         return replace(clip, driving=replace(clip.driving, poses=true.poses, masks=true.masks, drawn=None))
-    poses, drawn = (
-        part and retarget(part, clip.reference.poses, mode)[0] for part in (clip.driving.poses, clip.driving.drawn)
-    )
-    return replace(clip, driving=replace(clip.driving, poses=poses, drawn=drawn, masks=None))
+    driving, _ = retargeted(clip.reference, clip.driving, DrivingPoseConfig(retarget=mode), CalibrationConfig())
+    return replace(clip, driving=driving)
 
 
 def estimated_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

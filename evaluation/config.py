@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from data.config import COCO_KEYPOINTS, SPLITS, PeopleConfig, PoseConfig
+from data.config import COCO_KEYPOINTS, RETARGET_MODES, SPLITS, PeopleConfig, PoseConfig
 from inference.config import SamplingConfig
 from models.config import SHIPPED_MODEL, SMALL_ANIMATORS
 from tpc.config import ATTACHMENTS, KEYPOINTS, PRESETS, TRANSFORMS, CalibrationConfig
@@ -26,7 +26,7 @@ MEASURES = (
 PERSON_MEASURES = ("keypoint_error", "part_colour")  # of every protocol, where poses are estimated
 LPIPS = "st_lpips_alex"
 MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
-RETARGETS = ("similarity", "bones", "exact")
+RETARGETS = (*RETARGET_MODES[1:], "exact")
 MANIFESTS = Path(__file__).parents[1] / "assets" / "misalignment"
 MISALIGNED_SPLITS = {"test": "heldout", "development": "development"}  # -> split of the rendered people
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
@@ -255,7 +255,7 @@ class MisalignedTrialsConfig(TrialsConfig):
     kinds: list[str] = choices(KINDS, (*KINDS, *DRIVEN_KINDS), least=1)
     clips: int = number(0, 0, MANY)  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
-    # Each condition also with the driving poses brought to the reference's body: by `data.poses.retarget`, or
+    # Each condition also with the driving poses brought to the reference's body: as by pose.retarget, or
     # exact: the poses and masks of the true frames, which a retargeting without errors would give
     retargets: list[str] = choices((), RETARGETS)
     flicker: bool = False  # also the error of the change from frame to frame
