@@ -72,18 +72,12 @@ class RetargetingCase:
 
 
 def cases(
-    library: PeopleLibrary,
-    bodies: str,
-    motions: int,
-    frames: int,
-    seed: int,
-    split: str = "heldout",
-    flat: bool = False,
+    library: PeopleLibrary, bodies: str, motions: int, frames: int, seed: int, flat: bool = False
 ) -> Iterator[RetargetingCase]:
     """Drivers, motions and cameras that are the same for all `BODIES`; `flat` motions stay in the picture's plane."""
     for index in range(motions):
         rng = np.random.default_rng([seed, index])
-        driver, person = (library.bodies[name] for name in rng.choice(library.names(split), 2, replace=False))
+        driver, person = (library.bodies[name] for name in rng.choice(library.names("heldout"), 2, replace=False))
         person = driver if bodies == DRIVER else rescaled(person, library.topology, PROPORTIONS[bodies])
         motion = random_motion(rng, frames * STRIDE, FPS)
         motion = flattened(motion) if flat else motion
@@ -133,7 +127,7 @@ def cell(errors: Sequence[np.ndarray]) -> str:
 def main(arguments: list[str]) -> None:
     config = load_config(RetargetingConfig, arguments, about=__doc__)
     library, rng = load_people(), np.random.default_rng(config.seed)
-    print(f"| reference's body, motion | unchanged | similarity, {PICTURES[0]} |", *PICTURES, sep=" | ", end=" |\n")
+    print("|", " | ".join(("reference's body, motion", "unchanged", f"similarity, {PICTURES[0]}", *PICTURES)), "|")
     print("|---" * (3 + len(PICTURES)) + "|")
     for flat in (False, True):
         for bodies in BODIES:

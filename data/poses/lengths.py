@@ -51,8 +51,8 @@ LIKELY_SIZE = 0.75  # quantile of the sizes that a frame's segments speak for th
 SIZE_WINDOW = 1.0  # seconds (standard deviation) over which bodies come nearer or go away
 # Parts that are seldom foreshortened together, and the least that one is in the other.
 _GROUPS = ((("thigh", "shin"), 0.9), (("upper_arm", "forearm"), 0.9), (("shoulders", "hips"), 0.75))
-# Parts of which nothing tells whether they are turned away, by their share of the length in people of this build: below
-# the first number they are taken to be turned and as usual, above the second to be short.
+# Parts of which nothing tells whether they are turned away, by their share of the length in people of this build:
+# below the first number they are taken to be turned and as usual, above the second to be short.
 _TRUST = {"shoulders": (0.7, 1.0), "hips": (0.7, 1.0), "trunk": (0.4, 0.7), "neck": (0.4, 0.7)}
 _TRUST |= {"thigh": (0.7, 1.0), "shin": (0.7, 1.0)}  # of legs of which one of the two is not seen
 DOUBT = 0.9  # power of the lengths below the average that one picture is believed by
@@ -74,6 +74,11 @@ def with_middles(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.n
     middles[:, 2] = np.where(count[:, 2, None] > 0, middles[:, 2], middles[:, 3])
     count[:, 2] += count[:, 3]
     return np.concatenate([points, middles[:, :3]], 1), np.concatenate([seen, count[:, :3] > 0], 1)
+
+
+def unmeasured(lengths: np.ndarray) -> list[str]:
+    """Names of the parts that none of `segment_lengths` (f, segments) is of."""
+    return [name for p, name in enumerate(PARTS) if np.isnan(lengths[:, _PART == p]).all()]
 
 
 def segment_lengths(points: np.ndarray, seen: np.ndarray) -> np.ndarray:

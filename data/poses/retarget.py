@@ -24,7 +24,7 @@ from core.files import check_paths
 from data.config import RETARGET_MODES, RetargetConfig
 from data.cuts import pose_jumps, shots
 from data.poses.files import load_poses, save_openpose
-from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, segment_lengths, with_middles
+from data.poses.lengths import HEAD, HIPS, PARTS, SHOULDERS, length_ratios, segment_lengths, unmeasured, with_middles
 from data.poses.poses import Poses, local_lines
 from data.transforms import fit_matrix, map_points
 
@@ -106,6 +106,9 @@ def retarget(
         if isinstance(found, str):
             notes.append(f"person {person} is not retargeted: {found}")
             continue
+        if mode == "bones" and (guessed := unmeasured(segment_lengths(*with_middles(own[None], own_seen[None])))):
+            parts = ", ".join(guessed).replace("_", " ")
+            notes.append(f"person {person}: the reference does not show {parts}; taken to be as people are")
         nowhere = (scores == 0) & (points == 0).all(-1)
         keypoints[place] = np.where(nowhere[..., None], 0, found)
     return Poses(keypoints, driving.scores, driving.size, driving.fps), notes
