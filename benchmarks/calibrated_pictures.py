@@ -35,7 +35,7 @@ from tpc.silhouettes import body_height, head_axis, keypoint_box, relative_angle
 from tpc.warping import mask_iou
 
 TRANSFORMS = ("linear", "affine", "procrustes", "articulated")
-DRAWN = "exact, driving silhouettes drawn,"  # a condition
+DRAWN = "exact, silhouettes drawn"  # a condition
 MEASURES = ("psnr", "ssim", "iou")
 # Of a frame -> edges of its bins: box IoU before calibration, relative angle in degrees, and how far the keypoints are
 # on average from where one similarity of them all puts the reference's, in parts of the body height.
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
         rows = [[kind, *(cell(of_clips[t][kinds == kind]) for t in names)] for kind in config.kinds]
         means = {t: np.array([np.nanmean(of_clips[t][kinds == kind], axis=0) for kind in config.kinds]) for t in names}
         rows.append(["mean of the kinds", *(cell(means[t]) for t in names)])
-        lines.append(table([f"{condition} poses: dB / SSIM / IoU", *names], rows) + "\n")
+        lines.append(table([f"poses {condition}: dB / SSIM / IoU", *names], rows) + "\n")
         gain = of_clips["articulated"][:, 0] - of_clips["procrustes"][:, 0]
         lines.append(f"articulated against procrustes, {condition}: worst clip {np.nanmin(gain):+.2f} dB, ")
         lines[-1] += f"better in {np.count_nonzero(gain > 0)} of {len(gain)} clips\n"
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
             gained = {kind: mean_interval(of_kind) for kind, of_kind in zip(config.kinds, gains, strict=True)}
             shown = [[kind, format_number(interval_cell(interval), "")] for kind, interval in gained.items()]
             shown.append(["mean of the kinds", format_number(interval_cell(mean_interval(*gains)), "")])
-            lines.append(table(["articulated, dB against exact poses", condition], shown) + "\n")
+            lines.append(table(["articulated, dB against poses exact", f"poses {condition}"], shown) + "\n")
     values = np.concatenate([fact for _, fact, _ in found])
     of_frames = {t: np.concatenate([m["exact"][t] for _, _, m in found]) for t in TRANSFORMS}
     for column, (name, edges) in enumerate(FACTS.items()):

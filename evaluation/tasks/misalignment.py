@@ -65,7 +65,7 @@ AVERAGED = tuple(kind for kind in KINDS if kind not in ("aligned", "two_persons"
 AVERAGE = "mean of misaligned kinds, one person"
 AVERAGE_DRIVEN = "mean of kinds that another body drives"
 DECIDING_NOTE = "fewest clips of a kind whose interval, of clips as different as these, would exclude 0"
-RETARGETED = "{}, retargeted: {}"  # label of a variant, and how
+RETARGETED = "{}, {}"  # label of a variant, and how its driving poses are brought to the reference's body
 REGIONS = ("foreground", "background")
 STRIP_HEIGHT = 192
 
@@ -168,16 +168,17 @@ def measure_table(values: Values, variants: Mapping[str, Variant], measure: str,
 
 
 def compared(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
-    """Pairs of labels: what misalignment costs, each variant with the one without TPC, with the first that has it, and
-    with the same retargeting without TPC.
+    """Pairs of labels: what misalignment costs; each variant with the one without TPC, with the first that has it, and
+    if it has TPC and retargeted poses, with each of both alone.
     """
     others = [label for label in variants if label != WITHOUT]
-    with_tpc = [label for label in others if variants[label].tpc is not None]
-    pairs = [(FITTING, WITHOUT), *((label, WITHOUT) for label in others)]
-    pairs += [(label, with_tpc[0]) for label in others if with_tpc and label != with_tpc[0]]
-    plain = {variant.retarget: label for label, variant in variants.items() if variant.tpc is None}
-    retargeted = [label for label in with_tpc if variants[label].retarget != "off"]
-    return pairs + [(label, plain[variants[label].retarget]) for label in retargeted]
+    retargeted = {variant.retarget: label for label, variant in variants.items() if variant.tpc is None}
+    plain = [label for label in others if variants[label].retarget == "off"]
+    pairs = [(FITTING, WITHOUT), *((label, WITHOUT) for label in others), *((label, plain[0]) for label in plain[1:])]
+    for label in others:
+        if label not in plain and variants[label].tpc is not None:
+            pairs += [(label, label.rpartition(", ")[0]), (label, retargeted[variants[label].retarget])]
+    return pairs
 
 
 def differences_table(values: Values, variants: Mapping[str, Variant], measure: str) -> Table:

@@ -89,7 +89,7 @@ def test_variants_of_one_model_are_compared():
 
 def test_variants_are_there_once_more_with_each_way_of_retargeting(models):
     variants = variants_of(AnimatorsConfig(models=models[:1], names=["A"], attachments=["add"], retargets=["bones"]))
-    assert list(variants) == ["A", "A + TPC", "A, retargeted: bones", "A + TPC, retargeted: bones"]
+    assert list(variants) == ["A", "A + TPC", "A, bones", "A + TPC, bones"]
     assert len({variant.name for variant in variants.values()}) == 4
     assert [variant.retarget for variant in variants.values()] == ["off", "off", "bones", "bones"]
 

@@ -221,15 +221,19 @@ def test_what_misalignment_costs_and_what_is_won_back():
 
 
 def test_retargeted_variants_are_compared_with_their_likes():
-    variants = VARIANTS | command.retargeted_variants(VARIANTS, ["bones"])
-    plain, both = f"{WITHOUT}, retargeted: bones", "TPC best, retargeted: bones"
-    assert list(variants) == [WITHOUT, "TPC best", plain, both]
-    assert variants[both].name == "tpc-best-bones" and variants[both].tpc == VARIANTS["TPC best"].tpc
+    plain = VARIANTS | {"TPC paper": Variant("tpc-paper", "", CalibrationConfig(preset="paper"))}
+    variants = plain | command.retargeted_variants(plain, ["bones"])
+    assert list(variants) == [*plain, f"{WITHOUT}, bones", "TPC best, bones", "TPC paper, bones"]
+    assert variants["TPC best, bones"].name == "tpc-best-bones"
+    assert variants["TPC best, bones"].tpc == VARIANTS["TPC best"].tpc
     assert command.compared(variants) == [
         ("fitting reference", WITHOUT),
-        *((label, WITHOUT) for label in ("TPC best", plain, both)),
-        *((label, "TPC best") for label in (plain, both)),
-        (both, plain),
+        *((label, WITHOUT) for label in list(variants)[1:]),
+        ("TPC paper", "TPC best"),
+        ("TPC best, bones", "TPC best"),
+        ("TPC best, bones", f"{WITHOUT}, bones"),
+        ("TPC paper, bones", "TPC paper"),
+        ("TPC paper, bones", f"{WITHOUT}, bones"),
     ]
 
 
