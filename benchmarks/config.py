@@ -146,6 +146,7 @@ class RetargetingConfig:
     frames: int = number(24, 1, MANY)  # of a motion, 8 a second
     noise: float = number(0.0, 0, 1)  # parts of the standing height, errors of all keypoints
     seed: int = number(0, 0, LARGEST_SEED)  # of motions, people and cameras
+    picture: str | None = None  # draw examples to this file instead of measuring
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What retargeting makes of exact poses: a rendered person drives, another one in the same motion is the answer.
 
-    python -m benchmarks.retargeting [motions=40] [frames=24] [noise=0]
+    python -m benchmarks.retargeting [motions=40] [frames=24] [noise=0] [picture=docs/images/retargeting.png]
 
 Motions are rotations of joints, which belong to no body. Numbers are distances of the keypoints from the answer's, in
 parts of the standing height: the median, and in brackets nine tenths are below. The driver is a held-out person, the
@@ -18,24 +18,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from core.config import load_config
 from core.errors import run_command
+from core.files import complete_file
+from data.config import RETARGET_MODES
 from data.people.bodies import (
     JOINT_INDEX,
     JOINTS,
     Body,
+    Identity,
     PeopleLibrary,
     Pose,
     axis_rotation,
+    build_person,
     load_people,
     neutral_pose,
     rotations_from_angles,
 )
 from data.people.motion import Motion, random_motion
 from data.people.proportions import PROPORTIONS, rescaled
-from data.people.renderer import Camera, project_keypoints
+from data.people.renderer import Camera, project_keypoints, render_person
 from data.people.scenes import CameraRanges, random_camera
+from data.poses.drawing import draw_pose
 from data.poses.poses import Poses
 from data.poses.retarget import retarget
 
@@ -44,6 +50,12 @@ DRIVER = "the driver"
 BODIES = (DRIVER, *PROPORTIONS)
 # Of the reference's picture: how the person is posed and turned in it.
 PICTURES = ("first frame", "standing", "from the side", "from behind", "seated", "any")
+# Of the picture: reference's body, motion, frame, how much the reference shows, seed.
+EXAMPLES = (
+    ("child", "wave", 10, "all", 8),
+    ("long_legged", "stretch", 14, "all", 3),
+    ("child", "walk", 5, "half", 8),
+)
 CAMERAS = CameraRanges(height=(0.8, 1.0), close_ups=0.0)
 
 
@@ -124,9 +136,42 @@ def cell(errors: Sequence[np.ndarray]) -> str:
     return f"{np.median(values):.1f} % ({np.quantile(values, 0.9):.1f})"
 
 
+def draw_examples(library: PeopleLibrary, path: str) -> None:
+    """Save a row for each of `EXAMPLES`: reference, driver, and the answer under the poses by each mode."""
+    rows = []
+    for body, motion, frame, shown, seed in EXAMPLES:
+        rng = np.random.default_rng(seed)
+        names = rng.choice(library.names("heldout"), 2, replace=False)
+        driver, person = (build_person(Identity(name, seed + k), library) for k, name in enumerate(names))
+        baked = rescaled(person.body, library.topology, PROPORTIONS[body])
+        person = build_person(person.identity, replace(library, bodies={person.identity.body: baked}))
+        poses, camera = random_motion(rng, 24 * STRIDE, FPS, motion), Camera(scale=0.9)
+        views = [
+            (person, neutral_pose(), replace(camera, scale=1.6, center=(0.5, 0.85)) if shown == "half" else camera)
+        ]
+        views += [(who, poses.pose(frame * STRIDE), camera) for who in (driver, person)]
+        images = [render_person(who, pose, camera, SIZE) for who, pose, camera in views]
+        driving = np.stack(
+            [project_keypoints(driver.body, poses.pose(f * STRIDE), camera, SIZE)[0] for f in range(24)]
+        )
+        given = Poses(driving[:, None], np.ones((24, 1, 17)), SIZE, FPS / STRIDE)
+        reference = Poses(images[0].keypoints[None, None], images[0].scores[None, None], SIZE, 1.0)
+        tiles = [image.image for image in images[:2]]
+        for mode in RETARGET_MODES:
+            found = retarget(given, reference, mode)[0][frame]
+            figure = draw_pose(found.keypoints[0], found.scores[0], SIZE)
+            tiles.append(np.where(figure.any(-1, keepdims=True), figure, images[2].image // 2 + 64))
+        rows.append(np.hstack(tiles))
+    with complete_file(path) as temporary:
+        Image.fromarray(np.vstack(rows)[::2, ::2]).save(temporary, "PNG")
+
+
 def main(arguments: list[str]) -> None:
     config = load_config(RetargetingConfig, arguments, about=__doc__)
     library, rng = load_people(), np.random.default_rng(config.seed)
+    if config.picture is not None:
+        draw_examples(library, config.picture)
+        return
     print("|", " | ".join(("reference's body, motion", "unchanged", f"similarity, {PICTURES[0]}", *PICTURES)), "|")
     print("|---" * (3 + len(PICTURES)) + "|")
     for flat in (False, True):

@@ -74,10 +74,11 @@ class RetargetConfig:
     # bones: the lengths of its bones, at the driver's place and size; similarity: its place and size in one frame
     mode: str = choice("bones", RETARGET_MODES[1:])
     height_ratio: float = number(1.0, 0.01, 100)  # bones: standing height in the driver's
-    # width and height of reference and frames, for files that do not state them
+    # width and height of the reference, for a file that does not state them
     reference_size: list[int] | None = numbers(None, 1, LARGEST_SIDE, length=2)
+    # width and height of the frames, for a file that does not state them
     driving_size: list[int] | None = numbers(None, 1, LARGEST_SIDE, length=2)
-    fps: float | None = number(None, 0.01, 1000)  # frames per second, for files that do not state them; null: 25
+    fps: float | None = number(None, 0.01, 1000)  # frames per second, for a clip that does not state them; null: 25
 
     def check(self) -> None:
         if self.height_ratio != 1 and self.mode != "bones":
