@@ -138,10 +138,10 @@ class MetricsConfig(ProtocolConfig):
     persons: bool = False  # estimate poses in both, for the error of the pose and the colours of body parts
     # poses that are known, instead of estimated ones: a pose file, or a folder of one a clip by its name
     generated_poses: str | None = None
-    truth_poses: str | None = None
+    truth_poses: str | None = None  # likewise
     # for mmd_given: .npz of one array (windows, dimension) a clip by its name, or .npy (clips, dimension)
     generated_features: str | None = None
-    truth_features: str | None = None
+    truth_features: str | None = None  # likewise
     keep_parts: bool = False  # keep the values and features of every clip, some kilobytes a frame
     device: str = device()  # auto: CUDA where there is one
     pose: PoseConfig = field(default_factory=PoseConfig)
