@@ -140,7 +140,9 @@ def length_ratios(
     frame = int(likeness.argmax())
     if likeness[frame] > 0:
         same = _same_posture(theirs[frame], ours[0])
-        ratios += likeness[frame] * (same - np.median(same) - ratios)
+        both = np.isfinite(same)
+        ratios -= np.median(ratios[both])
+        ratios[both] += likeness[frame] * (same[both] - np.median(same[both]) - ratios[both])
     ratios = np.exp(np.clip(ratios, -np.log(GREATEST), np.log(GREATEST)))
     return ratios * standing(body) / standing(body * ratios)
 
@@ -158,14 +160,15 @@ def posture_likeness(points: np.ndarray, seen: np.ndarray, own: np.ndarray, own_
 
 
 def _same_posture(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    """(parts,) logarithms of ours in theirs, of lengths (segments,) that are foreshortened alike."""
+    """(parts,) logarithms of ours in theirs, of lengths (segments,) foreshortened alike; NaN if not in both."""
     known = np.isfinite(theirs) & np.isfinite(ours)
     theirs, ours = np.where(known, theirs, 1), np.where(known, ours, 1)
     weights, logs = known * theirs * ours, np.log(ours / theirs)
     weights = weights / weights.max() * _LENGTHS**2
     mean = np.average(logs, weights=weights)
     ties = _TIE * np.bincount(_PART, _LENGTHS**2)
-    return (np.bincount(_PART, weights * logs) + ties * mean) / (np.bincount(_PART, weights) + ties)
+    of_part = np.bincount(_PART, weights)
+    return np.where(of_part > 0, (np.bincount(_PART, weights * logs) + ties * mean) / (of_part + ties), np.nan)
 
 
 def _body_sizes(lengths: np.ndarray, fps: float, cuts: Sequence[int]) -> np.ndarray:
