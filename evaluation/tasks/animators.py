@@ -53,7 +53,7 @@ from models.animators.registry import (
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
-DRIVEN = "another body drives"  # a subset beside `SUBSETS`
+DRIVEN = "cross-identity"  # a subset beside `SUBSETS`
 COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
 
 
@@ -81,11 +81,12 @@ def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:
         raise UserError(f"attachments={attachments} must be different ones of {', '.join(ATTACHMENTS)}")
     found = {}
     for index, (name, model) in enumerate(zip(model_names(config), config.models, strict=True)):
-        found[name] = Variant(f"model{index}-without", model, None)
+        of_model = {name: Variant(f"model{index}-without", model, None)}
         for attach in attachments:
             tpc = replace(config.tpc, attach=attach)
-            found[f"{name} + {LABELS[attach]}"] = Variant(f"model{index}-{attach}", model, tpc)
-    return found | retargeted_variants(found, config.retargets)
+            of_model[f"{name} + {LABELS[attach]}"] = Variant(f"model{index}-{attach}", model, tpc)
+        found |= of_model | retargeted_variants(of_model, config.retargets)
+    return found
 
 
 def run(config: AnimatorsConfig) -> None:

@@ -63,7 +63,7 @@ LOWEST_COST = 0.5  # dB; of less, a recovered share is noise
 # Kinds that a table also gives the mean of, each kind alike.
 AVERAGED = tuple(kind for kind in KINDS if kind not in ("aligned", "two_persons"))
 AVERAGE = "mean of misaligned kinds, one person"
-AVERAGE_DRIVEN = "mean of kinds that another body drives"
+AVERAGE_DRIVEN = "mean of cross-identity kinds"
 DECIDING_NOTE = "fewest clips of a kind whose interval, of clips as different as these, would exclude 0"
 RETARGETED = "{}, {}"  # label of a variant, and how its driving poses are brought to the reference's body
 REGIONS = ("foreground", "background")

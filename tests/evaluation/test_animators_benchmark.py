@@ -56,7 +56,7 @@ def known_values() -> Values:
 def test_kinds_count_alike_however_many_clips_they_have():
     values = known_values()
     assert subsets_of(list(KIND_CLIPS)) == {"original": ["aligned"], "misaligned": ["scale", "rotation"]}
-    assert subsets_of(["scale", "identity"]) == {"misaligned": ["scale"], "another body drives": ["identity"]}
+    assert subsets_of(["scale", "identity"]) == {"misaligned": ["scale"], "cross-identity": ["identity"]}
     assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, 16.0]
     values.by_trial["without", "d", 1][COLUMNS[0]] = None
     assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, None]
@@ -91,6 +91,8 @@ def test_variants_are_there_once_more_with_each_way_of_retargeting(models):
     variants = variants_of(AnimatorsConfig(models=models[:1], names=["A"], attachments=["add"], retargets=["bones"]))
     assert list(variants) == ["A", "A + TPC", "A, bones", "A + TPC, bones"]
     assert len({variant.name for variant in variants.values()}) == 4
+    several = variants_of(AnimatorsConfig(models=models[:2], names=["A", "B"], attachments=[], retargets=["bones"]))
+    assert list(several) == ["A", "A, bones", "B", "B, bones"]
     assert [variant.retarget for variant in variants.values()] == ["off", "off", "bones", "bones"]
 
 
