@@ -21,7 +21,7 @@ demo: $(VENV)/.runtime
 	@echo "then with a photograph and a video of your own; in README.md commands begin after: . $(BIN)/activate"
 
 test: $(VENV)/.development lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 gpu-check: $(VENV)/.runtime
 	$(BIN)/python -m benchmarks.gpu_check

@@ -2,8 +2,9 @@
 
     python -m benchmarks.calibrated_pictures [split=test] [clips=0] [noise=0.02] [output=outputs/calibrated_pictures]
 
-Clips of one person of the misalignment benchmark, exact masks, exact poses or poses with errors. Measured are the
-pixels of the person in the true frame, and the IoU of the silhouettes.
+Clips of one person of the misalignment benchmark, exact masks, exact poses or poses with errors; with retargets= exact
+ones brought to the reference's body too. Measured are the pixels of the person in the true frame, and the IoU of the
+silhouettes.
 """
 
 from benchmarks.config import PicturesConfig
@@ -24,29 +25,31 @@ from core.errors import run_command
 from core.files import output_folder, write_json
 from data.poses.person import box_iou
 from data.transforms import fit_matrix
-from evaluation.clips import EvaluationClip, with_pose_noise
-from evaluation.misaligned_clips import MisalignedClips
+from evaluation.clips import EvaluationClip, with_pose_noise, with_retargeting
+from evaluation.misaligned_clips import ALL_KINDS, MisalignedClips
+from evaluation.report import format_number, interval_cell
+from evaluation.statistics import mean_interval
 from metrics.image import psnr, ssim
 from tpc import Calibration, CalibrationConfig, SimilarityTransform, calibrate
 from tpc.silhouettes import body_height, head_axis, keypoint_box, relative_angle
 from tpc.warping import mask_iou
 
-KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation")
 TRANSFORMS = ("linear", "affine", "procrustes", "articulated")
+DRAWN = "exact, silhouettes drawn"  # a condition
 MEASURES = ("psnr", "ssim", "iou")
 # Of a frame -> edges of its bins: box IoU before calibration, relative angle in degrees, and how far the keypoints are
 # on average from where one similarity of them all puts the reference's, in parts of the body height.
 FACTS = {"box IoU": (0, 0.3, 0.5, 0.7, 1.01), "angle": (0, 30, 90, 180.1), "pose difference": (0, 0.02, 0.05, 0.1, 9)}
 
 
-def run(clip: EvaluationClip, size: tuple[int, int], transform: str) -> Calibration:
+def run(clip: EvaluationClip, size: tuple[int, int], transform: str, silhouette: str = "mask") -> Calibration:
     reference, driving = clip.reference, clip.driving
     return calibrate(
         reference.image,
         reference.poses,
         driving.poses,
         size,
-        CalibrationConfig(transform=transform),
+        CalibrationConfig(transform=transform, driving_silhouette=silhouette),
         reference_masks=reference.masks,
         driving_masks=driving.masks,
         frame_map=fit_matrix(driving.poses.size, size),
@@ -82,19 +85,26 @@ def facts(clip: EvaluationClip) -> np.ndarray:
 
 def measured_clips(config: PicturesConfig) -> Iterator[tuple[str, np.ndarray, dict[str, dict[str, np.ndarray]]]]:
     """Kind, facts, and measures by condition and transform of every clip."""
-    clips, size = MisalignedClips(KINDS, config.clips, config.split), (config.size, config.size)
+    clips, size = MisalignedClips(config.kinds, config.clips, config.split), (config.size, config.size)
     for kind, names in clips.by_kind.items():
         for index, name in enumerate(tqdm(names, desc=kind)):
             clip = clips.clip(name)
             conditions = {"exact": (clip, TRANSFORMS)}
+            if config.drawn:
+                conditions[DRAWN] = clip, TRANSFORMS[2:]
             if config.noise > 0:
-                rng = np.random.default_rng([config.seed, KINDS.index(kind), index])
+                rng = np.random.default_rng([config.seed, ALL_KINDS.index(kind), index])
                 conditions["noisy"] = with_pose_noise(clip, config.noise, rng), TRANSFORMS[2:]
+            for mode in config.retargets:
+                conditions[f"retargeted ({mode})"] = with_retargeting(clip, clip, mode), TRANSFORMS[2:]
             yield (
                 kind,
                 facts(clip),
                 {
-                    condition: {transform: measure(given, run(given, size, transform)) for transform in transforms}
+                    condition: {
+                        t: measure(given, run(given, size, t, "drawn" if condition == DRAWN else "mask"))
+                        for t in transforms
+                    }
                     for condition, (given, transforms) in conditions.items()
                 },
             )
@@ -116,13 +126,20 @@ def main(arguments: list[str]) -> None:
         names = tuple(measured)
         of_clips = {t: np.array([np.nanmean(m[condition][t], axis=0) for _, _, m in found]) for t in names}
         kinds = np.array([kind for kind, _, _ in found])
-        rows = [[kind, *(cell(of_clips[t][kinds == kind]) for t in names)] for kind in KINDS]
-        means = {t: np.array([np.nanmean(of_clips[t][kinds == kind], axis=0) for kind in KINDS]) for t in names}
+        rows = [[kind, *(cell(of_clips[t][kinds == kind]) for t in names)] for kind in config.kinds]
+        means = {t: np.array([np.nanmean(of_clips[t][kinds == kind], axis=0) for kind in config.kinds]) for t in names}
         rows.append(["mean of the kinds", *(cell(means[t]) for t in names)])
-        lines.append(table([f"{condition} poses: dB / SSIM / IoU", *names], rows) + "\n")
+        lines.append(table([f"poses {condition}: dB / SSIM / IoU", *names], rows) + "\n")
         gain = of_clips["articulated"][:, 0] - of_clips["procrustes"][:, 0]
         lines.append(f"articulated against procrustes, {condition}: worst clip {np.nanmin(gain):+.2f} dB, ")
         lines[-1] += f"better in {np.count_nonzero(gain > 0)} of {len(gain)} clips\n"
+        if condition not in ("exact", "noisy"):
+            exact = np.array([np.nanmean(m["exact"]["articulated"][:, 0]) for _, _, m in found])
+            gains = [of_clips["articulated"][kinds == kind, 0] - exact[kinds == kind] for kind in config.kinds]
+            gained = {kind: mean_interval(of_kind) for kind, of_kind in zip(config.kinds, gains, strict=True)}
+            shown = [[kind, format_number(interval_cell(interval), "")] for kind, interval in gained.items()]
+            shown.append(["mean of the kinds", format_number(interval_cell(mean_interval(*gains)), "")])
+            lines.append(table(["articulated, dB against poses exact", f"poses {condition}"], shown) + "\n")
     values = np.concatenate([fact for _, fact, _ in found])
     of_frames = {t: np.concatenate([m["exact"][t] for _, _, m in found]) for t in TRANSFORMS}
     for column, (name, edges) in enumerate(FACTS.items()):

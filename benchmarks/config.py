@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from evaluation.config import MISALIGNED_SPLITS
+from evaluation.config import DRIVEN_KINDS, KINDS, MISALIGNED_SPLITS, RETARGETS
 from models.config import SHIPPED_MODEL
 from tpc.config import PROPAGATIONS, CalibrationConfig
 
@@ -47,11 +47,18 @@ class RecordingConfig:
     output: str | None = None  # JSON file; null prints only
 
 
+ONE_PERSON = tuple(kind for kind in KINDS if kind != "two_persons")
+
+
 @dataclass
 class PicturesConfig:
     """Calibrated images against the true ones."""
 
     split: str = choice("test", MISALIGNED_SPLITS)  # of the frozen clips
+    # of clips with one person, such as identity and proportions, which another body drives
+    kinds: list[str] = choices(ONE_PERSON, (*ONE_PERSON, *DRIVEN_KINDS), least=1)
+    retargets: list[str] = choices((), RETARGETS)  # exact poses also brought to the reference's body, in these ways
+    drawn: bool = False  # exact poses also with tpc.driving_silhouette=drawn
     clips: int = number(0, 0, MANY)  # of each kind, 0 = all
     size: int = number(128, 8, 4096)  # pixels, the shipped model's frame
     # parts of the body height, errors of the keypoints of reference and frames; 0 = exact only
@@ -129,6 +136,17 @@ class JitterConfig:
     clips: int = number(6, 1, MANY)  # rendered clips
     frames: int = number(90, 2, MANY)  # of a clip
     seed: int = number(3, 0, LARGEST_SEED)  # of the clips
+
+
+@dataclass
+class RetargetingConfig:
+    """Retargeted poses of rendered people against those of the reference's own."""
+
+    motions: int = number(40, 1, MANY)  # of every row
+    frames: int = number(24, 1, MANY)  # of a motion, 8 a second
+    noise: float = number(0.0, 0, 1)  # parts of the standing height, errors of all keypoints
+    seed: int = number(0, 0, LARGEST_SEED)  # of motions, people and cameras
+    picture: str | None = None  # draw examples to this file instead of measuring
 
 
 @dataclass

@@ -23,6 +23,8 @@ COCO_KEYPOINTS = (
 )  # fmt: skip
 # Ways of fitting an image to a model's frame, see `data.transforms`.
 FIT_MODES = ("cover", "contain")
+# What driving poses take from the reference's person, see `data.poses.retarget`.
+RETARGET_MODES = ("off", "similarity", "bones")
 # person: as large as the image allows, moved until everybody is inside; pad: the same, made smaller with black
 # borders where they would not fit; centre: the middle of the image, whomever it cuts.
 CROPS = ("person", "pad", "centre")
@@ -45,6 +47,42 @@ class PoseConfig:
     def check(self) -> None:
         if self.backend == "blazepose" and self.weights is not None:
             raise UserError("weights= belongs to pose.backend=dwpose; blazepose has its own files")
+
+
+@dataclass
+class DrivingPoseConfig(PoseConfig):
+    """How poses are estimated, and what the driving ones take from the reference's person."""
+
+    # bones: the lengths of its bones, at the driver's place and size; similarity: its place and size in one frame
+    retarget: str = choice("off", RETARGET_MODES)
+    # bones: standing height in the driver's, which two pictures do not tell; 1 = equally tall
+    height_ratio: float = number(1.0, 0.01, 100)
+
+    def check(self) -> None:
+        super().check()
+        if self.height_ratio != 1 and self.retarget != "bones":
+            raise UserError(f"height_ratio={self.height_ratio:g} belongs to pose.retarget=bones")
+
+
+@dataclass
+class RetargetConfig:
+    """`python -m data.poses.retarget`: pose files alone."""
+
+    reference_poses: str = MISSING  # pose file of the reference, one frame
+    driving_poses: str = MISSING  # pose file of the clip
+    output: str = MISSING  # .npz, or .json for OpenPose's format
+    # bones: the lengths of its bones, at the driver's place and size; similarity: its place and size in one frame
+    mode: str = choice("bones", RETARGET_MODES[1:])
+    height_ratio: float = number(1.0, 0.01, 100)  # bones: standing height in the driver's
+    # width and height of the reference, for a file that does not state them
+    reference_size: list[int] | None = numbers(None, 1, LARGEST_SIDE, length=2)
+    # width and height of the frames, for a file that does not state them
+    driving_size: list[int] | None = numbers(None, 1, LARGEST_SIDE, length=2)
+    fps: float | None = number(None, 0.01, 1000)  # frames per second, for a clip that does not state them; null: 25
+
+    def check(self) -> None:
+        if self.height_ratio != 1 and self.mode != "bones":
+            raise UserError(f"height_ratio={self.height_ratio:g} belongs to mode=bones")
 
 
 @dataclass

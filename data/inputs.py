@@ -35,6 +35,7 @@ class Driving:
     cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
     drawn: Poses | None = None  # that figures are drawn of, an estimator's misses bridged; None: `poses`
     sound: VideoReader | None = None  # the video whose sound results carry
+    filmed: Poses | None = None  # where the persons of `frames` are, if `poses` were moved; None: as `poses`
 
     @property
     def size(self) -> tuple[int, int]:

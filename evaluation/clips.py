@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
+from data.config import DrivingPoseConfig
 from data.inputs import Driving, Reference, fitting_poses
 from data.people.renderer import Rendered
 from data.people.scenes import Scene, misaligned_reference
@@ -24,6 +25,8 @@ from data.video.files import VideoReader
 from data.video.images import natural_order
 from evaluation.config import RENDERED, RENDERED_FPS, ClipsConfig
 from evaluation.folders import MASKS_SUFFIX, file_stamps
+from tpc.config import CalibrationConfig
+from tpc.retargeting import retargeted
 from tpc.silhouettes import body_height, draw_silhouettes
 
 # How the references of rendered clips are misaligned, in turn.
@@ -37,17 +40,19 @@ MASK_OFFSET, MASK_RAGGEDNESS, MASK_GRAIN = 0.005, 0.005, 0.012
 
 @dataclass(frozen=True)
 class EvaluationClip:
-    """A reference and a driving clip of the same person."""
+    """A reference, a driving clip, and the right answer: the driving clip itself, unless another body drives."""
 
     name: str
     reference: Reference
-    driving: Driving  # with frames, the ground truth, and masks
+    driving: Driving  # with frames and masks
+    target: Driving | None = None  # the reference's person in the driver's motion, where that is somebody else
 
     def truth(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """True frames (f, h, w, 3) uint8 and person masks (f, h, w) bool at a model's (width, height)."""
-        matrix = fit_matrix(self.driving.poses.size, size)
-        frames = np.stack([apply_fit(frame, matrix, size) for frame in self.driving.frames])
-        person = self.driving.masks.any(axis=1).astype(np.uint8) * 255
+        true = self.target or self.driving
+        matrix = fit_matrix(true.poses.size, size)
+        frames = np.stack([apply_fit(frame, matrix, size) for frame in true.frames])
+        person = true.masks.any(axis=1).astype(np.uint8) * 255
         return frames, np.stack([apply_fit(mask, matrix, size) for mask in person]) >= 128
 
 
@@ -217,6 +222,20 @@ def with_masks(clip: EvaluationClip, exact: EvaluationClip, kind: str, rng: np.r
 
     reference = replace(clip.reference, masks=chosen(clip.reference, exact.reference))
     return replace(clip, reference=reference, driving=replace(clip.driving, masks=chosen(clip.driving, exact.driving)))
+
+
+def with_retargeting(clip: EvaluationClip, exact: EvaluationClip, mode: str) -> EvaluationClip:
+    """The clip whose driving poses have the reference's proportions, by one of `RETARGETS` or "off".
+
+    `exact` is the clip that it was made from: its true poses and masks are what retargeting without errors would give.
+    """
+    if mode == "off":
+        return clip
+    if mode == "exact":
+        true = exact.target or exact.driving
+        return replace(clip, driving=replace(clip.driving, poses=true.poses, masks=true.masks, drawn=None))
+    driving, _ = retargeted(clip.reference, clip.driving, DrivingPoseConfig(retarget=mode), CalibrationConfig())
+    return replace(clip, driving=driving)
 
 
 def estimated_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -9,24 +9,29 @@ from omegaconf import MISSING
 from core.config import DTYPES, LARGEST_SEED, choice, choices, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from data.config import COCO_KEYPOINTS, SPLITS, PeopleConfig, PoseConfig
+from data.config import COCO_KEYPOINTS, RETARGET_MODES, SPLITS, PeopleConfig, PoseConfig
 from inference.config import SamplingConfig
 from models.config import SHIPPED_MODEL, SMALL_ANIMATORS
 from tpc.config import ATTACHMENTS, KEYPOINTS, PRESETS, TRANSFORMS, CalibrationConfig
 
 RENDERED, RENDERED_FPS = "rendered", 24.0
-PROTOCOLS = ("disco-2023", "disco-fixed", "native")
+PROTOCOLS = ("disco-2023", "disco-fixed", "native", "tpc-2026")
 FEATURES = ("published", "stand-in", "none")
 MEASURES = (
     "mae", "l1_historical", "psnr", "psnr_overflow", "ssim", "flicker", "lpips_alex", "lpips_vgg", "st_lpips_alex",
     "st_lpips_vgg", "fid", "fid_vid", "fvd", "vgg_frechet", "vgg_frechet_video", "keypoint_error", "part_colour",
+    "mmd_i3d", "mmd_resnet3d", "mmd_vgg", "mmd_given", "keypoint_motion", "keypoint_motion_mmd", "face_identity",
+    "vgg_consistency", "vgg_consistency_truth", "vgg_smoothness", "vgg_smoothness_truth",
 )  # fmt: skip
-PERSON_MEASURES = ("keypoint_error", "part_colour")
+PERSON_MEASURES = ("keypoint_error", "part_colour")  # of every protocol, where poses are estimated
 LPIPS = "st_lpips_alex"
 MASKS, POSES = ("exact", "estimated", "drawn"), ("exact", "estimated")  # kinds that an animator can be handed
+RETARGETS = (*RETARGET_MODES[1:], "exact")
 MANIFESTS = Path(__file__).parents[1] / "assets" / "misalignment"
 MISALIGNED_SPLITS = {"test": "heldout", "development": "development"}  # -> split of the rendered people
 KINDS = ("aligned", "scale", "rotation", "temporal_scale", "temporal_rotation", "two_persons")
+# of clips that another body drives, see `evaluation.misaligned_clips`
+DRIVEN_KINDS = ("identity", "proportions", "proportions_scale", "proportions_rotation")
 
 
 @dataclass
@@ -92,13 +97,15 @@ class ProtocolConfig:
     """Measures and their protocol."""
 
     # the form that images are brought to, and the measures: as DisCo's code of 2023 has them, with its errors put
-    # right, or at the images' own size
+    # right, or at the images' own size with standard measures (native) or also those of 2026
     protocol: str = choice("native", PROTOCOLS)
     # networks of LPIPS, FID, FID-VID and FVD: published (their files must be in `weights`), stand-in (ST-LPIPS and
     # VGG Frechet distances, fetched by `python -m metrics.weights`) or none
     features: str = choice("published", FEATURES)
     measures: list[str] | None = choices(None, MEASURES, least=1)  # instead of all measures of the protocol
     weights: str | None = None  # folder of the networks' files; null is the cache
+    # ONNX file of an embedding of aligned faces (ArcFace's form: RGB of 112 x 112 in [-1, 1]), for face_identity
+    face: str | None = None
     batch_size: int = number(8, 1, 100_000)  # frames at a time
 
 
@@ -129,9 +136,21 @@ class MetricsConfig(ProtocolConfig):
     # folder with the persons' masks of each clip, 255 = person: adds foreground and background
     masks: str | None = None
     persons: bool = False  # estimate poses in both, for the error of the pose and the colours of body parts
+    # poses that are known, instead of estimated ones: a pose file, or a folder of one a clip by its name
+    generated_poses: str | None = None
+    truth_poses: str | None = None  # likewise
+    # for mmd_given: .npz of one array (windows, dimension) a clip by its name, or .npy (clips, dimension)
+    generated_features: str | None = None
+    truth_features: str | None = None  # likewise
     keep_parts: bool = False  # keep the values and features of every clip, some kilobytes a frame
     device: str = device()  # auto: CUDA where there is one
     pose: PoseConfig = field(default_factory=PoseConfig)
+
+    def check(self) -> None:
+        if not self.persons and (self.generated_poses or self.truth_poses):
+            raise UserError("generated_poses and truth_poses are for measures of the person; add persons=true")
+        if (self.generated_features is None) != (self.truth_features is None):
+            raise UserError("generated_features and truth_features belong together; give both or none")
 
 
 @dataclass
@@ -232,9 +251,13 @@ class MisalignedTrialsConfig(TrialsConfig):
     split: str = choice("test", MISALIGNED_SPLITS)
     # also vary TPC on the clips of split=test, for numbers to report of settings that were chosen elsewhere
     variants_on_test: bool = False
-    kinds: list[str] = choices(KINDS, KINDS, least=1)  # of clips
+    # of clips; identity, proportions, proportions_scale and proportions_rotation are those that another body drives
+    kinds: list[str] = choices(KINDS, (*KINDS, *DRIVEN_KINDS), least=1)
     clips: int = number(0, 0, MANY)  # of each kind, the first ones, 0: all
     seeds: list[int] = field(default_factory=lambda: list(range(5)))
+    # Each condition also with the driving poses brought to the reference's body: as by pose.retarget, or
+    # exact: the poses and masks of the true frames, which a retargeting without errors would give
+    retargets: list[str] = choices((), RETARGETS)
     flicker: bool = False  # also the error of the change from frame to frame
     lpips: bool = False  # also ST-LPIPS, a stand-in for LPIPS that `python -m metrics.weights` fetches
     weights: str | None = None  # folder of ST-LPIPS's network; null: the cache

@@ -1,6 +1,7 @@
 """Generated and true clips on disk, matched by name: videos, folders of frames, or one folder of numbered frames."""
 
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
+from core.files import existing_file
 from data.preparation.layouts import MADE_SUFFIXES, is_video
 from data.video.files import VideoReader
 from data.video.images import list_images, natural_order, read_image
@@ -187,6 +189,50 @@ def _numbered_images(folder: Path, argument: str) -> dict[str, ClipFiles]:
     if not groups:
         raise UserError(f"{argument}={folder} holds no videos, no folders of frames and no images")
     return {name: ClipFiles(name, argument, images=tuple(images)) for name, images in groups.items()}
+
+
+def find_poses(path: str | Path, pairs: Iterable[ClipPair], argument: str) -> dict[str, Path]:
+    """The pose file or folder of every clip: name.npz, name.json or name/ in a folder; of one clip also a file."""
+    path, names = Path(path), [pair.name for pair in pairs]
+    if not path.exists():
+        raise UserError(f"{argument}={path} does not exist")
+    if path.is_file() and len(names) == 1:
+        return {names[0]: path}
+    if path.is_file():
+        raise UserError(f"{argument}={path} is a file, but there are {len(names)} clips; give a folder of pose files")
+    found = {}
+    for name in names:
+        files = [file for suffix in (".npz", ".json", "") if (file := path / f"{name}{suffix}").exists()]
+        if not files:
+            raise UserError(f"{argument}={path} holds neither {name}.npz nor {name}.json nor a folder {name}")
+        found[name] = files[0]
+    return found
+
+
+def read_features(path: str | Path, names: list[str], argument: str) -> dict[str, np.ndarray]:
+    """Feature vectors (windows, dimension) of every clip, from .npz with an array each or .npy (clips, dimension)."""
+    path = existing_file(path, argument)
+    try:
+        content = np.load(path, allow_pickle=False)
+        arrays = {name: content[name] for name in content.files} if path.suffix == ".npz" else content
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(f"{argument}={path} is not a file of features (.npy or .npz): {error}") from None
+    if isinstance(arrays, np.ndarray):
+        if arrays.ndim != 2 or len(arrays) != len(names):
+            raise UserError(f"{argument}={path} is {arrays.shape}; {len(names)} clips need ({len(names)}, dimension)")
+        arrays = dict(zip(names, arrays, strict=True))
+    _check_names({name: None for name in names}, arrays, f"{argument}={path}", "truth")
+    arrays = {name: np.atleast_2d(arrays[name]) for name in names}
+    dimension = arrays[names[0]].shape[-1]
+    for name, array in arrays.items():
+        if array.ndim != 2 or not array.size or array.shape[1] != dimension or array.dtype.kind not in "fiu":
+            raise UserError(
+                f"{argument}={path}: clip {name!r} has an array {array.shape} of {array.dtype}, "
+                f"not numbers (windows, {dimension})"
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{argument}={path}: features of clip {name!r} are not finite")
+    return arrays
 
 
 def find_masks(path: str | Path) -> dict[str, MaskFiles]:

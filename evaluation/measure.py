@@ -1,5 +1,5 @@
 """Measure clips: values of every frame and feature vectors, written as they come so that memory stays small; then the
-numbers of a table, which are means over frames and Frechet distances of pooled features.
+numbers of a table, which are means over frames and distances of pooled features.
 """
 
 import json
@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.files import write_json
-from data.poses.poses import PoseEstimator
+from data.poses.poses import PoseEstimator, Poses
 from evaluation.metric_suite import MetricSuite, measured_name
+from metrics import steadiness
+from metrics.face import FaceNetwork
 from metrics.features import FeatureExtractor, WindowBuffer, image_tensor
 from metrics.frechet import Moments, frechet_distance
 from metrics.image import flicker, keypoint_error, part_colour_difference, part_colours
+from metrics.mmd import polynomial_mmd
+from metrics.motion import motion_dimension, motion_histograms, normalised_keypoints
 from metrics.protocols import MEASURES, pixel_measure
 from tpc.silhouettes import body_height, visible
 
@@ -37,6 +42,8 @@ class FramePair:
     truth: np.ndarray  # (h, w, 3) uint8
     mask: np.ndarray | None = None  # (h, w) bool, True on the person; None when regions are not measured
     person: dict[str, float] | None = None  # values of the measures of kind "person", see `person_values`
+    # (2, 17, 3): generated and true keypoints as of `normalised_keypoints`, and 1 where they are visible
+    tracks: np.ndarray | None = None
 
     def region(self, region: str) -> np.ndarray | None:
         """Mask of a region; None for the whole image."""
@@ -56,23 +63,34 @@ def measure_clip(pairs: Iterable[FramePair], metric_suite: MetricSuite, folder: 
     `values.json` has the number of frames and the values of every measure taken frame by frame; NaN is null.
     """
     values: dict[str, list[float | None]] = {}
-    frames, before = 0, None
+    frames, before, tracks = 0, None, []
+    pooled = [name for name in metric_suite.extractors if MEASURES[name].is_pooled]
+    steady = metric_suite.of_kind("steady")
     with ExitStack() as stack:
-        writers = [
+        writers: list[_FeatureWriter | _Rows] = [
             _FeatureWriter(stack, folder, measure, region, metric_suite)
-            for measure in metric_suite.extractors
+            for measure in dict.fromkeys(map(metric_suite.source, pooled))
             for region in metric_suite.regions
         ]
+        kept = [_Rows(region, metric_suite.extractors[steady[0]]) for region in metric_suite.regions if steady]
+        writers += kept
         iterator = iter(pairs)
         while batch := list(islice(iterator, metric_suite.batch_size)):
             frames += len(batch)
             measured = _frame_values(batch, metric_suite) | _change_values(before, batch, metric_suite)
             before = batch[-1]
+            tracks += [pair.tracks for pair in batch]
             for name, of_frames in measured.items():
                 values.setdefault(name, []).extend(None if np.isnan(value) else value for value in of_frames)
             for region in metric_suite.regions if writers else ():
                 for side in SIDES:
                     _write_features(batch, side, [writer for writer in writers if writer.region == region])
+    for rows in kept:
+        for measure in steady:
+            formula, side = steadiness.MEASURES[measure.removesuffix("_truth")], SIDES[measure.endswith("_truth")]
+            values[measured_name(measure, rows.region)] = formula(rows.of(side)).tolist()
+    if metric_suite.of_kind("motion"):
+        _write_motion(np.stack(tracks, axis=1), metric_suite, folder)
     write_json(folder / VALUES_FILE, {"frames": frames, "values": values})
 
 
@@ -141,7 +159,29 @@ class _FeatureWriter:
                 self._files[side].write(self.extractor.extract(part).cpu().numpy().astype(np.float32).tobytes())
 
 
-def _write_features(batch: Sequence[FramePair], side: str, writers: list[_FeatureWriter]) -> None:
+class _Rows:
+    """Keeps the features of prepared frames, one vector each, for measures of kind "steady"."""
+
+    def __init__(self, region: str, extractor: FeatureExtractor):
+        self.region, self.extractor = region, extractor
+        self._rows: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+
+    def write(self, side: str, rows: Tensor) -> None:
+        self._rows[side].append(self.extractor.extract(rows).cpu().numpy())
+
+    def of(self, side: str) -> np.ndarray:  # (frames, dimension)
+        return np.concatenate(self._rows[side])
+
+
+def _write_motion(tracks: np.ndarray, metric_suite: MetricSuite, folder: Path) -> None:
+    """Write the histograms of the motion in windows of a clip; `tracks` (2, frames, 17, 3) as of `FramePair`."""
+    protocol, (name, *_) = metric_suite.protocol, metric_suite.of_kind("motion")
+    for side, of_side in zip(SIDES, tracks, strict=True):
+        vectors = motion_histograms(of_side[..., :2], of_side[..., 2] > 0, protocol.window, protocol.stride)
+        _feature_file(folder, metric_suite.source(name), "", side).write_bytes(vectors.tobytes())
+
+
+def _write_features(batch: Sequence[FramePair], side: str, writers: list[_FeatureWriter | _Rows]) -> None:
     """Hand the frames of one side to the writers of one region; those that prepare them alike share the work."""
     frames = _region_frames(batch, side, writers[0].region)
     prepared: dict[int, Tensor] = {}
@@ -161,8 +201,9 @@ class Number:
     """One number of a result."""
 
     value: float | None  # None when nothing could be measured
-    samples: int  # frames or windows that it rests on, of each side
+    samples: int  # frames, windows or, of an MMD, clips that it rests on, of each side
     warning: str | None = None  # what makes it doubtful, or None
+    error: float | None = None  # standard error, of an MMD
 
 
 def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, Number]:
@@ -170,7 +211,9 @@ def summarise(folders: Sequence[Path], metric_suite: MetricSuite) -> dict[str, N
     means = frame_means(folders)
     numbers: dict[str, Number] = {}
     for name, region, measure in metric_suite.measured_names():
-        if measure in metric_suite.extractors:
+        if MEASURES[measure].mmd:
+            numbers[name] = _mmd(folders, measure, region, metric_suite)
+        elif MEASURES[measure].is_pooled:
             numbers[name] = _distance(folders, measure, region, metric_suite)
         elif name in means:
             numbers[name] = means[name]
@@ -203,19 +246,55 @@ def frame_means(folders: Sequence[Path]) -> dict[str, Number]:
 
 
 def _distance(folders: Sequence[Path], measure: str, region: str, metric_suite: MetricSuite) -> Number:
-    dimension = metric_suite.extractors[measure].dimension
-    moments = [Moments(dimension) for _ in SIDES]
+    moments = [Moments(_dimension(measure, metric_suite)) for _ in SIDES]
     for side, total in zip(SIDES, moments, strict=True):
         for folder in folders:
-            with _feature_file(folder, measure, region, side).open("rb") as file:
-                while block := file.read(1024 * dimension * 4):  # 1024 vectors at a time
-                    total.update(np.frombuffer(block, np.float32).reshape(-1, dimension))
+            for vectors in _vectors(folder, measure, region, side, metric_suite):
+                total.update(vectors)
     kind = MEASURES[measure].kind
     if min(total.count for total in moments) < 2:
         window = f" of {metric_suite.protocol.window} frames" if kind == "windows" else ""
         return Number(None, moments[1].count, f"{moments[1].count} {kind}{window}; a covariance needs two")
     distance = frechet_distance(*moments)
     return Number(distance.value, distance.samples[1], distance.warning)
+
+
+def _mmd(folders: Sequence[Path], measure: str, region: str, metric_suite: MetricSuite) -> Number:
+    sides: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+    for folder in folders:
+        for side, clips in sides.items():
+            clips += [np.concatenate(v) for v in [list(_vectors(folder, measure, region, side, metric_suite))] if v]
+    clips = len(sides["truth"])
+    if clips < 2:
+        windows = "" if MEASURES[measure].kind == "given" else f" of {metric_suite.protocol.window} frames or more"
+        return Number(None, clips, f"{clips} clips{windows}; an MMD needs two")
+    estimate = polynomial_mmd(sides["generated"], sides["truth"])
+    short = len(folders) - clips
+    warning = f"{short} of {len(folders)} clips are shorter than a window" if short else None
+    return Number(estimate.value, clips, warning, estimate.error)
+
+
+def _dimension(measure: str, metric_suite: MetricSuite) -> int:
+    if MEASURES[measure].kind == "motion":
+        return motion_dimension(metric_suite.protocol.window)
+    return metric_suite.extractors[measure].dimension
+
+
+def _vectors(folder: Path, measure: str, region: str, side: str, metric_suite: MetricSuite) -> Iterator[np.ndarray]:
+    """The vectors (n, dimension) of one side of a clip, 1024 at a time."""
+    if MEASURES[measure].kind == "given":
+        yield metric_suite.given[side][folder.name]
+        return
+    dimension = _dimension(measure, metric_suite)
+    with _feature_file(folder, metric_suite.source(measure), region, side).open("rb") as file:
+        while block := file.read(1024 * dimension * 4):
+            vectors = np.frombuffer(block, np.float32).reshape(-1, dimension)
+            if not np.isfinite(vectors).all():
+                raise UserError(
+                    f"{measure}: features of the {side} clip {folder.name!r} are not finite; "
+                    "the file of its network may be damaged"
+                )
+            yield vectors
 
 
 @dataclass(frozen=True)
@@ -235,9 +314,17 @@ NOBODY = PersonKeypoints(np.zeros((17, 2), np.float32), np.zeros(17, np.float32)
 
 
 def with_persons(
-    frames: Iterable[np.ndarray], estimator: PoseEstimator
+    frames: Iterable[np.ndarray], estimator: PoseEstimator | Poses
 ) -> Iterator[tuple[np.ndarray, PersonKeypoints]]:
-    """Every frame (h, w, 3) uint8 of a clip with its most prominent person; few frames are held at a time."""
+    """Every frame (h, w, 3) uint8 of a clip with its most prominent person; few frames are held at a time.
+
+    Instead of an estimator, poses of as many frames that are known; their first person is taken.
+    """
+    if isinstance(estimator, Poses):
+        for index, frame in enumerate(frames):
+            poses = estimator[index].resized(frame.shape[1::-1])
+            yield frame, PersonKeypoints(poses.keypoints[0, 0], poses.scores[0, 0]) if poses.persons else NOBODY
+        return
     held: deque[np.ndarray] = deque()
 
     def source() -> Iterator[np.ndarray]:
@@ -250,8 +337,27 @@ def with_persons(
         yield held.popleft(), NOBODY if person is None else PersonKeypoints(person.keypoints, person.scores)
 
 
+def person_tracks(found: PersonKeypoints, target: PersonKeypoints, size: tuple[int, int]) -> np.ndarray:
+    """Persons of a generated and a true image of (width, height) as `FramePair.tracks`."""
+    return np.stack(
+        [
+            np.column_stack(
+                [
+                    normalised_keypoints(person.keypoints, size),
+                    visible(person.scores, person.keypoints, SCORE_THRESHOLD),
+                ]
+            )
+            for person in (found, target)
+        ]
+    )
+
+
 def person_values(
-    generated: np.ndarray, found: PersonKeypoints, truth: np.ndarray, target: PersonKeypoints
+    generated: np.ndarray,
+    found: PersonKeypoints,
+    truth: np.ndarray,
+    target: PersonKeypoints,
+    face: FaceNetwork | None = None,
 ) -> dict[str, float]:
     """Pose and identity measures of one frame: images (h, w, 3) uint8 and their persons."""
     error = keypoint_error(
@@ -261,4 +367,8 @@ def person_values(
         part_colours(image, person.keypoints, person.scores, person.height, SCORE_THRESHOLD)
         for image, person in ((generated, found), (truth, target))
     ]
-    return {"keypoint_error": error, "part_colour": part_colour_difference(*colours)}
+    values = {"keypoint_error": error, "part_colour": part_colour_difference(*colours)}
+    if face is not None:
+        sides = ((image, person.keypoints, person.scores) for image, person in ((generated, found), (truth, target)))
+        values["face_identity"] = face.similarity(*sides, SCORE_THRESHOLD)
+    return values

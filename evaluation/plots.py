@@ -16,6 +16,8 @@ from evaluation.report import Cell
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), with a marker each for grey prints.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+LEGEND_COLUMNS = 5
+HATCHES = (None, "///", "...")  # of bars beyond the styles
 COLUMN, LINE_HEIGHT = 3.4, 2.5  # inches of one panel
 _SETTINGS = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "pdf.fonttype": 42, "axes.linewidth": 0.8}
 
@@ -36,7 +38,8 @@ def _figure(path: Path, columns: float, extra_height: float) -> Iterator[Figure]
 
 def _legend_above(figure: Figure) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    columns = -(-len(labels) // -(-len(labels) // LEGEND_COLUMNS))  # rows of equal length
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def draw_bars(path: Path, groups: Sequence[str], bars: dict[str, Sequence[Cell]]
                 yerr=[cell.deviation or 0.0 for _, cell in known],
                 label=label,
                 color=STYLES[index % len(STYLES)][0],
+                hatch=HATCHES[index // len(STYLES) % len(HATCHES)],
                 error_kw={"linewidth": 0.8},
             )
         means = [cell.mean for cells in bars.values() for cell in cells if cell.mean is not None]

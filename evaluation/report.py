@@ -240,11 +240,10 @@ def format_number(cell: Cell, plus_minus: str) -> str:
         return f"{value} [{low}, {high}]"
     if cell.mean == 0:
         return "0"
-    if abs(cell.mean) < 1e-3:
-        return f"{cell.mean:.2e}"
     digits = max(0, 2 - math.floor(math.log10(abs(cell.mean))))
-    text = f"{cell.mean:.{digits}f}"
-    return text if cell.deviation is None else f"{text}{plus_minus}{cell.deviation:.{digits}f}"
+    form = f".{digits}f" if abs(cell.mean) >= 1e-3 else ".2e"
+    text = f"{cell.mean:{form}}"
+    return text if cell.deviation is None else f"{text}{plus_minus}{cell.deviation:{form}}"
 
 
 def markdown(table: Table) -> str:
@@ -285,9 +284,12 @@ def _escape(text: str) -> str:
 def heading(metric_suite: MetricSuite, *facts: str) -> str:
     """The protocol, further facts and the networks as a list, for above a table."""
     lines = [*metric_suite.protocol.lines(), *facts]
+    measures: dict[str, list[str]] = {}  # of each network
     for name, network in metric_suite.networks().items():
         dimension = f" ({network['dimension']} dimensions)" if "dimension" in network else ""
-        lines.append(f"{name}: {network['network']}{dimension}; weights sha256 {network['sha256'][:12]}")
+        text = f"{network['network']}{dimension}; weights sha256 {network['sha256'][:12]}"
+        measures.setdefault(text, []).append(name)
+    lines += [f"{', '.join(names)}: {text}" for text, names in measures.items()]
     return "".join(f"* {line}\n" for line in lines) + "\n"
 
 
@@ -343,7 +345,7 @@ def write_table(
     tables, facts = [table], [table.caption]
     if compared is not None:
         tables.append(compared)
-        pooled = ", ".join(MEASURES[name].label for name in metric_suite.extractors)
+        pooled = ", ".join(MEASURES[name].label for name in metric_suite.measures if MEASURES[name].is_pooled)
         facts += [compared.caption] + ([f"{pooled}: of all clips together, so without an interval"] if pooled else [])
     text = heading(metric_suite, *facts) + "\n".join(map(markdown, tables)) + warning_lines(warnings)
     written = {"table.md": text, "table.tex": "\n".join(map(latex, tables))}

@@ -7,6 +7,7 @@ Resamples come from one fixed seed, so a table comes out the same again.
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,23 @@ def ratio_interval(numerators: Sequence[ArrayLike], denominators: Sequence[Array
         return means[..., 0] / means[..., 1]
 
     return statistic_interval(ratio, *(_columns(*pair) for pair in zip(numerators, denominators, strict=True)))
+
+
+def half_width(clips: int, *strata: ArrayLike) -> float:
+    """Of an interval of Student's t of the mean over strata, each with so many clips as scattered as these (n,)."""
+    known = [values[~np.isnan(values)] for values in (np.asarray(values, np.float64) for values in strata)]
+    if min(map(len, known)) < 2 or clips < 2:
+        return np.nan
+    error = np.sqrt(sum(values.var(ddof=1) for values in known) / clips) / len(known)
+    return float(t.ppf((1 + LEVEL) / 2, len(known) * (clips - 1)) * error)
+
+
+def deciding_clips(*strata: ArrayLike, most: int = 10_000) -> int | None:
+    """Fewest clips of each stratum with which `half_width` is below the mean of these (n,), None above `most`."""
+    mean = abs(mean_interval(*strata).value or 0.0)
+    if not half_width(most, *strata) < mean:
+        return None
+    return bisect_left(range(most), True, FEWEST, key=lambda clips: half_width(clips, *strata) < mean)
 
 
 def clip_differences(first: ArrayLike, second: ArrayLike) -> np.ndarray:

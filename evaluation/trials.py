@@ -15,7 +15,7 @@ from core.files import output_folder, write_json
 from core.processes import choose_device, process_state
 from data.poses.poses import PoseEstimator, open_estimator
 from data.transforms import fit_matrix
-from evaluation.clips import ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise
+from evaluation.clips import ClipSet, EvaluationClip, with_estimates, with_masks, with_pose_noise, with_retargeting
 from evaluation.config import ProtocolConfig
 from evaluation.measure import (
     FramePair,
@@ -23,6 +23,7 @@ from evaluation.measure import (
     PersonKeypoints,
     clip_means,
     measure_clip,
+    person_tracks,
     person_values,
     summarise,
     with_persons,
@@ -31,6 +32,7 @@ from evaluation.metric_suite import MetricSuite, open_metric_suite
 from evaluation.report import claim_output, close_output, run_parts
 from inference.animate import Animation, animate
 from inference.config import SamplingConfig
+from metrics.face import FaceNetwork
 from metrics.protocols import Protocol, brought_to_form, generated_to_form
 from models.animators.registry import TRAINING_FILE, load_pipeline
 from models.pipeline import AnimationPipeline
@@ -44,7 +46,7 @@ VARIANT_NAMES = {WITHOUT: "without", WITH: "with"}
 WHERE = ("output", "device", "keep_parts", "weights", "strips", "variants_on_test")
 EXTENDABLE = (
     *("seeds", "clips", "angles", "scales", "kinds", "presets", "variants"),
-    *("transforms", "propagations", "subsets", "attachments"),
+    *("transforms", "propagations", "subsets", "attachments", "retargets"),
 )
 
 
@@ -55,6 +57,11 @@ class Variant:
     name: str  # fit for a file name; different from those of the other variants of a run
     model: str  # pipeline folder
     tpc: CalibrationConfig | None = field(compare=False)  # None runs without calibration
+    retarget: str = "off"  # what brings driving poses to the reference's body, see `evaluation.config.RETARGETS`
+
+    def retargeted(self, mode: str) -> "Variant":
+        """The same with driving poses brought to the reference's body."""
+        return replace(self, name=f"{self.name}-{mode}", retarget=mode)
 
 
 def without_and_with(config: Any) -> list[Variant]:
@@ -151,6 +158,7 @@ def run_task(
         if config.pose_noise:
             shown = with_pose_noise(shown, config.pose_noise, np.random.default_rng(draws))
         shown = with_masks(shown, clip, config.masks, np.random.default_rng([*draws, 1]))
+        shown = with_retargeting(shown, clip, trial.variant.retarget)
         animation = sampler(pipeline(trial.variant.model), shown, sampling, trial, folder)
         if animation.calibration is not None:
             summary = animation.calibration.summary()
@@ -158,7 +166,8 @@ def run_task(
                 parts = {"reference": shown.reference.poses, "frames": shown.driving.poses}
                 summary["not_found"] = {name: int((~poses.present()).sum()) for name, poses in parts.items()}
             write_json(folder / "calibration.json", summary)
-        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, estimator if config.persons else None)
+        found = estimator if config.persons else None
+        pairs = frame_pairs_of(animation.result, clip, metric_suite.protocol, found, metric_suite.face)
         measure_clip(pairs, metric_suite, folder)
 
     if state.is_main_process:
@@ -205,21 +214,28 @@ def values_by_trial(folders: dict[Trial, Path]) -> dict[tuple[str, str, int], di
 
 
 def frame_pairs_of(
-    result: np.ndarray, clip: EvaluationClip, protocol: Protocol, estimator: PoseEstimator | None
+    result: np.ndarray,
+    clip: EvaluationClip,
+    protocol: Protocol,
+    estimator: PoseEstimator | None,
+    face: FaceNetwork | None = None,
 ) -> Iterator[FramePair]:
     """The animation beside the truth; persons are compared before the protocol crops and resizes."""
     size = (result.shape[2], result.shape[1])
     truths, masks = clip.truth(size)
     found = None if estimator is None else [person for _, person in with_persons(result, estimator)]
-    poses = clip.driving.poses.mapped(fit_matrix(clip.driving.poses.size, size), size)
+    poses = (clip.target or clip.driving).poses
+    poses = poses.mapped(fit_matrix(poses.size, size), size)
     for index, (generated, truth, mask) in enumerate(zip(result, truths, masks, strict=True)):
-        person = None
+        person = tracks = None
         if found is not None:
             target = PersonKeypoints(poses.keypoints[index, 0], poses.scores[index, 0])
-            person = person_values(generated, found[index], truth, target)
+            person = person_values(generated, found[index], truth, target, face)
+            tracks = person_tracks(found[index], target, size)
         yield FramePair(
             generated_to_form(generated, size, protocol),
             brought_to_form(truth, protocol),
             brought_to_form(mask, protocol, nearest=True),
             person,
+            tracks,
         )

@@ -179,7 +179,7 @@ def model_inputs(
     poses = pose_images(driving, frame.frame_map, size, pipeline.pose_kind)
     faces, side = None, pipeline.animator.face_size
     if side is not None and driving.frames is not None and driving.poses is not None:
-        faces = crop_faces(driving.frames, driving.drawn or driving.poses, side)
+        faces = crop_faces(driving.frames, driving.filmed or driving.drawn or driving.poses, side)
 
     calibration = None
     if tpc is not None:

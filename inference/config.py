@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, choice, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from data.config import FIT_MODES, PoseConfig
+from data.config import FIT_MODES, DrivingPoseConfig
 from models.config import EVERY_LEVEL, SOLVER_NAMES, ModelSizes, check_sampling
 from tpc.config import CalibrationConfig
 
@@ -107,8 +107,16 @@ class InferConfig(SamplingConfig):
     # Of several pairs: read, estimate and calibrate the next one, and write the last, while the model animates.
     prefetch: bool = False
     channels_last: bool = False  # memory format of convolutions, which GPUs prefer in half precision
-    pose: PoseConfig = field(default_factory=PoseConfig)
+    pose: DrivingPoseConfig = field(default_factory=DrivingPoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
+
+    def check(self) -> None:
+        super().check()
+        if self.pose.retarget != "off" and self.pose_images is not None:
+            raise UserError(
+                f"pose.retarget={self.pose.retarget} moves keypoints, of which figures are drawn; those of "
+                "pose_images= cannot be moved: give one of the two"
+            )
 
 
 PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from models.checkpoints.files import read_tensors
 from models.images import EMBEDDINGS, Words
 from models.pipeline import AnimationPipeline
 from tpc.calibration import Progress
+from tpc.retargeting import retargeted
 
 READING, CALIBRATING = partial(tqdm, desc="estimating poses", unit="frame"), partial(tqdm, desc="calibrating")
 LARGER = 1.5  # times a model's own pixels that a size may have without a note
@@ -119,7 +121,7 @@ def read_pair(
             job.reference,
             job.reference_poses,
             job.reference_mask,
-            estimator if job.tpc.enabled or masked else None,
+            estimator if job.tpc.enabled or masked or job.pose.retarget != "off" else None,
             job.pose.max_persons,
         )
         driving = load_driving(
@@ -136,9 +138,12 @@ def read_pair(
             cuts=job.cuts,
             progress=progress,
         )
-    size = framing(pipeline, reference, driving, job).size
+        frame = framing(pipeline, reference, driving, job)
+        reference_map = np.linalg.solve(frame.frame_map, frame.reference_map)
+        driving, moved = retargeted(reference, driving, job.pose, job.tpc, reference_map)
+    size = frame.size
     frames = len(driving.images) if driving.images else driving.poses.frames
-    notes = filter(None, (size_note(pipeline, size), driving.note(job.stride, job.num_frames)))
+    notes = filter(None, (size_note(pipeline, size), driving.note(job.stride, job.num_frames), *moved))
     plan = f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {Path(job.output)}"
     return Pair(job, reference, driving, (*(f"note: {note}" for note in notes), plan), watch)
 

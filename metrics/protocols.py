@@ -3,6 +3,7 @@
     disco-2023    what DisCo's published evaluation computed in 2023, errors included
     disco-fixed   the same images and windows with the errors put right
     native        the generated resolution, standard forms of all measures
+    tpc-2026      native with the measures of 2024 to 2026: MMD, motion of keypoints, face identity, steadiness
 
 A change that alters any number gets a new version.
 """
@@ -21,14 +22,22 @@ from metrics.image import historical_l1, mean_absolute_error, overflowing_psnr, 
 class Measure:
     name: str  # in result files
     label: str  # in tables
-    # "pixels", their "changes" from frame to frame, a learned "distance" of images, a Frechet distance of "frames" or
-    # "windows", or of the "person".
+    # "pixels", their "changes" from frame to frame, a learned "distance" of images, how "steady" a clip's features
+    # are, or of the "person". Distances of two sets of vectors: of "frames" or "windows", of the "motion" of keypoints
+    # in windows, or "given" ones.
     kind: str
     definition: str
     unit: str = ""
     better: str = "lower"  # or "higher"
+    mmd: bool = False  # of sets of vectors: the MMD, else the Frechet distance
+
+    @property
+    def is_pooled(self) -> bool:
+        """True for distances of two sets of vectors, which a single clip or frame has no value of."""
+        return self.kind in ("frames", "windows", "motion", "given")
 
 
+_MMD = "100 x squared MMD, unbiased, kernel (x.y / d)^2, clips alike, of"
 _MEASURES = (
     Measure("mae", "L1", "pixels", "mean absolute difference over pixels and channels", "0-255"),
     Measure("l1_historical", "L1 (historical)", "pixels", "mean absolute difference / (height x width)"),
@@ -52,6 +61,25 @@ _MEASURES = (
             "distance of estimated keypoints from the target's, in heights of the person", "heights"),
     Measure("part_colour", "part colour difference", "person",
             "difference of the median colours of body parts", "CIEDE2000"),
+    Measure("mmd_i3d", "MMD (I3D)", "windows", f"{_MMD} I3D logits of windows", mmd=True),
+    Measure("mmd_resnet3d", "MMD (3D ResNet-50)", "windows", f"{_MMD} 3D ResNet-50 features of windows", mmd=True),
+    Measure("mmd_vgg", "MMD (VGG)", "windows",
+            f"{_MMD} VGG features of windows and of their change over time", mmd=True),
+    Measure("mmd_given", "MMD (given features)", "given", f"{_MMD} features that the user brings", mmd=True),
+    Measure("keypoint_motion", "keypoint motion distance", "motion",
+            "Frechet distance of histograms of the velocity and acceleration of body keypoints, not FVMD"),
+    Measure("keypoint_motion_mmd", "keypoint motion MMD", "motion", f"{_MMD} these histograms", mmd=True),
+    Measure("face_identity", "face similarity", "person",
+            "cosine of the embeddings of generated and true face; 0 where only the generated image has none",
+            better="higher"),
+    Measure("vgg_consistency", "VGG consistency", "steady",
+            "cosine of each frame's VGG features with the first frame's and with the one's before, not VBench's",
+            better="higher"),
+    Measure("vgg_consistency_truth", "true VGG consistency", "steady", "the same of the true clips", better="higher"),
+    Measure("vgg_smoothness", "VGG smoothness", "steady",
+            "1 - relative distance of each frame's VGG features from the middle of its neighbours', not VBench's",
+            better="higher"),
+    Measure("vgg_smoothness_truth", "true VGG smoothness", "steady", "the same of the true clips", better="higher"),
 )  # fmt: skip
 MEASURES = {measure.name: measure for measure in _MEASURES}
 # What stands in for measures whose networks must be brought.
@@ -61,6 +89,8 @@ STAND_INS = {
     "fid": "vgg_frechet",
     "fid_vid": "vgg_frechet_video",
     "fvd": "vgg_frechet_video",
+    "mmd_i3d": "mmd_vgg",
+    "mmd_resnet3d": "mmd_vgg",
 }
 
 
@@ -77,7 +107,7 @@ class Protocol:
     lpips_range: tuple[float, float] = (-1.0, 1.0)  # of the images that LPIPS gets; (-1, 1) is right
     window: int = 16  # frames
     stride: int = 1  # frames between the starts of windows
-    measures: tuple[str, ...]  # names of `MEASURES`
+    measures: tuple[str, ...]  # names of `MEASURES`; some need poses or files, and are left out without
     regions: str = "pixels outside the region are painted grey (128) in both images; pixel measures leave them out"
 
     def plain(self) -> dict[str, Any]:
@@ -98,6 +128,10 @@ class Protocol:
 
 _BASIC = ("mae", "psnr", "ssim")
 _DISTANCES = ("lpips_vgg", "fid", "fid_vid", "fvd")
+_OF_2026 = (
+    "mmd_resnet3d", "mmd_i3d", "mmd_given", "keypoint_motion", "keypoint_motion_mmd", "face_identity",
+    "vgg_consistency", "vgg_consistency_truth", "vgg_smoothness", "vgg_smoothness_truth",
+)  # fmt: skip
 _DISCO = Protocol(
     name="disco-fixed",
     version="1.0",
@@ -116,6 +150,12 @@ PROTOCOLS = {
     ),
     "disco-fixed": _DISCO,
     "native": Protocol(name="native", version="1.0", measures=(*_BASIC, "lpips_alex", *_DISTANCES)),
+    "tpc-2026": Protocol(
+        name="tpc-2026",
+        version="1.0",
+        stride=16,  # windows of a clip share no frames
+        measures=(*_BASIC, "flicker", "lpips_alex", *_DISTANCES, *_OF_2026),
+    ),
 }
 
 

@@ -26,7 +26,8 @@ SAMPLING = (
     "guidance_interval=[0.5]", "guidance_interval=[0.9,0.1]", "guidance_interval=[0,2]", "reference_fit=stretch",
     "compare=maybe", "upscale=4k", "device=tpu", "device=cuda:x", "dtype=float8", "cuts=[-1]", "cuts=3", "output=",
     "pose.max_persons=1000", "pose.max_persons=0", "pose.smoothing=-1", "pose.smoothing=nan", "pose.backend=openpose",
-    "pose.weights=a,b", "pose.threads=0", "pose=5", "tpc.preset=papr", "tpc.min_iou=2", "tpc.max_rotation=nan",
+    "pose.weights=a,b", "pose.threads=0", "pose=5", "pose.retarget=bone", "pose.height_ratio=2",
+    "pose.retarget=bones pose_images=assets", "tpc.preset=papr", "tpc.min_iou=2", "tpc.max_rotation=nan",
     "tpc.min_keypoints=1", "tpc.groups=-1", "tpc.start=-2", "tpc.seed=-1", "tpc.fill=white",
     "tpc.min_scale=5 tpc.max_scale=2",
     "tpc.enabled=perhaps", "tpc={}x", "reference=none.png driving=none.mp4", "pairs=none.jsonl", "model=none",
@@ -80,7 +81,8 @@ WRONG = {
     "-m models.checkpoints convert family=animate_anyone": ("output=x", ("dtype=int8", "unet=x", "wieghts=x")),
     "-m models.checkpoints convert family=disco": ("output=x", ("null_tokens=none",)),
     "evaluate.py metrics": ("generated=none truth=none", (
-        "protocol=x", "features=all", "measures=[psnrr]", "measures=[]", "batch_size=0", "device=gpu",
+        "protocol=x", "features=all", "measures=[psnrr]", "measures=[]", "batch_size=0", "device=gpu", "truth_poses=x",
+        "generated_features=x",
     )),
     "evaluate.py split": ("dataset=none", ("thresholds.angle=9", "thresholds.share=-1", "clips=-1", "split=train")),
     "evaluate.py sweep": ("", (
@@ -91,6 +93,9 @@ WRONG = {
     "evaluate.py attention": ("", ("radius=0", "radii=[]", "keypoints=[tail]", "columns=0", "layers=[]")),
     "evaluate.py misalignment": ("", ("kinds=[up]", "presets=[worst]", "split=heldout", "strips=-1", "clips=-1")),
     "evaluate.py animators": ("", ("attachments=[mix]", "models=[]", "kinds=[]", "strips=few")),
+    "-m data.poses.retarget": ("reference_poses=assets/samples/photo.jpg driving_poses=none.npz output=x.npz", (
+        "mode=off", "height_ratio=0", "fps=0", "driving_size=[1]", "driving_poses=nowhere.npz",
+    )),
     "-m data.poses.weights": ("", ("heavy=very", "light=true")),
     "-m data.people.samples": ("", ("seed=-1", "scale=0", "rotation=nan")),
     "-m evaluation.misaligned_clips": ("", ("test.seed=-1", "test.clips=x", "development=3")),

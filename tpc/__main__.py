@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
     from tpc.export.folders import write_segments
     from tpc.export.segments import segment_fill, segment_notes, segment_references, split
     from tpc.export.tools import TOOLS, Tool
+    from tpc.retargeting import retargeted
 
     tool = TOOLS.get(config.tool, Tool())
     config.fps = tool.fps if config.fps is None else config.fps
@@ -62,11 +63,12 @@ def main(arguments: list[str]) -> None:
     resolve(config.tpc)
     output = output_folder(config.output)
     reference, driving = read_inputs(config)
+    driving, notes = retargeted(reference, driving, config.pose, config.tpc)
     if segmented:
         length, frames, persons = config.segment_length(), driving.poses.frames, reference.poses.persons
         config.tpc.fill = segment_fill(config.tpc, length, frames, persons)
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
-    if note := driving.note(config.stride, config.max_frames):
+    for note in filter(None, (driving.note(config.stride, config.max_frames), *notes)):
         print(f"note: {note}")
     shape, frame_map, reference_map = driving.poses.size, None, None
     size = frame_size(shape, config.max_side)

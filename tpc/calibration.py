@@ -74,6 +74,8 @@ def calibrate(
         _map("frame_map", frame_map, driving_poses.size, size),
         _map("reference_map", reference_map, reference_poses.size, size),
     )
+    if config.driving_silhouette == "drawn":
+        driving_masks = None
     persons, masks = _reference_persons(reference_poses, reference_masks, config)
     cuts = tuple(pose_jumps(driving_poses.keypoints, driving_poses.scores) if cuts is None else cuts)
     slots = match_persons(persons, driving_poses, config, cuts)

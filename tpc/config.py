@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from core.config import LARGEST_SEED, check_config, choice, number, numbers
 from core.errors import UserError
 from core.values import MANY
-from data.config import PoseConfig
+from data.config import DrivingPoseConfig
 
 PRESETS = ("best", "paper", "release")
 PROPAGATIONS = ("iterative", "hold", "off")
@@ -16,6 +16,7 @@ VISIBILITIES = ("paper", "release", "exclusive", "scene")
 ATTACHMENTS = ("add", "replace")
 TRANSFORMS = ("procrustes", "affine", "linear", "articulated")
 TOOLS = ("wan_animate", "scail_2", "one_to_all", "stable_animator")  # see `tpc.export.tools`
+SILHOUETTES = ("mask", "drawn")
 FIXED_KEYPOINTS = ("all", "trunk", "torso", "face")  # choices of keypoints that are the same for every frame
 KEYPOINTS = ("exhaustive", "consensus", *FIXED_KEYPOINTS)
 
@@ -43,6 +44,9 @@ class CalibrationConfig:
     score_threshold: float | None = number(None, 0, 1)  # a driving keypoint counts above it
     reference_score_threshold: float | None = number(None, 0, 1)  # a reference keypoint counts above it
     weighted: bool | None = None  # weight keypoints by the product of their two scores
+    # of the driving person: its mask, or drawn around its keypoints even so, as a driver of another build or in other
+    # clothes has not the reference's outline
+    driving_silhouette: str | None = choice(None, SILHOUETTES)
     # Exhaustive, where a silhouette is drawn for want of a mask: the largest subset serves whose IoU is this close to
     # the highest. Errors of the keypoints are errors of such a silhouette, and the highest IoU would fit them.
     drawn_tolerance: float | None = number(None, 0, 1)
@@ -176,13 +180,12 @@ class CommandConfig:
     # clip: one for all frames; 77, 81 or another number: one for each segment of so many frames; null: none, or clip
     # with a tool
     segments: str | None = None
-    segment_overlap: int | None = number(
-        None, 0, MANY
-    )  # frames that a segment repeats of the last; null: the tool's, or 0
+    # frames that a segment repeats of the one before; null: the tool's, or 0
+    segment_overlap: int | None = number(None, 0, MANY)
     segment_videos: bool = False  # also the driving video and its drawn poses, cut into the same segments
     tool: str | None = choice(None, TOOLS)  # sizes, frame rate and names of files as this tool takes them
 
-    pose: PoseConfig = field(default_factory=PoseConfig)
+    pose: DrivingPoseConfig = field(default_factory=DrivingPoseConfig)
     tpc: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def check(self) -> None:
@@ -210,6 +213,7 @@ def best() -> CalibrationConfig:
         score_threshold=0.3,
         reference_score_threshold=0.3,
         weighted=True,
+        driving_silhouette="mask",
         drawn_tolerance=0.02,
         consensus_tolerance=0.08,
         back_view="swap",

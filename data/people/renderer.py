@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.people.bodies import Person, Pose, axis_rotation, pose_joints
+from data.people.bodies import Body, Person, Pose, axis_rotation, pose_joints
 from data.people.rasterizer import EMPTY_DEPTH, rasterize, resolve, skin_and_project
 
 HIDDEN_SCORE = 0.6
@@ -77,18 +77,17 @@ def camera_matrix(camera: Camera, size: tuple[int, int], height: float) -> np.nd
 
 
 def project_keypoints(
-    figure: Figure, size: tuple[int, int], transforms: np.ndarray | None = None
+    body: Body, pose: Pose, camera: Camera, size: tuple[int, int], transforms: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCO keypoints (17, 2) in pixels, in or outside the image, and their depths (17,) in metres.
 
     `transforms` are of `_view_transforms`, when they are known already.
     """
-    body = figure.person.body
-    transforms = _view_transforms(figure) if transforms is None else transforms
+    transforms = _view_transforms(body, pose, camera) if transforms is None else transforms
     points = np.tensordot(body.keypoints, transforms, axes=((1, 2), (0, 2)))  # (17, 3) in camera axes
-    depths = points[:, 1] + _distance(figure)
-    plane = np.stack([points[:, 0], -points[:, 2]], 1) * (_distance(figure) / depths)[:, None]
-    matrix = camera_matrix(figure.camera, size, body.height)
+    depths = points[:, 1] + _distance(body)
+    plane = np.stack([points[:, 0], -points[:, 2]], 1) * (_distance(body) / depths)[:, None]
+    matrix = camera_matrix(camera, size, body.height)
     return plane @ matrix[:, :2].T + matrix[:, 2], depths
 
 
@@ -115,9 +114,10 @@ def render_people(figures: list[Figure], size: tuple[int, int], background: np.n
     keypoints = np.zeros((len(figures), 17, 2), np.float32)
     scores = np.zeros((len(figures), 17), np.float32)
     for index, figure in enumerate(figures):
-        transforms = _view_transforms(figure)
+        body = figure.person.body
+        transforms = _view_transforms(body, figure.pose, figure.camera)
         depth = _draw(figure, transforms, image, masks[index])
-        keypoints[index], depths = project_keypoints(figure, size, transforms)
+        keypoints[index], depths = project_keypoints(body, figure.pose, figure.camera, size, transforms)
         scores[index] = _visibility(keypoints[index], depths, depth, size)
         masks[:index] &= ~masks[index]  # the person in front hides those behind
         for behind in range(index):
@@ -133,7 +133,8 @@ def project_vertices(
     `transforms` as in `project_keypoints`.
     """
     person = figure.person
-    transforms = _view_transforms(figure) if transforms is None else transforms
+    if transforms is None:
+        transforms = _view_transforms(person.body, figure.pose, figure.camera)
     matrix = camera_matrix(figure.camera, size, person.body.height) * factor
     matrix[:, 2] += 0.5 * (factor - 1)  # samples' centres at integers too
     screen = np.empty((len(person.vertices), 3), np.float32)
@@ -145,7 +146,7 @@ def project_vertices(
         person.joint_indices,
         person.joint_weights,
         transforms.astype(np.float32),
-        np.float32(_distance(figure)),
+        np.float32(_distance(person.body)),
         matrix.astype(np.float32),
         light / np.linalg.norm(light),
         np.float32(figure.light.ambient),
@@ -190,16 +191,15 @@ def _draw(figure: Figure, transforms: np.ndarray, image: np.ndarray, mask: np.nd
     return depth
 
 
-def _distance(figure: Figure) -> float:
-    return VIEWING_DISTANCE * figure.person.body.height
+def _distance(body: Body) -> float:
+    return VIEWING_DISTANCE * body.height
 
 
-def _view_transforms(figure: Figure) -> np.ndarray:
+def _view_transforms(body: Body, pose: Pose, camera: Camera) -> np.ndarray:
     """Joint transforms (19, 3, 4) from rest to camera axes, around the middle of the standing person."""
-    body = figure.person.body
-    transforms = pose_joints(body.joints, body.neutral, figure.pose, body.height).astype(np.float64)
+    transforms = pose_joints(body.joints, body.neutral, pose, body.height).astype(np.float64)
     transforms[:, 2, 3] -= body.height / 2  # the middle of the standing person is the origin
-    return axis_rotation(0, figure.camera.pitch) @ axis_rotation(2, figure.camera.yaw) @ transforms
+    return axis_rotation(0, camera.pitch) @ axis_rotation(2, camera.yaw) @ transforms
 
 
 def _visibility(keypoints: np.ndarray, depths: np.ndarray, buffer: np.ndarray, size: tuple[int, int]) -> np.ndarray:

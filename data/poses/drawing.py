@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 # OpenPose body-18 order, as indices into the COCO order with the neck appended at index 17.
-_BODY_FROM_COCO = np.array([0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3])
+BODY_FROM_COCO = np.array([0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3])
 
 # Pairs of body-18 joints, in drawing order: shoulders, arms, trunk and legs, neck to nose, face.
 _LIMBS = np.array(
@@ -74,8 +74,8 @@ def body_joints(keypoints: np.ndarray, scores: np.ndarray, threshold: float) -> 
     keypoints = np.where(visible[..., None], keypoints, 0.0)
     # The neck is the mean of the shoulders, and drawn when both are.
     neck = keypoints[:, 5:7].mean(axis=1, keepdims=True)
-    joints = np.concatenate([keypoints, neck], axis=1)[:, _BODY_FROM_COCO]
-    visible = np.concatenate([visible, visible[:, 5:7].all(axis=1, keepdims=True)], axis=1)[:, _BODY_FROM_COCO]
+    joints = np.concatenate([keypoints, neck], axis=1)[:, BODY_FROM_COCO]
+    visible = np.concatenate([visible, visible[:, 5:7].all(axis=1, keepdims=True)], axis=1)[:, BODY_FROM_COCO]
     return joints, visible
 
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from core.errors import UserError
-from core.files import existing_file
+from core.onnx import open_onnx
 from data.poses.person import (
     Box,
     PersonEstimate,
@@ -184,20 +184,7 @@ class _OnnxNet:
     """An ONNX network with one image as input; `size` is its (width, height)."""
 
     def __init__(self, path: str | Path, role: str, outputs: int, threads: int):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError("pose.backend=dwpose needs the package onnxruntime; install it with pip") from None
-        path = existing_file(path, "pose.weights")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        available = onnxruntime.get_available_providers()
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # onnxruntime has no common base class for what a bad file raises
-            reason = str(error).splitlines()[0]
-            raise UserError(f"pose.weights={path} is not an ONNX network that can be read: {reason}") from None
+        self._session = open_onnx(path, "pose.weights", threads)
         inputs, found = self._session.get_inputs(), self._session.get_outputs()
         shape = inputs[0].shape
         if len(inputs) != 1 or len(shape) != 4 or not all(isinstance(n, int) for n in shape[2:]):

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
-from core.files import read_text
+from core.files import read_text, write_json
+from data.poses.drawing import BODY_FROM_COCO, body_joints
 from data.poses.person import PersonEstimate, assign_slots, by_prominence
 from data.poses.poses import Poses
 from data.video.images import natural_order
@@ -97,6 +98,22 @@ def parse_poses(
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, _BadFile) else f"unexpected content ({type(error).__name__}: {error})"
+
+
+def save_openpose(poses: Poses, path: str | Path) -> None:
+    """Write a list of frames as OpenPose does, COCO-18 with the neck between the shoulders, canvas sizes beside.
+
+    Persons who are missing in a frame are left out, as there.
+    """
+    frames = []
+    for keypoints, scores in zip(poses.keypoints, poses.scores, strict=True):
+        joints, _ = body_joints(keypoints, scores, 0.0)
+        both = np.concatenate([scores, scores[:, 5:7].min(1, keepdims=True)], 1)[:, BODY_FROM_COCO]
+        people = np.concatenate([joints, both[..., None]], -1).reshape(len(scores), -1).round(3).tolist()
+        found = zip(people, scores.any(1), strict=True)
+        frame = {"people": [{"pose_keypoints_2d": person} for person, present in found if present]}
+        frames.append(frame | {"canvas_width": poses.size[0], "canvas_height": poses.size[1]})
+    write_json(path, frames)
 
 
 def _read_npz(path: Path, size: tuple[int, int] | None, fps: float | None, argument: str) -> Poses:

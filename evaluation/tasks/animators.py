@@ -7,8 +7,10 @@
 
 Every clip of the frozen manifests (see `evaluate.py misalignment`) is animated by every model without TPC and with
 each attachment, from the same noise. "original" are the clips whose reference is aligned, "misaligned" the mean over
-the other kinds. Writes results.json, table.md, table.tex and strips.png. A run that was stopped goes on with the same
-command; more seeds or clips can be added.
+the other kinds, but for those that another body drives, which have a mean of their own, and for which
+`retargets=[bones]` does all of it again with driving poses brought to the reference's body. Writes results.json,
+table.md, table.tex and strips.png. A run that was stopped goes on with the same command; more seeds or clips can be
+added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +22,8 @@ import numpy as np
 
 from core.errors import UserError
 from core.processes import choose_device
-from evaluation.clips import EvaluationClip
-from evaluation.config import AnimatorsConfig
+from evaluation.clips import EvaluationClip, with_retargeting
+from evaluation.config import DRIVEN_KINDS, AnimatorsConfig
 from evaluation.metric_suite import MetricSuite
 from evaluation.misaligned_clips import MisalignedClips
 from evaluation.misalignment import SUBSETS
@@ -37,7 +39,7 @@ from evaluation.report import (
     write_results,
 )
 from evaluation.statistics import Values
-from evaluation.tasks.misalignment import REGIONS, read_values, save_sheet
+from evaluation.tasks.misalignment import REGIONS, read_values, retargeted_variants, save_sheet
 from evaluation.trials import PERSON_PSNR, Trial, Variant, run_task
 from inference.animate import animate
 from models.animators.registry import (
@@ -51,6 +53,7 @@ from models.animators.registry import (
 from tpc.config import ATTACHMENTS
 
 LABELS = {"add": "TPC", "replace": "TPC (replace)"}
+DRIVEN = "cross-identity"  # a subset beside `SUBSETS`
 COLUMNS = (PERSON_PSNR, "foreground_ssim", "background_psnr")
 
 
@@ -78,10 +81,11 @@ def variants_of(config: AnimatorsConfig) -> dict[str, Variant]:
         raise UserError(f"attachments={attachments} must be different ones of {', '.join(ATTACHMENTS)}")
     found = {}
     for index, (name, model) in enumerate(zip(model_names(config), config.models, strict=True)):
-        found[name] = Variant(f"model{index}-without", model, None)
+        of_model = {name: Variant(f"model{index}-without", model, None)}
         for attach in attachments:
             tpc = replace(config.tpc, attach=attach)
-            found[f"{name} + {LABELS[attach]}"] = Variant(f"model{index}-{attach}", model, tpc)
+            of_model[f"{name} + {LABELS[attach]}"] = Variant(f"model{index}-{attach}", model, tpc)
+        found |= of_model | retargeted_variants(of_model, config.retargets)
     return found
 
 
@@ -122,9 +126,11 @@ def run(config: AnimatorsConfig) -> None:
 
 
 def subsets_of(kinds: Sequence[str]) -> dict[str, list[str]]:
-    """The kinds of clips that are original, and those that are misaligned; what is empty is left out."""
+    """The kinds of clips that are original, misaligned and driven by another body; what is empty is left out."""
     original, misaligned = SUBSETS
-    found = {original: [k for k in kinds if k == "aligned"], misaligned: [k for k in kinds if k != "aligned"]}
+    found: dict[str, list[str]] = {original: [], misaligned: [], DRIVEN: []}
+    for kind in kinds:
+        found[original if kind == "aligned" else DRIVEN if kind in DRIVEN_KINDS else misaligned].append(kind)
     return {subset: names for subset, names in found.items() if names}
 
 
@@ -176,7 +182,8 @@ def _draw_strips(
         for clip in clips:
             row = rows[clip.name]
             for label, variant in of_model.items():
-                shown = animate(pipeline, clip.reference, clip.driving, sampling, variant.tpc, show_progress=False)
+                given = with_retargeting(clip, clip, variant.retarget)
+                shown = animate(pipeline, given.reference, given.driving, sampling, variant.tpc, show_progress=False)
                 if not row:
                     truth, _ = clip.truth(shown.result.shape[2:0:-1])
                     row |= {"reference": shown.reference, "truth": truth[-1]}

@@ -11,7 +11,14 @@ import evaluate
 from core.errors import UserError
 from evaluation.config import AnimatorsConfig
 from evaluation.statistics import Values
-from evaluation.tasks.animators import COLUMNS, animators_table, differences_table, kinds_table, subsets_of
+from evaluation.tasks.animators import (
+    COLUMNS,
+    animators_table,
+    differences_table,
+    kinds_table,
+    subsets_of,
+    variants_of,
+)
 from evaluation.trials import Variant, trials_identity
 from models.animators.registry import animator_class, write_training_facts
 from models.vae import load_vae
@@ -48,7 +55,7 @@ def known_values() -> Values:
 def test_kinds_count_alike_however_many_clips_they_have():
     values = known_values()
     assert subsets_of(list(KIND_CLIPS)) == {"original": ["aligned"], "misaligned": ["scale", "rotation"]}
-    assert subsets_of(["scale"]) == {"misaligned": ["scale"]}
+    assert subsets_of(["scale", "identity"]) == {"misaligned": ["scale"], "cross-identity": ["identity"]}
     assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, 16.0]
     values.by_trial["without", "d", 1][COLUMNS[0]] = None
     assert values.by_seed(["scale", "rotation"], "without", COLUMNS[0]) == [15.0, None]
@@ -77,6 +84,15 @@ def test_variants_of_one_model_are_compared():
     ((label, cells),) = table.rows
     assert label == "A + TPC minus A" and [cell.mean for cell in cells] == [2] * 6
     assert [cell.interval.n for cell in cells] == [1] * 3 + [3] * 3
+
+
+def test_variants_are_there_once_more_with_each_way_of_retargeting(models):
+    variants = variants_of(AnimatorsConfig(models=models[:1], names=["A"], attachments=["add"], retargets=["bones"]))
+    assert list(variants) == ["A", "A + TPC", "A, bones", "A + TPC, bones"]
+    assert len({variant.name for variant in variants.values()}) == 4
+    several = variants_of(AnimatorsConfig(models=models[:2], names=["A", "B"], attachments=[], retargets=["bones"]))
+    assert list(several) == ["A", "A, bones", "B", "B, bones"]
+    assert [variant.retarget for variant in variants.values()] == ["off", "off", "bones", "bones"]
 
 
 def test_a_recorded_fact_is_no_other_model(models, tmp_path):

@@ -11,8 +11,9 @@ import evaluate
 from core.config import load_config
 from core.errors import UserError
 from data.people.bodies import load_people
-from evaluation.config import KINDS, MISALIGNED_SPLITS, MisalignmentConfig
+from evaluation.config import DRIVEN_KINDS, KINDS, MISALIGNED_SPLITS, MisalignmentConfig
 from evaluation.misaligned_clips import (
+    ALL_KINDS,
     ClipManifest,
     ClipSpec,
     MisalignedClips,
@@ -29,6 +30,7 @@ from evaluation.statistics import Values, mean_interval
 from evaluation.tasks import misalignment as command
 from evaluation.tasks.misalignment import AVERAGE, differences_table, measure_table, recovered_table, rows_of
 from evaluation.trials import WITHOUT, Variant, trials_identity
+from models.config import SMALL_ANIMATORS
 from tpc import CalibrationConfig
 
 VARIANTS = {WITHOUT: Variant("without", "", None), "TPC best": Variant("tpc-best", "", CalibrationConfig())}
@@ -37,12 +39,12 @@ PLAIN = Placement()
 
 @pytest.fixture(scope="module")
 def clips() -> MisalignedClips:
-    return MisalignedClips()
+    return MisalignedClips(ALL_KINDS)
 
 
 @pytest.fixture(scope="module")
 def development() -> MisalignedClips:
-    return MisalignedClips(split="development")
+    return MisalignedClips(ALL_KINDS, split="development")
 
 
 def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +55,13 @@ def angle_and_iou(clips: MisalignedClips, name: str) -> tuple[np.ndarray, np.nda
 def test_every_kind_has_its_clips_and_none_shares_a_scene():
     scenes = []
     for split, count in (("test", 20), ("development", 10)):
-        for kind in KINDS:
+        for kind in ALL_KINDS:
             manifest = read_manifest(kind, split)
             assert len(manifest.clips) == count
-            scenes += [(split, manifest.seed, person.scene) for clip in manifest.clips for person in clip.persons]
+            persons = [person for clip in manifest.clips for person in clip.persons]
+            assert all((person.driver is not None) == (kind in DRIVEN_KINDS) for person in persons)
+            drivers = [person.driver for person in persons if person.driver]
+            scenes += [(split, manifest.seed, shown.scene) for shown in (*persons, *drivers)]
     assert len(set(scenes)) == len(scenes)
 
 
@@ -77,7 +82,7 @@ def test_choices_and_reported_numbers_share_no_clip(clips, development):
 
 
 @pytest.mark.parametrize("split", MISALIGNED_SPLITS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_clips_are_what_their_manifest_was_made_from(request, kind, split):
     clips = request.getfixturevalue({"test": "clips"}.get(split, split))
     clip = clips.clip(clips.by_kind[kind][0])
@@ -247,8 +252,9 @@ def test_the_mean_row_is_of_misaligned_kinds_of_one_person_each_alike():
 
 
 def test_the_command_writes_tables_and_figures(tmp_path, capsys):
-    arguments = [f"output={tmp_path}", "split=development", "kinds=[rotation]", "clips=1", "presets=[best]"]
+    arguments = [f"output={tmp_path}", "split=development", "kinds=[proportions]", "clips=1", "presets=[best]"]
     arguments += ['variants=["propagation=hold groups=2"]', "flicker=true", "pose_noise=0.02", "dtype=bfloat16"]
+    arguments += [f"model={SMALL_ANIMATORS[0]}"]
     evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0]"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(results["trials"]) == 4  # without TPC, with it in two ways, and the fitting reference
@@ -258,14 +264,20 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "won back" in text and "with fewer than 6 clips there is none" in text
     assert "| propagation=hold groups=2 |" in text
-    difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["rotation"]
+    difference = results["tables"]["differences of foreground PSNR (dB) ↑ / clip by clip"]["proportions"]
     assert difference["TPC best minus without TPC"]["n"] == 1
     assert difference["TPC best minus without TPC"]["low"] is None
     for name in ("psnr.png", "psnr.pdf", "strips.png", "table.md", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0
     capsys.readouterr()
-    evaluate.main(["misalignment", *arguments, "sampling.steps=1", "seeds=[0,1]", "strips=0"])
-    assert "over 2 seeds" in capsys.readouterr().out
+    further = ["seeds=[0,1]", "presets=[]", "variants=[]", "retargets=[bones]", "strips=0"]
+    evaluate.main(["misalignment", *arguments, "sampling.steps=1", *further])
+    assert "over 2 seeds" in (said := capsys.readouterr().out) and "2 of them before" in said
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    clip = {
+        (t["condition"], t["seed"]): t["foreground_psnr"] for t in results["trials"] if not t["clip"].endswith("start")
+    }
+    assert clip["without-bones", 0] != clip["without", 0] and found["without"] in results["trials"]
 
 
 def test_variants_are_the_preset_but_for_what_they_say():
@@ -282,6 +294,8 @@ def test_variants_are_the_preset_but_for_what_they_say():
     ("argument", "message"),
     [
         ("kinds=[sideways]", "kinds="),
+        ("retargets=[off]", "retargets="),
+        ("retargets=[bones,bones]", "retargets="),
         ("clips=99", "clips=99"),
         ("presets=[best,best]", "presets="),
         ("presets=[worst]", "presets="),

@@ -12,6 +12,8 @@ from evaluation.statistics import (
     SEED,
     Interval,
     clip_differences,
+    deciding_clips,
+    half_width,
     mean_interval,
     ratio_interval,
     statistic_interval,
@@ -114,3 +116,20 @@ def test_intervals_turn_with_the_sign_and_grow_with_the_unit(values, factor):
     found, scaled = mean_interval(values), mean_interval(factor * values)
     assert found.low <= found.high
     assert (scaled.low, scaled.high) == pytest.approx((factor * found.low, factor * found.high), rel=1e-6, abs=1e-6)
+
+
+def test_the_half_width_is_students_and_falls_with_the_clips():
+    found = mean_interval(NORMAL)
+    assert half_width(20, NORMAL) == pytest.approx((found.high - found.low) / 2, rel=0.08)
+    assert half_width(80, NORMAL) == pytest.approx(t.ppf(0.975, 79) * NORMAL.std(ddof=1) / np.sqrt(80))
+    # The mean over four strata that scatter alike scatters half as much.
+    assert half_width(1000, *[NORMAL] * 4) == pytest.approx(half_width(1000, NORMAL) / 2, rel=1e-3)
+    assert np.isnan(half_width(20, [1.0])) and np.isnan(half_width(1, NORMAL))
+
+
+def test_so_many_clips_decide_as_the_half_width_needs_to_be_below_the_mean():
+    """Of mean and deviation 1: 2.57 / sqrt(6) = 1.05 is not below 1, 2.45 / sqrt(7) = 0.92 is."""
+    values = 1 + np.array([-1.0, 1.0, np.nan, -1.0, 1.0]) / np.std([-1, 1, -1, 1], ddof=1)
+    assert deciding_clips(values) == deciding_clips(-values) == 7
+    assert deciding_clips([0.5] * 8) == FEWEST
+    assert deciding_clips(values - 1) is None and deciding_clips([1.0]) is None and deciding_clips([]) is None

@@ -88,6 +88,15 @@ def test_same_seed_same_images_and_without_tpc_no_calibration(result, model, inp
     assert np.array_equal(plain[:, column], sheet[:, 3 * 260 : 4 * 260])
 
 
+def test_poses_are_retargeted_without_tpc_too(result, model, inputs, tmp_path):
+    asked = ["tpc.enabled=false", "pose.retarget=bones", "pose.height_ratio=0.5"]
+    infer.main([*given(inputs), model, f"output={tmp_path / 'o'}", *asked, *QUICK])
+    drawn, usual = (np.asarray(Image.open(folder / "comparison.png")) for folder in (tmp_path / "o", result))
+    column = slice(260, 520)  # of the poses, which TPC alone does not move
+    assert drawn.shape[0] == usual.shape[0] and not np.array_equal(drawn[:, column], usual[:, column])
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["configuration"]["pose"]["retarget"] == "bones"
+
+
 def test_driving_poses_alone_are_enough(model, inputs, tmp_path, capsys):
     arguments = [a for a in given(inputs) if not a.startswith(("driving=", "driving_masks="))]
     infer.main([*arguments, model, f"output={tmp_path / 'o'}", "tpc.preset=paper", "tpc.groups=30", *QUICK])

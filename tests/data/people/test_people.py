@@ -177,8 +177,8 @@ def test_left_keypoints_are_the_persons_left(people):
 @given(scale=st.floats(0.2, 2.0), rotation=st.floats(-7, 7), x=st.floats(0, 1), y=st.floats(0, 1))
 def test_camera_moves_keypoints_by_a_similarity(people, scale, rotation, x, y):
     pose = posed(left_upper_arm=(0.2, 1.4, 0), right_thigh=(1.0, 0, 0))
-    base, _ = project_keypoints(Figure(people[1], pose, Camera(scale=1.0)), SIZE)
-    moved, _ = project_keypoints(Figure(people[1], pose, Camera(scale, rotation, (x, y))), SIZE)
+    base, _ = project_keypoints(people[1].body, pose, Camera(scale=1.0), SIZE)
+    moved, _ = project_keypoints(people[1].body, pose, Camera(scale, rotation, (x, y)), SIZE)
     middle = np.array(SIZE) / 2 - 0.5
     shift = (np.array([x, y]) - 0.5) * SIZE
     np.testing.assert_allclose(moved, similarity(base, scale, rotation, middle) + shift, atol=1e-9 * 200)
@@ -186,8 +186,8 @@ def test_camera_moves_keypoints_by_a_similarity(people, scale, rotation, x, y):
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_keypoints_scale_with_the_image_from_edge_to_edge(people, factor):
-    small, _ = project_keypoints(Figure(people[0], neutral_pose()), SIZE)
-    large, _ = project_keypoints(Figure(people[0], neutral_pose()), (SIZE[0] * factor, SIZE[1] * factor))
+    small, _ = project_keypoints(people[0].body, neutral_pose(), Camera(), SIZE)
+    large, _ = project_keypoints(people[0].body, neutral_pose(), Camera(), (SIZE[0] * factor, SIZE[1] * factor))
     np.testing.assert_allclose((small + 0.5) * factor - 0.5, large, atol=1e-9 * 500)
 
 

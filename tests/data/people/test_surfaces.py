@@ -103,7 +103,7 @@ def test_keypoints_of_the_face_are_found_through_the_surface(person):
     pose = data.scene(0).reference_pose
     cameras = [Camera(scale=1.4, center=(0.5, 0.75)), Camera(scale=1.1, rotation=0.4, center=(0.45, 0.6))]
     figures = [Posed(person, pose, camera) for camera in cameras]
-    here, there = (project_keypoints(figure, SIZE)[0] for figure in figures)
+    here, there = (project_keypoints(f.person.body, f.pose, f.camera, SIZE)[0] for f in figures)
     frame, reference = (render_surface(person, pose, camera, SIZE) for camera in cameras)
     column, row = np.rint(here[NOSE]).astype(int)
     distances = np.linalg.norm(np.nan_to_num(reference, nan=1e3) - frame[row, column], axis=-1)
