@@ -21,7 +21,7 @@ from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5Enco
 
 from core.errors import UserError
 from models.animators.base import Animator, Condition, PoseCondition
-from models.animators.wan_animate.context import joint_context
+from models.animators.wan_animate.context import JointContext, joint_context
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
 from models.animators.wan_animate.text import PROMPT, embedded
 from models.attention.context import ReferenceContext
@@ -180,9 +180,9 @@ class WanAnimate(Animator):
         # Calibrated images have the reference's noise, and what is predicted for them is thrown away.
         first, clip = sample[:, :, :1], sample[:, :, 1:]
         noisy = torch.cat([first] * reference.shape[2] + [clip], dim=2)
-        flags = context.flags(noisy.shape[2] * math.prod(self.token_grid(sample.shape[-2:])))
         latents = torch.cat([noisy, known], dim=1)
-        flow = self.transformer(latents, timestep.expand(1), prompt, given.image, driving.poses, faces, flags)
+        sights = context.sights if isinstance(context, JointContext) else None
+        flow = self.transformer(latents, timestep.expand(1), prompt, given.image, driving.poses, faces, sights)
         return torch.cat([flow[:, :, :1], flow[:, :, reference.shape[2] :]], dim=2)
 
     def segment_context(self, context: ReferenceContext, latent_size: tuple[int, int]) -> ReferenceContext:

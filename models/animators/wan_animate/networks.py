@@ -1,30 +1,34 @@
 """The transformer of Wan-Animate with any number of reference images in its context.
 
 Shapes use b = batch, k = reference images, t = latent frames of the video, f = video frames, c = channels,
-h, w = latent size, n = tokens, g = flag channels, S = side of face images.
+h, w = latent size, n = tokens, d = channels of a head, S = side of face images.
 """
+
+from collections.abc import Sequence
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan_animate import WanAttention, WanAttnProcessor
 from torch import Tensor
 
+from models.animators.wan_animate.context import Sight
 from models.attention.masking import masked_attention
 
 
 class Rotary(tuple):
-    """(cos, sin) as blocks hand them on to their self-attention, and beside them who is blind to whom."""
+    """(cos, sin) as blocks hand them on to their self-attention, and beside them who sees what."""
 
-    flags: tuple[Tensor, Tensor] | None  # of queries and keys, (b, n, g) each; None: everybody sees everything
+    sights: Sequence[Sight] | None  # None: everybody sees everything
 
-    def __new__(cls, cos: Tensor, sin: Tensor, flags: tuple[Tensor, Tensor] | None) -> "Rotary":
+    def __new__(cls, cos: Tensor, sin: Tensor, sights: Sequence[Sight] | None) -> "Rotary":
         made = super().__new__(cls, (cos, sin))
-        made.flags = flags
+        made.sights = sights
         return made
 
 
 class SelfAttention(WanAttnProcessor):
-    """Stock self-attention, but for pairs of tokens with a common flag, which do not see each other."""
+    """Stock self-attention, or, of tokens that do not all see everything, by those who see the same."""
 
     def __call__(
         self,
@@ -34,17 +38,25 @@ class SelfAttention(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        if rotary_emb is None or rotary_emb.flags is None:
+        if rotary_emb is None or rotary_emb.sights is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        heads = (x.transpose(1, 2) for x in (rotated(query, *rotary_emb), rotated(key, *rotary_emb), value))
-        attended = masked_attention(*heads, *rotary_emb.flags).transpose(1, 2).flatten(2).type_as(query)
-        return attn.to_out[1](attn.to_out[0](attended))
+        query, key, value = (
+            x.transpose(1, 2) for x in (rotated(query, *rotary_emb), rotated(key, *rotary_emb), value)
+        )
+        attended = torch.empty_like(query)  # (b, heads, n, d)
+        for sight in rotary_emb.sights:
+            part = query[:, :, sight.queries], key[:, :, sight.keys], value[:, :, sight.keys]
+            if sight.flags is None:
+                attended[:, :, sight.queries] = F.scaled_dot_product_attention(*part)
+            else:
+                attended[:, :, sight.queries] = masked_attention(*part, *sight.flags)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 def set_self_attention(transformer: diffusers.WanAnimateTransformer3DModel) -> None:
-    """Give every self-attention of a transformer the processor that knows flags."""
+    """Give every self-attention of a transformer the processor that knows sights."""
     processors = transformer.attn_processors
     own = {name: SelfAttention() for name in processors if name.endswith(".attn1.processor")}
     transformer.set_attn_processor(processors | own)
@@ -58,9 +70,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
-    """The stock model and its weights; `forward` takes further references, and flags of who sees them.
+    """The stock model and its weights; `forward` takes further references, and who sees them.
 
-    Flags want `set_self_attention`.
+    The latter wants `set_self_attention`.
     """
 
     def forward(
@@ -71,7 +83,7 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
         image: Tensor,
         poses: Tensor,
         faces: Tensor,
-        flags: tuple[Tensor, Tensor] | None = None,
+        sights: Sequence[Sight] | None = None,
     ) -> Tensor:
         """The predicted flow (b, c, k + t, h, w).
 
@@ -82,10 +94,10 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
             image: CLIP's tokens of the reference, (b, tokens, channels).
             poses: latents of the pose images, (b, c, t, h, w).
             faces: (b, 3, f, S, S) in [-1, 1], f = 4 t - 3.
-            flags: of all tokens as queries and as keys, (b, n, g) each: those with a common one are invisible.
+            sights: what each of the tokens sees; None: all of them.
         """
         references = latents.shape[2] - poses.shape[2]
-        rotary = self._rotary(latents, references, flags)
+        rotary = self._rotary(latents, references, sights)
         context = self.patch_embedding(latents)
         hidden = torch.cat(
             [context[:, :, :references], context[:, :, references:] + self.pose_patch_embedding(poses)], dim=2
@@ -107,12 +119,12 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
         # (b, frames, rows, columns, p_t, p_h, p_w, c), each patch to its place
         return flow.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary(self, latents: Tensor, references: int, flags: tuple[Tensor, Tensor] | None) -> Rotary:
+    def _rotary(self, latents: Tensor, references: int, sights: Sequence[Sight] | None) -> Rotary:
         """Positions of all tokens; every reference is at the place and time of the first."""
         cos, sin = self.rope(latents[:, :, references - 1 :])
         tokens = latents[0, 0, 0].numel() // (self.config.patch_size[1] * self.config.patch_size[2])
         cos, sin = (torch.cat([*[part[:, :tokens]] * (references - 1), part], dim=1) for part in (cos, sin))
-        return Rotary(cos, sin, flags)
+        return Rotary(cos, sin, sights)
 
     def _motion(self, faces: Tensor, references: int) -> Tensor:
         """What the faces do, (b, references + t, tokens, channels); nothing in the references."""

@@ -14,7 +14,7 @@ from data.poses.person import PackedMasks
 from models.animators.wan_animate.context import joint_context
 from models.animators.wan_animate.model import WanAnimatePipeline
 from models.attention.context import ReferenceContext
-from models.attention.masking import Visibility, dense_mask
+from models.attention.masking import Visibility, hidden_pairs
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import Words
 from models.sampling import noise_level
@@ -155,7 +155,13 @@ def test_a_token_of_four_frames_sees_what_one_of_them_sees():
     context = frame_contexts(frames, n, np.random.default_rng(0))
     joint = joint_context(context, n, 4)
     assert joint.index.tolist() == [images_seen]
-    visible = dense_mask(joint.visibility, 7 * n)[0].unflatten(0, (7, n)).unflatten(2, (7, n))  # (7, n, 7, n)
+    visible = torch.zeros(7 * n, 7 * n, dtype=torch.bool)
+    for sight in joint.sights:
+        seen = torch.ones(len(sight.queries), len(sight.keys), dtype=torch.bool)
+        if sight.flags is not None:
+            seen = ~hidden_pairs(*sight.flags)[0]
+        visible[sight.queries[:, None], sight.keys] = seen
+    visible = visible.unflatten(0, (7, n)).unflatten(2, (7, n))  # (7, n, 7, n)
     assert visible[0, :, [0, 4, 5, 6]].all() and not visible[0, :, 1:4].any(), "the reference: itself and the clip"
     for image in (1, 2, 3):
         seen = [number for number in range(7) if visible[image, :, number].all()]
