@@ -72,6 +72,11 @@ def load_pipeline(
     folder = Path(folder)
     index = read_index(folder, argument)
     cls = saved_class(index)
+    if cls is None and "transformer" in index:  # nothing that could be converted
+        raise UserError(
+            f"{argument}={folder} is a {index.get('_class_name')}; the pipelines known here are "
+            f"{', '.join(pipeline_names())}"
+        )
     if cls is None:
         raise not_a_pipeline(folder, argument, f"a {index.get('_class_name')}")
     what = f"{argument}={folder}"

@@ -89,7 +89,7 @@ def shard_missing(path: Path) -> None:
 
 
 FAULTS = {
-    "another pipeline": (other_class, "is a WanVACEPipeline"),
+    "another pipeline": (other_class, "is a WanVACEPipeline; the pipelines known here are .*WanAnimate"),
     "another transformer": (image_to_video, "does not fit WanAnimateTransformer3DModel: missing"),
     "a missing shard": (shard_missing, "1 of .* shards are missing: .*-00002-of-"),
     "a missing index": (lambda path: (path / INDEX).unlink(), "holds shards .* and not their index"),
