@@ -1,11 +1,15 @@
-"""Context windows: every frame covered, none wraps, weights sum to one."""
+"""Context windows: every frame covered, none wraps, weights sum to one. Segments: every frame new once."""
+
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from models.images import ImageSequence
 from models.sampling import context_windows, step_shift, window_weights
+from models.segments import SegmentImages, clip_segments
 
 
 @given(
@@ -61,3 +65,34 @@ def test_weights_taper_towards_shared_ends_only():
 def test_impossible_windows_are_refused(size, overlap):
     with pytest.raises(ValueError, match="size|overlap"):
         context_windows(10, size, overlap)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 11), st.sets(st.integers(1, 59)))
+@settings(max_examples=100, deadline=None)
+def test_every_frame_is_new_in_one_segment(frames, size, carried, cuts):
+    assume(carried < size)
+    cuts = sorted(cut for cut in cuts if cut < frames)
+    segments = clip_segments(frames, size, carried, cuts)
+    assert [frame for segment in segments for frame in segment.new] == list(range(frames))
+    for before, segment in pairwise([None, *segments]):
+        assert len(segment.frames) == len(segment.sources()) == size
+        assert set(segment.sources()) <= set(segment.shot) and segment.sources()[0] == segment.frames.start
+        if segment.frames.start in (0, *cuts):
+            assert segment.carried == 0
+        else:  # it begins with the last frames of the one before, in the same shot
+            assert segment.carried == carried and segment.shot == before.shot
+            assert segment.frames[:carried] == before.frames[size - carried :]
+
+
+def test_beyond_the_end_a_shot_is_seen_backwards():
+    assert clip_segments(5, 10, 1)[0].sources() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1]
+    assert clip_segments(7, 4, 1, [5])[-1].sources() == [5, 6, 5, 6]
+    assert clip_segments(1, 3, 0)[0].sources() == [0, 0, 0]
+    shades = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 2, 2) / 10
+    poses = ImageSequence(shades, (2, 2), torch.device("cpu"), torch.float32)
+    decoded = torch.arange(4.0).view(4, 1, 1, 1)
+    last = clip_segments(7, 4, 1)[1]
+    images = SegmentImages(poses, last, None, decoded)
+    assert images[range(4)][:, 0, 0, 0].tolist() == pytest.approx([0.3, 0.4, 0.5, 0.6]) and images.faces is None
+    assert images.carried.tolist() == decoded[3:].tolist()
+    assert SegmentImages(poses, clip_segments(7, 7, 1)[0], poses, None).images is poses.images, "no copy of a clip"

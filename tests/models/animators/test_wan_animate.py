@@ -1,5 +1,6 @@
 """Wan-Animate against diffusers' own pipeline with the same weights."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import diffusers
@@ -19,6 +20,7 @@ from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import Words
 from models.sampling import noise_level
 from tests.models.test_pipeline import standing_poses
+from tests.second_device import SECOND, second_device
 from tests.small_animators import small_pipeline
 from tests.wan_parts import SEGMENT, SIZE, TRANSFORMER, components, images, wan_pipeline
 from tpc import Calibration, CalibrationConfig, calibrate
@@ -139,6 +141,18 @@ def test_calibrated_images_beside_the_reference(calibration):
     hidden = replace(added, config=exclusive, target_masks=PackedMasks.zeros((added.frames, 1), SIZE))
     assert np.abs(run(hidden) - plain).max() < 1e-5
     assert np.abs(run(replace(added, config=exclusive)) - plain).max() > 1e-3
+
+
+def test_a_second_device_gives_the_same_and_no_pass_waits_for_it(calibration):
+    added = replace(calibration, config=replace(calibration.config, attach="add"))
+    arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "calibration": added, "window_size": SEGMENT}
+    expected = wan_pipeline()(**images(added.frames), generator=torch.Generator().manual_seed(0), **arguments)
+    with second_device(double=False) as waits:
+        moved = deepcopy(wan_pipeline()).to(SECOND)
+        found = moved(**images(added.frames), generator=torch.Generator().manual_seed(0), **arguments)
+    assert all(np.array_equal(*pair) for pair in zip(found.frames, expected.frames, strict=True))
+    places = {wait.place for wait in waits}
+    assert not [place for place in places if "networks.py" in place or "predict" in place]
 
 
 def frame_contexts(frames: int, n: int, draw: np.random.Generator) -> ReferenceContext:
