@@ -7,7 +7,7 @@ reference the person's height, angle (pelvis to nose) and feet are compared with
 calibrated to and in all frames that it serves; and its pixels with the true frames'.
 """
 
-from benchmarks.config import SegmentsConfig
+from benchmarks.config import ONE_PERSON, SegmentsConfig
 from core.config import check_first
 
 check_first(__name__, SegmentsConfig, __doc__)
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.calibrated_pictures import KINDS, run
+from benchmarks.calibrated_pictures import run
 from benchmarks.calibration_accuracy import table
 from core.config import config_dict, load_config
 from core.errors import run_command
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(SegmentsConfig, arguments, about=__doc__)
     cv2.setNumThreads(1)
     output, rows = output_folder(config.output), defaultdict(list)
-    for kind in KINDS:
+    for kind in ONE_PERSON:
         manifest = replace(read_manifest(kind, config.split), frames=config.frames)
         clips = manifest.clips[: config.clips or None]
         for spec in tqdm(clips, desc=kind):
