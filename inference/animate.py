@@ -24,6 +24,7 @@ from data.poses.drawing import FIGURES
 from data.poses.faces import crop_faces
 from data.transforms import apply_fit, fit_matrix
 from data.video.files import VideoReader, write_video
+from data.video.lazy import LazyImages
 from inference.comparison import comparison_frames, comparison_strip
 from inference.config import SamplingConfig, check_model_sizes
 from models.attention.recording import AttentionRecording
@@ -33,7 +34,6 @@ from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.calibration import Progress
 from tpc.export.segments import segment_fill
-from tpc.images import LazyImages
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 

@@ -16,14 +16,14 @@ _MODULES = {
     "CalibrationConfig": ".config",
     "FailedEstimation": ".procrustes",
     "LinearTransform": ".procrustes",
-    "PoseConfig": ".inputs",
-    "Poses": ".inputs",
+    "PoseConfig": ".export.inputs",
+    "Poses": ".export.inputs",
     "SimilarityTransform": ".procrustes",
-    "UserError": ".inputs",
+    "UserError": ".export.inputs",
     "calibrate": ".calibration",
-    "load_driving": ".inputs",
-    "load_reference": ".inputs",
-    "open_estimator": ".inputs",
+    "load_driving": ".export.inputs",
+    "load_reference": ".export.inputs",
+    "open_estimator": ".export.inputs",
 }
 __all__ = sorted(_MODULES)
 

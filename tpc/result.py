@@ -17,8 +17,8 @@ import numpy as np
 from core.errors import UserError
 from core.files import complete_folder
 from data.poses.person import PackedMasks
+from data.video.lazy import LazyImages
 from tpc.config import CalibrationConfig, resolve
-from tpc.images import LazyImages
 from tpc.segments import continued_image, segment_frame
 from tpc.trajectory import Schedule
 

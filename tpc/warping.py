@@ -16,11 +16,11 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from data.poses.person import PackedMasks
+from data.video.lazy import LazyImages
 from tpc.bends.bending import Bends
 from tpc.bends.layers import Coverage, Layer, lay
 from tpc.bends.outlines import GAP_SIDE, Nudge
 from tpc.config import CalibrationConfig
-from tpc.images import LazyImages
 from tpc.procrustes import apply_matrix
 from tpc.trajectory import Track, filter_jitter
 

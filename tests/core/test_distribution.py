@@ -96,7 +96,7 @@ def test_the_command_runs_beside_folders_of_the_same_names(python, tmp_path):
 def test_the_core_requires_what_tpc_imports(installed):
     core = [Requirement(line) for line in Distribution.at(next(installed.glob("*.dist-info"))).requires]
     core = {found.name: found.specifier for found in core if found.marker is None}
-    graph, waiting, modules = import_graph(), ["tpc.__main__", "tpc.inputs"], set()
+    graph, waiting, modules = import_graph(), ["tpc.__main__", "tpc.export.inputs"], set()
     networks = {name for name in graph if name.startswith("models.")} | {"tpc.attach"}  # for types, or when asked for
     while waiting:
         modules.add(module := waiting.pop())

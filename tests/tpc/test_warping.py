@@ -6,7 +6,7 @@ import pytest
 
 from data.poses.person import PackedMasks
 from data.transforms import apply_fit, fit_matrix
-from tpc.images import LazyImages
+from data.video.lazy import LazyImages
 from tpc.warping import ImagePyramid, continued, mask_pyramid, place_person, quad_mask, remove_persons, warp_mask
 
 
