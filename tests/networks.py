@@ -5,7 +5,7 @@ from models.config import ANIMATORS
 from training.config import ModelConfig
 
 # Names of the animators that train.py makes and trains.
-TRAINABLE = sorted(name for name in ANIMATORS if animator_class(name).trainable)
+TRAINABLE = [name for name in ANIMATORS if animator_class(name).trainable]
 
 TINY = ModelConfig(
     block_out_channels=[16, 32],
