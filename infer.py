@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
         if config.pairs is not None:
             print(f"{len(jobs)} pairs, of which {len(there)} are done already", flush=True)
     for job in jobs:
-        if words_of(job) is not None and not pipeline.animator.takes_words:
+        if job.has_words and not pipeline.animator.takes_words:
             raise UserError(f"prompt=, negative_prompt= and embeddings= are of no use to model={job.model}")
         if job.tpc.enabled and job.tpc.attach is not None:
             pipeline.check_attach(job.tpc.attach)

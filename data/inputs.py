@@ -95,8 +95,7 @@ def load_driving(
     images: str | Path | None = None,  # pose images, one for each frame of the video and of its shape
     poses_wanted: bool = True,  # False: `images` alone are read
     cuts: Sequence[int] | None = None,  # see `Driving`; None: found
-    fps: float
-    | None = None,  # to which the video is resampled before that, frames repeated or left out; None: its own
+    fps: float | None = None,  # to which the video is resampled first, repeating or leaving out frames; None: its own
     progress: Callable[[VideoReader], Iterable[np.ndarray]] = iter,  # wraps the frames that poses are estimated in
 ) -> Driving:
     """Driving clip, with poses and masks given or estimated; one frame is held at a time."""
@@ -113,9 +112,8 @@ def load_driving(
     if path is None and poses is None:
         raise UserError("driving= or driving_poses= is required")
     if poses is not None:
-        estimate = PoseEstimate(given_poses(poses, video, max_frames, stride, fps), None).require_person(
-            "driving_poses"
-        )
+        given = given_poses(poses, video, max_frames, stride) if fps is None else resampled_poses(poses, video)
+        estimate = PoseEstimate(given, None).require_person("driving_poses")
         if cuts is None:
             changes.over(video or ())
     else:
@@ -142,15 +140,8 @@ def load_driving(
     return Driving(video, clip, person_masks, pose_images, cuts, clip.bridged(cuts), video)
 
 
-def given_poses(
-    path: str | Path, video: VideoReader | None, max_frames: int | None, stride: int, fps: float | None = None
-) -> Poses:
-    """Every stride-th frame of a pose file, in pixels of the video of these frames, which it must have a pose for.
-
-    `fps`: to which the video is resampled, unlike the file.
-    """
-    if fps is not None:
-        return _resampled_poses(path, video)
+def given_poses(path: str | Path, video: VideoReader | None, max_frames: int | None, stride: int) -> Poses:
+    """Every stride-th frame of a pose file, in pixels of the video of these frames, which it must have a pose for."""
     size, fps = (video.size, video.fps * stride) if video else (None, None)
     poses = load_poses(path, size=size, fps=fps, argument="driving_poses")
     used = replace(poses[::stride][: max_frames or poses.frames], fps=poses.fps / stride)
@@ -164,7 +155,7 @@ def given_poses(
     return fitting_poses(used, video.size, "driving_poses")
 
 
-def _resampled_poses(path: str | Path, video: VideoReader) -> Poses:
+def resampled_poses(path: str | Path, video: VideoReader) -> Poses:
     """Poses of the frames that are read of a resampled video, from a file of all of its frames."""
     poses = load_poses(path, size=video.size, fps=video.fps, argument="driving_poses")
     if not video.constant_rate or poses.frames <= video.indices.max():

@@ -33,7 +33,7 @@ from models.pipeline import AnimationPipeline
 from models.sampling import context_windows
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.calibration import Progress
-from tpc.export.segments import segment_fill
+from tpc.export.segments import segment_config
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing, continued, mask_pyramid, quad_mask, warp_mask
 
@@ -138,9 +138,7 @@ def for_segments(
     if pipeline.animator.segment_frames is None:
         return tpc
     length, _ = pipeline.default_window(frames, window, None)
-    # To be bent into one frame's pose helps none of the others.
-    transform, fill = tpc.transform or "procrustes", segment_fill(tpc, length, frames, persons)
-    return replace(tpc, attach=tpc.attach or "replace", transform=transform, fill=fill)
+    return replace(segment_config(tpc, length, frames, persons), attach=tpc.attach or "replace")
 
 
 def animate(

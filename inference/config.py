@@ -110,6 +110,11 @@ class InferConfig(SamplingConfig):
     pose: DrivingPoseConfig = field(default_factory=DrivingPoseConfig)
     tpc: TPCOptions = field(default_factory=TPCOptions)
 
+    @property
+    def has_words(self) -> bool:
+        """A prompt or embeddings are given."""
+        return (self.prompt, self.negative_prompt, self.embeddings) != (None, None, None)
+
     def check(self) -> None:
         super().check()
         if self.pose.retarget != "off" and self.pose_images is not None:

@@ -156,7 +156,7 @@ def calibrated(pair: Pair, pipeline: AnimationPipeline, progress: Progress = CAL
 
 def words_of(job: InferConfig) -> Words | None:
     """What the configuration says in words, and cached embeddings; None: nothing."""
-    if (job.prompt, job.negative_prompt, job.embeddings) == (None, None, None):
+    if not job.has_words:
         return None
     embeddings = {} if job.embeddings is None else read_embeddings(job.embeddings)
     return Words(job.prompt, job.negative_prompt, embeddings)

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     from data.transforms import crop_matrix, fit_matrix
     from tpc.calibration import calibrate
     from tpc.export.folders import write_segments
-    from tpc.export.segments import segment_fill, segment_notes, segment_references, split
+    from tpc.export.segments import segment_config, segment_notes, segment_references, split
     from tpc.export.tools import TOOLS, Tool
     from tpc.retargeting import retargeted
 
@@ -56,8 +56,6 @@ def main(arguments: list[str]) -> None:
     if config.segment_overlap is None:
         config.segment_overlap = tool.overlap
     segmented = config.segments is not None or config.tool is not None
-    if segmented and config.tpc.transform is None:
-        config.tpc.transform = "procrustes"  # to be bent into one frame's pose helps none of the others
     # Whose errors need not wait for the poses.
     split(1, config.segment_length(), config.segment_overlap)
     resolve(config.tpc)
@@ -66,7 +64,7 @@ def main(arguments: list[str]) -> None:
     driving, notes = retargeted(reference, driving, config.pose, config.tpc)
     if segmented:
         length, frames, persons = config.segment_length(), driving.poses.frames, reference.poses.persons
-        config.tpc.fill = segment_fill(config.tpc, length, frames, persons)
+        config.tpc = segment_config(config.tpc, length, frames, persons)
     config.tpc = resolve(config.tpc, masked=reference.masks is not None)
     for note in filter(None, (driving.note(config.stride, config.max_frames), *notes)):
         print(f"note: {note}")

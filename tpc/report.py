@@ -97,13 +97,14 @@ def write_segments_picture(
     figure = Figure(figsize=(11, 2.9 * len(rows) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    for row, segment in zip(axes, [segments[number] for number in rows], strict=True):
+    for row, number in zip(axes, rows, strict=True):
+        segment = segments[number]
         frame = segment.frames.start if segment.frame is None else segment.frame
         driver = np.zeros_like(plain) if driving_frames is None else _framed(calibration, driving_frames[frame])
         span = f"frame {frame} of {segment.frames.start} to {segment.frames.stop - 1}"
         _show(row[0], driver, span)
         _show(row[1], plain, "reference as it is")
-        _show(row[2], references[segments.index(segment)], "calibrated reference")
+        _show(row[2], references[number], "calibrated reference")
         _show(row[3], _overlay(calibration, frame, driving_frames, reference_poses), "laid over the frame")
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=100)

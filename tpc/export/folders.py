@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,8 @@ def write_segments(
 ) -> None:
     """Write the files of every segment, into a folder of its own where there are several.
 
-    Beside them `segments.json` says which frames they are, and `segments.png` shows some.
-
-    `videos`: also `driving.mp4`, where the tool has no name for it,
-    and `poses.mp4`, the poses drawn.
+    Beside them `segments.json` says which frames they are, and `segments.png` shows some. `videos`: also
+    `driving.mp4`, where the tool has no name for it, and `poses.mp4`, the poses drawn.
     """
     folder.mkdir()
     poses = driving.poses.mapped(calibration.frame_map, calibration.size)
@@ -60,8 +59,10 @@ def write_segments(
             labels = (_labels(calibration.target_masks[frame], 0, calibration.size) for frame in segment.frames)
             write_video(target / tool.driving_mask, labels, calibration.fps, crf=LOSSLESS)
         part = None if driving.sound is None else driving.sound.part(segment.frames.start, segment.frames.stop)
-        for name in filter(None, (tool.driving or ("driving.mp4" if videos and part else None), tool.driving_copy)):
+        if name := tool.driving or ("driving.mp4" if videos and part else None):
             _write_driving(target / name, part, calibration)
+        if tool.driving_copy:
+            shutil.copyfile(target / name, target / tool.driving_copy)
         if videos:
             drawn = (draw_pose(*frame, calibration.size) for frame in zip(cut.keypoints, cut.scores, strict=True))
             write_video(target / "poses.mp4", drawn, calibration.fps, sound=part)

@@ -1,7 +1,7 @@
 """One calibrated image for each segment of a clip: for models that take one reference for many frames."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,15 @@ def segment_fill(config: CalibrationConfig, length: int | None, frames: int, per
     if (config.fill, config.visibility, config.start) != (None, None, None):
         return config.fill
     return "reference" if (length is None or length >= frames) and persons == 1 else "scene"
+
+
+def segment_config(config: CalibrationConfig, length: int | None, frames: int, persons: int) -> CalibrationConfig:
+    """The calibration that one reference for many frames wants, where `config` leaves it open.
+
+    To be bent into one frame's pose helps none of the others.
+    """
+    transform, fill = config.transform or "procrustes", segment_fill(config, length, frames, persons)
+    return replace(config, transform=transform, fill=fill)
 
 
 def segment_references(
