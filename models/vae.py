@@ -26,7 +26,7 @@ OUTPUT_TYPES = ("pil", "np", "uint8", "pt", "latent")  # of `decode_frames`
 def vae_encode(vae: VAE | VideoVAE, images: Tensor, chunk: int | None = None, sample: bool = False) -> Tensor:
     """Latents (n, c, h, w), scaled to about unit variance, of images (n, 3, H, W) in [-1, 1], `chunk` at a time."""
     if isinstance(vae, VideoVAE):
-        return torch.cat([video_encode(vae, image[None])[:, :, 0] for image in images])
+        return torch.cat([clip_encode(vae, part[:, :, None])[:, :, 0] for part in images.split(chunk or 1)])
     parts = []
     for part in images.split(chunk or len(images)):
         encoded = vae.encode(part)  # `sample` draws from the posterior instead of taking its mean
@@ -39,7 +39,12 @@ def vae_encode(vae: VAE | VideoVAE, images: Tensor, chunk: int | None = None, sa
 
 def video_encode(vae: VideoVAE, frames: Tensor) -> Tensor:
     """Latents (1, c, t, h, w) of frames (f, 3, H, W) in [-1, 1] as one video, f = 4 t - 3."""
-    latents = vae.encode(frames.to(vae.dtype).transpose(0, 1)[None]).latent_dist.mode()
+    return clip_encode(vae, frames.transpose(0, 1)[None])
+
+
+def clip_encode(vae: VideoVAE, clips: Tensor) -> Tensor:
+    """Latents (n, c, t, h, w) of videos (n, 3, f, H, W) in [-1, 1], f = 4 t - 3."""
+    latents = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
     mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std
 
@@ -144,20 +149,22 @@ def vae_scale_factor(vae: VAE | VideoVAE) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def load_vae(folder: str | Path, argument: str = "model.vae") -> VAE:
-    """An AutoencoderKL or AutoencoderTiny from its folder; UserError, naming the argument, where it is none."""
+def vae_latent_channels(vae: VAE | VideoVAE) -> int:
+    return vae.config.z_dim if isinstance(vae, VideoVAE) else vae.config.latent_channels
+
+
+def load_vae(folder: str | Path, argument: str = "model.vae") -> VAE | VideoVAE:
+    """A VAE from its folder; UserError, naming the argument, where it is none that is known."""
     return load_folder(vae_class(folder, argument)[0], folder, f"{argument}={folder}")
 
 
-def vae_class(
-    folder: str | Path, argument: str = "model.vae"
-) -> tuple[type[AutoencoderKL] | type[AutoencoderTiny], dict[str, Any]]:
+def vae_class(folder: str | Path, argument: str = "model.vae") -> tuple[type[VAE | VideoVAE], dict[str, Any]]:
     """Class and configuration of the VAE in a folder; UserError, naming the argument, where there is none."""
     index = Path(folder) / "config.json"
     if not index.is_file():
         raise UserError(f"{argument}={folder} is not a VAE folder (no config.json)")
     settings = read_config(index, f"{argument}={folder}")
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    classes = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderKLWan)}
     if (name := settings.get("_class_name")) not in classes:
-        raise UserError(f"{argument}={folder} is a {name}; AutoencoderKL and AutoencoderTiny are known")
+        raise UserError(f"{argument}={folder} is a {name}; {', '.join(classes)} are known")
     return classes[name], settings

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -20,21 +20,38 @@ from core.errors import UserError
 from core.files import complete_file, complete_folder, output_folder
 from core.processes import has_own_memory
 from models.checkpoints.loading import load_folder
-from models.vae import VAE, vae_class, vae_decode, vae_encode
-from training.config import VAEConfig
+from models.vae import VAE, VideoVAE, vae_class, vae_decode, vae_encode, video_decode, video_encode
+from training.config import FRAMES_PER_LATENT, LENGTHS, VAEConfig
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
 from training.run import learning_rate
 
+SHOWN_FRAMES = 4  # of a video, every so many frames are shown
 
-def build_vae(config: VAEConfig) -> VAE:
+
+def build_vae(config: VAEConfig) -> VAE | VideoVAE:
     if config.init:
         cls, _ = vae_class(config.init, "init")
         if cls is AutoencoderKL and not config.freeze_encoder:
             raise UserError(
                 f"init={config.init} is an AutoencoderKL: only its decoder is trained, add freeze_encoder=true"
             )
+        if cls is AutoencoderKLWan and (config.data.num_frames - 1) % FRAMES_PER_LATENT:
+            raise UserError(f"init={config.init} is of videos: {LENGTHS.format(config.data.num_frames)}")
         return load_folder(cls, config.init, f"init={config.init}").train()
+    if config.multiples is not None:
+        halvings = len(config.multiples) - 1
+        return AutoencoderKLWan(
+            base_dim=config.width,
+            z_dim=config.latent_channels,
+            dim_mult=list(config.multiples),
+            num_res_blocks=1,
+            # The finest images are halved alone, the two coarsest steps halve time as well.
+            temperal_downsample=[False] * (halvings - 2) + [True, True],
+            latents_mean=[0.0] * config.latent_channels,
+            latents_std=[1.0] * config.latent_channels,
+            scale_factor_spatial=2**halvings,
+        )
     widths = (config.width,) * len(config.blocks)
     return AutoencoderTiny(
         encoder_block_out_channels=widths,
@@ -45,15 +62,20 @@ def build_vae(config: VAEConfig) -> VAE:
     )
 
 
-def images_and_masks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All images (n, 3, H, W) of a batch in [-1, 1], and their person masks (n, 1, H, W)."""
+def images_and_masks(batch: dict[str, Tensor], video: bool) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, H, W) of a batch in [-1, 1], and their person masks (n, 1, H, W).
+
+    `video`: its clips (b, 3, f, H, W), and (b, 1, f, H, W).
+    """
+    if video:
+        return batch["frames"], batch["masks"]
     frames = batch["frames"].transpose(1, 2).flatten(0, 1)
     masks = batch["masks"].transpose(1, 2).flatten(0, 1)
     return torch.cat([batch["reference"], frames]), torch.cat([batch["reference_mask"], masks])
 
 
 def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Images and masks of which up to `part` of each side is cut off, the rest resized to their size."""
+    """Images or clips, and masks, of which up to `part` of each side is cut off, the rest resized to their size."""
     if part == 0:
         return images, masks
     height, width = images.shape[-2:]
@@ -65,19 +87,22 @@ def random_crops(images: Tensor, masks: Tensor, part: float) -> tuple[Tensor, Te
         top, left = (
             int(torch.randint(whole - rest + 1, ())) for whole, rest in zip((height, width), size, strict=True)
         )
-        window = both[None, :, top : top + size[0], left : left + size[1]]
-        cropped.append(F.interpolate(window, (height, width), mode="bilinear", antialias=True))
-    return torch.cat(cropped).split([3, 1], dim=1)
+        window = both[..., top : top + size[0], left : left + size[1]]
+        resized = F.interpolate(window.flatten(0, -3)[None], (height, width), mode="bilinear", antialias=True)
+        cropped.append(resized.view(both.shape))
+    return torch.stack(cropped).split([3, 1], dim=1)
 
 
-def latents_of(vae: VAE, images: Tensor) -> Tensor:
-    """Unscaled latents, drawn from the posterior where there is one."""
+def latents_of(vae: VAE | VideoVAE, images: Tensor) -> Tensor:
+    """Unscaled latents of images, or clips; of AutoencoderKL drawn from the posterior."""
     encoded = vae.encode(images)
+    if isinstance(vae, VideoVAE):
+        return encoded.latent_dist.mode()  # as everybody encodes with it
     return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
 
 
-def vae_loss(vae: VAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
-    """The loss, and the mean squared error of the reconstructions."""
+def vae_loss(vae: VAE | VideoVAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
+    """The loss, and the mean squared error of the reconstructions, of images or clips."""
     latents = latents_of(vae, images)
     noisy = latents + config.latent_noise * torch.randn_like(latents)
     error = vae.decode(noisy).sample.float() - images
@@ -95,7 +120,7 @@ def vae_loss(vae: VAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tupl
 class VAELoss(nn.Module):
     """`vae_loss` as a module's forward, which DDP needs to average gradients."""
 
-    def __init__(self, vae: VAE, config: VAEConfig):
+    def __init__(self, vae: VAE | VideoVAE, config: VAEConfig):
         super().__init__()
         self.vae, self.config = vae, config
 
@@ -103,22 +128,35 @@ class VAELoss(nn.Module):
         return vae_loss(self.vae, images, masks, self.config)
 
 
+def reconstructed(vae: VAE | VideoVAE, images: Tensor) -> Tensor:
+    """Images (n, 3, H, W), or clips (b, 3, f, H, W), through the VAE and back, on the CPU in [-1, 1]."""
+    if not isinstance(vae, VideoVAE):
+        return vae_decode(vae, vae_encode(vae, images.to(vae.device), chunk=1), chunk=1).clamp(-1, 1)
+    clips = (video_decode(vae, video_encode(vae, clip.to(vae.device).transpose(0, 1))) for clip in images)
+    return torch.stack([clip.transpose(0, 1).float().cpu() for clip in clips])
+
+
 @torch.no_grad()
-def save_reconstructions(vae: VAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
-    """Mean PSNR of image and person in dB, of the images written above their reconstructions."""
-    latents = vae_encode(vae, images.to(vae.device), chunk=1)
-    decoded = vae_decode(vae, latents, chunk=1).clamp(-1, 1)
+def save_reconstructions(vae: VAE | VideoVAE, images: Tensor, masks: Tensor, path: Path) -> tuple[float, float]:
+    """Mean PSNR of image and person in dB, of the images written above their reconstructions, of clips a few frames.
+
+    Shapes as of `reconstructed`.
+    """
+    decoded = reconstructed(vae, images)
+    if images.ndim == 5:  # clips to images
+        images, decoded, masks = (part.transpose(1, 2).flatten(0, 1) for part in (images, decoded, masks))
     error = (decoded - images).square() / 4
     whole = -10 * error.mean(dim=(1, 2, 3)).log10()
     person = -10 * ((error * masks).sum(dim=(1, 2, 3)) / (3 * masks.sum(dim=(1, 2, 3))).clamp(min=1)).log10()
-    rows = [torch.cat(list(part), dim=2) for part in (images, decoded)]
+    shown = slice(None, None, SHOWN_FRAMES if isinstance(vae, VideoVAE) else None)
+    rows = [torch.cat(list(part[shown]), dim=2) for part in (images, decoded)]
     sheet = ((torch.cat(rows, dim=1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     with complete_file(path) as temporary:
         Image.fromarray(np.ascontiguousarray(sheet)).save(temporary)
     return whole.mean().item(), person.mean().item()
 
 
-def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
+def train(vae: VAE | VideoVAE, config: VAEConfig, accelerator: Accelerator) -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -144,7 +182,7 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
     for batch in loader:
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        images, masks = random_crops(*images_and_masks(batch), config.crop)
+        images, masks = random_crops(*images_and_masks(batch, isinstance(vae, VideoVAE)), config.crop)
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 loss, mse = model(images, masks)
@@ -166,13 +204,20 @@ def train(vae: VAE, config: VAEConfig, accelerator: Accelerator) -> None:
 
 
 @torch.no_grad()
-def finish(vae: VAE, config: VAEConfig, accelerator: Accelerator, output: Path) -> None:
+def finish(vae: VAE | VideoVAE, config: VAEConfig, accelerator: Accelerator, output: Path) -> None:
     """Scale the latents of a new VAE, measure it on held-out people, and write its folder."""
     heldout = make_dataset(replace(config.data, split="heldout", cache=None), 8)
-    images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]))
+    images, masks = images_and_masks(default_collate([heldout[i] for i in range(8)]), isinstance(vae, VideoVAE))
     if not config.freeze_encoder:
         # Latents of unit variance.
-        vae.register_to_config(scaling_factor=1 / latents_of(vae, images.to(vae.device)).float().std().item())
+        latents = latents_of(vae, images.to(vae.device)).float()
+        if isinstance(vae, VideoVAE):  # which keeps a mean and a deviation of every channel
+            channels = latents.transpose(0, 1).flatten(1)
+            vae.register_to_config(
+                latents_mean=channels.mean(dim=1).tolist(), latents_std=channels.std(dim=1).tolist()
+            )
+        else:
+            vae.register_to_config(scaling_factor=1 / latents.std().item())
     psnr, person = save_reconstructions(vae, images, masks, output / "reconstructions.png")
     accelerator.log({"heldout_psnr": psnr, "heldout_person_psnr": person}, step=config.max_steps)
     with complete_folder(output / "vae") as folder:

@@ -5,25 +5,27 @@ import inspect
 import json
 import os
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UniPCMultistepScheduler
 from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.config import check_config
 from core.errors import UserError
+from inference.pairs import read_embeddings
 from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
 from models.animators.registry import (
     animator_class,
     component_classes,
+    left_out_components,
     load_component,
     load_pipeline,
     network_folders,
@@ -39,8 +41,9 @@ from models.config import ANIMATORS, SCHEDULE
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
-from models.vae import VAE, load_vae, vae_class
-from training.config import ModelConfig, NoiseConfig, TrainConfig
+from models.sampling import is_flow
+from models.vae import VAE, VideoVAE, load_vae, vae_class, vae_latent_channels
+from training.config import LENGTHS, ModelConfig, NoiseConfig, TrainConfig
 
 # Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
 PUBLISHED_VAE = {
@@ -63,8 +66,23 @@ PUBLISHED = "animate_anyone"  # whose published sizes are known without any fold
 POSE_CHANNELS = (16, 32, 96, 256)
 
 
-def make_scheduler(config: NoiseConfig, init: str | None = None) -> DDIMScheduler:
-    """The noise schedule of training, which the result carries to inference; what is not given is that of `init`."""
+def make_scheduler(
+    config: NoiseConfig, init: str | None = None, noise: str = "diffusion"
+) -> DDIMScheduler | UniPCMultistepScheduler:
+    """The noise schedule of training, which the result carries to inference; what is not given is that of `init`.
+
+    `noise` as `Animator.noise`. A flow has no schedule; its sampler takes as many noisy steps as training draws.
+    """
+    if noise == "flow":
+        if given := given_schedule(config):
+            raise UserError(
+                f"noise.{next(iter(given))}= is of diffusion; the model is of flow matching, leave it null"
+            )
+        if init:
+            return load_scheduler(init)
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.timestep_shift
+        )
     settings = {**SCHEDULE, "clip_sample": False} | (stored_schedule(init) if init else {})
     return DDIMScheduler(**settings | given_schedule(config))
 
@@ -74,34 +92,50 @@ def given_schedule(config: NoiseConfig) -> dict[str, Any]:
     return {name: value for name in SCHEDULE if (value := getattr(config, name)) is not None}
 
 
+def load_scheduler(folder: str | Path) -> Any:
+    """The scheduler of a pipeline folder."""
+    return load_component(Path(folder), "scheduler", read_index(Path(folder)).get("scheduler"), {}, torch.float32)
+
+
 def stored_schedule(folder: str | Path) -> dict[str, Any]:
     """DDIM's settings for the schedule of a pipeline folder, whatever its sampler."""
-    scheduler = load_component(Path(folder), "scheduler", read_index(Path(folder)).get("scheduler"), {}, torch.float32)
+    scheduler = load_scheduler(folder)
+    if is_flow(scheduler):
+        return {}
     known = inspect.signature(DDIMScheduler.__init__).parameters
     return {name: value for name, value in scheduler.config.items() if name in known}
 
 
 def with_schedule(config: TrainConfig) -> TrainConfig:
     """The configuration with its whole noise schedule, where it leaves some of it to the model."""
+    if noise_kind(config.model) == "flow":
+        return config
     settings = make_scheduler(config.noise, config.model.init).config
     config = replace(config, noise=replace(config.noise, **{name: settings[name] for name in SCHEDULE}))
     check_config(config)
     return config
 
 
-def make_networks(config: TrainConfig) -> tuple[VAE, Animator]:
+def noise_kind(config: ModelConfig) -> str:
+    """`Animator.noise` of the model that is trained."""
+    if config.init:
+        return trainable_class("model.init", config.init, read_index(Path(config.init), "model.init")).noise
+    return known_animator(config).noise
+
+
+def make_networks(config: TrainConfig) -> tuple[VAE | VideoVAE, Animator]:
     """The frozen VAE and the networks to train: those of the pipeline folder `model.init`, or new ones."""
     if config.model.init:
-        vae, model = open_animator("model.init", config.model.init)
+        vae, model = open_animator("model.init", config.model.init, given_embeddings(config.model))
         return vae.requires_grad_(False).eval(), model
     vae = load_vae(config.model.vae).requires_grad_(False).eval()
-    model = new_animator(config.model, vae.config.latent_channels, max(config.data.size))
+    model = new_animator(config.model, vae, max(config.data.size))
     if config.model.start:
         start_from(model, config.model.start)
     return vae, model
 
 
-def stored_networks(config: TrainConfig, vae: VAE, model: Animator) -> dict[str, StoredTensors]:
+def stored_networks(config: TrainConfig, vae: VAE | VideoVAE, model: Animator) -> dict[str, StoredTensors]:
     """Component -> what its folder in `model.init`, or `model.vae`, has; components are a part of tensors' names."""
     if config.model.init is None:
         folders = {"vae": Path(config.model.vae)}
@@ -118,7 +152,7 @@ def stored_networks(config: TrainConfig, vae: VAE, model: Animator) -> dict[str,
     return found
 
 
-def stored_base(config: TrainConfig, vae: VAE, model: Animator) -> Mapping[str, Tensor]:
+def stored_base(config: TrainConfig, vae: VAE | VideoVAE, model: Animator) -> Mapping[str, Tensor]:
     """The tensors that a run began with, by name, each read when it is asked for; those of the VAE behind "vae."."""
     if config.model.init and (Path(config.model.init) / LORA_FOLDER).is_dir():
         vae, model = open_animator("model.init", config.model.init)  # with its adapters added
@@ -160,18 +194,37 @@ def start_from(model: Animator, folder: str) -> None:
             nn.init.zeros_(module.proj_out.bias)
 
 
-def open_animator(key: str, folder: str) -> tuple[VAE, Animator]:
-    """VAE and networks of a pipeline folder; `key` is the configuration's, for messages."""
+def given_embeddings(config: ModelConfig) -> dict[str, Tensor]:
+    """Those of `model.embeddings`, by name."""
+    return {} if config.embeddings is None else read_embeddings(config.embeddings)
+
+
+def open_animator(key: str, folder: str, embeddings: Collection[str] = ()) -> tuple[VAE | VideoVAE, Animator]:
+    """VAE and networks of a pipeline folder, without encoders that cached embeddings of these names stand in for.
+
+    `key` is the configuration's, for messages.
+    """
     trainable_class(key, folder, read_index(Path(folder), key))
-    pipeline = load_pipeline(folder, argument=key)
+    pipeline = load_pipeline(folder, argument=key, embeddings=embeddings)
     return pipeline.vae, pipeline.animator
 
 
-def new_animator(config: ModelConfig, latent_channels: int, image_size: int) -> Animator:
-    """Randomly initialised networks of `model.animator`."""
+def known_animator(config: ModelConfig) -> type[Animator]:
+    """The class of `model.animator`."""
     if config.animator not in ANIMATORS:
         raise UserError(f"model.animator={config.animator} is not one of {', '.join(ANIMATORS)}")
-    return animator_class(config.animator).small(config, latent_channels, image_size)
+    return animator_class(config.animator)
+
+
+def new_animator(config: ModelConfig, vae: VAE | VideoVAE, image_size: int) -> Animator:
+    """Randomly initialised networks of `model.animator`, for the latents of a VAE."""
+    cls = known_animator(config)
+    if not isinstance(vae, cls.vae_class):
+        wanted = "videos (AutoencoderKLWan)" if cls.vae_class is VideoVAE else "images"
+        raise UserError(
+            f"model.vae={config.vae} is an {type(vae).__name__}; {config.animator} needs a VAE of {wanted}"
+        )
+    return cls.small(config, vae_latent_channels(vae), image_size)
 
 
 def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type[Animator]:
@@ -183,15 +236,15 @@ def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type
     return pipeline.animator_cls
 
 
-def describe_networks(config: TrainConfig) -> tuple[VAE, Animator]:
+def describe_networks(config: TrainConfig) -> tuple[VAE | VideoVAE, Animator]:
     """The networks of `make_networks` on the meta device; the published sizes without `model.init` and `model.vae`."""
     with torch.device("meta"):
         if config.model.init:
-            return folder_networks(Path(config.model.init))
+            return folder_networks(Path(config.model.init), given_embeddings(config.model))
         if config.model.vae:
             cls, settings = vae_class(config.model.vae)
             vae = from_settings(cls, settings)
-            return vae, new_animator(config.model, vae.config.latent_channels, max(config.data.size))
+            return vae, new_animator(config.model, vae, max(config.data.size))
         if config.model.animator != PUBLISHED:
             raise UserError(f"model.animator={config.model.animator} needs model.init= or model.vae= for an estimate")
         return published_networks()
@@ -207,28 +260,32 @@ def published_networks() -> tuple[AutoencoderKL, AnimateAnyone]:
     )
 
 
-def folder_networks(folder: Path) -> tuple[VAE, Animator]:
-    """The networks of a pipeline folder, from its configuration files."""
+def folder_networks(folder: Path, embeddings: Collection[str] = ()) -> tuple[VAE | VideoVAE, Animator]:
+    """The networks of a pipeline folder, from its configuration files; `embeddings` as of `open_animator`."""
     index = read_index(folder, "model.init")
     cls = trainable_class("model.init", folder, index)
-    networks, settings = cls.constructor_parameters()
+    components, settings = cls.constructor_parameters()
+    left_out = left_out_components(saved_class(index), folder, embeddings, f"model.init={folder}")
     animator = cls(
-        **{p.name: described(folder, p.name, index) for p in networks},
+        **{p.name: None if p.name in left_out else described(folder, p.name, index) for p in components},
         **{p.name: index[p.name] for p in settings if p.name in index},
     )
     return described(folder, "vae", index), animator
 
 
-def described(folder: Path, name: str, index: dict[str, Any]) -> nn.Module:
-    """One network of a pipeline folder without weights."""
+def described(folder: Path, name: str, index: dict[str, Any]) -> Any:
+    """One network of a pipeline folder without weights, or what prepares inputs of one."""
     path = folder / name / "config.json"
+    types = component_classes(saved_class(index), name)
+    if not any(issubclass(cls, nn.Module) for cls in types.values()):
+        return load_component(folder, name, index.get(name), types, torch.float32, f"model.init={folder}")
     if not path.is_file():
         raise UserError(f"model.init={folder}: component {name} is missing or incomplete")
     settings = json.loads(path.read_text(encoding="utf-8"))
-    entry, classes = index.get(name), component_classes(saved_class(index), name)  # entry: [library, class]
-    if not isinstance(entry, list) or entry[-1] not in classes:
-        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(classes)}")
-    return from_settings(classes[entry[-1]], settings)
+    entry = index.get(name)  # [library, class]
+    if not isinstance(entry, list) or entry[-1] not in types:
+        raise UserError(f"model.init={folder}: component {name} is {entry}, not one of {', '.join(types)}")
+    return from_settings(types[entry[-1]], settings)
 
 
 def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
@@ -251,7 +308,7 @@ def set_trainable(model: Animator, config: TrainConfig) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def save_memory(vae: VAE, model: Animator, config: TrainConfig) -> None:
+def save_memory(vae: VAE | VideoVAE, model: Animator, config: TrainConfig) -> None:
     """Apply what the configuration says of memory: `frozen_dtype`, `gradient_checkpointing`, `channels_last`."""
     # DeepSpeed makes all of the model half-precision, and has no autocast for the VAE beside it.
     if config.frozen_dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
@@ -264,13 +321,13 @@ def save_memory(vae: VAE, model: Animator, config: TrainConfig) -> None:
 
 
 def enable_gradient_checkpointing(model: Animator) -> None:
-    """Recompute blocks of UNets and ControlNets in the backward pass, motion modules included."""
+    """Recompute blocks of UNets, ControlNets and transformers in the backward pass, motion modules included."""
     for network in model.children():
         if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
             network.enable_gradient_checkpointing()
 
 
-def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
+def shrink_frozen(vae: VAE | VideoVAE, model: Animator, dtype: torch.dtype) -> None:
     """Keep frozen convolutions and linear layers in a smaller dtype; autocast computes in it anyway.
 
     Norms stay in float32, which autocast gives them, and first layers, which tell a network's dtype.
@@ -279,20 +336,22 @@ def shrink_frozen(vae: VAE, model: Animator, dtype: torch.dtype) -> None:
         first = next(network.parameters())
         for module in network.modules():
             own = list(module.parameters(recurse=False))
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p is first or p.requires_grad for p in own):
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and not any(
+                p is first or p.requires_grad for p in own
+            ):
                 module.to(dtype)
 
 
 def make_pipeline(
-    vae: VAE, model: Animator, noise: NoiseConfig, window_size: int | None = None, init: str | None = None
+    vae: VAE | VideoVAE, model: Animator, noise: NoiseConfig, window_size: int | None = None, init: str | None = None
 ) -> AnimationPipeline:
     """An inference pipeline that shares the networks' memory; `init` is the folder that they began as."""
     return pipeline_of(type(model))(
         vae=vae,
-        scheduler=make_scheduler(noise, init),
+        scheduler=make_scheduler(noise, init, model.noise),
         window_size=window_size,
         sampling=read_index(Path(init)).get("sampling") if init else None,
-        **dict(model.named_children()),
+        **{p.name: getattr(model, p.name) for p in model.constructor_parameters()[0]},
         **model.settings(),
     )
 
@@ -310,6 +369,21 @@ def schedule_differences(config: TrainConfig) -> list[str]:
         return []
     saved = SCHEDULE | stored_schedule(config.model.init)
     return [f"{n}={value}, was {saved[n]}" for n, value in given_schedule(config.noise).items() if saved[n] != value]
+
+
+def check_length(model: Animator, config: TrainConfig) -> None:
+    """Refuse lengths of clips, and settings, that latents of several frames do not go with."""
+    if model.frames_per_latent == 1:
+        return
+    if (config.data.num_frames - 1) % model.frames_per_latent:
+        raise UserError(LENGTHS.format(config.data.num_frames))
+    if config.data.cache_latents and config.data.num_frames == 1:
+        raise UserError("data.cache_latents=true keeps latents of clips here; data.num_frames=1 pairs single images")
+    if config.augmentation.calibrated.start > 0:
+        raise UserError(
+            f"augmentation.calibrated.start={config.augmentation.calibrated.start} is for diffusion with a latent for "
+            "every frame; leave it 0"
+        )
 
 
 def check_precision(config: TrainConfig) -> None:

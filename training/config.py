@@ -14,6 +14,8 @@ from models.config import ANIMATORS, resolution_settings
 from tpc.config import PRESETS, CalibratedTrainingConfig, CompositionConfig
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+FRAMES_PER_LATENT = 4  # of a video VAE, whose first latent is of one frame
+LENGTHS = "data.num_frames={} must be 1 more than a multiple of 4, as its latents are of 1, 4, 4 ... frames"
 LARGEST_TRAINING_SEED = 2**31 - 1  # numpy's older generators, which libraries use, take 32 bits
 
 
@@ -107,6 +109,7 @@ class NoiseConfig:
     timestep_spacing: str | None = choice(None, ("trailing", "leading", "linspace"))
     # Min-SNR weight min(snr + 1, gamma) / (snr + 1) for velocity prediction, 1 at zero terminal SNR, where sampling
     # starts; null gives every timestep the weight 1.
+    # Flow matching weighs all alike.
     snr_gamma: float | None = number(5.0, 0, 1e6, excluded=0)
     # Of the error where the person is, against 1 elsewhere; needs masks. The mean weight of every sample stays 1.
     person_weight: float = number(1.0, 0, 1e6, excluded=0)
@@ -115,7 +118,7 @@ class NoiseConfig:
     # share of samples trained without reference and with zero context, for guidance
     condition_dropout: float = number(0.1, 0, 1)
     # Above 1 more of the drawn timesteps are noisy ones, where the reference is all that a network can go by; 1:
-    # evenly, as published.
+    # evenly, as published. New models of flow matching are sampled with the same shift.
     timestep_shift: float = number(1.0, 0, 1e6, excluded=0)
 
     def check(self) -> None:
@@ -156,10 +159,12 @@ class LoraConfig:
 
 @dataclass
 class AugmentationConfig:
-    """Misaligned references and calibrated tokens in training; both are off by default, as published."""
+    """Misaligned references and calibrated tokens in training, off by default, as published; and long videos."""
 
     composition: CompositionConfig = field(default_factory=CompositionConfig)  # moves the reference's person
     calibrated: CalibratedTrainingConfig = field(default_factory=CalibratedTrainingConfig)  # as in TPC's inference
+    # Share of clips that go on from one before, whose last frame they are given, of models of segments.
+    carried: float = number(0.5, 0, 1)
 
     def needs_float64(self) -> bool:
         """True if transforms are computed where the model is; articulated ones are made with the data, on the CPU."""
@@ -173,13 +178,17 @@ class ModelConfig:
 
     animator: str = choice("animate_anyone", ANIMATORS)  # of new networks; a folder says what it is
     init: str | None = None  # pipeline folder whose networks training starts from; null builds new ones
+    # File of a prompt's and a negative prompt's embeddings, as infer.py reads it, in place of the text encoder in
+    # `init`, which training then does not load.
+    embeddings: str | None = None
     # Pipeline folder whose weights new networks begin with wherever name and shape agree; the rest is random.
     start: str | None = None
     vae: str | None = None  # folder of a trained VAE, needed when init is null
-    block_out_channels: list[int] = numbers([96, 160], 1, 8192)  # widths of the UNets, one for each resolution
+    # widths of the UNets, one for each resolution; of Wan-Animate the one of its transformer
+    block_out_channels: list[int] = numbers([96, 160], 1, 8192)
     # Of each resolution, finest first: "both" (down and up), "up" or "none"; null: "both", which the last must have.
     attention: list[str] | None = choices(None, ("both", "up", "none"))
-    layers_per_block: int = number(1, 1, 100)  # residual blocks of each resolution
+    layers_per_block: int = number(1, 1, 100)  # residual blocks of each resolution; blocks of the transformer
     attention_heads: list[int] = numbers([4], 1, 1024)  # one number, or one for each resolution
     norm_num_groups: int = number(16, 1, 8192)  # groups of GroupNorm, which divide every width
     motion_max_seq_length: int = number(32, 1, 100_000)  # frames that motion modules can ever attend to together
@@ -274,6 +283,7 @@ class TrainConfig:
         """The folders that training reads, by their keys."""
         model, data = self.model, self.data
         named = {"model.init": model.init, "model.start": model.start, "model.vae": model.vae}
+        named |= {"model.embeddings": model.embeddings}
         named |= {"data.root": data.root, "data.latents": data.latents, "data.embeddings": data.embeddings}
         return named | {"data.pose_images": data.pose_images, "validation.root": self.validation.root}
 
@@ -319,7 +329,10 @@ class TrainConfig:
 
 @dataclass
 class VAEConfig:
-    """A new AutoencoderTiny for rendered people, or a published AutoencoderKL fine-tuned as DreamPose does."""
+    """A new VAE for rendered people, or a published AutoencoderKL fine-tuned as DreamPose does.
+
+    A new one is an AutoencoderTiny, or of videos an AutoencoderKLWan.
+    """
 
     output: str = MISSING  # folder for the VAE, its logs and images
     init: str | None = None  # VAE folder to go on from, such as the `vae` of a pipeline folder; null starts anew
@@ -334,9 +347,12 @@ class VAEConfig:
     mixed_precision: str | None = choice(None, ("no", "bf16", "fp16"))
     channels_last: bool = False  # memory format of convolutions; several times faster in bf16 on CPUs
     latent_channels: int = number(16, 1, 1024)  # of a new one
-    width: int = number(48, 1, 8192)  # channels of every layer of a new one
+    width: int = number(48, 1, 8192)  # channels of every layer of a new one; of videos those of the finest images
     # Residual blocks at each resolution, finest first; each entry after the first halves the image.
     blocks: list[int] = numbers([0, 1, 2, 3], 0, 100)
+    # A VAE of videos, whose images have so many times `width` channels at each resolution, finest first, and one
+    # residual block; each entry after the first halves the image, the last two the number of frames. null: of images
+    multiples: list[int] | None = numbers(None, 1, 64)
     # edges: absolute and squared error, the person weighted, and edges; squares: mean squared error
     loss: str = choice("edges", ("edges", "squares"))
     crop: float = number(0.0, 0, 1, excluded=1)  # random crops take away up to this part of an image's sides
@@ -350,12 +366,18 @@ class VAEConfig:
     def check(self) -> None:
         if not self.blocks:
             raise UserError("blocks=[] must hold a number of residual blocks for each resolution")
-        factor = 2 ** (len(self.blocks) - 1)
+        name = "blocks" if self.multiples is None else "multiples"
+        levels = getattr(self, name)
+        factor = 2 ** (len(levels) - 1)
         if self.init is None and any(side % factor for side in self.data.size):
             raise UserError(
-                f"data.size={self.data.size} must be multiples of {factor}, by which blocks={self.blocks} make images "
+                f"data.size={self.data.size} must be multiples of {factor}, by which {name}={levels} make images "
                 "smaller"
             )
+        if self.multiples is not None and len(self.multiples) < 3:
+            raise UserError(f"multiples={self.multiples} needs three resolutions or more, as time is halved twice")
+        if self.multiples is not None and (self.data.num_frames - 1) % FRAMES_PER_LATENT:
+            raise UserError(LENGTHS.format(self.data.num_frames))
         if self.data.latents or self.data.embeddings:
             raise UserError("data.latents= and data.embeddings= are of a finished VAE; leave them out to train one")
 

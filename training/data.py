@@ -16,14 +16,17 @@ from core.config import check_config
 from core.errors import UserError
 from core.files import complete_folder
 from data.clips.caches import CachedClips, FeatureCache, FeatureInputs, ensure_cache, ensure_surfaces
-from data.clips.rendered import RenderedPeople, clip_tensor
+from data.clips.rendered import RenderedPeople, clip_tensor, pixel_tensor
 from data.clips.videos import VideoFolder
 from data.config import CROPS
+from data.poses.drawing import FIGURES
+from data.poses.faces import crop_faces
+from data.poses.poses import Poses
 from data.preparation.clips import usable_clips
 from data.preparation.manifest import has_manifest
 from inference.features import network_digest
 from models.animators.base import Animator
-from models.vae import VAE, vae_posterior
+from models.vae import VAE, VideoVAE, clip_encode, vae_posterior
 from tpc.augmentation import calibrate_item
 from tpc.config import CalibratedTrainingConfig
 from training.config import DataConfig, TrainConfig
@@ -94,12 +97,52 @@ class ArticulatedClips(Dataset):
         return item | calibrate_item(item, self.config, torch.Generator().manual_seed(int(state)))
 
 
+class DrivenClips(Dataset):
+    """Clips with pose images of another kind than OpenPose's, and with faces, (3, F, S, S) in [-1, 1].
+
+    A clip in which no head is seen has black ones.
+    """
+
+    def __init__(self, clips: Dataset, kind: str | None, face_size: int | None) -> None:
+        self.clips, self.kind, self.face_size = clips, kind, face_size  # kind None: the clips' own pose images
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = dict(self.clips[index])
+        keypoints, size = item["keypoints"].numpy(), (item["poses"].shape[-1], item["poses"].shape[-2])
+        if self.kind is not None:
+            item["poses"] = drawn_poses(keypoints, size, self.kind).div_(255)
+        if self.face_size is not None:
+            frames = ((item["frames"] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+            poses = Poses(keypoints[:, None, :, :2], keypoints[:, None, :, 2], size, 1.0)
+            faces = crop_faces(frames, poses, self.face_size)
+            if faces is None:
+                faces = np.zeros((len(frames), self.face_size, self.face_size, 3), np.uint8)
+            item["faces"] = clip_tensor(list(faces))
+        return item
+
+
+def drawn_poses(keypoints: np.ndarray, size: tuple[int, int], kind: str) -> torch.Tensor:
+    """Pose images (3, f, H, W) in [0, 255] of keypoints (f, 17, 3) with scores."""
+    return pixel_tensor([FIGURES[kind](points[None, :, :2], points[None, :, 2], size) for points in keypoints])
+
+
+def driven_clips(clips: Dataset, config: DataConfig, animator: Animator) -> Dataset:
+    """The clips with what an animator is driven by."""
+    kind = animator.pose_kind if animator.pose_kind != "OpenPose" and config.pose_images is None else None
+    if kind is None and animator.face_size is None:
+        return clips
+    return DrivenClips(clips, kind, animator.face_size)
+
+
 def check_pose_kind(config: DataConfig, kind: str) -> None:
-    if kind != "OpenPose" and config.pose_images is None:
+    if kind not in FIGURES and config.pose_images is None:
         raise UserError(f"the model reads {kind} images; give data.pose_images=, a folder of the videos' own")
 
 
-def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
+def check_features(config: TrainConfig, vae: VAE | VideoVAE, model: Animator) -> None:
     """Refuse cached features that are not what this run would compute itself.
 
     Raises `UserError` for another network, size, crop or video, too few clips, or settings that change the reference.
@@ -118,6 +161,8 @@ def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
             "data.embeddings= cannot be used with augmentation.composition or augmentation.calibrated, which change "
             "the reference or need its pixels at every step; leave it out (data.latents= may stay)"
         )
+    if data.latents and isinstance(vae, VideoVAE):
+        raise UserError("data.latents= holds latents of single images; a VAE of videos encodes clips, leave it out")
     if data.latents and model.alters_reference:
         raise UserError(f"data.latents= cannot be used: {type(model).__name__} takes latents of altered references")
     networks: dict[str, nn.Module] = {"latents": vae}
@@ -143,7 +188,7 @@ def check_features(config: TrainConfig, vae: VAE, model: Animator) -> None:
 
 def broken_clips(dataset: Dataset) -> int:
     """Number of damaged clips that were found while reading, and left out."""
-    if isinstance(dataset, ArticulatedClips):
+    while isinstance(dataset, (ArticulatedClips, DrivenClips)):
         dataset = dataset.clips
     return dataset.broken_clips if isinstance(dataset, VideoFolder) else 0
 
@@ -167,23 +212,27 @@ def make_loader(
     )
 
 
-def latents_folder(cache: Path, vae: VAE) -> Path:
-    """Folder of the latents that this VAE makes of a clip cache's images."""
-    return cache / f"latents-{network_digest(vae)[:16]}"
+def latents_folder(cache: Path, vae: VAE | VideoVAE, kind: str) -> Path:
+    """Folder of the latents that this VAE makes of a clip cache's images, and a video VAE of its poses of a kind."""
+    ending = f"-{kind}" if isinstance(vae, VideoVAE) else ""
+    return cache / f"latents-{network_digest(vae)[:16]}{ending}"
 
 
 @torch.no_grad()
-def ensure_latents(cache: Path, vae: VAE, chunk: int = 32) -> Path:
+def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str, chunk: int = 32) -> Path:
     """Folder of the latents of a clip cache's images, which are encoded unless it exists."""
-    folder = latents_folder(cache, vae)
+    folder = latents_folder(clips.folder, vae, kind)
     if folder.is_dir():
         return folder
-    cached = np.load(cache / "pictures.npy", mmap_mode="r")  # (clips, frames, H, W, 3)
-    flat = cached.reshape(-1, *cached.shape[2:])
     device = next(vae.parameters()).device
     # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
     autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cpu" else nullcontext()
     with complete_folder(folder) as temporary, autocast:
+        if isinstance(vae, VideoVAE):
+            write_clip_latents(temporary, clips, vae, kind)
+            return folder
+        cached = clips.images  # (clips, frames, H, W, 3)
+        flat = cached.reshape(-1, *cached.shape[2:])
         arrays: dict[str, np.ndarray] = {}
         for start in tqdm(range(0, len(flat), chunk), desc="encoding cached images"):
             images = clip_tensor(flat[start : start + chunk]).transpose(0, 1).to(device)  # (n, 3, H, W)
@@ -198,3 +247,21 @@ def ensure_latents(cache: Path, vae: VAE, chunk: int = 32) -> Path:
         if not arrays["deviation"].any():
             (temporary / "deviation.npy").unlink()
     return folder
+
+
+def write_clip_latents(folder: Path, clips: CachedClips, vae: VideoVAE, kind: str) -> None:
+    """Write mean.npy (clips, 1 + t, c, h, w), of reference and clip, and poses.npy (clips, t, c, h, w), float16."""
+    arrays: dict[str, np.ndarray] = {}
+    height, width = clips.images.shape[2:4]
+    for index in tqdm(range(len(clips.images)), desc="encoding cached clips"):
+        images = clip_tensor(list(clips.images[index])).to(vae.device)  # (3, 1 + f, H, W)
+        poses = drawn_poses(clips.keypoints[index][1:], (width, height), kind).div_(127.5).sub_(1).to(vae.device)
+        parts = [clip_encode(vae, part[None]) for part in (images[:, :1], images[:, 1:], poses)]
+        for name, part in (("mean", torch.cat(parts[:2], dim=2)), ("poses", parts[2])):
+            rows = part[0].transpose(0, 1).to(torch.float16).cpu().numpy()
+            if name not in arrays:
+                shape = (len(clips.images), *rows.shape)
+                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+            arrays[name][index] = rows
+    for array in arrays.values():
+        array.flush()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -33,7 +33,7 @@ from models.checkpoints.loading import is_position_table, position_table
 from models.checkpoints.streaming import StoredTensors, Written, write_tensors
 from models.lora import is_adapter, merged_weight, save_lora, without_adapter
 from models.pipeline import AnimationPipeline
-from models.vae import VAE
+from models.vae import VAE, VideoVAE
 from training.build import base_digest, describe_networks, make_pipeline, set_trainable, stored_base, trained_window
 from training.checkpoint import PROGRESS, check_base, checkpoints, saved_layout
 from training.config import ExportConfig, TrainConfig
@@ -76,7 +76,7 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path, folder: Path, avera
 
 
 def finder(
-    vae: VAE, model: Animator, checkpoint: Path, config: TrainConfig, average: bool = True
+    vae: VAE | VideoVAE, model: Animator, checkpoint: Path, config: TrainConfig, average: bool = True
 ) -> Callable[[str], Tensor]:
     """Function from a name in the model, or in the VAE behind "vae.", to its tensor.
 
@@ -111,21 +111,25 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline of networks without weights, which `find` gives, in `export_dtype`, and how it was trained."""
     pipeline.save_config(folder)
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for name, component in pipeline.components.items():
+        if component is not None and not isinstance(component, nn.Module):
+            component.save_pretrained(folder / name)  # the scheduler, and what prepares inputs
     dtype = getattr(torch, config.export_dtype)
     for part, network in (("vae", pipeline.vae), *pipeline.animator.named_children()):
         if isinstance(network, PreTrainedModel):
             network.save_pretrained(folder / part, state_dict={})
         else:
             network.save_config(folder / part)
+        named = network.state_dict(keep_vars=True)
+        first = {id(tensor): name for name, tensor in reversed(named.items())}  # of names that share a tensor
         tensors = {
             without_adapter(name): Written(
                 tuple(tensor.shape),
                 dtype if tensor.is_floating_point() else tensor.dtype,
                 partial(merged_weight, network, name, partial(find, f"{part}.{name}")),
             )
-            for name, tensor in network.state_dict().items()
-            if not is_adapter(name)
+            for name, tensor in named.items()
+            if not is_adapter(name) and first[id(tensor)] == name
         }
         file = SAFE_WEIGHTS_NAME if isinstance(network, PreTrainedModel) else SAFETENSORS_WEIGHTS_NAME
         write_tensors(folder / part / file, tensors)

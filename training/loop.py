@@ -19,8 +19,9 @@ from core.config import check_config, save_config
 from core.errors import UserError
 from core.files import locked_folder, output_folder, remove_leftovers
 from models.animators.base import Animator
-from models.vae import VAE, vae_scale_factor
+from models.vae import VAE, VideoVAE, vae_scale_factor
 from training.build import (
+    check_length,
     check_precision,
     make_networks,
     save_memory,
@@ -49,11 +50,12 @@ from training.validate import validate
 TIMED_STEPS = 3  # of `dry_run`, after one that does not count
 
 
-def build(config: TrainConfig) -> tuple[VAE, Animator]:
+def build(config: TrainConfig) -> tuple[VAE | VideoVAE, Animator]:
     """The frozen VAE, and the animator of which each stage trains its part."""
     set_seed(config.seed)  # new networks are the same on every rank
     vae, model = make_networks(config)
     model.check_size(vae_scale_factor(vae), tuple(config.data.size))
+    check_length(model, config)
     check_pose_kind(config.data, model.pose_kind)
     set_trainable(model, config)
     check_features(config, vae, model)

@@ -18,8 +18,8 @@ from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.masking import Visibility
-from models.vae import VAE, vae_scale_factor
-from training.build import describe_networks, save_memory, set_trainable
+from models.vae import VAE, VideoVAE, vae_scale_factor
+from training.build import check_length, describe_networks, save_memory, set_trainable
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
 
@@ -99,18 +99,19 @@ class LiveStorages(TorchDispatchMode):
         self.bytes -= size
 
 
-def estimate(config: TrainConfig) -> tuple[VAE, Animator, StepMemory]:
+def estimate(config: TrainConfig) -> tuple[VAE | VideoVAE, Animator, StepMemory]:
     """VAE and animator without weights, frozen as in training, and the memory of a step."""
     vae, model = describe_networks(config)
     vae.requires_grad_(False)
     model.check_size(vae_scale_factor(vae), tuple(config.data.size))
+    check_length(model, config)
     with torch.device("meta"):
         set_trainable(model, config)
     save_memory(vae, model, config)
     return vae, model, step_memory(vae, model, config)
 
 
-def step_memory(vae: VAE, model: Animator, config: TrainConfig) -> StepMemory:
+def step_memory(vae: VAE | VideoVAE, model: Animator, config: TrainConfig) -> StepMemory:
     """Memory of one batch's step on one process; the networks, on the meta device, are changed."""
     width, height = config.data.size
     batch, frames, factor = config.batch_size, config.data.num_frames, vae_scale_factor(vae)
@@ -170,7 +171,7 @@ def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -
         shown = CalibratedImages(torch.empty(count, 3, height, width), torch.empty(count, 1, height, width))
     encoded = images if model.calibrated_latents else 0
     return {
-        "noisy_latents": torch.empty(batch, channels, frames, *latent),
+        "noisy_latents": torch.empty(batch, channels, model.latent_frames(frames), *latent),
         "timestep": torch.zeros(batch, dtype=torch.long),
         "reference_latents": torch.empty(batch * (1 + encoded), channels, *latent),
         "reference_image": torch.empty(batch, 3, height, width),
@@ -179,6 +180,7 @@ def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -
         "reference": context,
         "reference_mask": torch.empty(batch, 1, height, width) if model.needs_mask else None,
         "calibrated": shown,
+        "inputs": model.empty_inputs(batch, frames, latent),
     }
 
 
@@ -228,16 +230,17 @@ class Need:
         return sum(astuple(self)) - self.host
 
 
-def amounts(vae: VAE, model: Animator, config: TrainConfig, step: StepMemory) -> Amounts:
+def amounts(vae: VAE | VideoVAE, model: Animator, config: TrainConfig, step: StepMemory) -> Amounts:
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    blocks = (
+    blocks = [
         block
         for network in model.children()
         if hasattr(network, "down_blocks")
         for level in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ()))
         for block in level.children()
-    )
+    ]
+    blocks += [block for network in model.children() for block in getattr(network, "blocks", ())]  # of a transformer
     return Amounts(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in frozen),

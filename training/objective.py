@@ -1,19 +1,19 @@
-"""The diffusion objective: noise, target, loss weight.
+"""The objective of training: what is drawn for a batch, what the model sees of it, and its loss.
 
 Random numbers follow from the run's seed and a sample's position in the run alone: two processes repeat what one does
 with the doubled batch, and a resumed run repeats an unbroken one.
 
-Shapes use b = batch, f = frames, c = channels, h, w = latent size, H, W = image size.
+Shapes use b = batch, f = frames, t = latent frames, which are f but of video VAEs, c = channels, h, w = latent size,
+H, W = image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -23,12 +23,13 @@ from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.config import SCHEDULE
-from models.vae import VAE, vae_encode, vae_posterior, vae_scale_factor
+from models.vae import VAE, VideoVAE, clip_encode, vae_encode, vae_posterior, vae_scale_factor
 from tpc.augmentation import CalibratedBatch, calibrate_batch, compose_references, training_visibility
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.build import make_scheduler
 from training.config import NoiseConfig, TrainConfig
+from training.noise import NOISES, Noise
 
 Batch = dict[str, Tensor]
 Generators = Sequence[torch.Generator]  # one for each sample of a batch
@@ -38,7 +39,7 @@ MOST_SIGNAL = 0.95
 
 @dataclass(frozen=True)
 class Draws:
-    """Random values of b samples whose latents are (b, c, f, h, w)."""
+    """Random values of b samples whose latents are (b, c, t, h, w), with those of the reference where it is one."""
 
     timesteps: Tensor  # (b,) long
     dropped: Tensor  # (b,) long, condition that a sample is trained without: 0 none, or which, from 1
@@ -102,20 +103,26 @@ class StepLoss:
 
 @dataclass
 class Objective:
-    """The diffusion objective of a run."""
+    """The objective of a run."""
 
     animator: Animator  # the bare one, whose attributes say what it needs; the wrapped one is an argument of `loss`
-    vae: VAE
+    vae: VAE | VideoVAE
     config: TrainConfig
-    scheduler: DDIMScheduler = field(init=False)
+    # Of `Animator.constant_inputs`
+    constant: Mapping[str, Tensor] = field(default_factory=dict)
+    scheduler: DDIMScheduler | UniPCMultistepScheduler = field(init=False)
     levels: list[TokenLevel] = field(init=False)  # of the layers in which frames attend to images
 
     def __post_init__(self) -> None:
         factor, (width, height) = vae_scale_factor(self.vae), self.config.data.size
-        self.scheduler = make_scheduler(self.config.noise, self.config.model.init)
+        self.scheduler = make_scheduler(self.config.noise, self.config.model.init, self.animator.noise)
         self.levels = token_levels(self.animator.attention_layers((height // factor, width // factor)))
         if self.config.attention.weight > 0:
             check_supervised(self.levels)
+
+    @property
+    def noise(self) -> Noise:
+        return NOISES[self.animator.noise](self.scheduler)
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -137,8 +144,10 @@ class Objective:
         animator, config = self.animator, self.config
         noise, calibrated, attention = config.noise, config.augmentation.calibrated, config.attention
         mean, deviation, reference_latents = batch_latents(self.vae, batch, animator, config.vae_chunk)
-        timesteps = self.scheduler.config.num_train_timesteps
-        drawn = draw(mean.shape[1:], noise, generators, mean.device, animator.drop_modes, timesteps)
+        if animator.context_latents:  # the reference is denoised before the clip, as in inference
+            first = reference_latents[:, :, None]
+            mean, deviation = torch.cat([first, mean], dim=2), torch.cat([torch.zeros_like(first), deviation], dim=2)
+        drawn = draw(mean.shape[1:], noise, generators, mean.device, animator.drop_modes, self.noise.levels)
         latents, added = mean + deviation * drawn.posterior, drawn.noise
         context = images = None
         if calibrated.probability > 0:
@@ -164,9 +173,13 @@ class Objective:
             if attention.background:
                 points = with_background(points, batch, attention.background, generators)
             probe = point_probe(points, self.grids)
+        inputs = None
+        if self.constant:
+            carried = drawn_with(config.augmentation.carried, mean, generators)[:, 0]
+            inputs = {**self.constant, **animator.clip_inputs(self.vae, batch, carried, self.constant)}
         prediction = model(
-            noisy_latents=self.scheduler.add_noise(latents, added, drawn.timesteps),
-            timestep=drawn.timesteps,
+            noisy_latents=self.noise.added(latents, added, drawn.timesteps),
+            timestep=self.noise.timesteps(drawn.timesteps),
             reference_latents=reference_latents,
             reference_image=batch["reference_context"] if "reference_context" in batch else batch["reference"],
             poses=batch["poses"],
@@ -175,15 +188,16 @@ class Objective:
             probe=probe,
             reference_mask=batch["reference_mask"] if animator.needs_mask else None,
             calibrated=images,
+            inputs=inputs,
         )
-        target = prediction_target(self.scheduler, latents, added, drawn.timesteps)
+        target = self.noise.target(latents, added, drawn.timesteps)
         squares = (prediction.float() - target).square()  # (b, c, f, h, w)
         errors = squares.mean(dim=(1, 2, 3, 4))
         weighted = errors
         if noise.person_weight != 1:
-            weights = person_weights(batch["masks"], latents.shape[-2:], noise.person_weight)
+            weights = person_weights(latent_masks(batch, animator), latents.shape[-2:], noise.person_weight)
             weighted = (weights * squares).mean(dim=(1, 2, 3, 4))
-        loss = (snr_weights(self.scheduler, drawn.timesteps, noise.snr_gamma) * weighted).mean()
+        loss = (self.noise.weights(drawn.timesteps, noise.snr_gamma) * weighted).mean()
         if probe is None:
             return StepLoss(loss, errors.detach(), drawn.timesteps)
         pointing, accuracy = attention_loss(probe, points, self.grids, attention)
@@ -204,23 +218,26 @@ def check_supervised(levels: list[TokenLevel]) -> None:
 
 
 @torch.no_grad()
-def encode_frames(vae: VAE, frames: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of scaled latents (b, c, f, h, w) of clips (b, 3, f, H, W) in [-1, 1]."""
+def encode_frames(vae: VAE | VideoVAE, frames: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of scaled latents (b, c, t, h, w) of clips (b, 3, f, H, W) in [-1, 1]."""
+    if isinstance(vae, VideoVAE):  # whose latents are the mean, as everybody takes them
+        latents = torch.cat([clip_encode(vae, clip[None]) for clip in frames]).float()
+        return latents, torch.zeros_like(latents)
     parts = vae_posterior(vae, frames.transpose(1, 2).flatten(0, 1), chunk)  # (b*f, c, h, w) each
     mean, deviation = (part.float().unflatten(0, (len(frames), -1)).transpose(1, 2) for part in parts)
     return mean, deviation
 
 
 @torch.no_grad()
-def encode_reference(vae: VAE, images: Tensor, chunk: int | None = None) -> Tensor:
+def encode_reference(vae: VAE | VideoVAE, images: Tensor, chunk: int | None = None) -> Tensor:
     """Scaled latents (b, c, h, w) of images (b, 3, H, W) in [-1, 1]: the posterior's mean."""
     return vae_encode(vae, images, chunk).float()
 
 
 def batch_latents(
-    vae: VAE, batch: Batch, animator: Animator, chunk: int | None = None
+    vae: VAE | VideoVAE, batch: Batch, animator: Animator, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and deviation of the frames' latents (b, c, f, h, w), and the references' latents (b, c, h, w).
+    """Mean and deviation of the frames' latents (b, c, t, h, w), and the references' latents (b, c, h, w).
 
     Latents from `prepare.py latents` are taken as they are.
     """
@@ -234,27 +251,12 @@ def batch_latents(
     return mean, deviation, encode_reference(vae, images, chunk)
 
 
-def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    predicted = scheduler.config.prediction_type
-    if predicted == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    return noise if predicted == "epsilon" else latents
-
-
-def snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR weights (b,) of timesteps (Hang et al., ICCV 2023).
-
-    For velocity min(snr + 1, gamma) / (snr + 1): 1 at zero terminal SNR, where min(snr, gamma) / (snr + 1) would be 0.
-    """
-    if gamma is None:
-        return torch.ones_like(timesteps, dtype=torch.float32)
-    snr = compute_snr(scheduler, timesteps).float()
-    predicted = scheduler.config.prediction_type
-    if predicted == "v_prediction":
-        return (snr + 1).clamp(max=gamma) / (snr + 1)
-    if predicted == "epsilon":
-        return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
-    return snr.clamp(max=gamma)
+def latent_masks(batch: Batch, animator: Animator) -> Tensor:
+    """Masks (b, 1, t, H, W) in [0, 1] of latent frames: means of those of their frames, the reference's first."""
+    masks, step = batch["masks"].float(), animator.frames_per_latent
+    if step > 1:
+        masks = torch.cat([masks[:, :, :1], masks[:, :, 1:].unflatten(2, (-1, step)).mean(dim=3)], dim=2)
+    return torch.cat([batch["reference_mask"].float()[:, :, None]] * animator.context_latents + [masks], dim=2)
 
 
 def person_weights(masks: Tensor, size: tuple[int, int], weight: float) -> Tensor:

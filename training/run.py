@@ -23,12 +23,19 @@ from torch.utils.tensorboard import SummaryWriter
 from core.errors import UserError
 from core.processes import has_own_memory
 from models.animators.base import Animator
-from models.vae import VAE
+from models.vae import VAE, VideoVAE
 from tpc.augmentation import misalignment
-from training.build import base_digest, stored_networks
+from training.build import base_digest, given_embeddings, stored_networks
 from training.checkpoint import Layout, Progress, exchange_with_bare_model, layout, leave_out, resume
 from training.config import OptimizerConfig, TrainConfig
-from training.data import ArticulatedClips, ensure_latents, latents_folder, make_dataset, make_loader
+from training.data import (
+    ArticulatedClips,
+    driven_clips,
+    ensure_latents,
+    latents_folder,
+    make_dataset,
+    make_loader,
+)
 from training.distributed import on_main, strategy
 from training.ema import WeightAverage
 from training.objective import Batch, Generators, Objective, StepLoss, compose_samples, sample_generators
@@ -184,19 +191,22 @@ class Run:
         return self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
 
 
-def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE, model: Animator) -> Run:
+def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VAE | VideoVAE, model: Animator) -> Run:
     """Optimiser, strategy and state of a run: a new one's, or that of its newest checkpoint."""
     if accelerator.device.type == "mps" and config.augmentation.needs_float64():
         raise UserError(
             "augmentation.composition and augmentation.calibrated are computed in float64, which device mps does not "
             "have; set ACCELERATE_USE_CPU=true, take calibrated.transform=articulated, or set their probability to 0"
         )
-    objective = Objective(model, vae, config)
+    vae.to(accelerator.device)
+    frames, (width, height) = config.data.num_frames, config.data.size
+    constant = model.constant_inputs(vae, (frames, height, width), given_embeddings(config.model))
+    constant = {name: value.to(accelerator.device) for name, value in constant.items()}
+    objective = Objective(model, vae, config, constant)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
     exchange_with_bare_model(accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     convert_buffers(accelerator, model)
-    vae.to(accelerator.device)
     objective.animator = accelerator.unwrap_model(model)
     trainable = [(name, p) for name, p in objective.animator.named_parameters() if p.requires_grad]
     average = WeightAverage(trainable, config.ema_decay) if config.ema_decay else None
@@ -287,10 +297,12 @@ def make_clips(run: Run) -> Dataset:
     made = []
     on_main(run.accelerator, lambda: made.append(make_dataset(run.config.data, length)))
     clips = made[0] if made else make_dataset(run.config.data, length)
+    kind = run.objective.animator.pose_kind
     if run.config.data.cache_latents:
         vae = run.objective.vae
-        on_main(run.accelerator, lambda: ensure_latents(clips.folder, vae))
-        clips = clips.with_latents(latents_folder(clips.folder, vae))
+        on_main(run.accelerator, lambda: ensure_latents(clips, vae, kind))
+        clips = clips.with_latents(latents_folder(clips.folder, vae, kind))
+    clips = driven_clips(clips, run.config.data, run.objective.animator)
     calibrated = run.config.augmentation.calibrated
     if calibrated.probability > 0 and calibrated.transform == "articulated":
         return ArticulatedClips(clips, calibrated, run.config.seed)

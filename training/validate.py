@@ -25,7 +25,7 @@ from tpc.augmentation import compose_references
 from tpc.config import CompositionConfig
 from training.build import make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
-from training.data import make_dataset
+from training.data import driven_clips, make_dataset
 from training.distributed import SHARDED
 from training.objective import sample_generators
 from training.run import Run
@@ -125,7 +125,7 @@ def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: Validati
         latents=None,
         embeddings=None,
     )
-    dataset = make_dataset(data, config.clips)
+    dataset = driven_clips(make_dataset(data, config.clips), data, pipeline.animator)
     misaligned = round(config.misaligned * config.clips)
     return [sample_clip(pipeline, dataset[index], config, index, index < misaligned) for index in range(config.clips)]
 
@@ -151,6 +151,7 @@ def sample_clip(
             guidance_scale=config.guidance_scale,
             generator=torch.Generator().manual_seed(index),
             output_type="pt",
+            faces=None if "faces" not in item else item["faces"].transpose(0, 1) / 2 + 0.5,
         ).frames
         return as_bytes(frames.float().cpu())
 

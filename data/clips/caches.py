@@ -5,7 +5,8 @@ A cache is a folder of memory-mapped arrays for n clips of m images (the referen
     pictures.npy (n, m, H, W, 3) uint8      masks.npy  (n, m, H, W) uint8, 0 or 1
     keypoints.npy  (n, m, 17, 3) float32      cache.json what it was made from
     latents-DIGEST/  latents of the images by one VAE: mean.npy and, where there is one, deviation.npy
-                     (n, m, c, h, w) float16
+                     (n, m, c, h, w) float16; by a VAE of videos mean.npy (n, 1 + t, c, h, w) of reference and clip,
+                     and poses.npy (n, t, c, h, w) of pose images
     surfaces/        surface maps of rendered people: surfaces.npy (n, m, h, w, 3) float16
 
 It is reused only when `cache.json` says it was made from the same description; otherwise it is made anew.
@@ -128,7 +129,12 @@ class CachedClips(Dataset):
         images = torch.from_numpy(self.images[clip][chosen]).permute(3, 0, 1, 2).float() / 127.5 - 1
         masks = torch.from_numpy(self.masks[clip][chosen]).float()
         keypoints = self.keypoints[clip][chosen]
-        latents = {name: torch.from_numpy(array[clip][chosen]) for name, array in self.latents.items()}
+        video = "poses" in self.latents  # whose latents are of the clip as a whole
+        latents = {
+            name: torch.from_numpy(array[clip].copy() if video else array[clip][chosen])
+            for name, array in self.latents.items()
+        }
+        pose_latents = latents.pop("poses", None)
         poses = [draw_pose(points[None, :, :2], points[None, :, 2], (width, height)) for points in keypoints[1:]]
         item = {
             "reference": images[:, 0],
@@ -143,6 +149,8 @@ class CachedClips(Dataset):
         }
         if latents:
             item |= latent_item(**latents)
+        if pose_latents is not None:
+            item["pose_latents"] = pose_latents.transpose(0, 1).float()  # (c, t, h, w)
         if self.surfaces is not None:
             maps = torch.from_numpy(self.surfaces[clip][chosen]).permute(3, 0, 1, 2).float()
             item |= {"reference_surface": maps[:, 0], "surfaces": maps[:, 1:]}

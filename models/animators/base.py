@@ -19,7 +19,7 @@ from models.attention.context import Probe, ReferenceContext, same_reference
 from models.attention.layers import LayerShape
 from models.config import NetworkSizes
 from models.images import ImageBatch, ImageSequence
-from models.vae import VAE
+from models.vae import VAE, VideoVAE
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.
 # Windows of a shot come in order.
@@ -63,6 +63,7 @@ class TrainingBatch:
     probe: Probe | None = None
     reference_mask: Tensor | None = None  # (b, 1, H, W), 1 where the person is; given where `needs_mask`
     calibrated: CalibratedImages | None = None
+    inputs: Mapping[str, Tensor] | None = None  # of `constant_inputs` and `clip_inputs`; None: there are none
 
     def context(self, tokens: dict[str, Tensor]) -> ReferenceContext:
         """The images that frames attend to, with tokens by layer, those of the b references first."""
@@ -114,6 +115,7 @@ class Animator(nn.Module, ABC):
 
     trainable = False  # has what `train.py` asks, the methods below `training_prediction`
     drop_modes = 1  # what condition dropout may take away; 1: everything at once
+    noise = "diffusion"  # that training adds, "diffusion" or "flow", see `training.noise`
     takes_embeddings = False  # cached image embeddings may stand in for the reference image
     alters_reference = False  # `vae_images` changes the images, so that their cached latents are of no use
     calibrated_latents = True  # training needs the latents of calibrated images
@@ -250,6 +252,28 @@ class Animator(nn.Module, ABC):
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
         """One training step's prediction, (b, c, f, h, w)."""
         raise self._untrained()
+
+    def constant_inputs(
+        self, vae: VAE | VideoVAE, clip: tuple[int, int, int], embeddings: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Inputs of training that are the same in every step, made once before it, for clips of (f, H, W).
+
+        `embeddings` as in `models.images.Words`.
+        """
+        return {}
+
+    def clip_inputs(
+        self, vae: VAE | VideoVAE, clips: Mapping[str, Tensor], carried: Tensor, constant: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Inputs of training that follow from a batch of clips, see `training.data`, without gradients.
+
+        `carried` (b,) bool: clips that go on from one before, whose last frames their first ones are.
+        """
+        return {}
+
+    def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Tensors of the shapes that the two make, for estimates of memory."""
+        return {}
 
     def vae_images(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """The images whose latents training takes, of references (n, 3, H, W) in [-1, 1], masks (n, 1, H, W)."""

@@ -80,15 +80,7 @@ def load_pipeline(
     if cls is None:
         raise not_a_pipeline(folder, argument, f"a {index.get('_class_name')}")
     what = f"{argument}={folder}"
-    components = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
-    absent = [name for name in components if not list((folder / name).glob("*.json"))]
-    unneeded = {name for embedding in embeddings for name in cls.animator_cls.encoders.get(embedding, ())}
-    left_out = [name for name in components if name in {*absent, *unneeded} and may_be_absent(cls, name)]
-    if lacking := [name for name in absent if name not in left_out]:
-        raise UserError(
-            f"{what} is incomplete: of the folders that its model_index.json names, "
-            f"{', '.join(f'{name}/' for name in lacking)} are missing or have no configuration"
-        )
+    left_out = left_out_components(cls, folder, embeddings, what)
     arguments = {}
     for name, parameter in list(signature(cls.__init__).parameters.items())[1:]:
         if name in left_out:
@@ -102,6 +94,22 @@ def load_pipeline(
         if adapters is not None:
             pipeline.notes += load_lora(pipeline, adapters, lora_scale, folder)
     return pipeline
+
+
+def left_out_components(
+    cls: type[AnimationPipeline], folder: Path, embeddings: Collection[str], what: str
+) -> list[str]:
+    """Components that a pipeline of a folder goes without, see `load_pipeline`; UserError where others are missing."""
+    components = [name for name, p in signature(cls.__init__).parameters.items() if p.default is Parameter.empty][1:]
+    absent = [name for name in components if not list((folder / name).glob("*.json"))]
+    unneeded = {name for embedding in embeddings for name in cls.animator_cls.encoders.get(embedding, ())}
+    left_out = [name for name in components if name in {*absent, *unneeded} and may_be_absent(cls, name)]
+    if lacking := [name for name in absent if name not in left_out]:
+        raise UserError(
+            f"{what} is incomplete: of the folders that its model_index.json names, "
+            f"{', '.join(f'{name}/' for name in lacking)} are missing or have no configuration"
+        )
+    return left_out
 
 
 def read_index(folder: Path, argument: str = "model") -> dict[str, Any]:

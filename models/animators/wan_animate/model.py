@@ -9,9 +9,10 @@ n = tokens, H, W = image size, S = side of face images.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Self
 
 import torch
 from diffusers import SchedulerMixin
@@ -20,16 +21,18 @@ from transformers import CLIPImageProcessorPil as CLIPImageProcessor
 from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5EncoderModel
 
 from core.errors import UserError
-from models.animators.base import Animator, Condition, PoseCondition
+from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.wan_animate.context import JointContext, joint_context
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
-from models.animators.wan_animate.text import PROMPT, embedded
+from models.animators.wan_animate.small import small_networks
+from models.animators.wan_animate.text import PROMPT, TOKENS, embedded
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
+from models.config import NetworkSizes
 from models.images import ImageBatch, Words
 from models.pipeline import AnimationPipeline, animated_by
 from models.segments import SegmentImages
-from models.vae import VideoVAE, video_encode
+from models.vae import VideoVAE, clip_encode, video_encode
 
 SOURCE = "reference"  # name of the tokens that all layers share
 MASK_CHANNELS = 4  # one for each frame of a latent
@@ -41,7 +44,7 @@ NULL_FACE = -1.0
 class WanConditioning:
     """Conditioning that follows from the reference alone, and from words."""
 
-    vae: VideoVAE
+    vae: VideoVAE | None  # None: in training, which has encoded everything
     prompt: Tensor  # (1, 512, channels)
     negative: Tensor | None  # the same, of what guidance leads away from; None: there is no encoder for it
     image: Tensor  # CLIP's tokens, (1, n, channels)
@@ -49,11 +52,11 @@ class WanConditioning:
 
 @dataclass(frozen=True)
 class SegmentInputs:
-    """What drives a segment."""
+    """What drives segments, b of them."""
 
-    poses: Tensor  # latents, (1, c, t, h, w)
-    faces: Tensor  # (1, 3, f, S, S) in [-1, 1]
-    carried: Tensor  # mask and latents of what is there already, (1, 4 + c, t, h, w)
+    poses: Tensor  # latents, (b, c, t, h, w)
+    faces: Tensor  # (b, 3, f, S, S) in [-1, 1]
+    carried: Tensor  # mask and latents of what is there already, (b, 4 + c, t, h, w)
 
 
 class WanAnimate(Animator):
@@ -73,6 +76,11 @@ class WanAnimate(Animator):
     frames_per_latent = 4
     context_latents = 1
 
+    trainable = True
+    noise = "flow"
+    adapted_networks = ("transformer",)
+    motion_parts = ("face_adapter",)
+
     def __init__(
         self,
         transformer: WanAnimateTransformer3DModel,
@@ -80,8 +88,10 @@ class WanAnimate(Animator):
         image_processor: CLIPImageProcessor | None,
         text_encoder: UMT5EncoderModel | None,
         tokenizer: T5Tokenizer | T5TokenizerFast | None,
+        trained_side: int = TRAINED_SIDE,
     ):
         super().__init__()
+        self.trained_side = trained_side
         self.transformer = transformer
         self.image_encoder, self.image_processor = image_encoder, image_processor
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -97,7 +107,7 @@ class WanAnimate(Animator):
 
     @property
     def latent_side(self) -> int:
-        return TRAINED_SIDE
+        return self.trained_side
 
     @property
     def face_size(self) -> int:
@@ -134,9 +144,9 @@ class WanAnimate(Animator):
         return None if found is None else found.to(self.transformer.device, self.dtype)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """CLIP's tokens (1, n, channels) of an image (1, 3, H, W) in [-1, 1]: those before its last layer."""
-        image = ((pixels[0].float() + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-        inputs = self.image_processor(images=image, return_tensors="pt").pixel_values
+        """CLIP's tokens (b, n, channels) of images (b, 3, H, W) in [-1, 1]: those before its last layer."""
+        images = ((pixels.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        inputs = self.image_processor(images=list(images), return_tensors="pt").pixel_values
         encoder = self.image_encoder
         return encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
 
@@ -146,22 +156,23 @@ class WanAnimate(Animator):
     def pose_condition(self, poses: SegmentImages, conditioning: WanConditioning) -> PoseCondition:
         vae, whole = conditioning.vae, range(len(poses))
         images = poses[whole] * 2 - 1
-        known = torch.zeros_like(images)
+        known, count = torch.zeros_like(images), 0
         if poses.carried is not None:
-            known[: len(poses.carried)] = poses.carried.to(known)
-        carried = video_encode(vae, known)
-        mask = torch.zeros_like(carried[:, :1]).expand(-1, MASK_CHANNELS, -1, -1, -1).clone()
-        if poses.carried is not None:
-            mask[:, :, : 1 + (len(poses.carried) - 1) // self.frames_per_latent] = 1
+            count = len(poses.carried)
+            known[:count] = poses.carried.to(known)
         faces = images.new_full((1, 3, len(poses), self.face_size, self.face_size), NULL_FACE)
         if poses.faces is not None:
             faces = (poses.faces[whole] * 2 - 1).transpose(0, 1)[None]
-        inputs = SegmentInputs(
-            video_encode(vae, images).to(self.dtype),
-            faces.to(self.dtype),
-            torch.cat([mask, carried], dim=1).to(self.dtype),
-        )
+        carried = self.known_frames(video_encode(vae, known), count)
+        inputs = SegmentInputs(video_encode(vae, images).to(self.dtype), faces.to(self.dtype), carried.to(self.dtype))
         return lambda frames, sample, timestep: inputs
+
+    def known_frames(self, latents: Tensor, carried: int) -> Tensor:
+        """Latents (b, c, t, h, w) behind the mask (b, 4, t, h, w) that tells which of their frames are there."""
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
+        if carried:
+            mask[:, :, : 1 + (carried - 1) // self.frames_per_latent] = 1
+        return torch.cat([mask, latents], dim=1)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition, dropped: Sequence[int]) -> Tensor:
         given, driving, context = condition.conditioning, condition.pose, condition.context
@@ -173,16 +184,31 @@ class WanAnimate(Animator):
                     "or the text encoder; guidance_scale=1 does without"
                 )
             prompt, faces = given.negative, torch.full_like(faces, NULL_FACE)
-        reference = context.tokens[SOURCE][context.index[0]]  # (k, h w, c)
-        reference = reference.unflatten(1, sample.shape[-2:]).permute(3, 0, 1, 2)[None].to(sample)
+        words = WanConditioning(given.vae, prompt, None, given.image)
+        return self.flow(sample, timestep.expand(1), context, replace(driving, faces=faces), words)
+
+    def flow(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: ReferenceContext,
+        driving: SegmentInputs,
+        words: WanConditioning,
+    ) -> Tensor:
+        """The predicted flow (b, c, 1 + t, h, w) of noisy latents, at timesteps (b,), of segments in one context.
+
+        The context's index is (b, k), the reference first.
+        """
+        reference = context.tokens[SOURCE][context.index]  # (b, k, h w, c)
+        reference = reference.unflatten(2, sample.shape[-2:]).permute(0, 4, 1, 2, 3).to(sample)
         reference = torch.cat([torch.ones_like(reference[:, :MASK_CHANNELS]), reference], dim=1)
-        known = torch.cat([reference, driving.carried], dim=2)  # (1, 4 + c, k + t, h, w)
+        known = torch.cat([reference, driving.carried], dim=2)  # (b, 4 + c, k + t, h, w)
         # Calibrated images have the reference's noise, and what is predicted for them is thrown away.
         first, clip = sample[:, :, :1], sample[:, :, 1:]
         noisy = torch.cat([first] * reference.shape[2] + [clip], dim=2)
         latents = torch.cat([noisy, known], dim=1)
         sights = context.sights if isinstance(context, JointContext) else None
-        flow = self.transformer(latents, timestep.expand(1), prompt, given.image, driving.poses, faces, sights)
+        flow = self.transformer(latents, timestep, words.prompt, words.image, driving.poses, driving.faces, sights)
         return torch.cat([flow[:, :, :1], flow[:, :, reference.shape[2] :]], dim=2)
 
     def segment_context(self, context: ReferenceContext, latent_size: tuple[int, int]) -> ReferenceContext:
@@ -201,6 +227,95 @@ class WanAnimate(Animator):
 
     def initial_latents(self, noise: Tensor, scheduler: SchedulerMixin, start: Callable[[], Tensor]) -> Tensor:
         return noise  # flow matching begins with nothing else
+
+    # Training
+
+    @classmethod
+    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+        return cls(**small_networks(sizes, latent_channels, image_size))
+
+    @torch.no_grad()
+    def constant_inputs(
+        self, vae: VideoVAE, clip: tuple[int, int, int], embeddings: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        words = Words(embeddings=embeddings)
+        prompt, negative = self.embedding("prompt", PROMPT, words), self.embedding("negative_prompt", "", words)
+        if prompt is None or negative is None:
+            raise UserError(
+                "the text encoder is missing: give model.embeddings= with entries prompt and negative_prompt, or get "
+                "text_encoder/ and tokenizer/ of the model"
+            )
+        nothing = torch.zeros(1, 3, *clip, device=vae.device)
+        return {"prompt": prompt, "negative_prompt": negative, "unknown": clip_encode(vae, nothing).float()}
+
+    @torch.no_grad()
+    def clip_inputs(
+        self, vae: VideoVAE, clips: Mapping[str, Tensor], carried: Tensor, constant: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        frames, poses = clips["frames"], clips.get("pose_latents")
+        if poses is None:
+            poses = clip_encode(vae, clips["poses"] * 2 - 1).float()
+        known = self.known_frames(constant["unknown"], 0).repeat(len(frames), 1, 1, 1, 1)
+        if rows := carried.nonzero().flatten().tolist():
+            first = torch.zeros_like(frames[rows])
+            first[:, :, : self.carried_frames] = frames[rows, :, : self.carried_frames]
+            known[rows] = self.known_frames(clip_encode(vae, first).float(), self.carried_frames)
+        return {"poses": poses, "faces": clips["faces"], "carried": known}
+
+    def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
+        channels, side = self.latent_channels, self.face_size
+        latent_frames = self.latent_frames(frames) - self.context_latents
+        words = (1, TOKENS, self.transformer.config.text_dim)
+        shapes = {
+            "prompt": words,
+            "negative_prompt": words,
+            "poses": (clips, channels, latent_frames, *latent_size),
+            "faces": (clips, 3, frames, side, side),
+            "carried": (clips, MASK_CHANNELS + channels, latent_frames, *latent_size),
+        }
+        return {name: torch.empty(shape) for name, shape in shapes.items()}
+
+    def training_prediction(self, batch: TrainingBatch) -> Tensor:
+        given, clips, sample = batch.inputs, len(batch.noisy_latents), batch.noisy_latents
+        dropped = batch.dropped.bool()
+        prompt = torch.where(dropped[:, None, None], given["negative_prompt"], given["prompt"])
+        faces = given["faces"].masked_fill(dropped[:, None, None, None, None], NULL_FACE)
+        driving = SegmentInputs(given["poses"], faces, given["carried"])
+        image = self.image_tokens(batch.reference_image)
+        tokens = {SOURCE: batch.reference_latents.flatten(2).transpose(1, 2)}  # (b + b m, h w, c)
+        if batch.reference is None:
+            index = torch.arange(clips, device=sample.device)[:, None]
+            words = WanConditioning(None, prompt, None, image)
+            return self.flow(sample, batch.timestep, ReferenceContext(tokens, index), driving, words)
+        # Who sees what differs from clip to clip.
+        frames, images = len(batch.reference.index) // clips, len(batch.reference_latents) // clips - 1
+        found = []
+        for j in range(clips):
+            one = slice(j, j + 1)
+            own = torch.cat([tokens[SOURCE][one], tokens[SOURCE][clips + j * images : clips + (j + 1) * images]])
+            context = batch.reference.clip(j, frames)
+            index = context.index - (clips + j * images - 1)
+            index[:, 0] = 0
+            context = self.segment_context(replace(context, tokens={SOURCE: own}, index=index), sample.shape[-2:])
+            part = SegmentInputs(driving.poses[one], driving.faces[one], driving.carried[one])
+            words = WanConditioning(None, prompt[one], None, image[one])
+            found.append(self.flow(sample[one], batch.timestep[one], context, part, words))
+        return torch.cat(found)
+
+    def trainable_choices(self, stage: str) -> tuple[str, ...]:
+        return ("full",)
+
+    def trained_parameters(self, choice: str, stage: str, image_encoder: bool) -> set[str]:
+        parts = ("transformer.", "image_encoder.") if image_encoder else ("transformer.",)
+        return {name for name, _ in self.named_parameters() if name.startswith(parts)} - self.unused_parameters()
+
+    def unused_parameters(self) -> set[str]:
+        if self.image_encoder is None:
+            return set()
+        last = self.image_encoder.config.num_hidden_layers - 1  # its output is not asked for
+        ends = (f".layers.{last}.", ".post_layernorm.")
+        names = (f"image_encoder.{name}" for name, _ in self.image_encoder.named_parameters())
+        return {name for name in names if any(end in name for end in ends)}
 
 
 @animated_by(WanAnimate)

@@ -108,7 +108,11 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
         modulation, encoded = modulation.unflatten(1, (6, -1)), torch.cat([image, text], dim=1)
         motion = self._motion(faces, references)
         for i, block in enumerate(self.blocks):
-            hidden = block(hidden, encoded, modulation, rotary)
+            inputs = hidden, encoded, modulation, rotary
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(block, *inputs)
+            else:
+                hidden = block(*inputs)
             if i % self.config.inject_face_latents_blocks == 0:
                 adapter = self.face_adapter[i // self.config.inject_face_latents_blocks]
                 hidden = adapter(hidden, motion) + hidden
