@@ -4,8 +4,10 @@ from models.animators.registry import animator_class
 from models.config import ANIMATORS
 from training.config import ModelConfig
 
-# Names of the animators that train.py makes and trains.
-TRAINABLE = [name for name in ANIMATORS if animator_class(name).trainable]
+# Names of the animators of single images that train.py makes and trains; that of segments is in `tests.wan_parts`.
+TRAINABLE = [
+    name for name in ANIMATORS if animator_class(name).trainable and animator_class(name).segment_frames is None
+]
 
 TINY = ModelConfig(
     block_out_channels=[16, 32],

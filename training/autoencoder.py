@@ -41,7 +41,7 @@ def build_vae(config: VAEConfig) -> VAE | VideoVAE:
         return load_folder(cls, config.init, f"init={config.init}").train()
     if config.multiples is not None:
         halvings = len(config.multiples) - 1
-        return AutoencoderKLWan(
+        vae = AutoencoderKLWan(
             base_dim=config.width,
             z_dim=config.latent_channels,
             dim_mult=list(config.multiples),
@@ -52,6 +52,8 @@ def build_vae(config: VAEConfig) -> VAE | VideoVAE:
             latents_std=[1.0] * config.latent_channels,
             scale_factor_spatial=2**halvings,
         )
+        keep_signals(vae)
+        return vae
     widths = (config.width,) * len(config.blocks)
     return AutoencoderTiny(
         encoder_block_out_channels=widths,
@@ -60,6 +62,20 @@ def build_vae(config: VAEConfig) -> VAE | VideoVAE:
         num_decoder_blocks=tuple(reversed(config.blocks)),
         latent_channels=config.latent_channels,
     )
+
+
+def keep_signals(vae: VideoVAE) -> None:
+    """Draw weights anew so that signals keep their size from layer to layer, and blocks begin as no change.
+
+    As torch draws them, biases drown the image before it is decoded, and hundreds of steps pass before it is seen.
+    """
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+    for name, module in vae.named_modules():
+        if name.endswith((".conv2", ".proj")):
+            nn.init.zeros_(module.weight)
 
 
 def images_and_masks(batch: dict[str, Tensor], video: bool) -> tuple[Tensor, Tensor]:

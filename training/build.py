@@ -108,9 +108,10 @@ def stored_schedule(folder: str | Path) -> dict[str, Any]:
 
 def with_schedule(config: TrainConfig) -> TrainConfig:
     """The configuration with its whole noise schedule, where it leaves some of it to the model."""
-    if noise_kind(config.model) == "flow":
+    noise = noise_kind(config.model)
+    settings = make_scheduler(config.noise, config.model.init, noise).config
+    if noise == "flow":
         return config
-    settings = make_scheduler(config.noise, config.model.init).config
     config = replace(config, noise=replace(config.noise, **{name: settings[name] for name in SCHEDULE}))
     check_config(config)
     return config

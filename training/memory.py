@@ -19,6 +19,7 @@ from models.attention.context import ReferenceContext
 from models.attention.layers import token_levels
 from models.attention.masking import Visibility
 from models.vae import VAE, VideoVAE, vae_scale_factor
+from tpc.trajectory import group_of_frames
 from training.build import check_length, describe_networks, save_memory, set_trainable
 from training.config import TrainConfig
 from training.objective import encode_frames, encode_reference
@@ -115,6 +116,7 @@ def step_memory(vae: VAE | VideoVAE, model: Animator, config: TrainConfig) -> St
     """Memory of one batch's step on one process; the networks, on the meta device, are changed."""
     width, height = config.data.size
     batch, frames, factor = config.batch_size, config.data.num_frames, vae_scale_factor(vae)
+    index = context_index(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (vae, model):
             network.to_empty(device="cpu")
@@ -124,7 +126,7 @@ def step_memory(vae: VAE | VideoVAE, model: Animator, config: TrainConfig) -> St
             encode_frames(vae, clip, config.vae_chunk)
             encode_reference(vae, clip[:, :, 0], config.vae_chunk)
         encoding = live.peak
-        inputs = step_inputs(model, config, (height // factor, width // factor))
+        inputs = step_inputs(model, config, (height // factor, width // factor), index)
         free_gradients(model)
         model.train()
         with counted(config, model) as live:
@@ -148,20 +150,36 @@ def counted(config: TrainConfig, *networks: nn.Module) -> Iterator[LiveStorages]
         yield live
 
 
-def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int]) -> dict[str, object]:
-    """Arguments of the model for one batch, calibrated images included where they are trained with."""
+def calibrated_count(config: TrainConfig) -> int:
+    """Calibrated images of a clip."""
+    calibrated = config.augmentation.calibrated
+    return min(calibrated.images, config.data.num_frames) if calibrated.probability > 0 else 0
+
+
+def context_index(config: TrainConfig) -> Tensor:
+    """The images that each frame of a batch attends to, (b*f, 2), as `objective.calibrated_reference` gives them."""
+    batch, frames, images = config.batch_size, config.data.num_frames, max(calibrated_count(config), 1)
+    clip = torch.arange(batch).repeat_interleave(frames)
+    own = torch.from_numpy(group_of_frames(frames, images)).repeat(batch)
+    return torch.stack([clip, batch + clip * images + own], dim=1)
+
+
+def step_inputs(model: Animator, config: TrainConfig, latent: tuple[int, int], index: Tensor) -> dict[str, object]:
+    """Arguments of the model for one batch, calibrated images included where they are trained with.
+
+    `index` is of numbers that the model may read, unlike those of imitated tensors.
+    """
     width, height = config.data.size
     batch, frames = config.batch_size, config.data.num_frames
     channels = model.latent_channels
-    calibrated = config.augmentation.calibrated
-    images = min(calibrated.images, frames) if calibrated.probability > 0 else 0
+    images = calibrated_count(config)
     context = shown = None
     if images:
         levels = token_levels(model.attention_layers(latent))
         keys = {level.tokens: level.tokens * level.keys.own + 2 * level.keys.tokens for level in levels}
         context = ReferenceContext(
             tokens={},
-            index=torch.zeros(batch * frames, 2, dtype=torch.long),
+            index=index,
             visibility=Visibility(
                 {n: torch.empty(batch * frames, n, FLAGS) for n in keys},
                 {n: torch.empty(batch * frames, count, FLAGS) for n, count in keys.items()},

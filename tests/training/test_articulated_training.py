@@ -17,10 +17,10 @@ from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import make_scheduler
 from training.config import AugmentationConfig, DataConfig, NoiseConfig, TrainConfig
 from training.data import ArticulatedClips, make_dataset, make_loader
+from training.noise import DiffusionNoise
 from training.objective import (
     calibrated_reference,
     calibrated_samples,
-    prediction_target,
     sample_generators,
     started_noise,
 )
@@ -161,7 +161,7 @@ def test_started_frames_are_noised_calibrated_images_on_the_way_to_the_truth(pre
     assert torch.allclose(noisy[0, :, :2], shown[0, :, :2], atol=1e-5)
     assert torch.equal(added[0, :, 2], noise[0, :, 2]) and torch.equal(added[1], noise[1])
     # Whoever predicts the target exactly arrives at the truth.
-    target = prediction_target(scheduler, latents, added, timesteps)
+    target = DiffusionNoise(scheduler).target(latents, added, timesteps)
     scheduler.set_timesteps(1000)
     found = scheduler.step(target[:1], 300, noisy[:1]).pred_original_sample
     assert torch.allclose(found, latents[:1], atol=1e-5)

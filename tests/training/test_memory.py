@@ -24,7 +24,17 @@ from training.build import (
 )
 from training.config import DataConfig, OptimizerConfig, TrainConfig
 from training.loop import report_costs
-from training.memory import Amounts, LiveStorages, amounts, estimate, free_gradients, memory_report, needs, step_inputs
+from training.memory import (
+    Amounts,
+    LiveStorages,
+    amounts,
+    context_index,
+    estimate,
+    free_gradients,
+    memory_report,
+    needs,
+    step_inputs,
+)
 
 ROOT = Path(__file__).parents[2]
 SMALL = Amounts(trained=1000, frozen=500, frozen_bytes=1000, vae=100, moments=8, average=4, half=True, unit=64, step=7)
@@ -49,7 +59,7 @@ def measured_peak(config: TrainConfig) -> int:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     free_gradients(model)
-    inputs = step_inputs(model, config, (config.data.size[1] // 4, config.data.size[0] // 4))
+    inputs = step_inputs(model, config, (config.data.size[1] // 4, config.data.size[0] // 4), context_index(config))
     with profile(profile_memory=True) as profiled:
         model(**inputs).float().square().mean().backward()
     held = peak = 0

@@ -20,15 +20,14 @@ from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import enable_gradient_checkpointing, make_scheduler, set_trainable, shrink_frozen
 from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
+from training.noise import DiffusionNoise
 from training.objective import (
     Objective,
     check_supervised,
     compose_samples,
     draw,
-    prediction_target,
     sample_generators,
     shifted,
-    snr_weights,
 )
 
 SIZE = [32, 32]
@@ -127,7 +126,7 @@ def test_noise_offset_is_a_constant_a_sample_and_channel_and_belongs_to_the_targ
     assert abs(constant[:, :, 0, 0, 0].std() - 1) < 0.1
     # The target is made of the very noise that was added: at full noise and epsilon it is that noise.
     scheduler = make_scheduler(NoiseConfig(prediction_type="epsilon", rescale_betas_zero_snr=False))
-    assert torch.equal(prediction_target(scheduler, plain, shifted, torch.tensor([9] * 64)), shifted)
+    assert torch.equal(DiffusionNoise(scheduler).target(plain, shifted, torch.tensor([9] * 64)), shifted)
 
 
 def test_shifted_timesteps_follow_their_closed_form():
@@ -182,20 +181,20 @@ def test_min_snr_weight_is_one_where_sampling_starts():
     scheduler = make_scheduler(NoiseConfig())
     alpha, timesteps = scheduler.alphas_cumprod, torch.tensor([0, 100, 500, 900, 999])
     snr = alpha[timesteps] / (1 - alpha[timesteps])
-    assert torch.allclose(
-        snr_weights(scheduler, timesteps, 5.0), ((snr + 1).clamp(max=5) / (snr + 1)).float(), rtol=1e-4
-    )
-    assert alpha[999] == 0 and snr_weights(scheduler, timesteps, 5.0)[-1] == 1
+    noise = DiffusionNoise(scheduler)
+    assert torch.allclose(noise.weights(timesteps, 5.0), ((snr + 1).clamp(max=5) / (snr + 1)).float(), rtol=1e-4)
+    assert alpha[999] == 0 and noise.weights(timesteps, 5.0)[-1] == 1
     assert scheduler.timesteps.max() == 999
-    assert (snr_weights(scheduler, torch.arange(1000), 5.0) > 0).all()
-    assert torch.equal(snr_weights(scheduler, timesteps, None), torch.ones(5))
+    assert (noise.weights(torch.arange(1000), 5.0) > 0).all()
+    assert torch.equal(noise.weights(timesteps, None), torch.ones(5))
 
 
 def test_loss_is_the_weighted_mean_of_the_errors(vae):
     model, batch = networks(), batch_of(1)
     with torch.no_grad():
         result = loss_of(model, vae, batch)
-    expected = (snr_weights(make_scheduler(NoiseConfig()), result.timesteps, 5.0) * result.errors).mean()
+    weights = DiffusionNoise(make_scheduler(NoiseConfig())).weights(result.timesteps, 5.0)
+    expected = (weights * result.errors).mean()
     assert torch.allclose(result.loss, expected) and (result.errors > 0).all()
 
 

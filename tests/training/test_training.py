@@ -24,7 +24,7 @@ from training.build import check_precision, make_scheduler, schedule_differences
 from training.checkpoint import checkpoints
 from training.config import DataConfig, ModelConfig, NoiseConfig, TrainConfig, VAEConfig
 from training.data import make_dataset, make_loader
-from training.objective import prediction_target
+from training.noise import DiffusionNoise
 
 ROOT = Path(__file__).parents[2]
 DATA = ["data.size=[32,32]", "data.workers=0", "data.cache_clips=24"]
@@ -291,7 +291,7 @@ def test_velocity_target_is_minus_the_image_at_the_end():
     """With zero terminal SNR the last step's velocity is -x: the model must paint the image from noise alone."""
     scheduler = make_scheduler(NoiseConfig())
     latents, noise = torch.randn(1, 4, 1, 2, 2), torch.randn(1, 4, 1, 2, 2)
-    assert torch.allclose(prediction_target(scheduler, latents, noise, torch.tensor([999])), -latents, atol=1e-5)
+    assert torch.allclose(DiffusionNoise(scheduler).target(latents, noise, torch.tensor([999])), -latents, atol=1e-5)
 
 
 def test_training_and_sampling_share_one_table(tmp_path):

@@ -28,14 +28,17 @@ class JointContext(ReferenceContext):
     sights: tuple[Sight, ...] | None = None
 
 
-def joint_context(context: ReferenceContext, n: int, frames_per_latent: int) -> JointContext:
-    """The context of a segment, of the contexts of its frames, index (f, 1 + p).
+def joint_context(
+    context: ReferenceContext, n: int, frames_per_latent: int, index: list[list[int]] | None = None
+) -> JointContext:
+    """The context of a segment, of the contexts of its frames, index (f, 1 + p); None: the context's.
 
     A latent attends to the images of its middle frame, and a query sees what it sees in any of the frames of its
     latent. The reference sees itself and the clip, as without calibration; a calibrated image sees the reference and
     itself.
     """
-    device, index = context.index.device, context.index.tolist()  # 0 where a person is not calibrated
+    device = context.index.device
+    index = context.index.tolist() if index is None else index  # 0 where a person is not calibrated
     images = sorted({image for row in index for image in row[1:]} - {0})
     joint = JointContext(context.tokens, torch.tensor([[0, *images]], device=device))
     if not images:

@@ -132,7 +132,7 @@ class WanAnimate(Animator):
                     "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
                     "image), or get image_encoder/ and image_processor/ of the model"
                 )
-            image = self.image_tokens(reference.pixels)
+            image = self.image_tokens(self.image_pixels(reference.pixels))
         negative = self.embedding("negative_prompt", words.negative_prompt or "", words)
         return WanConditioning(reference.vae, prompt, negative, image.to(prompt))
 
@@ -143,12 +143,15 @@ class WanAnimate(Animator):
             found = embedded(text, self.text_encoder, self.tokenizer)
         return None if found is None else found.to(self.transformer.device, self.dtype)
 
+    def image_pixels(self, images: Tensor) -> Tensor:
+        """What CLIP reads of images (b, 3, H, W) in [-1, 1], (b, 3, side, side)."""
+        images = ((images.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return self.image_processor(images=list(images), return_tensors="pt").pixel_values
+
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """CLIP's tokens (b, n, channels) of images (b, 3, H, W) in [-1, 1]: those before its last layer."""
-        images = ((pixels.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        inputs = self.image_processor(images=list(images), return_tensors="pt").pixel_values
+        """CLIP's tokens (b, n, channels) of its `image_pixels`: those before its last layer."""
         encoder = self.image_encoder
-        return encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
+        return encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
 
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: WanConditioning) -> dict[str, Tensor]:
         return {SOURCE: images.latents.flatten(2).transpose(1, 2)}  # (i, h w, c)
@@ -245,6 +248,8 @@ class WanAnimate(Animator):
                 "the text encoder is missing: give model.embeddings= with entries prompt and negative_prompt, or get "
                 "text_encoder/ and tokenizer/ of the model"
             )
+        if self.image_encoder is None:
+            raise UserError("the image encoder is missing: get image_encoder/ and image_processor/ of the model")
         nothing = torch.zeros(1, 3, *clip, device=vae.device)
         return {"prompt": prompt, "negative_prompt": negative, "unknown": clip_encode(vae, nothing).float()}
 
@@ -260,7 +265,8 @@ class WanAnimate(Animator):
             first = torch.zeros_like(frames[rows])
             first[:, :, : self.carried_frames] = frames[rows, :, : self.carried_frames]
             known[rows] = self.known_frames(clip_encode(vae, first).float(), self.carried_frames)
-        return {"poses": poses, "faces": clips["faces"], "carried": known}
+        image = self.image_pixels(clips["reference"]).to(frames.device)
+        return {"poses": poses, "faces": clips["faces"], "carried": known, "image": image}
 
     def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
         channels, side = self.latent_channels, self.face_size
@@ -272,6 +278,7 @@ class WanAnimate(Animator):
             "poses": (clips, channels, latent_frames, *latent_size),
             "faces": (clips, 3, frames, side, side),
             "carried": (clips, MASK_CHANNELS + channels, latent_frames, *latent_size),
+            "image": (clips, 3, *[self.image_encoder.config.image_size] * 2),
         }
         return {name: torch.empty(shape) for name, shape in shapes.items()}
 
@@ -281,22 +288,22 @@ class WanAnimate(Animator):
         prompt = torch.where(dropped[:, None, None], given["negative_prompt"], given["prompt"])
         faces = given["faces"].masked_fill(dropped[:, None, None, None, None], NULL_FACE)
         driving = SegmentInputs(given["poses"], faces, given["carried"])
-        image = self.image_tokens(batch.reference_image)
+        image = self.image_tokens(given["image"])
         tokens = {SOURCE: batch.reference_latents.flatten(2).transpose(1, 2)}  # (b + b m, h w, c)
         if batch.reference is None:
             index = torch.arange(clips, device=sample.device)[:, None]
             words = WanConditioning(None, prompt, None, image)
             return self.flow(sample, batch.timestep, ReferenceContext(tokens, index), driving, words)
         # Who sees what differs from clip to clip.
-        frames, images = len(batch.reference.index) // clips, len(batch.reference_latents) // clips - 1
+        index, n = batch.reference.index.tolist(), math.prod(self.token_grid(sample.shape[-2:]))
+        frames, images = len(index) // clips, len(batch.reference_latents) // clips - 1
         found = []
         for j in range(clips):
-            one = slice(j, j + 1)
-            own = torch.cat([tokens[SOURCE][one], tokens[SOURCE][clips + j * images : clips + (j + 1) * images]])
-            context = batch.reference.clip(j, frames)
-            index = context.index - (clips + j * images - 1)
-            index[:, 0] = 0
-            context = self.segment_context(replace(context, tokens={SOURCE: own}, index=index), sample.shape[-2:])
+            one, first = slice(j, j + 1), clips + j * images
+            own = torch.cat([tokens[SOURCE][one], tokens[SOURCE][first : first + images]])
+            context = replace(batch.reference.clip(j, frames), tokens={SOURCE: own})
+            rows = [[0, *(image - first + 1 for image in row[1:])] for row in index[j * frames : (j + 1) * frames]]
+            context = joint_context(context, n, self.frames_per_latent, rows)
             part = SegmentInputs(driving.poses[one], driving.faces[one], driving.carried[one])
             words = WanConditioning(None, prompt[one], None, image[one])
             found.append(self.flow(sample[one], batch.timestep[one], context, part, words))

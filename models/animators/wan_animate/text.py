@@ -18,5 +18,5 @@ def embedded(text: str, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenize
     tokens = tokenizer([text], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
     length = int(mask.sum())
-    hidden = encoder(ids, mask).last_hidden_state[:, :length]
+    hidden = encoder.eval()(ids, mask).last_hidden_state[:, :length]
     return F.pad(hidden, (0, 0, 0, TOKENS - length))

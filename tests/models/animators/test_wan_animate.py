@@ -117,7 +117,8 @@ def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference(calibrati
     # The image of a segment is a reference as any other, but that CLIP has seen the original.
     shown = calibration.segment_image(range(SEGMENT))
     original = torch.from_numpy(given["reference"]).permute(2, 0, 1)[None] / 127.5 - 1
-    words = Words(embeddings={"image": wan_pipeline().animator.image_tokens(original)})
+    animator = wan_pipeline().animator
+    words = Words(embeddings={"image": animator.image_tokens(animator.image_pixels(original))})
     expected, found = run(None, words, reference=shown), run(calibration)
     assert np.abs(found[:SEGMENT] - expected[:SEGMENT]).max() < 1e-6
     assert np.abs(found[:SEGMENT] - plain[:SEGMENT]).mean() > 3e-4

@@ -1,0 +1,332 @@
+"""Training of Wan-Animate: flow matching on clips, with faces, carried frames and calibrated images."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from torch.utils.data import default_collate
+
+from core.config import load_config
+from core.errors import UserError
+from data.poses.drawing import draw_thin_pose
+from models.animators.base import Condition, TrainingBatch
+from models.animators.registry import load_pipeline
+from models.animators.wan_animate.model import NULL_FACE, SOURCE, SegmentInputs, WanAnimate, WanConditioning
+from models.attention.context import ReferenceContext
+from models.vae import clip_encode, video_decode, video_encode
+from tests.networks import TINY
+from tpc.config import CalibratedTrainingConfig
+from training.autoencoder import build_vae, train_vae
+from training.build import make_scheduler, set_trainable
+from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig, VAEConfig
+from training.data import driven_clips, ensure_latents, latents_folder, make_dataset
+from training.loop import build, run_training
+from training.memory import estimate
+from training.noise import FlowNoise
+from training.objective import Objective, sample_generators
+
+SIZE, FRAMES = [32, 32], 5
+SIZES = replace(TINY, animator="wan_animate", block_out_channels=[16], layers_per_block=2, image_encoder_layers=2)
+DATA = DataConfig(size=SIZE, num_frames=FRAMES, stride=3, workers=0)
+VIDEO_VAE = VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=DATA)
+CALIBRATED = CalibratedTrainingConfig(probability=1.0, images=2)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return build_vae(VIDEO_VAE).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def vae_folder(vae, tmp_path_factory) -> Path:
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae"))
+    return folder
+
+
+def networks(trainable: str | None = None) -> WanAnimate:
+    """Tiny networks without a zero anywhere, with what a run trains chosen."""
+    torch.manual_seed(1)
+    model = WanAnimate.small(SIZES, 4, max(SIZE)).train()
+    for parameter in model.parameters():
+        if parameter.numel() and parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    set_trainable(model, config(trainable=trainable, lora=LoraConfig(rank=2, alpha=2.0)))
+    return model
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{"stage": "motion", "output": "x", "data": DATA, "model": SIZES} | changes)
+
+
+def batch_of(model: WanAnimate, count: int = 2) -> dict[str, torch.Tensor]:
+    clips = driven_clips(make_dataset(DATA, count), DATA, model)
+    return default_collate([clips[i] for i in range(count)])
+
+
+def objective(model: WanAnimate, vae, **changes) -> Objective:
+    return Objective(model, vae, config(**changes), model.constant_inputs(vae, (FRAMES, *SIZE), {}))
+
+
+def test_flow_noise_is_what_samplers_take_away():
+    """A model that predicts the target exactly leads every sampler from noise to the truth."""
+    scheduler = make_scheduler(NoiseConfig(timestep_shift=3.0), noise="flow")
+    flow, levels = FlowNoise(scheduler), torch.tensor([0, 499, 999])
+    latents, noise = torch.randn(2, 3, 4, 1, 2, 2)
+    noisy = flow.added(latents, noise, levels)
+    assert torch.equal(noisy[2], noise[2]) and torch.allclose(noisy[1], (latents[1] + noise[1]) / 2)
+    share = flow.timesteps(levels).view(-1, 1, 1, 1, 1) / flow.levels
+    assert torch.allclose(noisy - share * flow.target(latents, noise, levels), latents, atol=1e-6)
+    assert torch.equal(flow.weights(levels, 5.0), torch.ones(3))
+    assert scheduler.config.flow_shift == 3.0
+    scheduler.set_timesteps(4)
+    sample = noise[:1]
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(flow.target(latents[:1], noise[:1], timestep), timestep, sample).prev_sample
+    assert torch.allclose(sample, latents[:1], atol=1e-5)
+
+
+def test_clips_are_driven_as_in_inference():
+    """Thin figures, faces cut out of the frames; a clip without a head has black ones."""
+    model = networks()
+    dataset = make_dataset(DATA, 2)
+    item, plain = driven_clips(dataset, DATA, model)[0], dataset[0]
+    drawn = draw_thin_pose(plain["keypoints"][1:2, :, :2].numpy(), plain["keypoints"][1:2, :, 2].numpy(), (32, 32))
+    assert torch.equal((item["poses"][:, 1] * 255).byte().permute(1, 2, 0), torch.from_numpy(drawn))
+    assert item["faces"].shape == (3, FRAMES, model.face_size, model.face_size) and item["faces"].std() > 0.01
+
+    class Headless(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return plain | {"keypoints": plain["keypoints"] * torch.tensor([1.0, 1.0, 0.0])}
+
+    assert (driven_clips(Headless(), DATA, model)[0]["faces"] == NULL_FACE).all()
+
+
+def test_carried_clips_are_given_their_first_frame(vae):
+    model = networks()
+    batch = batch_of(model)
+    constant = model.constant_inputs(vae, (FRAMES, *SIZE), {})
+    carried = torch.tensor([False, True])
+    known = model.clip_inputs(vae, batch, carried, constant)["carried"]
+    mask, latents = known[:, :4], known[:, 4:]
+    assert not mask[0].any() and mask[1, :, 0].all() and not mask[1, :, 1:].any()
+    assert torch.equal(latents[0], constant["unknown"][0])
+    # A causal VAE: the first latent is of the first frame alone.
+    assert torch.allclose(latents[1, :, 0], clip_encode(vae, batch["frames"][1:, :, :1])[0, :, 0], atol=1e-5)
+    assert not torch.allclose(latents[1, :, 1], latents[0, :, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_training_predicts_as_inference_does(vae, calibrated):
+    """Clips in a batch, some with a condition dropped, as `predict` sees them one by one."""
+    model, shared = networks().eval(), torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=shared)  # noqa: E731
+    clips, images, (height, width) = 2, 2, (8, 8)
+    batch = batch_of(model)
+    constant = model.constant_inputs(vae, (FRAMES, *SIZE), {})
+    inputs = {**constant, **model.clip_inputs(vae, batch, torch.tensor([True, False]), constant)}
+    latents = draw(clips * (1 + images * calibrated), 4, height, width)
+    context = None
+    if calibrated:  # each clip its own two images, which frames 0 to 2, and 3 and 4, attend to
+        own = torch.tensor([0, 0, 0, 1, 1])
+        rows = [torch.stack([torch.full((FRAMES,), j), clips + j * images + own], dim=1) for j in range(clips)]
+        context = ReferenceContext({}, torch.cat(rows))
+    given = TrainingBatch(
+        noisy_latents=draw(clips, 4, 3, height, width),
+        timestep=torch.tensor([700, 300]),
+        reference_latents=latents,
+        reference_image=batch["reference"],
+        poses=batch["poses"],
+        dropped=torch.tensor([0, 1]),
+        reference=context,
+        inputs=inputs,
+    )
+    with torch.no_grad():
+        trained = model.training_prediction(given)
+        for j, (timestep, dropped) in enumerate(((700, 0), (300, 1))):
+            seen = [j, *(clips + j * images + i for i in range(images * calibrated))]
+            tokens = {SOURCE: latents[seen].flatten(2).transpose(1, 2)}
+            index = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 2], [0, 2]]) if calibrated else torch.zeros(1, 1).long()
+            whole = model.segment_context(ReferenceContext(tokens, index), (height, width))
+            words = WanConditioning(
+                vae, inputs["prompt"], inputs["negative_prompt"], model.image_tokens(inputs["image"][j : j + 1])
+            )
+            driving = SegmentInputs(*(inputs[name][j : j + 1] for name in ("poses", "faces", "carried")))
+            sample = given.noisy_latents[j : j + 1]
+            alone = model.predict(sample, torch.tensor(timestep), Condition(words, driving, whole), (dropped,))
+            assert torch.allclose(trained[j : j + 1], alone, atol=1e-5), j
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_every_trained_parameter_gets_a_gradient(vae, trainable):
+    model = networks(trainable)
+    augmentation = AugmentationConfig(calibrated=CALIBRATED)
+    trained = objective(model, vae, augmentation=augmentation)
+    trained.loss(model, batch_of(model), sample_generators(0, range(2))).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # A's gradient is through B, which begins as zeros.
+    assert not [name for name in missing if "lora_A" not in name]
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(vae):
+    losses = []
+    for checkpointed in (False, True):
+        model = networks()
+        if checkpointed:
+            model.transformer.enable_gradient_checkpointing()
+        result = objective(model, vae).loss(model, batch_of(model), sample_generators(0, range(2)))
+        result.loss.backward()
+        losses.append((result.loss.detach(), model.transformer.patch_embedding.weight.grad))
+    assert torch.equal(losses[0][0], losses[1][0]) and torch.allclose(losses[0][1], losses[1][1], atol=1e-6)
+
+
+def test_cached_latents_are_those_of_the_clips(vae, tmp_path):
+    model = networks()
+    data = replace(DATA, cache=str(tmp_path / "cache"), cache_clips=2, cache_latents=True)
+    clips = make_dataset(data, 2)
+    ensure_latents(clips, vae, model.pose_kind)
+    cached = clips.with_latents(latents_folder(clips.folder, vae, model.pose_kind))
+    item, other = driven_clips(cached, data, model)[1], driven_clips(clips, data, model)[1]
+    pairs = {
+        "latent_mean": video_encode(vae, other["frames"].transpose(0, 1))[0],
+        "pose_latents": video_encode(vae, other["poses"].transpose(0, 1) * 2 - 1)[0],
+        "reference_latents": video_encode(vae, other["reference"][None])[0, :, 0],
+    }
+    for name, wanted in pairs.items():
+        assert item[name].shape == wanted.shape
+        # The cache is written in bfloat16 arithmetic.
+        assert (item[name] - wanted).abs().max() < 0.1 * wanted.abs().max(), name
+
+
+@pytest.fixture(scope="module")
+def trained(vae_folder, tmp_path_factory) -> Path:
+    """Output of a training from nothing, in which everything takes part."""
+    output = tmp_path_factory.mktemp("trained")
+    run_training(run_config(output, vae_folder))
+    return output
+
+
+def run_config(output: Path, vae_folder: Path, **changes) -> TrainConfig:
+    settings = {
+        "output": str(output),
+        "batch_size": 2,
+        "max_steps": 2,
+        "checkpoint_steps": 1,
+        "ema_decay": 0.5,
+        "mixed_precision": "no",
+        "model": replace(SIZES, vae=str(vae_folder)),
+        "augmentation": AugmentationConfig(calibrated=CALIBRATED),
+    }
+    return config(**settings | changes)
+
+
+def test_trained_and_resumed_weights_are_the_same(trained, vae_folder, tmp_path):
+    run_training(run_config(tmp_path, vae_folder, max_steps=1))
+    run_training(run_config(tmp_path, vae_folder))
+    whole, parts = (load_pipeline(folder / "pipeline").transformer.state_dict() for folder in (trained, tmp_path))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_result_animates_in_segments(trained):
+    """With encoders and sizes of its own, by the command that training ends with."""
+    pipeline = load_pipeline(trained / "pipeline")
+    assert pipeline.default_size((100, 100)) == (32, 32) and pipeline.config.window_size == FRAMES
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(images[0], images, num_inference_steps=2, output_type="np").frames
+    assert frames.shape == images.shape and np.isfinite(frames).all()
+
+
+def test_adapters_are_trained_without_the_text_encoder(trained, tmp_path):
+    """From a folder, with embeddings of a file; merged, they give what the folder with separate adapters gives."""
+    from safetensors.torch import save_file
+
+    begun = trained / "pipeline"
+    words = load_pipeline(begun).animator.constant_inputs(load_pipeline(begun).vae, (FRAMES, *SIZE), {})
+    save_file({name: words[name] for name in ("prompt", "negative_prompt")}, tmp_path / "words.safetensors")
+    model = replace(SIZES, init=str(begun), embeddings=str(tmp_path / "words.safetensors"))
+    found = {}
+    for export in ("merged", "separate"):
+        lora = LoraConfig(rank=2, export=export)
+        changed = {"model": model, "lora": lora, "trainable": "lora", "augmentation": AugmentationConfig()}
+        run_training(run_config(tmp_path / export, tmp_path, **changed))
+        run = build(run_config(tmp_path / export, tmp_path, **changed))[1]
+        assert run.text_encoder is None
+    found["merged"] = load_pipeline(tmp_path / "merged" / "pipeline", embeddings=("prompt",))
+    found["separate"] = load_pipeline(begun, lora=tmp_path / "separate" / "lora")
+    first, second = (pipeline.transformer.state_dict() for pipeline in found.values())
+    start = load_pipeline(begun).transformer.state_dict()
+    assert all(torch.allclose(value, second[name], atol=1e-6) for name, value in first.items())
+    assert any(not torch.equal(value, start[name]) for name, value in first.items())
+
+
+def test_memory_is_estimated_without_weights(trained, vae_folder, tmp_path):
+    made = estimate(run_config(tmp_path, vae_folder))[2]
+    found = estimate(run_config(tmp_path, vae_folder, model=replace(SIZES, init=str(trained / "pipeline"))))[2]
+    assert made == found and made.training > 0 and made.encoding > 0
+
+
+IMAGE_VAE = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "latent_channels": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": replace(DATA, num_frames=8)}, "data.num_frames=8 must be 1 more than a multiple of 4"),
+        ({"noise": NoiseConfig(beta_start=0.1)}, "noise.beta_start= is of diffusion"),
+        (
+            {"augmentation": AugmentationConfig(calibrated=replace(CALIBRATED, start=0.5, images=5))},
+            "augmentation.calibrated.start=0.5 is for diffusion",
+        ),
+        ({"stage": "image", "data": replace(DATA, num_frames=1, cache="x", cache_latents=True)}, "cache_latents=true"),
+        ({"trainable": "motion"}, "trainable=motion is not one of full, lora"),
+        ({"model": replace(SIZES, block_out_channels=[8, 16])}, "block_out_channels=\\[8, 16\\].*one number each"),
+        ({"model": replace(SIZES, block_out_channels=[18], norm_num_groups=9)}, "even number of channels"),
+        ({"image_vae": True}, "AutoencoderTiny; wan_animate needs a VAE of videos"),
+        ({"image_model": True}, "AutoencoderKLWan; animate_anyone needs a VAE of images"),
+    ],
+)
+def test_what_does_not_fit_is_refused(vae_folder, tmp_path, changes, words):
+    wanted = changes.pop("model", SIZES)
+    if changes.pop("image_model", False):
+        wanted = TINY
+    if changes.pop("image_vae", False):
+        blocks = {"num_encoder_blocks": (0, 0, 0), "num_decoder_blocks": (0, 0, 0)}
+        AutoencoderTiny(**IMAGE_VAE, **blocks).save_pretrained(vae_folder := tmp_path / "image")
+    with pytest.raises(UserError, match=words):
+        run_training(run_config(tmp_path, vae_folder, model=replace(wanted, vae=str(vae_folder)), **changes))
+
+
+def test_a_video_vae_is_trained_to_latents_of_unit_variance(tmp_path):
+    train_vae(replace(VIDEO_VAE, output=str(tmp_path), max_steps=2, batch_size=1, crop=0.1))
+    pipeline_vae = build_vae(replace(VIDEO_VAE, init=str(tmp_path / "vae"), freeze_encoder=True))
+    heldout = make_dataset(replace(DATA, split="heldout"), 8)
+    clips = torch.stack([heldout[i]["frames"] for i in range(8)])
+    with torch.no_grad():
+        latents = clip_encode(pipeline_vae, clips).transpose(0, 1).flatten(1)
+        decoded = video_decode(pipeline_vae, clip_encode(pipeline_vae, clips[:1]))
+    assert torch.allclose(latents.mean(1), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(latents.std(1), torch.ones(4), atol=1e-2)
+    assert decoded.shape == (FRAMES, 3, *SIZE) and (tmp_path / "reconstructions.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.num_frames=8"], "data.num_frames=8 must be 1 more than a multiple of 4"),
+        (["data.num_frames=9", "multiples=[1,2]"], "multiples=[1, 2] needs three resolutions or more"),
+        (["data.num_frames=9", "data.size=[30,32]"], "multiples of 4, by which multiples=[1, 2, 2]"),
+    ],
+)
+def test_wrong_video_vaes_are_refused(arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(VAEConfig, ["output=x", "multiples=[1,2,2]", *arguments])
