@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 FOREIGN_LINES = {
     # Every folder of an AutoencoderTiny, for diffusers itself saves what it then does not expect.
     "diffusers.configuration_utils": ("The config attributes {'block_out_channels'",),
+    # Some text encoders have two names for one tensor.
+    "accelerate.utils.other": ("Removed shared tensor", "[RANK 0] Removed shared tensor"),
     # DeepSpeed looks for a GPU when accelerate imports it, whether or not it is used.
     "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator"),
 }
@@ -24,6 +27,8 @@ def quiet_libraries() -> None:
     """Leave out lines of `FOREIGN_LINES`, and bars of loading weights if it is called before the libraries are
     imported. Warnings and errors stay."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Of torch's norms with float32 weights on half-precision inputs, which are as they should be.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     for name in FOREIGN_LINES:
         logging.getLogger(name).addFilter(_is_wanted)
 

@@ -121,6 +121,8 @@ class Animator(nn.Module, ABC):
     calibrated_latents = True  # training needs the latents of calibrated images
     adapted_networks: tuple[str, ...] = ()  # children that low-rank adapters are made for
     motion_parts: tuple[str, ...] = ("motion_modules",)  # in names of layers over several frames
+    # Classes of the layers that FSDP gathers at a time.
+    blocks: tuple[str, ...] = ("Transformer2DModel", "MotionModule", "ResnetBlock2D")
 
     compiled = False  # by `models.compiling`: arguments of the networks keep their form from call to call
 
@@ -129,6 +131,12 @@ class Animator(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.denoising_unet.dtype
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate asks for `blocks`; it refuses names that the networks do not have."""
+        present = {type(module).__name__ for module in self.modules()}
+        return [name for name in self.blocks if name in present]
 
     @property
     def latent_channels(self) -> int:

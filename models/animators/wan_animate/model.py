@@ -80,6 +80,7 @@ class WanAnimate(Animator):
     noise = "flow"
     adapted_networks = ("transformer",)
     motion_parts = ("face_adapter",)
+    blocks = ("WanTransformerBlock", "WanAnimateFaceBlockCrossAttention")
 
     def __init__(
         self,
