@@ -13,7 +13,6 @@ from torch import Tensor
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.attention.recording import AttentionRecording
 from models.config import check_sampling
 from models.images import (
     CalibratedClip,
@@ -109,11 +108,8 @@ class RunInputs(DiffusionPipeline):
             )
         check_sampling(guidance_interval, solver)
 
-    def check_attachment(self, calibration: CalibratedClip | None, attention: AttentionRecording | None) -> None:
+    def check_attachment(self, calibration: CalibratedClip | None) -> None:
         """UserError for what the animator has not."""
-        animator, name = self.animator, self.animator_cls.__name__
-        if attention is not None and not animator.records_attention:
-            raise UserError(f"attention cannot be recorded: {name} has no maps of it")
         if calibration is not None and calibration.persons:
             self.check_attach("replace" if calibration.replaces_reference else "add")
 

@@ -30,6 +30,10 @@ class Segment:
         """The frames that no segment before has made."""
         return self.inside[self.carried :]
 
+    def latents(self, frames_per_latent: int) -> list[int]:
+        """The latent of each of the `new` frames, the first of which is of one frame."""
+        return [-(-(frame - self.frames.start) // frames_per_latent) for frame in self.new]
+
     def sources(self) -> list[int]:
         """The frame of the clip that stands for each: beyond the end those before it, backwards and forwards."""
         length = len(self.shot)

@@ -1,7 +1,8 @@
-"""What the tokens of a segment see of reference and calibrated images, all of them in one sequence.
+"""What the tokens of a segment see of reference and calibrated images, all of them in one sequence, and its recording.
 
 Shapes use f = frames, t = latent frames of the clip, n = tokens of one of them or of an image, p = persons,
-i = calibrated images that a segment sees, g = flag channels. The sequence has (1 + i + t) n tokens.
+i = calibrated images that a segment sees, g = flag channels, d = channels of a head. The sequence has (1 + i + t) n
+tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.attention.context import ReferenceContext
+from models.attention.probe import WindowProbe
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,28 @@ class Sight:
     queries: Tensor  # (q,) long, their places in the sequence
     keys: Tensor  # (k,) long
     flags: tuple[Tensor, Tensor] | None = None  # of these, (1, q, g) and (1, k, g): a common one hides; None: nothing
+    latents: tuple[int, ...] = ()  # whose tokens these are, and all of the clip's are the last of the keys
+    images: tuple[int, ...] = ()  # which of a frame's 1 + p images the other keys are of
+
+
+@dataclass(frozen=True)
+class LatentProbe:
+    """Shows latents to a probe as the frames of a batch: their queries, and keys [clip | image | image ...]."""
+
+    parts: tuple[tuple[Sight, WindowProbe], ...]  # latents that attend to the same images, and the probe of these rows
+
+    def record(self, layer: str, query: Tensor, key: Tensor) -> None:
+        """Record queries and keys of a whole sequence, (1, heads, (1 + i + t) n, d) each."""
+        for sight, probe in self.parts:
+            count = len(sight.latents)
+            n = len(sight.queries) // count
+            before = len(sight.images) * n  # keys of images, which come first
+            keys = key[:, :, sight.keys.roll(-before)].expand(count, -1, -1, -1)
+            flags = None
+            if sight.flags is not None:
+                flags = sight.flags[0][0].unflatten(0, (count, n)), sight.flags[1].roll(-before, 1).expand(count, -1, -1)
+            queries = query[0][:, sight.queries].unflatten(1, (count, n)).transpose(0, 1)  # (latents, heads, n, d)
+            probe.record(layer, queries, keys, flags, query.shape[-1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,18 @@ class JointContext(ReferenceContext):
     """The context of a segment: index (1, 1 + i), and who sees what; None: everybody everything."""
 
     sights: tuple[Sight, ...] | None = None
+
+
+def latent_probe(context: ReferenceContext, t: int, n: int) -> LatentProbe | None:
+    """The probe of a segment whose context has one of its frames; None: nothing is recorded."""
+    if context.probe is None:
+        return None
+    sights = context.sights if isinstance(context, JointContext) else None
+    if sights is None:  # everybody sees everything
+        places = torch.arange((1 + t) * n, device=context.index.device)
+        sights = (Sight(places[n:], places, latents=tuple(range(t)), images=(0,)),)
+    parts = [(sight, context.probe.of_rows(sight.latents, sight.images)) for sight in sights if sight.latents]
+    return LatentProbe(tuple((sight, probe) for sight, probe in parts if probe is not None))
 
 
 def joint_context(context: ReferenceContext, n: int, frames_per_latent: int) -> JointContext:
@@ -64,5 +100,5 @@ def joint_context(context: ReferenceContext, n: int, frames_per_latent: int) -> 
             # [the frame's own | reference | image of each person], of which the clip's tokens are all there.
             shown = flags[1][frames].amin(dim=0).unflatten(0, (-1, n))[1:][slots].flatten(0, 1)
             flags = query[None], torch.cat([shown, shown.new_zeros(len(clip) * n, shown.shape[1])])[None]
-        sights.append(Sight(places([clip[t] for t in members]), keys, flags))
+        sights.append(Sight(places([clip[t] for t in members]), keys, flags, tuple(members), tuple(slots)))
     return replace(joint, sights=tuple(sights))
