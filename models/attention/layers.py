@@ -21,9 +21,7 @@ class KeyLayout:
 
     grid: tuple[int, int] | None  # (h, w) of an image's tokens that have a position in it; None: no token has
     whole: int = 0  # tokens of the whole image, such as CLIP's class token
-    # Frames, or latents, whose tokens are among the keys: 1, the one that attends, as in self-attention; more, those of
-    # a whole segment that attend to each other
-    own: int = 0
+    own: int = 0  # frames whose tokens are among the keys: 1, that which attends; more, all latents of a segment
 
     @property
     def tokens(self) -> int:
@@ -127,7 +125,7 @@ def stage_grids(network: nn.Module, height: int, width: int) -> list[tuple[int, 
 
 
 def joint_layers(layers: dict[str, LayerShape], latents: int) -> dict[str, LayerShape]:
-    """The same layers where the tokens of so many latents attend to each other, in place of a frame's to themselves."""
+    """The same layers where so many latents attend to each other, in place of each frame to itself."""
     joint = {name: replace(shape.layout, own=shape.layout.own * latents) for name, shape in layers.items()}
     return {name: replace(shape, keys=joint[name]) for name, shape in layers.items()}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.attention.context import ReferenceContext
 from models.attention.probe import WindowProbe
+from models.segments import latent_spans, middle
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class LatentProbe:
     def record(self, layer: str, query: Tensor, key: Tensor) -> None:
         """Record queries and keys of a whole sequence, (1, heads, (1 + i + t) n, d) each."""
         for sight, probe in self.parts:
-            count = len(sight.latents)
-            n = len(sight.queries) // count
-            before = len(sight.images) * n  # keys of images, which come first
-            keys = key[:, :, sight.keys.roll(-before)].expand(count, -1, -1, -1)
+            rows = len(sight.latents)
+            n = len(sight.queries) // rows
+            first = len(sight.images) * n  # keys of the clip, which the probe wants before those of images
+            keys = key[:, :, sight.keys.roll(-first)].expand(rows, -1, -1, -1)
+            queries = query[0][:, sight.queries].unflatten(1, (rows, n)).transpose(0, 1)  # (rows, heads, n, d)
             flags = None
             if sight.flags is not None:
-                flags = sight.flags[0][0].unflatten(0, (count, n)), sight.flags[1].roll(-before, 1).expand(count, -1, -1)
-            queries = query[0][:, sight.queries].unflatten(1, (count, n)).transpose(0, 1)  # (latents, heads, n, d)
+                of_keys = sight.flags[1].roll(-first, dims=1)
+                flags = sight.flags[0][0].unflatten(0, (rows, n)), of_keys.expand(rows, -1, -1)
             probe.record(layer, queries, keys, flags, query.shape[-1] ** -0.5)
 
 
@@ -76,12 +78,10 @@ def joint_context(context: ReferenceContext, n: int, frames_per_latent: int) -> 
     joint = JointContext(context.tokens, torch.tensor([[0, *images]], device=device))
     if not images:
         return joint
-    latents = [range(1)]  # the frames of each
-    while latents[-1].stop < len(index):
-        latents.append(range(latents[-1].stop, latents[-1].stop + frames_per_latent))
+    latents = latent_spans(len(index), frames_per_latent)
     groups: dict[tuple[int, ...], list[int]] = {}  # images that latents attend to -> these latents
     for t, frames in enumerate(latents):
-        groups.setdefault(tuple(index[frames[len(frames) // 2]]), []).append(t)
+        groups.setdefault(tuple(index[middle(frames)]), []).append(t)
 
     clip = [1 + len(images) + t for t in range(len(latents))]
 

@@ -66,10 +66,8 @@ class SelfAttention(WanAttnProcessor):
 def set_self_attention(transformer: diffusers.WanAnimateTransformer3DModel) -> None:
     """Give every self-attention of a transformer the processor that knows sights and probes."""
     processors = transformer.attn_processors
-    own = {
-        name: SelfAttention(name.removesuffix(".processor")) for name in processors if name.endswith(".attn1.processor")
-    }
-    transformer.set_attn_processor(processors | own)
+    layers = [name.removesuffix(".processor") for name in processors if name.endswith(".attn1.processor")]
+    transformer.set_attn_processor(processors | {f"{layer}.processor": SelfAttention(layer) for layer in layers})
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
