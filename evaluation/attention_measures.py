@@ -38,6 +38,7 @@ from inference.config import SamplingConfig
 from models.attention.maps import RecordedAttention
 from models.attention.recording import AttentionConfig, AttentionRecording
 from models.pipeline import AnimationPipeline
+from tpc import Calibration
 from tpc.silhouettes import draw_silhouettes
 from tpc.warping import Framing
 
@@ -121,11 +122,14 @@ def attention_sampler(
         names, points = body_points(driving.poses, frame.frame_map, frame.size)
         with AttentionRecording(AttentionConfig(layers=layers, mean=["heads"]), points, names) as recording:
             animation = animate(pipeline, reference, driving, sampling, tpc, show_progress=False, attention=recording)
-        recorded = recording.result
-        truth = body_truth(recorded, reference.poses, animation.calibration, frame.reference_map)
+        recorded, calibration = recording.result, animation.calibration
+        if calibration is not None:
+            window = sampling.window_size, sampling.window_overlap
+            calibration = pipeline.attended_calibration(calibration, *window, animation.cuts)
+        truth = body_truth(recorded, reference.poses, calibration, frame.reference_map)
         mask = reference_person(reference, frame)
         measure_attention(recorded, truth, mask, radius, radii).write(folder / ATTENTION_FILE)
-        row = _figure_row(recorded, truth, animation, keypoints, columns)
+        row = _figure_row(recorded, truth, animation, calibration, keypoints, columns)
         if row is not None:
             with complete_file(folder / FIGURE_FILE) as path:
                 Image.fromarray(row).save(path)
@@ -185,7 +189,12 @@ def measure_attention(
 
 
 def _figure_row(
-    recorded: RecordedAttention, truth: BodyTruth, animation: Animation, keypoints: Sequence[str], columns: int
+    recorded: RecordedAttention,
+    truth: BodyTruth,
+    animation: Animation,
+    calibration: Calibration | None,
+    keypoints: Sequence[str],
+    columns: int,
 ) -> np.ndarray | None:
     """A row of Figure 2 from the middle frame; None when no keypoint is visible there and in the reference."""
     frame = len(animation.poses) // 2
@@ -195,9 +204,8 @@ def _figure_row(
         if np.isnan(point).any() or truth.coords[0, frame, index, 0].isnan().any():
             continue
         chosen = np.unique(np.linspace(0, len(recorded.selection.steps) - 1, columns).round().astype(int)).tolist()
-        calibration = animation.calibration
         # On the outline much attention goes to the reference's background; the question is where on the body.
-        image = int(calibration is not None and calibration.member[frame, 0] >= 0)
+        image = int(calibration is not None and calibration.index(0)[frame, 0] >= 0)
         found = point_maps(recorded, truth, animation.reference, calibration, name, frame, chosen, image=image)
         return point_maps_row(found, animation.result[frame], point, name.replace("_", " "), chosen)
     return None

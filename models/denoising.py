@@ -15,6 +15,7 @@ from core.errors import UserError
 from core.processes import to_device
 from models.animators.base import Animator, Condition, PoseCondition
 from models.attention.context import joined_contexts
+from models.attention.probe import WindowProbe
 from models.attention.recording import AttentionRecording
 from models.reference_images import ReferenceImages
 from models.sampling import window_weights
@@ -53,13 +54,20 @@ class WindowPredictions:
             else:
                 contexts = [self.references.segment_context(self.segment)]
             if self.attention is not None:
-                probes = (self.attention.probe(step, at, windows, i) for i in group)
+                probes = [self._probe(step, at, windows, i) for i in group]
                 contexts = [replace(c, probe=probe) for c, probe in zip(contexts, probes, strict=True)]
             poses = [self.pose_condition(window, sample, timestep) for window in frames]
             conditions = [Condition(self.references.conditioning, *each) for each in zip(poses, contexts, strict=True)]
             parts = [sample[:, :, window.start : window.stop] for window in frames]
             found = guided_predictions(self.animator, parts, timestep, conditions, scales, self.passes_at_a_time)
             yield from zip(group, found, strict=True)
+
+    def _probe(self, step: int, at: int, windows: Sequence[range], i: int) -> WindowProbe | None:
+        if self.animator.segment_frames is None:
+            return self.attention.probe(step, at, windows, i)
+        return self.attention.row_probe(
+            step, at, self.segment.new, self.segment.latents(self.animator.frames_per_latent)
+        )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ class CalibratedClip(Protocol):
     def held(self, frames: range, groups: int) -> Self:
         """These frames alone calibrated, each of so many groups of them to the frame that fits it, at every step."""
 
+    def attending(self, index: np.ndarray) -> Self:
+        """The same, its frames attending to these images, (frames, persons) as of `index`, at every step."""
+
     def segment_image(self, frames: range) -> np.ndarray | None:
         """(H, W, 3) uint8: the calibrated image that stands for all of these frames; None: nobody is calibrated."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.transforms import frame_size
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
+from models.attention.layers import joint_layers
 from models.attention.recording import AttentionRecording, AttentionRun
 from models.config import EVERY_LEVEL, ModelSizes
 from models.denoising import Denoising, WindowPredictions
@@ -141,20 +142,20 @@ class AnimationPipeline(RunInputs):
         size: tuple[int, int],
         num_inference_steps: int,
         calibration: CalibratedClip | None = None,
+        window_size: int | None = None,
     ) -> AttentionRun:
         """The layers and sizes of a `__call__` with these arguments, for `AttentionRecording.estimate`."""
-        width, height = size
-        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        animator, (width, height) = self.animator, size
+        layers = animator.attention_layers((height // self.vae_scale_factor, width // self.vae_scale_factor))
         persons = 0 if calibration is None else calibration.persons
         replaces = persons > 0 and calibration.replaces_reference
-        return AttentionRun(
-            self.animator.attention_layers(latent_size),
-            size,
-            num_frames,
-            self.denoising_steps(num_inference_steps, calibration),
-            images=persons if replaces else 1 + persons,
-            replaced=replaces,
-        )
+        images = persons if replaces else 1 + persons
+        if animator.segment_frames is not None:
+            window_size, _ = self.default_window(num_frames, window_size, None)
+            layers = joint_layers(layers, animator.latent_frames(window_size) - animator.context_latents)
+            images = 1 if replaces else images  # one image stands for everybody
+        steps = self.denoising_steps(num_inference_steps, calibration)
+        return AttentionRun(layers, size, num_frames, steps, images, replaces)
 
     def denoising_steps(self, num_inference_steps: int, calibration: CalibratedClip | None = None) -> int:
         """Steps of a `__call__` with these arguments, see `started_timesteps`."""
@@ -245,13 +246,13 @@ class AnimationPipeline(RunInputs):
         counts = {"num_inference_steps": num_inference_steps, "passes_at_a_time": passes_at_a_time}
         self.check_counts(num_frames, window_size, window_overlap, decode_chunk_size=decode_chunk_size, **counts)
         self.check_choices(output_type, callback_on_step_end_tensor_inputs, guidance_interval, solver)
-        self.check_attachment(calibration, attention)
+        self.check_attachment(calibration)
         scales = animator.guidance_scales(guidance_scale)
         scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
         segments = self.segments(num_frames, window_size, window_overlap, cuts)
         faces = self.prepare_faces(faces, num_frames)
         if attention is not None:
-            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration))
+            attention.begin(self.attention_run(num_frames, size, num_inference_steps, calibration, window_size))
 
         steps, started = self.denoising_steps(num_inference_steps, calibration), started_frames(calibration)
         if started is not None:

@@ -6,6 +6,7 @@ Shapes use f = frames, c = channels, h, w = latent size, H, W = image size.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.attention.recording import AttentionRecording
 from models.config import check_sampling
 from models.images import (
+    REFERENCE,
     CalibratedClip,
     ImageBatch,
     ImageSequence,
@@ -70,6 +71,24 @@ class RunInputs(DiffusionPipeline):
             return [Segment(range(num_frames), range(num_frames))]
         return clip_segments(num_frames, window_size, overlap, cuts)
 
+    def attended_calibration(
+        self,
+        calibration: CalibratedClip,
+        window_size: int | None = None,
+        overlap: int | None = None,
+        cuts: Sequence[int] = (),
+    ) -> CalibratedClip:
+        """The calibration whose `index` is what frames attend to, in models of segments the images that these hold."""
+        animator = self.animator
+        if animator.segment_frames is None or calibration.replaces_reference:
+            return calibration
+        index = np.full_like(calibration.index(0), REFERENCE)
+        window = self.default_window(calibration.frames, window_size, overlap)
+        for segment in self.segments(calibration.frames, *window, cuts):
+            held = calibration.held(segment.inside, animator.images_of_segment).index(0)
+            index[list(segment.new)] = held[segment.image_frames(animator.frames_per_latent)]
+        return calibration.attending(index)
+
     def check_size(self, num_frames: int, size: tuple[int, int], calibration: CalibratedClip | None) -> None:
         """Raise ValueError for a size that the model cannot take, or another clip's calibration."""
         width, height = size
@@ -109,11 +128,8 @@ class RunInputs(DiffusionPipeline):
             )
         check_sampling(guidance_interval, solver)
 
-    def check_attachment(self, calibration: CalibratedClip | None, attention: AttentionRecording | None) -> None:
+    def check_attachment(self, calibration: CalibratedClip | None) -> None:
         """UserError for what the animator has not."""
-        animator, name = self.animator, self.animator_cls.__name__
-        if attention is not None and not animator.records_attention:
-            raise UserError(f"attention cannot be recorded: {name} has no maps of it")
         if calibration is not None and calibration.persons:
             self.check_attach("replace" if calibration.replaces_reference else "add")
 

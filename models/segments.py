@@ -30,6 +30,18 @@ class Segment:
         """The frames that no segment before has made."""
         return self.inside[self.carried :]
 
+    def latents(self, frames_per_latent: int) -> list[int]:
+        """The latent of each of the `new` frames."""
+        spans = latent_spans(len(self.frames), frames_per_latent)
+        of_frame = [latent for latent, span in enumerate(spans) for _ in span]
+        return [of_frame[frame - self.frames.start] for frame in self.new]
+
+    def image_frames(self, frames_per_latent: int) -> list[int]:
+        """The frame of the clip whose images each of the `new` frames attends to, the middle one of its latent."""
+        spans = latent_spans(len(self.frames), frames_per_latent)
+        middles = [self.frames.start + middle(spans[latent]) for latent in self.latents(frames_per_latent)]
+        return [min(frame, self.inside[-1]) for frame in middles]
+
     def sources(self) -> list[int]:
         """The frame of the clip that stands for each: beyond the end those before it, backwards and forwards."""
         length = len(self.shot)
@@ -50,6 +62,19 @@ class SegmentImages(ImageSequence):
                 self.faces = ImageSequence(faces.images[frames], faces.size, faces.device, faces.dtype)
         # (k, 3, H, W) in [-1, 1], the last frames of the segment before; None: the segment begins a shot
         self.carried = decoded[-segment.carried :] if segment.carried else None
+
+
+def latent_spans(num_frames: int, frames_per_latent: int) -> list[range]:
+    """The frames of each latent of a segment, the first of which is of one."""
+    spans = [range(1)]
+    while spans[-1].stop < num_frames:
+        spans.append(range(spans[-1].stop, spans[-1].stop + frames_per_latent))
+    return spans
+
+
+def middle(frames: range) -> int:
+    """The middle frame, which stands for those of a latent."""
+    return frames[len(frames) // 2]
 
 
 def clip_segments(num_frames: int, size: int, carried: int, cuts: Sequence[int] = ()) -> list[Segment]:

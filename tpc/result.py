@@ -100,6 +100,8 @@ class Calibration:
     reference_masks: np.ndarray  # (persons, h, w), the persons in the model's reference image
     seconds: float = 0.0  # that making it took
     cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
+    # (frames, persons) int, the image each frame attends to at every step, in place of the schedule's; not saved
+    attended: np.ndarray | None = None
 
     @property
     def frames(self) -> int:
@@ -121,6 +123,8 @@ class Calibration:
 
     def index(self, step: int) -> np.ndarray:
         """(frames, persons) int: the image of `images` each frame attends to at a denoising step, -1 = none."""
+        if self.attended is not None:
+            return self.attended
         schedule = Schedule(self.member >= 0, self.config.groups, self.config.propagation, self.config.seed, self.cuts)
         source = schedule.source_frame(step)
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
@@ -140,13 +144,16 @@ class Calibration:
 
         Groups are as equal as can be.
         """
-        member, matrices = np.full_like(self.member, -1), self.matrices.copy()
+        index = np.full_like(self.member, -1)
         for group in np.array_split(np.asarray(frames), min(groups, len(frames))):
             frame = segment_frame(self, range(group[0], group[-1] + 1))
             if frame is not None:
-                member[group], matrices[group] = self.member[frame], self.matrices[frame]
-        config = replace(self.config, propagation="off")
-        return replace(self, config=config, member=member, matrices=matrices)
+                index[group] = self.member[frame]
+        return self.attending(index)
+
+    def attending(self, index: np.ndarray) -> Self:
+        """The same, its frames attending to these images, (frames, persons), -1 = none, at every step."""
+        return replace(self, attended=index)
 
     def segment_image(self, frames: range) -> np.ndarray | None:
         """(H, W, 3): the calibrated image that stands for all of these frames; None where nobody is calibrated."""

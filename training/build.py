@@ -385,6 +385,10 @@ def check_length(model: Animator, config: TrainConfig) -> None:
             f"augmentation.calibrated.start={config.augmentation.calibrated.start} is for diffusion with a latent for "
             "every frame; leave it 0"
         )
+    if config.attention.weight > 0:
+        raise UserError(
+            f"attention.weight={config.attention.weight} is for models with a latent for every frame; leave it 0"
+        )
 
 
 def check_precision(config: TrainConfig) -> None:

@@ -97,12 +97,13 @@ def known_side(run: RecordedRun, side: str) -> str:
 def numbered_layers(layers: Sequence[str]) -> dict[str, str]:
     """Short names of the layers with their numbers, in the order in which they run.
 
-    "3: up 0.1" for up_blocks.0.attentions.1...attn1.
+    "3: up 0.1" for up_blocks.0.attentions.1...attn1, "3: blocks 3" for blocks.3.attn1.
     """
     names = {}
     for number, layer in enumerate(layers):
         block, *rest = layer.split(".")
-        indices = [part for part in rest[: rest.index("transformer_blocks")] if part.isdigit()]
+        outer = rest[: rest.index("transformer_blocks")] if "transformer_blocks" in rest else rest
+        indices = [part for part in outer if part.isdigit()]
         names[layer] = f"{number}: {block.split('_')[0]} {'.'.join(indices)}".rstrip()
     return names
 

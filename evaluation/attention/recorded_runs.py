@@ -28,7 +28,7 @@ from tpc import Calibration, CalibrationConfig
 class RecordedSide:
     frames: np.ndarray  # (f, H, W, 3) uint8 RGB
     recorded: RecordedAttention  # heads averaged
-    calibration: Calibration | None  # None: the result is without TPC
+    calibration: Calibration | None  # as frames attend to its images; None: the result is without TPC
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ def record_both(
     def side(tpc: CalibrationConfig | None) -> tuple[Animation, RecordedSide]:
         with AttentionRecording(config, *asked) as recording:
             animation = animate(pipeline, reference, driving, alone, tpc, watch, show_progress, recording)
-        return animation, RecordedSide(animation.result, recording.result, animation.calibration)
+        calibration = animation.calibration
+        if calibration is not None:
+            window = alone.window_size, alone.window_overlap
+            calibration = pipeline.attended_calibration(calibration, *window, animation.cuts)
+        return animation, RecordedSide(animation.result, recording.result, calibration)
 
     animation, plain = side(None)
     shown = animation.poses
@@ -98,7 +102,7 @@ def affordable_steps(
 ) -> list[int]:
     """The most denoising steps, spread evenly to the last one, that `record_both` can keep of every query token."""
     size = framing(pipeline, reference, driving, sampling).size
-    run = pipeline.attention_run(driving.poses.frames, size, sampling.steps)
+    run = pipeline.attention_run(driving.poses.frames, size, sampling.steps, window_size=sampling.window_size)
     both = run, replace(run, images=1 + reference.poses.persons)
     for count in range(sampling.steps, 0, -1):
         steps = spread_steps(sampling.steps, count)

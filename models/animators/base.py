@@ -99,7 +99,6 @@ class Animator(nn.Module, ABC):
 
     vae_class: Any = VAE  # of its pipeline's VAE; models of segments have a `VideoVAE`
     attachments: tuple[str, ...] = ("add", "replace")  # of calibrated images, that it knows
-    records_attention = True  # has what `models.attention.recording` asks
     takes_words = False  # a prompt, or its embedding, see `models.images.Words`
     encoders: Mapping[str, tuple[str, ...]] = {}  # embedding -> components that a run does without, given it
     published_sampling: Mapping[str, Any] = {}  # settings for folders that say none, as `AnimationPipeline.sampling`

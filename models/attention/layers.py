@@ -5,7 +5,7 @@ Shapes use n = query tokens of a layer, r = tokens of one image, h, w = a grid o
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class KeyLayout:
 
     grid: tuple[int, int] | None  # (h, w) of an image's tokens that have a position in it; None: no token has
     whole: int = 0  # tokens of the whole image, such as CLIP's class token
-    own: bool = False  # the frame's own tokens are among the keys, as in self-attention
+    own: int = 0  # frames whose tokens are among the keys: 1, that which attends; more, all latents of a segment
 
     @property
     def tokens(self) -> int:
@@ -59,7 +59,7 @@ class LayerShape:
     @property
     def layout(self) -> KeyLayout:
         """`keys`, written out."""
-        return KeyLayout(self.grid, own=True) if self.keys is None else self.keys
+        return KeyLayout(self.grid, own=1) if self.keys is None else self.keys
 
     @property
     def map_grid(self) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class LayerShape:
 
 def self_attention_level(grid: tuple[int, int], image_grid: tuple[int, int] | None = None) -> TokenLevel:
     """The level of reference attention on a grid (h, w); image_grid: of an image's tokens, None = the same."""
-    return TokenLevel(tuple(grid), KeyLayout(tuple(image_grid or grid), own=True))
+    return TokenLevel(tuple(grid), KeyLayout(tuple(image_grid or grid), own=1))
 
 
 def token_levels(layers: dict[str, LayerShape]) -> list[TokenLevel]:
@@ -122,6 +122,12 @@ def stage_grids(network: nn.Module, height: int, width: int) -> list[tuple[int, 
         if block.downsamplers is not None:
             height, width = -(-height // 2), -(-width // 2)  # a stride-2 convolution with padding 1 rounds up
     return [*grids, (height, width)]
+
+
+def joint_layers(layers: dict[str, LayerShape], latents: int) -> dict[str, LayerShape]:
+    """The same layers where so many latents attend to each other, in place of each frame to itself."""
+    joint = {name: replace(shape.layout, own=shape.layout.own * latents) for name, shape in layers.items()}
+    return {name: replace(shape, keys=joint[name]) for name, shape in layers.items()}
 
 
 def pool_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -38,6 +38,11 @@ class MapSelection:
         """Number of recorded queries of a layer."""
         return self.layers[layer].tokens if self.points is None else self.points
 
+    def keys(self, layer: str) -> int:
+        """Number of keys of a layer, with all images."""
+        shape = self.layers[layer]
+        return shape.tokens * shape.layout.own + shape.layout.tokens * self.images
+
     def shape(self, layer: str) -> tuple[int, int, int, int]:
         """(s, f, heads, p) of the maps of a layer; 1 for axes with a running mean."""
         lengths = {"steps": len(self.steps), "frames": len(self.frames), "heads": len(self.heads[layer])}
@@ -194,12 +199,23 @@ class LayerMaps:
         self.weights = np.zeros((shape[0], shape[1], shape[3]), np.float32)
 
     def add(
-        self, step: int, frame: int, queries: slice, own: np.ndarray, maps: np.ndarray, weights: np.ndarray
+        self,
+        step: int,
+        frame: int,
+        queries: slice,
+        own: np.ndarray,
+        maps: np.ndarray,
+        weights: np.ndarray,
+        images: Sequence[int] | None = None,
     ) -> None:
-        """Add own (heads, q) and maps (heads, q, k, r) of some queries, with weights (q,)."""
-        self.own[step, frame, :, queries] += own * weights
+        """Add own (heads, q) and maps (heads, q, i, r) of some queries, with weights (q,).
+
+        `images` (i,) are the maps' among the k of the run; None: the first ones.
+        """
         # A pass may have fewer images than the run: calibrated training does not calibrate every batch.
-        self.maps[step, frame, :, queries, : maps.shape[2]] += maps * weights[:, None, None]
+        images = slice(maps.shape[2]) if images is None else list(images)
+        self.own[step, frame, :, queries] += own * weights
+        self.maps[step, frame][:, queries][:, :, images] += maps * weights[:, None, None]
         self.weights[step, frame, queries] += weights
 
     def finish(self) -> None:
@@ -238,7 +254,7 @@ def _selection(facts: dict) -> MapSelection:
     for name, shape in facts["layers"].items():
         keys = shape.get("keys")
         if keys is not None:
-            keys = KeyLayout(keys["grid"] and tuple(keys["grid"]), keys["whole"], keys["own"])
+            keys = KeyLayout(keys["grid"] and tuple(keys["grid"]), keys["whole"], int(keys["own"]))
         layers[name] = LayerShape(tuple(shape["grid"]), shape["heads"], shape["channels"], keys)
     heads = {name: tuple(indices) for name, indices in facts["heads"].items()}
     rest = {name: tuple(facts[name]) for name in ("steps", "frames", "size", "mean")}

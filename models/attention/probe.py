@@ -4,9 +4,9 @@ Shapes use b = batch, f = frames, n = query tokens of a layer, p = probed querie
 images that a frame attends to, r = tokens of one image, g = flag channels, d = channels of a head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -63,16 +63,31 @@ class WindowProbe:
     selection: MapSelection
     maps: dict[str, LayerMaps]
     step: int  # position on the axis of steps
-    rows: list[int]  # recorded rows of the window
+    rows: list[int]  # recorded rows of the pass; one comes again where it has several frames, as a latent of video
     frames: list[int]  # of the clip, one for each of the rows
     points: Tensor | None  # (rows, p, 2) pixels (x, y); None: all query tokens
     weights: np.ndarray  # (rows, p), or (rows, 1) for all query tokens
+    images: tuple[int, ...] | None = None  # those of the run that are among the keys; None: the first ones
 
     def __post_init__(self) -> None:
         self._done: set[str] = set()
 
     def clip(self, rows: slice) -> Self:
         return self  # a window is one clip
+
+    def of_rows(self, rows: Sequence[int], images: Sequence[int]) -> Self | None:
+        """The probe of a part of the pass, these rows with keys of these images; None where none is recorded."""
+        kept = [i for i, row in enumerate(self.rows) if row in rows]
+        if not kept:
+            return None
+        return replace(
+            self,
+            rows=[rows.index(self.rows[i]) for i in kept],
+            frames=[self.frames[i] for i in kept],
+            points=None if self.points is None else self.points[kept],
+            weights=self.weights[kept],
+            images=tuple(images),
+        )
 
     @torch.no_grad()
     def record(
@@ -88,11 +103,12 @@ class WindowProbe:
         chosen = None
         if self.points is not None:
             chosen = token_indices(self.points.nan_to_num(), self.selection.size[::-1], shape.grid)
-        at_once, part = block_sizes(shape, len(heads), queries, key.shape[2], len(self.rows))
+        at_once, part = block_sizes(shape, len(heads), queries, self.selection.keys(layer), len(self.rows))
         for first in range(0, len(self.rows), at_once):
             block = slice(first, first + at_once)
             rows = torch.tensor(self.rows[block], device=query.device)
-            block_query, block_key = query[rows][:, picked], key[rows][:, picked]
+            # In single precision once for all parts.
+            block_query, block_key = query[rows][:, picked], key[rows][:, picked].float()
             block_flags = None if flags is None else (flags[0][rows], flags[1][rows])
             if chosen is not None:
                 block_query, block_flags = choose_queries(block_query, block_flags, chosen[block].to(query.device))
@@ -109,7 +125,7 @@ class WindowProbe:
         shape, layout = self.selection.layers[layer], self.selection.layers[layer].layout
         if "heads" in self.selection.mean:
             found = found.mean(dim=1, keepdim=True)
-        before = shape.tokens if layout.own else 0
+        before = shape.tokens * layout.own
         own, images = found[..., :before].sum(-1), found[..., before:].unflatten(-1, (-1, layout.tokens))
         if layout.grid is None:
             images = images.sum(-1, keepdim=True)
@@ -121,7 +137,7 @@ class WindowProbe:
             weights = self.weights[block][row]
             weights = np.broadcast_to(weights, own.shape[-1:]) if self.points is None else weights[queries]
             position = self.selection.position("frames", frame)
-            self.maps[layer].add(self.step, position, queries, own[row], images[row], weights)
+            self.maps[layer].add(self.step, position, queries, own[row], images[row], weights, self.images)
 
 
 def block_sizes(shape: LayerShape, heads: int, queries: int, keys: int, rows: int) -> tuple[int, int]:

@@ -59,7 +59,8 @@ class AttentionConfig:
 class AttentionRun:
     """The sizes of a run, known before it begins."""
 
-    layers: dict[str, LayerShape]  # in which frames attend to images, in the order in which they run
+    # In which frames attend to images, in the order in which they run; of a segment of latents, see `joint_layers`
+    layers: dict[str, LayerShape]
     size: tuple[int, int]  # (width, height) of the images in pixels
     frames: int  # of the clip; of a training batch, the frames of all its clips
     steps: int
@@ -207,16 +208,26 @@ class AttentionRecording:
 
     def probe(self, step: int, timestep: int, windows: Sequence[range], index: int) -> WindowProbe | None:
         """Probe of window `index` of the `windows` of a denoising step; None when nothing of it is recorded."""
+        window = windows[index]
+        return self.row_probe(step, timestep, window, range(len(window)), self._weights(windows)[index])
+
+    def row_probe(
+        self, step: int, timestep: int, frames: Sequence[int], rows: Sequence[int], weights: np.ndarray | None = None
+    ) -> WindowProbe | None:
+        """Probe of a pass that has frames of the clip in these rows; None when nothing of it is recorded.
+
+        `weights` (frames,): the part of each frame's values that the pass gives; None: all.
+        """
         selection = self._selection
         if step not in selection.steps:
             return None
         self._timesteps[step] = timestep
-        window, weights = windows[index], self._weights(windows)[index]
-        rows = [row for row, frame in enumerate(window) if frame in selection.frames and weights[row] > 0]
-        if not rows:
+        weights = np.ones(len(frames), np.float32) if weights is None else weights
+        kept = [i for i, frame in enumerate(frames) if frame in selection.frames and weights[i] > 0]
+        if not kept:
             return None
-        frames = [window[row] for row in rows]
-        weights = weights[rows, None]  # (rows, 1)
+        rows, frames = [rows[i] for i in kept], [frames[i] for i in kept]
+        weights = weights[kept, None]  # (rows, 1)
         points = None
         if self.points is not None:
             points = torch.from_numpy(self.points[frames])
@@ -242,11 +253,13 @@ def recording_size(selection: MapSelection, frames: int, on_disk: bool) -> Recor
     """The bytes that recording a selection takes in a run of so many frames."""
     stored, working = 0, 0
     for layer, shape in selection.layers.items():
-        layout, heads, tokens = shape.layout, selection.heads[layer], prod(shape.map_grid)
-        rows, keys = prod(selection.shape(layer)), shape.tokens * layout.own + layout.tokens * selection.images
+        heads, tokens = selection.heads[layer], prod(shape.map_grid)
+        rows, keys = prod(selection.shape(layer)), selection.keys(layer)
         steps, kept_frames, _, queries = selection.shape(layer)
         stored += FLOAT_BYTES * (rows * (selection.images * tokens + 1) + steps * kept_frames * queries)
         at_once, part = block_sizes(shape, len(heads), queries, keys, min(frames, len(selection.frames)))
         numbers = at_once * keys * (len(heads) * part + shape.channels)
+        if shape.layout.own > 1:  # queries and keys of the whole sequence are made, and chosen, beside the pass
+            numbers += keys * shape.channels
         working = max(working, FLOAT_BYTES * COPIES * numbers)
     return RecordingSize(stored, working, on_disk)

@@ -22,7 +22,15 @@ from tests.networks import TINY
 from tpc.config import CalibratedTrainingConfig
 from training.autoencoder import build_vae, train_vae
 from training.build import make_scheduler, set_trainable
-from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig, VAEConfig
+from training.config import (
+    AttentionLossConfig,
+    AugmentationConfig,
+    DataConfig,
+    LoraConfig,
+    NoiseConfig,
+    TrainConfig,
+    VAEConfig,
+)
 from training.data import driven_clips, ensure_latents, latents_folder, make_dataset
 from training.loop import build, run_training
 from training.memory import estimate
@@ -288,6 +296,7 @@ IMAGE_VAE = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channel
             "augmentation.calibrated.start=0.5 is for diffusion",
         ),
         ({"stage": "image", "data": replace(DATA, num_frames=1, cache="x", cache_latents=True)}, "cache_latents=true"),
+        ({"attention": AttentionLossConfig(weight=0.1)}, "attention.weight=0.1 is for models with a latent"),
         ({"trainable": "motion"}, "trainable=motion is not one of full, lora"),
         ({"model": replace(SIZES, block_out_channels=[8, 16])}, "block_out_channels=\\[8, 16\\].*one number each"),
         ({"model": replace(SIZES, block_out_channels=[18], norm_num_groups=9)}, "even number of channels"),

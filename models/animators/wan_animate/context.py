@@ -1,7 +1,8 @@
-"""What the tokens of a segment see of reference and calibrated images, all of them in one sequence.
+"""What the tokens of a segment see of reference and calibrated images, all of them in one sequence, and its recording.
 
 Shapes use f = frames, t = latent frames of the clip, n = tokens of one of them or of an image, p = persons,
-i = calibrated images that a segment sees, g = flag channels. The sequence has (1 + i + t) n tokens.
+i = calibrated images that a segment sees, g = flag channels, d = channels of a head. The sequence has (1 + i + t) n
+tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from models.attention.context import ReferenceContext
+from models.attention.probe import WindowProbe
+from models.segments import latent_spans, middle
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,29 @@ class Sight:
     queries: Tensor  # (q,) long, their places in the sequence
     keys: Tensor  # (k,) long
     flags: tuple[Tensor, Tensor] | None = None  # of these, (1, q, g) and (1, k, g): a common one hides; None: nothing
+    latents: tuple[int, ...] = ()  # whose tokens these are, and all of the clip's are the last of the keys
+    images: tuple[int, ...] = ()  # which of a frame's 1 + p images the other keys are of
+
+
+@dataclass(frozen=True)
+class LatentProbe:
+    """Shows latents to a probe as the frames of a batch: their queries, and keys [clip | image | image ...]."""
+
+    parts: tuple[tuple[Sight, WindowProbe], ...]  # latents that attend to the same images, and the probe of these rows
+
+    def record(self, layer: str, query: Tensor, key: Tensor) -> None:
+        """Record queries and keys of a whole sequence, (1, heads, (1 + i + t) n, d) each."""
+        for sight, probe in self.parts:
+            rows = len(sight.latents)
+            n = len(sight.queries) // rows
+            first = len(sight.images) * n  # keys of the clip, which the probe wants before those of images
+            keys = key[:, :, sight.keys.roll(-first)].expand(rows, -1, -1, -1)
+            queries = query[0][:, sight.queries].unflatten(1, (rows, n)).transpose(0, 1)  # (rows, heads, n, d)
+            flags = None
+            if sight.flags is not None:
+                of_keys = sight.flags[1].roll(-first, dims=1)
+                flags = sight.flags[0][0].unflatten(0, (rows, n)), of_keys.expand(rows, -1, -1)
+            probe.record(layer, queries, keys, flags, query.shape[-1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,18 @@ class JointContext(ReferenceContext):
     """The context of a segment: index (1, 1 + i), and who sees what; None: everybody everything."""
 
     sights: tuple[Sight, ...] | None = None
+
+
+def latent_probe(context: ReferenceContext, t: int, n: int) -> LatentProbe | None:
+    """The probe of a segment whose context has one of its frames; None: nothing is recorded."""
+    if context.probe is None:
+        return None
+    sights = context.sights if isinstance(context, JointContext) else None
+    if sights is None:  # everybody sees everything
+        places = torch.arange((1 + t) * n, device=context.index.device)
+        sights = (Sight(places[n:], places, latents=tuple(range(t)), images=(0,)),)
+    parts = [(sight, context.probe.of_rows(sight.latents, sight.images)) for sight in sights if sight.latents]
+    return LatentProbe(tuple((sight, probe) for sight, probe in parts if probe is not None))
 
 
 def joint_context(
@@ -43,12 +81,10 @@ def joint_context(
     joint = JointContext(context.tokens, torch.tensor([[0, *images]], device=device))
     if not images:
         return joint
-    latents = [range(1)]  # the frames of each
-    while latents[-1].stop < len(index):
-        latents.append(range(latents[-1].stop, latents[-1].stop + frames_per_latent))
+    latents = latent_spans(len(index), frames_per_latent)
     groups: dict[tuple[int, ...], list[int]] = {}  # images that latents attend to -> these latents
     for t, frames in enumerate(latents):
-        groups.setdefault(tuple(index[frames[len(frames) // 2]]), []).append(t)
+        groups.setdefault(tuple(index[middle(frames)]), []).append(t)
 
     clip = [1 + len(images) + t for t in range(len(latents))]
 
@@ -67,5 +103,5 @@ def joint_context(
             # [the frame's own | reference | image of each person], of which the clip's tokens are all there.
             shown = flags[1][frames].amin(dim=0).unflatten(0, (-1, n))[1:][slots].flatten(0, 1)
             flags = query[None], torch.cat([shown, shown.new_zeros(len(clip) * n, shown.shape[1])])[None]
-        sights.append(Sight(places([clip[t] for t in members]), keys, flags))
+        sights.append(Sight(places([clip[t] for t in members]), keys, flags, tuple(members), tuple(slots)))
     return replace(joint, sights=tuple(sights))

@@ -22,7 +22,7 @@ from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5Enco
 
 from core.errors import UserError
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
-from models.animators.wan_animate.context import JointContext, joint_context
+from models.animators.wan_animate.context import JointContext, joint_context, latent_probe
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
 from models.animators.wan_animate.small import small_networks
 from models.animators.wan_animate.text import PROMPT, TOKENS, embedded
@@ -64,7 +64,6 @@ class WanAnimate(Animator):
 
     vae_class = VideoVAE
     images_of_segment = 4
-    records_attention = False
     pose_kind = "Wan-Animate"
     takes_words = True
     encoders = MappingProxyType(
@@ -212,7 +211,9 @@ class WanAnimate(Animator):
         noisy = torch.cat([first] * reference.shape[2] + [clip], dim=2)
         latents = torch.cat([noisy, known], dim=1)
         sights = context.sights if isinstance(context, JointContext) else None
-        flow = self.transformer(latents, timestep, words.prompt, words.image, driving.poses, driving.faces, sights)
+        probe = latent_probe(context, clip.shape[2], math.prod(self.token_grid(sample.shape[-2:])))
+        inputs = words.prompt, words.image, driving.poses, driving.faces
+        flow = self.transformer(latents, timestep, *inputs, sights, probe)
         return torch.cat([flow[:, :, :1], flow[:, :, reference.shape[2] :]], dim=2)
 
     def segment_context(self, context: ReferenceContext, latent_size: tuple[int, int]) -> ReferenceContext:

@@ -12,23 +12,28 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan_animate import WanAttention, WanAttnProcessor
 from torch import Tensor
 
-from models.animators.wan_animate.context import Sight
+from models.animators.wan_animate.context import LatentProbe, Sight
 from models.attention.masking import masked_attention
 
 
 class Rotary(tuple):
-    """(cos, sin) as blocks hand them on to their self-attention, and beside them who sees what."""
+    """(cos, sin) as blocks hand them on to their self-attention, and beside them who sees what, and who records it."""
 
     sights: Sequence[Sight] | None  # None: everybody sees everything
+    probe: LatentProbe | None  # None: nobody
 
-    def __new__(cls, cos: Tensor, sin: Tensor, sights: Sequence[Sight] | None) -> "Rotary":
+    def __new__(cls, cos: Tensor, sin: Tensor, sights: Sequence[Sight] | None, probe: LatentProbe | None) -> "Rotary":
         made = super().__new__(cls, (cos, sin))
-        made.sights = sights
+        made.sights, made.probe = sights, probe
         return made
 
 
 class SelfAttention(WanAttnProcessor):
     """Stock self-attention, or, of tokens that do not all see everything, by those who see the same."""
+
+    def __init__(self, layer: str):
+        super().__init__()
+        self.layer = layer
 
     def __call__(
         self,
@@ -38,13 +43,16 @@ class SelfAttention(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        if rotary_emb is None or rotary_emb.sights is None:
+        if rotary_emb is None or (rotary_emb.sights is None and rotary_emb.probe is None):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        query, key, value = (
-            x.transpose(1, 2) for x in (rotated(query, *rotary_emb), rotated(key, *rotary_emb), value)
-        )
+        query, key = (rotated(x.unflatten(2, (attn.heads, -1)), *rotary_emb).transpose(1, 2) for x in (query, key))
+        if rotary_emb.probe is not None:
+            rotary_emb.probe.record(self.layer, query, key)
+        if rotary_emb.sights is None:
+            del query, key
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         attended = torch.empty_like(query)  # (b, heads, n, d)
         for sight in rotary_emb.sights:
             part = query[:, :, sight.queries], key[:, :, sight.keys], value[:, :, sight.keys]
@@ -56,10 +64,10 @@ class SelfAttention(WanAttnProcessor):
 
 
 def set_self_attention(transformer: diffusers.WanAnimateTransformer3DModel) -> None:
-    """Give every self-attention of a transformer the processor that knows sights."""
+    """Give every self-attention of a transformer the processor that knows sights and probes."""
     processors = transformer.attn_processors
-    own = {name: SelfAttention() for name in processors if name.endswith(".attn1.processor")}
-    transformer.set_attn_processor(processors | own)
+    layers = [name.removesuffix(".processor") for name in processors if name.endswith(".attn1.processor")]
+    transformer.set_attn_processor(processors | {f"{layer}.processor": SelfAttention(layer) for layer in layers})
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,9 +78,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
-    """The stock model and its weights; `forward` takes further references, and who sees them.
+    """The stock model and its weights; `forward` takes further references, who sees them, and a probe of that.
 
-    The latter wants `set_self_attention`.
+    The latter two want `set_self_attention`.
     """
 
     def forward(
@@ -84,6 +92,7 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
         poses: Tensor,
         faces: Tensor,
         sights: Sequence[Sight] | None = None,
+        probe: LatentProbe | None = None,
     ) -> Tensor:
         """The predicted flow (b, c, k + t, h, w).
 
@@ -95,9 +104,10 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
             poses: latents of the pose images, (b, c, t, h, w).
             faces: (b, 3, f, S, S) in [-1, 1], f = 4 t - 3.
             sights: what each of the tokens sees; None: all of them.
+            probe: of self-attention; None: nothing is recorded.
         """
         references = latents.shape[2] - poses.shape[2]
-        rotary = self._rotary(latents, references, sights)
+        rotary = Rotary(*self._rotary(latents, references), sights, probe)
         context = self.patch_embedding(latents)
         hidden = torch.cat(
             [context[:, :, :references], context[:, :, references:] + self.pose_patch_embedding(poses)], dim=2
@@ -123,12 +133,12 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
         # (b, frames, rows, columns, p_t, p_h, p_w, c), each patch to its place
         return flow.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary(self, latents: Tensor, references: int, sights: Sequence[Sight] | None) -> Rotary:
-        """Positions of all tokens; every reference is at the place and time of the first."""
+    def _rotary(self, latents: Tensor, references: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (1, n, 1, d) of all positions; every reference is at the place and time of the first."""
         cos, sin = self.rope(latents[:, :, references - 1 :])
         tokens = latents[0, 0, 0].numel() // (self.config.patch_size[1] * self.config.patch_size[2])
         cos, sin = (torch.cat([*[part[:, :tokens]] * (references - 1), part], dim=1) for part in (cos, sin))
-        return Rotary(cos, sin, sights)
+        return cos, sin
 
     def _motion(self, faces: Tensor, references: int) -> Tensor:
         """What the faces do, (b, references + t, tokens, channels); nothing in the references."""

@@ -16,7 +16,6 @@ from models.animators.wan_animate.context import joint_context
 from models.animators.wan_animate.model import WanAnimatePipeline
 from models.attention.context import ReferenceContext
 from models.attention.masking import Visibility, hidden_pairs
-from models.attention.recording import AttentionConfig, AttentionRecording
 from models.images import Words
 from models.sampling import noise_level
 from tests.models.test_pipeline import standing_poses
@@ -201,7 +200,6 @@ def test_what_segments_cannot_be():
         "solver=ddim knows no flow matching": {"solver": "ddim"},
         "faces are 3 images, poses 5": {"faces": given["faces"][:3]},
         "window_overlap must be 0 to 4": {"window_overlap": 4},  # which becomes 5
-        "attention cannot be recorded": {"attention": AttentionRecording(AttentionConfig())},
         "size must be multiples of 16": {"width": 40, "height": 32},
     }
     for told, arguments in refused.items():
