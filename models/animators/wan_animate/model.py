@@ -23,7 +23,7 @@ from core.errors import UserError
 from models.animators.base import Animator, Condition, PoseCondition
 from models.animators.wan_animate.context import JointContext, joint_context
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
-from models.animators.wan_animate.text import PROMPT, embedded
+from models.animators.wan_animate.text import PROMPT, embedded, image_tokens
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
 from models.images import ImageBatch, Words
@@ -64,6 +64,7 @@ class WanAnimate(Animator):
     records_attention = False
     pose_kind = "Wan-Animate"
     takes_words = True
+    default_prompt = PROMPT
     encoders = MappingProxyType(
         {"prompt": ("text_encoder", "tokenizer"), "image": ("image_encoder", "image_processor")}
     )
@@ -72,6 +73,7 @@ class WanAnimate(Animator):
     segment_frames = 77
     frames_per_latent = 4
     context_latents = 1
+    text_embedding, image_embedding = staticmethod(embedded), staticmethod(image_tokens)
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class WanAnimate(Animator):
 
     def encode_reference(self, reference: ImageBatch) -> WanConditioning:
         words = reference.words
-        prompt = self.embedding("prompt", words.prompt or PROMPT, words)
+        prompt = self.embedding("prompt", words.prompt or self.default_prompt, words)
         if prompt is None:
             raise UserError(
                 "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt), or get "
@@ -122,7 +124,7 @@ class WanAnimate(Animator):
                     "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
                     "image), or get image_encoder/ and image_processor/ of the model"
                 )
-            image = self.image_tokens(reference.pixels)
+            image = image_tokens(reference.pixels, self.image_encoder, self.image_processor)
         negative = self.embedding("negative_prompt", words.negative_prompt or "", words)
         return WanConditioning(reference.vae, prompt, negative, image.to(prompt))
 
@@ -132,13 +134,6 @@ class WanAnimate(Animator):
         if found is None and self.text_encoder is not None:
             found = embedded(text, self.text_encoder, self.tokenizer)
         return None if found is None else found.to(self.transformer.device, self.dtype)
-
-    def image_tokens(self, pixels: Tensor) -> Tensor:
-        """CLIP's tokens (1, n, channels) of an image (1, 3, H, W) in [-1, 1]: those before its last layer."""
-        image = ((pixels[0].float() + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-        inputs = self.image_processor(images=image, return_tensors="pt").pixel_values
-        encoder = self.image_encoder
-        return encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
 
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: WanConditioning) -> dict[str, Tensor]:
         return {SOURCE: images.latents.flatten(2).transpose(1, 2)}  # (i, h w, c)

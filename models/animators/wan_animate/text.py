@@ -1,11 +1,11 @@
-"""Embeddings of prompts for Wan-Animate."""
+"""Embeddings of prompts and references for Wan-Animate."""
 
 import html
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 PROMPT = "视频中的人在做动作"  # the published default: the person in the video moves
 TOKENS = 512  # of every embedding, which the transformer's cross-attention counts on
@@ -20,3 +20,11 @@ def embedded(text: str, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenize
     length = int(mask.sum())
     hidden = encoder(ids, mask).last_hidden_state[:, :length]
     return F.pad(hidden, (0, 0, 0, TOKENS - length))
+
+
+@torch.no_grad()
+def image_tokens(pixels: Tensor, encoder: CLIPVisionModel, processor: BaseImageProcessor) -> Tensor:
+    """CLIP's tokens (1, n, channels) of an image (1, 3, H, W) in [-1, 1]: those before its last layer."""
+    image = ((pixels[0].float() + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    inputs = processor(images=image, return_tensors="pt").pixel_values
+    return encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]

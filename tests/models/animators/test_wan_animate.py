@@ -15,6 +15,7 @@ from core.errors import UserError
 from data.poses.person import PackedMasks
 from models.animators.wan_animate.context import joint_context
 from models.animators.wan_animate.model import WanAnimatePipeline
+from models.animators.wan_animate.text import image_tokens
 from models.attention.context import ReferenceContext
 from models.attention.masking import Visibility, hidden_pairs
 from models.attention.recording import AttentionConfig, AttentionRecording
@@ -141,7 +142,8 @@ def test_a_segment_sees_its_calibrated_image_in_place_of_the_reference(calibrati
     # The image of a segment is a reference as any other, but that CLIP has seen the original.
     shown = calibration.segment_image(range(SEGMENT))
     original = torch.from_numpy(given["reference"]).permute(2, 0, 1)[None] / 127.5 - 1
-    words = Words(embeddings={"image": wan_pipeline().animator.image_tokens(original)})
+    clip = wan_pipeline().image_encoder, wan_pipeline().image_processor
+    words = Words(embeddings={"image": image_tokens(original, *clip)})
     expected, found = run(None, words, reference=shown), run(calibration)
     assert np.abs(found[:SEGMENT] - expected[:SEGMENT]).max() < 1e-6
     assert np.abs(found[:SEGMENT] - plain[:SEGMENT]).mean() > 3e-4
