@@ -1,7 +1,6 @@
 """Configurations of sampling and of `infer.py`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -144,8 +143,6 @@ class EmbeddingsConfig:
     dtype: str = choice("auto", DTYPES)  # of the encoders; auto: bfloat16 on CUDA, float32 elsewhere
 
     def check(self) -> None:
-        if self.output != MISSING and Path(self.output).suffix != ".safetensors":
-            raise UserError(f"output={self.output} must be a file that ends in .safetensors")
         if self.reference is not None and self.size is None:
             raise UserError("size= is required beside reference=: the width and height that infer.py is given")
 

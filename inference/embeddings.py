@@ -7,8 +7,10 @@ The file holds `prompt` and `negative_prompt`, and with reference= also `image`.
 the folders of these encoders are read, so that it may lie on another machine than the rest of the model.
 """
 
+from pathlib import Path
+
 from core.config import load_config
-from core.errors import run_command
+from core.errors import UserError, run_command
 from core.files import check_paths
 from inference.config import EmbeddingsConfig
 
@@ -16,6 +18,8 @@ from inference.config import EmbeddingsConfig
 def main(arguments: list[str]) -> None:
     config = load_config(EmbeddingsConfig, arguments, about=__doc__)
     check_paths({"model": config.model, "reference": config.reference})
+    if Path(config.output).suffix != ".safetensors" or Path(config.output).is_dir():
+        raise UserError(f"output={config.output} must be a file that ends in .safetensors")
     # Networks take seconds to import, which wrong arguments need not wait for.
     from inference.words import write_embeddings
 

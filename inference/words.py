@@ -47,7 +47,7 @@ def write_embeddings(config: EmbeddingsConfig) -> dict[str, Tensor]:
     index = read_index(folder)
     cls = saved_class(index)
     if cls is None or not cls.animator_cls.encoders:
-        raise UserError(f"model={folder} is a {index.get('_class_name')}, which takes no embeddings")
+        raise UserError(f"model={folder} ({index.get('_class_name')}) takes no embeddings")
     animator, (device, dtype) = cls.animator_cls, choose_device(config.device, config.dtype)
 
     def encoder(embedding: str) -> list[Any]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.errors import UserError
-from models.checkpoints.convert import families
+from models.checkpoints.convert import published_models
 from models.checkpoints.networks import MotionSizes, UNetSizes
 
 # Standard deviations of synthetic biases, and of norm weights about one.
@@ -124,8 +124,8 @@ def read_fixture(path: str | Path) -> Fixture:
 
 @torch.inference_mode()
 def compute(fixture: Fixture) -> dict[str, Tensor]:
-    """The outputs of the family whose files the fixture describes."""
-    known = {family.fixture: family.outputs for family in families().values() if family.fixture}
+    """The outputs of the published model whose files the fixture describes."""
+    known = {model.fixture: model.outputs for model in published_models().values() if model.fixture}
     outputs = known.get(frozenset(fixture.shapes))
     if outputs is None:
         files = "; ".join(", ".join(sorted(files)) for files in known)
