@@ -102,10 +102,14 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
 
     `what` is the file's path.
     """
-    whole = all_shards(Path(what))
+    whole, lost = all_shards(Path(what))
     recognised = closest(whole or tensors, what)[0]
     if whole:
-        recognised = replace(recognised, detail=f"{recognised.detail}; shard of {len(whole)} tensors".lstrip("; "))
+        detail, mismatch = f"shard of {len(whole) + len(lost)} tensors", recognised.mismatch
+        detail = f"{recognised.detail}; {detail}" if recognised.detail else detail
+        if mismatch is not None:
+            mismatch = replace(mismatch, missing=tuple(dict.fromkeys((*mismatch.missing, *lost))))
+        recognised = replace(recognised, detail=detail, mismatch=mismatch)
     return Inspection(
         **vars(recognised),
         tensors=len(tensors),
@@ -116,15 +120,20 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     )
 
 
-def all_shards(shard: Path) -> dict[str, Tensor]:
-    """The tensors of a shard and of those beside it, without their numbers; empty for what is no such shard."""
-    whole, index = {}, shard.with_name(f"{shard.name.partition('-0')[0]}.safetensors.index.json")
+def all_shards(shard: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a shard and of those beside it, without their numbers; empty for what is no such shard.
+
+    With them the names that their index lists and no shard has.
+    """
+    whole, listed, index = {}, [], shard.with_name(f"{shard.name.partition('-0')[0]}.safetensors.index.json")
     if SHARD.fullmatch(shard.name) and shard.suffix == ".safetensors" and index.is_file():
-        for file in (shard.with_name(name) for name in shard_names(index, str(index))):
+        files = [shard.with_name(name) for name in shard_names(index, str(index))]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in files:
             with safe_open(file, "pt") if file.is_file() else nullcontext({}) as tensors:
                 for name in tensors.keys():
                     whole[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
-    return whole
+    return whole, [name for name in listed if name not in whole]
 
 
 def published_weights(path: Path) -> tuple[str, PublishedModel | None] | None:

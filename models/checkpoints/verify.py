@@ -25,6 +25,7 @@ from models.checkpoints.networks import MotionSizes, UNetSizes
 
 # Standard deviations of synthetic biases, and of norm weights about one.
 BIAS_SCALE, NORM_SCALE = 0.05, 0.1
+SELF_SCALED = "motion_encoder."  # begin of the names of Wan-Animate's weights that their layers scale by themselves
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def synthetic_array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The float32 array of one name: the same name, shape and seed give the same numbers on every machine."""
     if name.endswith("pos_encoder.pe"):
         array = sinusoids(shape[1], shape[2])[None]
+    elif len(shape) > 1 and name.startswith(SELF_SCALED):
+        array = draws(name, shape, seed)
     elif len(shape) > 1:  # 1 / sqrt(fan in): activations keep their size
         array = draws(name, shape, seed) / math.sqrt(math.prod(shape[1:]))
     elif name.endswith("weight"):  # a vector of weights belongs to a norm
