@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> None:
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
     from data.poses.drawing import FIGURES
-    from inference.pairs import animate_pairs, words_of
+    from inference.pairs import animate_pairs
+    from inference.words import words_of
     from models.animators.registry import load_pipeline
     from models.compiling import compile_unets, use_channels_last
 

@@ -117,6 +117,12 @@ def framing(pipeline: AnimationPipeline, reference: Reference, driving: Driving,
     return Framing(size, fit_matrix(driving.size, size, "cover"), reference_map)
 
 
+def in_frame(image: np.ndarray, reference_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The reference (h, w, 3) as the model is shown it, a frame of (width, height), its scene painted on around it."""
+    beyond = ~quad_mask(reference_map, image.shape[1::-1], size)
+    return continued(apply_fit(image, reference_map, size), beyond)
+
+
 def with_own_start(tpc: CalibrationConfig, pipeline: AnimationPipeline, masked: bool) -> CalibrationConfig:
     """The calibration that begins where the model is best begun, if the preset `best` is left to choose.
 
@@ -172,8 +178,7 @@ def model_inputs(
         raise UserError(f"the model reads {pipeline.pose_kind} images, which cannot be drawn from keypoints")
     frame = framing(pipeline, reference, driving, sampling)
     size = frame.size
-    beyond = ~quad_mask(frame.reference_map, reference.image.shape[1::-1], size)
-    image = continued(apply_fit(reference.image, frame.reference_map, size), beyond)
+    image = in_frame(reference.image, frame.reference_map, size)
     poses = pose_images(driving, frame.frame_map, size, pipeline.pose_kind)
     faces, side = None, pipeline.animator.face_size
     if side is not None and driving.frames is not None and driving.poses is not None:

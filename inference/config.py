@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from core.config import DTYPES, LARGEST_SEED, LARGEST_SIDE, choice, device, number, numbers
 from core.errors import UserError
 from core.values import MANY
@@ -122,6 +124,27 @@ class InferConfig(SamplingConfig):
                 f"pose.retarget={self.pose.retarget} moves keypoints, of which figures are drawn; those of "
                 "pose_images= cannot be moved: give one of the two"
             )
+
+
+@dataclass
+class EmbeddingsConfig:
+    """Embeddings for `infer.py embeddings=`; `size` and `reference_fit` as of that run."""
+
+    model: str = MISSING  # pipeline folder, of which model_index.json and the encoders are read
+    output: str = MISSING  # the safetensors file to write
+    prompt: str | None = None  # what the result shows; null: the model's own
+    negative_prompt: str | None = None  # what guidance leads away from; null: a prompt without words
+    reference: str | None = None  # image whose embedding is written, too
+    # width and height of the result in pixels, which the reference is fitted to
+    size: list[int] | None = numbers(None, 8, LARGEST_SIDE, length=2)
+    # contain: all of the reference, its scene painted on around it; cover: cut to the frame
+    reference_fit: str = choice("contain", FIT_MODES)
+    device: str = device()  # auto: CUDA where there is one
+    dtype: str = choice("auto", DTYPES)  # of the encoders; auto: bfloat16 on CUDA, float32 elsewhere
+
+    def check(self) -> None:
+        if self.reference is not None and self.size is None:
+            raise UserError("size= is required beside reference=: the width and height that infer.py is given")
 
 
 PAIR_KEYS = ("reference", "driving", "output", "reference_poses", "driving_poses", "pose_images")

@@ -8,11 +8,9 @@ from pathlib import Path
 from threading import Event
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 from core.config import check_config, config_dict, save_config
-from core.errors import UserError
 from core.files import complete_folder
 from data.inputs import Driving, Reference, load_driving, load_reference
 from data.poses.poses import open_estimator
@@ -28,8 +26,7 @@ from inference.animate import (
     write_animation,
 )
 from inference.config import InferConfig, SamplingConfig
-from models.checkpoints.files import read_tensors
-from models.images import EMBEDDINGS, Words
+from inference.words import words_of
 from models.pipeline import AnimationPipeline
 from tpc.calibration import Progress
 from tpc.retargeting import retargeted
@@ -152,25 +149,6 @@ def calibrated(pair: Pair, pipeline: AnimationPipeline, progress: Progress = CAL
     tpc = pair.job.tpc if pair.job.tpc.enabled else None
     inputs = model_inputs(pipeline, pair.reference, pair.driving, pair.job, tpc, pair.watch, progress)
     return replace(inputs, words=words_of(pair.job))
-
-
-def words_of(job: InferConfig) -> Words | None:
-    """What the configuration says in words, and cached embeddings; None: nothing."""
-    if not job.has_words:
-        return None
-    embeddings = {} if job.embeddings is None else read_embeddings(job.embeddings)
-    return Words(job.prompt, job.negative_prompt, embeddings)
-
-
-def read_embeddings(path: str) -> dict[str, Tensor]:
-    """Tensors of `models.images.Words` by name; a `UserError` where a file holds something else."""
-    embeddings = read_tensors(path, "embeddings")
-    if wrong := [n for n, value in embeddings.items() if n not in EMBEDDINGS or value.ndim != 3 or len(value) != 1]:
-        raise UserError(
-            f"embeddings={path} has {wrong[0]} of shape {list(embeddings[wrong[0]].shape)}; it may hold "
-            f"{', '.join(EMBEDDINGS)}, each (1, tokens, channels)"
-        )
-    return embeddings
 
 
 def write_pair(pair: Pair, animation: Animation) -> list[str]:

@@ -9,7 +9,7 @@ import data.config as data
 import evaluation.config as evaluation
 import models.config as models
 import training.config as training
-from inference.config import InferConfig
+from inference.config import EmbeddingsConfig, InferConfig
 from tpc.config import CommandConfig
 
 
@@ -35,6 +35,7 @@ class Command:
 
 COMMANDS = (
     Command("infer", InferConfig),
+    Command("inference.embeddings", EmbeddingsConfig),
     Command("train", training.TrainConfig),
     Command("prepare", data.PrepareConfig),
     Command("prepare", data.CheckConfig, ("check",)),

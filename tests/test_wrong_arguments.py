@@ -57,6 +57,10 @@ TRAINING = (
 # Command -> (arguments that are right, wrong ones, each in a run of its own).
 WRONG = {
     "infer.py": ("", SAMPLING),
+    "-m inference.embeddings": ("model=assets/tiny_model output=x.safetensors", (
+        "model=none", "output=x.pth", "reference=none.png size=[32,32]", "reference=assets/samples/photo.jpg",
+        "size=[32]", "dtype=int8", "device=gpu", "reference_fit=stretch", "prompts=x", "model=assets/tiny_model",
+    )),
     "train.py": (TRAIN, TRAINING),
     "-m training.vae": ("output=runs/x", (
         "loss=cubes", "crop=1", "blocks=[]", "blocks=[-1]", "width=0", "latent_channels=0", "latent_noise=nan",

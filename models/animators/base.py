@@ -100,6 +100,7 @@ class Animator(nn.Module, ABC):
     vae_class: Any = VAE  # of its pipeline's VAE; models of segments have a `VideoVAE`
     attachments: tuple[str, ...] = ("add", "replace")  # of calibrated images, that it knows
     takes_words = False  # a prompt, or its embedding, see `models.images.Words`
+    default_prompt = ""
     encoders: Mapping[str, tuple[str, ...]] = {}  # embedding -> components that a run does without, given it
     published_sampling: Mapping[str, Any] = {}  # settings for folders that say none, as `AnimationPipeline.sampling`
     face_size: int | None = None  # side of the face images that `pose_condition` gets; None: none
@@ -177,6 +178,16 @@ class Animator(nn.Module, ABC):
 
         It comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
         """
+
+    @staticmethod
+    def text_embedding(text: str, *encoder: Any) -> Tensor:
+        """Embedding (1, n, c) of a text by the components that `encoders` names for "prompt"."""
+        raise NotImplementedError
+
+    @staticmethod
+    def image_embedding(pixels: Tensor, *encoder: Any) -> Tensor:
+        """Embedding (1, n, c) of an image (1, 3, H, W) in [-1, 1] by the components that `encoders` names for it."""
+        raise NotImplementedError
 
     @abstractmethod
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: Any) -> dict[str, Tensor]:

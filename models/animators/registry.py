@@ -151,11 +151,13 @@ def not_a_pipeline(path: Path, argument: str, found: str = "") -> UserError:
     known = f"the pipelines known here are {', '.join(pipeline_names())}"
     if weights is None:
         return UserError(f"{what}, no pipeline folder; {known}" if found else f"{what}, no pipeline folder")
-    kind, family = weights
+    kind, model = weights
+    holds = f"{what}, published weights{'' if kind == 'weights' else f' ({kind})'} and no pipeline folder"
+    if model is not None and model.repository:
+        return UserError(f"{holds}; {model.repository} is one as it comes: give the folder of all of it")
     folder = path if path.is_dir() else path.parent
-    command = f"python -m models.checkpoints convert family={family or 'NAME'} weights={folder} output=FOLDER"
-    holds = "" if kind == "weights" else f" ({kind})"
-    return UserError(f"{what}, published weights{holds} and no pipeline folder; make one of them: {command}")
+    command = f"python -m models.checkpoints convert family={model.name if model else 'NAME'} weights={folder}"
+    return UserError(f"{holds}; make one of them: {command} output=FOLDER")
 
 
 def write_training_facts(folder: Path, attention_supervised: bool | None) -> None:

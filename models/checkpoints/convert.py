@@ -1,12 +1,13 @@
 """From published files to a pipeline folder that `infer.py model=` and `train.py model.init=` take.
 
-A family is one published model. Its files, and how they become a pipeline, are said once: in `checkpoint.py` of its
-animator's folder, as one of `FAMILIES`.
+A published model is said once: in `checkpoint.py` of its animator's folder, as one of `FAMILIES`. Where its files are
+to become a pipeline it is a `Family`, which says how; where they come as a pipeline folder it is no more than a
+`PublishedModel`, whose files `inspect` and `verify` know.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,19 +49,27 @@ class Recognised:
 
 
 @dataclass(frozen=True)
-class Family:
-    """A published model."""
+class PublishedModel:
+    """A published model: its files, and known answers."""
 
     name: str
+    _: KW_ONLY
+    repository: str = ""  # of Hugging Face that is a pipeline folder as it comes
+    recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()  # of its files, for `inspect`
+    fixture: frozenset[str] = frozenset()  # files that a `verify.Fixture` describes
+    outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None  # (name, result) from such a fixture
+
+
+@dataclass(frozen=True)
+class Family(PublishedModel):
+    """A published model that `convert` makes a pipeline folder of."""
+
     config: type[ConvertConfig]  # keys of `convert`, and where the publishers' instructions put the files
     make: Callable[["Sources"], AnimationPipeline]
     schedule: Mapping[str, Any]  # settings of DDIM that its inference uses
     window: int | None = None  # frames that it was trained on at a time; None: as many as it knows
     sampling: Mapping[str, Any] = field(default_factory=dict)  # that its inference has, see `AnimationPipeline`
     folder: str = ""  # in `weights=`, where its files may lie in place of `weights=` itself
-    recognisers: tuple[Callable[[Shapes], Recognised | None], ...] = ()  # of its files, for `inspect`
-    fixture: frozenset[str] = frozenset()  # files that a `verify.Fixture` describes
-    outputs: Callable[[Any], Iterator[tuple[str, Tensor]]] | None = None  # (name, result) from such a fixture
 
     def places(self, key: str) -> tuple[str, ...]:
         """Where in `weights=` the file of a key may lie, as patterns."""
@@ -84,14 +93,19 @@ class Family:
         return DDIMScheduler(num_train_timesteps=1000, **settings, **self.schedule)
 
 
-def families() -> dict[str, Family]:
-    """Every family by its name, in the order of the animators."""
+def published_models() -> dict[str, PublishedModel]:
+    """Every published model by its name, in the order of the animators."""
     found = {}
     for name in ANIMATORS:
         folder = animator_class(name).__module__.rpartition(".")[0]
         if folder and find_spec(f"{folder}.checkpoint"):
-            found |= {family.name: family for family in import_module(f"{folder}.checkpoint").FAMILIES}
+            found |= {model.name: model for model in import_module(f"{folder}.checkpoint").FAMILIES}
     return found
+
+
+def families() -> dict[str, Family]:
+    """Those of the published models that `convert` takes."""
+    return {name: model for name, model in published_models().items() if isinstance(model, Family)}
 
 
 def published_family(name: str) -> Family:

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from core.errors import UserError
-from models.checkpoints.convert import SINGLE_FILE, Recognised, families
-from models.checkpoints.files import read_tensors, without_prefixes
+from models.checkpoints.convert import SINGLE_FILE, PublishedModel, Recognised, families, published_models
+from models.checkpoints.files import SHARD, read_tensors, shard_names, without_prefixes
 from models.checkpoints.loading import (
     MOTION,
     VAE_NAMES,
@@ -43,12 +45,18 @@ from models.checkpoints.networks import (
 OTHER_FILES = {
     "vision_model.": "CLIP image encoder",
     "text_model.": "CLIP text encoder",
+    "encoder.block.": "T5 text encoder",
+    "decoder.conv_in.": "autoencoder of videos, whose sizes its folder says",
     SINGLE_FILE: "single-file Stable Diffusion; convert it to a diffusers folder first",
 }
+CONV_IN = "encoder.conv_in.weight"  # of five axes in autoencoders of videos
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 MOST_FILES = 8  # of a folder, that are opened to find out what it is
 # Folders whose configuration defines the network.
-FOLDER_CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection)}
+FOLDER_CLASSES = {
+    cls.__name__: cls
+    for cls in (AutoencoderKL, AutoencoderKLWan, CLIPTextModel, CLIPVisionModel, CLIPVisionModelWithProjection)
+}
 
 
 @dataclass(frozen=True)
@@ -66,33 +74,44 @@ class Inspection(Recognised):
         return self.mismatch is not None
 
 
-def closest(tensors: dict[str, Tensor], what: str) -> tuple[Recognised, str]:
+def closest(tensors: dict[str, Tensor], what: str) -> tuple[Recognised, PublishedModel | None]:
     """The known file that is closest in its tensors' names and shapes, of several equally close ones the first.
 
-    With it the family that its like belongs to, "" where it may be of several.
+    With it the model that its like belongs to, None where it may be of several.
     """
-    recognisers = [(family.name, recognise) for family in families().values() for recognise in family.recognisers]
-    recognisers += [("", recognise) for recognise in SHARED_RECOGNISERS]
+    recognisers = [(model, recognise) for model in published_models().values() for recognise in model.recognisers]
+    recognisers += [(None, recognise) for recognise in SHARED_RECOGNISERS]
     plain = without_prefixes(tensors, what, UNET_PREFIXES)
     named = [shapes_of(plain)] if plain.keys() == tensors.keys() else [shapes_of(tensors), shapes_of(plain)]
     candidates = []
-    for family, recognise in recognisers:
+    for model, recognise in recognisers:
         for shapes in named:
             with suppress(ValueError):  # there is no network of such sizes
-                candidates.append((recognise(shapes), family))
+                candidates.append((recognise(shapes), model))
     known = [candidate for candidate in candidates if candidate[0] is not None]
     if known:
         return min(known, key=lambda candidate: len(candidate[0].mismatch))
     others = [kind for prefix, kind in OTHER_FILES.items() if has(plain, prefix)]
     if others:
-        return Recognised(others[0]), ""
-    return Recognised("unknown", f"first names {', '.join(list(plain)[:3])}"), ""
+        return Recognised(others[0]), None
+    return Recognised("unknown", f"first names {', '.join(list(plain)[:3])}"), None
 
 
 def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
-    """What a file holds, and what is wrong with it."""
+    """What a file holds, and what is wrong with it; of a shard, with the network that it is a part of.
+
+    `what` is the file's path.
+    """
+    whole, lost = all_shards(Path(what))
+    recognised = closest(whole or tensors, what)[0]
+    if whole:
+        detail, mismatch = f"shard of {len(whole) + len(lost)} tensors", recognised.mismatch
+        detail = f"{recognised.detail}; {detail}" if recognised.detail else detail
+        if mismatch is not None:
+            mismatch = replace(mismatch, missing=tuple(dict.fromkeys((*mismatch.missing, *lost))))
+        recognised = replace(recognised, detail=detail, mismatch=mismatch)
     return Inspection(
-        **vars(closest(tensors, what)[0]),
+        **vars(recognised),
         tensors=len(tensors),
         elements=sum(tensor.numel() for tensor in tensors.values()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
@@ -101,22 +120,38 @@ def inspect(tensors: dict[str, Tensor], what: str) -> Inspection:
     )
 
 
-def published_weights(path: Path) -> tuple[str, str] | None:
-    """What a file or folder of published weights is, in words, and its family; None where nothing is known of it."""
+def all_shards(shard: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a shard and of those beside it, without their numbers; empty for what is no such shard.
+
+    With them the names that their index lists and no shard has.
+    """
+    whole, listed, index = {}, [], shard.with_name(f"{shard.name.partition('-0')[0]}.safetensors.index.json")
+    if SHARD.fullmatch(shard.name) and shard.suffix == ".safetensors" and index.is_file():
+        files = [shard.with_name(name) for name in shard_names(index, str(index))]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in files:
+            with safe_open(file, "pt") if file.is_file() else nullcontext({}) as tensors:
+                for name in tensors.keys():
+                    whole[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+    return whole, [name for name in listed if name not in whole]
+
+
+def published_weights(path: Path) -> tuple[str, PublishedModel | None] | None:
+    """What a file or folder of published weights is, in words, and of which model; None: nothing is known of it."""
     folder = path if path.is_dir() else path.parent
     names = {name: known.found_in(folder) for name, known in families().items()}
-    likeliest, kind, family = max(names, key=names.get), "", ""
+    likeliest, kind, model = max(names, key=names.get), "", None
     if path.is_file() or names[likeliest] < 2:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS)
         for file in files[:MOST_FILES]:
             with suppress(UserError):
-                found, family = closest(read_tensors(file, "file"), "file")
+                found, model = closest(read_tensors(file, "file"), "file")
                 kind = "" if found.kind == "unknown" else found.kind
-            if family:
+            if model:
                 break
-    if names[likeliest] > (1 if family else 0):
-        family = likeliest
-    return (kind or "weights", family) if kind or family else None
+    if names[likeliest] > (1 if model else 0):
+        model = families()[likeliest]
+    return (kind or "weights", model) if kind or model else None
 
 
 def inspect_folder(folder: Path) -> str | None:
@@ -140,7 +175,7 @@ def control_net(shapes: Shapes) -> Recognised | None:
 
 
 def autoencoder(shapes: Shapes) -> Recognised | None:
-    if not has(shapes, "decoder.", "encoder.down_blocks.", "encoder.conv_in."):
+    if not has(shapes, "decoder.", "encoder.down_blocks.", "encoder.conv_in.") or len(shapes.get(CONV_IN, ())) == 5:
         return None
     network = on_meta(make_autoencoder, current_names(shapes))
     wanted = shapes_of(network.state_dict())

@@ -277,7 +277,10 @@ def network_names(entries: Mapping[str, Entry], network: nn.Module) -> Mapping[s
         # Files hold one of several parameters that are one.
         tied = getattr(network, "_tied_weights_keys", None) or {}
         return found | {name: found[source] for name, source in tied.items() if name not in found and source in found}
-    return current_names(entries) if isinstance(network, AutoencoderKL) else entries
+    if isinstance(network, AutoencoderKL):
+        return current_names(entries)
+    unused = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()  # of earlier releases of its class
+    return {name: entry for name, entry in entries.items() if not any(re.search(part, name) for part in unused)}
 
 
 def clip_names(entries: Mapping[str, Entry], network: nn.Module) -> dict[str, Entry]:

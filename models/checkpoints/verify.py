@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.errors import UserError
-from models.checkpoints.convert import families
+from models.checkpoints.convert import published_models
 from models.checkpoints.networks import MotionSizes, UNetSizes
 
 # Standard deviations of synthetic biases, and of norm weights about one.
 BIAS_SCALE, NORM_SCALE = 0.05, 0.1
+SELF_SCALED = "motion_encoder."  # begin of the names of Wan-Animate's weights that their layers scale by themselves
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def read_fixture(path: str | Path) -> Fixture:
 
 @torch.inference_mode()
 def compute(fixture: Fixture) -> dict[str, Tensor]:
-    """The outputs of the family whose files the fixture describes."""
-    known = {family.fixture: family.outputs for family in families().values() if family.fixture}
+    """The outputs of the published model whose files the fixture describes."""
+    known = {model.fixture: model.outputs for model in published_models().values() if model.fixture}
     outputs = known.get(frozenset(fixture.shapes))
     if outputs is None:
         files = "; ".join(", ".join(sorted(files)) for files in known)
@@ -162,6 +163,8 @@ def synthetic_array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The float32 array of one name: the same name, shape and seed give the same numbers on every machine."""
     if name.endswith("pos_encoder.pe"):
         array = sinusoids(shape[1], shape[2])[None]
+    elif len(shape) > 1 and name.startswith(SELF_SCALED):
+        array = draws(name, shape, seed)
     elif len(shape) > 1:  # 1 / sqrt(fan in): activations keep their size
         array = draws(name, shape, seed) / math.sqrt(math.prod(shape[1:]))
     elif name.endswith("weight"):  # a vector of weights belongs to a norm

@@ -16,6 +16,7 @@ from data.poses.drawing import draw_thin_pose
 from models.animators.base import Condition, TrainingBatch
 from models.animators.registry import load_pipeline
 from models.animators.wan_animate.model import NULL_FACE, SOURCE, SegmentInputs, WanAnimate, WanConditioning
+from models.animators.wan_animate.text import encoded_images
 from models.attention.context import ReferenceContext
 from models.vae import clip_encode, video_decode, video_encode
 from tests.networks import TINY
@@ -164,7 +165,10 @@ def test_training_predicts_as_inference_does(vae, calibrated):
             index = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 2], [0, 2]]) if calibrated else torch.zeros(1, 1).long()
             whole = model.segment_context(ReferenceContext(tokens, index), (height, width))
             words = WanConditioning(
-                vae, inputs["prompt"], inputs["negative_prompt"], model.image_tokens(inputs["image"][j : j + 1])
+                vae,
+                inputs["prompt"],
+                inputs["negative_prompt"],
+                encoded_images(inputs["image"][j : j + 1], model.image_encoder),
             )
             driving = SegmentInputs(*(inputs[name][j : j + 1] for name in ("poses", "faces", "carried")))
             sample = given.noisy_latents[j : j + 1]

@@ -25,7 +25,7 @@ from models.animators.base import Animator, Condition, PoseCondition, TrainingBa
 from models.animators.wan_animate.context import JointContext, joint_context, latent_probe
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
 from models.animators.wan_animate.small import small_networks
-from models.animators.wan_animate.text import PROMPT, TOKENS, embedded
+from models.animators.wan_animate.text import PROMPT, TOKENS, embedded, encoded_images, image_pixels, image_tokens
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape
 from models.config import NetworkSizes
@@ -66,6 +66,7 @@ class WanAnimate(Animator):
     images_of_segment = 4
     pose_kind = "Wan-Animate"
     takes_words = True
+    default_prompt = PROMPT
     encoders = MappingProxyType(
         {"prompt": ("text_encoder", "tokenizer"), "image": ("image_encoder", "image_processor")}
     )
@@ -74,6 +75,7 @@ class WanAnimate(Animator):
     segment_frames = 77
     frames_per_latent = 4
     context_latents = 1
+    text_embedding, image_embedding = staticmethod(embedded), staticmethod(image_tokens)
 
     trainable = True
     noise = "flow"
@@ -119,7 +121,7 @@ class WanAnimate(Animator):
 
     def encode_reference(self, reference: ImageBatch) -> WanConditioning:
         words = reference.words
-        prompt = self.embedding("prompt", words.prompt or PROMPT, words)
+        prompt = self.embedding("prompt", words.prompt or self.default_prompt, words)
         if prompt is None:
             raise UserError(
                 "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt), or get "
@@ -132,7 +134,7 @@ class WanAnimate(Animator):
                     "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
                     "image), or get image_encoder/ and image_processor/ of the model"
                 )
-            image = self.image_tokens(self.image_pixels(reference.pixels))
+            image = image_tokens(reference.pixels, self.image_encoder, self.image_processor)
         negative = self.embedding("negative_prompt", words.negative_prompt or "", words)
         return WanConditioning(reference.vae, prompt, negative, image.to(prompt))
 
@@ -142,16 +144,6 @@ class WanAnimate(Animator):
         if found is None and self.text_encoder is not None:
             found = embedded(text, self.text_encoder, self.tokenizer)
         return None if found is None else found.to(self.transformer.device, self.dtype)
-
-    def image_pixels(self, images: Tensor) -> Tensor:
-        """What CLIP reads of images (b, 3, H, W) in [-1, 1], (b, 3, side, side)."""
-        images = ((images.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return self.image_processor(images=list(images), return_tensors="pt").pixel_values
-
-    def image_tokens(self, pixels: Tensor) -> Tensor:
-        """CLIP's tokens (b, n, channels) of its `image_pixels`: those before its last layer."""
-        encoder = self.image_encoder
-        return encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
 
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: WanConditioning) -> dict[str, Tensor]:
         return {SOURCE: images.latents.flatten(2).transpose(1, 2)}  # (i, h w, c)
@@ -267,7 +259,7 @@ class WanAnimate(Animator):
             first = torch.zeros_like(frames[rows])
             first[:, :, : self.carried_frames] = frames[rows, :, : self.carried_frames]
             known[rows] = self.known_frames(clip_encode(vae, first).float(), self.carried_frames)
-        image = self.image_pixels(clips["reference"]).to(frames.device)
+        image = image_pixels(clips["reference"], self.image_processor).to(frames.device)
         return {"poses": poses, "faces": clips["faces"], "carried": known, "image": image}
 
     def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -290,7 +282,7 @@ class WanAnimate(Animator):
         prompt = torch.where(dropped[:, None, None], given["negative_prompt"], given["prompt"])
         faces = given["faces"].masked_fill(dropped[:, None, None, None, None], NULL_FACE)
         driving = SegmentInputs(given["poses"], faces, given["carried"])
-        image = self.image_tokens(given["image"])
+        image = encoded_images(given["image"], self.image_encoder)
         tokens = {SOURCE: batch.reference_latents.flatten(2).transpose(1, 2)}  # (b + b m, h w, c)
         if batch.reference is None:
             index = torch.arange(clips, device=sample.device)[:, None]

@@ -1,17 +1,19 @@
 """Wan-Animate through infer.py: segments, faces, prompts, cached embeddings, and a calibrated image a segment."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import infer
 from core.errors import UserError
 from data.video.files import read_video
-from models.animators.registry import load_pipeline
-from models.images import Words
+from inference import embeddings
+from models.config import SHIPPED_MODEL
 from tests.clips import given
 from tests.wan_parts import published_folder
 
@@ -38,16 +40,29 @@ def test_a_calibrated_image_for_each_segment(inputs, folder, tmp_path, capsys):
     assert np.abs(plain.astype(int) - frames).max() > 0
 
 
-def test_embeddings_of_a_file(inputs, folder, tmp_path):
-    pipeline = load_pipeline(folder)
-    prompt = pipeline.animator.embedding("prompt", "a fan", Words())
-    save_file({"prompt": prompt}, tmp_path / "words.safetensors")
-    words = f"embeddings={tmp_path / 'words.safetensors'}"
-    told = run(inputs, folder, tmp_path / "told", "prompt=a fan", "tpc.enabled=false")
-    cached = run(inputs, folder, tmp_path / "cached", words, "tpc.enabled=false")
-    assert (
-        np.abs(cached.astype(int) - told).mean() < 0.5
-    )  # rounding, and what the codec makes of it; of another prompt 1.7
+def test_embeddings_of_a_file(inputs, folder, tmp_path, capsys):
+    """Made by the command where the folder has nothing but encoders, used where it has none."""
+    encoders, rest = tmp_path / "encoders", shutil.copytree(folder, tmp_path / "rest")
+    encoders.mkdir()
+    shutil.copy(folder / "model_index.json", encoders)
+    for name in ("text_encoder", "tokenizer", "image_encoder", "image_processor"):
+        (rest / name).rename(encoders / name)
+    file = tmp_path / "words.safetensors"
+    reference = given(inputs)[0]
+    words = [reference, "size=[32,32]", "prompt=a fan", "negative_prompt=bad"]
+    embeddings.main([f"model={encoders}", f"output={file}", *words])
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "prompt: 1 x 512 x 16", "negative_prompt: 1 x 512 x 16", "image: 1 x 5 x 8"
+    ]  # fmt: skip
+    settings = ["guidance_scale=2", "tpc.enabled=false"]
+    told = run(inputs, folder, tmp_path / "told", *words[2:], *settings)
+    cached = run(inputs, rest, tmp_path / "cached", f"embeddings={file}", *settings)
+    assert np.array_equal(cached, told)
+    other = run(inputs, folder, tmp_path / "other", "prompt=no man", *words[3:], *settings)
+    assert not np.array_equal(other, told)
+
+    with safe_open(file, "pt") as opened:
+        prompt = opened.get_tensor("prompt")
     save_file({"prompt": prompt[0]}, tmp_path / "wrong.safetensors")
     refused = {
         f"embeddings={tmp_path / 'wrong.safetensors'}": "has prompt of shape .* each \\(1, tokens, channels\\)",
@@ -56,5 +71,9 @@ def test_embeddings_of_a_file(inputs, folder, tmp_path):
     for argument, error in refused.items():
         with pytest.raises(UserError, match=error):
             run(inputs, folder, tmp_path / "refused", argument)
+    for model, error in {rest: "component text_encoder is missing", SHIPPED_MODEL: "takes no embeddings"}.items():
+        with pytest.raises(UserError, match=error):
+            embeddings.main([f"model={model}", f"output={tmp_path / 'x.safetensors'}"])
+    assert not (tmp_path / "x.safetensors").exists()
     with pytest.raises(UserError, match="prompt=, .* are of no use to model=None"):
         infer.main([*given(inputs), f"output={tmp_path / 'o'}", "prompt=a fan"])
