@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from core.config import check_config
 from core.errors import UserError
-from inference.pairs import read_embeddings
+from inference.words import read_embeddings
 from models.animators.animate_anyone.checkpoint import make_pose_guider
 from models.animators.animate_anyone.model import AnimateAnyone
 from models.animators.base import Animator
