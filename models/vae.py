@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
+from core.processes import to_device
 from models.checkpoints.files import read_config
 from models.checkpoints.loading import load_folder
 
@@ -61,7 +62,8 @@ def video_decode(vae: VideoVAE, latents: Tensor) -> Tensor:
 
 def latent_statistics(vae: VideoVAE, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every channel, (1, c, 1, 1, 1) each, as `latents` are stored."""
-    mean, std = (latents.new_tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+    both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=latents.dtype)
+    mean, std = to_device(both, latents.device)
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 

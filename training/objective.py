@@ -175,7 +175,8 @@ class Objective:
             probe = point_probe(points, self.grids)
         inputs = None
         if self.constant:
-            carried = drawn_with(config.augmentation.carried, mean, generators)[:, 0]
+            share = config.augmentation.carried
+            carried = [bool(torch.rand(1, generator=g) < share) for g in generators]
             inputs = {**self.constant, **animator.clip_inputs(self.vae, batch, carried, self.constant)}
         prediction = model(
             noisy_latents=self.noise.added(latents, added, drawn.timesteps),

@@ -281,11 +281,15 @@ class Animator(nn.Module, ABC):
         return {}
 
     def clip_inputs(
-        self, vae: VAE | VideoVAE, clips: Mapping[str, Tensor], carried: Tensor, constant: Mapping[str, Tensor]
+        self,
+        vae: VAE | VideoVAE,
+        clips: Mapping[str, Tensor],
+        carried: Sequence[bool],
+        constant: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Inputs of training that follow from a batch of clips, see `training.data`, without gradients.
 
-        `carried` (b,) bool: clips that go on from one before, whose last frames their first ones are.
+        `carried`: of each clip, if it goes on from one before, whose last frames its first ones are.
         """
         return {}
 

@@ -18,12 +18,15 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from models.animators.registry import animator_class
+from models.animators.wan_animate.small import FACE_SIDE
 from models.vae import VAE
 from tests.networks import TINY
 from tests.published import small_vae
 from tests.second_device import SECOND, second_device
+from tests.training.test_wan_animate_training import SIZES, VIDEO_VAE
 from tpc.augmentation import calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
+from training.autoencoder import build_vae
 from training.build import save_memory, set_trainable
 from training.config import (
     AttentionLossConfig,
@@ -48,6 +51,10 @@ BENT = replace(CALIBRATED, transform="articulated")
 NORM = {("read", "training/run.py move_parameters"): 1}  # the gradients' norm, which says if the step may be taken
 # If any person can be calibrated, and if weights of keypoints are sound.
 ESTIMATED = {("read", "tpc/procrustes.py _Correspondence.of"): 1, ("read", "tpc/procrustes.py _result"): 1}
+
+# The bytes that CLIP's own preprocessing takes, and which images frames attend to.
+PREPROCESSED = {("to CPU", "models/animators/wan_animate/text.py image_pixels"): 1}
+READ_INDEX = {("to CPU", "models/animators/wan_animate/model.py WanAnimate.training_prediction"): 1}
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,21 @@ CASES = {
     "DreamPose's clips": Case(
         "dream_pose", "motion", batch_size=1, settings=augmented(calibrated=CALIBRATED), waits=NORM | ESTIMATED
     ),
+    "Wan-Animate's clips": Case("wan_animate", "motion", num_frames=5, waits=NORM | PREPROCESSED),
+    "Wan-Animate's calibrated images": Case(
+        "wan_animate",
+        "motion",
+        num_frames=5,
+        settings=augmented(calibrated=CALIBRATED),
+        waits=NORM | ESTIMATED | PREPROCESSED | READ_INDEX,
+    ),
 }
 
 
 @cache
 def clips() -> list[dict[str, Tensor]]:
-    """Three rendered clips of three frames."""
-    data = make_dataset(DataConfig(size=[SIDE, SIDE], num_frames=3, stride=4, workers=0), 3)
+    """Three rendered clips of five frames, the first three of which all but one animator train on."""
+    data = make_dataset(DataConfig(size=[SIDE, SIDE], num_frames=5, stride=4, workers=0), 3)
     return [data[index] for index in range(3)]
 
 
@@ -133,6 +148,8 @@ def items(case: Case) -> list[dict[str, Tensor]]:
         if calibrated.transform == "articulated":
             item |= calibrate_item(item, calibrated, draw)
         surface = torch.rand((3, 16, 16), generator=draw)  # every place shows another point
+        if case.animator == "wan_animate":
+            item["faces"] = torch.rand((3, frames, FACE_SIDE, FACE_SIDE), generator=draw)
         made.append(item | {"surfaces": surface[:, None].repeat(1, frames, 1, 1), "reference_surface": surface})
     return made
 
@@ -141,14 +158,16 @@ def config_of(case: Case) -> TrainConfig:
     data = DataConfig(size=[SIDE, SIDE], num_frames=1 if case.stage == "image" else case.num_frames, workers=0)
     settings = {"mixed_precision": "no", "noise": NoiseConfig(condition_dropout=0.4, person_weight=2.0)}
     settings |= {"ema_decay": 0.9, "max_steps": 1, "optimizer": OptimizerConfig(epsilon=1e-4)}
-    settings |= {"lora": LoraConfig(rank=2), "batch_size": case.batch_size, "model": TINY, "data": data}
+    model = SIZES if case.animator == "wan_animate" else TINY
+    settings |= {"lora": LoraConfig(rank=2), "batch_size": case.batch_size, "model": model, "data": data}
     return TrainConfig(**{"stage": case.stage, "output": "x", **settings, **case.settings})
 
 
 def networks(case: Case, config: TrainConfig) -> tuple[VAE, nn.Module]:
     """Without a zero anywhere, so that no path is a no-op."""
-    vae = small_vae().requires_grad_(False)  # seeds what follows
-    model = animator_class(case.animator).small(TINY, 4, SIDE)
+    vae = small_vae()  # seeds what follows
+    vae = (build_vae(VIDEO_VAE) if case.animator == "wan_animate" else vae).requires_grad_(False)
+    model = animator_class(case.animator).small(config.model, 4, SIDE)
     set_trainable(model, config)
     for parameter in model.parameters():
         if parameter.numel() and parameter.abs().max() == 0:
@@ -254,4 +273,4 @@ def test_a_run_is_validated_saved_and_resumed(accelerated, tmp_path):
     # Of the loop itself nothing waits but its one step; the noise table moves with a run's first one.
     others = ("training/checkpoint.py", "training/ema.py", "training/run.py prepare", "training/run.py StepLog")
     steps = Counter((wait.kind, wait.place) for wait in waited if not wait.place.startswith((*others, "models/")))
-    assert steps == NORM | {("to device", "training/objective.py Objective.loss"): 1}
+    assert steps == NORM | {("to device", "training/noise.py DiffusionNoise.added"): 1}

@@ -122,8 +122,7 @@ def test_carried_clips_are_given_their_first_frame(vae):
     model = networks()
     batch = batch_of(model)
     constant = model.constant_inputs(vae, (FRAMES, *SIZE), {})
-    carried = torch.tensor([False, True])
-    known = model.clip_inputs(vae, batch, carried, constant)["carried"]
+    known = model.clip_inputs(vae, batch, [False, True], constant)["carried"]
     mask, latents = known[:, :4], known[:, 4:]
     assert not mask[0].any() and mask[1, :, 0].all() and not mask[1, :, 1:].any()
     assert torch.equal(latents[0], constant["unknown"][0])
@@ -140,7 +139,7 @@ def test_training_predicts_as_inference_does(vae, calibrated):
     clips, images, (height, width) = 2, 2, (8, 8)
     batch = batch_of(model)
     constant = model.constant_inputs(vae, (FRAMES, *SIZE), {})
-    inputs = {**constant, **model.clip_inputs(vae, batch, torch.tensor([True, False]), constant)}
+    inputs = {**constant, **model.clip_inputs(vae, batch, [True, False], constant)}
     latents = draw(clips * (1 + images * calibrated), 4, height, width)
     context = None
     if calibrated:  # each clip its own two images, which frames 0 to 2, and 3 and 4, attend to

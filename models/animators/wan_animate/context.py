@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from core.processes import to_device
 from models.attention.context import ReferenceContext
 from models.attention.probe import WindowProbe
 from models.segments import latent_spans, middle
@@ -78,7 +79,7 @@ def joint_context(
     device = context.index.device
     index = context.index.tolist() if index is None else index  # 0 where a person is not calibrated
     images = sorted({image for row in index for image in row[1:]} - {0})
-    joint = JointContext(context.tokens, torch.tensor([[0, *images]], device=device))
+    joint = JointContext(context.tokens, to_device(torch.tensor([[0, *images]]), device))
     if not images:
         return joint
     latents = latent_spans(len(index), frames_per_latent)
@@ -90,7 +91,7 @@ def joint_context(
 
     def places(numbers: list[int]) -> Tensor:
         """(m n,) long: places in the sequence of the tokens of images and latents, by their number in it."""
-        return (torch.tensor(numbers, device=device)[:, None] * n + torch.arange(n, device=device)).flatten()
+        return to_device((torch.tensor(numbers)[:, None] * n + torch.arange(n)).flatten(), device)
 
     sights = [Sight(places([0]), places([0, *clip]))]
     sights += [Sight(places([1 + number]), places([0, 1 + number])) for number in range(len(images))]
@@ -101,7 +102,8 @@ def joint_context(
             query = torch.cat([flags[0][latents[t].start : latents[t].stop].amin(dim=0) for t in members])
             frames = [frame for frame, images_of_frame in enumerate(index) if tuple(images_of_frame) == row]
             # [the frame's own | reference | image of each person], of which the clip's tokens are all there.
-            shown = flags[1][frames].amin(dim=0).unflatten(0, (-1, n))[1:][slots].flatten(0, 1)
+            shown = torch.stack([flags[1][frame] for frame in frames]).amin(dim=0).unflatten(0, (-1, n))
+            shown = torch.cat([shown[1 + slot] for slot in slots])
             flags = query[None], torch.cat([shown, shown.new_zeros(len(clip) * n, shown.shape[1])])[None]
         sights.append(Sight(places([clip[t] for t in members]), keys, flags, tuple(members), tuple(slots)))
     return replace(joint, sights=tuple(sights))

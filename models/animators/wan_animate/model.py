@@ -21,6 +21,7 @@ from transformers import CLIPImageProcessorPil as CLIPImageProcessor
 from transformers import CLIPVisionModel, T5Tokenizer, T5TokenizerFast, UMT5EncoderModel
 
 from core.errors import UserError
+from core.processes import to_device
 from models.animators.base import Animator, Condition, PoseCondition, TrainingBatch
 from models.animators.wan_animate.context import JointContext, joint_context, latent_probe
 from models.animators.wan_animate.networks import WanAnimateTransformer3DModel, set_self_attention
@@ -249,17 +250,22 @@ class WanAnimate(Animator):
 
     @torch.no_grad()
     def clip_inputs(
-        self, vae: VideoVAE, clips: Mapping[str, Tensor], carried: Tensor, constant: Mapping[str, Tensor]
+        self,
+        vae: VideoVAE,
+        clips: Mapping[str, Tensor],
+        carried: Sequence[bool],
+        constant: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         frames, poses = clips["frames"], clips.get("pose_latents")
         if poses is None:
             poses = clip_encode(vae, clips["poses"] * 2 - 1).float()
         known = self.known_frames(constant["unknown"], 0).repeat(len(frames), 1, 1, 1, 1)
-        if rows := carried.nonzero().flatten().tolist():
-            first = torch.zeros_like(frames[rows])
-            first[:, :, : self.carried_frames] = frames[rows, :, : self.carried_frames]
-            known[rows] = self.known_frames(clip_encode(vae, first).float(), self.carried_frames)
-        image = image_pixels(clips["reference"], self.image_processor).to(frames.device)
+        if rows := [j for j, goes_on in enumerate(carried) if goes_on]:
+            first = torch.stack([frames[j] for j in rows])
+            first[:, :, self.carried_frames :] = 0
+            for j, latents in zip(rows, clip_encode(vae, first).float().split(1), strict=True):
+                known[j] = self.known_frames(latents, self.carried_frames)[0]
+        image = to_device(image_pixels(clips["reference"], self.image_processor), frames.device)
         return {"poses": poses, "faces": clips["faces"], "carried": known, "image": image}
 
     def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
