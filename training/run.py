@@ -237,12 +237,13 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
 def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     """Make buffers half-precision under DeepSpeed, which makes parameters so and leaves buffers.
 
-    Position tables would turn activations into float32, which half-precision layers refuse.
+    Position tables would turn activations into float32, which half-precision layers refuse; but rotary ones, whose
+    angles half precision would spoil, do not.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if strategy(accelerator).startswith("zero") and half is not None:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point() and ".rope." not in name:
                 buffer.data = buffer.data.to(half)
 
 

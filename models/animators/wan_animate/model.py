@@ -283,7 +283,9 @@ class WanAnimate(Animator):
         return {name: torch.empty(shape) for name, shape in shapes.items()}
 
     def training_prediction(self, batch: TrainingBatch) -> Tensor:
-        given, clips, sample = batch.inputs, len(batch.noisy_latents), batch.noisy_latents
+        # DeepSpeed's networks are half-precision, without autocast.
+        given = {name: value.to(self.dtype) for name, value in batch.inputs.items()}
+        clips, sample = len(batch.noisy_latents), batch.noisy_latents.to(self.dtype)
         dropped = batch.dropped.bool()
         prompt = torch.where(dropped[:, None, None], given["negative_prompt"], given["prompt"])
         faces = given["faces"].masked_fill(dropped[:, None, None, None, None], NULL_FACE)
