@@ -126,6 +126,7 @@ def test_short_names():
         "up_blocks.0.attentions.1.transformer_blocks.0.attn1",
     ]
     assert list(numbered_layers(layers).values()) == ["0: mid 0", "1: up 0.1"]
+    assert list(numbered_layers(["blocks.0.attn1", "blocks.12.attn1"]).values()) == ["0: blocks 0", "1: blocks 12"]
 
 
 def test_charts_show_the_values():
