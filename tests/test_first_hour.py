@@ -70,6 +70,8 @@ NOT_TYPED = {
     "checkpoints inspect": "published weights; tests/models/checkpoints has files of their layout",
     "checkpoints convert": "published weights; tests/models/checkpoints has files of their layout",
     "checkpoints verify": "fixtures lie outside the repository; tests/models/checkpoints/test_parity.py makes one",
+    "inference.embeddings": "published encoders; tests/models/animators/test_wan_animate_commands.py has small ones",
+    "embeddings=words": "follows it",
     "vae_dreampose.yaml": "a published autoencoder; tests/training/test_vae_training.py trains a small one",
     "cp runs/subject_vae": "follows it",
     "num_processes 8": "eight GPUs",

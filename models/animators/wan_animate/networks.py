@@ -15,17 +15,9 @@ from torch import Tensor
 from models.animators.wan_animate.context import LatentProbe, Sight
 from models.attention.masking import masked_attention
 
-
-class Rotary(tuple):
-    """(cos, sin) as blocks hand them on to their self-attention, and beside them who sees what, and who records it."""
-
-    sights: Sequence[Sight] | None  # None: everybody sees everything
-    probe: LatentProbe | None  # None: nobody
-
-    def __new__(cls, cos: Tensor, sin: Tensor, sights: Sequence[Sight] | None, probe: LatentProbe | None) -> "Rotary":
-        made = super().__new__(cls, (cos, sin))
-        made.sights, made.probe = sights, probe
-        return made
+# What blocks hand on to their self-attention: cosine and sine, and beside them who sees what (None: everybody
+# everything) and who records it (None: nobody). A plain tuple, which offloading and sharding can take apart and rebuild.
+Rotary = tuple[Tensor, Tensor, Sequence[Sight] | None, LatentProbe | None]
 
 
 class SelfAttention(WanAttnProcessor):
@@ -43,18 +35,21 @@ class SelfAttention(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        if rotary_emb is None or (rotary_emb.sights is None and rotary_emb.probe is None):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if rotary_emb is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        *angles, sights, probe = rotary_emb
+        if sights is None and probe is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, angles)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        query, key = (rotated(x.unflatten(2, (attn.heads, -1)), *rotary_emb).transpose(1, 2) for x in (query, key))
-        if rotary_emb.probe is not None:
-            rotary_emb.probe.record(self.layer, query, key)
-        if rotary_emb.sights is None:
+        query, key = (rotated(x.unflatten(2, (attn.heads, -1)), *angles).transpose(1, 2) for x in (query, key))
+        if probe is not None:
+            probe.record(self.layer, query, key)
+        if sights is None:
             del query, key
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, angles)
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         attended = torch.empty_like(query)  # (b, heads, n, d)
-        for sight in rotary_emb.sights:
+        for sight in sights:
             part = query[:, :, sight.queries], key[:, :, sight.keys], value[:, :, sight.keys]
             if sight.flags is None:
                 attended[:, :, sight.queries] = F.scaled_dot_product_attention(*part)
@@ -107,7 +102,7 @@ class WanAnimateTransformer3DModel(diffusers.WanAnimateTransformer3DModel):
             probe: of self-attention; None: nothing is recorded.
         """
         references = latents.shape[2] - poses.shape[2]
-        rotary = Rotary(*self._rotary(latents, references), sights, probe)
+        rotary: Rotary = (*self._rotary(latents, references), sights, probe)
         context = self.patch_embedding(latents)
         hidden = torch.cat(
             [context[:, :, :references], context[:, :, references:] + self.pose_patch_embedding(poses)], dim=2
