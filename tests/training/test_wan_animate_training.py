@@ -199,6 +199,17 @@ def test_gradient_checkpointing_changes_nothing(vae):
     assert torch.equal(losses[0][0], losses[1][0]) and torch.allclose(losses[0][1], losses[1][1], atol=1e-6)
 
 
+def test_half_precision_networks_are_trained_without_autocast(vae):
+    """As DeepSpeed has them; rotary angles stay in single precision."""
+    model = networks()
+    single = objective(model, vae).loss(model, batch_of(model), sample_generators(0, range(2)))
+    trained = objective(model, vae)
+    half = trained.loss(model.bfloat16(), batch_of(model), sample_generators(0, range(2)))
+    half.loss.backward()
+    assert torch.allclose(half.loss, single.loss, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_cached_latents_are_those_of_the_clips(vae, tmp_path):
     model = networks()
     data = replace(DATA, cache=str(tmp_path / "cache"), cache_clips=2, cache_latents=True)

@@ -16,7 +16,8 @@ from models.animators.wan_animate.context import LatentProbe, Sight
 from models.attention.masking import masked_attention
 
 # What blocks hand on to their self-attention: cosine and sine, and beside them who sees what (None: everybody
-# everything) and who records it (None: nobody). A plain tuple, which offloading and sharding can take apart and rebuild.
+# everything) and who records it (None: nobody). A plain tuple, which hooks of offloading and sharding take apart and
+# rebuild.
 Rotary = tuple[Tensor, Tensor, Sequence[Sight] | None, LatentProbe | None]
 
 
