@@ -224,13 +224,14 @@ def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str, chunk: in
     folder = latents_folder(clips.folder, vae, kind)
     if folder.is_dir():
         return folder
+    if isinstance(vae, VideoVAE):
+        with complete_folder(folder) as temporary:
+            write_clip_latents(temporary, clips, vae, kind)
+        return folder
     device = next(vae.parameters()).device
     # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
     autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cpu" else nullcontext()
     with complete_folder(folder) as temporary, autocast:
-        if isinstance(vae, VideoVAE):
-            write_clip_latents(temporary, clips, vae, kind)
-            return folder
         cached = clips.images  # (clips, frames, H, W, 3)
         flat = cached.reshape(-1, *cached.shape[2:])
         arrays: dict[str, np.ndarray] = {}
@@ -249,19 +250,21 @@ def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str, chunk: in
     return folder
 
 
-def write_clip_latents(folder: Path, clips: CachedClips, vae: VideoVAE, kind: str) -> None:
+def write_clip_latents(folder: Path, clips: CachedClips, vae: VideoVAE, kind: str, chunk: int = 8) -> None:
     """Write mean.npy (clips, 1 + t, c, h, w), of reference and clip, and poses.npy (clips, t, c, h, w), float16."""
     arrays: dict[str, np.ndarray] = {}
-    height, width = clips.images.shape[2:4]
-    for index in tqdm(range(len(clips.images)), desc="encoding cached clips"):
-        images = clip_tensor(list(clips.images[index])).to(vae.device)  # (3, 1 + f, H, W)
-        poses = drawn_poses(clips.keypoints[index][1:], (width, height), kind).div_(127.5).sub_(1).to(vae.device)
-        parts = [clip_encode(vae, part[None]) for part in (images[:, :1], images[:, 1:], poses)]
-        for name, part in (("mean", torch.cat(parts[:2], dim=2)), ("poses", parts[2])):
-            rows = part[0].transpose(0, 1).to(torch.float16).cpu().numpy()
+    count, (height, width) = len(clips.images), clips.images.shape[2:4]
+    for start in tqdm(range(0, count, chunk), desc="encoding cached clips"):
+        some = slice(start, min(start + chunk, count))
+        images = torch.stack([clip_tensor(list(part)) for part in clips.images[some]])  # (n, 3, 1 + f, H, W)
+        drawn = [drawn_poses(points[1:], (width, height), kind) for points in clips.keypoints[some]]
+        parts = images[:, :, :1], images[:, :, 1:], torch.stack(drawn).div_(127.5).sub_(1)
+        reference, clip, poses = (clip_encode(vae, part.to(vae.device)) for part in parts)
+        for name, part in (("mean", torch.cat([reference, clip], dim=2)), ("poses", poses)):
+            rows = part.transpose(1, 2).to(torch.float16).cpu().numpy()  # (n, t, c, h, w)
             if name not in arrays:
-                shape = (len(clips.images), *rows.shape)
+                shape = (count, *rows.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
-            arrays[name][index] = rows
+            arrays[name][some] = rows
     for array in arrays.values():
         array.flush()
