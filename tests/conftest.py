@@ -22,6 +22,10 @@ LONGEST_FIRST = (
     "test_memory.py",
     "test_guard.py",
     "test_evaluate_experiments.py",
+    # Which come last by their names, and would leave the other workers without work.
+    "test_training.py",
+    "test_vae_training.py",
+    "test_validation.py",
 )
 
 

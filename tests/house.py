@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tokenize
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from benchmarks.source import imports, module_name
@@ -46,6 +47,7 @@ def product_files() -> list[Path]:
     return source_files(*(name for floor in FLOORS[:-2] for name in floor))
 
 
+@cache
 def import_graph() -> dict[str, set[str]]:
     """Every module of the product, and of tests and benchmarks, and those of ours that it imports."""
     files = source_files(*(name for floor in FLOORS for name in floor))

@@ -53,7 +53,8 @@ ARGUMENTS = [
 ]
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["train", "training.export", "deepspeed"])
+# What `train.py` and `training/vae.py` import once their arguments are right; no fork then imports it anew.
+_forks.set_forkserver_preload(["training.loop", "training.autoencoder", "training.export", "deepspeed"])
 
 
 def make_vae(folder: Path) -> Path:

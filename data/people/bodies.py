@@ -12,6 +12,7 @@ the person stands upright and looks along -y, arms hanging, and every joint rota
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,9 @@ class Person:
     texture: np.ndarray  # (parts, t, t, 3) uint8 RGB
 
 
+@cache
 def load_people() -> PeopleLibrary:
-    """Read the shared topology and every body that is shipped."""
+    """Read the shared topology and every body that is shipped, once a process; not to be changed."""
     with np.load(PEOPLE_FOLDER / "topology.npz") as file:
         weights = file["joint_weights"].astype(np.float32)
         topology = Topology(

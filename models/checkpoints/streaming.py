@@ -54,6 +54,9 @@ class StoredTensors(Mapping[str, Tensor]):
         with self._opened(file) as tensors:
             return tensors.get_tensor(stored)
 
+    def __contains__(self, name: object) -> bool:
+        return name in (self.mapped or self.places)  # that of a mapping would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.mapped or self.places)
 

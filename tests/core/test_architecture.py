@@ -11,7 +11,11 @@ from tests.house import FLOORS, circles, import_graph, upward_imports
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(name for floor in FLOORS[:-2] for name in floor)
-GRAPH = import_graph()
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return import_graph()
 
 
 def imported(path: Path) -> set[str]:
@@ -26,13 +30,13 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_downwards(package):
-    upwards = [pair for pair in upward_imports(GRAPH) if pair[0].split(".")[0] == package]
+def test_imports_point_downwards(graph, package):
+    upwards = [pair for pair in upward_imports(graph) if pair[0].split(".")[0] == package]
     assert not upwards, ", ".join(f"{module} imports {other}" for module, other in upwards)
 
 
-def test_no_circles_of_imports():
-    assert not circles(GRAPH)
+def test_no_circles_of_imports(graph):
+    assert not circles(graph)
 
 
 def loaded_by(module: str, names: str) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import infer
+import tpc.__main__
 from core.errors import UserError
 from data.clips.rendered import RenderedPeople
 from data.poses.poses import Poses
@@ -67,8 +68,7 @@ def test_comparison_has_five_columns(result):
 def test_calibration_is_that_of_the_calibration_command(result, inputs, tmp_path):
     """Both commands find the same transforms: original reference pixels to original driving pixels."""
     arguments = [*given(inputs), f"output={tmp_path / 'c'}"]
-    done = subprocess.run([sys.executable, "-m", "tpc", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    tpc.__main__.main(arguments)
     reports = [
         json.loads((folder / "calibration.json").read_text()) for folder in (result / "calibration", tmp_path / "c")
     ]

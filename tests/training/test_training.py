@@ -1,25 +1,23 @@
 """Training by its own commands: VAE, image stage, motion stage; the loss falls; the same command resumes exactly."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 import yaml
 from diffusers import DDIMScheduler
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train as train_py
 from core.config import load_config
 from core.errors import UserError
 from models.animators.registry import load_pipeline, read_index
 from models.checkpoints.convert import published_scheduler
 from models.config import SCHEDULE
+from tests.training_runs import Fork, train, weights
 from training.build import check_precision, make_scheduler, schedule_differences, trained_window, with_schedule
 from training.checkpoint import checkpoints
 from training.config import DataConfig, ModelConfig, NoiseConfig, TrainConfig, VAEConfig
@@ -43,16 +41,6 @@ NETWORKS = [
 FAST = ["optimizer.learning_rate=3e-3", "log_steps=5", "seed=3", "mixed_precision=no"]
 
 
-def run(script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    done = subprocess.run(
-        [sys.executable, *program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
-
-
 def logged(folder: Path, name: str) -> list[float]:
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
@@ -66,8 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae(folder) -> Path:
-    run(
-        "training.vae",
+    arguments = [
         f"output={folder / 'vae'}",
         "width=16",
         "blocks=[0,1,1]",
@@ -77,7 +64,8 @@ def vae(folder) -> Path:
         f"data.cache={folder / 'cache'}",
         *DATA,
         *FAST[:1],
-    )
+    ]
+    Fork(folder / "vae.log", "training/vae.py", arguments).finish()
     return folder / "vae"
 
 
@@ -100,14 +88,14 @@ def image_stage(folder, vae) -> list[str]:
         *NETWORKS,
         *FAST,
     ]
-    run("train.py", *command)
+    train(folder / "stage1.log", *command)
     return command
 
 
 @pytest.fixture(scope="module")
 def motion_stage(folder, image_stage) -> Path:
-    run(
-        "train.py",
+    train(
+        folder / "stage2.log",
         "stage=motion",
         f"output={folder / 'stage2'}",
         f"model.init={folder / 'stage1' / 'pipeline'}",
@@ -125,14 +113,6 @@ def motion_stage(folder, image_stage) -> Path:
         *FAST,
     )
     return folder / "stage2"
-
-
-def weights(pipeline: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(pipeline.rglob("*.safetensors")):
-        for name, tensor in safetensors.torch.load_file(file).items():
-            found[f"{file.parent.name}.{name}"] = tensor
-    return found
 
 
 def test_vae_learns(vae):
@@ -156,7 +136,7 @@ def test_resuming_repeats_what_an_unbroken_run_does(folder, image_stage):
     unbroken = weights(output / "pipeline")
     shutil.rmtree(output / "checkpoint-40")
     shutil.rmtree(output / "pipeline")
-    run("train.py", *image_stage)
+    train(folder / "resumed.log", *image_stage)
     resumed = weights(output / "pipeline")
     assert resumed.keys() == unbroken.keys()
     for name in resumed:
@@ -205,10 +185,8 @@ def test_misalignment_of_references_is_logged_and_grows_with_composition(folder,
     ],
 )
 def test_wrong_configurations_end_in_one_line(folder, arguments, named):
-    import train
-
     with pytest.raises(UserError, match=named) as caught:
-        train.main([*arguments, f"output={folder / 'wrong'}"])
+        train_py.main([*arguments, f"output={folder / 'wrong'}"])
     assert "\n" not in str(caught.value)
 
 

@@ -27,7 +27,7 @@ from training.checkpoint import (
 )
 
 STEPS = 24
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def undisturbed(folder, arguments) -> Path:
 
 
 def kill_at_random(start, output: Path) -> None:
-    """Start a run and kill its processes, ten times: around the next checkpoints, every third time within one."""
+    """Start a run and kill its processes, six times: around the next checkpoints, every third time within one."""
     rng = random.Random(0)
     for number in range(KILLS):
         within = number % 3 == 0

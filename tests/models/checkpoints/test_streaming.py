@@ -46,6 +46,9 @@ def test_tensors_are_cast_and_another_shape_is_refused(tmp_path):
     file = tmp_path / "x.safetensors"
     write_tensors(file, {"a": Written((2,), torch.float16, lambda: torch.tensor([1.0, 70000.0]))})
     assert StoredTensors(file, "x")["a"].tolist() == [1.0, float("inf")]
+    stored = StoredTensors(file, "x")
+    file.unlink()
+    assert "a" in stored and "b" not in stored, "names are known without the file"
     with pytest.raises(ValueError, match="a must have shape"):
         write_tensors(file, {"a": Written((2, 1), torch.float16, lambda: torch.zeros(2))})
 
