@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from diffusers import AutoencoderTiny
 from torch.utils.data import default_collate
 
@@ -185,6 +186,11 @@ def test_every_trained_parameter_gets_a_gradient(vae, trainable):
     # A's gradient is through B, which begins as zeros.
     assert not [name for name in missing if "lora_A" not in name]
     assert any(p.requires_grad for p in model.parameters())
+
+
+def test_units_of_sharding_are_layers_that_accelerate_finds():
+    model = networks()
+    assert [get_module_class_from_name(model, name).__name__ for name in model._no_split_modules] == list(model.blocks)
 
 
 def test_gradient_checkpointing_changes_nothing(vae):

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from diffusers import AutoencoderTiny
 
 from models.animators.base import Animator
@@ -70,6 +71,14 @@ def calibration(attach: str, unseen: int = 1):
 def run(pipeline, inputs, **arguments) -> torch.Tensor:
     arguments = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent", **arguments}
     return pipeline(**inputs, generator=torch.Generator().manual_seed(0), **arguments).frames
+
+
+def test_units_of_sharding_are_layers_that_accelerate_finds(model):
+    classes = [get_module_class_from_name(model, name) for name in model._no_split_modules]
+    assert classes and None not in classes
+    layers = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
+    shards = {parameter for layer in layers for parameter in layer.parameters()}
+    assert sum(p.numel() for p in shards) > sum(p.numel() for p in model.parameters()) / 2
 
 
 def test_every_model_animates_with_and_without_tpc(model, vae, inputs):
