@@ -38,6 +38,7 @@ def read_embeddings(path: str) -> dict[str, Tensor]:
     return embeddings
 
 
+@torch.no_grad()
 def write_embeddings(config: EmbeddingsConfig) -> dict[str, Tensor]:
     """Write the file that `infer.py embeddings=` takes, and return what it holds.
 

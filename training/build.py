@@ -196,8 +196,9 @@ def start_from(model: Animator, folder: str) -> None:
 
 
 def given_embeddings(config: ModelConfig) -> dict[str, Tensor]:
-    """Those of `model.embeddings`, by name."""
-    return {} if config.embeddings is None else read_embeddings(config.embeddings)
+    """Those of `model.embeddings`, by name, but that of an image: training has many."""
+    found = {} if config.embeddings is None else read_embeddings(config.embeddings)
+    return {name: value for name, value in found.items() if name != "image"}
 
 
 def open_animator(key: str, folder: str, embeddings: Collection[str] = ()) -> tuple[VAE | VideoVAE, Animator]:

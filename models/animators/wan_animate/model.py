@@ -232,6 +232,11 @@ class WanAnimate(Animator):
     def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
         return cls(**small_networks(sizes, latent_channels, image_size))
 
+    def check_image_encoder(self) -> None:
+        """UserError without one: each clip of training has a reference of its own."""
+        if self.image_encoder is None:
+            raise UserError("the image encoder is missing: get image_encoder/ and image_processor/ of the model")
+
     @torch.no_grad()
     def constant_inputs(
         self, vae: VideoVAE, clip: tuple[int, int, int], embeddings: Mapping[str, Tensor]
@@ -243,8 +248,7 @@ class WanAnimate(Animator):
                 "the text encoder is missing: give model.embeddings= with entries prompt and negative_prompt, or get "
                 "text_encoder/ and tokenizer/ of the model"
             )
-        if self.image_encoder is None:
-            raise UserError("the image encoder is missing: get image_encoder/ and image_processor/ of the model")
+        self.check_image_encoder()
         nothing = torch.zeros(1, 3, *clip, device=vae.device)
         return {"prompt": prompt, "negative_prompt": negative, "unknown": clip_encode(vae, nothing).float()}
 
@@ -269,6 +273,7 @@ class WanAnimate(Animator):
         return {"poses": poses, "faces": clips["faces"], "carried": known, "image": image}
 
     def empty_inputs(self, clips: int, frames: int, latent_size: tuple[int, int]) -> dict[str, Tensor]:
+        self.check_image_encoder()
         channels, side = self.latent_channels, self.face_size
         latent_frames = self.latent_frames(frames) - self.context_latents
         words = (1, TOKENS, self.transformer.config.text_dim)
