@@ -81,7 +81,7 @@ def test_one_line_makes_an_animator_known(registered, capsys):
     weights = networks()["denoising_unet"].state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in pipeline.denoising_unet.state_dict().items())
 
-    model = new_animator(ModelConfig(animator="tokens"), 4, 32)
+    model = new_animator(ModelConfig(animator="tokens"), networks()["vae"], 32)
     assert type(model).__name__ == "TokenAnimator"
     make_pipeline(networks()["vae"], model, NoiseConfig()).save_pretrained(registered / "trained")
     assert type(open_animator("model.init", str(registered / "trained"))[1]) is type(model)
@@ -89,7 +89,7 @@ def test_one_line_makes_an_animator_known(registered, capsys):
 
 def test_names_that_are_not_known(registered, tmp_path):
     with pytest.raises(UserError, match="model.animator=token is not one of animate_anyone, .*tokens"):
-        new_animator(ModelConfig(animator="token"), 4, 32)
+        new_animator(ModelConfig(animator="token"), networks()["vae"], 32)
     with pytest.raises(UserError, match="unknown key 'token'; the nearest known one is 'tokens'"):
         main(["convert", "family=tokens", "token=x", f"output={tmp_path / 'p'}"])
     with pytest.raises(UserError, match="family= is required"):
