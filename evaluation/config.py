@@ -303,7 +303,7 @@ class AnimatorsConfig(MisalignedTrialsConfig):
     """Animators without and with TPC on the frozen clips (Table 1)."""
 
     output: str = "outputs/animators"  # folder for the results
-    # pipeline folders; without, the four small ones that are shipped
+    # pipeline folders; without, the small ones that are shipped, one of each animator
     models: list[str] = choices([str(folder) for folder in SMALL_ANIMATORS], (), least=1)
     names: list[str] | None = None  # of the models in the table; null: those of their classes
     # of TPC: "add" gives calibrated tokens beside the reference's, "replace" in their place
