@@ -131,8 +131,11 @@ class Objective:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of a frame in the finest layer that attends to images."""
-        return max((height * width for height, width in self.grids), default=0)
+        """Tokens of a frame, or of all frames of a segment, in the finest layer that attends to images."""
+        animator, joint = self.animator, 1
+        if animator.segment_frames is not None:
+            joint = animator.latent_frames(self.config.data.num_frames)
+        return max((height * width * joint for height, width in self.grids), default=0)
 
     def loss(self, model: nn.Module, batch: Batch, generators: Generators) -> StepLoss:
         """Weighted mean squared error of the model's prediction for one batch of clips.
