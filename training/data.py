@@ -219,7 +219,7 @@ def latents_folder(cache: Path, vae: VAE | VideoVAE, kind: str) -> Path:
 
 
 @torch.no_grad()
-def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str, chunk: int = 32) -> Path:
+def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str = "OpenPose", chunk: int = 32) -> Path:
     """Folder of the latents of a clip cache's images, which are encoded unless it exists."""
     folder = latents_folder(clips.folder, vae, kind)
     if folder.is_dir():

@@ -291,9 +291,9 @@ def test_cached_latents_are_those_of_the_images(tmp_path, vae, kind):
     config = DataConfig(size=SIZE, stride=4, workers=0, cache=str(tmp_path / "clips"), cache_clips=3, cache_frames=2)
     clips = make_dataset(config, 5)
     assert isinstance(clips, CachedClips)
-    folder = ensure_latents(clips.folder, vae, chunk=4)
+    folder = ensure_latents(clips, vae, chunk=4)
     assert (folder / "deviation.npy").exists() == (kind == "kl")
-    assert ensure_latents(clips.folder, vae) == folder
+    assert ensure_latents(clips, vae) == folder
     items, model = clips.with_latents(folder), networks(TINY)
     for index in range(5):
         plain = {name: value[None] for name, value in clips[index].items()}
