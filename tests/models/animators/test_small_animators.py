@@ -1,4 +1,4 @@
-"""The small animators that are shipped, one of each: they load, animate, and TPC helps those that look at the reference."""
+"""The small animators that are shipped: they load, animate, and TPC helps those that look at the reference."""
 
 import numpy as np
 import pytest
