@@ -23,13 +23,13 @@ from models.animators.base import Animator, CalibratedImages
 from models.attention.context import ReferenceContext
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.config import SCHEDULE
+from models.noise import NOISES, Noise
 from models.vae import VAE, VideoVAE, clip_encode, vae_encode, vae_posterior, vae_scale_factor
 from tpc.augmentation import CalibratedBatch, calibrate_batch, compose_references, training_visibility
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.attention_loss import attention_loss, body_points, point_probe, surface_points, with_background
 from training.build import make_scheduler
 from training.config import NoiseConfig, TrainConfig
-from training.noise import NOISES, Noise
 
 Batch = dict[str, Tensor]
 Generators = Sequence[torch.Generator]  # one for each sample of a batch

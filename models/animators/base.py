@@ -102,6 +102,9 @@ class Animator(nn.Module, ABC):
     takes_words = False  # a prompt, or its embedding, see `models.images.Words`
     default_prompt = ""
     encoders: Mapping[str, tuple[str, ...]] = {}  # embedding -> components that a run does without, given it
+    # What makes the embeddings (1, n, c) of a text, or an image (1, 3, H, W) in [-1, 1], of it and these components.
+    text_embedding: Callable[..., Tensor] | None = None
+    image_embedding: Callable[..., Tensor] | None = None
     published_sampling: Mapping[str, Any] = {}  # settings for folders that say none, as `AnimationPipeline.sampling`
     face_size: int | None = None  # side of the face images that `pose_condition` gets; None: none
 
@@ -115,7 +118,7 @@ class Animator(nn.Module, ABC):
 
     trainable = False  # has what `train.py` asks, the methods below `training_prediction`
     drop_modes = 1  # what condition dropout may take away; 1: everything at once
-    noise = "diffusion"  # that training adds, "diffusion" or "flow", see `training.noise`
+    noise = "diffusion"  # that training adds, "diffusion" or "flow", see `models.noise`
     takes_embeddings = False  # cached image embeddings may stand in for the reference image
     alters_reference = False  # `vae_images` changes the images, so that their cached latents are of no use
     calibrated_latents = True  # training needs the latents of calibrated images
@@ -178,16 +181,6 @@ class Animator(nn.Module, ABC):
 
         It comes back in `encode_images`, `pose_condition` and `Condition.conditioning`.
         """
-
-    @staticmethod
-    def text_embedding(text: str, *encoder: Any) -> Tensor:
-        """Embedding (1, n, c) of a text by the components that `encoders` names for "prompt"."""
-        raise NotImplementedError
-
-    @staticmethod
-    def image_embedding(pixels: Tensor, *encoder: Any) -> Tensor:
-        """Embedding (1, n, c) of an image (1, 3, H, W) in [-1, 1] by the components that `encoders` names for it."""
-        raise NotImplementedError
 
     @abstractmethod
     def encode_images(self, images: ImageBatch, timestep: int, conditioning: Any) -> dict[str, Tensor]:

@@ -273,4 +273,4 @@ def test_a_run_is_validated_saved_and_resumed(accelerated, tmp_path):
     # Of the loop itself nothing waits but its one step; the noise table moves with a run's first one.
     others = ("training/checkpoint.py", "training/ema.py", "training/run.py prepare", "training/run.py StepLog")
     steps = Counter((wait.kind, wait.place) for wait in waited if not wait.place.startswith((*others, "models/")))
-    assert steps == NORM | {("to device", "training/noise.py DiffusionNoise.added"): 1}
+    assert steps == NORM | {("to device", "models/noise.py DiffusionNoise.added"): 1}

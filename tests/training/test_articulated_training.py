@@ -11,13 +11,13 @@ from core.config import check_config
 from core.errors import UserError
 from data.config import PeopleConfig
 from models.attention.layers import self_attention_level
+from models.noise import DiffusionNoise
 from tests.tpc_bodies import body, place, silhouette
 from tpc.augmentation import calibrate_batch, calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import make_scheduler
 from training.config import AugmentationConfig, DataConfig, NoiseConfig, TrainConfig
 from training.data import ArticulatedClips, make_dataset, make_loader
-from training.noise import DiffusionNoise
 from training.objective import (
     calibrated_reference,
     calibrated_samples,

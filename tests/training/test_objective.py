@@ -14,13 +14,13 @@ from models.animators.base import Condition, TrainingBatch
 from models.attention.context import same_reference
 from models.attention.layers import KeyLayout, TokenLevel, token_levels
 from models.denoising import guided_predictions
+from models.noise import DiffusionNoise
 from models.unets import one_token_parameters
 from tests.networks import TINY
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.build import enable_gradient_checkpointing, make_scheduler, set_trainable, shrink_frozen
 from training.config import AugmentationConfig, DataConfig, LoraConfig, NoiseConfig, TrainConfig
 from training.data import make_dataset
-from training.noise import DiffusionNoise
 from training.objective import (
     Objective,
     check_supervised,

@@ -17,12 +17,12 @@ from core.errors import UserError
 from models.animators.registry import load_pipeline, read_index
 from models.checkpoints.convert import published_scheduler
 from models.config import SCHEDULE
+from models.noise import DiffusionNoise
 from tests.training_runs import Fork, train, weights
 from training.build import check_precision, make_scheduler, schedule_differences, trained_window, with_schedule
 from training.checkpoint import checkpoints
 from training.config import DataConfig, ModelConfig, NoiseConfig, TrainConfig, VAEConfig
 from training.data import make_dataset, make_loader
-from training.noise import DiffusionNoise
 
 ROOT = Path(__file__).parents[2]
 DATA = ["data.size=[32,32]", "data.workers=0", "data.cache_clips=24"]

@@ -19,6 +19,7 @@ from models.animators.registry import load_pipeline
 from models.animators.wan_animate.model import NULL_FACE, SOURCE, SegmentInputs, WanAnimate, WanConditioning
 from models.animators.wan_animate.text import encoded_images
 from models.attention.context import ReferenceContext
+from models.noise import FlowNoise
 from models.vae import clip_encode, video_decode, video_encode
 from tests.networks import TINY
 from tpc.config import CalibratedTrainingConfig
@@ -36,7 +37,6 @@ from training.config import (
 from training.data import driven_clips, ensure_latents, latents_folder, make_dataset
 from training.loop import build, run_training
 from training.memory import estimate
-from training.noise import FlowNoise
 from training.objective import Objective, sample_generators
 
 SIZE, FRAMES = [32, 32], 5
