@@ -156,7 +156,7 @@ def stored_networks(config: TrainConfig, vae: VAE | VideoVAE, model: Animator) -
 def stored_base(config: TrainConfig, vae: VAE | VideoVAE, model: Animator) -> Mapping[str, Tensor]:
     """The tensors that a run began with, by name, each read when it is asked for; those of the VAE behind "vae."."""
     if config.model.init and (Path(config.model.init) / LORA_FOLDER).is_dir():
-        vae, model = open_animator("model.init", config.model.init)  # with its adapters added
+        vae, model = make_networks(config)  # with its adapters added
         return {**{f"vae.{name}": value for name, value in vae.state_dict().items()}, **model.state_dict()}
     return ChainMap(*stored_networks(config, vae, model).values())
 
