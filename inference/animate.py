@@ -80,6 +80,7 @@ class Animation:
     calibration: Calibration | None  # what TPC did, or None
     fps: float  # frames per second
     cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
+    attended: Sequence[np.ndarray] = ()  # (f, H, W, 3), the calibrated image of each frame, see `attended_images`
 
     @property
     def result(self) -> np.ndarray:
@@ -89,8 +90,8 @@ class Animation:
     def columns(self) -> dict[str, Sequence[np.ndarray]]:
         """The columns of the comparison, in order."""
         columns: dict[str, Sequence[np.ndarray]] = {"reference": [self.reference], "pose": self.poses}
-        if (calibration := self.calibration) is not None:
-            columns["calibrated reference"] = LazyImages(calibration.frames, calibration.size, calibration.frame_image)
+        if self.calibration is not None:
+            columns["calibrated reference"] = self.attended
         if self.plain is not None:
             columns["without TPC"] = self.plain
         if self.calibrated is not None:
@@ -263,12 +264,27 @@ def sampled(
                 faces=inputs.faces,
             ).frames
 
-    calibration, plain, calibrated = inputs.calibration, None, None
+    calibration, plain, calibrated, attended = inputs.calibration, None, None, ()
     if calibration is None or sampling.compare:
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-    return Animation(inputs.reference, inputs.poses, plain, calibrated, calibration, inputs.fps, inputs.cuts)
+        attended = attended_images(pipeline, inputs, calibration, window)
+    return Animation(inputs.reference, inputs.poses, plain, calibrated, calibration, inputs.fps, inputs.cuts, attended)
+
+
+def attended_images(
+    pipeline: AnimationPipeline, inputs: ModelInputs, calibration: Calibration, window: tuple[int, int]
+) -> Sequence[np.ndarray]:
+    """The calibrated image that each frame attends to, (f, H, W, 3) uint8: its own, or one for many of a segment."""
+    if pipeline.animator.segment_frames is None or not calibration.replaces_reference:
+        attended = pipeline.attended_calibration(calibration, *window, inputs.cuts)
+        return LazyImages(attended.frames, attended.size, attended.frame_image)
+    images: list[np.ndarray] = []
+    for segment in pipeline.segments(calibration.frames, *window, inputs.cuts):
+        image = calibration.segment_image(segment.inside)
+        images += [inputs.reference if image is None else image] * len(segment.new)
+    return images
 
 
 def sampling_plan(

@@ -130,8 +130,12 @@ class Calibration:
         return np.where(source >= 0, np.take_along_axis(self.member, np.maximum(source, 0), axis=0), -1)
 
     def frame_image(self, frame: int) -> np.ndarray:
-        """(H, W, 3): a frame's calibrated images, persons laid over each other; grey where there is none."""
-        images = [image for image in self.member[frame] if image >= 0]
+        """(H, W, 3): a frame's calibrated images, persons laid over each other; grey where there is none.
+
+        Its own, or those that it was told to attend to.
+        """
+        index = self.member if self.attended is None else self.attended
+        images = [image for image in index[frame] if image >= 0]
         if not images:
             return np.full((self.size[1], self.size[0], 3), 128, np.uint8)
         shown = self.images[images[0]]

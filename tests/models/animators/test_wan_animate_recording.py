@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from inference.animate import ModelInputs, attended_images
 from models.animators.wan_animate.context import Sight, joint_context, latent_probe
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape, joint_layers
@@ -220,3 +221,16 @@ def test_the_calibration_that_frames_attend_to():
     assert np.array_equal(shown.member, calibration.member)
     replaced = calibrated("replace")
     assert wan_pipeline().attended_calibration(replaced, SEGMENT) is replaced
+
+
+def test_a_comparison_shows_what_frames_attend_to():
+    """Of a segment its image, or the one in the middle of a frame's latent, and not each frame's own."""
+    given, shown = images(FRAMES), {}
+    for attach in ("replace", "add"):
+        inputs = ModelInputs(given["reference"], given["poses"], None, calibrated(attach), 24.0, ())
+        shown[attach] = np.asarray(attended_images(wan_pipeline(), inputs, inputs.calibration, (SEGMENT, 1)))
+    first, second = (calibrated("replace").segment_image(segment.inside) for segment in SEGMENTS)
+    np.testing.assert_array_equal(shown["replace"], [first] * 5 + [second] * 3)
+    own = [calibrated("add").frame_image(frame) for frame in range(FRAMES)]
+    np.testing.assert_array_equal(shown["add"][1:], [own[3]] * 4 + [own[7]] * 3)
+    assert len({image.tobytes() for image in own}) == FRAMES, "a case that tells frames apart"
