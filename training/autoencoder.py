@@ -24,7 +24,7 @@ from models.vae import VAE, VideoVAE, vae_class, vae_decode, vae_encode, video_d
 from training.config import FRAMES_PER_LATENT, LENGTHS, VAEConfig
 from training.data import make_dataset, make_loader
 from training.distributed import end_together, make_accelerator
-from training.run import learning_rate
+from training.run import learning_rate, make_optimizer, optimizer_class
 
 SHOWN_FRAMES = 4  # of a video, every so many frames are shown
 
@@ -174,15 +174,8 @@ def save_reconstructions(vae: VAE | VideoVAE, images: Tensor, masks: Tensor, pat
 
 def train(vae: VAE | VideoVAE, config: VAEConfig, accelerator: Accelerator) -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
-    rate = learning_rate(settings, config.max_steps)
+    optimizer = make_optimizer(parameters, config.optimizer)
+    rate = learning_rate(config.optimizer, config.max_steps)
     processes = accelerator.num_processes
     batches = config.max_steps * config.gradient_accumulation
     dataset = make_dataset(config.data, batches * config.batch_size * processes)
@@ -204,7 +197,7 @@ def train(vae: VAE | VideoVAE, config: VAEConfig, accelerator: Accelerator) -> N
                 loss, mse = model(images, masks)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         errors.append(mse)
@@ -247,6 +240,7 @@ def train_vae(config: VAEConfig) -> None:
         raise UserError(
             "training/vae.py keeps a whole autoencoder on every GPU; take configs/accelerate/ddp.yaml or gpu.yaml"
         )
+    optimizer_class(config.optimizer)  # that its package is missing is said before anything is loaded
     output = output_folder(config.output)
     accelerator = make_accelerator(config, output)
     accelerator.init_trackers("logs")

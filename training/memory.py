@@ -227,7 +227,8 @@ class Amounts:
     moments: float  # of the optimiser's two moments of one parameter
     average: int  # of the EMA of one parameter; 0 without
     half: bool  # DeepSpeed keeps weights and gradients in two bytes
-    unit: int  # of the largest part of the model that FSDP gathers at a time
+    unit: int  # of the largest of the blocks that FSDP gathers at a time
+    outside: int  # of what is in no block, which FSDP keeps gathered for all of a step
     step: int  # peak of one step beside all this
 
 
@@ -251,14 +252,8 @@ class Need:
 def amounts(vae: VAE | VideoVAE, model: Animator, config: TrainConfig, step: StepMemory) -> Amounts:
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    blocks = [
-        block
-        for network in model.children()
-        if hasattr(network, "down_blocks")
-        for level in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ()))
-        for block in level.children()
-    ]
-    blocks += [block for network in model.children() for block in getattr(network, "blocks", ())]  # of a transformer
+    blocks = [module for module in model.modules() if type(module).__name__ in model.blocks]
+    within = {id(parameter) for block in blocks for parameter in block.parameters()}
     return Amounts(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in frozen),
@@ -269,6 +264,7 @@ def amounts(vae: VAE | VideoVAE, model: Animator, config: TrainConfig, step: Ste
         average=4 if config.ema_decay else 0,
         half=config.mixed_precision in ("bf16", "fp16"),
         unit=max(4 * sum(p.numel() for p in block.parameters()) for block in blocks),
+        outside=4 * sum(p.numel() for p in model.parameters() if id(p) not in within),
         step=max(step.encoding, step.training),
     )
 
@@ -303,8 +299,8 @@ def needs(a: Amounts, processes: int) -> dict[str, Need]:
             4 * t / n,
             a.moments * t / n,
             a.average * t / n,
-            # The unit at work and the one fetched meanwhile.
-            RESERVE + 2 * a.unit,
+            # The block at work and the one fetched meanwhile.
+            RESERVE + a.outside + 2 * a.unit,
             a.step,
         ),
     }

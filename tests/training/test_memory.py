@@ -15,6 +15,7 @@ from core.config import load_config
 from core.errors import UserError
 from tests.networks import TINY
 from tests.training_runs import make_vae, train
+from training import vae as train_vae
 from training.build import (
     describe_networks,
     enable_gradient_checkpointing,
@@ -25,6 +26,7 @@ from training.build import (
 from training.config import DataConfig, OptimizerConfig, TrainConfig
 from training.loop import report_costs
 from training.memory import (
+    RESERVE,
     Amounts,
     LiveStorages,
     amounts,
@@ -37,7 +39,8 @@ from training.memory import (
 )
 
 ROOT = Path(__file__).parents[2]
-SMALL = Amounts(trained=1000, frozen=500, frozen_bytes=1000, vae=100, moments=8, average=4, half=True, unit=64, step=7)
+SIZES = {"trained": 1000, "frozen": 500, "frozen_bytes": 1000, "vae": 100, "unit": 64, "outside": 32}
+SMALL = Amounts(**SIZES, moments=8, average=4, half=True, step=7)
 
 
 def configuration(vae: Path, **changes) -> TrainConfig:
@@ -112,6 +115,7 @@ def test_shares_by_strategy_add_up():
     )
     assert zero3.weights == 2 * 1500 / 4 + 100 and zero3.average == 1000
     assert fsdp.weights == (4 * 1000 + 1000) / 4 + 100 and fsdp.optimizer == 8 * 1000 / 4
+    assert fsdp.buffers == RESERVE + 32 + 2 * 64
     for name in ("ZeRO-2 offload", "ZeRO-3 offload"):
         assert by_name[name].gradients == by_name[name].optimizer == 0 and by_name[name].host >= 16 * 1000
     assert all(need.gpu == sum(vars(need).values()) - need.host for need in four.values())
@@ -170,15 +174,21 @@ def test_a_folder_saved_in_half_precision_is_described_in_the_dtype_of_training(
 def test_eight_bit_moments_take_a_quarter_and_say_what_they_need(vae, tmp_path):
     config = configuration(vae, optimizer=OptimizerConfig(name="adamw8bit"))
     network, model, step = estimate(config)
-    assert amounts(network, model, config, step).moments < 0.3 * 8
+    found = amounts(network, model, config, step)
+    assert found.moments < 0.3 * 8
+    blocks = [
+        m for m in model.modules() if type(m).__name__ in ("Transformer2DModel", "MotionModule", "ResnetBlock2D")
+    ]
+    sizes = [4 * sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    assert found.unit == max(sizes) and found.outside == 4 * (found.trained + found.frozen) - sum(sizes)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         # Before anything is loaded or a folder made in vain.
-        with pytest.raises(UserError, match="optimizer.name=adamw8bit needs bitsandbytes"):
-            train_py.main(
-                ["stage=image", f"output={tmp_path / 'run'}", f"model.vae={vae}", "optimizer.name=adamw8bit"]
-            )
+        arguments = [f"output={tmp_path / 'run'}", "optimizer.name=adamw8bit"]
+        for main, given in {train_py.main: ["stage=image", f"model.vae={vae}"], train_vae.main: []}.items():
+            with pytest.raises(UserError, match="optimizer.name=adamw8bit needs bitsandbytes"):
+                main([*arguments, *given])
         assert not (tmp_path / "run").exists()
 
 
