@@ -104,8 +104,8 @@ def main(arguments: list[str]) -> None:
     print(f"{calibration.outcome()}; see {output / 'report.png'} and {output / 'calibrated.mp4'}")
     print(f"images in {output / 'calibrated'}, transforms in {output / 'calibration.json'}")
     if segments:
-        plural = "s" if len(segments) > 1 else ""
-        print(f"calibrated reference{plural} of {len(segments)} segment{plural} in {output / (config.tool or 'segments')}")
+        what = "calibrated reference" if len(segments) == 1 else f"calibrated references of {len(segments)} segments"
+        print(f"{what} in {output / (config.tool or 'segments')}")
     for note in [*calibration.notes(), *segment_notes(segments, calibration.cuts)]:
         print(f"note: {note}")
 

@@ -29,7 +29,8 @@ from tests.training_runs import (
     start_two,
     train,
 )
-from training.config import TrainConfig
+from training.autoencoder import build_vae
+from training.config import DataConfig, TrainConfig, VAEConfig
 from training.distributed import check_launch, spread_batch
 from training.export import checkpoint_weights
 
@@ -159,6 +160,31 @@ def test_half_precision_of_deepspeed(folder, stages, alone, strategy):
     trained = [weights[name] for name in load_file(output / "checkpoint-2" / "average.safetensors")]
     assert {tensor.dtype for tensor in trained} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
+
+
+@pytest.fixture(scope="module")
+def segments(folder) -> tuple[list[str], Path]:
+    """Arguments of Wan-Animate's training, and the run of one process with the doubled batch."""
+    torch.manual_seed(0)
+    data = DataConfig(size=[32, 32], num_frames=5)
+    vae = folder / "video_vae"
+    build_vae(VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=data)).save_pretrained(vae)
+    arguments = [*ARGUMENTS, "stage=motion", "model.animator=wan_animate", f"model.vae={vae}", "max_steps=2"]
+    arguments += ["data.num_frames=5", "model.block_out_channels=[16]", "model.layers_per_block=2"]
+    # A flow has neither an offset of noise nor images to train.
+    arguments += ["noise.noise_offset=0", "model.train_image_encoder=false", "model.image_encoder_layers=2"]
+    train(folder / "segments.log", *arguments, "batch_size=4", f"output={folder / 'segments'}")
+    return arguments, folder / "segments"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=needs_compiler)])
+def test_segments_are_trained_by_two_processes(folder, segments, strategy):
+    """Their blocks are handed more than tensors, which sharding takes apart and puts together."""
+    arguments, alone = segments
+    log, output = folder / f"segments_{strategy}.log", folder / f"segments_{strategy}"
+    for fork in start_two(log, *arguments, f"output={output}", **ZERO.get(strategy, {})):
+        fork.finish()
+    check_same_training(output, alone)
 
 
 def test_one_process_goes_on_where_two_stopped(folder, stages, alone):
