@@ -15,7 +15,7 @@ from tqdm import tqdm
 from core.config import check_config
 from core.errors import UserError
 from core.files import complete_folder
-from data.clips.caches import CachedClips, FeatureCache, FeatureInputs, ensure_cache, ensure_surfaces
+from data.clips.caches import CachedClips, FeatureCache, FeatureInputs, ensure_cache, ensure_surfaces, write_arrays
 from data.clips.rendered import RenderedPeople, clip_tensor, pixel_tensor
 from data.clips.videos import VideoFolder
 from data.config import CROPS
@@ -220,51 +220,44 @@ def latents_folder(cache: Path, vae: VAE | VideoVAE, kind: str) -> Path:
 
 @torch.no_grad()
 def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str = "OpenPose", chunk: int = 32) -> Path:
-    """Folder of the latents of a clip cache's images, which are encoded unless it exists."""
+    """Folder of the latents of a clip cache's images, which are encoded unless it exists, about `chunk` at a time."""
     folder = latents_folder(clips.folder, vae, kind)
     if folder.is_dir():
         return folder
-    if isinstance(vae, VideoVAE):
-        with complete_folder(folder) as temporary:
-            write_clip_latents(temporary, clips, vae, kind)
-        return folder
-    device = next(vae.parameters()).device
-    # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
-    autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cpu" else nullcontext()
-    with complete_folder(folder) as temporary, autocast:
-        cached = clips.images  # (clips, frames, H, W, 3)
-        flat = cached.reshape(-1, *cached.shape[2:])
-        arrays: dict[str, np.ndarray] = {}
-        for start in tqdm(range(0, len(flat), chunk), desc="encoding cached images"):
-            images = clip_tensor(flat[start : start + chunk]).transpose(0, 1).to(device)  # (n, 3, H, W)
-            for name, part in zip(("mean", "deviation"), vae_posterior(vae, images), strict=True):
-                if name not in arrays:
-                    shape = (*cached.shape[:2], *part.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float16, shape)
-                rows = arrays[name].reshape(len(flat), *part.shape[1:])
-                rows[start : start + chunk] = part.to(torch.float16).cpu().numpy()
-        for array in arrays.values():
-            array.flush()
-        if not arrays["deviation"].any():
-            (temporary / "deviation.npy").unlink()
+    count, images = clips.images.shape[:2]
+    together = max(1, chunk // images)
+    parts = (slice(start, start + together) for start in range(0, count, together))
+    parts = tqdm(parts, desc="encoding cached clips", total=-(-count // together))
+    with complete_folder(folder) as temporary:
+        if isinstance(vae, VideoVAE):
+            write_arrays(temporary, count, (clip_latents(clips, part, vae, kind) for part in parts))
+        else:
+            write_arrays(temporary, count, (image_latents(clips, part, vae) for part in parts))
+            if not np.load(temporary / "deviation.npy", mmap_mode="r").any():
+                (temporary / "deviation.npy").unlink()
     return folder
 
 
-def write_clip_latents(folder: Path, clips: CachedClips, vae: VideoVAE, kind: str, chunk: int = 8) -> None:
-    """Write mean.npy (clips, 1 + t, c, h, w), of reference and clip, and poses.npy (clips, t, c, h, w), float16."""
-    arrays: dict[str, np.ndarray] = {}
-    count, (height, width) = len(clips.images), clips.images.shape[2:4]
-    for start in tqdm(range(0, count, chunk), desc="encoding cached clips"):
-        some = slice(start, min(start + chunk, count))
-        images = torch.stack([clip_tensor(list(part)) for part in clips.images[some]])  # (n, 3, 1 + f, H, W)
-        drawn = [drawn_poses(points[1:], (width, height), kind) for points in clips.keypoints[some]]
-        parts = images[:, :, :1], images[:, :, 1:], torch.stack(drawn).div_(127.5).sub_(1)
-        reference, clip, poses = (clip_encode(vae, part.to(vae.device)) for part in parts)
-        for name, part in (("mean", torch.cat([reference, clip], dim=2)), ("poses", poses)):
-            rows = part.transpose(1, 2).to(torch.float16).cpu().numpy()  # (n, t, c, h, w)
-            if name not in arrays:
-                shape = (count, *rows.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
-            arrays[name][some] = rows
-    for array in arrays.values():
-        array.flush()
+def image_latents(clips: CachedClips, some: slice, vae: VAE) -> dict[str, np.ndarray]:
+    """Mean and deviation (n, m, c, h, w) float16 of the images of some cached clips."""
+    cached = clips.images[some]  # (n, m, H, W, 3)
+    images = clip_tensor(cached.reshape(-1, *cached.shape[2:])).transpose(0, 1).to(vae.device)
+    # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
+    with torch.autocast("cpu", torch.bfloat16) if vae.device.type == "cpu" else nullcontext():
+        posterior = vae_posterior(vae, images)
+    parts = zip(("mean", "deviation"), posterior, strict=True)
+    return {name: stored(part).reshape(*cached.shape[:2], *part.shape[1:]) for name, part in parts}
+
+
+def clip_latents(clips: CachedClips, some: slice, vae: VideoVAE, kind: str) -> dict[str, np.ndarray]:
+    """Mean (n, 1 + t, c, h, w) of reference and clip, and poses (n, t, c, h, w), of some cached clips, float16."""
+    height, width = clips.images.shape[2:4]
+    images = torch.stack([clip_tensor(list(part)) for part in clips.images[some]])  # (n, 3, 1 + f, H, W)
+    drawn = [drawn_poses(points[1:], (width, height), kind) for points in clips.keypoints[some]]
+    parts = images[:, :, :1], images[:, :, 1:], torch.stack(drawn).div_(127.5).sub_(1)
+    reference, clip, poses = (clip_encode(vae, part.to(vae.device)).transpose(1, 2) for part in parts)
+    return {"mean": stored(torch.cat([reference, clip], dim=1)), "poses": stored(poses)}
+
+
+def stored(latents: torch.Tensor) -> np.ndarray:
+    return latents.to(torch.float16).cpu().numpy()

@@ -20,7 +20,7 @@ Its metadata say what it was computed from; a file counts only while all of that
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,25 +56,33 @@ def ensure_cache(clips: Dataset, description: dict[str, Any], folder: str | Path
         return folder
     print(f"making the cache {folder} of {len(clips)} clips, once", flush=True)
     with complete_folder(folder) as temporary:
-        _write_arrays(temporary, clips, pack_clip, "caching clips", workers)
+        write_arrays(temporary, len(clips), _packed(clips, pack_clip, "caching clips", workers))
         (temporary / INDEX).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def _write_arrays(
-    folder: Path, items: Dataset, pack: Callable[[Any], dict[str, np.ndarray]], title: str, workers: int
-) -> None:
-    """Write the arrays that `pack` makes of every item as one file a name, with a leading axis of items."""
+def write_arrays(folder: Path, count: int, parts: Iterable[dict[str, np.ndarray]]) -> None:
+    """Write a file NAME.npy of `count` rows for every name, of parts that follow each other, (n, ...) each."""
     arrays: dict[str, np.memmap] = {}
-    loader = DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupts)
-    for index, item in enumerate(tqdm(loader, desc=title, total=len(items))):
-        for name, value in pack(item).items():
-            if index == 0:
-                shape = (len(items), *value.shape)
-                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
-            arrays[name][index] = value
+    row = 0
+    for part in parts:
+        for name, rows in part.items():
+            if name not in arrays:
+                shape = (count, *rows.shape[1:])
+                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", rows.dtype, shape)
+            arrays[name][row : row + len(rows)] = rows
+        row += len(rows)
     for array in arrays.values():
         array.flush()
+
+
+def _packed(
+    items: Dataset, pack: Callable[[Any], dict[str, np.ndarray]], title: str, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `pack` makes of every item, one row at a time."""
+    loader = DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupts)
+    for item in tqdm(loader, desc=title, total=len(items)):
+        yield {name: value[None] for name, value in pack(item).items()}
 
 
 def pack_clip(item: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -189,7 +197,8 @@ def ensure_surfaces(cache: Path, clips: RenderedPeople, workers: int) -> Path:
     if not folder.is_dir():
         with complete_folder(folder) as temporary:
             maps = SurfaceMaps(clips)
-            _write_arrays(temporary, maps, lambda item: {"surfaces": item.numpy()}, "surface maps", workers)
+            rows = _packed(maps, lambda item: {"surfaces": item.numpy()}, "surface maps", workers)
+            write_arrays(temporary, len(maps), rows)
     return folder / "surfaces.npy"
 
 
