@@ -238,9 +238,16 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     # for the image of Figure 2: the first of them that is visible
     keypoints: list[str] = choices(["right_elbow", "left_elbow", "right_knee", "left_knee"], COCO_KEYPOINTS, least=1)
     columns: int = number(5, 1, 1000)  # denoising steps in that image
-    # from noise, as without TPC, so that both are recorded at the same noise levels
-    tpc: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(start=-1))
+    # from noise, as without TPC, so that both are recorded at the same noise levels, and with the reference in sight
+    tpc: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(start=-1, attach="add"))
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
+
+    def check(self) -> None:
+        if self.tpc.attach == "replace":
+            raise UserError(
+                "tpc.attach=replace shows no reference beside calibrated images to compare them with; "
+                "tpc.attach=add does"
+            )
 
 
 @dataclass

@@ -94,7 +94,10 @@ WRONG = {
     )),
     "evaluate.py ablation": ("", ("transforms=[bend]", "propagations=[x]", "subsets=[]", "attachments=[mix]")),
     "evaluate.py table": ("", ("models=[]", "pose_noise=-1", "poses=drawn", "masks=none", "sampling.steps=0")),
-    "evaluate.py attention": ("", ("radius=0", "radii=[]", "keypoints=[tail]", "columns=0", "layers=[]")),
+    "evaluate.py attention": (
+        "",
+        ("radius=0", "radii=[]", "keypoints=[tail]", "columns=0", "layers=[]", "tpc.attach=replace"),
+    ),
     "evaluate.py misalignment": ("", ("kinds=[up]", "presets=[worst]", "split=heldout", "strips=-1", "clips=-1")),
     "evaluate.py animators": ("", ("attachments=[mix]", "models=[]", "kinds=[]", "strips=few")),
     "-m data.poses.retarget": ("reference_poses=assets/samples/photo.jpg driving_poses=none.npz output=x.npz", (

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import evaluate
 import infer
 from core.errors import UserError
 from data.video.files import read_video
@@ -77,3 +78,19 @@ def test_embeddings_of_a_file(inputs, folder, tmp_path, capsys):
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.raises(UserError, match="prompt=, .* are of no use to model=None"):
         infer.main([*given(inputs), f"output={tmp_path / 'o'}", "prompt=a fan"])
+
+
+def test_attention_is_compared_with_the_reference_in_sight(folder, tmp_path):
+    quick = [
+        "clips=1",
+        "frames=2",
+        "seeds=[0]",
+        "sampling.steps=1",
+        "sampling.size=[32,32]",
+        "layers=[blocks.0.attn1]",
+    ]
+    evaluate.main(["attention", f"model={folder}", f"output={tmp_path / 'o'}", *quick])
+    with_tpc = json.loads((tmp_path / "o/results.json").read_text())["results"]["misaligned, with TPC"]
+    shares = [with_tpc[name]["mean"] for name in ("self", "reference person", "reference background")]
+    assert with_tpc["calibrated images"]["mean"] > 0.1
+    assert sum(shares) + with_tpc["calibrated images"]["mean"] == pytest.approx(1, abs=1e-4)
