@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     from inference.pairs import animate_pairs
     from inference.words import words_of
     from models.animators.registry import load_pipeline
-    from models.compiling import compile_unets, use_channels_last
+    from models.compiling import compile_networks, use_channels_last
 
     state = process_state(config.device)
     for job in jobs:
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     if config.channels_last:
         use_channels_last(pipeline.animator, pipeline.vae)
     if config.compile:
-        compile_unets(pipeline.animator)
+        compile_networks(pipeline.animator)
     pipeline.set_progress_bar_config(disable=True)
     check_model_sizes(config, pipeline.sizes)
     kinds = pipeline.animator.guidance_names

@@ -104,7 +104,7 @@ class InferConfig(SamplingConfig):
     cuts: list[int] | None = numbers(None, 0, MANY)
     device: str = device()  # auto: CUDA where there is one
     dtype: str = choice("auto", DTYPES)  # of the networks; auto: bfloat16 on CUDA, float32 elsewhere
-    # Let torch compile the UNets: the first run of every size takes minutes longer, those after it less time.
+    # Let torch compile UNets or transformer: the first run of every size takes minutes longer, those after it less.
     compile: bool = False
     # Of several pairs: read, estimate and calibrate the next one, and write the last, while the model animates.
     prefetch: bool = False

@@ -5,30 +5,34 @@ import shutil
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel, WanAnimateTransformer3DModel
 from diffusers.models.unets import unet_motion_model
+from torch import nn
 
 from core.errors import UserError
 from models.animators.base import Animator
-from models.vae import VAE
 
 COMPILERS = ("cc", "gcc", "clang", "g++", "c++")
+COMPILED = (UNet2DConditionModel, UNetMotionModel, WanAnimateTransformer3DModel)
 GRAPHS = 64  # of a network, for lists of clips of many sizes; with more torch gives up
 
 
-def use_channels_last(animator: Animator, vae: VAE) -> None:
-    """Keep images and weights of convolutions with channels as the last axis in memory, which GPUs convolve faster.
+def use_channels_last(*networks: nn.Module) -> None:
+    """Keep images, clips and weights of convolutions with channels as the last axis in memory.
 
-    Networks stay so in other dtypes and on other devices.
+    GPUs convolve such images faster. Networks stay so in other dtypes and on other devices.
     """
-    for network in (animator, vae):
-        network.to(memory_format=torch.channels_last)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in (parameter for network in networks for parameter in network.parameters()):
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
-def compile_unets(animator: Animator, **options: Any) -> None:
-    """Compile the UNets, each as one graph, when they are called next; options are of `torch.compile`.
+def compile_networks(animator: Animator, **options: Any) -> None:
+    """Compile UNets and transformers, each as one graph, when they are called next; options are of `torch.compile`.
 
-    Another size, number of frames in a window or of persons compiles once more; the steps and windows of a run do not.
+    Another size, number of frames in a window or of persons compiles once more; the steps and windows of a run do not,
+    segments where they hold other images.
     Attention cannot be recorded afterwards.
     """
     # torch writes C or C++ around its kernels.
@@ -37,6 +41,6 @@ def compile_unets(animator: Animator, **options: Any) -> None:
     # It tells the log about sizes that are no multiples, which no graph can.
     torch._dynamo.config.ignore_logging_functions.add(unet_motion_model.logger.info)
     for network in animator.children():
-        if isinstance(network, UNet2DConditionModel | UNetMotionModel):
+        if isinstance(network, COMPILED):
             network.compile(fullgraph=True, recompile_limit=GRAPHS, **options)
     animator.compiled = True

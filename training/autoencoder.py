@@ -20,6 +20,7 @@ from core.errors import UserError
 from core.files import complete_file, complete_folder, output_folder
 from core.processes import has_own_memory
 from models.checkpoints.loading import load_folder
+from models.compiling import use_channels_last
 from models.vae import VAE, VideoVAE, vae_class, vae_decode, vae_encode, video_decode, video_encode
 from training.config import FRAMES_PER_LATENT, LENGTHS, VAEConfig
 from training.data import make_dataset, make_loader
@@ -117,11 +118,24 @@ def latents_of(vae: VAE | VideoVAE, images: Tensor) -> Tensor:
     return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
 
 
+def decoded(vae: VAE | VideoVAE, latents: Tensor) -> Tensor:
+    """Images or clips of latents, as the decoder makes them: clips without the clamp, which has no gradient beyond."""
+    if not isinstance(vae, VideoVAE):
+        return vae.decode(latents).sample
+    parts: list[Tensor] = []  # of one latent frame after the other
+    hook = vae.decoder.register_forward_hook(lambda _, given, part: parts.append(part))
+    try:
+        vae.decode(latents)
+    finally:
+        hook.remove()
+    return torch.cat(parts, dim=2)
+
+
 def vae_loss(vae: VAE | VideoVAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
     """The loss, and the mean squared error of the reconstructions, of images or clips."""
     latents = latents_of(vae, images)
     noisy = latents + config.latent_noise * torch.randn_like(latents)
-    error = vae.decode(noisy).sample.float() - images
+    error = decoded(vae, noisy).float() - images
     if config.loss == "squares":
         loss = error.square().mean()
         return loss, loss.detach()
@@ -250,7 +264,7 @@ def train_vae(config: VAEConfig) -> None:
 
     vae = build_vae(config)
     if config.channels_last:
-        vae.to(memory_format=torch.channels_last)
+        use_channels_last(vae)
     if config.freeze_encoder:
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)

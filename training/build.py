@@ -37,6 +37,7 @@ from models.animators.registry import (
 from models.checkpoints.loading import from_settings, network_names
 from models.checkpoints.networks import MotionSizes, UNetSizes, make_denoising_unet, make_reference_net
 from models.checkpoints.streaming import StoredTensors
+from models.compiling import use_channels_last
 from models.config import ANIMATORS, SCHEDULE
 from models.lora import FOLDER as LORA_FOLDER
 from models.lora import add_lora
@@ -318,8 +319,7 @@ def save_memory(vae: VAE | VideoVAE, model: Animator, config: TrainConfig) -> No
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-        vae.to(memory_format=torch.channels_last)
+        use_channels_last(model, vae)
 
 
 def enable_gradient_checkpointing(model: Animator) -> None:

@@ -200,7 +200,8 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         )
     vae.to(accelerator.device)
     frames, (width, height) = config.data.num_frames, config.data.size
-    constant = model.constant_inputs(vae, (frames, height, width), given_embeddings(config.model))
+    with accelerator.autocast():  # frozen layers may be half-precision
+        constant = model.constant_inputs(vae, (frames, height, width), given_embeddings(config.model))
     constant = {name: value.to(accelerator.device) for name, value in constant.items()}
     objective = Objective(model, vae, config, constant)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.optimizer)
@@ -301,7 +302,8 @@ def make_clips(run: Run) -> Dataset:
     kind = run.objective.animator.pose_kind
     if run.config.data.cache_latents:
         vae = run.objective.vae
-        on_main(run.accelerator, lambda: ensure_latents(clips, vae, kind))
+        with run.accelerator.autocast():  # frozen layers may be half-precision
+            on_main(run.accelerator, lambda: ensure_latents(clips, vae, kind))
         clips = clips.with_latents(latents_folder(clips.folder, vae, kind))
     clips = driven_clips(clips, run.config.data, run.objective.animator)
     calibrated = run.config.augmentation.calibrated

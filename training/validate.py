@@ -1,7 +1,7 @@
 """Validation: animate a few fixed held-out clips, with and without TPC, and measure them against the truth."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -17,13 +17,15 @@ from core.config import VERSION
 from core.files import complete_file
 from data.poses.poses import Poses
 from data.video.files import write_video
+from inference.animate import for_segments
 from inference.comparison import comparison_frames, comparison_strip
 from metrics.image import psnr, ssim
+from models.images import Words
 from models.pipeline import AnimationPipeline
 from tpc import Calibration, CalibrationConfig, calibrate
 from tpc.augmentation import compose_references
 from tpc.config import CompositionConfig
-from training.build import make_pipeline, trained_window
+from training.build import given_embeddings, make_pipeline, trained_window
 from training.config import DataConfig, ValidationConfig
 from training.data import driven_clips, make_dataset
 from training.distributed import SHARDED
@@ -50,7 +52,7 @@ def validate(run: Run) -> None:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     autocast = torch.autocast(accelerator.device.type, half, enabled=half is not None)
     with undisturbed(model, vae), averaged, autocast:
-        clips = sample_clips(pipeline, config.data, config.validation)
+        clips = sample_clips(pipeline, config.data, config.validation, given_embeddings(config.model))
     if not accelerator.is_main_process:
         return
     accelerator.log({f"validation/{name}": value for name, value in mean_metrics(clips).items()}, step=step)
@@ -109,10 +111,13 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: ValidationConfig) -> list[ValidationClip]:
+def sample_clips(
+    pipeline: AnimationPipeline, data: DataConfig, config: ValidationConfig, embeddings: Mapping[str, Tensor]
+) -> list[ValidationClip]:
     """The animated validation clips, the same with the same noise every time; the first have misaligned references.
 
-    Videos of `config.root`, or of the training folder, are cut with another seed.
+    Videos of `config.root`, or of the training folder, are cut with another seed. `embeddings` as of
+    `models.images.Words`.
     """
     data = replace(
         data,
@@ -127,11 +132,20 @@ def sample_clips(pipeline: AnimationPipeline, data: DataConfig, config: Validati
     )
     dataset = driven_clips(make_dataset(data, config.clips), data, pipeline.animator)
     misaligned = round(config.misaligned * config.clips)
-    return [sample_clip(pipeline, dataset[index], config, index, index < misaligned) for index in range(config.clips)]
+    words = Words(embeddings=embeddings) if embeddings else None
+    return [
+        sample_clip(pipeline, dataset[index], config, index, index < misaligned, words)
+        for index in range(config.clips)
+    ]
 
 
 def sample_clip(
-    pipeline: AnimationPipeline, item: dict[str, Tensor], config: ValidationConfig, index: int, misaligned: bool
+    pipeline: AnimationPipeline,
+    item: dict[str, Tensor],
+    config: ValidationConfig,
+    index: int,
+    misaligned: bool,
+    words: Words | None,
 ) -> ValidationClip:
     """One animated clip; noise and, if `misaligned`, the reference's composition are drawn from its index."""
     batch = {name: value[None] for name, value in item.items()}
@@ -152,12 +166,14 @@ def sample_clip(
             generator=torch.Generator().manual_seed(index),
             output_type="pt",
             faces=None if "faces" not in item else item["faces"].transpose(0, 1) / 2 + 0.5,
+            words=words,
         ).frames
         return as_bytes(frames.float().cpu())
 
     results = {"without TPC": sampled(None)}
     if config.tpc:
-        results["with TPC"] = sampled(clip_calibration(item, config.preset))
+        tpc = for_segments(CalibrationConfig(preset=config.preset), pipeline, None, item["frames"].shape[1], 1)
+        results["with TPC"] = sampled(clip_calibration(item, tpc))
     columns = {
         "reference": as_bytes(item["reference"][None] / 2 + 0.5),
         "pose": as_bytes(item["poses"].transpose(0, 1)),
@@ -167,8 +183,11 @@ def sample_clip(
     return ValidationClip(columns, item["masks"][0].numpy() > 0.5, misaligned)
 
 
-def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
-    """Calibration of an item's reference to its frames, as `infer.py` makes it of these poses and masks."""
+def clip_calibration(item: dict[str, Tensor], tpc: CalibrationConfig) -> Calibration:
+    """Calibration of an item's reference to its frames, as `infer.py` makes it of poses and masks.
+
+    But all frames begin from noise: calibrated images would hide what the model has learned.
+    """
     size = (item["frames"].shape[-1], item["frames"].shape[-2])
     reference, driving = item["reference_keypoints"][None, None].numpy(), item["keypoints"][:, None].numpy()
     masks = item["reference_mask"], item["masks"].transpose(0, 1)
@@ -179,7 +198,7 @@ def clip_calibration(item: dict[str, Tensor], preset: str) -> Calibration:
         Poses(reference[..., :2], reference[..., 2], size, FPS),
         Poses(driving[..., :2], driving[..., 2], size, FPS),
         size,
-        CalibrationConfig(preset=preset),
+        tpc,
         reference_masks=ours,
         driving_masks=theirs,
     )

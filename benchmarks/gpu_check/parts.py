@@ -33,7 +33,7 @@ from core.config import load_config
 from core.errors import UserError
 from data.poses.poses import Poses
 from data.video.files import write_video
-from models.compiling import compile_unets, use_channels_last
+from models.compiling import compile_networks, use_channels_last
 from models.config import SHIPPED_MODEL, SMALL_ANIMATORS
 from models.pipeline import AnimationPipeline
 from tpc import CalibrationConfig
@@ -279,7 +279,7 @@ def options(check: Check) -> Iterator[Row]:
     if check.device.type == "cuda":  # on a CPU compiling takes longer than it saves
         for network in (pipeline.animator, pipeline.vae):
             network.to(memory_format=torch.contiguous_format)
-        compile_unets(pipeline.animator)
+        compile_networks(pipeline.animator)
         yield measured("compile=true", size)
 
 

@@ -1,4 +1,4 @@
-"""Compiled UNets: one graph for each kind of call of a run, whatever the step and the window, and the same results."""
+"""Compiled networks: one graph for each kind of call of a run, whatever the step and window, and the same results."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 
 from core.errors import UserError
 from models.animators.registry import animator_class
-from models.compiling import compile_unets
+from models.compiling import compile_networks
 from tests.models.test_pipeline import standing_poses
 from tests.networks import TINY
 from tests.published import small_vae
@@ -73,7 +73,7 @@ def test_steps_and_windows_share_their_graphs(kind, sizes, guidance, count):
         return graph
 
     torch.compiler.reset()
-    compile_unets(pipeline.animator, backend=backend)  # an error where a graph would break
+    compile_networks(pipeline.animator, backend=backend)  # an error where a graph would break
     torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == count
 
@@ -82,5 +82,5 @@ def test_without_a_compiler(tiny_pipeline, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(UserError, match="compile=true needs a compiler of C; none of cc, gcc"):
-        compile_unets(tiny_pipeline.animator)
+        compile_networks(tiny_pipeline.animator)
     assert not tiny_pipeline.animator.compiled

@@ -25,7 +25,7 @@ COLUMNS = ["reference", "pose", "truth", "without TPC", "with TPC"]
 @pytest.fixture(scope="module")
 def clips(tiny_pipeline) -> list[ValidationClip]:
     config = ValidationConfig(clips=2, num_frames=3, misaligned=0.5, num_inference_steps=2)
-    return sample_clips(tiny_pipeline, DataConfig(size=[32, 32], num_frames=3), config)
+    return sample_clips(tiny_pipeline, DataConfig(size=[32, 32], num_frames=3), config, {})
 
 
 def test_clips_are_shown_with_and_without_tpc(clips):
@@ -42,7 +42,7 @@ def test_clips_are_shown_with_and_without_tpc(clips):
 def test_clips_are_the_same_every_time_and_held_out(tiny_pipeline, clips):
     config = ValidationConfig(clips=1, num_frames=3, misaligned=1.0, num_inference_steps=2, tpc=False)
     torch.manual_seed(5)
-    (again,) = sample_clips(tiny_pipeline, DataConfig(size=[32, 32], num_frames=3), config)
+    (again,) = sample_clips(tiny_pipeline, DataConfig(size=[32, 32], num_frames=3), config, {})
     assert list(again.columns) == COLUMNS[:4]
     assert all(np.array_equal(again.columns[name], clips[0].columns[name]) for name in COLUMNS[:4])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.dataclasses import get_module_class_from_name
 from diffusers import AutoencoderTiny
 from torch.utils.data import default_collate
@@ -33,11 +34,13 @@ from training.config import (
     NoiseConfig,
     TrainConfig,
     VAEConfig,
+    ValidationConfig,
 )
 from training.data import driven_clips, ensure_latents, latents_folder, make_dataset
 from training.loop import build, run_training
 from training.memory import estimate
 from training.objective import Objective, sample_generators
+from training.validate import sample_clips
 
 SIZE, FRAMES = [32, 32], 5
 SIZES = replace(TINY, animator="wan_animate", block_out_channels=[16], layers_per_block=2, image_encoder_layers=2)
@@ -234,6 +237,14 @@ def test_cached_latents_are_those_of_the_clips(vae, tmp_path):
         assert torch.allclose(item[name], wanted, atol=1e-3 * float(wanted.abs().max())), name
 
 
+@pytest.fixture
+def other_precision():
+    """accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def trained(vae_folder, tmp_path_factory) -> Path:
     """Output of a training from nothing, in which everything takes part."""
@@ -272,10 +283,18 @@ def test_result_animates_in_segments(trained):
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(images[0], images, num_inference_steps=2, output_type="np").frames
     assert frames.shape == images.shape and np.isfinite(frames).all()
+    # Validation attaches calibrated images as infer.py does.
+    pipeline.animator.attachments = ("replace",)
+    validation = ValidationConfig(clips=1, num_frames=FRAMES, num_inference_steps=1)
+    (clip,) = sample_clips(pipeline, DATA, validation, {})
+    assert not np.array_equal(clip.columns["with TPC"], clip.columns["without TPC"])
 
 
-def test_adapters_are_trained_without_the_text_encoder(trained, tmp_path):
-    """From a folder, with embeddings of a file; merged, they give what the folder with separate adapters gives."""
+def test_adapters_are_trained_as_in_the_recipe(trained, other_precision, tmp_path):
+    """From a folder, without the text encoder, frozen layers rounded; with cached latents, and validation.
+
+    Merged, they give what the folder with separate adapters gives.
+    """
     from safetensors.torch import save_file
 
     begun = trained / "pipeline"
@@ -286,9 +305,13 @@ def test_adapters_are_trained_without_the_text_encoder(trained, tmp_path):
     for export in ("merged", "separate"):
         lora = LoraConfig(rank=2, export=export)
         changed = {"model": model, "lora": lora, "trainable": "lora", "augmentation": AugmentationConfig()}
+        changed |= {"mixed_precision": "bf16", "frozen_dtype": "bfloat16"}
+        changed["data"] = replace(DATA, cache=str(tmp_path / "cache"), cache_clips=2, cache_latents=True)
+        changed["validation"] = ValidationConfig(steps=2, clips=1, num_frames=FRAMES, num_inference_steps=1)
         run_training(run_config(tmp_path / export, tmp_path, **changed))
         run = build(run_config(tmp_path / export, tmp_path, **changed))[1]
         assert run.text_encoder is None
+        assert (tmp_path / export / "samples" / "0000002.png").is_file()
     found["merged"] = load_pipeline(tmp_path / "merged" / "pipeline", embeddings=("prompt",))
     found["separate"] = load_pipeline(begun, lora=tmp_path / "separate" / "lora")
     first, second = (pipeline.transformer.state_dict() for pipeline in found.values())

@@ -264,7 +264,8 @@ class WanAnimate(Animator):
         if poses is None:
             poses = clip_encode(vae, clips["poses"] * 2 - 1).float()
         known = self.known_frames(constant["unknown"], 0).repeat(len(frames), 1, 1, 1, 1)
-        if rows := [j for j, goes_on in enumerate(carried) if goes_on]:
+        # A clip of no more frames than are carried would be given all that it is to learn.
+        if rows := [j for j, goes_on in enumerate(carried) if goes_on and frames.shape[2] > self.carried_frames]:
             first = torch.stack([frames[j] for j in rows])
             first[:, :, self.carried_frames :] = 0
             for j, latents in zip(rows, clip_encode(vae, first).float().split(1), strict=True):

@@ -18,6 +18,7 @@ from models.animators.wan_animate.model import WanAnimatePipeline
 from models.animators.wan_animate.text import image_tokens
 from models.attention.context import ReferenceContext
 from models.attention.masking import Visibility, hidden_pairs
+from models.compiling import compile_networks, use_channels_last
 from models.images import Words
 from models.sampling import noise_level
 from tests.models.test_pipeline import standing_poses
@@ -59,6 +60,36 @@ def embedding(text: str, pipeline: diffusers.WanAnimatePipeline) -> torch.Tensor
     """(1, 512, c), of the prompt's own tokens without padding."""
     hidden = pipeline.text_encoder(pipeline.tokenizer(text, return_tensors="pt").input_ids).last_hidden_state
     return torch.cat([hidden, hidden.new_zeros(1, 512 - hidden.shape[1], hidden.shape[2])], dim=1)
+
+
+@pytest.mark.slow  # torch traces thousands of operations
+def test_compiled_or_with_channels_last_it_computes_the_same(calibration):
+    """One graph for steps, segments and halves of guidance; with images beside the reference one an arrangement."""
+    pipeline = deepcopy(wan_pipeline())
+    given = {**images(2 * SEGMENT - 1), "num_inference_steps": 2, "guidance_scale": 2.0, "window_size": SEGMENT}
+
+    def run(attach: str | None) -> np.ndarray:
+        attached = attach and replace(calibration, config=replace(calibration.config, attach=attach))
+        seed = torch.Generator().manual_seed(1)
+        return pipeline(**given, calibration=attached, generator=seed, output_type="np").frames
+
+    expected = {attach: run(attach) for attach in (None, "replace", "add")}
+    use_channels_last(pipeline.animator, pipeline.vae)
+    for attach, frames in expected.items():
+        np.testing.assert_allclose(run(attach), frames, atol=1e-4)
+    weight = pipeline.transformer.patch_embedding.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compile_networks(pipeline.animator, backend=backend)
+    for attach, count in {None: 1, "replace": 1, "add": 2}.items():
+        np.testing.assert_allclose(run(attach), expected[attach], atol=1e-4)
+        assert len(graphs) == count, attach
 
 
 # Frames, guidance, frames of a segment, and those that the next one carries on from.
