@@ -118,24 +118,11 @@ def latents_of(vae: VAE | VideoVAE, images: Tensor) -> Tensor:
     return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
 
 
-def decoded(vae: VAE | VideoVAE, latents: Tensor) -> Tensor:
-    """Images or clips of latents, as the decoder makes them: clips without the clamp, which has no gradient beyond."""
-    if not isinstance(vae, VideoVAE):
-        return vae.decode(latents).sample
-    parts: list[Tensor] = []  # of one latent frame after the other
-    hook = vae.decoder.register_forward_hook(lambda _, given, part: parts.append(part))
-    try:
-        vae.decode(latents)
-    finally:
-        hook.remove()
-    return torch.cat(parts, dim=2)
-
-
 def vae_loss(vae: VAE | VideoVAE, images: Tensor, masks: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
     """The loss, and the mean squared error of the reconstructions, of images or clips."""
     latents = latents_of(vae, images)
     noisy = latents + config.latent_noise * torch.randn_like(latents)
-    error = decoded(vae, noisy).float() - images
+    error = vae.decode(noisy).sample.float() - images
     if config.loss == "squares":
         loss = error.square().mean()
         return loss, loss.detach()
