@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device, process_state
     from data.poses.drawing import FIGURES
-    from inference.pairs import animate_pairs
+    from inference.pairs import animate_pairs, with_defaults
     from inference.words import words_of
     from models.animators.registry import load_pipeline
     from models.compiling import compile_networks, use_channels_last
@@ -99,6 +99,11 @@ def main(arguments: list[str]) -> None:
         output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     words = words_of(config)
+    if words is not None and "image" in words.embeddings and len({job.reference for job in jobs}) > 1:
+        raise UserError(
+            f"embeddings={config.embeddings} has the image of one reference, and there are several; take image out of "
+            "it, or animate them one by one"
+        )
     pipeline = load_pipeline(
         config.model or SHIPPED_MODEL,
         dtype,
@@ -115,6 +120,9 @@ def main(arguments: list[str]) -> None:
     kinds = pipeline.animator.guidance_names
     if config.guidance_scales is not None and len(config.guidance_scales) != len(kinds):
         raise UserError(f"guidance_scales={config.guidance_scales} must be one number for each of {', '.join(kinds)}")
+    full, tpc = with_defaults(config, pipeline), config.tpc
+    wanted = (tpc.attach, tpc.start) if tpc.enabled else ()
+    pipeline.check_wanted(full.guidance_scales or full.guidance_scale, config.solver, words, *wanted)
     # Finished by an earlier run.
     there = [job for job in jobs if config.pairs is not None and (Path(job.output) / "result.json").is_file()]
     if state.is_main_process:
@@ -127,8 +135,6 @@ def main(arguments: list[str]) -> None:
     for job in jobs:
         if job.has_words and not pipeline.animator.takes_words:
             raise UserError(f"prompt=, negative_prompt= and embeddings= are of no use to model={job.model}")
-        if job.tpc.enabled and job.tpc.attach is not None:
-            pipeline.check_attach(job.tpc.attach)
         if job.pose_images is None and pipeline.pose_kind not in FIGURES:
             kind = f"model={job.model} reads {pipeline.pose_kind} images"
             raise UserError(f"pose_images= is required, a video or a folder of images: {kind}")

@@ -141,6 +141,9 @@ def run_task(
     def pipeline(model: str) -> AnimationPipeline:
         loaded = load_pipeline(model, dtype).to(device)
         loaded.set_progress_bar_config(disable=True)
+        guidance = config.sampling.guidance_scales or config.sampling.guidance_scale
+        for tpc in (variant.tpc for variant in variants if variant.model == model):
+            loaded.check_wanted(guidance, config.sampling.solver, None, tpc and tpc.attach, tpc and tpc.start)
         return loaded
 
     clip_of = lru_cache(maxsize=1)(clips.clip)

@@ -288,12 +288,19 @@ def attended_images(
 
 
 def sampling_plan(
-    pipeline: AnimationPipeline, frames: int, size: tuple[int, int], sampling: SamplingConfig, calibrated: bool
+    pipeline: AnimationPipeline,
+    frames: int,
+    size: tuple[int, int],
+    sampling: SamplingConfig,
+    calibrated: bool,
+    cuts: Sequence[int] = (),
 ) -> str:
     """What will be sampled, in a line; `calibrated`: with TPC."""
     window = pipeline.default_window(frames, sampling.window_size, sampling.window_overlap)
     segments = pipeline.animator.segment_frames is not None
-    windows = len(pipeline.segments(frames, *window, ()) if segments else context_windows(frames, *window))
+    windows = len(
+        pipeline.segments(frames, *window, cuts) if segments else context_windows(frames, *window, cuts=cuts)
+    )
     scales = pipeline.animator.guidance_scales(sampling.guidance_scales or sampling.guidance_scale)
     parts = 1 + sum(scale != 1 for scale in scales)
     counts = {f"{sampling.steps} steps": sampling.steps}
@@ -302,10 +309,12 @@ def sampling_plan(
     counts |= {f"{windows} {word} of {window[0]} frames": windows} if windows > 1 else {}
     counts |= {"2 (without and with TPC)": 2} if calibrated and sampling.compare else {}
     width, height = size
-    asked = sampling.window_size
-    rounded = f" (window_size={asked} becomes {window[0]})" if segments and asked not in (None, window[0]) else ""
+    asked = {"window_size": sampling.window_size, "window_overlap": sampling.window_overlap} if segments else {}
+    became = zip(asked.items(), window, strict=False)
+    rounded = [f"{name}={given} becomes {found}" for (name, given), found in became if given not in (None, found)]
     passes = f"{' x '.join(counts)} = {prod(counts.values())} passes"
-    return f"{frames} frames of {width} x {height} pixels; {passes}{rounded}"
+    told = f" ({', '.join(rounded)})" if rounded else ""
+    return f"{frames} frames of {width} x {height} pixels; {passes}{told}"
 
 
 def pose_images(driving: Driving, frame_map: np.ndarray, size: tuple[int, int], kind: str = "OpenPose") -> np.ndarray:

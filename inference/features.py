@@ -26,7 +26,7 @@ from data.video.files import VideoReader
 from models.animators.animate_anyone.model import image_context
 from models.animators.registry import component_classes, load_component, read_index
 from models.pipeline import AnimationPipeline
-from models.vae import load_vae, vae_posterior, vae_scale_factor
+from models.vae import VideoVAE, load_vae, vae_posterior, vae_scale_factor
 
 # What of a VAE the latents do not depend on.
 _DECODER = ("decoder.", "post_quant_conv.")
@@ -122,6 +122,8 @@ def network_digest(network: nn.Module) -> str:
     """SHA-256 over the weights as float32 and the settings that features depend on; a VAE's decoder does not count."""
     digest = hashlib.sha256()
     settings = {name: getattr(network.config, name, None) for name in _SETTINGS}
+    if isinstance(network, VideoVAE):  # whose latents are shifted and scaled channel by channel
+        settings |= {name: network.config[name] for name in ("latents_mean", "latents_std")}
     digest.update(json.dumps({**settings, "class": type(network).__name__}, sort_keys=True).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.startswith(_DECODER):

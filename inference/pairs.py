@@ -131,7 +131,8 @@ def read_pair(
             job.stride,
             job.pose.smoothing,
             images=job.pose_images,
-            poses_wanted=job.tpc.enabled,
+            # Faces are cut out of the video by the keypoints of heads.
+            poses_wanted=job.tpc.enabled or (job.driving is not None and pipeline.animator.face_size is not None),
             cuts=job.cuts,
             progress=progress,
         )
@@ -140,8 +141,10 @@ def read_pair(
         driving, moved = retargeted(reference, driving, job.pose, job.tpc, reference_map)
     size = frame.size
     frames = len(driving.images) if driving.images else driving.poses.frames
-    notes = filter(None, (size_note(pipeline, size), driving.note(job.stride, job.num_frames), *moved))
-    plan = f"{sampling_plan(pipeline, frames, size, job, job.tpc.enabled)}; results in {Path(job.output)}"
+    own = size_note(pipeline, size), *unused_notes(pipeline, job)
+    notes = filter(None, (*own, driving.note(job.stride, job.num_frames), *moved))
+    plan = sampling_plan(pipeline, frames, size, job, job.tpc.enabled, driving.cuts)
+    plan = f"{plan}; results in {Path(job.output)}"
     return Pair(job, reference, driving, (*(f"note: {note}" for note in notes), plan), watch)
 
 
@@ -179,6 +182,24 @@ def with_defaults(job: InferConfig, pipeline: AnimationPipeline) -> InferConfig:
     job = replace(job, **wanted)
     check_config(job)
     return job
+
+
+def unused_notes(pipeline: AnimationPipeline, job: InferConfig) -> list[str]:
+    """What was given and changes nothing."""
+    notes = []
+    scales = pipeline.animator.guidance_scales(job.guidance_scales or job.guidance_scale)
+    if job.negative_prompt is not None and all(scale == 1 for scale in scales):
+        notes.append("negative_prompt: of no use without guidance; guidance_scale=3 leads away from it")
+    given = {
+        "tpc.propagation": job.tpc.propagation is not None,
+        "tpc.groups": job.tpc.groups is not None,
+        "shift_windows": job.shift_windows,
+        "passes_at_a_time": job.passes_at_a_time > 1,
+    }
+    unused = [name for name, is_given in given.items() if is_given]
+    if unused and pipeline.animator.segment_frames is not None:
+        notes.append(f"{', '.join(unused)}: of no use to a model that animates in segments")
+    return notes
 
 
 def size_note(pipeline: AnimationPipeline, size: tuple[int, int]) -> str | None:

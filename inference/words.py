@@ -24,6 +24,9 @@ def words_of(job: InferConfig) -> Words | None:
     if not job.has_words:
         return None
     embeddings = {} if job.embeddings is None else read_embeddings(job.embeddings)
+    for name in ("prompt", "negative_prompt"):
+        if name in embeddings and getattr(job, name) is not None:
+            raise UserError(f"{name}= and embeddings={job.embeddings}, which has {name}: give one of the two")
     return Words(job.prompt, job.negative_prompt, embeddings)
 
 
@@ -59,7 +62,8 @@ def write_embeddings(config: EmbeddingsConfig) -> dict[str, Tensor]:
         return [part.to(device) if isinstance(part, nn.Module) else part for part in parts]
 
     image = None if config.reference is None else read_image(config.reference, "reference")
-    texts = {"prompt": config.prompt or animator.default_prompt, "negative_prompt": config.negative_prompt or ""}
+    prompt = animator.default_prompt if config.prompt is None else config.prompt
+    texts = {"prompt": prompt, "negative_prompt": config.negative_prompt or ""}
     text_encoder = encoder("prompt")
     found = {name: animator.text_embedding(text, *text_encoder) for name, text in texts.items()}
     if image is not None:

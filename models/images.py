@@ -43,7 +43,7 @@ class CalibratedClip(Protocol):
         """The calibrated images of steps 0 ... num_steps - 1, ascending."""
 
     def frame_image(self, frame: int) -> np.ndarray:
-        """(H, W, 3) uint8: a frame's own calibrated images, persons laid over each other."""
+        """(H, W, 3) uint8: a frame's calibrated images, persons laid over each other; its own, or of `attending`."""
 
     def held(self, frames: range, groups: int) -> Self:
         """These frames alone calibrated, each of so many groups of them to the frame that fits it, at every step."""

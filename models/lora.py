@@ -26,7 +26,7 @@ ADAPTER = "default"  # PEFT's name of a network's only adapter
 # In a file of adapters: the noise schedule and the digest of the network's weights that they were trained with.
 SCHEDULE_KEY, BASE_KEY = "noise_schedule", "base_weights"
 FACTORS = (".lora_A.weight", ".lora_B.weight")  # of a layer's change, B A
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_out", "add_k_proj", "add_v_proj")
 
 
 def adaptable_layers(network: ModelMixin, unused: Collection[str], excluded: Collection[str] = ()) -> list[str]:

@@ -246,7 +246,11 @@ class AnimationPipeline(RunInputs):
         counts = {"num_inference_steps": num_inference_steps, "passes_at_a_time": passes_at_a_time}
         self.check_counts(num_frames, window_size, window_overlap, decode_chunk_size=decode_chunk_size, **counts)
         self.check_choices(output_type, callback_on_step_end_tensor_inputs, guidance_interval, solver)
-        self.check_attachment(calibration)
+        attach = start = None
+        if calibration is not None and calibration.persons:
+            attach = "replace" if calibration.replaces_reference else "add"
+            start = calibration.start_timestep
+        self.check_wanted(guidance_scale, solver, words, attach, start)
         scales = animator.guidance_scales(guidance_scale)
         scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
         segments = self.segments(num_frames, window_size, window_overlap, cuts)

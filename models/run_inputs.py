@@ -26,6 +26,7 @@ from models.images import (
     image_tensor,
     resize_images,
 )
+from models.sampling import is_flow, with_solver
 from models.segments import Segment, clip_segments
 from models.vae import OUTPUT_TYPES
 
@@ -58,7 +59,9 @@ class RunInputs(DiffusionPipeline):
             longest = self.config.window_size or animator.segment_frames
             size = (window_size or min(longest, -(-(num_frames - 1) // step) * step + 1)) // step * step + 1
             overlap = min(animator.carried_frames, size - 1) if overlap is None else overlap
-            return size, overlap and overlap // step * step + 1
+            if 0 < overlap < size:  # else `check_counts` refuses what was asked for
+                overlap = min(overlap // step * step + 1, max(size - step, 0))
+            return size, overlap
         if window_size is None:
             apart = num_frames if animator.joint_frames else FRAMES_AT_A_TIME
             window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)
@@ -128,18 +131,29 @@ class RunInputs(DiffusionPipeline):
             )
         check_sampling(guidance_interval, solver)
 
-    def check_attachment(self, calibration: CalibratedClip | None) -> None:
-        """UserError for what the animator has not."""
-        if calibration is not None and calibration.persons:
-            self.check_attach("replace" if calibration.replaces_reference else "add")
+    def check_wanted(
+        self,
+        guidance_scale: float | Sequence[float],
+        solver: str | None = None,
+        words: Words | None = None,
+        attach: str | None = None,
+        start: int | None = None,
+    ) -> None:
+        """Raise UserError for what this model cannot do, as far as its settings tell before anything is computed.
 
-    def check_attach(self, attach: str) -> None:
-        """UserError for a way of attaching calibrated images that the animator has not."""
+        `attach` and `start` as of `tpc.CalibrationConfig`.
+        """
+        guided = any(scale != 1 for scale in self.animator.guidance_scales(guidance_scale))
+        self.animator.check_words(words or Words(), guided)
+        if solver is not None:
+            with_solver(self.scheduler, solver)
         known = self.animator.attachments
-        if attach not in known:
+        if attach is not None and attach not in known:
             raise UserError(
                 f"tpc.attach={attach} is none of {', '.join(known)}, which {self.animator_cls.__name__} has"
             )
+        if start is not None and start >= 0 and is_flow(self.scheduler):
+            raise UserError(f"tpc.start={start} is for diffusion; the model's is flow matching, leave it null")
 
     def prepare_images(
         self, reference: Any, mask: Any, calibration: CalibratedClip | None, size: tuple[int, int], words: Words | None

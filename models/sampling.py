@@ -34,7 +34,10 @@ def with_solver(scheduler: SchedulerMixin, solver: str) -> SchedulerMixin:
     config = scheduler.config
     if is_flow(scheduler):
         if solver == "ddim":
-            raise UserError(f"solver=ddim knows no flow matching, which the model's {type(scheduler).__name__} is of")
+            raise UserError(
+                f"solver=ddim knows no flow matching, which the model's {type(scheduler).__name__} is of; the other "
+                "solvers do"
+            )
         return SOLVERS[solver](
             config.num_train_timesteps,
             prediction_type="flow_prediction",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from models.images import ENCODE_CHUNK, CalibratedClip, ImageBatch
-from models.sampling import SOLVERS, is_flow
+from models.sampling import SOLVERS
 
 # Options of diffusers' solvers that space timesteps by other rules.
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -79,8 +79,6 @@ class StartedSolver:
     init_noise_sigma = 1.0
 
     def __init__(self, scheduler: SchedulerMixin, start: int, steps: int, started: np.ndarray, device: torch.device):
-        if is_flow(scheduler):
-            raise UserError("tpc.start= is for diffusion; the model's is flow matching, leave it null")
         trained = len(scheduler.alphas_cumprod)
         self.steps = started_timesteps(start, steps, trained, everywhere=bool(started.all()))
         self.timesteps = torch.tensor(self.steps, device=device)

@@ -53,7 +53,7 @@ def tiny_pipeline():
     from training.config import NoiseConfig
 
     vae = small_vae()  # seeds what follows
-    model: AnimateAnyone = AnimateAnyone.small(TINY, 4, 32)
+    model: AnimateAnyone = AnimateAnyone.small(TINY, 4, 8)
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)

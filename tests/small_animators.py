@@ -33,7 +33,7 @@ def small_pipeline(kind: str, temporal: bool = False) -> AnimationPipeline:
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
     )
-    model = animator_class(kind).small(TINY, 4, 32)
+    model = animator_class(kind).small(TINY, 4, 8)
     if temporal:
         model.prepare_stage("motion")
     for parameter in model.parameters():

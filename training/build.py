@@ -43,7 +43,7 @@ from models.lora import FOLDER as LORA_FOLDER
 from models.lora import add_lora
 from models.pipeline import AnimationPipeline
 from models.sampling import is_flow
-from models.vae import VAE, VideoVAE, load_vae, vae_class, vae_latent_channels
+from models.vae import VAE, VideoVAE, load_vae, vae_class, vae_latent_channels, vae_scale_factor
 from training.config import LENGTHS, ModelConfig, NoiseConfig, TrainConfig
 
 # Stable Diffusion 1.5's VAE and the image encoder of CLIP ViT-L/14, which the published AnimateAnyone has.
@@ -220,14 +220,14 @@ def known_animator(config: ModelConfig) -> type[Animator]:
 
 
 def new_animator(config: ModelConfig, vae: VAE | VideoVAE, image_size: int) -> Animator:
-    """Randomly initialised networks of `model.animator`, for the latents of a VAE."""
+    """Randomly initialised networks of `model.animator`, for a VAE's latents of images of this side in pixels."""
     cls = known_animator(config)
     if not isinstance(vae, cls.vae_class):
         wanted = "videos (AutoencoderKLWan)" if cls.vae_class is VideoVAE else "images"
         raise UserError(
             f"model.vae={config.vae} is an {type(vae).__name__}; {config.animator} needs a VAE of {wanted}"
         )
-    return cls.small(config, vae_latent_channels(vae), image_size)
+    return cls.small(config, vae_latent_channels(vae), image_size // vae_scale_factor(vae))
 
 
 def trainable_class(key: str, folder: str | Path, index: dict[str, Any]) -> type[Animator]:

@@ -33,7 +33,8 @@ def read_scalar(run: str | Path, scalar: str) -> tuple[np.ndarray, np.ndarray, f
     events = EventAccumulator(str(logs))
     events.Reload()
     if scalar not in events.Tags()["scalars"]:
-        raise UserError(f"scalar={scalar} is not in {logs}; there are {', '.join(events.Tags()['scalars'])}")
+        known = ", ".join(events.Tags()["scalars"]) or "none yet"
+        raise UserError(f"scalar={scalar} is not in {logs}; there are {known}")
     points = events.Scalars(scalar)
     minutes = (points[-1].wall_time - points[0].wall_time) / 60
     return np.array([p.step for p in points]), np.array([p.value for p in points]), minutes

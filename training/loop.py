@@ -231,5 +231,6 @@ def run_training(config: TrainConfig) -> None:
             if config.validation.steps:
                 print(f"validation sheets in {output / 'samples'}")
             base = "model" if result.name == "pipeline" else f"model={config.model.init} lora"
-            print(f"animate with it: python infer.py {base}={result}")
+            words = f" embeddings={config.model.embeddings}" if config.model.embeddings else ""
+            print(f"animate with it: python infer.py {base}={result}{words}")
         end_together(accelerator)

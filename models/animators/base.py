@@ -18,7 +18,7 @@ from core.errors import UserError
 from models.attention.context import Probe, ReferenceContext, same_reference
 from models.attention.layers import LayerShape
 from models.config import NetworkSizes
-from models.images import ImageBatch, ImageSequence
+from models.images import ImageBatch, ImageSequence, Words
 from models.vae import VAE, VideoVAE
 
 # (frames of a window, noisy latents of the whole clip (1, c, f, h, w), timestep) -> `Condition.pose` of the window.
@@ -226,6 +226,12 @@ class Animator(nn.Module, ABC):
         """What a segment attends to as a whole, of what each of its frames attends to (models of segments)."""
         return context
 
+    def check_words(self, words: Words, guided: bool) -> None:
+        """UserError for embeddings that it cannot read, or without those of encoders that it has not.
+
+        `guided`: guidance leads away from a negative prompt.
+        """
+
     @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> dict[str, LayerShape]:
         """Layers in which frames attend to images, in the order in which they run, for latents of this (h, w)."""
@@ -252,8 +258,8 @@ class Animator(nn.Module, ABC):
         return UserError(f"{cls.__name__} cannot be trained: it lacks what docs/animators.md lists for train.py")
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        """Randomly initialised small networks for images of this side; a `UserError` if sizes do not fit."""
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
+        """Randomly initialised small networks for latents of this side; a `UserError` if sizes do not fit."""
         raise cls._untrained()
 
     def forward(self, **inputs: Any) -> Tensor:

@@ -78,10 +78,10 @@ class ReferenceNetMixin:
 
 
 def small_unets(
-    sizes: NetworkSizes, latent_channels: int, image_size: int, **settings: Any
+    sizes: NetworkSizes, latent_channels: int, latent_side: int, **settings: Any
 ) -> tuple[ReferenceNet, DenoisingUNet]:
     """New networks, with further settings of the denoising UNet; motion modules end in zeros and change nothing."""
-    shared = unet_settings(sizes, latent_channels, image_size)
+    shared = unet_settings(sizes, latent_channels, latent_side)
     reference_net = ReferenceNet(**shared)
     attention, heads = resolution_settings(sizes)
     settings |= {"num_attention_heads": heads, "motion_num_attention_heads": heads, **block_types(attention, "Motion")}

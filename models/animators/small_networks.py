@@ -20,11 +20,11 @@ def block_types(attention: Sequence[str], suffix: str = "2D") -> dict[str, tuple
     }
 
 
-def unet_settings(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
-    """Settings of a diffusers image UNet for images of this side in pixels."""
+def unet_settings(sizes: NetworkSizes, latent_channels: int, latent_side: int) -> dict[str, Any]:
+    """Settings of a diffusers image UNet for latents of this side."""
     attention, heads = resolution_settings(sizes)
     return {
-        "sample_size": image_size // 2 ** (len(sizes.pose_channels) - 1),  # pose images end as small as latents
+        "sample_size": latent_side,
         "in_channels": latent_channels,
         "out_channels": latent_channels,
         "block_out_channels": tuple(sizes.block_out_channels),

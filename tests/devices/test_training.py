@@ -167,7 +167,7 @@ def networks(case: Case, config: TrainConfig) -> tuple[VAE, nn.Module]:
     """Without a zero anywhere, so that no path is a no-op."""
     vae = small_vae()  # seeds what follows
     vae = (build_vae(VIDEO_VAE) if case.animator == "wan_animate" else vae).requires_grad_(False)
-    model = animator_class(case.animator).small(config.model, 4, SIDE)
+    model = animator_class(case.animator).small(config.model, 4, SIDE // 4)
     set_trainable(model, config)
     for parameter in model.parameters():
         if parameter.numel() and parameter.abs().max() == 0:

@@ -37,7 +37,7 @@ def models(tmp_path_factory) -> list[str]:
     vae = load_vae(make_vae(folder / "vae"))
     for kind in TRAINABLE:
         torch.manual_seed(0)
-        make_pipeline(vae, animator_class(kind).small(TINY, 4, 32), NoiseConfig()).save_pretrained(folder / kind)
+        make_pipeline(vae, animator_class(kind).small(TINY, 4, 8), NoiseConfig()).save_pretrained(folder / kind)
     write_training_facts(folder / "animate_anyone", attention_supervised=False)
     return [str(folder / kind) for kind in TRAINABLE]
 

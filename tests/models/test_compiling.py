@@ -33,7 +33,7 @@ IMAGES = 11  # of the reference net, more than it encodes at a time
 )
 def test_steps_and_windows_share_their_graphs(kind, sizes, guidance, count):
     vae = small_vae()  # seeds what follows
-    model = animator_class(kind).small(replace(TINY, **sizes), 4, 32).eval()
+    model = animator_class(kind).small(replace(TINY, **sizes), 4, 8).eval()
     for parameter in model.parameters():
         if parameter.numel() and parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)

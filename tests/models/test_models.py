@@ -30,7 +30,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
 @pytest.fixture(scope="module")
 def model() -> AnimateAnyone:
     torch.manual_seed(0)
-    built = AnimateAnyone.small(TINY, CHANNELS, 32)
+    built = AnimateAnyone.small(TINY, CHANNELS, 8)
     randomize(built)
     return built.eval()
 
@@ -146,7 +146,7 @@ def test_single_frames_equal_the_image_model(model):
 
 
 def test_new_motion_modules_change_nothing(inputs):
-    fresh = AnimateAnyone.small(TINY, CHANNELS, 32).eval()
+    fresh = AnimateAnyone.small(TINY, CHANNELS, 8).eval()
     latents, context = inputs["noisy_latents"], torch.zeros(BATCH, 1, 8)
     pose = fresh.pose_guider(inputs["poses"])
     assert pose.abs().max() == 0
@@ -175,7 +175,7 @@ def test_attention_grids_are_those_the_layers_see(model, size):
 
 @pytest.mark.parametrize("stage", ["image", "motion"])
 def test_every_trainable_parameter_gets_a_gradient(inputs, stage):
-    model = AnimateAnyone.small(TINY, CHANNELS, 32)
+    model = AnimateAnyone.small(TINY, CHANNELS, 8)
     randomize(model)
     config = TrainConfig(stage=stage, output="", model=TINY)
     trainable = set_trainable(model, config)
@@ -193,7 +193,7 @@ def test_every_trainable_parameter_gets_a_gradient(inputs, stage):
 def test_gradient_checkpointing_changes_nothing(inputs):
     gradients = []
     for checkpointing in (False, True):
-        model = AnimateAnyone.small(TINY, CHANNELS, 32)
+        model = AnimateAnyone.small(TINY, CHANNELS, 8)
         randomize(model)
         if checkpointing:
             model.reference_net.enable_gradient_checkpointing()

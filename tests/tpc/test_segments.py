@@ -193,7 +193,7 @@ def test_the_files_of_tools(tool, files, tmp_path, capsys):
         inside = labels[0, int(cut.keypoints[0, 0, 0, 1]), int(cut.keypoints[0, 0, 0, 0])]
         assert np.abs(inside.astype(int) - COLOURS[0]).max() < 20 and labels[0, 2, 2].max() < 20
         assert (folder / "rendered_v2.mp4").read_bytes() == (folder / "driving.mp4").read_bytes()
-    assert "one segment each" in capsys.readouterr().out
+    assert f"calibrated reference in {folder}" in capsys.readouterr().out
 
 
 def test_segments_cut_frames_poses_and_sound_alike(files, tmp_path):

@@ -51,7 +51,7 @@ def vae() -> AutoencoderTiny:
 def networks(stage: str = "motion", trainable: str | None = None) -> AnimateAnyone:
     """Tiny networks without a zero anywhere, with what a run trains chosen."""
     torch.manual_seed(1)
-    model = AnimateAnyone.small(TINY, 4, max(SIZE)).train()
+    model = AnimateAnyone.small(TINY, 4, max(SIZE) // 4).train()
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -163,14 +163,14 @@ def test_kinds_of_dropped_conditions_are_drawn_alike():
 
 
 def test_what_a_model_does_not_train_is_refused():
-    model = AnimateAnyone.small(TINY, 4, max(SIZE))
+    model = AnimateAnyone.small(TINY, 4, max(SIZE) // 4)
     for stage, choice in (("image", "motion"), ("motion", "adapter")):
         with pytest.raises(UserError, match=f"trainable={choice} is not one of .*lora, which AnimateAnyone has"):
             set_trainable(model, TrainConfig(stage=stage, output="x", trainable=choice, model=TINY))
 
 
 def test_attention_supervision_needs_keys_on_the_queries_grid():
-    model = AnimateAnyone.small(TINY, 4, max(SIZE))
+    model = AnimateAnyone.small(TINY, 4, max(SIZE) // 4)
     check_supervised(token_levels(model.attention_layers((8, 8))))
     with pytest.raises(UserError, match="attention.weight="):
         check_supervised([TokenLevel((8, 8), KeyLayout((4, 4), whole=1))])

@@ -58,7 +58,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def networks(config: ModelConfig = TINY):
     torch.manual_seed(1)
-    model = AnimateAnyone.small(config, 4, max(SIZE)).train()
+    model = AnimateAnyone.small(config, 4, max(SIZE) // 4).train()
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -197,12 +197,12 @@ def test_networks_go_on_after_they_got_further_layers(tmp_path, vae, batch):
     """The added transformers end in zeros, so the prediction is that of the networks they start from."""
     small = networks(WITHOUT_FINEST)
     make_pipeline(vae, small, NoiseConfig()).save_pretrained(tmp_path)
-    grown = AnimateAnyone.small(UP_AT_FINEST, 4, max(SIZE))
+    grown = AnimateAnyone.small(UP_AT_FINEST, 4, max(SIZE) // 4)
     start_from(grown, str(tmp_path))
     for model in (small, grown):
         model.eval()
     # One head more or less changes what the old layers compute, so the comparison keeps theirs.
-    same = AnimateAnyone.small(replace(UP_AT_FINEST, attention_heads=[2]), 4, max(SIZE)).eval()
+    same = AnimateAnyone.small(replace(UP_AT_FINEST, attention_heads=[2]), 4, max(SIZE) // 4).eval()
     start_from(same, str(tmp_path))
     with torch.no_grad():
         assert torch.allclose(loss_of(small, vae, batch).loss, loss_of(same, vae, batch).loss, rtol=1e-5)
@@ -211,7 +211,7 @@ def test_networks_go_on_after_they_got_further_layers(tmp_path, vae, batch):
         assert torch.equal(grown.reference_net.state_dict()[name], own[name]), "not taken from the twin"
     with pytest.raises(UserError, match="agrees with .* of the new networks"):
         start_from(
-            AnimateAnyone.small(replace(TINY, block_out_channels=[48, 48], context_dim=24), 3, 48), str(tmp_path)
+            AnimateAnyone.small(replace(TINY, block_out_channels=[48, 48], context_dim=24), 3, 12), str(tmp_path)
         )
 
 
@@ -270,7 +270,7 @@ def test_reference_net_without_later_blocks_loads_again(tmp_path):
 
 def test_both_unets_start_as_the_same_image_model():
     torch.manual_seed(0)
-    model = AnimateAnyone.small(TINY, 4, 32)
+    model = AnimateAnyone.small(TINY, 4, 8)
     own = model.denoising_unet.state_dict()
     shared = [name for name in model.reference_net.state_dict() if name in own]
     assert len(shared) > 50

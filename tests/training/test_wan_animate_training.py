@@ -1,6 +1,7 @@
 """Training of Wan-Animate: flow matching on clips, with faces, carried frames and calibrated images."""
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from training.validate import sample_clips
 
 SIZE, FRAMES = [32, 32], 5
 SIZES = replace(TINY, animator="wan_animate", block_out_channels=[16], layers_per_block=2, image_encoder_layers=2)
+SIZES.pose_channels = [8, 8, 8, 8]  # of which it has none, so that they say nothing of latents
 DATA = DataConfig(size=SIZE, num_frames=FRAMES, stride=3, workers=0)
 VIDEO_VAE = VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=DATA)
 CALIBRATED = CalibratedTrainingConfig(probability=1.0, images=2)
@@ -64,7 +66,7 @@ def vae_folder(vae, tmp_path_factory) -> Path:
 def networks(trainable: str | None = None) -> WanAnimate:
     """Tiny networks without a zero anywhere, with what a run trains chosen."""
     torch.manual_seed(1)
-    model = WanAnimate.small(SIZES, 4, max(SIZE)).train()
+    model = WanAnimate.small(SIZES, 4, max(SIZE) // 4).train()
     for parameter in model.parameters():
         if parameter.numel() and parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -189,6 +191,13 @@ def test_every_trained_parameter_gets_a_gradient(vae, trainable):
     # A's gradient is through B, which begins as zeros.
     assert not [name for name in missing if "lora_A" not in name]
     assert any(p.requires_grad for p in model.parameters())
+    if trainable == "lora":  # every projection of attention, those of faces and of CLIP's tokens too
+        adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+        layers = [n for n, m in model.transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+        attention = [n for n in layers if ".attn" in n or n.startswith("face_adapter")]
+        assert {
+            f"transformer.{name.removesuffix('.base_layer')}" for name in attention if "lora_" not in name
+        } == adapted
 
 
 def test_units_of_sharding_are_layers_that_accelerate_finds():
@@ -235,6 +244,9 @@ def test_cached_latents_are_those_of_the_clips(vae, tmp_path):
         assert item[name].shape == wanted.shape
         # The cache holds float16.
         assert torch.allclose(item[name], wanted, atol=1e-3 * float(wanted.abs().max())), name
+    other = deepcopy(vae)
+    other.register_to_config(latents_mean=[1.0] * 4)
+    assert latents_folder(clips.folder, other, model.pose_kind) != latents_folder(clips.folder, vae, model.pose_kind)
 
 
 @pytest.fixture
@@ -290,7 +302,7 @@ def test_result_animates_in_segments(trained):
     assert not np.array_equal(clip.columns["with TPC"], clip.columns["without TPC"])
 
 
-def test_adapters_are_trained_as_in_the_recipe(trained, other_precision, tmp_path):
+def test_adapters_are_trained_as_in_the_recipe(trained, other_precision, tmp_path, capsys):
     """From a folder, without the text encoder, frozen layers rounded; with cached latents, and validation.
 
     Merged, they give what the folder with separate adapters gives.
@@ -312,6 +324,10 @@ def test_adapters_are_trained_as_in_the_recipe(trained, other_precision, tmp_pat
         run = build(run_config(tmp_path / export, tmp_path, **changed))[1]
         assert run.text_encoder is None
         assert (tmp_path / export / "samples" / "0000002.png").is_file()
+    # The text encoder's folder is not copied.
+    assert (
+        f"infer.py model={tmp_path / 'merged' / 'pipeline'} embeddings={model.embeddings}" in capsys.readouterr().out
+    )
     found["merged"] = load_pipeline(tmp_path / "merged" / "pipeline", embeddings=("prompt",))
     found["separate"] = load_pipeline(begun, lora=tmp_path / "separate" / "lora")
     first, second = (pipeline.transformer.state_dict() for pipeline in found.values())

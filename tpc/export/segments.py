@@ -50,9 +50,11 @@ def segment_notes(segments: Sequence[Segment], cuts: Sequence[int]) -> list[str]
 def segment_fill(config: CalibrationConfig, length: int | None, frames: int, persons: int) -> str | None:
     """What is painted around the persons of references for segments of a clip, where the configuration leaves it open.
 
-    One reference moves as a whole, as by hand, and has no hole; several would let the background jump.
+    One reference moves as a whole, as by hand, and has no hole; several would let the background jump. Other presets
+    than the best one stay what they are.
     """
-    if (config.fill, config.visibility, config.start) != (None, None, None):
+    needs_scene = config.visibility == "scene" or (config.start or -1) >= 0
+    if config.preset != "best" or config.fill is not None or needs_scene:
         return config.fill
     return "reference" if (length is None or length >= frames) and persons == 1 else "scene"
 

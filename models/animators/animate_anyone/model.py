@@ -74,9 +74,9 @@ class AnimateAnyone(ReferenceNetMixin, Animator):
         return self.denoising_unet(latents, batch.timestep, context, self.pose_guider(poses), reference)
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
         # Pose guider and motion modules end in zeros, so they start as no change.
-        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, use_motion_mid_block=True)
+        reference_net, denoising_unet = small_unets(sizes, latent_channels, latent_side, use_motion_mid_block=True)
         pose_guider = PoseGuider(sizes.block_out_channels[0], 3, tuple(sizes.pose_channels))
         image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
         return cls(reference_net, denoising_unet, pose_guider, image_encoder)

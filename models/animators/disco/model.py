@@ -217,9 +217,9 @@ class DisCo(Animator):
         return images * (1 - masks.to(images.dtype))  # the person grey, the middle of the range of values
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
         """Image model. ControlNets start as copies of the UNet's downward half, the projection as CLIP's own."""
-        unet = DiscoUNet(**unet_settings(sizes, latent_channels, image_size))
+        unet = DiscoUNet(**unet_settings(sizes, latent_channels, latent_side))
         image_encoder = CLIPVisionModelWithProjection(image_encoder_config(sizes))
         projection = TokenProjection(sizes.image_encoder_width, sizes.context_dim)
         projection.linear.load_state_dict(image_encoder.visual_projection.state_dict())

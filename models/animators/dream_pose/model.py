@@ -135,9 +135,9 @@ class DreamPose(Animator):
         return self.adapter(tokens.to(self.adapter.dtype), latents.to(self.adapter.dtype)).to(self.dtype)
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
         # Poses are figures of OpenPose; the context is as wide as the image encoder's tokens, not `context_dim`.
-        settings = unet_settings(sizes, latent_channels, image_size) | {
+        settings = unet_settings(sizes, latent_channels, latent_side) | {
             "in_channels": latent_channels + SMALL_POSES * len(FIGURE_CHANNELS),
             "cross_attention_dim": sizes.image_encoder_width,
         }

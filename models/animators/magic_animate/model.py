@@ -143,10 +143,10 @@ class MagicAnimate(ReferenceNetMixin, Animator):
         return self.denoising_unet(latents, batch.timestep, prompt, reference=reference, residuals=residuals)
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
         # ControlNet and motion modules end in zeros, so they start as no change; the prompt is learned.
         settings = {"use_motion_mid_block": False, "norm_scope": "clip"}
-        reference_net, denoising_unet = small_unets(sizes, latent_channels, image_size, **settings)
+        reference_net, denoising_unet = small_unets(sizes, latent_channels, latent_side, **settings)
         control_net = ControlNetModel.from_unet(
             reference_net, conditioning_embedding_out_channels=tuple(sizes.pose_channels)
         )

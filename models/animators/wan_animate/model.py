@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPImageProcessorPil as CLIPImageProcessor
@@ -122,27 +123,48 @@ class WanAnimate(Animator):
 
     def encode_reference(self, reference: ImageBatch) -> WanConditioning:
         words = reference.words
-        prompt = self.embedding("prompt", words.prompt or self.default_prompt, words)
-        if prompt is None:
-            raise UserError(
-                "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt), or get "
-                "text_encoder/ and tokenizer/ of the model"
-            )
+        prompt = self.embedding("prompt", self.default_prompt if words.prompt is None else words.prompt, words)
         image = words.embeddings.get("image")
         if image is None:
-            if self.image_encoder is None:
-                raise UserError(
-                    "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
-                    "image), or get image_encoder/ and image_processor/ of the model"
-                )
             image = image_tokens(reference.pixels, self.image_encoder, self.image_processor)
         negative = self.embedding("negative_prompt", words.negative_prompt or "", words)
         return WanConditioning(reference.vae, prompt, negative, image.to(prompt))
 
+    def check_words(self, words: Words, guided: bool) -> None:
+        config, given = self.transformer.config, words.embeddings
+        limits = dict.fromkeys(("prompt", "negative_prompt"), (TOKENS, config.text_dim))
+        limits |= {"image": (math.inf, config.image_dim)}
+        for name, embedding in given.items():
+            (tokens, channels), (most, wanted) = embedding.shape[1:], limits[name]
+            if channels != wanted or tokens > most:
+                longest = f"at most {most} tokens" if tokens > most else "tokens"
+                raise UserError(
+                    f"embeddings= has {name} of {tokens} tokens with {channels} channels; the model reads {longest} "
+                    f"with {wanted}"
+                )
+        without_text = self.text_encoder is None or self.tokenizer is None
+        if without_text and "prompt" not in given:
+            raise UserError(
+                "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt), or get "
+                "text_encoder/ and tokenizer/ of the model"
+            )
+        if without_text and guided and "negative_prompt" not in given:
+            raise UserError(
+                "guidance needs the embedding of a negative prompt (embeddings= with an entry negative_prompt), "
+                "or the text encoder; guidance_scale=1 does without"
+            )
+        if (self.image_encoder is None or self.image_processor is None) and "image" not in given:
+            raise UserError(
+                "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
+                "image), or get image_encoder/ and image_processor/ of the model"
+            )
+
     def embedding(self, name: str, text: str, words: Words) -> Tensor | None:
-        """The cached embedding of this name, or that of the text; None without both."""
+        """The cached embedding of this name, or that of the text, (1, 512, channels); None without both."""
         found = words.embeddings.get(name)
-        if found is None and self.text_encoder is not None:
+        if found is not None:
+            found = F.pad(found, (0, 0, 0, TOKENS - found.shape[1]))
+        elif self.text_encoder is not None and self.tokenizer is not None:
             found = embedded(text, self.text_encoder, self.tokenizer)
         return None if found is None else found.to(self.transformer.device, self.dtype)
 
@@ -174,11 +196,6 @@ class WanAnimate(Animator):
         given, driving, context = condition.conditioning, condition.pose, condition.context
         prompt, faces = given.prompt, driving.faces
         if dropped[0]:
-            if given.negative is None:
-                raise UserError(
-                    "guidance needs the embedding of a negative prompt (embeddings= with an entry negative_prompt), "
-                    "or the text encoder; guidance_scale=1 does without"
-                )
             prompt, faces = given.negative, torch.full_like(faces, NULL_FACE)
         words = WanConditioning(given.vae, prompt, None, given.image)
         return self.flow(sample, timestep.expand(1), context, replace(driving, faces=faces), words)
@@ -229,12 +246,12 @@ class WanAnimate(Animator):
     # Training
 
     @classmethod
-    def small(cls, sizes: NetworkSizes, latent_channels: int, image_size: int) -> Self:
-        return cls(**small_networks(sizes, latent_channels, image_size))
+    def small(cls, sizes: NetworkSizes, latent_channels: int, latent_side: int) -> Self:
+        return cls(**small_networks(sizes, latent_channels, latent_side))
 
     def check_image_encoder(self) -> None:
         """UserError without one: each clip of training has a reference of its own."""
-        if self.image_encoder is None:
+        if self.image_encoder is None or self.image_processor is None:
             raise UserError("the image encoder is missing: get image_encoder/ and image_processor/ of the model")
 
     @torch.no_grad()
@@ -242,13 +259,15 @@ class WanAnimate(Animator):
         self, vae: VideoVAE, clip: tuple[int, int, int], embeddings: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         words = Words(embeddings=embeddings)
-        prompt, negative = self.embedding("prompt", PROMPT, words), self.embedding("negative_prompt", "", words)
-        if prompt is None or negative is None:
+        without_text = self.text_encoder is None or self.tokenizer is None
+        if without_text and not {"prompt", "negative_prompt"} <= embeddings.keys():
             raise UserError(
                 "the text encoder is missing: give model.embeddings= with entries prompt and negative_prompt, or get "
                 "text_encoder/ and tokenizer/ of the model"
             )
         self.check_image_encoder()
+        self.check_words(words, guided=True)
+        prompt, negative = self.embedding("prompt", PROMPT, words), self.embedding("negative_prompt", "", words)
         nothing = torch.zeros(1, 3, *clip, device=vae.device)
         return {"prompt": prompt, "negative_prompt": negative, "unknown": clip_encode(vae, nothing).float()}
 

@@ -14,8 +14,8 @@ FACE_SIDE, FACE_CHANNELS = 32, {"4": 32, "8": 32, "16": 24, "32": 16}  # pixels,
 PIECES = ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")
 
 
-def small_networks(sizes: NetworkSizes, latent_channels: int, image_size: int) -> dict[str, Any]:
-    """Arguments of `WanAnimate`, its transformer of one width, for images of this side in pixels.
+def small_networks(sizes: NetworkSizes, latent_channels: int, latent_side: int) -> dict[str, Any]:
+    """Arguments of `WanAnimate`, its transformer of one width, for latents of this side.
 
     Text and image encoder are random, as training finds what to do with what they say.
     """
@@ -68,5 +68,5 @@ def small_networks(sizes: NetworkSizes, latent_channels: int, image_size: int) -
         "image_processor": CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         "text_encoder": UMT5EncoderModel(text),
         "tokenizer": T5Tokenizer(vocab=[(piece, float(-n)) for n, piece in enumerate(PIECES)], extra_ids=0),
-        "trained_side": image_size // 2 ** (len(sizes.pose_channels) - 1),  # as for UNets
+        "trained_side": latent_side,
     }

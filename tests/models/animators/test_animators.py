@@ -38,7 +38,7 @@ def vae() -> AutoencoderTiny:
 def model(request) -> Animator:
     """Small networks, every parameter random, so that no path is a no-op."""
     torch.manual_seed(1)
-    made = animator_class(request.param).small(TINY, 4, 32)
+    made = animator_class(request.param).small(TINY, 4, 8)
     for parameter in made.parameters():
         if parameter.numel() and parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)

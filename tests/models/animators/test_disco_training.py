@@ -100,7 +100,7 @@ def test_checkpointing_changes_no_gradient(temporal_pipeline):
 
 def test_new_small_networks_predict_and_start_without_effect_of_conditions():
     """What `train.py model.animator=disco` starts with: ControlNets whose outputs are zero."""
-    model = DisCo.small(TINY, 4, 32)
+    model = DisCo.small(TINY, 4, 8)
     both = batch()
     with torch.no_grad():
         predicted = model(**both)

@@ -267,7 +267,7 @@ def test_what_is_trained_gets_gradients(pipeline, choice):
 def test_small_networks_go_together():
     """New ones take figures, of which all three channels count, and start from CLIP's tokens alone."""
     sizes = replace(TINY, image_encoder_width=12, attention=["up", "both"])
-    animator = DreamPose.small(sizes, latent_channels=4, image_size=32)
+    animator = DreamPose.small(sizes, latent_channels=4, latent_side=8)
     unet = animator.denoising_unet.config
     assert (unet.in_channels, unet.out_channels, unet.cross_attention_dim) == (4 + 5 * 3, 4, 12)
     assert unet.pose_kind == "OpenPose" and animator.latent_side == 8

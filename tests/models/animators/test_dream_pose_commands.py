@@ -49,7 +49,7 @@ def figures(tmp_path_factory) -> str:
     """A new small model, which reads figures that are drawn."""
     folder = tmp_path_factory.mktemp("figures")
     torch.manual_seed(0)
-    networks = DreamPose.small(TINY, latent_channels=4, image_size=32)
+    networks = DreamPose.small(TINY, latent_channels=4, latent_side=8)
     vae = load_vae(make_vae(folder / "vae_alone"))
     parts = {name: module.eval() for name, module in networks.named_children()}
     DreamPosePipeline(vae=vae, scheduler=published_scheduler("dreampose"), **parts).save_pretrained(folder / "model")

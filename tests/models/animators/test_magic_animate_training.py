@@ -36,7 +36,7 @@ GIVEN = {
 def small_model(stage: str | None = None, trainable: str | None = None) -> MagicAnimate:
     """Tiny networks without a zero anywhere, with what a stage trains chosen; None: as they are made."""
     torch.manual_seed(0)
-    model = MagicAnimate.small(TINY, CHANNELS, SIZE).train()
+    model = MagicAnimate.small(TINY, CHANNELS, SIZE // 4).train()
     for parameter in model.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -68,7 +68,7 @@ def of_sample(arguments: dict[str, Tensor], number: int) -> dict[str, Tensor]:
 
 def test_new_networks_start_without_effect_of_poses_and_read_figures():
     torch.manual_seed(0)
-    model = MagicAnimate.small(TINY, CHANNELS, SIZE)
+    model = MagicAnimate.small(TINY, CHANNELS, SIZE // 4)
     assert model.pose_kind == "OpenPose" and model.fusion_blocks == "midup"
     assert model.prompt().shape == (1, PROMPT_TOKENS, TINY.context_dim) and model.prompt().std() > 0.5
     assert model.denoising_unet.config.norm_scope == "clip"

@@ -36,9 +36,24 @@ def test_a_calibrated_image_for_each_segment(inputs, folder, tmp_path, capsys):
     assert frames.shape == (6, 32, 32, 3)
     told = capsys.readouterr().out
     assert "2 segments of 5 frames = 2 passes (window_size=4 becomes 5)" in told
+    unused = ["negative_prompt=bad", "tpc.groups=2", "passes_at_a_time=2", "window_overlap=2"]
+    run(inputs, folder, tmp_path / "cut", "cuts=[1,2]", *unused)
+    told = capsys.readouterr().out
+    assert "3 segments of 5 frames = 3 passes (window_size=4 becomes 5, window_overlap=2 becomes 1)" in told
+    assert "note: negative_prompt: of no use without guidance" in told
+    assert "note: tpc.groups, passes_at_a_time: of no use to a model that animates in segments" in told
+    for argument, error in {"tpc.start=500": "tpc.start=500 is for diffusion", "solver=ddim": "knows no flow"}.items():
+        with pytest.raises(UserError, match=error):
+            run(inputs, folder, tmp_path / "refused", argument)
     assert json.loads((tmp_path / "tpc/result.json").read_text())["calibration"]["calibrated"] == 6
     plain = run(inputs, folder, tmp_path / "plain", "prompt=a fan", "tpc.enabled=false")
     assert np.abs(plain.astype(int) - frames).max() > 0
+    # The driver's face is seen beside given pose images, too.
+    reference, driving = given(inputs)[:2]
+    images = [f"pose_images={driving.split('=')[1]}", "tpc.enabled=false"]
+    seen = run(inputs, folder, tmp_path / "seen", *images)
+    infer.main([reference, f"model={folder}", f"output={tmp_path / 'unseen'}", *QUICK, *images])
+    assert not np.array_equal(seen, read_video(tmp_path / "unseen/animation.mp4").frames)
 
 
 def test_embeddings_of_a_file(inputs, folder, tmp_path, capsys):
@@ -72,6 +87,11 @@ def test_embeddings_of_a_file(inputs, folder, tmp_path, capsys):
     for argument, error in refused.items():
         with pytest.raises(UserError, match=error):
             run(inputs, folder, tmp_path / "refused", argument)
+    for argument in words[2:]:  # of which the file has its own
+        with pytest.raises(UserError, match=f"^{argument.split('=')[0]}= and embeddings=.*give one of the two"):
+            run(inputs, folder, tmp_path / "refused", argument, f"embeddings={file}")
+    with pytest.raises(UserError, match="has the image of one reference, and there are several"):
+        infer.main([f"model={folder}", f"output={tmp_path / 'refused'}", f"embeddings={file}"])  # two samples
     for model, error in {rest: "component text_encoder is missing", SHIPPED_MODEL: "takes no embeddings"}.items():
         with pytest.raises(UserError, match=error):
             embeddings.main([f"model={model}", f"output={tmp_path / 'x.safetensors'}"])

@@ -21,7 +21,7 @@ from models.attention.context import ReferenceContext
 from models.attention.masking import Visibility
 from models.checkpoints.loading import on_meta, shapes_on_meta
 from models.images import Words
-from tests.wan_parts import SEGMENT, TRANSFORMER, images, published_folder, wan_pipeline
+from tests.wan_parts import SEGMENT, TRANSFORMER, components, images, published_folder, wan_pipeline
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
@@ -58,14 +58,31 @@ def test_cached_embeddings_stand_in_for_encoders(folder):
     assert load_pipeline(folder, embeddings=["image"]).text_encoder is not None
     expected = one_segment(given, words=Words(negative_prompt="bad"))
     assert np.array_equal(one_segment(bare, words=Words(embeddings=embeddings)), expected)
+    # What is shorter ends in zeros.
+    assert not known.prompt[:, 226:].any()
+    shorter = embeddings | {"prompt": known.prompt[:, :226]}
+    assert np.array_equal(one_segment(bare, words=Words(embeddings=shorter)), expected)
+    image = known.image
+    refused = {
+        "guidance needs the embedding of a negative prompt": {"negative_prompt": None},
+        "entry prompt": {"prompt": None},
+        "entry image": {"image": None},
+        "prompt of 513 tokens with 16 channels; the model reads at most 512": {"prompt": torch.zeros(1, 513, 16)},
+        "negative_prompt of 512 tokens with 8": {"negative_prompt": torch.zeros(1, 512, 8)},
+        f"image of {image.shape[1]} tokens with 9 channels; .* with 8": {"image": torch.zeros(*image.shape[:2], 9)},
+    }
+    for told, changed in refused.items():
+        given = {key: value for key, value in (embeddings | changed).items() if value is not None}
+        with pytest.raises(UserError, match=told):
+            one_segment(bare, words=Words(embeddings=given))
     del embeddings["negative_prompt"]
-    with pytest.raises(UserError, match="guidance needs the embedding of a negative prompt"):
-        one_segment(bare, words=Words(embeddings=embeddings))
     assert one_segment(bare, words=Words(embeddings=embeddings), guidance_scale=1.0).shape == expected.shape
-    for name in ("prompt", "image"):
-        fewer = {key: value for key, value in embeddings.items() if key != name}
-        with pytest.raises(UserError, match=f"entry {name}"):
-            one_segment(bare, words=Words(embeddings=fewer))
+
+
+@pytest.mark.parametrize(("missing", "told"), [("tokenizer", "text encoder"), ("image_processor", "image encoder")])
+def test_encoders_need_what_prepares_their_inputs(missing, told):
+    with pytest.raises(UserError, match=f"the {told} is missing"):
+        one_segment(WanAnimatePipeline(**components() | {missing: None}))
 
 
 def other_class(path: Path) -> None:
