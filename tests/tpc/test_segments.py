@@ -19,7 +19,15 @@ from tpc import calibrate
 from tpc.__main__ import main
 from tpc.config import TOOLS as NAMES
 from tpc.config import CalibrationConfig
-from tpc.export.segments import RULES, Segment, segment_notes, segment_reference, segment_references, split
+from tpc.export.segments import (
+    RULES,
+    Segment,
+    segment_config,
+    segment_notes,
+    segment_reference,
+    segment_references,
+    split,
+)
 from tpc.export.tools import COLOURS, TOOLS
 
 SIZE = (96, 80)
@@ -43,6 +51,25 @@ def test_segments_as_wan_animate_and_scail_2_divide_a_clip():
     assert split(300, 77, 1) == [range(0, 77), range(76, 153), range(152, 229), range(228, 300)]
     assert split(157, 81, 5) == [range(0, 81), range(76, 157)]
     assert split(300, None) == split(300, 300) == [range(300)]
+
+
+@pytest.mark.parametrize(
+    ("given", "segments", "fill"),
+    [
+        ({}, 1, "reference"),
+        ({}, 2, "scene"),
+        # What is as it would be anyway changes nothing.
+        ({"visibility": "exclusive"}, 1, "reference"),
+        ({"start": -1}, 1, "reference"),
+        # What needs the scene, and other presets, are left alone.
+        ({"visibility": "scene"}, 1, None),
+        ({"start": 5}, 1, None),
+        ({"fill": "black"}, 2, "black"),
+        ({"preset": "paper"}, 2, None),
+    ],
+)
+def test_what_is_painted_around_the_person_of_segments(given, segments, fill):
+    assert segment_config(CalibrationConfig(**given), 5, 5 * segments, persons=1).fill == fill
 
 
 def calibrated(places, reference=(40, 40), scores=None):
