@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
         output_folder(job.output)
     device, dtype = choose_device(config.device, config.dtype, state.local_process_index)
     words = words_of(config)
-    if words is not None and "image" in words.embeddings and len({job.reference for job in jobs}) > 1:
+    if words is not None and "image" in words.embeddings and len({Path(job.reference).resolve() for job in jobs}) > 1:
         raise UserError(
             f"embeddings={config.embeddings} has the image of one reference, and there are several; take image out of "
             "it, or animate them one by one"

@@ -243,10 +243,9 @@ class AttentionTaskConfig(ClipsConfig, TrialsConfig):
     thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # above which a clip is misaligned
 
     def check(self) -> None:
-        if self.tpc.attach == "replace":
+        if self.tpc.attach != "add":  # null is "replace" for some models
             raise UserError(
-                "tpc.attach=replace shows no reference beside calibrated images to compare them with; "
-                "tpc.attach=add does"
+                f"tpc.attach={self.tpc.attach} may show no reference beside calibrated images; tpc.attach=add does"
             )
 
 

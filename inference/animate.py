@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Animation:
     calibration: Calibration | None  # what TPC did, or None
     fps: float  # frames per second
     cuts: tuple[int, ...] = ()  # first frames of the clip's shots after the first
-    attended: Sequence[np.ndarray] = ()  # (f, H, W, 3), the calibrated image of each frame, see `attended_images`
+    attended: Sequence[np.ndarray] = ()  # (f, H, W, 3), the calibrated image of each frame, see `shown_references`
 
     @property
     def result(self) -> np.ndarray:
@@ -269,22 +269,26 @@ def sampled(
         plain = sample("sampling without TPC", None, attention if calibration is None else None)
     if calibration is not None:
         calibrated = sample("sampling with TPC", calibration, attention)
-        attended = attended_images(pipeline, inputs, calibration, window)
+        attended = shown_references(pipeline, inputs, calibration, window)
     return Animation(inputs.reference, inputs.poses, plain, calibrated, calibration, inputs.fps, inputs.cuts, attended)
 
 
-def attended_images(
+def shown_references(
     pipeline: AnimationPipeline, inputs: ModelInputs, calibration: Calibration, window: tuple[int, int]
 ) -> Sequence[np.ndarray]:
     """The calibrated image that each frame attends to, (f, H, W, 3) uint8: its own, or one for many of a segment."""
     if pipeline.animator.segment_frames is None or not calibration.replaces_reference:
         attended = pipeline.attended_calibration(calibration, *window, inputs.cuts)
         return LazyImages(attended.frames, attended.size, attended.frame_image)
-    images: list[np.ndarray] = []
-    for segment in pipeline.segments(calibration.frames, *window, inputs.cuts):
-        image = calibration.segment_image(segment.inside)
-        images += [inputs.reference if image is None else image] * len(segment.new)
-    return images
+    segments = pipeline.segments(calibration.frames, *window, inputs.cuts)
+    of_frame = [number for number, segment in enumerate(segments) for _ in segment.new]
+
+    @lru_cache(maxsize=1)
+    def of_segment(number: int) -> np.ndarray:
+        image = calibration.segment_image(segments[number].inside)
+        return inputs.reference if image is None else image
+
+    return LazyImages(len(of_frame), calibration.size, lambda frame: of_segment(of_frame[frame]))
 
 
 def sampling_plan(
@@ -309,11 +313,11 @@ def sampling_plan(
     counts |= {f"{windows} {word} of {window[0]} frames": windows} if windows > 1 else {}
     counts |= {"2 (without and with TPC)": 2} if calibrated and sampling.compare else {}
     width, height = size
-    asked = {"window_size": sampling.window_size, "window_overlap": sampling.window_overlap} if segments else {}
-    became = zip(asked.items(), window, strict=False)
-    rounded = [f"{name}={given} becomes {found}" for (name, given), found in became if given not in (None, found)]
+    asked = sampling.window_size, sampling.window_overlap
+    wanted = zip(("window_size", "window_overlap"), asked, window, strict=True)
+    rounded = [f"{name}={given} becomes {found}" for name, given, found in wanted if given not in (None, found)]
     passes = f"{' x '.join(counts)} = {prod(counts.values())} passes"
-    told = f" ({', '.join(rounded)})" if rounded else ""
+    told = f" ({', '.join(rounded)})" if segments and rounded else ""
     return f"{frames} frames of {width} x {height} pixels; {passes}{told}"
 
 

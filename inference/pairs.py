@@ -131,8 +131,7 @@ def read_pair(
             job.stride,
             job.pose.smoothing,
             images=job.pose_images,
-            # Faces are cut out of the video by the keypoints of heads.
-            poses_wanted=job.tpc.enabled or (job.driving is not None and pipeline.animator.face_size is not None),
+            poses_wanted=job.tpc.enabled or shows_faces(job, pipeline),
             cuts=job.cuts,
             progress=progress,
         )
@@ -184,12 +183,20 @@ def with_defaults(job: InferConfig, pipeline: AnimationPipeline) -> InferConfig:
     return job
 
 
+def shows_faces(job: InferConfig, pipeline: AnimationPipeline) -> bool:
+    """The model takes faces, and they are cut out of the driving video by poses that are given."""
+    return pipeline.animator.face_size is not None and None not in (job.driving, job.driving_poses)
+
+
 def unused_notes(pipeline: AnimationPipeline, job: InferConfig) -> list[str]:
     """What was given and changes nothing."""
     notes = []
     scales = pipeline.animator.guidance_scales(job.guidance_scales or job.guidance_scale)
     if job.negative_prompt is not None and all(scale == 1 for scale in scales):
         notes.append("negative_prompt: of no use without guidance; guidance_scale=3 leads away from it")
+    poses_unread = job.pose_images is not None and not job.tpc.enabled
+    if poses_unread and pipeline.animator.face_size is not None and job.driving and not shows_faces(job, pipeline):
+        notes.append("driving: the face is not shown to the model, as nothing says where it is; driving_poses= does")
     given = {
         "tpc.propagation": job.tpc.propagation is not None,
         "tpc.groups": job.tpc.groups is not None,

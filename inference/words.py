@@ -16,7 +16,7 @@ from inference.animate import in_frame
 from inference.config import EmbeddingsConfig, InferConfig
 from models.animators.registry import component_classes, load_component, read_index, saved_class
 from models.checkpoints.files import read_tensors
-from models.images import EMBEDDINGS, Words, as_images
+from models.images import Words, as_images
 
 
 def words_of(job: InferConfig) -> Words | None:
@@ -33,11 +33,10 @@ def words_of(job: InferConfig) -> Words | None:
 def read_embeddings(path: str) -> dict[str, Tensor]:
     """Tensors of `models.images.Words` by name; a `UserError` where a file holds something else."""
     embeddings = read_tensors(path, "embeddings")
-    if wrong := [n for n, value in embeddings.items() if n not in EMBEDDINGS or value.ndim != 3 or len(value) != 1]:
-        raise UserError(
-            f"embeddings={path} has {wrong[0]} of shape {list(embeddings[wrong[0]].shape)}; it may hold "
-            f"{', '.join(EMBEDDINGS)}, each (1, tokens, channels)"
-        )
+    try:
+        Words(embeddings=embeddings)
+    except ValueError as error:
+        raise UserError(f"embeddings={path} {error}") from None
     return embeddings
 
 

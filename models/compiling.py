@@ -31,8 +31,8 @@ def use_channels_last(*networks: nn.Module) -> None:
 def compile_networks(animator: Animator, **options: Any) -> None:
     """Compile UNets and transformers, each as one graph, when they are called next; options are of `torch.compile`.
 
-    Another size, number of frames in a window or of persons compiles once more; the steps and windows of a run do not,
-    segments where they hold other images.
+    Another size, number of frames in a window, of persons, or of images that a segment holds compiles once more; the
+    steps, windows and segments of a run do not.
     Attention cannot be recorded afterwards.
     """
     # torch writes C or C++ around its kernels.

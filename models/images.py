@@ -156,8 +156,16 @@ class Words:
 
     prompt: str | None = None  # None: the model's own
     negative_prompt: str | None = None  # what guidance leads away from
-    # Some of `EMBEDDINGS`, (1, n, c) each; "image" has CLIP's tokens of the reference
+    # Some of `EMBEDDINGS`, (1, n, c) each; "image" has CLIP's tokens of the reference. ValueError for anything else.
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, embedding in self.embeddings.items():
+            if name not in EMBEDDINGS or embedding.ndim != 3 or len(embedding) != 1:
+                raise ValueError(
+                    f"has {name} of shape {list(embedding.shape)}; it may hold {', '.join(EMBEDDINGS)}, each "
+                    "(1, tokens, channels)"
+                )
 
 
 @dataclass(frozen=True)

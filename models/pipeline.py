@@ -227,8 +227,8 @@ class AnimationPipeline(RunInputs):
 
         Raises:
             ValueError: inputs that disagree in size or count.
-            UserError: a mask that the model needs is missing; a solver, interval or start that does not fit; a result
-                that is not finite.
+            UserError: a mask, encoder or embedding that the model needs is missing; a solver, interval, attachment or
+                start that does not fit; a result that is not finite.
         """
         animator, device, dtype = self.animator, self._execution_device, self.animator.dtype
         poses = image_tensor(poses, "poses")
@@ -250,7 +250,7 @@ class AnimationPipeline(RunInputs):
         if calibration is not None and calibration.persons:
             attach = "replace" if calibration.replaces_reference else "add"
             start = calibration.start_timestep
-        self.check_wanted(guidance_scale, solver, words, attach, start)
+        self.check_wanted(guidance_scale, None, words, attach, start)
         scales = animator.guidance_scales(guidance_scale)
         scheduler = self.scheduler if solver is None else with_solver(self.scheduler, solver)
         segments = self.segments(num_frames, window_size, window_overlap, cuts)

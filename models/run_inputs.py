@@ -52,6 +52,7 @@ class RunInputs(DiffusionPipeline):
         """Size and overlap of windows or segments that suit the animator, where none were asked for.
 
         Those of segments are 1 more than a multiple of the frames of a latent, as near as can be to what was asked.
+        UserError for segments without new frames.
         """
         animator = self.animator
         if animator.segment_frames is not None:
@@ -59,9 +60,9 @@ class RunInputs(DiffusionPipeline):
             longest = self.config.window_size or animator.segment_frames
             size = (window_size or min(longest, -(-(num_frames - 1) // step) * step + 1)) // step * step + 1
             overlap = min(animator.carried_frames, size - 1) if overlap is None else overlap
-            if 0 < overlap < size:  # else `check_counts` refuses what was asked for
-                overlap = min(overlap // step * step + 1, max(size - step, 0))
-            return size, overlap
+            if not 0 <= overlap < size:
+                raise UserError(f"window_overlap={overlap} must be 0 to {size - 1}, less than a segment has frames")
+            return size, overlap and min(overlap // step * step + 1, size - step)
         if window_size is None:
             apart = num_frames if animator.joint_frames else FRAMES_AT_A_TIME
             window_size = min(num_frames, self.config.window_size or animator.longest_window or apart)

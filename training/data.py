@@ -220,31 +220,34 @@ def latents_folder(cache: Path, vae: VAE | VideoVAE, kind: str) -> Path:
 
 @torch.no_grad()
 def ensure_latents(clips: CachedClips, vae: VAE | VideoVAE, kind: str = "OpenPose", chunk: int = 32) -> Path:
-    """Folder of the latents of a clip cache's images, which are encoded unless it exists, about `chunk` at a time."""
+    """Folder of the latents of a clip cache's images, which are encoded unless it exists.
+
+    At most `chunk` images are encoded at a time, of videos as many whole clips as have about so many.
+    """
     folder = latents_folder(clips.folder, vae, kind)
     if folder.is_dir():
         return folder
     count, images = clips.images.shape[:2]
     together = max(1, chunk // images)
     parts = (slice(start, start + together) for start in range(0, count, together))
-    parts = tqdm(parts, desc="encoding cached clips", total=-(-count // together))
+    parts = tqdm(parts, desc=f"encoding cached clips, {together} at a time", total=-(-count // together))
     with complete_folder(folder) as temporary:
         if isinstance(vae, VideoVAE):
             write_arrays(temporary, count, (clip_latents(clips, part, vae, kind) for part in parts))
         else:
-            write_arrays(temporary, count, (image_latents(clips, part, vae) for part in parts))
+            write_arrays(temporary, count, (image_latents(clips, part, vae, chunk) for part in parts))
             if not np.load(temporary / "deviation.npy", mmap_mode="r").any():
                 (temporary / "deviation.npy").unlink()
     return folder
 
 
-def image_latents(clips: CachedClips, some: slice, vae: VAE) -> dict[str, np.ndarray]:
+def image_latents(clips: CachedClips, some: slice, vae: VAE, chunk: int) -> dict[str, np.ndarray]:
     """Mean and deviation (n, m, c, h, w) float16 of the images of some cached clips."""
     cached = clips.images[some]  # (n, m, H, W, 3)
     images = clip_tensor(cached.reshape(-1, *cached.shape[2:])).transpose(0, 1).to(vae.device)
-    # The storage format is not finer than bfloat16 arithmetic is on the way there, which is several times faster.
+    # On CPUs several times faster, and what a run in bfloat16 would compute.
     with torch.autocast("cpu", torch.bfloat16) if vae.device.type == "cpu" else nullcontext():
-        posterior = vae_posterior(vae, images)
+        posterior = vae_posterior(vae, images, chunk)
     parts = zip(("mean", "deviation"), posterior, strict=True)
     return {name: stored(part).reshape(*cached.shape[:2], *part.shape[1:]) for name, part in parts}
 

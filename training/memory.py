@@ -263,8 +263,8 @@ def amounts(vae: VAE | VideoVAE, model: Animator, config: TrainConfig, step: Ste
         moments=8 if config.optimizer.name == "adamw" else 2 * (1 + 4 / 256),
         average=4 if config.ema_decay else 0,
         half=config.mixed_precision in ("bf16", "fp16"),
-        unit=max(4 * sum(p.numel() for p in block.parameters()) for block in blocks),
-        outside=4 * sum(p.numel() for p in model.parameters() if id(p) not in within),
+        unit=max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks),
+        outside=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in within),
         step=max(step.encoding, step.training),
     )
 

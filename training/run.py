@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,7 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         )
     vae.to(accelerator.device)
     frames, (width, height) = config.data.num_frames, config.data.size
-    with accelerator.autocast():  # frozen layers may be half-precision
+    with encoding(accelerator, config):
         constant = model.constant_inputs(vae, (frames, height, width), given_embeddings(config.model))
     constant = {name: value.to(accelerator.device) for name, value in constant.items()}
     objective = Objective(model, vae, config, constant)
@@ -233,6 +233,11 @@ def prepare(config: TrainConfig, output: Path, accelerator: Accelerator, vae: VA
         guard=StepGuard(config.max_skipped_steps, skipped=progress.skipped),
         log=StepLog(objective.scheduler.config.num_train_timesteps),
     )
+
+
+def encoding(accelerator: Accelerator, config: TrainConfig) -> AbstractContextManager:
+    """What frozen networks encode in beside the steps: autocast where their layers are of several dtypes."""
+    return accelerator.autocast() if config.frozen_dtype == "bfloat16" else nullcontext()
 
 
 def convert_buffers(accelerator: Accelerator, model: nn.Module) -> None:
@@ -302,7 +307,7 @@ def make_clips(run: Run) -> Dataset:
     kind = run.objective.animator.pose_kind
     if run.config.data.cache_latents:
         vae = run.objective.vae
-        with run.accelerator.autocast():  # frozen layers may be half-precision
+        with encoding(run.accelerator, run.config):
             on_main(run.accelerator, lambda: ensure_latents(clips, vae, kind))
         clips = clips.with_latents(latents_folder(clips.folder, vae, kind))
     clips = driven_clips(clips, run.config.data, run.objective.animator)

@@ -63,7 +63,7 @@ def test_segments_as_wan_animate_and_scail_2_divide_a_clip():
         ({"start": -1}, 1, "reference"),
         # What needs the scene, and other presets, are left alone.
         ({"visibility": "scene"}, 1, None),
-        ({"start": 5}, 1, None),
+        ({"start": 0}, 1, None),
         ({"fill": "black"}, 2, "black"),
         ({"preset": "paper"}, 2, None),
     ],

@@ -53,7 +53,7 @@ def segment_fill(config: CalibrationConfig, length: int | None, frames: int, per
     One reference moves as a whole, as by hand, and has no hole; several would let the background jump. Other presets
     than the best one stay what they are.
     """
-    needs_scene = config.visibility == "scene" or (config.start or -1) >= 0
+    needs_scene = config.visibility == "scene" or (config.start is not None and config.start >= 0)
     if config.preset != "best" or config.fill is not None or needs_scene:
         return config.fill
     return "reference" if (length is None or length >= frames) and persons == 1 else "scene"

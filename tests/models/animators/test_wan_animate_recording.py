@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference.animate import ModelInputs, attended_images
+from inference.animate import ModelInputs, shown_references
 from models.animators.wan_animate.context import Sight, joint_context, latent_probe
 from models.attention.context import ReferenceContext
 from models.attention.layers import LayerShape, joint_layers
@@ -228,7 +228,7 @@ def test_a_comparison_shows_what_frames_attend_to():
     given, shown = images(FRAMES), {}
     for attach in ("replace", "add"):
         inputs = ModelInputs(given["reference"], given["poses"], None, calibrated(attach), 24.0, ())
-        shown[attach] = np.asarray(attended_images(wan_pipeline(), inputs, inputs.calibration, (SEGMENT, 1)))
+        shown[attach] = np.asarray(shown_references(wan_pipeline(), inputs, inputs.calibration, (SEGMENT, 1)))
     first, second = (calibrated("replace").segment_image(segment.inside) for segment in SEGMENTS)
     np.testing.assert_array_equal(shown["replace"], [first] * 5 + [second] * 3)
     own = [calibrated("add").frame_image(frame) for frame in range(FRAMES)]
