@@ -42,9 +42,11 @@ def test_a_calibrated_image_for_each_segment(inputs, folder, tmp_path, capsys):
     assert "3 segments of 5 frames = 3 passes (window_size=4 becomes 5, window_overlap=2 becomes 1)" in told
     assert "note: negative_prompt: of no use without guidance" in told
     assert "note: tpc.groups, passes_at_a_time: of no use to a model that animates in segments" in told
-    for argument, error in {"tpc.start=500": "tpc.start=500 is for diffusion", "solver=ddim": "knows no flow"}.items():
+    refused = {"tpc.start=500": "tpc.start=500 is for diffusion", "solver=ddim": "knows no flow"}
+    refused |= {"window_size=null window_overlap=9": "window_overlap=9 must be 0 to 8"}
+    for argument, error in refused.items():
         with pytest.raises(UserError, match=error):
-            run(inputs, folder, tmp_path / "refused", argument)
+            run(inputs, folder, tmp_path / "refused", *argument.split())
     assert json.loads((tmp_path / "tpc/result.json").read_text())["calibration"]["calibrated"] == 6
     plain = run(inputs, folder, tmp_path / "plain", "prompt=a fan", "tpc.enabled=false")
     assert np.abs(plain.astype(int) - frames).max() > 0
@@ -52,8 +54,10 @@ def test_a_calibrated_image_for_each_segment(inputs, folder, tmp_path, capsys):
     reference, driving = given(inputs)[:2]
     images = [f"pose_images={driving.split('=')[1]}", "tpc.enabled=false"]
     seen = run(inputs, folder, tmp_path / "seen", *images)
-    infer.main([reference, f"model={folder}", f"output={tmp_path / 'unseen'}", *QUICK, *images])
+    capsys.readouterr()
+    infer.main([reference, driving, f"model={folder}", f"output={tmp_path / 'unseen'}", *QUICK, *images])
     assert not np.array_equal(seen, read_video(tmp_path / "unseen/animation.mp4").frames)
+    assert "note: driving: the face is not shown to the model" in capsys.readouterr().out
 
 
 def test_embeddings_of_a_file(inputs, folder, tmp_path, capsys):
