@@ -41,12 +41,13 @@ def main(arguments: list[str]) -> None:
         raise UserError("the viewer needs gradio; install it with `pip install -r requirements-viewer.txt`")
     # Networks take seconds to import, which wrong arguments need not wait for.
     from core.processes import choose_device
+    from data.poses.drawing import FIGURES
     from models.animators.registry import load_pipeline
 
     device, dtype = choose_device(config.device, config.dtype)
     pipeline = load_pipeline(config.model or SHIPPED_MODEL, dtype, config.lora, config.lora_scale).to(device)
-    if pipeline.pose_kind != "OpenPose":
-        raise UserError(f"model={config.model} reads {pipeline.pose_kind} images, the viewer draws OpenPose figures")
+    if pipeline.pose_kind not in FIGURES:
+        raise UserError(f"model={config.model} reads {pipeline.pose_kind} images, the viewer draws figures")
     for note in pipeline.notes:
         print(f"note: {note}")
     pipeline.set_progress_bar_config(disable=True)

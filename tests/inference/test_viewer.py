@@ -17,6 +17,7 @@ from inference.animate import animate
 from models.attention.recording import AttentionConfig
 from tests.published import small_magic_pipeline
 from tests.viewed import SAMPLING, recorded_run, rendered_inputs
+from tests.wan_parts import wan_pipeline
 from tpc import CalibrationConfig
 from viewer.images import (
     HEIGHT,
@@ -66,6 +67,15 @@ class TestRecordedRuns:
         by_name = keypoints.query_map(layer, keypoints.names[seen], step=1, frame=0)
         by_place = recorded.query_map(layer, tuple(keypoints.points[0, seen]), step=1, frame=0)
         assert np.allclose(by_name.maps, by_place.maps, atol=1e-6)
+
+    def test_frames_of_a_segment_are_shown_what_it_holds(self, inputs):
+        """Calibrated images stand beside the reference, though the model's own choice is to replace it."""
+        run = recorded_run(wan_pipeline(), inputs, AttentionConfig(layers=["blocks.0.attn1"], mean=["heads"]))
+        assert run.calibrated.recorded.images == ("reference", "calibrated 0")
+        for frame in range(3):
+            shown = side_view(run, run.calibrated, Choice(frame=frame, point=(16.0, 16.0)))
+            assert shown.calibrated is not None and "calibrated image" in shown.caption
+        assert len(np.unique(run.calibrated.calibration.attended)) == 2, "two latents, an image each"
 
     def test_both_sides_begin_from_noise(self, tiny_pipeline, inputs):
         pipeline = copy(tiny_pipeline)
