@@ -81,7 +81,9 @@ def published_keys(family: str) -> type[ConvertConfig]:
     if family in FAMILIES:
         return FAMILIES[family]
     if all(line.startswith("models.") for line in ANIMATORS.values()):
-        raise UserError(f"family={family} is not one of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"family={family} is not one of {', '.join(FAMILIES)}; Wan-Animate's folder serves as it comes, model=FOLDER"
+        )
     from models.checkpoints.convert import published_family  # of an animator that lives elsewhere
 
     return published_family(family).config
