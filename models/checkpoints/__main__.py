@@ -81,9 +81,7 @@ def published_keys(family: str) -> type[ConvertConfig]:
     if family in FAMILIES:
         return FAMILIES[family]
     if all(line.startswith("models.") for line in ANIMATORS.values()):
-        raise UserError(
-            f"family={family} is not one of {', '.join(FAMILIES)}; Wan-Animate's folder serves as it comes, model=FOLDER"
-        )
+        raise UserError(f"family={family} is not one of {', '.join(FAMILIES)}; Wan-Animate's folder serves as it is")
     from models.checkpoints.convert import published_family  # of an animator that lives elsewhere
 
     return published_family(family).config
