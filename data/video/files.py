@@ -177,7 +177,8 @@ def write_video(
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, allow_nan=False)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.options = {"crf": str(crf)}
+        # Without B-frames: x264's choice of them depends, in small videos, on what freed memory held.
+        stream.options = {"crf": str(crf), "bf": "0"}
         # yuv420p needs even sides: the last column or row of an odd one is repeated.
         stream.width, stream.height = (first.shape[1] + 1) // 2 * 2, (first.shape[0] + 1) // 2 * 2
         stream.pix_fmt = "yuv420p"

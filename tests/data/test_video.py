@@ -224,6 +224,20 @@ def test_written_videos_read_back(tmp_path_factory, width, height, count, fps):
         assert np.abs(edges[:, :, 1] - edges[:, :, 0]).mean() < 6
 
 
+def test_the_same_frames_are_the_same_file_whatever_memory_held(tmp_path):
+    draw = np.random.default_rng(1)
+    for side in (96, 160, 192):
+        noise = draw.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        frames = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in noise]
+        files = set()
+        for _ in range(6):
+            held = [draw.integers(0, 256, size, dtype=np.uint8) for size in draw.integers(1000, 100_000, 300)]
+            del held
+            write_video(tmp_path / "a.mp4", frames, 12)
+            files.add((tmp_path / "a.mp4").read_bytes())
+        assert len(files) == 1
+
+
 def test_colours_survive_the_round_trip_and_are_tagged(tmp_path):
     colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (230, 190, 170)], np.uint8)
     frame = np.repeat(np.repeat(colours[None], 32, axis=0), 16, axis=1)
