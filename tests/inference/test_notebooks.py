@@ -56,9 +56,10 @@ def test_all_run_on_the_shipped_model():
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
-    joined = nbformat.v4.new_notebook(cells=[cell for notebook in notebooks for cell in notebook.cells])
-    for number, cell in enumerate(joined.cells):  # the notebooks number theirs from 0, each for itself
+    cells = [cell for notebook in notebooks for cell in notebook.cells]
+    for number, cell in enumerate(cells):  # the notebooks number theirs from 0, each for itself
         cell["id"] = f"cell-{number}"
+    joined = nbformat.v4.new_notebook(cells=cells)
     client.NotebookClient(
         joined, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS[0].parent)}}
     ).execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
