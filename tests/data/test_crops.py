@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data.poses.person import Box, joint_box, mask_box
 from data.poses.poses import Poses
-from data.transforms import crop_matrix, fit_matrix, map_points
+from data.transforms import crop_matrix, fit_matrix, frame_size, map_points
 
 sizes = st.tuples(st.integers(16, 400), st.integers(16, 400))
 parts = st.tuples(*[st.floats(0, 1)] * 4)
@@ -92,3 +92,17 @@ def test_boxes_of_masks_and_skeletons():
     assert poses.box().top == -0.5  # a tenth of 188 pixels above row 5, cut to the image
     assert Poses(keypoints, 0 * scores, (100, 100), 25.0).box() is None
     assert joint_box([], (4, 4)) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(64, 1024), st.sampled_from([1, 2, 8, 64]))
+def test_fitted_sizes_are_multiples_of_the_wanted_aspect(width, height, target, multiple):
+    exact = np.array([width, height]) * target / max(width, height)
+    fitted = frame_size((width, height), exact.prod(), multiple)
+    assert all(side % multiple == 0 and side >= multiple for side in fitted)
+    assert abs(max(fitted) - target) <= multiple / 2 + 1e-6
+    assert (np.abs(np.array(fitted) - exact) <= multiple / 2 + 1e-6)[exact >= multiple].all()
+
+
+def test_frame_sizes_keep_the_area():
+    assert frame_size((1920, 1080), 512 * 288, 64) == (512, 256)

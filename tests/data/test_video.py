@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.errors import UserError
-from data.transforms import frame_size
 from data.video.files import Video, VideoReader, read_video, video_metadata, write_video
 from tests.sound import loud, write_clip_with_a_beep
 
@@ -348,20 +347,6 @@ def test_a_video_without_images_is_refused(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(UserError, match="no video stream"):
         VideoReader(tmp_path / "sound.mp4")
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(64, 1024), st.sampled_from([1, 2, 8, 64]))
-def test_fitted_sizes_are_multiples_of_the_wanted_aspect(width, height, target, multiple):
-    exact = np.array([width, height]) * target / max(width, height)
-    fitted = frame_size((width, height), exact.prod(), multiple)
-    assert all(side % multiple == 0 and side >= multiple for side in fitted)
-    assert abs(max(fitted) - target) <= multiple / 2 + 1e-6
-    assert (np.abs(np.array(fitted) - exact) <= multiple / 2 + 1e-6)[exact >= multiple].all()
-
-
-def test_frame_sizes_keep_the_area():
-    assert frame_size((1920, 1080), 512 * 288, 64) == (512, 256)
 
 
 # Suffix of the video, its codecs, seconds at which it begins, and the codec of the result's sound.

@@ -121,6 +121,14 @@ class WanAnimate(Animator):
     def longest_window(self) -> int:
         return (self.transformer.config.rope_max_seq_len - self.context_latents - 1) * self.frames_per_latent + 1
 
+    @property
+    def reads_text(self) -> bool:
+        return self.text_encoder is not None and self.tokenizer is not None
+
+    @property
+    def reads_images(self) -> bool:
+        return self.image_encoder is not None and self.image_processor is not None
+
     def encode_reference(self, reference: ImageBatch) -> WanConditioning:
         words = reference.words
         prompt = self.embedding("prompt", self.default_prompt if words.prompt is None else words.prompt, words)
@@ -142,18 +150,17 @@ class WanAnimate(Animator):
                     f"embeddings= has {name} of {tokens} tokens with {channels} channels; the model reads {longest} "
                     f"with {wanted}"
                 )
-        without_text = self.text_encoder is None or self.tokenizer is None
-        if without_text and "prompt" not in given:
+        if not self.reads_text and "prompt" not in given:
             raise UserError(
-                "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt), or get "
-                "text_encoder/ and tokenizer/ of the model"
+                "the text encoder is missing: give the prompt's embedding (embeddings= with an entry prompt, or "
+                "model.embeddings= of train.py), or get text_encoder/ and tokenizer/ of the model"
             )
-        if without_text and guided and "negative_prompt" not in given:
+        if not self.reads_text and guided and "negative_prompt" not in given:
             raise UserError(
                 "guidance needs the embedding of a negative prompt (embeddings= with an entry negative_prompt), "
                 "or the text encoder; guidance_scale=1 does without"
             )
-        if (self.image_encoder is None or self.image_processor is None) and "image" not in given:
+        if not self.reads_images and "image" not in given:
             raise UserError(
                 "the image encoder is missing: give CLIP's tokens of the reference (embeddings= with an entry "
                 "image), or get image_encoder/ and image_processor/ of the model"
@@ -164,7 +171,7 @@ class WanAnimate(Animator):
         found = words.embeddings.get(name)
         if found is not None:
             found = F.pad(found, (0, 0, 0, TOKENS - found.shape[1]))
-        elif self.text_encoder is not None and self.tokenizer is not None:
+        elif self.reads_text:
             found = embedded(text, self.text_encoder, self.tokenizer)
         return None if found is None else found.to(self.transformer.device, self.dtype)
 
@@ -251,7 +258,7 @@ class WanAnimate(Animator):
 
     def check_image_encoder(self) -> None:
         """UserError without one: each clip of training has a reference of its own."""
-        if self.image_encoder is None or self.image_processor is None:
+        if not self.reads_images:
             raise UserError("the image encoder is missing: get image_encoder/ and image_processor/ of the model")
 
     @torch.no_grad()
@@ -259,12 +266,6 @@ class WanAnimate(Animator):
         self, vae: VideoVAE, clip: tuple[int, int, int], embeddings: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         words = Words(embeddings=embeddings)
-        without_text = self.text_encoder is None or self.tokenizer is None
-        if without_text and not {"prompt", "negative_prompt"} <= embeddings.keys():
-            raise UserError(
-                "the text encoder is missing: give model.embeddings= with entries prompt and negative_prompt, or get "
-                "text_encoder/ and tokenizer/ of the model"
-            )
         self.check_image_encoder()
         self.check_words(words, guided=True)
         prompt, negative = self.embedding("prompt", PROMPT, words), self.embedding("negative_prompt", "", words)
