@@ -135,6 +135,10 @@ def test_carried_clips_are_given_their_first_frame(vae):
     # A causal VAE: the first latent is of the first frame alone.
     assert torch.allclose(latents[1, :, 0], clip_encode(vae, batch["frames"][1:, :, :1])[0, :, 0], atol=1e-5)
     assert not torch.allclose(latents[1, :, 1], latents[0, :, 1], atol=1e-3)
+    # Of a single image that would be all of it.
+    images = {name: batch[name][:, :, :1] for name in ("frames", "poses", "faces")} | {"reference": batch["reference"]}
+    alone = model.clip_inputs(vae, images, [True, True], model.constant_inputs(vae, (1, *SIZE), {}))["carried"]
+    assert alone.shape[2] == 1 and not alone[:, :4].any()
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
