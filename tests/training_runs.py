@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training.config import DataConfig, VAEConfig
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 TIMEOUT = 300  # seconds after which a process hangs; the first one with DeepSpeed compiles an extension
@@ -55,6 +57,20 @@ ARGUMENTS = [
 _forks = multiprocessing.get_context("forkserver")
 # What `train.py` and `training/vae.py` import once their arguments are right; no fork then imports it anew.
 _forks.set_forkserver_preload(["training.loop", "training.autoencoder", "training.export", "deepspeed"])
+
+
+# The smallest VAE of videos, and clips for it.
+VIDEO_CLIPS = DataConfig(size=[32, 32], num_frames=5, stride=3, workers=0)
+VIDEO_VAE = VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=VIDEO_CLIPS)
+
+
+def make_video_vae(folder: Path) -> Path:
+    """A random one of `VIDEO_VAE`."""
+    from training.autoencoder import build_vae
+
+    torch.manual_seed(0)
+    build_vae(VIDEO_VAE).save_pretrained(folder)
+    return folder
 
 
 def make_vae(folder: Path) -> Path:

@@ -75,8 +75,7 @@ def record_both(
     Where `tpc.start` is left open, both begin from noise, so that their steps are at the same noise levels; where
     `tpc.attach` is, calibrated images stand beside the reference.
     """
-    tpc = replace(tpc, start=-1) if tpc.start is None else tpc
-    tpc = replace(tpc, attach=tpc.attach or "add")
+    tpc = replace(tpc, start=-1 if tpc.start is None else tpc.start, attach=tpc.attach or "add")
     config = config or AttentionConfig(mean=["heads"])
     alone = replace(sampling, compare=False)
     frame = framing(pipeline, reference, driving, sampling)

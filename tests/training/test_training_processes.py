@@ -26,11 +26,11 @@ from tests.training_runs import (
     launch,
     logged,
     make_vae,
+    make_video_vae,
     start_two,
     train,
 )
-from training.autoencoder import build_vae
-from training.config import DataConfig, TrainConfig, VAEConfig
+from training.config import TrainConfig
 from training.distributed import check_launch, spread_batch
 from training.export import checkpoint_weights
 
@@ -165,10 +165,7 @@ def test_half_precision_of_deepspeed(folder, stages, alone, strategy):
 @pytest.fixture(scope="module")
 def segments(folder) -> tuple[list[str], Path]:
     """Arguments of Wan-Animate's training, and the run of one process with the doubled batch."""
-    torch.manual_seed(0)
-    data = DataConfig(size=[32, 32], num_frames=5)
-    vae = folder / "video_vae"
-    build_vae(VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=data)).save_pretrained(vae)
+    vae = make_video_vae(folder / "video_vae")
     arguments = [*ARGUMENTS, "stage=motion", "model.animator=wan_animate", f"model.vae={vae}", "max_steps=2"]
     arguments += ["data.num_frames=5", "model.block_out_channels=[16]", "model.layers_per_block=2"]
     # A flow has neither an offset of noise nor images to train.

@@ -1,5 +1,7 @@
-"""Fine-tuning of a published VAE's decoder: what moves, what stays, crops, the loss, and what is refused."""
+"""Training of VAEs: what moves of a published one, what stays, crops, the loss, and what is refused; one of videos."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import training.vae
 from core.config import load_config
 from core.errors import UserError
 from models.checkpoints.networks import load_autoencoder
+from models.vae import clip_encode, video_decode
 from tests.dream_pose_parts import published
-from tests.training_runs import make_vae, start_two
+from tests.training_runs import VIDEO_CLIPS, VIDEO_VAE, make_vae, start_two
 from training.config import OptimizerConfig, VAEConfig
+from training.data import make_dataset
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["max_steps=2", "batch_size=1", "data.size=[16,16]", "data.workers=0", "log_steps=1", "freeze_encoder=true"]
@@ -112,3 +116,30 @@ def test_two_processes_do_what_one_does_with_their_batches_together(tmp_path):
     )
     assert max((one[name] - start[name]).abs().max() for name in start) > 1e-3
     assert max((one[name] - two[name]).abs().max() for name in start) < 1e-5
+
+
+def test_a_video_vae_is_trained_to_latents_of_unit_variance(tmp_path):
+    training.autoencoder.train_vae(replace(VIDEO_VAE, output=str(tmp_path), max_steps=2, batch_size=1, crop=0.1))
+    pipeline_vae = training.autoencoder.build_vae(replace(VIDEO_VAE, init=str(tmp_path / "vae"), freeze_encoder=True))
+    heldout = make_dataset(replace(VIDEO_CLIPS, split="heldout"), 8)
+    clips = torch.stack([heldout[i]["frames"] for i in range(8)])
+    with torch.no_grad():
+        latents = clip_encode(pipeline_vae, clips).transpose(0, 1).flatten(1)
+        decoded = video_decode(pipeline_vae, clip_encode(pipeline_vae, clips[:1]))
+    assert torch.allclose(latents.mean(1), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(latents.std(1), torch.ones(4), atol=1e-2)
+    assert decoded.shape == (VIDEO_CLIPS.num_frames, 3, *VIDEO_CLIPS.size)
+    assert (tmp_path / "reconstructions.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.num_frames=8"], "data.num_frames=8 must be 1 more than a multiple of 4"),
+        (["data.num_frames=9", "multiples=[1,2]"], "multiples=[1, 2] needs three resolutions or more"),
+        (["data.num_frames=9", "data.size=[30,32]"], "multiples of 4, by which multiples=[1, 2, 2]"),
+    ],
+)
+def test_wrong_video_vaes_are_refused(arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(VAEConfig, ["output=x", "multiples=[1,2,2]", *arguments])

@@ -1,6 +1,5 @@
 """Training of Wan-Animate: flow matching on clips, with faces, carried frames and calibrated images."""
 
-import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from diffusers import AutoencoderTiny
 from torch.utils.data import default_collate
 
-from core.config import load_config
 from core.errors import UserError
 from data.poses.drawing import draw_thin_pose
 from models.animators.base import Condition, TrainingBatch
@@ -22,19 +20,17 @@ from models.animators.wan_animate.model import NULL_FACE, SOURCE, SegmentInputs,
 from models.animators.wan_animate.text import encoded_images
 from models.attention.context import ReferenceContext
 from models.noise import FlowNoise
-from models.vae import clip_encode, video_decode, video_encode
+from models.vae import clip_encode, load_vae, video_encode
 from tests.networks import TINY
+from tests.training_runs import VIDEO_CLIPS, make_video_vae
 from tpc.config import CalibratedTrainingConfig
-from training.autoencoder import build_vae, train_vae
 from training.build import make_scheduler, set_trainable
 from training.config import (
     AttentionLossConfig,
     AugmentationConfig,
-    DataConfig,
     LoraConfig,
     NoiseConfig,
     TrainConfig,
-    VAEConfig,
     ValidationConfig,
 )
 from training.data import driven_clips, ensure_latents, latents_folder, make_dataset
@@ -43,24 +39,21 @@ from training.memory import estimate
 from training.objective import Objective, sample_generators
 from training.validate import sample_clips
 
-SIZE, FRAMES = [32, 32], 5
+SIZE, FRAMES = VIDEO_CLIPS.size, VIDEO_CLIPS.num_frames
 SIZES = replace(TINY, animator="wan_animate", block_out_channels=[16], layers_per_block=2, image_encoder_layers=2)
 SIZES.pose_channels = [8, 8, 8, 8]  # of which it has none, so that they say nothing of latents
-DATA = DataConfig(size=SIZE, num_frames=FRAMES, stride=3, workers=0)
-VIDEO_VAE = VAEConfig(output="x", width=4, multiples=[1, 2, 2], latent_channels=4, data=DATA)
+DATA = VIDEO_CLIPS
 CALIBRATED = CalibratedTrainingConfig(probability=1.0, images=2)
 
 
 @pytest.fixture(scope="module")
-def vae():
-    torch.manual_seed(0)
-    return build_vae(VIDEO_VAE).requires_grad_(False).eval()
+def vae_folder(tmp_path_factory) -> Path:
+    return make_video_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
-def vae_folder(vae, tmp_path_factory) -> Path:
-    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae"))
-    return folder
+def vae(vae_folder):
+    return load_vae(vae_folder).requires_grad_(False).eval()
 
 
 def networks(trainable: str | None = None) -> WanAnimate:
@@ -376,29 +369,3 @@ def test_what_does_not_fit_is_refused(vae_folder, tmp_path, changes, words):
         AutoencoderTiny(**IMAGE_VAE, **blocks).save_pretrained(vae_folder := tmp_path / "image")
     with pytest.raises(UserError, match=words):
         run_training(run_config(tmp_path, vae_folder, model=replace(wanted, vae=str(vae_folder)), **changes))
-
-
-def test_a_video_vae_is_trained_to_latents_of_unit_variance(tmp_path):
-    train_vae(replace(VIDEO_VAE, output=str(tmp_path), max_steps=2, batch_size=1, crop=0.1))
-    pipeline_vae = build_vae(replace(VIDEO_VAE, init=str(tmp_path / "vae"), freeze_encoder=True))
-    heldout = make_dataset(replace(DATA, split="heldout"), 8)
-    clips = torch.stack([heldout[i]["frames"] for i in range(8)])
-    with torch.no_grad():
-        latents = clip_encode(pipeline_vae, clips).transpose(0, 1).flatten(1)
-        decoded = video_decode(pipeline_vae, clip_encode(pipeline_vae, clips[:1]))
-    assert torch.allclose(latents.mean(1), torch.zeros(4), atol=1e-3)
-    assert torch.allclose(latents.std(1), torch.ones(4), atol=1e-2)
-    assert decoded.shape == (FRAMES, 3, *SIZE) and (tmp_path / "reconstructions.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["data.num_frames=8"], "data.num_frames=8 must be 1 more than a multiple of 4"),
-        (["data.num_frames=9", "multiples=[1,2]"], "multiples=[1, 2] needs three resolutions or more"),
-        (["data.num_frames=9", "data.size=[30,32]"], "multiples of 4, by which multiples=[1, 2, 2]"),
-    ],
-)
-def test_wrong_video_vaes_are_refused(arguments, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        load_config(VAEConfig, ["output=x", "multiples=[1,2,2]", *arguments])
