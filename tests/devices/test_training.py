@@ -23,7 +23,8 @@ from models.vae import VAE
 from tests.networks import TINY
 from tests.published import small_vae
 from tests.second_device import SECOND, second_device
-from tests.training.test_wan_animate_training import SIZES, VIDEO_VAE
+from tests.training.test_wan_animate_training import SIZES
+from tests.training_runs import VIDEO_VAE
 from tpc.augmentation import calibrate_item
 from tpc.config import CalibratedTrainingConfig, CompositionConfig
 from training.autoencoder import build_vae
